@@ -1,0 +1,108 @@
+"""Predator-prey trajectories: HDF5 files to arrays and back, the simulator, the split.
+
+N trajectories, T time steps, 2 variables: prey, predator. Populations in the file's own units.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+from scipy.integrate import solve_ivp
+
+NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # of the report's data set
+
+
+class DataError(ValueError):
+    """A data file, or a series given by a user, cannot be used."""
+
+
+class Dataset(NamedTuple):
+    """What a data file holds."""
+
+    trajectories: np.ndarray  # (N, T, 2) float32, populations, finite and not negative
+    time: np.ndarray  # (T) float32
+
+
+class Split(NamedTuple):
+    """Indices of the trajectories in each part."""
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+
+def read(path: str | Path) -> Dataset:
+    """Read `/trajectories` (N, T, 2) and `/time` (T) of an HDF5 file.
+
+    Raises DataError when either is missing or of another rank or length, or when a value is not
+    finite or negative.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            arrays = {}
+            for name, rank in (("trajectories", 3), ("time", 1)):
+                if not isinstance(file.get(name), h5py.Dataset):
+                    raise DataError(f"{path}: holds {sorted(file)}, expected the arrays 'trajectories' and 'time'")
+                if file[name].ndim != rank or file[name].dtype.kind not in "fiu":
+                    raise DataError(
+                        f"{path}: {name} is {file[name].dtype} {file[name].shape}, expected numbers of rank {rank}"
+                    )
+                arrays[name] = file[name][:].astype(np.float32)
+    except OSError as error:
+        raise DataError(f"{path}: not a readable HDF5 file ({error})") from error
+    trajectories, time = arrays["trajectories"], arrays["time"]
+    if trajectories.shape[1:] != (len(time), 2) or trajectories.size == 0:
+        raise DataError(f"{path}: trajectories are {trajectories.shape}, expected (N, {len(time)}, 2) as time is long")
+    if (bad := ~(np.isfinite(trajectories) & (trajectories >= 0))).any():
+        n, t, variable = np.argwhere(bad)[0]
+        raise DataError(
+            f"{path}: trajectories[{n}, {t}, {variable}] is {trajectories[n, t, variable]}, "
+            f"expected finite populations >= 0 ({bad.sum()} are not)"
+        )
+    if not np.isfinite(time).all():
+        raise DataError(f"{path}: time holds values that are not finite")
+    return Dataset(trajectories, time)
+
+
+def write(path: str | Path, dataset: Dataset) -> None:
+    """Write the layout that `read` reads."""
+    with h5py.File(path, "w") as file:
+        file["trajectories"] = dataset.trajectories
+        file["time"] = dataset.time
+
+
+def simulate(seed: int = 0, num_systems: int = NUM_SYSTEMS) -> Dataset:
+    """Rosenzweig-MacArthur systems drawn as the report's data set was; seed 0 regenerates that set.
+
+    dx/dt = a x (1 - x/K) - b x y / (1 + h x),  dy/dt = e b x y / (1 + h x) - c y, in fp64 by LSODA at
+    default tolerances, 100 times on [0, 200]. Not Lotka-Volterra: growth and appetite saturate.
+    """
+    draw = np.random.RandomState(seed).random_sample
+    bounds = [(0.1, 0.3), (0.2, 0.5), (0.1, 0.3), (0.05, 0.2), (0.3, 0.7), (5, 15), (0.8, 1.2), (0.8, 1.2)]
+    parameters = np.stack([low + (high - low) * draw(num_systems) for low, high in bounds], axis=1)
+    time = np.linspace(0, TIME_SPAN, NUM_STEPS)
+
+    def solve(a, b, c, h, e, capacity, x0, y0):
+        def rates(_, state):
+            x, y = state
+            eaten = b * x * y / (1 + h * x)
+            return a * x * (1 - x / capacity) - eaten, e * eaten - c * y
+
+        return solve_ivp(rates, (0, TIME_SPAN), [x0, y0], t_eval=time, method="LSODA").y.T  # (T, 2)
+
+    trajectories = np.stack([solve(*row) for row in parameters])
+    return Dataset(trajectories.astype(np.float32), time.astype(np.float32))
+
+
+def split(num_trajectories: int) -> Split:
+    """70 % train, 15 % validation, 15 % test by trajectory, shuffled with the report's seed 42.
+
+    Raises DataError when a part would be empty.
+    """
+    order = np.random.default_rng(42).permutation(num_trajectories)
+    num_train, num_val = int(0.7 * num_trajectories), int(0.15 * num_trajectories)
+    parts = Split(order[:num_train], order[num_train : num_train + num_val], order[num_train + num_val :])
+    if not all(len(part) for part in parts):
+        raise DataError(f"{num_trajectories} trajectories cannot be split 70/15/15, expected at least 7")
+    return parts

@@ -1,0 +1,70 @@
+"""What each experiment spent, against the budget: an append-only file that is debited before each step."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+
+class BudgetExceeded(ValueError):
+    """A step would spend more FLOPs than the budget has left; nothing was debited."""
+
+
+class Ledger:
+    """A file of one JSON line per optimizer step: {"experiment", "step", "flops"}.
+
+    A step is debited before it runs and once: a step that an interrupted run repeats on its way back to where
+    it was is the same step. `spent` is the sum in FLOPs. So what a kill can leave behind is a step debited but not run, never the reverse.
+    Raises ValueError when the file is damaged.
+    """
+
+    def __init__(self, path: Path, budget: int):
+        self.path = Path(path)
+        self.budget = budget
+        self.spent = 0
+        self._steps: dict[str, dict[int, int]] = defaultdict(dict)
+        if self.path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        whole, _, torn = text.rpartition("\n")
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                name, step, flops = entry["experiment"], entry["step"], entry["flops"]
+                if not (isinstance(name, str) and type(step) is int and type(flops) is int and flops >= 0):
+                    raise ValueError("wrong types")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path}, line {number}: not a ledger entry ({error!r})") from error
+            self._book(name, step, flops)
+        if torn:  # a write cut short by a kill: its step did not run, for it is run only after the write
+            self.path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+
+    def _book(self, experiment: str, step: int, flops: int) -> None:
+        self._steps[experiment][step] = flops
+        self.spent += flops
+
+    def by_experiment(self) -> dict[str, int]:
+        """FLOPs debited by each experiment, in the order of their first step."""
+        return {name: sum(steps.values()) for name, steps in self._steps.items()}
+
+    def debit(self, experiment: str, step: int, flops: int) -> None:
+        """Book one step before it runs.
+
+        Raises BudgetExceeded, and books nothing, when it does not fit; ValueError when the step is booked at
+        another price.
+        """
+        booked = self._steps[experiment].get(step)
+        if booked == flops:
+            return
+        if booked is not None:
+            raise ValueError(f"{self.path}: step {step} of {experiment} is booked at {booked:,} FLOPs, not {flops:,}")
+        if self.spent + flops > self.budget:
+            spent = ", ".join(f"{name} {value:.3e}" for name, value in self.by_experiment().items() if value)
+            raise BudgetExceeded(
+                f"step {step} of {experiment} needs {flops:.3e} FLOPs, {self.budget - self.spent:.3e} of "
+                f"{self.budget:.3e} are left (spent: {spent or 'nothing'}); raise --budget or plan less"
+            )
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"experiment": experiment, "step": step, "flops": flops}) + "\n")
+        self._book(experiment, step, flops)

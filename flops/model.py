@@ -1,0 +1,168 @@
+"""The forward pass of `qwen_min/model.py` counted operator by operator, function for function. Integers only.
+
+B batch, T new tokens, S cached + new tokens, C hidden size, F feed-forward size, H query heads, K kv heads,
+D head size, V vocabulary. Three conventions:
+
+- `exact`   what runs. `flops.trace` runs the real model and finds the same integers.
+- `sheet`   the report's section 4.3: grouped queries counted as full multi-head attention, rotary positions free
+            but their "adding" to the embeddings counted, RMSNorm 4 d + 11, the loss a full softmax.
+- `report`  what reproduces the report's published figures: `sheet`, but a feed-forward of two matrices of
+            width 4 C instead of three of width F, and neither LoRA nor the 1 / sqrt(D) of attention counted.
+"""
+
+from dataclasses import dataclass
+
+from flops import primitives as p
+from flops.primitives import ADD, EXP, MUL, TRIG, matmul
+from qwen_min.config import QwenConfig
+
+CONVENTIONS = ("exact", "sheet", "report")
+BACKWARD = 2  # the budget's rule: backward costs twice the forward pass, so training is 3 x forward
+
+
+@dataclass(frozen=True)
+class Op:
+    """One line of the table."""
+
+    name: str
+    flops: int
+
+
+def rms_norm(rows: int, size: int, convention: str) -> int:
+    """Square, sum, divide, add eps, root, times x, times weight: 4 d + 11, and 1 more for x * (1 / root) as it runs."""
+    per_row = size * MUL + p.reduction(size) + MUL + ADD + p.SQRT + size * MUL + size * MUL
+    return rows * (per_row + (MUL if convention == "exact" else 0))
+
+
+def linear(rows: int, size_in: int, size_out: int, bias: bool = False, rank: int = 0) -> int:
+    """x W^T (+ bias) of rows tokens; with LoRA of that rank also + (x A^T) B^T * alpha/r."""
+    flops = matmul(rows, size_in, size_out) + (rows * size_out * ADD if bias else 0)
+    if rank:
+        flops += matmul(rows, size_in, rank) + matmul(rows, rank, size_out) + rows * size_out * (MUL + ADD)
+    return flops
+
+
+def rotary_tables(positions: int, head_dim: int) -> int:
+    """theta^(i/D), its inverse and i/D once; then angle, cosine and sine of each position, for D/2 frequencies."""
+    return head_dim // 2 * (MUL + p.POW + MUL + positions * (MUL + TRIG + TRIG))
+
+
+def rotate(rows: int, head_dim: int) -> int:
+    """x cos + rotate_half(x) sin: two products and a sum per number, half of the numbers negated."""
+    return rows * (head_dim * (MUL + MUL + ADD) + head_dim // 2 * ADD)
+
+
+def positions_from_mask(batch: int, total: int) -> int:
+    """cumsum of the mask, minus one."""
+    return batch * (p.reduction(total) + total * ADD)
+
+
+def block(config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: dict[str, int]) -> list[Op]:
+    """One layer on B x T tokens: `Block`, with its attention over S = cached + T."""
+    rows, total, exact = batch * new, cached + new, convention == "exact"
+    hidden, size, heads = config.hidden_size, config.head_dim, config.num_attention_heads
+    kv_heads = config.num_key_value_heads if exact else heads
+
+    def projection(name: str, size_in: int, size_out: int, bias: bool = False) -> Op:
+        return Op(name, linear(rows, size_in, size_out, bias, ranks.get(name, 0)))
+
+    ops = [
+        Op("input_layernorm", rms_norm(rows, hidden, convention)),
+        projection("q_proj", hidden, heads * size, bias=True),
+        projection("k_proj", hidden, kv_heads * size, bias=True),
+        projection("v_proj", hidden, kv_heads * size, bias=True),
+    ]
+    if exact:
+        ops.append(Op("rotate q, k", rotate(rows * (heads + kv_heads), size)))
+    for name, flops in p.attention(batch, heads, new, total, size).items():
+        if convention != "report" or name != "scale":
+            ops.append(Op(name, flops))
+    ops += [
+        projection("o_proj", heads * size, hidden),
+        Op("attention residual", rows * hidden * ADD),
+        Op("post_attention_layernorm", rms_norm(rows, hidden, convention)),
+    ]
+    if convention == "report":
+        width = 4 * hidden
+        ops += [Op("up_proj", linear(rows, hidden, width)), Op("SwiGLU", rows * width * p.SWIGLU)]
+    else:
+        width = config.intermediate_size
+        ops += [
+            projection("gate_proj", hidden, width),
+            projection("up_proj", hidden, width),
+            Op("SwiGLU", rows * width * p.SWIGLU),
+        ]
+    return [*ops, projection("down_proj", width, hidden), Op("feed-forward residual", rows * hidden * ADD)]
+
+
+def loss(batch: int, new: int, vocabulary: int, convention: str) -> int:
+    """Mean next-token cross-entropy: of T - 1 tokens as it runs, of T tokens by a whole softmax in the sheet's way."""
+    if convention == "exact":
+        rows = batch * (new - 1)
+        # each: log of the partition less the target's logit, added to the sum; the sum over the rows
+        return rows * (p.logsumexp(vocabulary) + ADD + ADD) + MUL
+    return batch * new * (p.softmax(vocabulary) + EXP + ADD)
+
+
+def forward(
+    config: QwenConfig,
+    batch: int,
+    new: int,
+    cached: int = 0,
+    *,
+    convention: str = "exact",
+    ranks: dict[str, int] | None = None,
+    head: str = "all",
+    padded: bool = False,
+) -> list[Op]:
+    """Operators of one pass over B x T new tokens behind `cached` ones; `sum(op.flops for op in ...)` is the pass.
+
+    ranks: LoRA rank by module name, such as {"q_proj": 8, "v_proj": 8}. head: "all" logits, only the "last"
+    position's, or the "loss" on top of them. padded: with an attention mask. A prefill is cached = 0, a decode
+    step new = 1. Raises ValueError for another convention or head.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention is {convention!r}, expected one of {', '.join(CONVENTIONS)}")
+    if head not in ("all", "last", "loss"):
+        raise ValueError(f"head is {head!r}, expected 'all', 'last' or 'loss'")
+    exact, total = convention == "exact", cached + new
+    hidden, vocabulary, rows = config.hidden_size, config.vocab_size, batch * new
+    ops = []
+    if not exact:
+        ops.append(Op("add positions", rows * hidden * ADD))
+    else:
+        if padded:
+            ops.append(Op("positions", positions_from_mask(batch, total)))
+        ops.append(Op("rotary tables", rotary_tables(rows if padded else new, config.head_dim)))
+    one_layer = block(config, batch, new, cached, convention, {} if convention == "report" else ranks or {})
+    ops += [Op(op.name, op.flops * config.num_hidden_layers) for op in one_layer]
+    ops.append(Op("norm", rms_norm(rows, hidden, convention)))
+    # the last token of a row has no next one, so the loss as it runs needs no logits of it
+    head_rows = {"all": rows, "last": batch, "loss": batch * (new - 1) if exact else rows}[head]
+    ops.append(Op("lm_head", linear(head_rows, hidden, vocabulary)))
+    if head == "loss":
+        ops.append(Op("loss", loss(batch, new, vocabulary, convention)))
+    return ops
+
+
+def total(ops: list[Op]) -> int:
+    """Their sum."""
+    return sum(op.flops for op in ops)
+
+
+def training_step(
+    config: QwenConfig, batch: int, context: int, *, convention: str = "exact", ranks: dict[str, int] | None = None
+) -> int:
+    """FLOPs of one optimizer step by the budget's rule: forward with loss, times 3.
+
+    Padding inside the B x T window is counted like text; the optimizer's own update is not.
+    """
+    ops = forward(config, batch, context, convention=convention, ranks=ranks, head="loss")
+    return (1 + BACKWARD) * total(ops)
+
+
+def generation(config: QwenConfig, batch: int, prompt: int, num_new_tokens: int, *, convention: str = "exact") -> int:
+    """FLOPs of greedy generation: one prefill and num_new_tokens - 1 decode steps with a cache."""
+    steps = [forward(config, batch, prompt, convention=convention, head="last")]
+    steps += [forward(config, batch, 1, prompt + i, convention=convention) for i in range(num_new_tokens - 1)]
+    return sum(total(step) for step in steps)

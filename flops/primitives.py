@@ -1,0 +1,47 @@
+"""Table 1 of the report as data, and what it makes of the larger operators. Integers only.
+
+Comparisons, selections, copies and look-ups are not in Table 1 and cost nothing.
+"""
+
+ADD = 1  # addition, subtraction, negation
+MUL = 1  # multiplication, division, inverse
+ABS = 1  # absolute value, ReLU
+EXP = 10  # exponentiation, logarithm
+TRIG = 10  # sine, cosine
+SQRT = 10
+
+POW = EXP + MUL + EXP  # x^y = exp(y log x)
+RSQRT = SQRT + MUL  # the inverse of the root
+SILU = ADD + EXP + ADD + MUL  # x / (1 + e^-x)
+SWIGLU = SILU + MUL  # per unit: 14, as section 4.3 says
+
+
+def matmul(a: int, b: int, c: int) -> int:
+    """(a x b) times (b x c): a c dot products of b multiplications and b - 1 additions (section 4.3)."""
+    return a * c * (b * MUL + (b - 1) * ADD)
+
+
+def reduction(n: int) -> int:
+    """Sum of n numbers."""
+    return (n - 1) * ADD
+
+
+def softmax(n: int) -> int:
+    """Over n numbers: subtract the maximum, exponentiate, sum, divide."""
+    return n * ADD + n * EXP + reduction(n) + n * MUL
+
+
+def attention(batch: int, heads: int, new: int, total: int, size: int) -> dict[str, int]:
+    """softmax(q k^T / sqrt(size)) v of new queries over total keys; masked pairs are computed like all others."""
+    rows = batch * heads * new
+    return {
+        "q k^T": rows * matmul(1, size, total),
+        "scale": rows * total * MUL,
+        "softmax": rows * softmax(total),
+        "weights v": rows * matmul(1, total, size),
+    }
+
+
+def logsumexp(n: int) -> int:
+    """Over n numbers: subtract the maximum, exponentiate, sum, logarithm, add the maximum."""
+    return n * ADD + n * EXP + reduction(n) + EXP + ADD

@@ -1,0 +1,221 @@
+"""Run the real model on meta tensors and price every operator that it dispatches: the proof of `flops/model.py`.
+
+Attention is priced at the call of `scaled_dot_product_attention`, as one operator, because which kernels it splits
+into depends on the device; its backward is priced by the operators of its plain form.
+"""
+
+import math
+from collections import Counter
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flops import primitives as p
+from flops.primitives import ADD, EXP, MUL, TRIG, matmul
+from qwen_min.cache import KVCache
+from qwen_min.config import QwenConfig
+from qwen_min.loss import next_token_loss
+from qwen_min.model import Qwen
+
+FREE = frozenset(
+    # moving and making numbers
+    "_to_copy _unsafe_view alias arange cat clone copy_ detach embedding empty empty_like expand fill_ full full_like "
+    "gather index lift_fresh new_empty new_full new_zeros ones_like permute promote_types scalar_tensor select select_backward slice "
+    "slice_backward split squeeze stack t transpose tril unsqueeze view zero_ zeros zeros_like "
+    # comparing and choosing
+    "argmax bitwise_and bitwise_not bitwise_or clamp eq ge le lt masked_fill where".split()
+)
+PER_OUTPUT = {  # FLOPs for each number of the result
+    "add": ADD,
+    "add_": ADD,
+    "sub": ADD,
+    "sub_": ADD,
+    "rsub": ADD,
+    "neg": ADD,
+    "mul": MUL,
+    "mul_": MUL,
+    "div": MUL,
+    "div_": MUL,
+    "reciprocal": MUL,
+    "rsqrt": p.RSQRT,
+    "exp": EXP,
+    "exp_": EXP,
+    "log": EXP,
+    "cos": TRIG,
+    "sin": TRIG,
+    "silu": p.SILU,
+    # s (1 + x (1 - s)) grad with s = 1 / (1 + e^-x)
+    "silu_backward": p.SILU + ADD + MUL + ADD + MUL + MUL,
+}
+
+
+def _price_matmul(args, _) -> int:
+    *batch, rows, inner = args[0].shape
+    return math.prod(batch) * matmul(rows, inner, args[1].shape[-1])
+
+
+def _price_addmm(args, out) -> int:
+    return _price_matmul(args[1:], out) + out.numel() * ADD
+
+
+def _price_pow(args, out) -> int:
+    exponent = args[1]
+    if isinstance(exponent, Tensor):
+        return out.numel() * p.POW
+    return out.numel() * {1: 0, 2: MUL}.get(exponent, p.POW)
+
+
+def _price_reduction(args, out) -> int:
+    return out.numel() * p.reduction(args[0].numel() // out.numel())
+
+
+def _price_mean(args, out) -> int:
+    return _price_reduction(args, out) + out.numel() * MUL
+
+
+def _price_cumsum(args, out) -> int:
+    length = out.shape[args[1]]
+    return out.numel() // length * p.reduction(length)
+
+
+def _price_logsumexp(args, out) -> int:
+    return out.numel() * p.logsumexp(args[0].numel() // out.numel())
+
+
+def _price_softmax_backward(args, out) -> int:
+    """y (g - sum(g y)): a product and a sum, then a difference and a product for each number."""
+    length = out.shape[args[2]]
+    return out.numel() // length * (length * MUL + p.reduction(length) + length * (ADD + MUL))
+
+
+def _price_scatter_add(args, _) -> int:
+    return args[2].numel() * ADD
+
+
+PRICES = {
+    "mm": _price_matmul,
+    "bmm": _price_matmul,
+    "addmm": _price_addmm,
+    "pow": _price_pow,
+    "sum": _price_reduction,
+    "mean": _price_mean,
+    "cumsum": _price_cumsum,
+    "logsumexp": _price_logsumexp,
+    "_softmax_backward_data": _price_softmax_backward,
+    "scatter_add_": _price_scatter_add,
+}
+
+
+class _AttentionAsOne(TorchFunctionMode):
+    """Prices a call of scaled_dot_product_attention and hides what it dispatches."""
+
+    def __init__(self, tracer: "Tracer"):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        (batch, heads, new, size), total = args[0].shape, args[1].shape[2]
+        self.tracer.flops["attention"] += sum(p.attention(batch, heads, new, total, size).values())
+        self.tracer.hidden = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.tracer.hidden = False
+
+
+class Tracer(TorchDispatchMode):
+    """Context in which every operator is run and priced; `flops` holds the sum by operator name.
+
+    Raises ValueError for an operator without a price: give it one or list it as free.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+        self.hidden = False
+        self._attention = _AttentionAsOne(self)
+
+    def __enter__(self):
+        self._attention.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._attention.__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if self.hidden or name in FREE:
+            return out
+        if name in PER_OUTPUT:
+            self.flops[name] += out.numel() * PER_OUTPUT[name]
+        elif name in PRICES:
+            self.flops[name] += PRICES[name](args, out)
+        else:
+            raise ValueError(f"operator {func} has no price: add it to flops/trace.py by what Table 1 says of it")
+        return out
+
+    @property
+    def total(self) -> int:
+        """FLOPs of everything traced."""
+        return self.flops.total()
+
+
+def meta_model(config: QwenConfig, ranks: dict[str, int] | None = None) -> Qwen:
+    """The real model without storage, with LoRA of the given rank on the named modules and the base frozen."""
+    from lora import LoraConfig, inject
+
+    with torch.device("meta"):
+        model = Qwen(config)
+        model.requires_grad_(False)
+        for target, rank in (ranks or {}).items():
+            inject(model, LoraConfig(rank=rank, alpha=rank, targets=(target,)))
+    return model
+
+
+def trace_forward(
+    config: QwenConfig,
+    batch: int,
+    new: int,
+    cached: int = 0,
+    *,
+    ranks: dict[str, int] | None = None,
+    head: str = "all",
+    padded: bool = False,
+) -> Counter:
+    """FLOPs by operator of one pass; arguments as in `flops.model.forward`."""
+    model = meta_model(config, ranks)
+    ids = torch.empty(batch, new, dtype=torch.long, device="meta")
+    mask = torch.empty(batch, cached + new, dtype=torch.long, device="meta") if padded else None
+    cache = None
+    if cached:
+        cache = KVCache(config, batch, cached + new, device="meta")
+        cache.advance(cached)
+    with torch.no_grad(), Tracer() as tracer:
+        if head == "loss":
+            next_token_loss(model, ids)
+        else:
+            model(ids, cache, mask, last_only=head == "last")
+    return tracer.flops
+
+
+def trace_training_step(
+    config: QwenConfig, batch: int, context: int, ranks: dict[str, int] | None = None
+) -> tuple[int, int]:
+    """FLOPs that forward with loss, and both forward and backward, of a LoRA step really dispatch.
+
+    The loss makes its gradient in the forward pass, so the second figure less the first is the whole backward.
+    """
+    model = meta_model(config, ranks)
+    if not ranks:
+        model.requires_grad_(True)
+    ids = torch.empty(batch, context, dtype=torch.long, device="meta")
+    with Tracer() as tracer:
+        next_token_loss(model, ids).backward()
+    return sum(trace_forward(config, batch, context, ranks=ranks, head="loss").values()), tracer.total

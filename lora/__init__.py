@@ -1,0 +1,18 @@
+"""Low-rank adaptation (arXiv 2106.09685) of any `torch.nn.Linear`, in peft's file format."""
+
+from lora.checkpoint import AdapterError, load_adapter, read_config, save_adapter
+from lora.inject import LoraConfig, adapter_parameters, inject, merge, unmerge
+from lora.layer import LoRALinear
+
+__all__ = [
+    "AdapterError",
+    "LoRALinear",
+    "LoraConfig",
+    "adapter_parameters",
+    "inject",
+    "load_adapter",
+    "merge",
+    "read_config",
+    "save_adapter",
+    "unmerge",
+]

@@ -1,0 +1,86 @@
+"""Put LoRA into a model, train only it, merge it. The model is known only by its `torch.nn.Linear` modules."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora.layer import LoRALinear
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Rank, alpha (the update is scaled by alpha / rank) and the names of the modules to adapt.
+
+    Raises ValueError when rank or alpha is not positive or there is no target.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def __post_init__(self):
+        if not (isinstance(self.rank, int) and self.rank > 0):
+            raise ValueError(f"LoRA rank is {self.rank!r}, expected a positive integer")
+        if not self.alpha > 0:
+            raise ValueError(f"LoRA alpha is {self.alpha!r}, expected a positive number")
+        if not self.targets:
+            raise ValueError("LoRA has no targets, expected names such as 'q_proj'")
+
+
+def inject(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Freeze the model and replace each Linear whose last name is a target by a LoRALinear; return their names.
+
+    Draws from torch's global generator. Raises ValueError, and changes nothing, when a target matches no Linear.
+    """
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.targets
+    ]
+    if unmatched := sorted(set(config.targets) - {name.rpartition(".")[2] for name in found}):
+        raise ValueError(f"no Linear is called {', '.join(unmatched)}: nothing to adapt")
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_" not in parameter_name:
+            parameter.requires_grad_(False)
+    for name in found:
+        parent, _, child = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, child, LoRALinear(getattr(owner, child), config.rank, config.alpha))
+    return found
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The LoRA layers of a model by module name. Raises ValueError when it has none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    if not layers:
+        raise ValueError("the model has no LoRA layer; call inject first")
+    return layers
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by name, in the order of the layers: `<module>.lora_A.weight` (r, I), `.lora_B.weight` (O, r)."""
+    return {
+        f"{name}.{part}.weight": getattr(layer, part).weight
+        for name, layer in lora_layers(model).items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def merge(model: nn.Module) -> None:
+    """Merge every LoRA layer: the model then costs what the base costs."""
+    for layer in lora_layers(model).values():
+        layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undo `merge`, bit for bit."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+def remove(model: nn.Module) -> None:
+    """Take the LoRA layers out again and leave the base as it was before `inject`, frozen."""
+    for name, layer in lora_layers(model).items():
+        layer.unmerge()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)

@@ -1,0 +1,57 @@
+"""One linear layer with a low-rank update. I, O input and output features, r rank."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class LoRALinear(nn.Module):
+    """y = base_layer(x) + (alpha / r) B A x; A (r, I) Kaiming-uniform, B (O, r) zero, both fp32.
+
+    arXiv 2106.09685, section 4.1; initialised as peft does. At the start the update is zero.
+    """
+
+    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float):
+        super().__init__()
+        self.base_layer = base_layer
+        self.scale = alpha / rank
+        where = {"device": base_layer.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, **where)
+        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, **where)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self._base_weight: Tensor | None = None  # while merged, the weight as it was
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update stands in the base weight."""
+        return self._base_weight is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)  # (..., O)
+        if self.merged:
+            return y
+        update = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
+        return (y + update * self.scale).to(y.dtype)
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """The update of the weight, (O, I) in fp32."""
+        return self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to the base weight, in fp32. Raises ValueError, and changes nothing, if it is not finite."""
+        if self.merged:
+            return
+        weight = self.base_layer.weight
+        merged = (weight.float() + self.delta()).to(weight.dtype)
+        if not merged.isfinite().all():
+            raise ValueError("the merged weight is not finite: the adapter is damaged, or was trained to infinity")
+        self._base_weight, self.base_layer.weight.data = weight.data, merged
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit."""
+        if self.merged:
+            self.base_layer.weight.data, self._base_weight = self._base_weight, None

@@ -1,0 +1,48 @@
+"""Keys and values of the tokens seen so far, preallocated and owned by the caller."""
+
+import torch
+
+from qwen_min.config import QwenConfig
+
+
+class KVCache:
+    """Room for `capacity` tokens of `batch_size` rows in every layer.
+
+    B batch, K kv heads, S filled tokens, T new tokens, D head size. `length` is how many columns
+    are filled, the same for every row: rows of unequal length are padded on the left.
+    """
+
+    def __init__(self, config: QwenConfig, batch_size: int, capacity: int, device=None, dtype=None):
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        shape = (layers, batch_size, heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.capacity = capacity
+        self.length = 0
+
+    def reserve(self, num_tokens: int) -> None:
+        """Raise ValueError unless `num_tokens` more fit."""
+        if self.length + num_tokens > self.capacity:
+            raise ValueError(
+                f"cache full: {self.length} + {num_tokens} > {self.capacity} tokens; allocate prompt + new tokens"
+            )
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store k, v (B, K, T, D) of one layer behind what is filled; return the filled part (B, K, S, D).
+
+        `length` moves only with `advance`, once every layer has written.
+        """
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, num_tokens: int) -> None:
+        """Count `num_tokens` more columns as filled."""
+        self.length += num_tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget every token from column `length` on. Raises ValueError beyond what is filled."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cache holds {self.length} tokens, cannot be cut to {length}")
+        self.length = length

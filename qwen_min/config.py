@@ -1,0 +1,98 @@
+"""The fields of a Qwen2.5 `config.json` that decide what the decoder computes."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder, its config, its tensors or its tokenizer cannot be used."""
+
+
+@dataclass(frozen=True)
+class QwenConfig:
+    """Sizes and constants of a dense Qwen2.5 decoder, named as in `config.json`.
+
+    Raises CheckpointError when a size is not a positive integer or the heads do not divide.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+
+    def __post_init__(self):
+        for name, kind in self.__annotations__.items():
+            value = getattr(self, name)
+            right_type = isinstance(value, (int, float) if kind is float else kind)
+            if not right_type or (kind is not bool and (isinstance(value, bool) or value <= 0)):
+                wanted = "true or false" if kind is bool else f"a positive {kind.__name__}"
+                raise CheckpointError(f"config.json: {name} is {value!r}, expected {wanted}")
+        if self.hidden_size % self.num_attention_heads:
+            raise CheckpointError(
+                f"config.json: hidden_size {self.hidden_size} is no multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(
+                f"config.json: num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise CheckpointError(f"config.json: head size {self.head_dim} is odd, rotary positions need it even")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head (64 in Qwen2.5-0.5B, 128 from 3B on)."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "QwenConfig":
+        """Read a parsed `config.json`; fields that change nothing here are ignored.
+
+        Raises CheckpointError that names the field for another model type, a sliding window in
+        use, scaled rotary positions, another activation, or a missing or malformed field.
+        """
+        fields = dict(fields)
+        # transformers 5 writes rope_theta inside rope_parameters, earlier ones at the top
+        rope = fields.get("rope_parameters") or {}
+        fields.setdefault("rope_theta", rope.get("rope_theta"))
+        scaling = fields.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
+        unscaled = not scaling or scaling == {"rope_type": "default"} or scaling == {"type": "default"}
+        sliding = fields.get("use_sliding_window", False) or "sliding_attention" in (fields.get("layer_types") or ())
+        supported = {
+            "model_type": (fields.get("model_type"), fields.get("model_type") == "qwen2", "'qwen2'"),
+            "use_sliding_window": (True, not sliding, "false: only full attention is implemented"),
+            "rope_scaling": (scaling, unscaled, "null: only unscaled rotary positions are implemented"),
+            "hidden_act": (fields.get("hidden_act"), fields.get("hidden_act", "silu") == "silu", "'silu'"),
+        }
+        for name, (got, right, expected) in supported.items():
+            if not right:
+                raise CheckpointError(f"config.json: {name} is {got!r}, expected {expected}")
+        fields.setdefault("tie_word_embeddings", False)
+        if missing := [name for name in cls.__annotations__ if fields.get(name) is None]:
+            raise CheckpointError(f"config.json: missing {', '.join(missing)}")
+        config = cls(**{name: fields[name] for name in cls.__annotations__})
+        if fields.get("head_dim") not in (None, config.head_dim):
+            raise CheckpointError(
+                f"config.json: head_dim is {fields['head_dim']!r}, expected hidden_size / num_attention_heads "
+                f"= {config.head_dim}"
+            )
+        return config
+
+    @classmethod
+    def from_file(cls, path: Path) -> "QwenConfig":
+        """Read `config.json`. Raises CheckpointError when it is missing, no JSON or unsupported."""
+        try:
+            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
+        if not isinstance(fields, dict):
+            raise CheckpointError(f"{path}: holds {type(fields).__name__}, expected a JSON object")
+        return cls.from_dict(fields)

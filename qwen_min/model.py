@@ -1,0 +1,216 @@
+"""The Qwen2.5 decoder. Module names are the checkpoint's, so loading needs no key map.
+
+Shapes: B batch, T new tokens, S cached + new tokens, C hidden size, F feed-forward size,
+H query heads, K key/value heads, D head size, V vocabulary.
+
+Source of the numerics, where fp32 is entered and left: `modeling_qwen2.py` of transformers.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_min.cache import KVCache
+from qwen_min.config import QwenConfig
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, normalised in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)  # cast back before the weight, as the checkpoint was trained
+
+
+def rotary_tables(positions: Tensor, config: QwenConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles of `positions` (B or 1, T), each (B or 1, 1, T, D).
+
+    Computed in fp32 and only then cast: bf16 cannot tell position 257 from 256.
+    RoFormer (arXiv 2104.09864), section 3.2.2, in the half-split layout of the checkpoints.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    inv_freq = (config.rope_theta**exponents).reciprocal()  # (D/2)
+    angles = positions[:, None, :, None].float() * inv_freq  # (B, 1, T, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attention_mask_and_positions(
+    num_cached: int, num_new: int, attention_mask: Tensor | None, device: torch.device
+) -> tuple[Tensor | None, Tensor]:
+    """Who may attend to whom, (B or 1, 1, T, S) bool, and the position of each new token, (B or 1, T).
+
+    The mask is None where the kernel knows it: no padding, and either nothing cached (plain causal)
+    or one new token (it sees everything).
+    """
+    total = num_cached + num_new
+    if attention_mask is None:
+        positions = torch.arange(num_cached, total, device=device)[None]  # (1, T)
+        if num_cached == 0 or num_new == 1:
+            return None, positions
+    else:
+        # the first real token of a left-padded row stands at position 0
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, num_cached:]  # (B, T)
+    columns = torch.arange(total, device=device)
+    rows = columns[num_cached:, None]
+    allowed = columns <= rows  # (T, S), causal against the lower right corner
+    if attention_mask is not None:
+        # a padding token sees itself, so that its unused row of the softmax is not empty
+        allowed = allowed & (attention_mask.bool()[:, None, None, :] | (columns == rows))
+    return allowed.expand(attention_mask.shape[0] if attention_mask is not None else 1, 1, num_new, total), positions
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What `attention` computes, written out: softmax(q k^T / sqrt(D)) v with the softmax in fp32."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
+    scores = (q @ k.transpose(2, 3)) / q.shape[-1] ** 0.5  # (B, H, T, S)
+    if mask is None:
+        num_new, total = scores.shape[-2:]
+        mask = torch.ones(num_new, total, dtype=torch.bool, device=q.device).tril(total - num_new)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.float().softmax(-1).to(q.dtype) @ v  # (B, H, T, D)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q (B, H, T, D) over k, v (B, K, S, D): (B, H, T, D); each kv head serves H/K query heads.
+
+    mask (B or 1, 1, T, S) is True where q may look; None means causal, which with one new token is everything.
+    """
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; a bias on q, k and v only."""
+
+    def __init__(self, config: QwenConfig, layer: int):
+        super().__init__()
+        hidden, size = config.hidden_size, config.head_dim
+        self.layer = layer
+        self.head_dim = size
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * size, bias=True)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * size, bias=True)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * size, bias=True)
+        self.o_proj = nn.Linear(config.num_attention_heads * size, hidden, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        q = rotate(heads(self.q_proj(x)), cos, sin)  # (B, H, T, D)
+        k = rotate(heads(self.k_proj(x)), cos, sin)  # (B, K, T, D)
+        v = heads(self.v_proj(x))  # (B, K, T, D)
+        if cache is not None:
+            k, v = cache.write(self.layer, k, v)  # (B, K, S, D)
+        out = attention(q, k, v, mask)  # (B, H, T, D)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x)). arXiv 2002.05202."""
+
+    def __init__(self, config: QwenConfig):
+        super().__init__()
+        hidden, width = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each on a normalised input and added to the stream."""
+
+    def __init__(self, config: QwenConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids to hidden states: the checkpoint's `model.` part."""
+
+    def __init__(self, config: QwenConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, C) of ids (B, T); arguments and errors as in `Qwen.forward`."""
+        num_cached, num_new = (0 if cache is None else cache.length), ids.shape[1]
+        total = num_cached + num_new
+        if total > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{total} tokens exceed the model's {self.config.max_position_embeddings} positions; shorten the text"
+            )
+        if attention_mask is not None and attention_mask.shape != (ids.shape[0], total):
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)}, expected {(ids.shape[0], total)}: "
+                "one column for each cached and each new token"
+            )
+        if cache is not None:
+            cache.reserve(num_new)
+        mask, positions = attention_mask_and_positions(num_cached, num_new, attention_mask, ids.device)
+        x = self.embed_tokens(ids)  # (B, T, C)
+        cos, sin = rotary_tables(positions, self.config, x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.advance(num_new)
+        return self.norm(x)
+
+
+class Qwen(nn.Module):
+    """The language model: decoder and head, which is the embedding itself where the config ties them."""
+
+    def __init__(self, config: QwenConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's matrix (V, C)."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self,
+        ids: Tensor,
+        cache: KVCache | None = None,
+        attention_mask: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits (B, T, V) of ids (B, T), or (B, 1, V) with last_only.
+
+        With a cache, ids continue what it holds and it grows by T. attention_mask (B, S) is 1 on real
+        tokens and 0 on left padding, over cached and new tokens; None means no padding.
+        Raises ValueError when the tokens exceed the model's positions or the cache, or the mask misfits.
+        """
+        hidden = self.model(ids, cache, attention_mask)
+        return F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight)

@@ -1,0 +1,126 @@
+"""A checkpoint folder, hub id or the embedded checkpoint to a model: strict, and no tensor copied twice."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qwen_min.config import CheckpointError, QwenConfig
+from qwen_min.model import Qwen
+from qwen_min.tokenizer import Tokenizer
+
+TINY = Path(__file__).parent / "tiny"
+FLOAT_DTYPES = {"BF16", "F16", "F32"}
+
+
+def checkpoint_folder(source: str | Path) -> Path:
+    """The folder of a checkpoint: "tiny" (embedded), an existing folder, or a hub id such as
+    "Qwen/Qwen2.5-0.5B-Instruct", downloaded once into the hub's cache (HF_HUB_OFFLINE is honoured).
+
+    Raises CheckpointError when there is no such folder and the hub cannot give it.
+    """
+    if source == "tiny":
+        return TINY
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise CheckpointError(f"{source}: no such folder, expected a folder, a hub id 'owner/name' or 'tiny'")
+    from huggingface_hub import snapshot_download  # slow to import and needed for hub ids only
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: no such folder, and the hub did not give it ({error})") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder: those its index names, or the single one.
+
+    Raises CheckpointError when a file is missing, or the index is damaged or points outside the folder.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        names = {"model.safetensors"}
+    else:
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not a readable index with a weight_map ({error!r})") from error
+        if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+            raise CheckpointError(f"{index}: names {strange[0]!r}, expected files of the same folder")
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise CheckpointError(f"{folder}: missing {', '.join(missing)}")
+    return [folder / name for name in sorted(names)]
+
+
+def tensor_problems(expected: dict[str, torch.Size], files: dict[str, list[int]]) -> list[str]:
+    """A line for each tensor that is missing, unexpected or misshapen."""
+    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in files]
+    problems += [f"unexpected {name} {shape}" for name, shape in files.items() if name not in expected]
+    problems += [
+        f"{name} has shape {files[name]}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in files and files[name] != list(shape)
+    ]
+    return problems
+
+
+def _read(path: Path, device: str | torch.device, dtype: torch.dtype | None, expected: dict[str, torch.Size]):
+    """Check every header line of one file, then read its tensors: (tensors by name, problems)."""
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        shapes = {name: list(part.get_shape()) for name, part in slices.items()}
+        problems = tensor_problems({name: expected[name] for name in shapes if name in expected}, shapes)
+        problems += [
+            f"{name} has dtype {part.get_dtype()}, expected one of {', '.join(sorted(FLOAT_DTYPES))}"
+            for name, part in slices.items()
+            if part.get_dtype() not in FLOAT_DTYPES
+        ]
+        return {} if problems else {name: file.get_tensor(name).to(dtype) for name in shapes}, problems
+
+
+def load_weights(
+    model: torch.nn.Module, folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> None:
+    """Put the tensors of a checkpoint folder in place of the (meta) parameters of `model`.
+
+    dtype None keeps the checkpoint's. Raises CheckpointError that lists every missing, unexpected or
+    misshapen tensor, or names the damaged file; the model is unchanged then.
+    """
+    expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
+    tensors, problems = {}, []
+    for path in weight_files(folder):
+        try:
+            read, found = _read(path, device, dtype, expected)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+        problems += [f"{name} stands in two files" for name in read.keys() & tensors.keys()] + found
+        tensors.update(read)
+    if not problems:
+        problems = tensor_problems(expected, {name: list(tensor.shape) for name, tensor in tensors.items()})
+    if problems:
+        raise CheckpointError(f"{folder}: does not match its config.json:\n  " + "\n  ".join(problems))
+    model.load_state_dict(tensors, strict=True, assign=True)
+
+
+def load(
+    source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+) -> tuple[Qwen, Tokenizer]:
+    """The model, frozen to its weights and in eval mode, and the tokenizer of a checkpoint.
+
+    source: a folder, a hub id, or "tiny", the embedded checkpoint. dtype None keeps the checkpoint's.
+    Raises CheckpointError as `QwenConfig.from_file`, `load_weights` and `Tokenizer` do.
+    """
+    folder = checkpoint_folder(source)
+    config = QwenConfig.from_file(folder / "config.json")
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    if len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, more than vocab_size {config.vocab_size}"
+        )
+    with torch.device("meta"):
+        model = Qwen(config)
+    load_weights(model, folder, device, dtype)
+    return model.eval(), tokenizer
