@@ -48,6 +48,18 @@ class Ledger:
         """FLOPs debited by each experiment, in the order of their first step."""
         return {name: sum(steps.values()) for name, steps in self._steps.items()}
 
+    def require(self, experiment: str, flops: int) -> None:
+        """Raise BudgetExceeded unless all steps of an experiment, less those booked already, fit."""
+        self._check(experiment, flops - sum(self._steps[experiment].values()))
+
+    def _check(self, what: str, flops: int) -> None:
+        if self.spent + flops > self.budget:
+            spent = ", ".join(f"{name} {value:.3e}" for name, value in self.by_experiment().items() if value)
+            raise BudgetExceeded(
+                f"{what} needs {flops:.3e} FLOPs, {self.budget - self.spent:.3e} of {self.budget:.3e} are left "
+                f"(spent: {spent or 'nothing'}); raise the budget or plan less"
+            )
+
     def debit(self, experiment: str, step: int, flops: int) -> None:
         """Book one step before it runs.
 
@@ -59,12 +71,7 @@ class Ledger:
             return
         if booked is not None:
             raise ValueError(f"{self.path}: step {step} of {experiment} is booked at {booked:,} FLOPs, not {flops:,}")
-        if self.spent + flops > self.budget:
-            spent = ", ".join(f"{name} {value:.3e}" for name, value in self.by_experiment().items() if value)
-            raise BudgetExceeded(
-                f"step {step} of {experiment} needs {flops:.3e} FLOPs, {self.budget - self.spent:.3e} of "
-                f"{self.budget:.3e} are left (spent: {spent or 'nothing'}); raise --budget or plan less"
-            )
+        self._check(f"step {step} of {experiment}", flops)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"experiment": experiment, "step": step, "flops": flops}) + "\n")
         self._book(experiment, step, flops)

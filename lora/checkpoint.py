@@ -1,7 +1,6 @@
 """Adapters in peft's file format: `adapter_config.json` and `adapter_model.safetensors`, readable both ways."""
 
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -9,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora.inject import LoraConfig, adapter_parameters, inject, lora_layers
+from lora.inject import LoraConfig, adapter_parameters, inject, remove
 
 PREFIX = "base_model.model."  # peft's wrapper around the model
 # peft settings that change what an adapter computes, and the only value of each that is implemented
@@ -69,7 +68,7 @@ def read_config(folder: str | Path) -> LoraConfig:
         if not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
             raise AdapterError(f"{path}: target_modules is {targets!r}, expected a list of module names")
         # peft shortens many full names to a list of suffixes; only the last part decides here
-        names = tuple(sorted({re.split(r"\.", name)[-1] for name in targets}))
+        names = tuple(sorted({name.rpartition(".")[2] for name in targets}))
         config = LoraConfig(rank=fields["r"], alpha=fields["lora_alpha"], targets=names)
     except AdapterError:
         raise
@@ -86,8 +85,6 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
 
     Raises AdapterError that lists every missing, unexpected or misshapen tensor; the model is unchanged then.
     """
-    from lora.inject import remove
-
     config = read_config(folder)
     path = Path(folder) / "adapter_model.safetensors"
     try:
@@ -114,5 +111,3 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
             parameter.copy_(tensors[name])
     return config
 
-
-__all__ = ["AdapterError", "load_adapter", "lora_layers", "read_config", "save_adapter"]

@@ -16,11 +16,13 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.scale = alpha / rank
-        where = {"device": base_layer.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, **where)
-        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, **where)
+        # drawn on the CPU, so that a seed gives the same adapter on every device
+        on_cpu = {"device": "cpu", "dtype": torch.float32}
+        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, **on_cpu)
+        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, **on_cpu)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
+        self.to(base_layer.weight.device)
         self._base_weight: Tensor | None = None  # while merged, the weight as it was
 
     @property

@@ -89,9 +89,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     mask (B or 1, 1, T, S) is True where q may look; None means causal, which with one new token is everything.
     """
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    groups, num_new = q.shape[1] // k.shape[1], q.shape[2]
+    if num_new == 1:
+        # the query heads of a kv head stand as if they were its tokens, so that its keys are read once
+        grouped = q.reshape(q.shape[0], k.shape[1], groups, q.shape[3])  # (B, K, H/K, D)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
 
 
 class Attention(nn.Module):

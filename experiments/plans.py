@@ -1,0 +1,88 @@
+"""Named plans: which experiments, with which settings, in which order."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
+
+from experiments.training import Training
+
+CONTEXT_STEPS, HORIZON = 70, 10  # the report's 699 context tokens and 100 target tokens, as time steps
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One line of a plan. Settings that are None come from the best, by validation MSE, of `best_of`."""
+
+    name: str
+    section: str  # of the report
+    training: Training | None = None  # None: the model as it is
+    best_of: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ("val",)  # evaluated on; never on the test set to choose
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Experiments in the order they run."""
+
+    name: str
+    experiments: tuple[Experiment, ...]
+
+
+def fill(training: Training, best: Training) -> Training:
+    """Settings with every None taken from `best`."""
+    return replace(training, **{f.name: getattr(best, f.name) for f in fields(best) if getattr(training, f.name) is None})
+
+
+def candidates(plan: Plan, experiment: Experiment) -> list[Training]:
+    """Every setting the experiment may come to run with, whatever earlier experiments show."""
+    if experiment.training is None:
+        return []
+    if not experiment.best_of:
+        return [experiment.training]
+    earlier = [e for e in plan.experiments if e.name in experiment.best_of]
+    return [fill(experiment.training, best) for e in earlier for best in candidates(plan, e)]
+
+
+def _chain(name: str, trial: Training, grid: list[Training], contexts: list[int], steps: int, final: int) -> Plan:
+    """Sections 5.4 to 6.5: untrained, trial, grid, the best cell at each context, the best of all for longer.
+
+    The cells of the grid share a seed, so that only rank and rate differ; what follows uses seeds of its own, so
+    that the context run at the grid's own length repeats the best cell independently, as in the report.
+    """
+    seed = trial.seed
+    cells = [Experiment(f"grid-r{t.rank}-lr{t.learning_rate:g}", "6.3", t) for t in grid]
+    cell_names = tuple(cell.name for cell in cells)
+    lengths = [
+        Experiment(f"context-{length}", "6.4", Training(None, None, length, steps, seed=seed + 1), cell_names)
+        for length in contexts
+    ]
+    all_names = (*cell_names, *(e.name for e in lengths))
+    return Plan(
+        name,
+        (
+            Experiment("untrained", "5.4", splits=("val", "test")),
+            Experiment("trial", "6.2", trial),
+            *cells,
+            *lengths,
+            Experiment("final", "6.5", Training(None, None, None, final, seed=seed + 2), all_names, ("val", "test")),
+        ),
+    )
+
+
+def report(seed: int) -> Plan:
+    """The report's experiments with the report's settings."""
+    grid = [Training(rank, rate, 512, 1000, seed=seed) for rank, rate in product((2, 4, 8), (1e-5, 5e-5, 1e-4))]
+    return _chain("report", Training(4, 1e-5, 512, 500, seed=seed), grid, [128, 512, 768], 1000, 3000)
+
+
+def quick(seed: int) -> Plan:
+    """The same chain for the embedded checkpoint: higher rates and fewer steps, minutes on two CPU cores."""
+    grid = [Training(rank, rate, 512, 40, seed=seed) for rank, rate in product((2, 4, 8), (1e-3, 3e-3, 1e-2))]
+    return _chain("quick", Training(4, 1e-3, 512, 20, seed=seed), grid, [128, 512, 768], 40, 240)
+
+
+PLANS = {"quick": quick, "report": report}
+
+
+def as_record(plan: Plan) -> list[dict]:
+    """The experiments as plain dictionaries, for the run folder."""
+    return [asdict(experiment) for experiment in plan.experiments]

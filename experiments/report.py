@@ -1,0 +1,407 @@
+"""The report of a run folder, `report.md` and `report.html`, from its files alone: no model is loaded.
+
+    python -m experiments.report runs/quick
+"""
+
+import argparse
+import base64
+import csv
+import html
+import math
+import sys
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+from experiments import figures
+from experiments.runfolder import RunError, read_json, read_json_lines, write_whole
+
+# What the report published: validation MSE and free-running loss by experiment, log10 of its FLOPs by section.
+PUBLISHED = {
+    "untrained": (0.2702, 1.785),
+    "trial": (0.1248, 1.6563),
+    "context-128": (0.1177, 2.6090),
+    "context-512": (0.0230, 2.0401),
+    "context-768": (0.0051, 1.5362),
+    "final": (0.0021, 1.2128),
+}
+PUBLISHED_TEST = (0.0071, 1.9080)
+PUBLISHED_GRID = {  # rank: (MSE, loss) at the three rates, in rising order
+    2: ((0.0561, 1.7700), (0.0100, 1.4630), (0.0148, 1.6718)),
+    4: ((0.0375, 1.6040), (0.0251, 1.7418), (0.0133, 1.8379)),
+    8: ((0.0328, 1.6141), (0.0256, 1.9905), (0.0071, 1.6746)),
+}
+PUBLISHED_FLOPS = {"6.2": 15.38, "6.3": 16.64, "6.4": 16.13, "6.5": 16.35, "all": 16.91}
+SECTIONS = {"6.2": "Trial", "6.3": "Grid", "6.4": "Context lengths", "6.5": "Final"}
+NONE = "–"
+
+
+@dataclass
+class Run:
+    """What a run folder holds."""
+
+    folder: Path
+    plan: dict
+    example: dict
+    baselines: dict
+    contexts: dict[str, list[dict]]
+    experiments: dict[str, dict] = field(default_factory=dict)  # finished ones, in the order of the plan
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Experiments of the plan without a result."""
+        return [e["name"] for e in self.plan["identity"]["experiments"] if e["name"] not in self.experiments]
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run folder. Raises RunError when a file of it is missing or damaged."""
+    run = Run(
+        folder,
+        read_json(folder / "plan.json"),
+        read_json(folder / "example.json"),
+        read_json(folder / "baselines.json"),
+        {split: read_json_lines(folder / f"{split}.jsonl") for split in ("val", "test")},
+    )
+    for experiment in run.plan["identity"]["experiments"]:
+        path = folder / "experiments" / experiment["name"]
+        if not (path / "metrics.json").exists():
+            continue
+        result = read_json(path / "settings.json") | {
+            "metrics": read_json(path / "metrics.json"),
+            "seconds": read_json(path / "seconds.json"),
+        }
+        result["forecasts"] = {split: read_json_lines(path / f"forecasts.{split}.jsonl") for split in result["metrics"]}
+        if result["training"]:
+            with (path / "losses.csv").open(encoding="utf-8") as file:
+                result["losses"] = [float(row["loss"]) for row in csv.DictReader(file)]
+        run.experiments[experiment["name"]] = result
+    return run
+
+
+def number(value: float | None) -> str:
+    """Four decimals, or two digits and an exponent where that would show nothing."""
+    if value is None:
+        return NONE
+    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
+
+
+def log10(flops: int | float) -> str:
+    """10^x as the report writes FLOPs."""
+    return f"10^{math.log10(flops):.3f}" if flops else "0"
+
+
+class Blocks(list):
+    """A report as a list of (kind, content): rendered to Markdown and to HTML."""
+
+    def heading(self, level: int, text: str) -> None:
+        self.append(("heading", (level, text)))
+
+    def text(self, text: str) -> None:
+        self.append(("text", text))
+
+    def table(self, caption: str, header: list[str], rows: list[list[str]]) -> None:
+        self.append(("table", (caption, header, rows)))
+
+    def code(self, text: str) -> None:
+        self.append(("code", text))
+
+    def figure(self, path: Path, caption: str) -> None:
+        self.append(("figure", (path, caption)))
+
+
+def to_markdown(blocks: Blocks, folder: Path) -> str:
+    """Markdown with figures by relative path."""
+    parts = []
+    for kind, content in blocks:
+        if kind == "heading":
+            parts.append("#" * content[0] + " " + content[1])
+        elif kind == "text":
+            parts.append(content)
+        elif kind == "code":
+            parts.append(f"```\n{content}\n```")
+        elif kind == "figure":
+            parts.append(f"![{content[1]}]({content[0].relative_to(folder).as_posix()})\n\n*{content[1]}*")
+        else:
+            caption, header, rows = content
+            lines = [header, ["---"] * len(header), *rows]
+            parts.append(f"*{caption}*\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+STYLE = """
+body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2, h3 { line-height: 1.25; margin-top: 2.2rem; } h1 { margin-top: 0; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; font-style: italic; padding-bottom: .4rem; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #999; }
+.wide { overflow-x: auto; margin: 1.2rem 0; } figure { margin: 1.5rem 0; } img { max-width: 100%; }
+figcaption { font-size: .88rem; font-style: italic; } pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; }
+"""
+
+
+def to_html(blocks: Blocks, title: str) -> str:
+    """One self-contained page, figures included."""
+
+    def cells(tag: str, row: list[str]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+
+    parts = []
+    for kind, content in blocks:
+        if kind == "heading":
+            parts.append(f"<h{content[0]}>{html.escape(content[1])}</h{content[0]}>")
+        elif kind == "text":
+            parts.append(f"<p>{html.escape(content)}</p>")
+        elif kind == "code":
+            parts.append(f"<pre>{html.escape(content)}</pre>")
+        elif kind == "figure":
+            data, caption = base64.b64encode(content[0].read_bytes()).decode(), html.escape(content[1])
+            image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+            parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+        else:
+            caption, header, rows = content
+            parts.append(
+                f'<div class="wide"><table><caption>{html.escape(caption)}</caption><thead>{cells("th", header)}'
+                f"</thead><tbody>{''.join(cells('td', row) for row in rows)}</tbody></table></div>"
+            )
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+
+
+def _overview(run: Run, blocks: Blocks) -> None:
+    identity, plan = run.plan["identity"], run.plan
+    blocks.heading(1, "Forecasting predators and prey with a language model")
+    blocks.text(
+        f"Plan {identity['plan']} on the checkpoint {plan['model']} ({plan['parameters']:,} parameters), data: "
+        f"{plan['data']}, seed {identity['seed']}; {identity['dtype']} on {identity['device']} "
+        f"({plan['device_name']}, {plan['threads']} CPU threads), torch {plan['versions']['torch']}."
+    )
+    blocks.code(plan["command"])
+    if plan["model"] == "tiny":
+        blocks.text(
+            "This is the small embedded checkpoint, not Qwen2.5-0.5B: published figures stand beside ours to show "
+            "the shape of the experiment, not to be compared digit by digit."
+        )
+    if run.unfinished:
+        blocks.text(f"Not finished, and shown as {NONE}: {', '.join(run.unfinished)}.")
+    blocks.text(
+        "Errors are in scaled units (population / scale), against the exact truth, over 10 time steps behind a "
+        "context of 70. First ten: the ten sequences the report judged by. Brackets: 95 % bootstrap interval of "
+        "the mean. Free loss: cross-entropy of the target under the model's own text, as in the report; "
+        "forced loss: the same behind the true text. Models are chosen by validation MSE over all sequences."
+    )
+
+
+def _results(run: Run, blocks: Blocks) -> None:
+    blocks.heading(2, "Results")
+    header = ["method", "val, first ten", "val, all", "interval", "median", "test, first ten", "test, all", "interval",
+              "median"]  # fmt: skip
+
+    def row(name: str, by_split: dict) -> list[str]:
+        cells = [name]
+        for split in ("val", "test"):
+            first, every = (by_split.get(split, {}).get(part, {}) for part in ("first", "all"))
+            interval = every.get("mse_interval")
+            cells += [
+                number(first.get("mse")),
+                number(every.get("mse")),
+                f"[{number(interval[0])}, {number(interval[1])}]" if interval else NONE,
+                number(every.get("mse_median")),
+            ]
+        return cells
+
+    rows = [row(name, by_split) for name, by_split in run.baselines.items()]
+    rows += [row(name, e["metrics"]) for name, e in run.experiments.items()]
+    counts = ", ".join(f"{len(lines)} {split}" for split, lines in run.contexts.items())
+    blocks.table(f"MSE of every model and baseline ({counts} sequences)", header, rows)
+    malformed = []
+    for (name, experiment), split in product(run.experiments.items(), ("val", "test")):
+        if metrics := experiment["metrics"].get(split, {}).get("all"):
+            malformed.append(
+                [name, split, str(metrics["sequences"]), str(metrics["malformed_values"]),
+                 str(metrics["sequences_without_forecast"]), number(metrics.get("mae")),
+                 number(metrics.get("mse_populations")), number(metrics["free_loss"]), number(metrics["forced_loss"])]
+            )  # fmt: skip
+    blocks.table(
+        "Malformed or missing values (left out of the errors), MAE, MSE in populations, losses; all sequences",
+        ["experiment", "split", "sequences", "malformed values", "without forecast", "MAE", "MSE, populations",
+         "free loss", "forced loss"],
+        malformed,
+    )  # fmt: skip
+
+
+def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> None:
+    """A figure of one validation sequence, counted from 0, or the last one there is."""
+    lines = run.experiments[name]["forecasts"]["val"]
+    row = min(wanted, len(lines) - 1)
+    path = run.folder / "figures" / f"figure-{figure:02d}.png"
+    figures.trajectory(run.contexts["val"][row]["context"], lines[row]["truth"], lines[row]["forecast"], path)
+    blocks.figure(path, f"Figure {figure}: validation sequence {row}, {name}, MSE {number(lines[row]['mse'])}")
+
+
+def _compare(run: Run, names: list[str], split: str = "val", published: dict = PUBLISHED) -> list[list[str]]:
+    """Rows of MSE and losses, ours (first ten, all) and published."""
+    rows = []
+    for name in names:
+        metrics = run.experiments.get(name, {}).get("metrics", {}).get(split)
+        first, every = (metrics["first"], metrics["all"]) if metrics else ({}, {})
+        mse, loss = published.get(name, (None, None))
+        cells = [first.get("mse"), every.get("mse"), mse, first.get("free_loss"), every.get("free_loss"), loss]
+        rows.append([name, *map(number, cells), number(every.get("forced_loss"))])
+    return rows
+
+
+COMPARED = ["experiment", "MSE, first ten", "MSE, all", "MSE, published", "free loss, first ten", "free loss, all",
+            "free loss, published", "forced loss, all"]  # fmt: skip
+
+
+def _untrained_and_trial(run: Run, blocks: Blocks) -> None:
+    drawn = run.folder / "figures"
+    blocks.heading(2, "Untrained model (section 5.4)")
+    lines = run.experiments["untrained"]["forecasts"]["val"]
+    row = min(3, len(lines) - 1)
+    figures.loss_by_step(lines[row]["free_losses"], drawn / "figure-02.png")
+    blocks.figure(drawn / "figure-02.png", f"Figure 2: loss by prediction step, validation sequence {row}, untrained")
+    _sequence(run, blocks, "untrained", 9, 3)
+    _sequence(run, blocks, "untrained", 7, 4)
+    blocks.heading(2, "Trial (section 6.2)")
+    blocks.table("Table 2: validation, untrained and trial", COMPARED, _compare(run, ["untrained", "trial"]))
+    if "trial" in run.experiments:
+        figures.training_loss(run.experiments["trial"]["losses"], drawn / "figure-05.png")
+        blocks.figure(drawn / "figure-05.png", "Figure 5: training loss of the trial")
+        _sequence(run, blocks, "trial", 9, 6)
+        _sequence(run, blocks, "trial", 7, 7)
+
+
+def _grid(run: Run, blocks: Blocks) -> None:
+    planned = {
+        (e["training"]["rank"], e["training"]["learning_rate"]): e["name"]
+        for e in run.plan["identity"]["experiments"]
+        if e["section"] == "6.3"
+    }
+    ranks, rates = (sorted({key[i] for key in planned}) for i in (0, 1))
+    blocks.heading(2, "Grid of rank and learning rate (section 6.3)")
+    for table, (title, key, column) in enumerate((("MSE", "mse", 0), ("free-running loss", "free_loss", 1)), start=3):
+        rows = []
+        for rank in ranks:
+            row = [str(rank)]
+            for index, rate in enumerate(rates):
+                found = run.experiments.get(planned[rank, rate], {}).get("metrics", {}).get("val", {})
+                ours = [number(found.get(part, {}).get(key)) for part in ("first", "all")]
+                theirs = PUBLISHED_GRID.get(rank, [])[index : index + 1]
+                row.append(" / ".join([*ours, number(theirs[0][column]) if theirs else NONE]))
+            rows.append(row)
+        header = ["rank", *(f"rate {rate:g}" for rate in rates)]
+        rule = " (published at 1e-5, 5e-5, 1e-4)" if rates != [1e-5, 5e-5, 1e-4] else ""
+        blocks.table(f"Table {table}: validation {title}: first ten / all / published{rule}", header, rows)
+    done = {name: run.experiments[name] for name in planned.values() if name in run.experiments}
+    if not done:
+        return
+    curves = {_label(e["training"]): e["losses"] for e in done.values()}
+    best = min(done, key=lambda name: done[name]["metrics"]["val"]["all"]["mse"] or math.inf)
+    drawn = run.folder / "figures"
+    figures.loss_curves(curves, drawn / "figure-08.png")
+    blocks.figure(drawn / "figure-08.png", "Figure 8: training loss of the grid")
+    figures.loss_curves(curves, drawn / "figure-09.png", highlight=_label(done[best]["training"]))
+    blocks.figure(drawn / "figure-09.png", f"Figure 9: training loss of the best cell, {best}")
+    _sequence(run, blocks, best, 5, 10)
+
+
+def _label(training: dict) -> str:
+    return f"rank {training['rank']}, rate {training['learning_rate']:g}, context {training['context']}"
+
+
+def _contexts_and_final(run: Run, blocks: Blocks) -> None:
+    planned = run.plan["identity"]["experiments"]
+    names = [e["name"] for e in planned if e["section"] == "6.4"]
+    done = [run.experiments[name] for name in names if name in run.experiments]
+    drawn = run.folder / "figures"
+    blocks.heading(2, "Context lengths (section 6.4)")
+    blocks.table("Table 5: validation by context length", COMPARED, _compare(run, names))
+    if done:
+        figures.loss_curves({_label(e["training"]): e["losses"] for e in done}, drawn / "figure-11.png")
+        blocks.figure(drawn / "figure-11.png", "Figure 11: training loss by context length")
+    blocks.heading(2, "Final (section 6.5)")
+    rows = _compare(run, ["final"]) + _compare(run, ["final"], "test", {"final": PUBLISHED_TEST})
+    for row, split in zip(rows, ("validation", "test"), strict=True):
+        row[0] = split
+    blocks.table("Table 6: the final model", COMPARED, rows)
+    if "final" in run.experiments:
+        final = run.experiments["final"]
+        blocks.text(f"Settings: {_label(final['training'])}, {final['training']['steps']} steps.")
+        figures.training_loss(final["losses"], drawn / "figure-12.png")
+        blocks.figure(drawn / "figure-12.png", "Figure 12: training loss of the final model")
+
+
+def _compute(run: Run, blocks: Blocks) -> None:
+    blocks.heading(2, "Compute (section 8)")
+    blocks.text(
+        "Training only, 3 x forward, in three conventions: exact is what runs; sheet follows section 4.3 with the "
+        "real feed-forward; report reproduces the published figures, which count two feed-forward matrices of "
+        "width 4 x hidden where the model has three wider ones. The budget is kept in the convention "
+        f"{run.plan['identity']['convention']}."
+    )
+    header = ["", "steps", "exact", "sheet", "report", "published", "seconds, training", "seconds, evaluation"]
+    rows, totals = [], dict.fromkeys(("exact", "sheet", "report"), 0)
+    for name, experiment in run.experiments.items():
+        flops, seconds = experiment["flops"], experiment["seconds"]
+        for convention in totals:
+            totals[convention] += flops.get(convention, 0)
+        steps = str(experiment["training"]["steps"]) if experiment["training"] else NONE
+        counted = [log10(flops[c]) if flops else NONE for c in totals]
+        rows.append([name, steps, *counted, NONE, f"{seconds['training']:.1f}", f"{seconds['evaluation']:.1f}"])
+    for section, title in SECTIONS.items():
+        parts = [e for e in run.experiments.values() if e["section"] == section]
+        counted = [log10(sum(e["flops"][c] for e in parts)) for c in totals]
+        rows.append([f"{title} ({section})", NONE, *counted, f"10^{PUBLISHED_FLOPS[section]}", NONE, NONE])
+    rows.append(["all", NONE, *map(log10, totals.values()), f"10^{PUBLISHED_FLOPS['all']}", NONE, NONE])
+    blocks.table("FLOPs of the finished experiments", header, rows)
+
+
+def build(run: Run) -> Blocks:
+    """The whole report of a run; draws its figures into the run folder."""
+    blocks = Blocks()
+    _overview(run, blocks)
+    _results(run, blocks)
+    blocks.heading(2, "Text and tokens (section 3.2.5)")
+    example = run.example
+    blocks.text(
+        f"The second training sequence begins so; the whole has {example['num_characters']} characters and "
+        f"{example['num_tokens']} tokens."
+    )
+    blocks.code(f"{example['text']}\n{example['tokens']}")
+    if "untrained" in run.experiments:
+        _untrained_and_trial(run, blocks)
+        _grid(run, blocks)
+        _contexts_and_final(run, blocks)
+    _compute(run, blocks)
+    return blocks
+
+
+def write_report(folder: Path) -> Path:
+    """Write figures, report.md and report.html into a run folder; the path of report.html.
+
+    Raises RunError when the folder holds no readable run.
+    """
+    blocks = build(load_run(folder))
+    write_whole(folder / "report.md", to_markdown(blocks, folder))
+    write_whole(folder / "report.html", to_html(blocks, blocks[0][1][1]))
+    return folder / "report.html"
+
+
+def main() -> int:
+    """Write the report again."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="run folder")
+    try:
+        print(write_report(parser.parse_args().folder))
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

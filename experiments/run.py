@@ -1,0 +1,180 @@
+"""Run a plan of experiments into a folder and write its report.
+
+    python -m experiments.run                                   # minutes, on the embedded checkpoint and data
+    python -m experiments.run --plan report --model Qwen/Qwen2.5-0.5B-Instruct --data lotka_volterra_data.h5
+
+A folder that holds the same run is continued; finished experiments are not run again.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+PLAN_NAMES = ("quick", "report")  # of experiments.plans, which is slow to import
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def sequences(text: str) -> int | None:
+    """A number of sequences, or None for "all"."""
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor 'all'")
+    return int(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m experiments.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--plan", choices=PLAN_NAMES, default="quick", help="which experiments (default %(default)s)")
+    p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id, or tiny, the embedded one (default)")
+    p.add_argument("--data", type=Path, help="HDF5 file with /trajectories and /time (default: simulated, seed 0)")
+    p.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1, ... (default %(default)s)")
+    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the frozen weights (default %(default)s)")
+    p.add_argument(
+        "--sequences", type=sequences, metavar="N|all", help="evaluate the first N of each split (default all)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of adapters and batches (default %(default)s)")
+    p.add_argument("--budget", type=float, default=1e17, help="FLOPs of all training (default %(default)g)")
+    p.add_argument(
+        "--convention", default="sheet", choices=("exact", "sheet", "report"),
+        help="how the budget counts (default %(default)s, the strictest)",
+    )  # fmt: skip
+    p.add_argument("--out", type=Path, help="run folder (default runs/PLAN)")
+    return p
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """sha256 over the config and the weights of a checkpoint folder."""
+    import hashlib
+
+    from qwen_min.weights import weight_files
+
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *weight_files(folder)]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def checked_device(name: str) -> str:
+    """The device, once a number was really put there. Raises ValueError for one that is not to be had."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    return name
+
+
+def prepare(args: argparse.Namespace):
+    """Read and check everything a run needs, then open its folder: (suite, whether it is continued).
+
+    Raises ValueError or OSError with one clear message, before anything is written.
+    """
+    import hashlib
+    import platform
+
+    import torch
+
+    import flops
+    from experiments import data, plans
+    from experiments.llmtime import Encoding
+    from experiments.runfolder import open_run
+    from experiments.suite import Suite
+    from experiments.training import window_tensors
+    from qwen_min import load
+    from qwen_min.weights import checkpoint_folder
+
+    if not args.budget > 0:
+        raise ValueError(f"--budget is {args.budget}, expected a positive number of FLOPs")
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}, expected 0 or more")
+    device = checked_device(args.device)
+    plan = plans.PLANS[args.plan](args.seed)
+    dataset = data.read(args.data) if args.data else data.simulate()
+    num_steps = dataset.trajectories.shape[1]
+    if num_steps < plans.CONTEXT_STEPS + plans.HORIZON:
+        raise data.DataError(
+            f"{args.data}: trajectories have {num_steps} time steps, expected at least "
+            f"{plans.CONTEXT_STEPS} context + {plans.HORIZON} forecast steps"
+        )
+    parts = data.split(len(dataset.trajectories))
+    encoding = Encoding.fit(dataset.trajectories[parts.train])
+    ids = {"train": parts.train, "val": parts.val[: args.sequences], "test": parts.test[: args.sequences]}
+    folder = checkpoint_folder(args.model)
+    model, tokenizer = load(folder, device, getattr(torch, args.dtype))
+    series = {name: dataset.trajectories[rows] for name, rows in ids.items()}
+    sample = [tokenizer.encode(encoding.encode(series["train"][0]))]
+    for experiment in plan.experiments:
+        for training in plans.candidates(plan, experiment):
+            window_tensors(sample, training, tokenizer.pad_id)  # refuses a context longer than a trajectory
+    identity = {
+        "plan": args.plan,
+        "experiments": plans.as_record(plan),
+        "seed": args.seed,
+        "sequences": args.sequences,
+        "checkpoint_sha256": checkpoint_hash(folder),
+        "data_sha256": hashlib.sha256(dataset.trajectories.tobytes()).hexdigest(),
+        "encoding": {"scale": encoding.scale, "decimals": encoding.decimals},
+        "convention": args.convention,
+        "device": torch.device(device).type,
+        "dtype": args.dtype,
+    }
+    record = {
+        "command": f"python -m experiments.run {' '.join(sys.argv[1:])}".strip(),
+        "model": args.model,
+        "data": args.data.name if args.data else "simulated, seed 0",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device_name": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+    out = args.out or Path("runs") / args.plan
+    continued = open_run(out, json_plain(identity), record)
+    ledger = flops.Ledger(out / "ledger.jsonl", int(args.budget))
+    suite = Suite(plan, out, model, tokenizer, encoding, series, ids, ledger, args.convention, args.model)
+    return suite, continued
+
+
+def json_plain(value):
+    """The value as JSON would give it back: tuples become lists."""
+    import json
+
+    return json.loads(json.dumps(value))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 when the plan is finished, 1 when the budget or a loss ended it early, 2 for bad input."""
+    args = parser().parse_args(argv)
+    import flops  # after parsing: --help need not wait for torch
+
+    try:
+        suite, continued = prepare(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from experiments.report import write_report
+    from experiments.training import TrainingError
+
+    if continued:
+        print(f"continuing {suite.folder}")
+    if warning := suite.budget_warning():
+        print(f"warning: {warning}", file=sys.stderr)
+    status = 0
+    try:
+        suite.run()
+    except (flops.BudgetExceeded, TrainingError) as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        status = 1
+    spent, budget = suite.ledger.spent, suite.ledger.budget
+    print(f"spent {spent:.3e} of {budget:.3e} FLOPs ({spent / budget:.2%}, {suite.convention})")
+    print(f"report: {write_report(suite.folder)}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Runs the experiments of a plan, one after the other, into a run folder."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import flops
+from experiments.baselines import BASELINES
+from experiments.evaluation import Forecasts, errors, forecast, metrics
+from experiments.llmtime import Encoding
+from experiments.plans import CONTEXT_STEPS, HORIZON, Experiment, Plan, candidates, fill
+from experiments.runfolder import read_json, to_json, to_json_lines, write_whole
+from experiments.training import Training, train, window_tensors
+from lora import inject, remove, save_adapter
+from qwen_min import Qwen, Tokenizer
+
+
+@dataclass
+class Suite:
+    """A plan with everything it runs on. series (N, T, 2) in populations, by split name."""
+
+    plan: Plan
+    folder: Path
+    model: Qwen
+    tokenizer: Tokenizer
+    encoding: Encoding
+    series: dict[str, np.ndarray]
+    ids: dict[str, np.ndarray]  # of the trajectories in the data file, by split name
+    ledger: flops.Ledger
+    convention: str
+    source: str  # of the checkpoint, as the user named it
+
+    def step_flops(self, training: Training, convention: str | None = None) -> int:
+        """FLOPs of one optimizer step."""
+        return flops.training_step(
+            self.model.config,
+            training.batch,
+            training.context,
+            convention=convention or self.convention,
+            ranks=training.ranks,
+        )
+
+    def forecast_costs(self) -> dict[str, int]:
+        """The most that each experiment may cost, in FLOPs of the ledger's convention."""
+        costs = {}
+        for experiment in self.plan.experiments:
+            possible = [t.steps * self.step_flops(t) for t in candidates(self.plan, experiment)]
+            costs[experiment.name] = max(possible, default=0)
+        return costs
+
+    def budget_warning(self) -> str | None:
+        """What does not fit the budget, in a sentence, before anything runs; None when all fits."""
+        costs, left, fits = self.forecast_costs(), self.ledger.budget, []
+        for name, cost in costs.items():
+            if cost > left:
+                misfits = list(costs)[len(fits) :]
+                return (
+                    f"plan {self.plan.name} needs up to {sum(costs.values()):.3e} FLOPs ({self.convention}), the "
+                    f"budget is {self.ledger.budget:.3e}. Fits: {', '.join(fits) or 'nothing'}. Does not fit: "
+                    f"{', '.join(misfits)}. Raise --budget, or count by another --convention, to run it whole"
+                )
+            left -= cost
+            fits.append(name)
+        return None
+
+    def run(self) -> None:
+        """Run every experiment that is not finished yet.
+
+        Raises flops.BudgetExceeded at the first one that does not fit whole, TrainingError when a loss is not
+        finite; all that came before is kept.
+        """
+        self._write_data()
+        for experiment in self.plan.experiments:
+            if not (self._path(experiment.name) / "metrics.json").exists():
+                self._run_one(experiment)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "experiments" / name
+
+    def _write_data(self) -> None:
+        """What every experiment shares: the example of section 3.2.5, contexts with truth, the baselines."""
+        text = self.encoding.encode(self.series["train"][1])
+        tokens = self.tokenizer.encode(text)
+        example = {"text": text[:40], "tokens": tokens[:20], "num_characters": len(text), "num_tokens": len(tokens)}
+        write_whole(self.folder / "example.json", to_json(example))
+        rows = {}
+        for split in ("val", "test"):
+            scaled = self.encoding.scaled(self.series[split]).astype(np.float64)
+            context, truth = np.split(scaled[:, : CONTEXT_STEPS + HORIZON], [CONTEXT_STEPS], axis=1)
+            lines = [
+                {"id": int(i), "context": c.round(4).tolist(), "truth": t.round(6).tolist()}
+                for i, c, t in zip(self.ids[split], context, truth, strict=True)
+            ]
+            write_whole(self.folder / f"{split}.jsonl", to_json_lines(lines))
+            rounded = context.round(self.encoding.decimals)  # what the model is shown
+            for name, baseline in BASELINES.items():
+                values = baseline(rounded, HORIZON)
+                rows.setdefault(name, {})[split] = {
+                    part: errors(values[chosen], truth[chosen], self.encoding.scale)
+                    for part, chosen in (("first", slice(10)), ("all", slice(None)))
+                }
+        write_whole(self.folder / "baselines.json", to_json(rows))
+
+    def _settings(self, experiment: Experiment) -> Training | None:
+        if not experiment.best_of:
+            return experiment.training
+
+        def validation_mse(name: str) -> float:
+            mse = read_json(self._path(name) / "metrics.json")["val"]["all"]["mse"]
+            return float("inf") if mse is None else mse
+
+        best = min(experiment.best_of, key=validation_mse)
+        settings = read_json(self._path(best) / "settings.json")
+        return fill(experiment.training, Training(**settings["training"]))
+
+    def _run_one(self, experiment: Experiment) -> None:
+        path, training = self._path(experiment.name), self._settings(experiment)
+        costs = {}
+        if training:
+            costs = {c: training.steps * self.step_flops(training, c) for c in flops.CONVENTIONS}
+            self.ledger.require(experiment.name, costs[self.convention])
+        record = {"section": experiment.section, "training": training and asdict(training), "flops": costs}
+        write_whole(path / "settings.json", to_json(record))
+        started, seconds = time.monotonic(), {}
+        with self._adapted(experiment.name, training):
+            seconds["training"] = time.monotonic() - started
+            results = {}
+            for split in experiment.splits:
+                results[split] = self._evaluate(experiment.name, split)
+            seconds["evaluation"] = time.monotonic() - started - seconds["training"]
+        write_whole(path / "seconds.json", to_json({name: round(value, 1) for name, value in seconds.items()}))
+        write_whole(path / "metrics.json", to_json(results))  # last: it says that the experiment is finished
+        (path / "state.safetensors").unlink(missing_ok=True)
+
+    @contextmanager
+    def _adapted(self, name: str, training: Training | None) -> Iterator[None]:
+        """The model with the trained adapter of an experiment, and without it afterwards."""
+        if training is None:
+            yield
+            return
+        path = self._path(name)
+        tokens = [self.tokenizer.encode(self.encoding.encode(one)) for one in self.series["train"]]
+        ids, mask = window_tensors(tokens, training, self.tokenizer.pad_id)
+        cost = self.step_flops(training)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(training.seed)
+            inject(self.model, training.lora)
+        try:
+            with tqdm(total=training.steps, desc=name, mininterval=_interval()) as bar:
+
+                def after_step(step: int, loss: float) -> None:
+                    share = self.ledger.spent / self.ledger.budget
+                    bar.set_postfix(loss=f"{loss:.3f}", budget=f"{share:.2%}", refresh=False)
+                    bar.update(step + 1 - bar.n)
+
+                losses = train(
+                    self.model,
+                    ids,
+                    mask,
+                    training,
+                    path / "state.safetensors",
+                    before_step=lambda step: self.ledger.debit(name, step, cost),
+                    after_step=after_step,
+                )
+            rows = "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(losses))
+            write_whole(path / "losses.csv", "step,loss\n" + rows)
+            partial = path / "adapter.partial"
+            save_adapter(self.model, partial, training.lora, self.source)
+            shutil.rmtree(path / "adapter", ignore_errors=True)
+            partial.rename(path / "adapter")
+            yield
+        finally:
+            remove(self.model)
+
+    def _evaluate(self, name: str, split: str) -> dict:
+        """Forecast a split; write a line for each trajectory, return the metrics."""
+        series, scale = self.series[split], self.encoding.scale
+        with tqdm(total=len(series), desc=f"{name}, {split}", mininterval=_interval()) as bar:
+            found = forecast(
+                self.model, self.tokenizer, self.encoding, series, CONTEXT_STEPS, HORIZON, progress=bar.update
+            )
+        truth = self.encoding.scaled(series)[:, CONTEXT_STEPS : CONTEXT_STEPS + HORIZON].astype(np.float64)
+        lines = [self._line(self.ids[split][i], i, found, truth, scale) for i in range(len(series))]
+        write_whole(self._path(name) / f"forecasts.{split}.jsonl", to_json_lines(lines))
+        return metrics(found, truth, scale)
+
+    def _line(self, trajectory: int, row: int, found: Forecasts, truth: np.ndarray, scale: float) -> dict:
+        one = slice(row, row + 1)
+        error = errors(found.values[one], truth[one], scale)
+        return {
+            "id": int(trajectory),
+            "text": found.texts[row],
+            "forecast": _plain(found.values[row]),
+            "truth": _plain(truth[row].round(6)),
+            "mse": error["mse"],
+            "malformed_values": error["malformed_values"],
+            "free_losses": _plain(found.free_losses[row].round(4)),
+            "forced_loss": round(float(np.nanmean(found.forced_losses[row])), 6),
+        }
+
+
+def _plain(values: np.ndarray) -> list:
+    """Nested lists with None for NaN, as JSON has no NaN."""
+    return json.loads(json.dumps(values.astype(float).tolist()).replace("NaN", "null"))
+
+
+def _interval() -> float:
+    """Seconds between redraws of a progress line: rare where it goes to a file."""
+    return 0.1 if sys.stderr.isatty() else 30.0

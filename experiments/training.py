@@ -1,0 +1,138 @@
+"""LoRA training on windows of text: batches, steps, and a state that continues to the same bytes.
+
+n windows, B batch, T context length in tokens.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from experiments.llmtime import windows
+from experiments.runfolder import write_whole
+from lora import LoraConfig, adapter_parameters
+from qwen_min.generate import pad_left
+from qwen_min.loss import next_token_loss
+from qwen_min.model import Qwen
+
+SAVE_SECONDS = 30.0  # how much work a kill may cost
+
+
+class TrainingError(ValueError):
+    """Training cannot go on; the last saved state stands."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of one fine-tuning. None stands for a value that a plan fills in from an earlier experiment."""
+
+    rank: int | None
+    learning_rate: float | None
+    context: int | None  # window length in tokens
+    steps: int
+    batch: int = 4
+    stride: int = 256  # tokens between the starts of a trajectory's windows
+    seed: int = 0  # of the adapter's start and of the order of windows
+
+    @property
+    def lora(self) -> LoraConfig:
+        """Query and value projections, scaled by 1 (alpha = rank), as in the report."""
+        return LoraConfig(rank=self.rank, alpha=self.rank, targets=("q_proj", "v_proj"))
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """LoRA rank by module name, as the FLOPs counter takes it."""
+        return {target: self.rank for target in self.lora.targets}
+
+
+def window_tensors(token_lists: list[list[int]], settings: Training, pad_id: int) -> tuple[Tensor, Tensor]:
+    """All windows of all trajectories, ids and mask (n, T) each, shorter ones padded on the left.
+
+    Raises TrainingError when the context is longer than every trajectory.
+    """
+    longest = max(map(len, token_lists))
+    if settings.context > longest:
+        raise TrainingError(f"context {settings.context} is longer than a trajectory of {longest} tokens; shorten it")
+    pieces = [piece for tokens in token_lists for piece in windows(tokens, settings.context, settings.stride)]
+    ids, mask = pad_left(pieces, pad_id)
+    return ids, torch.ones_like(ids) if mask is None else mask
+
+
+def batch_rows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """Rows of the windows in a step: each epoch is a fresh shuffle, a pure function of seed and step.
+
+    What is left over at an epoch's end is skipped, as every batch is full.
+    """
+    epoch, index = divmod(step, num_windows // batch)
+    order = np.random.default_rng([seed, epoch]).permutation(num_windows)
+    return order[index * batch : (index + 1) * batch]
+
+
+def _save_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, losses: list[float]) -> None:
+    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+    for name, parameter in parameters.items():
+        moments = optimizer.state[parameter]
+        tensors |= {name: parameter, f"{name}.exp_avg": moments["exp_avg"], f"{name}.exp_avg_sq": moments["exp_avg_sq"]}
+    write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam) -> list[float]:
+    with safe_open(path, framework="pt") as file:
+        losses = file.get_tensor("losses").tolist()
+        for name, parameter in parameters.items():
+            parameter.data.copy_(file.get_tensor(name))
+            optimizer.state[parameter] = {"step": torch.tensor(float(len(losses)))} | {
+                moment: file.get_tensor(f"{name}.{moment}").to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")
+            }
+    return losses
+
+
+def train(
+    model: Qwen,
+    ids: Tensor,
+    mask: Tensor,
+    settings: Training,
+    state: Path,
+    before_step: Callable[[int], None],
+    after_step: Callable[[int, float], None],
+) -> list[float]:
+    """Train the injected adapter with Adam at a constant rate; return the loss of each step in nats per token.
+
+    ids, mask (n, T) from `window_tensors`. `state` is the file to continue from and to save to, every
+    SAVE_SECONDS and at the end. before_step(step) may refuse a step by raising, after_step(step, loss) reports.
+    Raises TrainingError when a loss is not finite, or there are fewer windows than a batch takes.
+    """
+    if len(ids) < settings.batch:
+        raise TrainingError(f"{len(ids)} windows cannot fill a batch of {settings.batch}; use more trajectories")
+    parameters = adapter_parameters(model)
+    optimizer = torch.optim.Adam(parameters.values(), lr=settings.learning_rate)
+    losses = _load_state(state, parameters, optimizer) if state.exists() else []
+    device = model.head_weight.device
+    saved = time.monotonic()
+    model.train()
+    for step in range(len(losses), settings.steps):
+        before_step(step)
+        rows = torch.from_numpy(batch_rows(len(ids), settings.batch, settings.seed, step))
+        batch_mask = mask[rows]
+        whole = bool(batch_mask.all())
+        loss = next_token_loss(model, ids[rows].to(device), None if whole else batch_mask.to(device))
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TrainingError(f"the loss of step {step} is {value} (windows {rows.tolist()}); lower the learning rate")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(value)
+        after_step(step, value)
+        if step + 1 == settings.steps or time.monotonic() - saved > SAVE_SECONDS:
+            _save_state(state, parameters, optimizer, losses)
+            saved = time.monotonic()
+    model.eval()
+    return losses
