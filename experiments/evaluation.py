@@ -41,9 +41,7 @@ class Forecasts(NamedTuple):
             )
 
         texts = [text for part in parts for text in part.texts]
-        return Forecasts(
-            texts, np.concatenate([p.values for p in parts]), stack("free_losses"), stack("forced_losses")
-        )
+        return Forecasts(texts, np.concatenate([p.values for p in parts]), stack("free_losses"), stack("forced_losses"))
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the choice of backend
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
 PREY, PREDATOR, TEXT, GRID = "#1f6fb4", "#d1602b", "#333333", "#dddddd"
 CURVES = ("#1f6fb4", "#d1602b", "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
@@ -82,7 +82,8 @@ def loss_curves(curves: dict[str, list[float]], path: Path, highlight: str | Non
         steps = np.arange(len(mean)) + len(losses) - len(mean)
         grey = highlight is not None and label != highlight
         color = "#c4c4c4" if grey else CURVES[index % len(CURVES)]
-        axes.plot(steps, mean, color=color, linewidth=1 if grey else 1.5, label=None if grey else label, zorder=2 - grey)
+        style = {"linewidth": 1, "zorder": 1} if grey else {"linewidth": 1.5, "zorder": 2, "label": label}
+        axes.plot(steps, mean, color=color, **style)
     axes.set(xlabel="optimizer step", ylabel="training loss (nats), 10-step average")
     axes.legend(fontsize=8, ncols=2 if len(curves) > 4 and highlight is None else 1)
     _save(figure, path)

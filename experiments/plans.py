@@ -29,7 +29,8 @@ class Plan:
 
 def fill(training: Training, best: Training) -> Training:
     """Settings with every None taken from `best`."""
-    return replace(training, **{f.name: getattr(best, f.name) for f in fields(best) if getattr(training, f.name) is None})
+    unset = [f.name for f in fields(training) if getattr(training, f.name) is None]
+    return replace(training, **{name: getattr(best, name) for name in unset})
 
 
 def candidates(plan: Plan, experiment: Experiment) -> list[Training]:

@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="series a step (default %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=4e-3, help="peak rate (default %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="peak rate (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default %(default)s)")
     args = parser.parse_args()
 
@@ -221,7 +221,8 @@ def main() -> None:
         f"""# The embedded checkpoint
 
 A Qwen2.5 decoder of {sum(p.numel() for p in model.parameters()):,} parameters, pretrained from scratch on series
-that are not predator-prey, written as text. It plays the part of the pretrained model where the real one is not at hand.
+that are not predator-prey, written as text. It plays the part of the pretrained model where the real one is not at
+hand.
 
 | | |
 |---|---|

@@ -1,6 +1,8 @@
-"""The report of a run folder, `report.md` and `report.html`, from its files alone: no model is loaded.
+"""The report of a run folder, `report.md` and `report.html`, from its files alone.
 
     python -m experiments.report runs/quick
+
+draws figures and tables again; no model is loaded.
 """
 
 import argparse
@@ -33,7 +35,7 @@ PUBLISHED_GRID = {  # rank: (MSE, loss) at the three rates, in rising order
 }
 PUBLISHED_FLOPS = {"6.2": 15.38, "6.3": 16.64, "6.4": 16.13, "6.5": 16.35, "all": 16.91}
 SECTIONS = {"6.2": "Trial", "6.3": "Grid", "6.4": "Context lengths", "6.5": "Final"}
-NONE = "–"
+NONE = "-"
 
 
 @dataclass

@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m experiments.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--plan", choices=PLAN_NAMES, default="quick", help="which experiments (default %(default)s)")
-    p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id, or tiny, the embedded one (default)")
+    p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
     p.add_argument("--data", type=Path, help="HDF5 file with /trajectories and /time (default: simulated, seed 0)")
     p.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1, ... (default %(default)s)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the frozen weights (default %(default)s)")

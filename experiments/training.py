@@ -49,7 +49,7 @@ class Training:
     @property
     def ranks(self) -> dict[str, int]:
         """LoRA rank by module name, as the FLOPs counter takes it."""
-        return {target: self.rank for target in self.lora.targets}
+        return dict.fromkeys(self.lora.targets, self.rank)
 
 
 def window_tensors(token_lists: list[list[int]], settings: Training, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def train(
         loss = next_token_loss(model, ids[rows].to(device), None if whole else batch_mask.to(device))
         value = loss.item()
         if not math.isfinite(value):
-            raise TrainingError(f"the loss of step {step} is {value} (windows {rows.tolist()}); lower the learning rate")
+            raise TrainingError(f"step {step}: the loss is {value} (windows {rows.tolist()}); lower the learning rate")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,6 +1,8 @@
-"""Print what a forward pass costs operator by operator, and a training step, in the three conventions.
+"""Print what a training step costs, operator by operator, in the three conventions.
 
     python -m flops --model Qwen/Qwen2.5-0.5B-Instruct --batch 4 --context 512 --rank 8
+
+Only the checkpoint's config.json is read.
 """
 
 import argparse
@@ -17,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id, or tiny (default)")
     p.add_argument("--batch", type=int, default=4, help="rows (default %(default)s)")
     p.add_argument("--context", type=int, default=512, help="tokens in a row (default %(default)s)")
-    p.add_argument("--rank", type=int, default=8, help="LoRA rank on q_proj and v_proj, 0 for none (default %(default)s)")
+    p.add_argument("--rank", type=int, default=8, help="of LoRA on q_proj and v_proj, 0 for none (default %(default)s)")
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return p
 
@@ -57,17 +59,21 @@ def counts(args: argparse.Namespace) -> dict:
 def table(found: dict) -> str:
     """The counts as text."""
     conventions = list(found["totals"])
+
+    def line(name: str, cells: list[str]) -> str:
+        return f"{name:<26}" + "".join(f"{cell:>22}" for cell in cells)
+
     lines = [
         f"{found['model']}, {found['batch']} x {found['context']} tokens, LoRA rank {found['rank']}",
         "",
-        f"{'operator':<26}" + "".join(f"{c:>22}" for c in conventions),
+        line("operator", conventions),
     ]
     for name, flops in found["operators"].items():
-        lines.append(f"{name:<26}" + "".join(f"{flops[c] or '-':>22,}" if flops[c] else f"{'-':>22}" for c in conventions))
+        lines.append(line(name, [f"{flops[c]:,}" if flops[c] else "-" for c in conventions]))
     for name in ("forward", "training step"):
-        lines.append(f"{name:<26}" + "".join(f"{found['totals'][c][name]:>22,}" for c in conventions))
-    logs = (math.log10(found["totals"][c]["training step"]) for c in conventions)
-    lines.append(f"{'  as a power of ten':<26}" + "".join(f"{'10^' + format(x, '.3f'):>22}" for x in logs))
+        lines.append(line(name, [f"{found['totals'][c][name]:,}" for c in conventions]))
+    logs = [math.log10(found["totals"][c]["training step"]) for c in conventions]
+    lines.append(line("  as a power of ten", [f"10^{x:.3f}" for x in logs]))
     traced, forward = found["traced"]["forward and backward"], found["traced"]["forward"]
     agrees = "equals" if forward == found["totals"]["exact"]["forward"] else "DIFFERS FROM"
     lines += [

@@ -13,7 +13,8 @@ class Ledger:
     """A file of one JSON line per optimizer step: {"experiment", "step", "flops"}.
 
     A step is debited before it runs and once: a step that an interrupted run repeats on its way back to where
-    it was is the same step. `spent` is the sum in FLOPs. So what a kill can leave behind is a step debited but not run, never the reverse.
+    it was is the same step. So a kill can leave behind a step debited but not run, never the reverse. `spent`
+    is the sum in FLOPs.
     Raises ValueError when the file is damaged.
     """
 

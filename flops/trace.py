@@ -19,14 +19,13 @@ from qwen_min.config import QwenConfig
 from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
 
-FREE = frozenset(
-    # moving and making numbers
-    "_to_copy _unsafe_view alias arange cat clone copy_ detach embedding empty empty_like expand fill_ full full_like "
-    "gather index lift_fresh new_empty new_full new_zeros ones_like permute promote_types scalar_tensor select select_backward slice "
-    "slice_backward split squeeze stack t transpose tril unsqueeze view zero_ zeros zeros_like "
-    # comparing and choosing
-    "argmax bitwise_and bitwise_not bitwise_or clamp eq ge le lt masked_fill where".split()
-)
+MOVING = """
+_to_copy _unsafe_view alias arange cat clone copy_ detach embedding empty empty_like expand fill_ full full_like gather
+index lift_fresh new_empty new_full new_zeros ones_like permute promote_types scalar_tensor select select_backward
+slice slice_backward split squeeze stack t transpose tril unsqueeze view zero_ zeros zeros_like
+"""
+CHOOSING = "argmax bitwise_and bitwise_not bitwise_or clamp eq ge le lt masked_fill where"
+FREE = frozenset((MOVING + CHOOSING).split())
 PER_OUTPUT = {  # FLOPs for each number of the result
     "add": ADD,
     "add_": ADD,
@@ -94,6 +93,11 @@ def _price_scatter_add(args, _) -> int:
     return args[2].numel() * ADD
 
 
+def _price_embedding_backward(args, _) -> int:
+    """Each token's gradient is added to its row of the table."""
+    return args[0].numel() * ADD
+
+
 PRICES = {
     "mm": _price_matmul,
     "bmm": _price_matmul,
@@ -105,6 +109,7 @@ PRICES = {
     "logsumexp": _price_logsumexp,
     "_softmax_backward_data": _price_softmax_backward,
     "scatter_add_": _price_scatter_add,
+    "embedding_dense_backward": _price_embedding_backward,
 }
 
 

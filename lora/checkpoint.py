@@ -110,4 +110,3 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
     return config
-

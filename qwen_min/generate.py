@@ -66,17 +66,17 @@ def greedy_steps(
     """
     ends = torch.tensor(sorted(end_ids), device=logits.device, dtype=torch.long)
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    for step in range(num_new_tokens):
-        if step > 0:
-            if attention_mask is not None:
-                attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
-            logits = decode_step(model, tokens, cache, attention_mask)
+    for step in range(1, num_new_tokens + 1):
         tokens = torch.where(running, logits.argmax(-1), pad_id)
         yield tokens, logits, running
         if len(ends):
             running = running & ~torch.isin(tokens, ends)
             if not running.any():
                 return
+        if step < num_new_tokens:
+            if attention_mask is not None:
+                attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
+            logits = decode_step(model, tokens, cache, attention_mask)
 
 
 def generate(
@@ -104,9 +104,7 @@ def generate(
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
     cache, logits = prefill(model, ids, num_new_tokens - 1, mask)
     tokens, lengths, all_logits = [], torch.zeros(len(ids), dtype=torch.long, device=device), []
-    for step_tokens, step_logits, running in greedy_steps(
-        model, cache, logits, num_new_tokens, mask, end_ids, pad_id
-    ):
+    for step_tokens, step_logits, running in greedy_steps(model, cache, logits, num_new_tokens, mask, end_ids, pad_id):
         tokens.append(step_tokens)
         lengths += running
         if return_logits:

@@ -21,7 +21,7 @@ class Tokenizer:
     def __init__(self, path: Path):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception on a damaged file
+        except Exception as error:  # the library raises nothing narrower
             raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
         ids = [self._tokenizer.token_to_id(token) for token in ENDS]
         self.end_ids = tuple(i for i in ids if i is not None)

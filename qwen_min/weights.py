@@ -12,7 +12,7 @@ from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
-FLOAT_DTYPES = {"BF16", "F16", "F32"}
+FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
 def checkpoint_folder(source: str | Path) -> Path:
@@ -55,30 +55,17 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def tensor_problems(expected: dict[str, torch.Size], files: dict[str, list[int]]) -> list[str]:
+def tensor_problems(expected: dict[str, torch.Size], got: dict[str, list[int]]) -> list[str]:
     """A line for each tensor that is missing, unexpected or misshapen."""
-    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in files]
-    problems += [f"unexpected {name} {shape}" for name, shape in files.items() if name not in expected]
-    problems += [
-        f"{name} has shape {files[name]}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in files and files[name] != list(shape)
-    ]
-    return problems
-
-
-def _read(path: Path, device: str | torch.device, dtype: torch.dtype | None, expected: dict[str, torch.Size]):
-    """Check every header line of one file, then read its tensors: (tensors by name, problems)."""
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        shapes = {name: list(part.get_shape()) for name, part in slices.items()}
-        problems = tensor_problems({name: expected[name] for name in shapes if name in expected}, shapes)
-        problems += [
-            f"{name} has dtype {part.get_dtype()}, expected one of {', '.join(sorted(FLOAT_DTYPES))}"
-            for name, part in slices.items()
-            if part.get_dtype() not in FLOAT_DTYPES
+    return (
+        [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in got]
+        + [f"unexpected {name} {shape}" for name, shape in got.items() if name not in expected]
+        + [
+            f"{name} has shape {got[name]}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if name in got and got[name] != list(shape)
         ]
-        return {} if problems else {name: file.get_tensor(name).to(dtype) for name in shapes}, problems
+    )
 
 
 def load_weights(
@@ -90,18 +77,25 @@ def load_weights(
     misshapen tensor, or names the damaged file; the model is unchanged then.
     """
     expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
-    tensors, problems = {}, []
-    for path in weight_files(folder):
-        try:
-            read, found = _read(path, device, dtype, expected)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-        problems += [f"{name} stands in two files" for name in read.keys() & tensors.keys()] + found
-        tensors.update(read)
-    if not problems:
-        problems = tensor_problems(expected, {name: list(tensor.shape) for name, tensor in tensors.items()})
-    if problems:
-        raise CheckpointError(f"{folder}: does not match its config.json:\n  " + "\n  ".join(problems))
+    paths, shapes, problems, tensors = weight_files(folder), {}, [], {}
+    try:
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no dictionary
+                    header = file.get_slice(name)
+                    if name in shapes:
+                        problems.append(f"{name} stands in two files")
+                    if header.get_dtype() not in FLOAT_DTYPES:
+                        problems.append(f"{name} has dtype {header.get_dtype()}, expected one of {FLOAT_DTYPES}")
+                    shapes[name] = list(header.get_shape())
+        problems += tensor_problems(expected, shapes)
+        if problems:
+            raise CheckpointError(f"{folder}: does not match its config.json:\n  " + "\n  ".join(problems))
+        for path in paths:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                tensors |= {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     model.load_state_dict(tensors, strict=True, assign=True)
 
 

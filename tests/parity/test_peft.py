@@ -1,0 +1,100 @@
+"""LoRA here and in peft: values, gradients, files read both ways."""
+
+import peft
+import pytest
+import torch
+import transformers
+
+from conftest import CONFIGS, config_fields, random_model
+from lora import LoraConfig, adapter_parameters, inject, load_adapter, save_adapter
+from qwen_min import Qwen, QwenConfig
+from qwen_min.loss import next_token_loss
+
+CONFIG = LoraConfig(rank=4, alpha=8, targets=("q_proj", "v_proj"))
+
+
+@pytest.fixture
+def models(config):
+    """The same weights here and in a peft-wrapped transformers model, both with a fresh adapter."""
+    ours = random_model(config)
+    base = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config_fields(config)))
+    base.load_state_dict(ours.state_dict(), strict=not config.tie_word_embeddings)
+    theirs = peft.get_peft_model(base.eval(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    inject(ours, CONFIG)
+    return ours, theirs.eval()
+
+
+def randomise(parameters):
+    torch.manual_seed(5)
+    for parameter in parameters:
+        parameter.data.normal_(0, 0.1)
+
+
+def peft_parameters(model):
+    """Trainable parameters by our names."""
+    return {
+        name.removeprefix("base_model.model.").replace(".default.", "."): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def test_values_and_gradients_agree(models, ids):
+    ours, theirs = models
+    ours_parameters, theirs_parameters = adapter_parameters(ours), peft_parameters(theirs)
+    assert set(ours_parameters) == set(theirs_parameters)
+    randomise(ours_parameters.values())
+    for name, parameter in theirs_parameters.items():
+        parameter.data.copy_(ours_parameters[name])
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    next_token_loss(ours, ids).backward()
+    theirs(ids, labels=ids).loss.backward()
+    for name, parameter in ours_parameters.items():
+        torch.testing.assert_close(parameter.grad, theirs_parameters[name].grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_peft_loads_what_is_saved_here(models, ids, tmp_path):
+    ours, theirs = models
+    randomise(adapter_parameters(ours).values())
+    save_adapter(ours, tmp_path, CONFIG)
+    loaded = peft.PeftModel.from_pretrained(theirs.unload(), tmp_path).eval()
+    torch.testing.assert_close(ours(ids), loaded(ids).logits, rtol=1e-5, atol=1e-5)
+    ours_parameters = adapter_parameters(ours)
+    saved = peft.get_peft_model_state_dict(loaded)
+    assert all(torch.equal(saved[f"base_model.model.{name}"], p) for name, p in ours_parameters.items())
+
+
+def test_what_peft_saves_loads_here(models, config, ids, tmp_path):
+    _, theirs = models
+    randomise(peft_parameters(theirs).values())
+    theirs.save_pretrained(tmp_path)
+    ours = random_model(config)
+    assert load_adapter(ours, tmp_path) == CONFIG
+    for name, parameter in peft_parameters(theirs).items():
+        assert torch.equal(parameter, adapter_parameters(ours)[name]), name
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fresh_adapter_is_drawn_from_the_same_distribution(models):
+    ours, theirs = ({n: p for n, p in f(m).items() if "lora_A" in n}
+                    for f, m in zip((adapter_parameters, peft_parameters), models, strict=True))  # fmt: skip
+    for name, parameter in ours.items():
+        bound = parameter.shape[1] ** -0.5  # Kaiming-uniform with a = sqrt 5
+        assert parameter.abs().max() <= bound
+        assert theirs[name].abs().max() <= bound
+        assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
+
+
+@pytest.mark.parametrize("rank", [2, 4, 8])
+def test_parameter_counts_of_the_real_sizes(rank):
+    config = QwenConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True)
+    with torch.device("meta"):
+        model = Qwen(config)
+        assert sum(p.numel() for p in model.parameters()) == 494_032_768
+        assert sum(p.numel() for p in model.model.layers.parameters()) + 896 == 357_898_112
+        inject(model, LoraConfig(rank, rank))
+    assert sum(p.numel() for p in adapter_parameters(model).values()) == 67_584 * rank
+
+
+def test_the_random_models_cover_the_ratios_of_heads():
+    assert len(CONFIGS) == 3

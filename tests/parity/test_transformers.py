@@ -1,0 +1,193 @@
+"""The same weights in transformers and here: logits, gradients, greedy text."""
+
+import pytest
+import torch
+import transformers
+
+from conftest import CONFIGS, config_fields
+from qwen_min import KVCache, Qwen, QwenConfig, generate, load
+from qwen_min.weights import load_weights
+
+TOLERANCE = 1e-5
+
+
+def relative_error(ours, theirs):
+    """Largest difference over the largest size."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def pair(config, folder):
+    """A random transformers model and ours, loaded from what it saved."""
+    torch.manual_seed(0)
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config_fields(config))).eval()
+    for name, parameter in theirs.named_parameters():
+        parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.3 if "norm" in name or "bias" in name else 0.15)
+    theirs.save_pretrained(folder)
+    with torch.device("meta"):
+        ours = Qwen(QwenConfig.from_file(folder / "config.json"))
+    assert ours.config == config
+    load_weights(ours, folder)
+    return ours.eval(), theirs
+
+
+@pytest.fixture
+def models(config, tmp_path):
+    return pair(config, tmp_path)
+
+
+def layer_outputs(model, *args, **kwargs):
+    """What each part of the decoder puts out, by name, and the logits."""
+    found, hooks = {}, []
+    parts = {"embed_tokens": model.model.embed_tokens, "norm": model.model.norm}
+    for index, layer in enumerate(model.model.layers):
+        parts |= {f"layers.{index}.self_attn": layer.self_attn, f"layers.{index}": layer}
+    for name, part in parts.items():
+
+        def keep(_, __, output, name=name):
+            found[name] = output[0] if isinstance(output, tuple) else output
+
+        hooks.append(part.register_forward_hook(keep))
+    with torch.no_grad():
+        out = model(*args, **kwargs)
+    for hook in hooks:
+        hook.remove()
+    found["logits"] = out if isinstance(out, torch.Tensor) else out.logits
+    order = ["embed_tokens"]
+    for index in range(len(model.model.layers)):
+        order += [f"layers.{index}.self_attn", f"layers.{index}"]
+    return {name: found[name] for name in [*order, "norm", "logits"]}
+
+
+def first_divergence(ours, theirs, rows=slice(None)):
+    """Name of the first part whose output differs, or None."""
+    for name in theirs:
+        if (error := relative_error(ours[name][rows], theirs[name][rows])) > TOLERANCE:
+            return f"{name} (relative error {error:.1e})"
+    return None
+
+
+def test_every_layer_and_the_logits_agree(models, ids):
+    ours, theirs = models
+    assert first_divergence(layer_outputs(ours, ids), layer_outputs(theirs, ids)) is None
+
+
+def test_a_divergence_is_named_by_its_layer(models, ids):
+    ours, theirs = models
+    ours.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
+    assert first_divergence(layer_outputs(ours, ids), layer_outputs(theirs, ids)).startswith("layers.1 ")
+
+
+def test_left_padding_agrees_on_the_real_tokens(models, ids):
+    ours, theirs = models
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = ours(ids, attention_mask=mask)
+    with torch.no_grad():
+        wanted = theirs(ids, attention_mask=mask, position_ids=positions).logits
+    assert relative_error(got[mask.bool()], wanted[mask.bool()]) < TOLERANCE
+
+
+def test_cached_pieces_agree(models, ids):
+    ours, theirs = models
+    cache = KVCache(ours.config, 2, 12)
+    with torch.no_grad():
+        got = torch.cat([ours(piece, cache) for piece in ids.split([4, 3, 1, 4], dim=1)], dim=1)
+        assert relative_error(got, theirs(ids).logits) < TOLERANCE
+
+
+def test_gradients_agree(models, ids):
+    from qwen_min.loss import next_token_loss
+
+    ours, theirs = models
+    ours.requires_grad_(True)
+    ours_loss, theirs_loss = next_token_loss(ours, ids), theirs(ids, labels=ids).loss
+    assert relative_error(ours_loss, theirs_loss) < TOLERANCE
+    ours_loss.backward()
+    theirs_loss.backward()
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert relative_error(parameter.grad, wanted[name].grad) < 1e-4, name
+
+
+def test_greedy_text_agrees(models, ids):
+    ours, theirs = models
+    wanted = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(generate(ours, ids, 30).tokens, wanted[:, ids.shape[1] :])
+
+
+def test_the_embedded_checkpoint_is_a_checkpoint_for_transformers_too(tiny):
+    from qwen_min.weights import TINY
+
+    ours, tokenizer = tiny
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    ids = torch.tensor([tokenizer.encode("0.92,0.74;0.56,0.77;0.34,0.70;0.23,0.59;0.18")])
+    assert first_divergence(layer_outputs(ours, ids), layer_outputs(theirs, ids)) is None
+
+
+@pytest.fixture(scope="module")
+def real_models(real_checkpoint):
+    """The real checkpoint in fp32: ours with its tokenizer, and transformers'."""
+    ours, tokenizer = load(real_checkpoint)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(real_checkpoint, dtype=torch.float32)
+    return ours, tokenizer, theirs.eval()
+
+
+@pytest.fixture(scope="module")
+def validation_texts(report_file):
+    """The first ten validation trajectories of the report's file, whole and their contexts, as text."""
+    from experiments import data
+    from experiments.llmtime import Encoding
+
+    trajectories = data.read(report_file).trajectories
+    parts = data.split(len(trajectories))
+    encoding = Encoding.fit(trajectories[parts.train])
+    chosen = trajectories[parts.val[:10]]
+    return [encoding.encode(one) for one in chosen], [encoding.encode(one[:70]) for one in chosen]
+
+
+def test_real_logits_agree_over_a_whole_trajectory(real_models, validation_texts):
+    ours, tokenizer, theirs = real_models
+    ids = torch.tensor([tokenizer.encode(validation_texts[0][0])])
+    assert ids.shape == (1, 999)
+    got, wanted = layer_outputs(ours, ids), layer_outputs(theirs, ids)
+    error = relative_error(got["logits"], wanted["logits"])
+    assert error < TOLERANCE, f"first divergence: {first_divergence(got, wanted)}"
+    print(f"relative error of the logits over 999 tokens: {error:.2e}")
+
+
+def test_real_greedy_text_agrees_for_ten_contexts(real_models, validation_texts):
+    ours, tokenizer, theirs = real_models
+    prompts = [tokenizer.encode(text) for text in validation_texts[1]]
+    assert {len(prompt) for prompt in prompts} == {699}
+    got = generate(ours, prompts, 100)
+    # max_length, penalties and sampling of the hub's generation_config would not be greedy decoding
+    wanted = theirs.generate(
+        torch.tensor(prompts),
+        attention_mask=torch.ones(10, 699, dtype=torch.long),
+        max_new_tokens=100,
+        do_sample=False,
+        repetition_penalty=1.0,
+        eos_token_id=None,
+        pad_token_id=tokenizer.pad_id,
+    )[:, 699:]
+    assert [tokenizer.decode(row) for row in got.tokens] == [tokenizer.decode(row) for row in wanted]
+    assert torch.equal(got.tokens, wanted)
+
+
+def test_real_tokenizer_agrees(real_checkpoint, validation_texts):
+    from qwen_min import Tokenizer
+
+    ours = Tokenizer(real_checkpoint / "tokenizer.json")
+    theirs = transformers.AutoTokenizer.from_pretrained(real_checkpoint)
+    for text in [*validation_texts[0], "1 . 2 3", "-0.5,é\n predators & prey"]:
+        assert ours.encode(text) == theirs(text).input_ids
+    assert set(ours.end_ids) == {151645, 151643}
+    assert ours.pad_id == 151643
+
+
+def test_every_dense_size_is_described_by_its_config():
+    assert {c.num_attention_heads // c.num_key_value_heads for c in CONFIGS.values()} == {1, 2, 7}
+    assert {c.tie_word_embeddings for c in CONFIGS.values()} == {True, False}

@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from experiments import data
+from experiments.baselines import ar, context_mean, persistence, var
+from experiments.llmtime import Encoding
+
+
+@pytest.fixture(scope="module")
+def split_errors(simulated):
+    """MSE of each sequence by a baseline, (150), on validation and test, as the models are judged."""
+    trajectories = simulated.trajectories
+    parts = data.split(len(trajectories))
+    scaled = Encoding.fit(trajectories[parts.train]).scaled(trajectories).astype(np.float64)
+
+    def errors(baseline):
+        return [
+            ((baseline(scaled[rows, :70].round(2), 10) - scaled[rows, 70:80]) ** 2).mean(axis=(1, 2))
+            for rows in (parts.val, parts.test)
+        ]
+
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("baseline", "first_ten", "every", "median"),
+    [
+        (persistence, (0.622, 0.258), (0.384, 0.467), (0.127, 0.165)),
+        (context_mean, (0.256, 0.191), (0.231, 0.270), (0.079, 0.094)),
+        (ar, (0.0125, 0.0020), (0.0100, 0.031), (2.5e-4, 5.5e-4)),
+        (var, (0.0061, 0.0018), (0.0048, 0.017), (1.6e-4, 2.6e-4)),
+    ],
+)
+def test_known_values_come_out(split_errors, baseline, first_ten, every, median):
+    val, test = split_errors(baseline)
+    assert [val[:10].mean(), test[:10].mean()] == pytest.approx(first_ten, rel=0.1)
+    assert [val.mean(), test.mean()] == pytest.approx(every, rel=0.1)
+    assert [np.median(val), np.median(test)] == pytest.approx(median, rel=0.12)
+
+
+def test_autoregressions_continue_what_is_autoregressive():
+    t = np.arange(60)
+    wave = np.stack([2 + np.sin(t / 3), 2 + np.cos(t / 5)], axis=1)[None]
+    for baseline in (ar, var):
+        np.testing.assert_allclose(baseline(wave[:, :50], 10), wave[:, 50:], atol=0.02)
+
+
+def test_forecasts_stay_within_zero_and_one_and_a_half_times_the_largest():
+    growing = np.stack([np.exp(np.arange(50) / 5), np.arange(50.0)[::-1]], axis=1)[None]
+    for baseline in (ar, var):
+        forecast = baseline(growing, 30)
+        assert forecast.shape == (1, 30, 2)
+        assert (forecast >= 0).all()
+        assert (forecast <= 1.5 * growing.max(axis=1)).all()

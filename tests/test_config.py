@@ -1,0 +1,50 @@
+import json
+
+import pytest
+
+from conftest import GROUPED, config_fields
+from qwen_min import CheckpointError, QwenConfig
+
+FIELDS = config_fields(GROUPED)
+
+
+def test_reads_its_own_fields_and_ignores_the_rest():
+    assert QwenConfig.from_dict(FIELDS | {"attention_dropout": 0.0, "rope_scaling": None}) == GROUPED
+    assert GROUPED.head_dim == 4
+
+
+def test_reads_rope_theta_where_transformers_5_puts_it():
+    fields = {k: v for k, v in FIELDS.items() if k != "rope_theta"}
+    fields["rope_parameters"] = {"rope_theta": 1e6, "rope_type": "default"}
+    assert QwenConfig.from_dict(fields) == GROUPED
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "llama"}, "model_type"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_scaling"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_size": 57}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
+        ({"head_dim": 8}, "head_dim"),
+    ],
+)
+def test_refuses_what_is_not_implemented_and_names_the_field(change, named):
+    with pytest.raises(CheckpointError, match=named):
+        QwenConfig.from_dict(FIELDS | change)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", json.dumps({"model_type": "qwen2"})])
+def test_refuses_a_damaged_file(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(CheckpointError):
+        QwenConfig.from_file(path)

@@ -1,0 +1,84 @@
+import h5py
+import numpy as np
+import pytest
+
+from experiments import data
+from experiments.data import DataError, Dataset
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    written = data.simulate(seed=3, num_systems=4)
+    data.write(tmp_path / "a.h5", written)
+    read = data.read(tmp_path / "a.h5")
+    assert np.array_equal(read.trajectories, written.trajectories)
+    assert np.array_equal(read.time, written.time)
+    assert read.trajectories.shape == (4, 100, 2)
+    assert (read.time[0], read.time[-1]) == (0, 200)
+
+
+def test_seeds_give_other_systems_and_the_same_seed_the_same(simulated):
+    assert np.array_equal(data.simulate(seed=0).trajectories, simulated.trajectories)
+    assert not np.array_equal(data.simulate(seed=1, num_systems=5).trajectories, simulated.trajectories[:5])
+
+
+def test_seed_0_regenerates_the_report_s_file(simulated, report_file):
+    published = data.read(report_file)
+    assert np.array_equal(simulated.time, published.time)
+    assert (simulated.trajectories == published.trajectories).all(axis=(1, 2)).mean() >= 0.99
+    ulps = np.abs(simulated.trajectories - published.trajectories) / np.spacing(published.trajectories)
+    assert ulps.max() <= 1
+
+
+def test_the_split_is_the_report_s():
+    parts = data.split(1000)
+    assert [len(part) for part in parts] == [700, 150, 150]
+    assert sorted(np.concatenate(parts)) == list(range(1000))
+    assert parts.val[2] == 759  # the limit cycle that carries most of the error of the first ten
+    with pytest.raises(DataError, match="cannot be split"):
+        data.split(6)
+
+
+GOOD = data.simulate(seed=0, num_systems=3)
+
+
+def with_value(value):
+    trajectories = GOOD.trajectories.copy()
+    trajectories[1, 5, 0] = value
+    return {"trajectories": trajectories, "time": GOOD.time}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"time": GOOD.time}, "expected the arrays 'trajectories' and 'time'"),
+        ({"trajectories": GOOD.trajectories}, "expected the arrays"),
+        ({"trajectories": GOOD.trajectories[0], "time": GOOD.time}, "expected numbers of rank 3"),
+        ({"trajectories": GOOD.trajectories, "time": GOOD.time[:-1]}, r"expected \(N, 99, 2\)"),
+        ({"trajectories": GOOD.trajectories[:, :, :1], "time": GOOD.time}, r"expected \(N, 100, 2\)"),
+        ({"trajectories": GOOD.trajectories[:0], "time": GOOD.time}, r"are \(0, 100, 2\)"),
+        ({"trajectories": np.full((3, 100, 2), b"x"), "time": GOOD.time}, "expected numbers"),
+        (with_value(np.nan), r"trajectories\[1, 5, 0\] is nan"),
+        (with_value(np.inf), r"trajectories\[1, 5, 0\] is inf"),
+        (with_value(-1e-3), r"expected finite populations >= 0"),
+        ({"trajectories": GOOD.trajectories, "time": GOOD.time * np.nan}, "time holds values that are not finite"),
+    ],
+)
+def test_refuses_other_files(tmp_path, arrays, message):
+    with h5py.File(tmp_path / "bad.h5", "w") as file:
+        for name, array in arrays.items():
+            file[name] = array
+    with pytest.raises(DataError, match=message):
+        data.read(tmp_path / "bad.h5")
+
+
+def test_refuses_what_is_no_hdf5_and_a_truncated_file(tmp_path):
+    path = tmp_path / "bad.h5"
+    with pytest.raises(DataError, match="not a readable HDF5 file"):
+        data.read(path)
+    path.write_text("not HDF5")
+    with pytest.raises(DataError, match="not a readable HDF5 file"):
+        data.read(path)
+    data.write(path, Dataset(GOOD.trajectories, GOOD.time))
+    path.write_bytes(path.read_bytes()[:1500])
+    with pytest.raises(DataError):
+        data.read(path)

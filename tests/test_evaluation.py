@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+
+from experiments import evaluation
+from experiments.evaluation import errors, forecast, mean_interval
+from experiments.llmtime import Encoding
+from qwen_min import generate
+
+ENCODING = Encoding(scale=1.1)
+
+
+@pytest.fixture(scope="module")
+def series(simulated):
+    """Seven trajectories (7, 30, 2); the third has a value above 9.99 in its context, the fifth in its target."""
+    chosen = simulated.trajectories[:7, :30].copy()
+    chosen[2, 4, 0] = 11.5
+    chosen[4, 21, 1] = 12.25
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def found(tiny, series):
+    return forecast(*tiny, ENCODING, series, context_steps=20, horizon=3)
+
+
+def test_text_and_values_are_those_of_plain_greedy_generation(tiny, series, found):
+    model, tokenizer = tiny
+    for row, one in enumerate(series):
+        prompt = tokenizer.encode(ENCODING.encode(one[:20]))
+        text = tokenizer.decode(generate(model, [prompt], 40).tokens[0])
+        assert found.texts[row].split(";")[:3] == text.removeprefix(";").split(";")[:3]
+        np.testing.assert_array_equal(found.values[row], ENCODING.decode(text.removeprefix(";"), 3, 2))
+
+
+def test_losses_equal_the_plain_ones(tiny, series, found):
+    model, tokenizer = tiny
+    for row, one in enumerate(series):
+        context = tokenizer.encode(ENCODING.encode(one[:20]))
+        target = tokenizer.encode(ENCODING.encode(one[:23]))[len(context) :]
+        assert len(target) == (31 if row == 4 else 30)
+        logits = model(torch.tensor([context + target]))[0, len(context) - 1 : -1]
+        forced = torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none")
+        got = found.forced_losses[row]
+        np.testing.assert_allclose(got[: len(target)], forced.detach(), rtol=1e-4, atol=1e-5)
+        assert np.isnan(got[len(target) :]).all()
+        steps = generate(model, [context], len(target), return_logits=True).logits[0]
+        free = torch.nn.functional.cross_entropy(steps, torch.tensor(target), reduction="none")
+        np.testing.assert_allclose(found.free_losses[row, : len(target)], free.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_batches_change_nothing(monkeypatch, tiny, series, found):
+    monkeypatch.setattr(evaluation, "BATCH", 2)
+    counts = []
+    parts = forecast(*tiny, ENCODING, series, context_steps=20, horizon=3, progress=counts.append)
+    assert counts == [2, 2, 2, 1]
+    np.testing.assert_array_equal(parts.values, found.values)
+    np.testing.assert_allclose(parts.free_losses, found.free_losses, rtol=1e-4, atol=1e-5)
+
+
+def test_a_context_that_leaves_no_target_is_refused(tiny, series):
+    with pytest.raises(ValueError, match="20 context \\+ 11 forecast steps do not fit a series of 30"):
+        forecast(*tiny, ENCODING, series, context_steps=20, horizon=11)
+
+
+def test_errors_by_hand():
+    truth = np.zeros((2, 2, 2))
+    values = np.array([[[1.0, np.nan], [3.0, 0.0]], [[np.nan, np.nan], [np.nan, np.nan]]])
+    got = errors(values, truth, scale=2.0)
+    assert (got["malformed_values"], got["sequences_without_forecast"], got["sequences"]) == (5, 1, 2)
+    assert got["mse"] == got["mse_median"] == pytest.approx(10 / 3)
+    assert got["mae"] == pytest.approx(4 / 3)
+    assert got["mse_populations"] == pytest.approx(40 / 3)
+    assert got["mse_by_horizon"] == pytest.approx([1.0, 4.5])
+    assert got["mse_by_variable"] == pytest.approx([5.0, 0.0])
+    assert errors(np.full((1, 2, 2), np.nan), truth[:1], 1.0)["mse"] is None
+
+
+def test_the_interval_covers_the_mean_and_is_the_same_each_time():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(200):
+        sample = rng.exponential(size=60)
+        low, high = mean_interval(sample)
+        covered += low < 1 < high
+        assert mean_interval(sample) == [low, high]
+    assert 170 <= covered <= 200

@@ -1,0 +1,130 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import CONFIGS
+from flops import CONVENTIONS, forward, training_step
+from flops import __main__ as command
+from flops import primitives as p
+from flops.model import generation, total
+from flops.trace import Tracer, trace_forward, trace_training_step
+from qwen_min import QwenConfig
+
+REAL = QwenConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True)  # Qwen2.5-0.5B
+LORA = {"q_proj": 8, "v_proj": 8}
+PASSES = {
+    "prefill": {"new": 7},
+    "prefill, last logits": {"new": 7, "head": "last"},
+    "padded prefill": {"new": 7, "padded": True},
+    "decode": {"new": 1, "cached": 9},
+    "padded decode": {"new": 1, "cached": 9, "padded": True},
+    "several cached": {"new": 4, "cached": 9},
+    "training": {"new": 7, "head": "loss"},
+    "prefill, LoRA": {"new": 7, "ranks": {"q_proj": 3, "v_proj": 3}},
+    "decode, LoRA": {"new": 1, "cached": 3, "ranks": {"q_proj": 2, "down_proj": 5}},
+    "training, LoRA": {"new": 7, "head": "loss", "ranks": {"q_proj": 3, "v_proj": 3}},
+}
+
+
+@pytest.mark.parametrize("arguments", PASSES.values(), ids=PASSES.keys())
+def test_closed_form_equals_what_the_model_dispatches(config, arguments):
+    assert total(forward(config, 2, **arguments)) == sum(trace_forward(config, 2, **arguments).values())
+
+
+@pytest.mark.parametrize("arguments", [{"new": 512, "head": "loss", "ranks": LORA}, {"new": 1, "cached": 699}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_closed_form_equals_the_trace_of_the_real_sizes(arguments, tied):
+    config = replace(REAL, tie_word_embeddings=tied)
+    assert total(forward(config, 4, **arguments)) == sum(trace_forward(config, 4, **arguments).values())
+
+
+def published(context, convention):
+    return math.log10(training_step(REAL, 4, context, convention=convention, ranks=LORA))
+
+
+def test_the_report_convention_reproduces_the_published_figures():
+    assert [f"{published(context, 'report'):.3f}" for context in (512, 128, 768)] == ["12.683", "12.061", "12.871"]
+
+
+def suite_cost(convention):
+    """Trial, grid, contexts and final of the report."""
+    step = {context: training_step(REAL, 4, context, convention=convention, ranks=LORA) for context in (128, 512, 768)}
+    return 500 * step[512] + 9000 * step[512] + 1000 * sum(step.values()) + 3000 * step[768]
+
+
+def test_the_suite_fits_the_budget_only_as_the_report_counted():
+    assert f"{math.log10(suite_cost('report')):.2f}" == "16.91"
+    assert suite_cost("report") < 1e17 < suite_cost("exact") < suite_cost("sheet")
+    assert suite_cost("sheet") == pytest.approx(1.14e17, rel=0.01)
+    assert suite_cost("exact") == pytest.approx(1.08e17, rel=0.01)
+
+
+def test_primitives_are_those_of_section_4_3():
+    assert p.matmul(3, 5, 7) == 2 * 3 * 5 * 7 - 3 * 7
+    assert p.SWIGLU == 14
+    norm = {op.name: op.flops for op in forward(REAL, 1, 1, convention="sheet")}["norm"]
+    assert norm == 4 * 896 + 11
+
+
+def test_lora_costs_what_its_two_products_cost():
+    plain, adapted = (total(forward(REAL, 1, 1, ranks=ranks)) for ranks in ({}, {"q_proj": 8}))
+    assert adapted - plain == 24 * (p.matmul(1, 896, 8) + p.matmul(1, 8, 896) + 2 * 896)
+    with_lora, without = (training_step(REAL, 4, 64, convention="report", ranks=ranks) for ranks in (LORA, {}))
+    assert with_lora == without
+
+
+def test_generation_is_one_prefill_and_n_minus_1_decode_steps():
+    steps = [{"new": 5, "head": "last"}, {"new": 1, "cached": 5}, {"new": 1, "cached": 6}]
+    config = CONFIGS["ratio 7, tied"]
+    assert generation(config, 2, 5, 3) == sum(sum(trace_forward(config, 2, **step).values()) for step in steps)
+
+
+def test_backward_of_a_lora_step_is_cheaper_than_the_rule():
+    config = CONFIGS["ratio 7, tied"]
+    first, both = trace_training_step(config, 2, 16, {"q_proj": 2, "v_proj": 2})
+    full_first, full_both = trace_training_step(config, 2, 16)
+    assert first < both < 3 * first
+    assert both / first < full_both / full_first
+
+
+def test_an_operator_without_a_price_raises():
+    with pytest.raises(ValueError, match=r"aten\.erfinv\.default has no price"), Tracer():
+        torch.erfinv(torch.empty(3, device="meta"))
+
+
+def test_refuses_unknown_conventions_and_heads():
+    with pytest.raises(ValueError, match="convention is 'loose'"):
+        forward(REAL, 1, 1, convention="loose")
+    with pytest.raises(ValueError, match="head is 'none'"):
+        forward(REAL, 1, 1, head="none")
+
+
+def run(capsys, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["flops", *arguments])
+    return command.main(), *capsys.readouterr()
+
+
+def test_command_prints_the_table_and_json(capsys, monkeypatch):
+    status, out, _ = run(capsys, monkeypatch, "--batch", "2", "--context", "64", "--json")
+    found = json.loads(out)
+    assert status == 0
+    for convention in CONVENTIONS:
+        parts = sum(op[convention] for op in found["operators"].values())
+        assert parts == found["totals"][convention]["forward"]
+        assert found["totals"][convention]["training step"] == 3 * parts
+    assert found["traced"]["forward"] == found["totals"]["exact"]["forward"]
+    status, out, _ = run(capsys, monkeypatch, "--batch", "2", "--context", "64")
+    assert status == 0
+    assert "equals the exact column" in out
+    assert f"{found['operators']['lm_head']['exact']:,}" in out
+
+
+@pytest.mark.parametrize("arguments", [["--context", "1"], ["--batch", "0"], ["--rank", "-1"], ["--model", "/none"]])
+def test_command_refuses_bad_input_in_one_line(capsys, monkeypatch, arguments):
+    status, out, err = run(capsys, monkeypatch, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1

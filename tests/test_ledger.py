@@ -1,0 +1,65 @@
+import pytest
+
+from flops import BudgetExceeded, Ledger
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.jsonl"
+
+
+def test_debits_add_up_and_survive(path):
+    ledger = Ledger(path, budget=100)
+    for step in range(3):
+        ledger.debit("a", step, 10)
+    ledger.debit("b", 0, 25)
+    again = Ledger(path, budget=100)
+    assert again.spent == ledger.spent == 55
+    assert again.by_experiment() == {"a": 30, "b": 25}
+
+
+def test_a_repeated_step_is_booked_once(path):
+    ledger = Ledger(path, budget=100)
+    ledger.debit("a", 0, 10)
+    Ledger(path, budget=100).debit("a", 0, 10)
+    assert Ledger(path, budget=100).spent == 10
+    with pytest.raises(ValueError, match="step 0 of a is booked at 10 FLOPs, not 11"):
+        ledger.debit("a", 0, 11)
+
+
+def test_a_step_that_would_overspend_is_refused_and_not_booked(path):
+    ledger = Ledger(path, budget=25)
+    ledger.debit("a", 0, 20)
+    with pytest.raises(BudgetExceeded, match=r"step 1 of a needs 6.000e\+00 FLOPs, 5.000e\+00 of 2.500e\+01 are left"):
+        ledger.debit("a", 1, 6)
+    assert Ledger(path, budget=25).spent == 20
+    ledger.debit("b", 0, 5)  # to the last one
+    assert ledger.spent == 25
+
+
+def test_an_experiment_that_does_not_fit_whole_is_refused_less_what_it_spent(path):
+    ledger = Ledger(path, budget=100)
+    ledger.debit("a", 0, 40)
+    ledger.require("a", 100)
+    ledger.require("b", 60)
+    with pytest.raises(BudgetExceeded, match=r"spent: a 4.000e\+01"):
+        ledger.require("b", 61)
+
+
+def test_a_line_torn_by_a_kill_is_cut_off(path):
+    Ledger(path, budget=100).debit("a", 0, 10)
+    whole = path.read_text()
+    path.write_text(whole + whole[:20])
+    ledger = Ledger(path, budget=100)
+    ledger.debit("a", 1, 10)
+    assert Ledger(path, budget=100).spent == 20
+
+
+@pytest.mark.parametrize(
+    "line", ["nonsense", "[]", '{"experiment": "a", "step": 0}', '{"experiment": "a", "step": 0, "flops": -1}',
+             '{"experiment": "a", "step": 0, "flops": 1.5}']
+)  # fmt: skip
+def test_a_damaged_ledger_is_refused(path, line):
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match="line 1: not a ledger entry"):
+        Ledger(path, budget=100)

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from experiments import data
+from experiments.llmtime import Encoding, windows
+
+PUBLISHED_TEXT = "0.92,0.74;0.56,0.77;0.34,0.70;0.23,0.59;"
+PUBLISHED_TOKENS = [15, 13, 24, 17, 11, 15, 13, 22, 19, 26, 15, 13, 20, 21, 11]
+
+
+def check_published(trajectories, tokenizer):
+    parts = data.split(len(trajectories))
+    encoding = Encoding.fit(trajectories[parts.train])
+    assert encoding.scale == pytest.approx(1.1008087, abs=5e-8)
+    text = encoding.encode(trajectories[parts.train[1]])
+    assert text.startswith(PUBLISHED_TEXT)
+    tokens = tokenizer.encode(text)
+    assert len(text) == len(tokens) == 999
+    assert tokens[: len(PUBLISHED_TOKENS)] == PUBLISHED_TOKENS
+    long = [row for row in [*parts.val, *parts.test] if len(encoding.encode(trajectories[row])) != 999]
+    assert [list(parts.val).index(row) for row in long] == [24, 38]  # they exceed 9.99 in their context
+
+
+def test_the_published_example_comes_out(simulated, tiny):
+    check_published(simulated.trajectories, tiny[1])
+
+
+def test_the_published_example_comes_out_of_the_report_s_file_with_the_real_tokenizer(report_file, real_checkpoint):
+    from qwen_min import Tokenizer
+
+    check_published(data.read(report_file).trajectories, Tokenizer(real_checkpoint / "tokenizer.json"))
+
+
+finite = st.floats(-1e4, 1e4)
+
+
+@given(
+    hnp.arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(1, 4)), elements=finite),
+    st.floats(1e-2, 1e3),
+    st.integers(1, 6),
+)
+def test_decoding_gives_back_the_rounded_series(series, scale, decimals):
+    encoding = Encoding(scale, decimals)
+    values = encoding.decode(encoding.encode(series), *series.shape)
+    assert np.abs(values - series / scale).max() <= 0.5 * 10.0**-decimals * (1 + 1e-6)
+
+
+@given(st.text(), st.integers(1, 4), st.integers(1, 3))
+def test_any_text_decodes_and_no_value_is_invented(text, num_steps, num_variables):
+    values = Encoding(1.0).decode(text, num_steps, num_variables)
+    assert values.shape == (num_steps, num_variables)
+    for value in values[np.isfinite(values)]:
+        assert any(float(word) == value for part in text.split(";") for word in part.split(",") if "." in word)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("1.23,4.56;0.10,0.20", [[1.23, 4.56], [0.1, 0.2]]),
+        ("1.23,4.56;0.10,0.2", [[1.23, 4.56], [0.1, None]]),  # cut off: not 0.2
+        ("12.34,4.56;", [[12.34, 4.56], [None, None]]),
+        ("1.23;0.10,0.20", [[None, None], [0.1, 0.2]]),  # a missing variable does not shift the others
+        ("1.23,4.56,7.89;0.10,0.20", [[None, None], [0.1, 0.2]]),
+        ("nan,inf;1e5,.12", [[None, None], [None, None]]),
+        ("1.2.3, 1.00;٣.00,1.00", [[None, None], [None, 1.0]]),
+        ("", [[None, None], [None, None]]),
+    ],
+)
+def test_malformed_values_are_nan(text, values):
+    np.testing.assert_array_equal(Encoding(1.0).decode(text, 2, 2), np.array(values, dtype=float))
+
+
+def test_windows_start_every_stride_and_the_last_are_shorter():
+    pieces = windows(list(range(999)), length=512, stride=256)
+    assert [(piece[0], len(piece)) for piece in pieces] == [(0, 512), (256, 512), (512, 487), (768, 231)]
+
+
+@pytest.mark.parametrize("bad", [{"scale": 0.0}, {"scale": float("nan")}, {"scale": 1.0, "decimals": 0}])
+def test_refuses_bad_settings(bad):
+    with pytest.raises(ValueError, match="expected"):
+        Encoding(**bad)

@@ -1,0 +1,162 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import CONFIGS, random_model
+from lora import (
+    AdapterError,
+    LoraConfig,
+    LoRALinear,
+    adapter_parameters,
+    inject,
+    load_adapter,
+    merge,
+    remove,
+    save_adapter,
+    unmerge,
+)
+from qwen_min.loss import next_token_loss
+
+CONFIG = LoraConfig(rank=3, alpha=6.0)
+
+
+def adapted(model, config=CONFIG):
+    """The model with an adapter that changes it."""
+    inject(model, config)
+    torch.manual_seed(3)
+    for parameter in adapter_parameters(model).values():
+        parameter.data.normal_(0, 0.1)
+    return model
+
+
+def test_a_fresh_adapter_changes_nothing_and_alone_trains(model, ids):
+    before = model(ids)
+    model.requires_grad_(True)
+    names = inject(model, CONFIG)
+    assert len(names) == 2 * model.config.num_hidden_layers
+    assert torch.equal(model(ids), before)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == set(adapter_parameters(model))
+    next_token_loss(model, ids).backward()
+    assert all(p.grad is not None for p in adapter_parameters(model).values())
+
+
+def test_the_update_is_alpha_over_rank_b_a(ids):
+    torch.manual_seed(0)
+    layer = LoRALinear(torch.nn.Linear(5, 4), rank=2, alpha=6.0)
+    layer.lora_B.weight.data.normal_()
+    x = torch.randn(7, 5)
+    wanted = layer.base_layer(x) + 3.0 * (x @ layer.lora_A.weight.T @ layer.lora_B.weight.T)
+    torch.testing.assert_close(layer(x), wanted)
+    torch.testing.assert_close(layer.delta(), 3.0 * layer.lora_B.weight @ layer.lora_A.weight)
+
+
+def test_merged_equals_unmerged_and_unmerge_is_exact(model, ids):
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted(model)
+    logits = model(ids)
+    merge(model)
+    torch.testing.assert_close(model(ids), logits, rtol=1e-5, atol=1e-5)
+    merge(model)  # a second time changes nothing
+    unmerge(model)
+    assert torch.equal(model(ids), logits)
+    merge(model)
+    remove(model)
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
+
+
+def test_merge_refuses_what_is_not_finite(model):
+    adapted(model)
+    weight = model.model.layers[0].self_attn.q_proj
+    before = weight.base_layer.weight.clone()
+    weight.lora_B.weight.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="not finite"):
+        merge(model)
+    assert torch.equal(weight.base_layer.weight, before)
+
+
+def test_adapters_stay_fp32_over_a_bf16_base(model, ids):
+    model.to(torch.bfloat16)
+    adapted(model)
+    assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
+    assert model(ids).dtype == torch.bfloat16
+
+
+def test_no_match_raises_and_changes_nothing(model):
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="no Linear is called w_proj"):
+        inject(model, LoraConfig(2, 2, ("q_proj", "w_proj")))
+    assert [name for name, _ in model.named_modules()] == before
+    with pytest.raises(ValueError, match="no LoRA layer"):
+        merge(model)
+
+
+@pytest.mark.parametrize(("rank", "alpha", "targets"), [(0, 1, ("q_proj",)), (2, 0, ("q_proj",)), (2, 2, ())])
+def test_refuses_bad_settings(rank, alpha, targets):
+    with pytest.raises(ValueError, match="LoRA"):
+        LoraConfig(rank, alpha, targets)
+
+
+def test_save_and_load_give_the_same_model(tmp_path, model, ids):
+    adapted(model)
+    logits = model(ids)
+    save_adapter(model, tmp_path, CONFIG, base="somewhere")
+    remove(model)
+    assert load_adapter(model, tmp_path) == CONFIG
+    assert torch.equal(model(ids), logits)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "somewhere"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_adapter(adapted(random_model(CONFIGS["ratio 7, tied"])), tmp_path, CONFIG)
+    return tmp_path
+
+
+def test_one_error_lists_what_does_not_fit_and_the_model_stays(saved, ids):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first, second, *_ = sorted(tensors)
+    del tensors[first]
+    tensors[second] = torch.zeros(1, 1)
+    tensors["strange"] = torch.zeros(2)
+    save_file(tensors, path)
+    model = random_model(CONFIGS["ratio 7, tied"])
+    before = model(ids)
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(model, saved)
+    message = str(caught.value)
+    assert f"missing {first}" in message
+    assert f"{second} has shape [1, 1]" in message
+    assert "unexpected strange [2]" in message
+    assert torch.equal(model(ids), before)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"rank_pattern": {"q_proj": 1}}, "rank_pattern"),
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"target_modules": "all-linear"}, "target_modules"),
+        ({"target_modules": ["w_proj"]}, "w_proj"),
+        ({"r": -1}, "rank"),
+        ({"r": None}, "rank"),
+    ],
+)
+def test_refuses_variants_that_are_not_implemented(saved, change, named):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterError, match=named):
+        load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_refuses_damaged_files(saved, name):
+    (saved / name).write_bytes(b"{")
+    with pytest.raises(AdapterError, match=name):
+        load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)

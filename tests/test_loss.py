@@ -1,0 +1,57 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qwen_min import loss as losses
+from qwen_min.loss import head_cross_entropy, next_token_loss, token_losses
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of 3 positions at the vocabularies below, so that the loop is exercised."""
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 3 * 97)
+
+
+def sample(dtype, positions=8, hidden=5, vocabulary=97):
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(positions, hidden, dtype=dtype, generator=generator).requires_grad_(),
+        torch.randn(vocabulary, hidden, dtype=dtype, generator=generator).requires_grad_(),
+        torch.randint(0, vocabulary, (positions,), generator=generator),
+    )
+
+
+def test_gradients_by_finite_differences_in_fp64():
+    hidden, weight, targets = sample(torch.float64)
+    assert torch.autograd.gradcheck(lambda h, w: head_cross_entropy(h, w, targets), (hidden, weight))
+
+
+def test_value_and_gradients_equal_the_plain_loss_in_fp32():
+    hidden, weight, targets = sample(torch.float32)
+    plain = F.cross_entropy(hidden @ weight.T, targets)
+    wanted = torch.autograd.grad(3 * plain, (hidden, weight))
+    lean = head_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(lean, plain)
+    torch.testing.assert_close(torch.autograd.grad(3 * lean, (hidden, weight)), wanted)
+    torch.testing.assert_close(token_losses(hidden, weight, targets).mean(), plain)
+
+
+def test_a_frozen_head_gets_no_gradient_and_bf16_is_summed_in_fp32():
+    hidden, weight, targets = sample(torch.bfloat16)
+    weight.requires_grad_(False)
+    loss = head_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    assert weight.grad is None
+    assert loss.dtype == torch.float32
+    assert hidden.grad.dtype == torch.bfloat16
+
+
+def test_next_token_loss_shifts_and_leaves_padding_out(model, ids):
+    logits = model(ids)[:, :-1]
+    torch.testing.assert_close(next_token_loss(model, ids), F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    logits = model(ids, attention_mask=mask)[:, :-1]
+    labels = ids.masked_fill(mask == 0, -100)[:, 1:]
+    wanted = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    torch.testing.assert_close(next_token_loss(model, ids, mask), wanted)

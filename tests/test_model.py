@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from qwen_min import KVCache
+from qwen_min.model import attention, attention_mask_and_positions, reference_attention
+
+
+@pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (0, 1), (5, 1), (5, 4)])
+@pytest.mark.parametrize("heads", [(7, 7), (4, 2), (14, 2)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_equals_the_written_out_one(num_cached, num_new, heads, padded):
+    torch.manual_seed(0)
+    total = num_cached + num_new
+    q = torch.randn(2, heads[0], num_new, 8)
+    k, v = torch.randn(2, 2, heads[1], total, 8).unbind()
+    real = torch.ones(2, total, dtype=torch.long)
+    real[1, :3] = 0
+    mask, _ = attention_mask_and_positions(num_cached, num_new, real if padded else None, q.device)
+    torch.testing.assert_close(attention(q, k, v, mask), reference_attention(q, k, v, mask))
+
+
+def test_mask_is_causal_against_the_lower_right_corner():
+    mask, positions = attention_mask_and_positions(2, 3, None, torch.device("cpu"))
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert positions.tolist() == [[2, 3, 4]]
+
+
+def test_positions_of_a_left_padded_row_count_from_its_first_real_token():
+    real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    mask, positions = attention_mask_and_positions(1, 3, real, torch.device("cpu"))
+    assert positions.tolist() == [[0, 0, 1], [1, 2, 3]]
+    assert mask[0, 0].int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+def test_cached_pieces_give_the_logits_of_one_pass(model, ids):
+    whole = model(ids)
+    cache = KVCache(model.config, batch_size=2, capacity=12)
+    pieces = [model(piece, cache) for piece in ids.split([5, 1, 4, 2], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
+    assert cache.length == 12
+
+
+def test_a_truncated_cache_forgets(model, ids):
+    cache = KVCache(model.config, batch_size=2, capacity=12)
+    model(ids[:, :6], cache)
+    model(ids[:, :3], cache)  # something else, to be forgotten
+    cache.truncate(6)
+    torch.testing.assert_close(model(ids[:, 6:], cache), model(ids)[:, 6:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_padded_batch_equals_its_rows_alone(model, ids):
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    logits = model(ids, attention_mask=mask)
+    torch.testing.assert_close(logits[0, 4:], model(ids[:1, 4:])[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits[1], model(ids[1:])[0], rtol=1e-5, atol=1e-5)
+    assert logits.isfinite().all()
+
+
+def test_a_padded_batch_continues_from_its_cache(model, ids):
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    cache = KVCache(model.config, batch_size=2, capacity=12)
+    pieces = [
+        model(ids[:, :7], cache, mask[:, :7]),
+        model(ids[:, 7:8], cache, mask[:, :8]),
+        model(ids[:, 8:], cache, mask),
+    ]
+    torch.testing.assert_close(torch.cat(pieces, 1)[0, 4:], model(ids[:1, 4:])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_last_only_gives_the_last_position(model, ids):
+    torch.testing.assert_close(model(ids, last_only=True), model(ids)[:, -1:])
+
+
+def test_a_full_cache_says_so_and_keeps_what_it_holds(model, ids):
+    cache = KVCache(model.config, batch_size=2, capacity=8)
+    model(ids[:, :6], cache)
+    with pytest.raises(ValueError, match=r"cache full: 6 \+ 6 > 8 tokens"):
+        model(ids[:, 6:], cache)
+    assert cache.length == 6
+    with pytest.raises(ValueError, match="holds 6 tokens"):
+        cache.truncate(7)
+
+
+def test_refuses_too_many_positions_and_a_mask_of_another_shape(model, ids):
+    with pytest.raises(ValueError, match="257 tokens exceed the model's 256 positions"):
+        model(torch.zeros(1, 257, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 11\), expected \(2, 12\)"):
+        model(ids, attention_mask=torch.ones(2, 11))
+
+
+def test_tied_head_is_the_embedding(model):
+    names = {name for name, _ in model.named_parameters()}
+    assert ("lm_head.weight" in names) == (not model.config.tie_word_embeddings)
+    assert (model.head_weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings

@@ -1,0 +1,286 @@
+"""The command line from end to end, on a plan of seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from experiments import data, plans, report, run
+from experiments.training import Training
+from flops import Ledger
+from small_plan import quick
+
+PATH = os.pathsep.join((str(Path(__file__).parent), str(Path(__file__).parents[1])))
+
+
+@pytest.fixture(scope="module")
+def data_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "small.h5"
+    data.write(path, data.simulate(seed=0, num_systems=20))
+    return path
+
+
+@pytest.fixture
+def small_plan(monkeypatch):
+    """The quick plan with a few steps, in this process."""
+    monkeypatch.setitem(plans.PLANS, "quick", quick)
+
+
+def start(*arguments, before=""):
+    """A fresh process with the small plan."""
+    code = f"import sys, small_plan\nsmall_plan.install()\n{before}\nfrom experiments import run\n"
+    command = [sys.executable, "-c", code + "sys.exit(run.main(sys.argv[1:]))", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": PATH})
+
+
+def contents(folder: Path, *patterns) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for pattern in patterns for p in sorted(folder.glob(pattern))}
+
+
+@pytest.fixture(scope="module")
+def finished(data_file, tmp_path_factory):
+    """A whole run in a process of its own: (folder, process)."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    return out, start("--data", data_file, "--out", out)
+
+
+NAMES = ["untrained", "trial", "grid-r2-lr0.001", "grid-r2-lr0.01", "context-32", "context-96", "final"]
+
+
+def test_one_command_gives_a_finished_report(finished):
+    out, process = finished
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip().endswith(f"report: {out / 'report.html'}")
+    for name in NAMES:
+        metrics = json.loads((out / "experiments" / name / "metrics.json").read_text())
+        assert set(metrics) == ({"val", "test"} if name in ("untrained", "final") else {"val"})
+        assert metrics["val"]["all"]["sequences"] == 3
+    for number in range(2, 13):
+        assert (out / "figures" / f"figure-{number:02d}.png").stat().st_size > 5000
+    markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
+    for table in (2, 3, 4, 5, 6):
+        assert f"Table {table}:" in markdown
+        assert f"Table {table}:" in page
+    assert page.count("data:image/png;base64,") == 11
+    assert "0.2702" in markdown  # published, beside ours
+    assert not list(out.rglob("*.partial"))
+    assert not list(out.rglob("state.safetensors"))
+
+
+def test_the_ledger_holds_what_the_settings_promise(finished):
+    out, _ = finished
+    spent = Ledger(out / "ledger.jsonl", budget=10**17).by_experiment()
+    for name in NAMES[1:]:
+        assert spent[name] == json.loads((out / "experiments" / name / "settings.json").read_text())["flops"]["sheet"]
+
+
+def test_the_best_by_validation_is_taken_on(finished):
+    out, _ = finished
+
+    def of(name):
+        path = out / "experiments" / name
+        mse = json.loads((path / "metrics.json").read_text())["val"]["all"]["mse"]
+        return mse, json.loads((path / "settings.json").read_text())["training"]
+
+    best_cell = min(NAMES[2:4], key=lambda name: of(name)[0])
+    for name in ("context-32", "context-96"):
+        assert (of(name)[1]["rank"], of(name)[1]["learning_rate"]) == (2, of(best_cell)[1]["learning_rate"])
+    best = min(NAMES[2:6], key=lambda name: of(name)[0])
+    assert {k: of("final")[1][k] for k in ("rank", "learning_rate", "context")} == {
+        k: of(best)[1][k] for k in ("rank", "learning_rate", "context")
+    }
+
+
+def test_forecast_lines_hold_what_the_metrics_say(finished):
+    out, _ = finished
+    path = out / "experiments" / "final"
+    lines = [json.loads(line) for line in (path / "forecasts.test.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == data.split(20).test.tolist()
+    mse = json.loads((path / "metrics.json").read_text())["test"]["all"]["mse"]
+    assert np.mean([line["mse"] for line in lines]) == pytest.approx(mse)
+    for line in lines:
+        errors = np.array(line["forecast"], dtype=float) - np.array(line["truth"])
+        assert np.nanmean(errors**2) == pytest.approx(line["mse"], rel=1e-4)
+
+
+def test_the_report_is_redrawn_from_files_alone(finished):
+    out, _ = finished
+    before = contents(out, "report.*", "figures/*")
+    code = "import sys; from experiments import report; report.main(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(out)], check=True, env=os.environ | {"PYTHONPATH": PATH})
+    assert contents(out, "report.*", "figures/*") == before
+
+
+def test_finished_experiments_are_not_run_again(finished, data_file):
+    out, _ = finished
+    before = contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors")
+    process = start("--data", data_file, "--out", out, before="import experiments.suite; del experiments.suite.train")
+    assert process.returncode == 0, process.stderr
+    assert "continuing" in process.stdout
+    assert contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors") == before
+
+
+KILL = """
+import os, signal
+from flops import Ledger
+plain = Ledger.debit
+def debit(self, experiment, step, flops):
+    plain(self, experiment, step, flops)
+    if (experiment, step) == ("final", 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+Ledger.debit = debit
+"""
+
+
+def test_a_killed_run_ends_with_the_same_bytes(finished, data_file, tmp_path):
+    out, _ = finished
+    killed = tmp_path / "killed"
+    process = start("--data", data_file, "--out", killed, before=KILL)
+    assert process.returncode == -signal.SIGKILL
+    assert (killed / "experiments" / "final" / "state.safetensors").exists()
+    assert not (killed / "experiments" / "final" / "metrics.json").exists()
+    process = start("--data", data_file, "--out", killed)
+    assert process.returncode == 0, process.stderr
+    kept = ("experiments/*/metrics.json", "experiments/*/adapter/*", "experiments/*/*.csv", "experiments/*/*.jsonl",
+            "ledger.jsonl")  # fmt: skip
+    assert contents(killed, *kept) == contents(out, *kept)
+
+
+def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_continues(
+    small_plan, data_file, tmp_path, capsys
+):
+    arguments = ["--data", str(data_file), "--out", str(tmp_path / "a")]
+    assert run.main([*arguments, "--budget", "5e9"]) == 1
+    err = capsys.readouterr().err
+    assert "plan quick needs up to" in err
+    assert "Fits: untrained, trial" in err
+    assert "stopped: grid-r2-lr0.01 needs" in err
+    assert (tmp_path / "a" / "report.html").exists()
+    assert "Not finished" in (tmp_path / "a" / "report.md").read_text()
+    assert Ledger(tmp_path / "a" / "ledger.jsonl", budget=10**17).spent <= 5e9
+    assert run.main(arguments) == 0
+    assert "Not finished" not in (tmp_path / "a" / "report.md").read_text()
+
+
+def test_a_folder_of_another_run_is_refused_and_left_alone(finished, small_plan, data_file, tmp_path, capsys):
+    out, _ = finished
+    before = contents(out, "**/*.*")
+    base = ["--data", str(data_file), "--out", str(out)]
+    for other in (["--seed", "1"], ["--dtype", "bfloat16"], ["--sequences", "2"], ["--convention", "exact"]):
+        assert run.main([*base, *other]) == 2
+        assert "choose another --out" in capsys.readouterr().err
+    (tmp_path / "mine.txt").write_text("mine")
+    assert run.main(["--data", str(data_file), "--out", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert contents(out, "**/*.*") == before
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def damaged(tmp_path, name):
+    """A bad data file."""
+    path = tmp_path / f"{name}.h5"
+    good = data.simulate(seed=0, num_systems=8)
+    with h5py.File(path, "w") as file:
+        file["time"] = good.time[:70] if name == "short" else good.time
+        if name != "missing":
+            file["trajectories"] = {"nan": good.trajectories * np.nan, "short": good.trajectories[:, :70]}.get(
+                name, good.trajectories[:5]
+            )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["--model", "/no/such/folder"], "no such folder"),
+        (["--data", "missing"], "expected the arrays"),
+        (["--data", "nan"], "is nan"),
+        (["--data", "few"], "cannot be split"),
+        (["--data", "short"], "70 time steps, expected at least 70 context"),
+        (["--budget", "0"], "--budget is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+    ],
+)
+def test_bad_input_ends_in_one_message_and_writes_nothing(tmp_path, capsys, arguments, message):
+    if arguments[0] == "--data":
+        arguments = ["--data", damaged(tmp_path, arguments[1])]
+    before = list(tmp_path.iterdir())
+    assert run.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("arguments", [["--plan", "none"], ["--sequences", "0"], ["--dtype", "int8"]])
+def test_unknown_choices_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run.main(arguments)
+    assert caught.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_a_context_longer_than_a_trajectory_is_refused(monkeypatch, data_file, tmp_path, capsys):
+    long = plans.Plan("quick", (plans.Experiment("trial", "6.2", Training(2, 1e-3, 1500, 2)),))
+    monkeypatch.setitem(plans.PLANS, "quick", lambda seed: long)
+    assert run.main(["--data", str(data_file), "--out", str(tmp_path / "out")]) == 2
+    assert "context 1500 is longer than a trajectory" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_plan_says_what_does_not_fit_the_budget(monkeypatch, tmp_path):
+    """With the real model's sizes, before anything runs."""
+    from types import SimpleNamespace
+
+    from experiments.suite import Suite
+    from qwen_min import QwenConfig
+
+    sizes = SimpleNamespace(config=QwenConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True))
+
+    def warning(convention, budget=10**17):
+        ledger = Ledger(tmp_path / "ledger.jsonl", budget)
+        return Suite(plans.report(0), tmp_path, sizes, None, None, {}, {}, ledger, convention, "").budget_warning()
+
+    assert "Does not fit: final." in warning("sheet")
+    assert "needs up to 1.145e+17 FLOPs" in warning("sheet")
+    assert warning("report") is None
+    assert warning("sheet", budget=2 * 10**17) is None
+
+
+def test_plans_are_those_of_the_report():
+    plan = plans.report(seed=0)
+    assert tuple(plans.PLANS) == run.PLAN_NAMES
+    assert [e.training.steps for e in plan.experiments if e.training] == [500, *[1000] * 12, 3000]
+    assert {e.training.batch for e in plan.experiments if e.training} == {4}
+    assert len({(e.training.rank, e.training.learning_rate) for e in plan.experiments if e.section == "6.3"}) == 9
+    assert [e.name for e in plan.experiments if "test" in e.splits] == ["untrained", "final"]
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; from experiments import run; run.parser().format_help(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": PATH})
+
+
+@pytest.mark.parametrize("damage", ["plan.json", "baselines.json", "experiments/trial/forecasts.val.jsonl"])
+def test_a_damaged_run_folder_gives_no_report(finished, tmp_path, damage):
+    import shutil
+
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / damage).write_text("{")
+    command = [sys.executable, "-m", "experiments.report", tmp_path / "run"]
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": PATH})
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ")
+    assert os.path.basename(damage) in process.stderr
+    with pytest.raises(report.RunError):
+        report.load_run(tmp_path / "run")

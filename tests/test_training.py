@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+import torch
+
+from experiments import training
+from experiments.training import Training, TrainingError, batch_rows, train, window_tensors
+from lora import adapter_parameters, inject, remove
+
+SETTINGS = Training(rank=2, learning_rate=1e-2, context=24, steps=7, batch=3, stride=10, seed=5)
+
+
+@pytest.fixture(scope="module")
+def token_lists(tiny):
+    rng = np.random.default_rng(0)
+    return [tiny[1].encode(";".join(f"{v:.2f}" for v in rng.uniform(0, 9, 7))) for _ in range(6)]
+
+
+def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None):
+    """Train in a fresh adapter; (losses, adapter). stop_before interrupts like a signal would."""
+    model, tokenizer = tiny
+    ids, mask = window_tensors(token_lists, settings, tokenizer.pad_id)
+    torch.manual_seed(settings.seed)
+    inject(model, settings.lora)
+
+    def before_step(step):
+        if step == stop_before:
+            raise KeyboardInterrupt
+
+    try:
+        losses = train(model, ids, mask, settings, state, before_step, lambda step, loss: None)
+        return losses, {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+    finally:
+        remove(model)
+
+
+def test_windows_are_padded_on_the_left(tiny, token_lists):
+    ids, mask = window_tensors(token_lists, SETTINGS, tiny[1].pad_id)
+    assert ids.shape == mask.shape == (6 * 4, 24)  # 34 tokens: starts 0, 10, 20, 30
+    assert mask.sum(1).tolist() == [24, 24, 14, 4] * 6
+    assert ids[3].tolist() == [256] * 20 + token_lists[0][30:]
+    with pytest.raises(TrainingError, match="context 35 is longer than a trajectory of 34 tokens"):
+        window_tensors(token_lists, Training(2, 1e-3, context=35, steps=1), 0)
+
+
+def test_an_epoch_takes_each_window_once_and_the_next_is_shuffled_anew():
+    epochs = [[batch_rows(12, 4, seed=1, step=step) for step in range(start, start + 3)] for start in (0, 3)]
+    for epoch in epochs:
+        assert sorted(np.concatenate(epoch)) == list(range(12))
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert np.array_equal(batch_rows(12, 4, seed=1, step=4), epochs[1][1])
+
+
+def test_training_lowers_the_loss_and_leaves_the_base(tmp_path, tiny, token_lists):
+    before = {name: tensor.clone() for name, tensor in tiny[0].state_dict().items()}
+    settings = Training(rank=4, learning_rate=1e-2, context=24, steps=60, batch=6, stride=10)
+    losses, _ = run(tiny, token_lists, tmp_path / "state", settings)
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    after = tiny[0].state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("stop_before", [1, 4, 6])
+def test_an_interrupted_training_ends_with_the_same_bits(monkeypatch, tmp_path, tiny, token_lists, stop_before):
+    wanted = run(tiny, token_lists, tmp_path / "undisturbed")
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, token_lists, tmp_path / "state", stop_before=stop_before)
+    losses, adapter = run(tiny, token_lists, tmp_path / "state")
+    assert losses == wanted[0]
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in wanted[1].items())
+    again, _ = run(tiny, token_lists, tmp_path / "state", stop_before=0)  # finished: no further step
+    assert again == losses
+
+
+def test_the_first_step_is_adam_s(tmp_path, tiny, token_lists):
+    """Adam's first step moves every number with a gradient by the learning rate."""
+    settings = Training(rank=2, learning_rate=1e-3, context=24, steps=1, batch=3, stride=10, seed=5)
+    _, adapter = run(tiny, token_lists, tmp_path / "state", settings)
+    moved = torch.cat([p.abs().flatten() for name, p in adapter.items() if "lora_B" in name])
+    assert moved.max().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, tiny, token_lists):
+    settings = Training(rank=2, learning_rate=float("inf"), context=24, steps=5, batch=3, stride=10)
+    with pytest.raises(TrainingError, match="step 1: the loss is nan"):
+        run(tiny, token_lists, tmp_path / "state", settings)
+
+
+def test_too_few_windows_are_refused(tmp_path, tiny, token_lists):
+    with pytest.raises(TrainingError, match="24 windows cannot fill a batch of 25"):
+        run(tiny, token_lists, tmp_path / "state", Training(2, 1e-3, context=24, steps=1, batch=25, stride=10))

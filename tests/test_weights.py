@@ -1,0 +1,147 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import CONFIGS, config_fields, random_model
+from qwen_min import CheckpointError, load
+from qwen_min.weights import TINY
+
+
+def write_checkpoint(folder, model, dtype=torch.float32, shards=1):
+    """A checkpoint folder of a random model, with the embedded tokenizer."""
+    config = config_fields(model.config) | {"vocab_size": model.config.vocab_size}
+    (folder / "config.json").write_text(json.dumps(config))
+    shutil.copy(TINY / "tokenizer.json", folder)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return
+    weight_map = {}
+    for shard in range(shards):
+        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[shard::shards])
+        save_file(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.fixture
+def wide(config):
+    """A random model whose vocabulary holds the embedded tokenizer's."""
+    from dataclasses import replace
+
+    return random_model(replace(config, vocab_size=260))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loads_every_layout_and_dtype(tmp_path, wide, shards, dtype):
+    write_checkpoint(tmp_path, wide, dtype, shards)
+    kept, _ = load(tmp_path, dtype=None)
+    assert {p.dtype for p in kept.parameters()} == {dtype}
+    cast, _ = load(tmp_path, dtype=torch.float32)
+    for name, tensor in cast.state_dict().items():
+        assert torch.equal(tensor, wide.state_dict()[name].to(dtype).float()), name
+    assert not cast.training
+
+
+def broken(tmp_path, change):
+    """Load a checkpoint whose tensors went through `change`."""
+    from dataclasses import replace
+
+    write_checkpoint(tmp_path, random_model(replace(CONFIGS["ratio 7, tied"], vocab_size=260)))
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path)
+    return str(caught.value)
+
+
+def test_one_error_lists_missing_unexpected_and_misshapen_tensors(tmp_path):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(56)
+        tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(80, 55)
+
+    message = broken(tmp_path, change)
+    assert "missing model.norm.weight [56]" in message
+    assert "unexpected model.layers.0.self_attn.o_proj.bias [56]" in message
+    assert "model.layers.1.mlp.up_proj.weight has shape [80, 55], expected [80, 56]" in message
+
+
+def test_refuses_a_head_that_the_config_ties_and_integer_weights(tmp_path):
+    assert "unexpected lm_head.weight" in broken(
+        tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(260, 56)})
+    )
+    assert "has dtype I64" in broken(
+        tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(56, dtype=torch.long)})
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"not safetensors", None])
+def test_refuses_damaged_and_missing_files(tmp_path, content):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load(tmp_path)
+
+
+def test_refuses_a_truncated_file(tmp_path):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "named"),
+    [
+        ("{", "not a readable index"),
+        ("{}", "weight_map"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "same folder"),
+        ('{"weight_map": {"a": 3}}', "same folder"),
+        ('{"weight_map": {"a": "absent.safetensors"}}', "missing absent.safetensors"),
+    ],
+)
+def test_refuses_a_bad_index(tmp_path, index, named):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=named):
+        load(tmp_path)
+
+
+def test_refuses_a_source_that_is_nothing(monkeypatch):
+    with pytest.raises(CheckpointError, match="expected a folder, a hub id"):
+        load("/no/such/folder")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="nobody/nothing: no such folder, and the hub did not give it"):
+        load("nobody/nothing")
+
+
+def test_refuses_a_damaged_tokenizer(tmp_path):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a readable tokenizer"):
+        load(tmp_path)
+
+
+def test_the_embedded_checkpoint_is_what_it_claims(tiny):
+    model, tokenizer = tiny
+    assert sum(path.stat().st_size for path in TINY.iterdir()) < 8e6
+    assert model.config.num_attention_heads > model.config.num_key_value_heads
+    assert model.config.tie_word_embeddings
+    assert tokenizer.encode("1.23") == [16, 13, 17, 18]
+    assert tokenizer.encode("0,1;2") == [15, 11, 16, 26, 17]
+    assert tokenizer.encode("é\n") == [127, 102, 198]  # bytes C3 A9 0A in GPT-2's order
+    assert tokenizer.decode(tokenizer.encode("0.92,0.74;é")) == "0.92,0.74;é"
+    assert tokenizer.end_ids == (256,)
+    assert tokenizer.decode([16, tokenizer.pad_id]) == "1"
