@@ -3,12 +3,15 @@
 N trajectories, T time steps, 2 variables: prey, predator. Populations in the file's own units.
 """
 
+import io
 from pathlib import Path
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 from scipy.integrate import solve_ivp
+
+from experiments.runfolder import write_whole
 
 NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # of the report's data set
 
@@ -67,9 +70,11 @@ def read(path: str | Path) -> Dataset:
 
 def write(path: str | Path, dataset: Dataset) -> None:
     """Write the layout that `read` reads."""
-    with h5py.File(path, "w") as file:
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
         file["trajectories"] = dataset.trajectories
         file["time"] = dataset.time
+    write_whole(Path(path), content.getvalue())
 
 
 def simulate(seed: int = 0, num_systems: int = NUM_SYSTEMS) -> Dataset:

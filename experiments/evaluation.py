@@ -44,6 +44,11 @@ class Forecasts(NamedTuple):
         return Forecasts(texts, np.concatenate([p.values for p in parts]), stack("free_losses"), stack("forced_losses"))
 
 
+def most_tokens(encoding: Encoding, num_steps: int, num_variables: int) -> int:
+    """Positions that context and forecast of num_steps together may take, with values up to 99."""
+    return num_steps * (encoding.tokens_per_step(num_variables) + num_variables)
+
+
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
@@ -55,9 +60,8 @@ def _batch(
     contexts = [tokenizer.encode(encoding.encode(one[:context_steps])) for one in series]
     wholes = [tokenizer.encode(encoding.encode(one[: context_steps + horizon])) for one in series]
     targets = [whole[len(context) :] for whole, context in zip(wholes, contexts, strict=True)]
-    # values of 10 and more take a token more: room for one in each value, used only if a row needs it
     length = max(horizon * encoding.tokens_per_step(num_variables), *map(len, targets))
-    room = length + horizon * num_variables
+    room = length + horizon * num_variables  # values of 10 and more take a token more
     ids, mask = pad_left(contexts, tokenizer.pad_id)
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
     target_ids = torch.full((len(series), length), tokenizer.pad_id, device=device)
@@ -76,24 +80,34 @@ def _batch(
         cache.truncate(ids.shape[1])
 
         tokens, free = [], torch.full((len(series), length), torch.nan, device=device)
+        scored = torch.zeros_like(real)
+        texts: list[str | None] = [None] * len(series)
         for step_tokens, step_logits, running in greedy_steps(
             model, cache, logits, room, mask, tokenizer.end_ids, tokenizer.pad_id
         ):
             step = len(tokens)
             tokens.append(step_tokens)
             if step < length:
-                losses = _losses(step_logits, target_ids[:, step])
-                free[:, step] = torch.where(running & real[:, step], losses, torch.nan)
+                scored[:, step] = running & real[:, step]
+                free[:, step] = _losses(step_logits, target_ids[:, step])
             if step + 1 >= length:
-                # the leading `;` is the end of the context's last step
-                texts = [tokenizer.decode(row).removeprefix(";") for row in torch.stack(tokens, 1).tolist()]
-                values = np.stack([encoding.decode(text, horizon, num_variables) for text in texts])
-                if not np.isnan(values).any():
+                # each row is cut where it is complete itself: others that need more tokens change nothing in it
+                for row, written in enumerate(torch.stack(tokens, 1).tolist()):
+                    if texts[row] is None:
+                        text = tokenizer.decode(written).removeprefix(";")  # `;` ends the context's last step
+                        last = step + 1 == room
+                        if last or not np.isnan(encoding.decode(text, horizon, num_variables)).any():
+                            texts[row] = text
+                if None not in texts:
                     break
-        else:  # ran to the end, or every row ended early
-            texts = [tokenizer.decode(row).removeprefix(";") for row in torch.stack(tokens, 1).tolist()]
-            values = np.stack([encoding.decode(text, horizon, num_variables) for text in texts])
-    return Forecasts(texts, values, free.cpu().numpy(), forced.masked_fill(~real, torch.nan).cpu().numpy())
+        for row, written in enumerate(torch.stack(tokens, 1).tolist()):  # rows cut off by every row's end
+            if texts[row] is None:
+                texts[row] = tokenizer.decode(written).removeprefix(";")
+    if not (forced[real].isfinite().all() and free[scored].isfinite().all()):
+        raise ValueError("the model's logits are not finite: the weights or the adapter are damaged")
+    values = np.stack([encoding.decode(text, horizon, num_variables) for text in texts])
+    free, forced = free.masked_fill(~scored, torch.nan), forced.masked_fill(~real, torch.nan)
+    return Forecasts(texts, values, free.cpu().numpy(), forced.cpu().numpy())
 
 
 def forecast(
@@ -108,7 +122,7 @@ def forecast(
     """Forecast each of series (N, T, D), in populations, from its first context_steps steps, greedily.
 
     Contexts are cut by time step. The losses are those of the target's tokens; generation goes on behind them
-    only while a row still lacks a value. Raises ValueError when a series is too short.
+    only while a row still lacks a value. Raises ValueError when a series is too short, or logits are not finite.
     """
     if context_steps < 1 or horizon < 1 or context_steps + horizon > series.shape[1]:
         raise ValueError(
@@ -128,16 +142,20 @@ def mean_interval(values: np.ndarray, resamples: int = 2000) -> list[float]:
     return np.percentile(values[rows].mean(axis=1), [2.5, 97.5]).tolist()
 
 
-def errors(forecast: np.ndarray, truth: np.ndarray, scale: float) -> dict:
+def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale: float) -> dict:
     """MSE and MAE of forecast (N, h, D) against truth, both scaled, over the well-formed values.
 
     A sequence counts with the mean over its well-formed values. `malformed_values` and
-    `sequences_without_forecast` say what is missing; with nothing left the means are None.
+    `sequences_without_forecast` say what is missing; with nothing left the means are None. `mse_filled` puts
+    fallback (N, D), the context's mean, in place of what is missing, so that nothing wins by being unreadable:
+    models are chosen by it.
     """
     error = forecast - truth
     malformed = np.isnan(error)
     alive = ~malformed.all(axis=(1, 2))
+    filled = np.where(malformed, fallback[:, None, :], forecast)
     result = {
+        "mse_filled": float(((filled - truth) ** 2).mean()),
         "sequences": len(forecast),
         "malformed_values": int(malformed.sum()),
         "sequences_without_forecast": int((~alive).sum()),
@@ -168,13 +186,18 @@ def _nanmean(values: np.ndarray, axis) -> np.ndarray:
     return np.where(count, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
 
 
-def metrics(forecasts: Forecasts, truth: np.ndarray, scale: float) -> dict:
-    """`errors` and both losses, over the first ten sequences and over all."""
+def metrics(forecasts: Forecasts, truth: np.ndarray, fallback: np.ndarray, scale: float) -> dict:
+    """`errors` and both losses, over the first ten sequences and over all.
+
+    `unscored_tokens` counts target tokens without a free-running loss, because the text had ended before.
+    """
 
     def of(rows: slice) -> dict:
-        return errors(forecasts.values[rows], truth[rows], scale) | {
-            "free_loss": float(np.nanmean(forecasts.free_losses[rows])),
-            "forced_loss": float(np.nanmean(forecasts.forced_losses[rows])),
+        free, forced = forecasts.free_losses[rows], forecasts.forced_losses[rows]
+        return errors(forecasts.values[rows], truth[rows], fallback[rows], scale) | {
+            "free_loss": float(np.nanmean(free)),
+            "forced_loss": float(np.nanmean(forced)),
+            "unscored_tokens": int((np.isfinite(forced) & np.isnan(free)).sum()),
         }
 
     return {"first": of(slice(FIRST)), "all": of(slice(None))}

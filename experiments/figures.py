@@ -1,5 +1,6 @@
 """Figures of a report, drawn from numbers alone; each function writes one PNG."""
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -7,6 +8,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+
+from experiments.runfolder import write_whole
 
 PREY, PREDATOR, TEXT, GRID = "#1f6fb4", "#d1602b", "#333333", "#dddddd"
 CURVES = ("#1f6fb4", "#d1602b", "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
@@ -33,10 +36,11 @@ def smoothed(values: list[float], window: int = 10) -> np.ndarray:
 
 
 def _save(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
+    image = io.BytesIO()
+    figure.savefig(image, metadata={"Software": None})
     plt.close(figure)
+    write_whole(path, image.getvalue())
 
 
 def loss_by_step(losses: list[float | None], path: Path) -> None:

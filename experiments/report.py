@@ -34,7 +34,7 @@ PUBLISHED_GRID = {  # rank: (MSE, loss) at the three rates, in rising order
     8: ((0.0328, 1.6141), (0.0256, 1.9905), (0.0071, 1.6746)),
 }
 PUBLISHED_FLOPS = {"6.2": 15.38, "6.3": 16.64, "6.4": 16.13, "6.5": 16.35, "all": 16.91}
-SECTIONS = {"6.2": "Trial", "6.3": "Grid", "6.4": "Context lengths", "6.5": "Final"}
+SECTIONS = {"6.2": "trial", "6.3": "grid", "6.4": "context lengths", "6.5": "final", "all": "all"}
 NONE = "-"
 
 
@@ -46,6 +46,7 @@ class Run:
     plan: dict
     example: dict
     baselines: dict
+    status: dict
     contexts: dict[str, list[dict]]
     experiments: dict[str, dict] = field(default_factory=dict)  # finished ones, in the order of the plan
 
@@ -62,6 +63,7 @@ def load_run(folder: Path) -> Run:
         read_json(folder / "plan.json"),
         read_json(folder / "example.json"),
         read_json(folder / "baselines.json"),
+        read_json(folder / "status.json"),
         {split: read_json_lines(folder / f"{split}.jsonl") for split in ("val", "test")},
     )
     for experiment in run.plan["identity"]["experiments"]:
@@ -185,12 +187,13 @@ def _overview(run: Run, blocks: Blocks) -> None:
             "the shape of the experiment, not to be compared digit by digit."
         )
     if run.unfinished:
-        blocks.text(f"Not finished, and shown as {NONE}: {', '.join(run.unfinished)}.")
+        blocks.text(f"Not finished, and shown as {NONE}: {', '.join(run.unfinished)}. {run.status['stopped'] or ''}")
     blocks.text(
         "Errors are in scaled units (population / scale), against the exact truth, over 10 time steps behind a "
         "context of 70. First ten: the ten sequences the report judged by. Brackets: 95 % bootstrap interval of "
         "the mean. Free loss: cross-entropy of the target under the model's own text, as in the report; "
-        "forced loss: the same behind the true text. Models are chosen by validation MSE over all sequences."
+        "forced loss: the same behind the true text. Models are chosen by validation MSE over all sequences, with "
+        "the context's mean in place of malformed values."
     )
 
 
@@ -216,18 +219,27 @@ def _results(run: Run, blocks: Blocks) -> None:
     rows += [row(name, e["metrics"]) for name, e in run.experiments.items()]
     counts = ", ".join(f"{len(lines)} {split}" for split, lines in run.contexts.items())
     blocks.table(f"MSE of every model and baseline ({counts} sequences)", header, rows)
+    steps = [str(step) for step in range(1, 11)]
+    by_horizon = {name: by_split["test"]["all"] for name, by_split in run.baselines.items()}
+    for name, experiment in run.experiments.items():
+        if "test" in experiment["metrics"]:
+            by_horizon[name] = experiment["metrics"]["test"]["all"]
+    rows = [[name, *map(number, m.get("mse_by_horizon", [None] * 10))] for name, m in by_horizon.items()]
+    blocks.table("MSE by forecast step, all test sequences", ["method", *steps], rows)
     malformed = []
     for (name, experiment), split in product(run.experiments.items(), ("val", "test")):
         if metrics := experiment["metrics"].get(split, {}).get("all"):
             malformed.append(
                 [name, split, str(metrics["sequences"]), str(metrics["malformed_values"]),
-                 str(metrics["sequences_without_forecast"]), number(metrics.get("mae")),
-                 number(metrics.get("mse_populations")), number(metrics["free_loss"]), number(metrics["forced_loss"])]
+                 str(metrics["sequences_without_forecast"]), number(metrics["mse_filled"]),
+                 str(metrics["unscored_tokens"]), number(metrics.get("mae")), number(metrics.get("mse_populations")),
+                 number(metrics.get("mae_populations")), number(metrics["free_loss"]), number(metrics["forced_loss"])]
             )  # fmt: skip
     blocks.table(
-        "Malformed or missing values (left out of the errors), MAE, MSE in populations, losses; all sequences",
-        ["experiment", "split", "sequences", "malformed values", "without forecast", "MAE", "MSE, populations",
-         "free loss", "forced loss"],
+        "All sequences: malformed or missing values (left out of the errors, but for MSE, filled), target tokens "
+        "behind the text's end (left out of the free loss), further errors, losses",
+        ["experiment", "split", "sequences", "malformed values", "without forecast", "MSE, filled", "unscored tokens",
+         "MAE", "MSE, populations", "MAE, populations", "free loss", "forced loss"],
         malformed,
     )  # fmt: skip
 
@@ -300,7 +312,7 @@ def _grid(run: Run, blocks: Blocks) -> None:
     if not done:
         return
     curves = {_label(e["training"]): e["losses"] for e in done.values()}
-    best = min(done, key=lambda name: done[name]["metrics"]["val"]["all"]["mse"] or math.inf)
+    best = min(done, key=lambda name: done[name]["metrics"]["val"]["all"]["mse_filled"])
     drawn = run.folder / "figures"
     figures.loss_curves(curves, drawn / "figure-08.png")
     blocks.figure(drawn / "figure-08.png", "Figure 8: training loss of the grid")
@@ -336,27 +348,29 @@ def _contexts_and_final(run: Run, blocks: Blocks) -> None:
 
 
 def _compute(run: Run, blocks: Blocks) -> None:
+    status, kept_in = run.status, run.plan["identity"]["convention"]
     blocks.heading(2, "Compute (section 8)")
     blocks.text(
-        "Training only, 3 x forward, in three conventions: exact is what runs; sheet follows section 4.3 with the "
-        "real feed-forward; report reproduces the published figures, which count two feed-forward matrices of "
-        "width 4 x hidden where the model has three wider ones. The budget is kept in the convention "
-        f"{run.plan['identity']['convention']}."
+        f"Spent {status['spent']:.3e} of a budget of {status['budget']:.3e} FLOPs "
+        f"({status['spent'] / status['budget']:.2%}) in the convention {kept_in}. "
+        "Only training counts, as 3 x forward; traced: what forward and backward of a LoRA step really dispatch, as a "
+        "multiple of the forward pass. "
+        + " ".join(f"{name}: {meaning}." for name, meaning in run.plan["conventions"].items())
     )
-    header = ["", "steps", "exact", "sheet", "report", "published", "seconds, training", "seconds, evaluation"]
-    rows, totals = [], dict.fromkeys(("exact", "sheet", "report"), 0)
+    names = list(run.plan["conventions"])
+    header = ["", "steps", *names, "published", "traced", "seconds, training", "seconds, evaluation"]
+    rows = []
     for name, experiment in run.experiments.items():
         flops, seconds = experiment["flops"], experiment["seconds"]
-        for convention in totals:
-            totals[convention] += flops.get(convention, 0)
-        steps = str(experiment["training"]["steps"]) if experiment["training"] else NONE
-        counted = [log10(flops[c]) if flops else NONE for c in totals]
-        rows.append([name, steps, *counted, NONE, f"{seconds['training']:.1f}", f"{seconds['evaluation']:.1f}"])
+        steps, traced, counted = NONE, NONE, [NONE] * len(names)
+        if experiment["training"]:
+            steps, counted = str(experiment["training"]["steps"]), [log10(flops[c]) for c in names]
+            traced = f"{experiment['traced_forward_and_backward'] / experiment['traced_forward']:.2f}"
+        rows.append([name, steps, *counted, NONE, traced, f"{seconds['training']:.1f}", f"{seconds['evaluation']:.1f}"])
     for section, title in SECTIONS.items():
-        parts = [e for e in run.experiments.values() if e["section"] == section]
-        counted = [log10(sum(e["flops"][c] for e in parts)) for c in totals]
-        rows.append([f"{title} ({section})", NONE, *counted, f"10^{PUBLISHED_FLOPS[section]}", NONE, NONE])
-    rows.append(["all", NONE, *map(log10, totals.values()), f"10^{PUBLISHED_FLOPS['all']}", NONE, NONE])
+        parts = [e for e in run.experiments.values() if e["flops"] and section in (e["section"], "all")]
+        counted = [log10(sum(e["flops"][c] for e in parts)) for c in names]
+        rows.append([title, NONE, *counted, f"10^{PUBLISHED_FLOPS[section]}", NONE, NONE, NONE])
     blocks.table("FLOPs of the finished experiments", header, rows)
 
 

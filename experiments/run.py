@@ -11,16 +11,32 @@ import sys
 from pathlib import Path
 
 PLAN_NAMES = ("quick", "report")  # of experiments.plans, which is slow to import
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")  # fp16 would need its loss scaled to train
 
 
 def sequences(text: str) -> int | None:
     """A number of sequences, or None for "all"."""
     if text == "all":
         return None
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor 'all'")
-    return int(text)
+    try:
+        return positive(int(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor 'all'") from None
+
+
+def budget(text: str) -> int:
+    """A number of FLOPs such as 1e17."""
+    try:
+        return positive(int(float(text)))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of FLOPs of at least 1, such as 1e17") from None
+
+
+def positive(number: int) -> int:
+    """The number. Raises ValueError below 1."""
+    if number < 1:
+        raise ValueError(f"{number} is not positive")
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         "--sequences", type=sequences, metavar="N|all", help="evaluate the first N of each split (default all)"
     )
     p.add_argument("--seed", type=int, default=0, help="of adapters and batches (default %(default)s)")
-    p.add_argument("--budget", type=float, default=1e17, help="FLOPs of all training (default %(default)g)")
+    p.add_argument("--budget", type=budget, default=10**17, help="FLOPs of all training (default 1e17)")
     p.add_argument(
         "--convention", default="sheet", choices=("exact", "sheet", "report"),
         help="how the budget counts (default %(default)s, the strictest)",
@@ -47,13 +63,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """sha256 over the config and the weights of a checkpoint folder."""
+    """sha256 over the config, the tokenizer and the weights of a checkpoint folder."""
     import hashlib
 
     from qwen_min.weights import weight_files
 
     digest = hashlib.sha256()
-    for path in [folder / "config.json", *weight_files(folder)]:
+    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -82,6 +98,7 @@ def prepare(args: argparse.Namespace):
 
     import flops
     from experiments import data, plans
+    from experiments.evaluation import most_tokens
     from experiments.llmtime import Encoding
     from experiments.runfolder import open_run
     from experiments.suite import Suite
@@ -89,8 +106,6 @@ def prepare(args: argparse.Namespace):
     from qwen_min import load
     from qwen_min.weights import checkpoint_folder
 
-    if not args.budget > 0:
-        raise ValueError(f"--budget is {args.budget}, expected a positive number of FLOPs")
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}, expected 0 or more")
     device = checked_device(args.device)
@@ -109,9 +124,15 @@ def prepare(args: argparse.Namespace):
     model, tokenizer = load(folder, device, getattr(torch, args.dtype))
     series = {name: dataset.trajectories[rows] for name, rows in ids.items()}
     sample = [tokenizer.encode(encoding.encode(series["train"][0]))]
+    lengths = [most_tokens(encoding, plans.CONTEXT_STEPS + plans.HORIZON, num_variables=2)]
     for experiment in plan.experiments:
         for training in plans.candidates(plan, experiment):
             window_tensors(sample, training, tokenizer.pad_id)  # refuses a context longer than a trajectory
+            lengths.append(training.context)
+    if max(lengths) > model.config.max_position_embeddings:
+        raise ValueError(
+            f"{args.model}: has {model.config.max_position_embeddings} positions, plan {plan.name} needs {max(lengths)}"
+        )
     identity = {
         "plan": args.plan,
         "experiments": plans.as_record(plan),
@@ -130,12 +151,13 @@ def prepare(args: argparse.Namespace):
         "data": args.data.name if args.data else "simulated, seed 0",
         "parameters": sum(p.numel() for p in model.parameters()),
         "device_name": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
+        "conventions": flops.CONVENTIONS,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     out = args.out or Path("runs") / args.plan
     continued = open_run(out, json_plain(identity), record)
-    ledger = flops.Ledger(out / "ledger.jsonl", int(args.budget))
+    ledger = flops.Ledger(out / "ledger.jsonl", args.budget)
     suite = Suite(plan, out, model, tokenizer, encoding, series, ids, ledger, args.convention, args.model)
     return suite, continued
 
@@ -158,22 +180,29 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     from experiments.report import write_report
+    from experiments.runfolder import RunError
     from experiments.training import TrainingError
 
     if continued:
         print(f"continuing {suite.folder}")
     if warning := suite.budget_warning():
         print(f"warning: {warning}", file=sys.stderr)
-    status = 0
+    stopped = None
     try:
-        suite.run()
-    except (flops.BudgetExceeded, TrainingError) as error:
+        try:
+            suite.run()
+        except (flops.BudgetExceeded, TrainingError) as error:
+            stopped = str(error)
+            print(f"stopped: {stopped}", file=sys.stderr)
+        suite.write_status(stopped)
+        page = write_report(suite.folder)
+    except (RunError, OSError) as error:
         print(f"stopped: {error}", file=sys.stderr)
-        status = 1
+        return 1
     spent, budget = suite.ledger.spent, suite.ledger.budget
     print(f"spent {spent:.3e} of {budget:.3e} FLOPs ({spent / budget:.2%}, {suite.convention})")
-    print(f"report: {write_report(suite.folder)}")
-    return status
+    print(f"report: {page}")
+    return 1 if stopped else 0
 
 
 if __name__ == "__main__":

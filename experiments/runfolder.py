@@ -54,7 +54,10 @@ def open_run(folder: Path, identity: dict, record: dict) -> bool:
     """
     plan = folder / "plan.json"
     if plan.exists():
-        held = read_json(plan).get("identity", {})
+        held = read_json(plan)
+        held = held.get("identity") if isinstance(held, dict) else None
+        if not isinstance(held, dict):
+            raise RunError(f"{plan}: names no run; choose another --out")
         for name in identity | held:
             if held.get(name) != identity.get(name):
                 raise RunError(
@@ -62,7 +65,7 @@ def open_run(folder: Path, identity: dict, record: dict) -> bool:
                     f"{_short(identity.get(name))}; choose another --out"
                 )
         return True
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(p.name != "plan.json.partial" for p in folder.iterdir())):
         raise RunError(f"{folder}: exists and holds no run; choose an empty or new --out")
     write_whole(plan, to_json({"identity": identity} | record))
     return False

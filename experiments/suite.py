@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 import flops
 from experiments.baselines import BASELINES
-from experiments.evaluation import Forecasts, errors, forecast, metrics
+from experiments.evaluation import FIRST, Forecasts, errors, forecast, metrics
 from experiments.llmtime import Encoding
 from experiments.plans import CONTEXT_STEPS, HORIZON, Experiment, Plan, candidates, fill
 from experiments.runfolder import read_json, to_json, to_json_lines, write_whole
 from experiments.training import Training, train, window_tensors
+from flops.trace import trace_training_step
 from lora import inject, remove, save_adapter
 from qwen_min import Qwen, Tokenizer
 
@@ -83,6 +84,11 @@ class Suite:
             if not (self._path(experiment.name) / "metrics.json").exists():
                 self._run_one(experiment)
 
+    def write_status(self, stopped: str | None) -> None:
+        """What the run has spent by now, and why it stopped if it did."""
+        spent = {"budget": self.ledger.budget, "spent": self.ledger.spent, "by_experiment": self.ledger.by_experiment()}
+        write_whole(self.folder / "status.json", to_json(spent | {"stopped": stopped}))
+
     def _path(self, name: str) -> Path:
         return self.folder / "experiments" / name
 
@@ -92,10 +98,9 @@ class Suite:
         tokens = self.tokenizer.encode(text)
         example = {"text": text[:40], "tokens": tokens[:20], "num_characters": len(text), "num_tokens": len(tokens)}
         write_whole(self.folder / "example.json", to_json(example))
-        rows = {}
+        results = {}
         for split in ("val", "test"):
-            scaled = self.encoding.scaled(self.series[split]).astype(np.float64)
-            context, truth = np.split(scaled[:, : CONTEXT_STEPS + HORIZON], [CONTEXT_STEPS], axis=1)
+            context, truth = self._context_and_truth(split)
             lines = [
                 {"id": int(i), "context": c.round(4).tolist(), "truth": t.round(6).tolist()}
                 for i, c, t in zip(self.ids[split], context, truth, strict=True)
@@ -104,19 +109,23 @@ class Suite:
             rounded = context.round(self.encoding.decimals)  # what the model is shown
             for name, baseline in BASELINES.items():
                 values = baseline(rounded, HORIZON)
-                rows.setdefault(name, {})[split] = {
-                    part: errors(values[chosen], truth[chosen], self.encoding.scale)
-                    for part, chosen in (("first", slice(10)), ("all", slice(None)))
+                results.setdefault(name, {})[split] = {
+                    part: errors(values[rows], truth[rows], context.mean(axis=1)[rows], self.encoding.scale)
+                    for part, rows in (("first", slice(FIRST)), ("all", slice(None)))
                 }
-        write_whole(self.folder / "baselines.json", to_json(rows))
+        write_whole(self.folder / "baselines.json", to_json(results))
+
+    def _context_and_truth(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """What is shown and what is to be forecast, (N, 70, 2) and (N, 10, 2), scaled."""
+        scaled = self.encoding.scaled(self.series[split]).astype(np.float64)
+        return scaled[:, :CONTEXT_STEPS], scaled[:, CONTEXT_STEPS : CONTEXT_STEPS + HORIZON]
 
     def _settings(self, experiment: Experiment) -> Training | None:
         if not experiment.best_of:
             return experiment.training
 
         def validation_mse(name: str) -> float:
-            mse = read_json(self._path(name) / "metrics.json")["val"]["all"]["mse"]
-            return float("inf") if mse is None else mse
+            return read_json(self._path(name) / "metrics.json")["val"]["all"]["mse_filled"]
 
         best = min(experiment.best_of, key=validation_mse)
         settings = read_json(self._path(best) / "settings.json")
@@ -129,23 +138,24 @@ class Suite:
             costs = {c: training.steps * self.step_flops(training, c) for c in flops.CONVENTIONS}
             self.ledger.require(experiment.name, costs[self.convention])
         record = {"section": experiment.section, "training": training and asdict(training), "flops": costs}
+        if training:
+            names = ("traced_forward", "traced_forward_and_backward")
+            traced = trace_training_step(self.model.config, training.batch, training.context, training.ranks)
+            record |= dict(zip(names, traced, strict=True))
         write_whole(path / "settings.json", to_json(record))
-        started, seconds = time.monotonic(), {}
-        with self._adapted(experiment.name, training):
-            seconds["training"] = time.monotonic() - started
-            results = {}
-            for split in experiment.splits:
-                results[split] = self._evaluate(experiment.name, split)
-            seconds["evaluation"] = time.monotonic() - started - seconds["training"]
+        with self._adapted(experiment.name, training) as training_seconds:
+            started = time.monotonic()
+            results = {split: self._evaluate(experiment.name, split) for split in experiment.splits}
+            seconds = {"training": training_seconds, "evaluation": time.monotonic() - started}
         write_whole(path / "seconds.json", to_json({name: round(value, 1) for name, value in seconds.items()}))
         write_whole(path / "metrics.json", to_json(results))  # last: it says that the experiment is finished
         (path / "state.safetensors").unlink(missing_ok=True)
 
     @contextmanager
-    def _adapted(self, name: str, training: Training | None) -> Iterator[None]:
-        """The model with the trained adapter of an experiment, and without it afterwards."""
+    def _adapted(self, name: str, training: Training | None) -> Iterator[float]:
+        """The model with the trained adapter of an experiment, and without it afterwards; yields what it took."""
         if training is None:
-            yield
+            yield 0.0
             return
         path = self._path(name)
         tokens = [self.tokenizer.encode(self.encoding.encode(one)) for one in self.series["train"]]
@@ -162,7 +172,7 @@ class Suite:
                     bar.set_postfix(loss=f"{loss:.3f}", budget=f"{share:.2%}", refresh=False)
                     bar.update(step + 1 - bar.n)
 
-                losses = train(
+                trained = train(
                     self.model,
                     ids,
                     mask,
@@ -171,38 +181,38 @@ class Suite:
                     before_step=lambda step: self.ledger.debit(name, step, cost),
                     after_step=after_step,
                 )
-            rows = "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(losses))
+            rows = "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(trained.losses))
             write_whole(path / "losses.csv", "step,loss\n" + rows)
             partial = path / "adapter.partial"
             save_adapter(self.model, partial, training.lora, self.source)
             shutil.rmtree(path / "adapter", ignore_errors=True)
             partial.rename(path / "adapter")
-            yield
+            yield trained.seconds
         finally:
             remove(self.model)
 
     def _evaluate(self, name: str, split: str) -> dict:
         """Forecast a split; write a line for each trajectory, return the metrics."""
-        series, scale = self.series[split], self.encoding.scale
+        series = self.series[split]
         with tqdm(total=len(series), desc=f"{name}, {split}", mininterval=_interval()) as bar:
             found = forecast(
                 self.model, self.tokenizer, self.encoding, series, CONTEXT_STEPS, HORIZON, progress=bar.update
             )
-        truth = self.encoding.scaled(series)[:, CONTEXT_STEPS : CONTEXT_STEPS + HORIZON].astype(np.float64)
-        lines = [self._line(self.ids[split][i], i, found, truth, scale) for i in range(len(series))]
+        context, truth = self._context_and_truth(split)
+        lines = [self._line(self.ids[split][i], i, found, truth) for i in range(len(series))]
         write_whole(self._path(name) / f"forecasts.{split}.jsonl", to_json_lines(lines))
-        return metrics(found, truth, scale)
+        return metrics(found, truth, context.mean(axis=1), self.encoding.scale)
 
-    def _line(self, trajectory: int, row: int, found: Forecasts, truth: np.ndarray, scale: float) -> dict:
-        one = slice(row, row + 1)
-        error = errors(found.values[one], truth[one], scale)
+    def _line(self, trajectory: int, row: int, found: Forecasts, truth: np.ndarray) -> dict:
+        squared = (found.values[row] - truth[row]) ** 2
+        malformed = int(np.isnan(squared).sum())
         return {
             "id": int(trajectory),
             "text": found.texts[row],
             "forecast": _plain(found.values[row]),
             "truth": _plain(truth[row].round(6)),
-            "mse": error["mse"],
-            "malformed_values": error["malformed_values"],
+            "mse": None if malformed == squared.size else float(np.nanmean(squared)),
+            "malformed_values": malformed,
             "free_losses": _plain(found.free_losses[row].round(4)),
             "forced_loss": round(float(np.nanmean(found.forced_losses[row])), 6),
         }

@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from experiments.llmtime import windows
@@ -75,23 +76,36 @@ def batch_rows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray
     return order[index * batch : (index + 1) * batch]
 
 
-def _save_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, losses: list[float]) -> None:
-    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+class Trained(NamedTuple):
+    """What `train` returns."""
+
+    losses: list[float]  # of each step, in nats per token
+    seconds: float  # spent on steps, over all processes that had a part
+
+
+def _save_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, trained: Trained) -> None:
+    step = len(trained.losses)
+    if not all(parameter.isfinite().all() for parameter in parameters.values()):
+        raise TrainingError(f"the adapter is not finite after step {step - 1}; lower the learning rate")
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in trained._asdict().items()}
     for name, parameter in parameters.items():
         moments = optimizer.state[parameter]
         tensors |= {name: parameter, f"{name}.exp_avg": moments["exp_avg"], f"{name}.exp_avg_sq": moments["exp_avg_sq"]}
     write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
-def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam) -> list[float]:
-    with safe_open(path, framework="pt") as file:
-        losses = file.get_tensor("losses").tolist()
+def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam) -> Trained:
+    try:
+        saved = load_file(path)
+        trained = Trained(saved["losses"].tolist(), saved["seconds"].item())
         for name, parameter in parameters.items():
-            parameter.data.copy_(file.get_tensor(name))
-            optimizer.state[parameter] = {"step": torch.tensor(float(len(losses)))} | {
-                moment: file.get_tensor(f"{name}.{moment}").to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")
+            parameter.data.copy_(saved[name])
+            optimizer.state[parameter] = {"step": torch.tensor(float(len(trained.losses)))} | {
+                moment: saved[f"{name}.{moment}"].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")
             }
-    return losses
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        raise TrainingError(f"{path}: not a state of this training ({error}); delete it to begin anew") from error
+    return trained
 
 
 def train(
@@ -102,21 +116,21 @@ def train(
     state: Path,
     before_step: Callable[[int], None],
     after_step: Callable[[int, float], None],
-) -> list[float]:
-    """Train the injected adapter with Adam at a constant rate; return the loss of each step in nats per token.
+) -> Trained:
+    """Train the injected adapter with Adam at a constant rate.
 
     ids, mask (n, T) from `window_tensors`. `state` is the file to continue from and to save to, every
     SAVE_SECONDS and at the end. before_step(step) may refuse a step by raising, after_step(step, loss) reports.
-    Raises TrainingError when a loss is not finite, or there are fewer windows than a batch takes.
+    Raises TrainingError when a loss or the adapter is not finite, the state is not of this training, or there are
+    fewer windows than a batch takes.
     """
     if len(ids) < settings.batch:
         raise TrainingError(f"{len(ids)} windows cannot fill a batch of {settings.batch}; use more trajectories")
     parameters = adapter_parameters(model)
     optimizer = torch.optim.Adam(parameters.values(), lr=settings.learning_rate)
-    losses = _load_state(state, parameters, optimizer) if state.exists() else []
+    losses, seconds = _load_state(state, parameters, optimizer) if state.exists() else Trained([], 0.0)
     device = model.head_weight.device
-    saved = time.monotonic()
-    model.train()
+    started = saved = time.monotonic()
     for step in range(len(losses), settings.steps):
         before_step(step)
         rows = torch.from_numpy(batch_rows(len(ids), settings.batch, settings.seed, step))
@@ -132,7 +146,6 @@ def train(
         losses.append(value)
         after_step(step, value)
         if step + 1 == settings.steps or time.monotonic() - saved > SAVE_SECONDS:
-            _save_state(state, parameters, optimizer, losses)
             saved = time.monotonic()
-    model.eval()
-    return losses
+            _save_state(state, parameters, optimizer, Trained(losses, seconds + saved - started))
+    return Trained(losses, seconds + saved - started)

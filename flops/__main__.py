@@ -36,7 +36,7 @@ def counts(args: argparse.Namespace) -> dict:
             f"got batch {args.batch}, context {args.context}, rank {args.rank}; expected batch >= 1, context >= 2 "
             "(a next token to predict), rank >= 0"
         )
-    config = QwenConfig.from_file(checkpoint_folder(args.model) / "config.json")
+    config = QwenConfig.from_file(checkpoint_folder(args.model, ("config.json",)) / "config.json")
     ranks = {"q_proj": args.rank, "v_proj": args.rank} if args.rank else {}
     operators, step = {}, {}
     for convention in CONVENTIONS:
@@ -58,6 +58,8 @@ def counts(args: argparse.Namespace) -> dict:
 
 def table(found: dict) -> str:
     """The counts as text."""
+    from flops.model import CONVENTIONS
+
     conventions = list(found["totals"])
 
     def line(name: str, cells: list[str]) -> str:
@@ -80,6 +82,8 @@ def table(found: dict) -> str:
         "",
         f"A training step counts as 3 x forward. Traced forward: {forward:,} ({agrees} the exact column);",
         f"traced forward and backward: {traced:,}, that is {traced / forward:.2f} x forward.",
+        "",
+        *(f"{name}: {meaning}." for name, meaning in CONVENTIONS.items()),
     ]
     return "\n".join(lines)
 

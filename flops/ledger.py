@@ -1,6 +1,7 @@
 """What each experiment spent, against the budget: an append-only file that is debited before each step."""
 
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -27,8 +28,8 @@ class Ledger:
             self._read()
 
     def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8")
-        whole, _, torn = text.rpartition("\n")
+        content = self.path.read_bytes()
+        whole, newline, torn = content.rpartition(b"\n")
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 entry = json.loads(line)
@@ -39,7 +40,7 @@ class Ledger:
                 raise ValueError(f"{self.path}, line {number}: not a ledger entry ({error!r})") from error
             self._book(name, step, flops)
         if torn:  # a write cut short by a kill: its step did not run, for it is run only after the write
-            self.path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+            os.truncate(self.path, len(whole + newline))
 
     def _book(self, experiment: str, step: int, flops: int) -> None:
         self._steps[experiment][step] = flops

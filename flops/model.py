@@ -1,13 +1,7 @@
 """The forward pass of `qwen_min/model.py` counted operator by operator, function for function. Integers only.
 
 B batch, T new tokens, S cached + new tokens, C hidden size, F feed-forward size, H query heads, K kv heads,
-D head size, V vocabulary. Three conventions:
-
-- `exact`   what runs. `flops.trace` runs the real model and finds the same integers.
-- `sheet`   the report's section 4.3: grouped queries counted as full multi-head attention, rotary positions free
-            but their "adding" to the embeddings counted, RMSNorm 4 d + 11, the loss a full softmax.
-- `report`  what reproduces the report's published figures: `sheet`, but a feed-forward of two matrices of
-            width 4 C instead of three of width F, and neither LoRA nor the 1 / sqrt(D) of attention counted.
+D head size, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -16,7 +10,13 @@ from flops import primitives as p
 from flops.primitives import ADD, EXP, MUL, TRIG, matmul
 from qwen_min.config import QwenConfig
 
-CONVENTIONS = ("exact", "sheet", "report")
+CONVENTIONS = {
+    "exact": "what runs: flops.trace runs the real model and finds the same integers",
+    "sheet": "the report's section 4.3: grouped queries counted as full multi-head attention, rotary positions free "
+    "but their adding to the embeddings counted, RMSNorm 4 d + 11, the loss a full softmax of every position",
+    "report": "what reproduces the report's published figures: as sheet, but a feed-forward of two matrices of width "
+    "4 x hidden in place of three of the real width, and neither LoRA nor the 1 / sqrt(D) of attention counted",
+}
 BACKWARD = 2  # the budget's rule: backward costs twice the forward pass, so training is 3 x forward
 
 
@@ -59,7 +59,7 @@ def positions_from_mask(batch: int, total: int) -> int:
 
 def block(config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: dict[str, int]) -> list[Op]:
     """One layer on B x T tokens: `Block`, with its attention over S = cached + T."""
-    rows, total, exact = batch * new, cached + new, convention == "exact"
+    rows, keys, exact = batch * new, cached + new, convention == "exact"
     hidden, size, heads = config.hidden_size, config.head_dim, config.num_attention_heads
     kv_heads = config.num_key_value_heads if exact else heads
 
@@ -74,7 +74,7 @@ def block(config: QwenConfig, batch: int, new: int, cached: int, convention: str
     ]
     if exact:
         ops.append(Op("rotate q, k", rotate(rows * (heads + kv_heads), size)))
-    for name, flops in p.attention(batch, heads, new, total, size).items():
+    for name, flops in p.attention(batch, heads, new, keys, size).items():
         if convention != "report" or name != "scale":
             ops.append(Op(name, flops))
     ops += [
@@ -125,14 +125,14 @@ def forward(
         raise ValueError(f"convention is {convention!r}, expected one of {', '.join(CONVENTIONS)}")
     if head not in ("all", "last", "loss"):
         raise ValueError(f"head is {head!r}, expected 'all', 'last' or 'loss'")
-    exact, total = convention == "exact", cached + new
+    exact = convention == "exact"
     hidden, vocabulary, rows = config.hidden_size, config.vocab_size, batch * new
     ops = []
     if not exact:
         ops.append(Op("add positions", rows * hidden * ADD))
     else:
         if padded:
-            ops.append(Op("positions", positions_from_mask(batch, total)))
+            ops.append(Op("positions", positions_from_mask(batch, cached + new)))
         ops.append(Op("rotary tables", rotary_tables(rows if padded else new, config.head_dim)))
     one_layer = block(config, batch, new, cached, convention, {} if convention == "report" else ranks or {})
     ops += [Op(op.name, op.flops * config.num_hidden_layers) for op in one_layer]
@@ -159,10 +159,3 @@ def training_step(
     """
     ops = forward(config, batch, context, convention=convention, ranks=ranks, head="loss")
     return (1 + BACKWARD) * total(ops)
-
-
-def generation(config: QwenConfig, batch: int, prompt: int, num_new_tokens: int, *, convention: str = "exact") -> int:
-    """FLOPs of greedy generation: one prefill and num_new_tokens - 1 decode steps with a cache."""
-    steps = [forward(config, batch, prompt, convention=convention, head="last")]
-    steps += [forward(config, batch, 1, prompt + i, convention=convention) for i in range(num_new_tokens - 1)]
-    return sum(total(step) for step in steps)

@@ -83,7 +83,7 @@ def read_config(folder: str | Path) -> LoraConfig:
 def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
     """Inject the adapter of a folder into a model and return its settings.
 
-    Raises AdapterError that lists every missing, unexpected or misshapen tensor; the model is unchanged then.
+    Raises AdapterError that lists every missing, unexpected or misshapen tensor; the model has no adapter then.
     """
     config = read_config(folder)
     path = Path(folder) / "adapter_model.safetensors"

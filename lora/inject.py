@@ -67,9 +67,15 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merge(model: nn.Module) -> None:
-    """Merge every LoRA layer: the model then costs what the base costs."""
-    for layer in lora_layers(model).values():
-        layer.merge()
+    """Merge every LoRA layer, or none: the model then costs what the base costs. Errors as in `LoRALinear.merge`."""
+    layers = [layer for layer in lora_layers(model).values() if not layer.merged]
+    for done, layer in enumerate(layers):
+        try:
+            layer.merge()
+        except ValueError:
+            for earlier in layers[:done]:
+                earlier.unmerge()
+            raise
 
 
 def unmerge(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.to(base_layer.weight.device)
-        self._base_weight: Tensor | None = None  # while merged, the weight as it was
+        self.register_buffer("_base_weight", None, persistent=False)  # while merged, the weight as it was
 
     @property
     def merged(self) -> bool:

@@ -17,11 +17,13 @@ class KVCache:
         shape = (layers, batch_size, heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.capacity = capacity
+        self.batch_size, self.capacity = batch_size, capacity
         self.length = 0
 
-    def reserve(self, num_tokens: int) -> None:
-        """Raise ValueError unless `num_tokens` more fit."""
+    def reserve(self, batch_size: int, num_tokens: int) -> None:
+        """Raise ValueError unless the batch is of the cache's size and `num_tokens` more fit."""
+        if batch_size != self.batch_size:
+            raise ValueError(f"{batch_size} rows for a cache of {self.batch_size}; allocate one of the batch's size")
         if self.length + num_tokens > self.capacity:
             raise ValueError(
                 f"cache full: {self.length} + {num_tokens} > {self.capacity} tokens; allocate prompt + new tokens"

@@ -1,6 +1,7 @@
 """The fields of a Qwen2.5 `config.json` that decide what the decoder computes."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class QwenConfig:
         for name, kind in self.__annotations__.items():
             value = getattr(self, name)
             right_type = isinstance(value, (int, float) if kind is float else kind)
-            if not right_type or (kind is not bool and (isinstance(value, bool) or value <= 0)):
+            if not right_type or (kind is not bool and (isinstance(value, bool) or not 0 < value < math.inf)):
                 wanted = "true or false" if kind is bool else f"a positive {kind.__name__}"
                 raise CheckpointError(f"config.json: {name} is {value!r}, expected {wanted}")
         if self.hidden_size % self.num_attention_heads:
@@ -62,10 +63,13 @@ class QwenConfig:
         fields = dict(fields)
         # transformers 5 writes rope_theta inside rope_parameters, earlier ones at the top
         rope = fields.get("rope_parameters") or {}
+        layers = fields.get("layer_types") or []
+        if not (isinstance(rope, dict) and isinstance(layers, list)):
+            raise CheckpointError(f"config.json: rope_parameters is {rope!r}, layer_types {layers!r}: malformed")
         fields.setdefault("rope_theta", rope.get("rope_theta"))
         scaling = fields.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
         unscaled = not scaling or scaling == {"rope_type": "default"} or scaling == {"type": "default"}
-        sliding = fields.get("use_sliding_window", False) or "sliding_attention" in (fields.get("layer_types") or ())
+        sliding = fields.get("use_sliding_window", False) or "sliding_attention" in layers
         supported = {
             "model_type": (fields.get("model_type"), fields.get("model_type") == "qwen2", "'qwen2'"),
             "use_sliding_window": (True, not sliding, "false: only full attention is implemented"),

@@ -25,8 +25,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of hidden @ weight^T, with the gradient made in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+        needs_hidden, needs_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=total.dtype) if needs_weight else None
@@ -51,7 +51,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in (grad_hidden, grad_weight)]
-        return *scaled, None
+        return *scaled, None, None
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 
     hidden (N, C), weight (V, C), targets (N) integers. No gradient of the weight is made where it is frozen.
     """
-    return _HeadCrossEntropy.apply(hidden, weight, targets)
+    return _HeadCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
 
 
 @torch.no_grad()

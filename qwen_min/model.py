@@ -176,7 +176,7 @@ class Decoder(nn.Module):
                 "one column for each cached and each new token"
             )
         if cache is not None:
-            cache.reserve(num_new)
+            cache.reserve(ids.shape[0], num_new)
         mask, positions = attention_mask_and_positions(num_cached, num_new, attention_mask, ids.device)
         x = self.embed_tokens(ids)  # (B, T, C)
         cos, sin = rotary_tables(positions, self.config, x.dtype)

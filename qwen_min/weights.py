@@ -15,9 +15,9 @@ TINY = Path(__file__).parent / "tiny"
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
-def checkpoint_folder(source: str | Path) -> Path:
+def checkpoint_folder(source: str | Path, files: tuple[str, ...] = ("*.safetensors", "*.json")) -> Path:
     """The folder of a checkpoint: "tiny" (embedded), an existing folder, or a hub id such as
-    "Qwen/Qwen2.5-0.5B-Instruct", downloaded once into the hub's cache (HF_HUB_OFFLINE is honoured).
+    "Qwen/Qwen2.5-0.5B-Instruct", whose `files` come into the hub's cache once (HF_HUB_OFFLINE is honoured).
 
     Raises CheckpointError when there is no such folder and the hub cannot give it.
     """
@@ -30,7 +30,7 @@ def checkpoint_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download  # slow to import and needed for hub ids only
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(str(source), allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: no such folder, and the hub did not give it ({error})") from error
 
@@ -102,7 +102,7 @@ def load_weights(
 def load(
     source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> tuple[Qwen, Tokenizer]:
-    """The model, frozen to its weights and in eval mode, and the tokenizer of a checkpoint.
+    """The model, frozen and in eval mode, and the tokenizer of a checkpoint.
 
     source: a folder, a hub id, or "tiny", the embedded checkpoint. dtype None keeps the checkpoint's.
     Raises CheckpointError as `QwenConfig.from_file`, `load_weights` and `Tokenizer` do.
@@ -117,4 +117,4 @@ def load(
     with torch.device("meta"):
         model = Qwen(config)
     load_weights(model, folder, device, dtype)
-    return model.eval(), tokenizer
+    return model.eval().requires_grad_(False), tokenizer

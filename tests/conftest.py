@@ -40,6 +40,11 @@ def random_model(config: QwenConfig, seed: int = 0) -> Qwen:
     return model.eval().requires_grad_(False)
 
 
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference over the largest size."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
 def config_fields(config: QwenConfig) -> dict:
     """The config as a `config.json` holds it."""
     return {"model_type": "qwen2", "hidden_act": "silu", **asdict(config)}

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -63,17 +65,47 @@ def test_a_context_that_leaves_no_target_is_refused(tiny, series):
         forecast(*tiny, ENCODING, series, context_steps=20, horizon=11)
 
 
+def test_a_row_is_cut_where_it_is_complete_whatever_its_neighbours_need(monkeypatch, tiny, series):
+    """The first row is complete at 30 tokens and then writes a digit too many; the second needs 31."""
+    tokenizer = tiny[1]
+    texts = {0: ";1.00,2.00;3.00,4.00;5.00,4.567", 1: ";1.00,2.00;3.00,4.00;5.00,14.56"}
+
+    def forecast_rows(rows):
+        def scripted(model, cache, logits, num_new_tokens, *_):
+            tokens = torch.tensor([(tokenizer.encode(texts[row]) + [256] * 40)[:num_new_tokens] for row in rows])
+            for step in range(num_new_tokens):
+                yield tokens[:, step], logits, torch.ones(len(rows), dtype=torch.bool)
+
+        monkeypatch.setattr(evaluation, "greedy_steps", scripted)
+        return forecast(*tiny, ENCODING, series[rows], context_steps=20, horizon=3)
+
+    both, alone = forecast_rows([0, 1]), forecast_rows([0])
+    assert both.texts == [texts[0][1:-1], texts[1][1:]]
+    assert both.values[:, -1].tolist() == [[5.0, 4.56], [5.0, 14.56]]
+    assert alone.texts == both.texts[:1]
+
+
+def test_logits_that_are_not_finite_are_an_error(tiny, series):
+    model, tokenizer = tiny
+    damaged = copy.deepcopy(model)
+    damaged.model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="logits are not finite"):
+        forecast(damaged, tokenizer, ENCODING, series[:1], context_steps=20, horizon=3)
+
+
 def test_errors_by_hand():
     truth = np.zeros((2, 2, 2))
+    fallback = np.array([[2.0, 4.0], [1.0, 1.0]])
     values = np.array([[[1.0, np.nan], [3.0, 0.0]], [[np.nan, np.nan], [np.nan, np.nan]]])
-    got = errors(values, truth, scale=2.0)
+    got = errors(values, truth, fallback, scale=2.0)
+    assert got["mse_filled"] == pytest.approx((1 + 16 + 9 + 0 + 4 * 1) / 8)
     assert (got["malformed_values"], got["sequences_without_forecast"], got["sequences"]) == (5, 1, 2)
     assert got["mse"] == got["mse_median"] == pytest.approx(10 / 3)
     assert got["mae"] == pytest.approx(4 / 3)
     assert got["mse_populations"] == pytest.approx(40 / 3)
     assert got["mse_by_horizon"] == pytest.approx([1.0, 4.5])
     assert got["mse_by_variable"] == pytest.approx([5.0, 0.0])
-    assert errors(np.full((1, 2, 2), np.nan), truth[:1], 1.0)["mse"] is None
+    assert errors(np.full((1, 2, 2), np.nan), truth[:1], fallback[:1], 1.0)["mse"] is None
 
 
 def test_the_interval_covers_the_mean_and_is_the_same_each_time():

@@ -9,7 +9,7 @@ from conftest import CONFIGS
 from flops import CONVENTIONS, forward, training_step
 from flops import __main__ as command
 from flops import primitives as p
-from flops.model import generation, total
+from flops.model import total
 from flops.trace import Tracer, trace_forward, trace_training_step
 from qwen_min import QwenConfig
 
@@ -74,12 +74,6 @@ def test_lora_costs_what_its_two_products_cost():
     assert adapted - plain == 24 * (p.matmul(1, 896, 8) + p.matmul(1, 8, 896) + 2 * 896)
     with_lora, without = (training_step(REAL, 4, 64, convention="report", ranks=ranks) for ranks in (LORA, {}))
     assert with_lora == without
-
-
-def test_generation_is_one_prefill_and_n_minus_1_decode_steps():
-    steps = [{"new": 5, "head": "last"}, {"new": 1, "cached": 5}, {"new": 1, "cached": 6}]
-    config = CONFIGS["ratio 7, tied"]
-    assert generation(config, 2, 5, 3) == sum(sum(trace_forward(config, 2, **step).values()) for step in steps)
 
 
 def test_backward_of_a_lora_step_is_cheaper_than_the_rule():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qwen_min import KVCache
+from qwen_min import KVCache, Qwen, QwenConfig
 from qwen_min.model import attention, attention_mask_and_positions, reference_attention
 
 
@@ -79,6 +79,8 @@ def test_a_full_cache_says_so_and_keeps_what_it_holds(model, ids):
     with pytest.raises(ValueError, match=r"cache full: 6 \+ 6 > 8 tokens"):
         model(ids[:, 6:], cache)
     assert cache.length == 6
+    with pytest.raises(ValueError, match="1 rows for a cache of 2"):
+        model(ids[:1, :1], cache)
     with pytest.raises(ValueError, match="holds 6 tokens"):
         cache.truncate(7)
 
@@ -88,6 +90,29 @@ def test_refuses_too_many_positions_and_a_mask_of_another_shape(model, ids):
         model(torch.zeros(1, 257, dtype=torch.long))
     with pytest.raises(ValueError, match=r"attention_mask is \(2, 11\), expected \(2, 12\)"):
         model(ids, attention_mask=torch.ones(2, 11))
+
+
+@pytest.mark.parametrize(
+    ("hidden", "feed_forward", "layers", "heads", "kv_heads", "vocabulary", "tied", "parameters"),
+    [
+        (896, 4864, 24, 14, 2, 151936, True, 494_032_768),  # 0.5B
+        (1536, 8960, 28, 12, 2, 151936, True, 1_543_714_304),  # 1.5B
+        (2048, 11008, 36, 16, 2, 151936, True, 3_085_938_688),  # 3B
+        (3584, 18944, 28, 28, 4, 152064, False, 7_615_616_512),  # 7B
+        (5120, 13824, 48, 40, 8, 152064, False, 14_770_033_664),  # 14B
+        (5120, 27648, 64, 40, 8, 152064, False, 32_763_876_352),  # 32B
+        (8192, 29568, 80, 64, 8, 152064, False, 72_706_203_648),  # 72B
+    ],
+)
+def test_every_dense_size_has_its_parameters_and_runs(
+    hidden, feed_forward, layers, heads, kv_heads, vocabulary, tied, parameters
+):
+    config = QwenConfig(vocabulary, hidden, feed_forward, layers, heads, kv_heads, 32768, 1e-6, 1e6, tied)
+    with torch.device("meta"):
+        model = Qwen(config)
+        logits = model(torch.zeros(1, 4, dtype=torch.long))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert logits.shape == (1, 4, vocabulary)
 
 
 def test_tied_head_is_the_embedding(model):

@@ -40,7 +40,8 @@ def start(*arguments, before=""):
 
 
 def contents(folder: Path, *patterns) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for pattern in patterns for p in sorted(folder.glob(pattern))}
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 @pytest.fixture(scope="module")
@@ -156,21 +157,21 @@ def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_cont
     small_plan, data_file, tmp_path, capsys
 ):
     arguments = ["--data", str(data_file), "--out", str(tmp_path / "a")]
-    assert run.main([*arguments, "--budget", "5e9"]) == 1
+    assert run.main([*arguments, "--budget", "7e9"]) == 1
     err = capsys.readouterr().err
     assert "plan quick needs up to" in err
-    assert "Fits: untrained, trial" in err
+    assert "Fits: untrained, trial, grid-r2-lr0.001. Does not fit: grid-r2-lr0.01" in err
     assert "stopped: grid-r2-lr0.01 needs" in err
     assert (tmp_path / "a" / "report.html").exists()
     assert "Not finished" in (tmp_path / "a" / "report.md").read_text()
-    assert Ledger(tmp_path / "a" / "ledger.jsonl", budget=10**17).spent <= 5e9
+    assert Ledger(tmp_path / "a" / "ledger.jsonl", budget=10**17).spent <= 7e9
     assert run.main(arguments) == 0
     assert "Not finished" not in (tmp_path / "a" / "report.md").read_text()
 
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(finished, small_plan, data_file, tmp_path, capsys):
     out, _ = finished
-    before = contents(out, "**/*.*")
+    before = contents(out, "**/*")
     base = ["--data", str(data_file), "--out", str(out)]
     for other in (["--seed", "1"], ["--dtype", "bfloat16"], ["--sequences", "2"], ["--convention", "exact"]):
         assert run.main([*base, *other]) == 2
@@ -178,7 +179,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(finished, small_plan,
     (tmp_path / "mine.txt").write_text("mine")
     assert run.main(["--data", str(data_file), "--out", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
-    assert contents(out, "**/*.*") == before
+    assert contents(out, "**/*") == before
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -205,7 +206,6 @@ def damaged(tmp_path, name):
         (["--data", "nan"], "is nan"),
         (["--data", "few"], "cannot be split"),
         (["--data", "short"], "70 time steps, expected at least 70 context"),
-        (["--budget", "0"], "--budget is 0"),
         (["--seed", "-1"], "--seed is -1"),
     ],
 )
@@ -222,7 +222,10 @@ def test_bad_input_ends_in_one_message_and_writes_nothing(tmp_path, capsys, argu
     assert list(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("arguments", [["--plan", "none"], ["--sequences", "0"], ["--dtype", "int8"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--plan", "none"], ["--sequences", "0"], ["--dtype", "int8"], *[["--budget", x] for x in ("0.5", "inf", "much")]],
+)
 def test_unknown_choices_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         run.main(arguments)
@@ -236,6 +239,31 @@ def test_a_context_longer_than_a_trajectory_is_refused(monkeypatch, data_file, t
     assert run.main(["--data", str(data_file), "--out", str(tmp_path / "out")]) == 2
     assert "context 1500 is longer than a trajectory" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_too_few_positions_is_refused(small_plan, data_file, tmp_path, capsys):
+    import shutil
+
+    from qwen_min.weights import TINY
+
+    shutil.copytree(TINY, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 800}))
+    assert run.main(["--model", str(config.parent), "--data", str(data_file), "--out", str(tmp_path / "out")]) == 2
+    assert "has 800 positions, plan quick needs 960" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_state_stops_the_run_with_one_message(data_file, tmp_path):
+    out = tmp_path / "killed"
+    start("--data", data_file, "--out", out, before=KILL)
+    state = out / "experiments" / "final" / "state.safetensors"
+    state.write_bytes(b"{")
+    process = start("--data", data_file, "--out", out)
+    assert process.returncode == 1
+    assert "state.safetensors: not a state of this training" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert (out / "report.html").exists()
 
 
 def test_the_report_plan_says_what_does_not_fit_the_budget(monkeypatch, tmp_path):

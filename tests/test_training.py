@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -27,8 +29,8 @@ def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None):
             raise KeyboardInterrupt
 
     try:
-        losses = train(model, ids, mask, settings, state, before_step, lambda step, loss: None)
-        return losses, {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
+        trained = train(model, ids, mask, settings, state, before_step, lambda step, loss: None)
+        return trained.losses, {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     finally:
         remove(model)
 
@@ -84,6 +86,27 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, tiny, toke
     settings = Training(rank=2, learning_rate=float("inf"), context=24, steps=5, batch=3, stride=10)
     with pytest.raises(TrainingError, match="step 1: the loss is nan"):
         run(tiny, token_lists, tmp_path / "state", settings)
+    assert not (tmp_path / "state").exists()
+
+
+def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path, tiny, token_lists):
+    settings = Training(rank=2, learning_rate=float("inf"), context=24, steps=1, batch=3, stride=10)
+    with pytest.raises(TrainingError, match="the adapter is not finite after step 0"):
+        run(tiny, token_lists, tmp_path / "state", settings)
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda whole: b"{", lambda whole: whole[:-100], "other rank"])
+def test_a_damaged_or_foreign_state_is_refused_by_name(tmp_path, tiny, token_lists, damage):
+    state = tmp_path / "state"
+    run(tiny, token_lists, state)
+    settings = SETTINGS
+    if damage == "other rank":
+        settings = replace(SETTINGS, rank=3)
+    else:
+        state.write_bytes(damage(state.read_bytes()))
+    with pytest.raises(TrainingError, match="state: not a state of this training"):
+        run(tiny, token_lists, state, settings)
 
 
 def test_too_few_windows_are_refused(tmp_path, tiny, token_lists):

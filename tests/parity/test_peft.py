@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-from conftest import CONFIGS, config_fields, random_model
+from conftest import config_fields, random_model, relative_error
 from lora import LoraConfig, adapter_parameters, inject, load_adapter, save_adapter
 from qwen_min import Qwen, QwenConfig
 from qwen_min.loss import next_token_loss
@@ -46,11 +46,11 @@ def test_values_and_gradients_agree(models, ids):
     randomise(ours_parameters.values())
     for name, parameter in theirs_parameters.items():
         parameter.data.copy_(ours_parameters[name])
-    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert relative_error(ours(ids), theirs(ids).logits) < 1e-5
     next_token_loss(ours, ids).backward()
     theirs(ids, labels=ids).loss.backward()
     for name, parameter in ours_parameters.items():
-        torch.testing.assert_close(parameter.grad, theirs_parameters[name].grad, rtol=1e-4, atol=1e-7, msg=name)
+        assert relative_error(parameter.grad, theirs_parameters[name].grad) < 1e-4, name
 
 
 def test_peft_loads_what_is_saved_here(models, ids, tmp_path):
@@ -94,7 +94,3 @@ def test_parameter_counts_of_the_real_sizes(rank):
         assert sum(p.numel() for p in model.model.layers.parameters()) + 896 == 357_898_112
         inject(model, LoraConfig(rank, rank))
     assert sum(p.numel() for p in adapter_parameters(model).values()) == 67_584 * rank
-
-
-def test_the_random_models_cover_the_ratios_of_heads():
-    assert len(CONFIGS) == 3

@@ -4,16 +4,11 @@ import pytest
 import torch
 import transformers
 
-from conftest import CONFIGS, config_fields
+from conftest import config_fields, relative_error
 from qwen_min import KVCache, Qwen, QwenConfig, generate, load
 from qwen_min.weights import load_weights
 
 TOLERANCE = 1e-5
-
-
-def relative_error(ours, theirs):
-    """Largest difference over the largest size."""
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def pair(config, folder):
@@ -186,8 +181,3 @@ def test_real_tokenizer_agrees(real_checkpoint, validation_texts):
         assert ours.encode(text) == theirs(text).input_ids
     assert set(ours.end_ids) == {151645, 151643}
     assert ours.pad_id == 151643
-
-
-def test_every_dense_size_is_described_by_its_config():
-    assert {c.num_attention_heads // c.num_key_value_heads for c in CONFIGS.values()} == {1, 2, 7}
-    assert {c.tie_word_embeddings for c in CONFIGS.values()} == {True, False}

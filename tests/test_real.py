@@ -1,0 +1,51 @@
+"""The experiments on real weights and the report's file: untrained forecasts, a short training, forecasts again."""
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import data
+from experiments.evaluation import forecast, metrics
+from experiments.llmtime import Encoding
+from experiments.training import Training, train, window_tensors
+from lora import inject
+from qwen_min import load
+
+
+@pytest.fixture(scope="module")
+def loaded(real_checkpoint):
+    return load(real_checkpoint, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def parts(report_file):
+    """Encoding, training trajectories and the first ten of validation."""
+    trajectories = data.read(report_file).trajectories
+    rows = data.split(len(trajectories))
+    train_part = trajectories[rows.train]
+    return Encoding.fit(train_part), train_part, trajectories[rows.val[:10]]
+
+
+def judged(loaded, encoding, series):
+    truth = encoding.scaled(series)[:, 70:80].astype(np.float64)
+    fallback = encoding.scaled(series)[:, :70].mean(axis=1)
+    return metrics(forecast(*loaded, encoding, series, 70, 10), truth, fallback, encoding.scale)["first"]
+
+
+def test_the_untrained_model_forecasts_and_a_few_steps_improve_it(tmp_path, loaded, parts):
+    encoding, train_part, validation = parts
+    model, tokenizer = loaded
+    before = judged(loaded, encoding, validation)
+    print(f"untrained, first ten of validation: {before}")
+    assert before["sequences"] == 10
+    assert 0.1 < before["mse"] < 2  # context mean scores 0.256, persistence 0.622
+    assert before["malformed_values"] <= 20
+    settings = Training(rank=8, learning_rate=3e-3, context=512, steps=4)
+    torch.manual_seed(0)
+    inject(model, settings.lora)
+    tokens = [tokenizer.encode(encoding.encode(one)) for one in train_part[:20]]
+    ids, mask = window_tensors(tokens, settings, tokenizer.pad_id)
+    train(model, ids, mask, settings, tmp_path / "state", lambda step: None, lambda step, loss: print(loss))
+    after = judged(loaded, encoding, validation)
+    print(f"after {settings.steps} steps: {after}")
+    assert after["forced_loss"] < before["forced_loss"]
