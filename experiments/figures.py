@@ -36,6 +36,8 @@ def smoothed(values: list[float], window: int = 10) -> np.ndarray:
 
 
 def _save(figure, path: Path) -> None:
+    for axis in figure.axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)  # steps are whole
     figure.tight_layout()
     image = io.BytesIO()
     figure.savefig(image, metadata={"Software": None})
@@ -80,7 +82,7 @@ def training_loss(losses: list[float], path: Path) -> None:
 
 def loss_curves(curves: dict[str, list[float]], path: Path, highlight: str | None = None) -> None:
     """10-step averages of several runs by label; with `highlight` all others in grey."""
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(9, 4))
     for index, (label, losses) in enumerate(curves.items()):
         mean = smoothed(losses)
         steps = np.arange(len(mean)) + len(losses) - len(mean)
@@ -89,5 +91,5 @@ def loss_curves(curves: dict[str, list[float]], path: Path, highlight: str | Non
         style = {"linewidth": 1, "zorder": 1} if grey else {"linewidth": 1.5, "zorder": 2, "label": label}
         axes.plot(steps, mean, color=color, **style)
     axes.set(xlabel="optimizer step", ylabel="training loss (nats), 10-step average")
-    axes.legend(fontsize=8, ncols=2 if len(curves) > 4 and highlight is None else 1)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     _save(figure, path)

@@ -133,14 +133,14 @@ def to_markdown(blocks: Blocks, folder: Path) -> str:
 
 
 STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.25; margin-top: 2.2rem; } h1 { margin-top: 0; }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-style: italic; padding-bottom: .4rem; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
+.caption, figcaption { font-size: .88rem; font-style: italic; margin: 1.2rem 0 .4rem; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #999; }
-.wide { overflow-x: auto; margin: 1.2rem 0; } figure { margin: 1.5rem 0; } img { max-width: 100%; }
-figcaption { font-size: .88rem; font-style: italic; } pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; }
+.wide { overflow-x: auto; margin-bottom: 1.2rem; } figure { margin: 1.5rem 0; } img { max-width: 100%; }
+pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; }
 """
 
 
@@ -165,7 +165,7 @@ def to_html(blocks: Blocks, title: str) -> str:
         else:
             caption, header, rows = content
             parts.append(
-                f'<div class="wide"><table><caption>{html.escape(caption)}</caption><thead>{cells("th", header)}'
+                f'<p class="caption">{html.escape(caption)}</p><div class="wide"><table><thead>{cells("th", header)}'
                 f"</thead><tbody>{''.join(cells('td', row) for row in rows)}</tbody></table></div>"
             )
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
@@ -226,22 +226,25 @@ def _results(run: Run, blocks: Blocks) -> None:
             by_horizon[name] = experiment["metrics"]["test"]["all"]
     rows = [[name, *map(number, m.get("mse_by_horizon", [None] * 10))] for name, m in by_horizon.items()]
     blocks.table("MSE by forecast step, all test sequences", ["method", *steps], rows)
-    malformed = []
+    written, judged = [], []
     for (name, experiment), split in product(run.experiments.items(), ("val", "test")):
         if metrics := experiment["metrics"].get(split, {}).get("all"):
-            malformed.append(
-                [name, split, str(metrics["sequences"]), str(metrics["malformed_values"]),
-                 str(metrics["sequences_without_forecast"]), number(metrics["mse_filled"]),
-                 str(metrics["unscored_tokens"]), number(metrics.get("mae")), number(metrics.get("mse_populations")),
-                 number(metrics.get("mae_populations")), number(metrics["free_loss"]), number(metrics["forced_loss"])]
-            )  # fmt: skip
+            who = [name, split, str(metrics["sequences"])]
+            counts = ("malformed_values", "sequences_without_forecast", "unscored_tokens")
+            written.append([*who, *(str(metrics[count]) for count in counts), number(metrics["mse_filled"])])
+            numbers = ("mae", "mse_populations", "mae_populations", "free_loss", "forced_loss")
+            judged.append([*who, *(number(metrics.get(name)) for name in numbers)])
     blocks.table(
-        "All sequences: malformed or missing values (left out of the errors, but for MSE, filled), target tokens "
-        "behind the text's end (left out of the free loss), further errors, losses",
-        ["experiment", "split", "sequences", "malformed values", "without forecast", "MSE, filled", "unscored tokens",
-         "MAE", "MSE, populations", "MAE, populations", "free loss", "forced loss"],
-        malformed,
-    )  # fmt: skip
+        "Malformed or missing values (left out of the errors), target tokens behind the text's end (left out of the "
+        "free loss), and the MSE with the context's mean for what is missing; all sequences",
+        ["experiment", "split", "sequences", "malformed values", "without forecast", "unscored tokens", "MSE, filled"],
+        written,
+    )
+    blocks.table(
+        "Other errors and losses, all sequences",
+        ["experiment", "split", "sequences", "MAE", "MSE, populations", "MAE, populations", "free loss", "forced loss"],
+        judged,
+    )
 
 
 def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> None:

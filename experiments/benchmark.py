@@ -1,0 +1,400 @@
+"""Time and memory of this project and of transformers + peft, side by side on the same weights.
+
+    python -m experiments.benchmark --model FOLDER --dtype bfloat16
+
+Each side runs in processes of its own, and the two take turns, so that both meet the same state of the machine.
+Each line gives the median of several runs, their spread, the ratio, and what share of the machine's own limit, its
+matrix rate or its memory bandwidth measured in the same run, this project reaches. Prompts are random digits: time
+does not depend on what they say. Decode steps are timed over a cache filled with random keys and values.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+CONTEXT = 699  # tokens of a forecasting prompt
+DECODE_STEPS = 8
+BATCHES = (1, 10, 64)
+GROWN_CONTEXTS = (128, 512, 2048, 8192)
+TRAINED_BATCHES = (1, 2, 4)
+PEER = "transformers"
+OURS = "qwen-min"
+
+
+class Side:
+    """What both sides share: where and in which precision, timing, peak memory."""
+
+    def __init__(self, source: str, device: str, dtype: str):
+        import torch
+
+        self.torch, self.source, self.device, self.dtype = torch, source, device, getattr(torch, dtype)
+
+    def timed(self, function) -> float:
+        """Seconds of a call, its work on the device included."""
+        self.wait()
+        started = time.perf_counter()
+        function()
+        self.wait()
+        return time.perf_counter() - started
+
+    def wait(self) -> None:
+        """Until the device has done all it was given."""
+        if self.device.startswith("cuda"):
+            self.torch.cuda.synchronize()
+
+    def ids(self, batch: int, length: int):
+        """Tokens of digits, (batch, length)."""
+        generator = self.torch.Generator().manual_seed(0)
+        return self.torch.randint(15, 25, (batch, length), generator=generator).to(self.device)
+
+    def peak(self) -> int:
+        """Bytes at the highest: of the device where there is one, else of the process."""
+        if self.device.startswith("cuda"):
+            return self.torch.cuda.max_memory_allocated()
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def prefill(self, length: int) -> float:
+        """Seconds to run a prompt of one row into a cache."""
+        ids = self.ids(1, length)
+        return self.timed(lambda: self.run_prompt(ids))
+
+    def decode(self, batch: int, context: int) -> float:
+        """Seconds of a greedy decode step over `context` filled positions, mean of DECODE_STEPS."""
+        cache, tokens = self.filled_cache(batch, context), self.ids(batch, 1)
+        return self.timed(lambda: self.decode_steps(tokens, cache)) / DECODE_STEPS
+
+    def generate(self, batch: int, num_new_tokens: int) -> float:
+        """Seconds of a whole greedy generation behind CONTEXT tokens."""
+        ids = self.ids(batch, CONTEXT)
+        return self.timed(lambda: self.generate_tokens(ids, num_new_tokens))
+
+    def lora_step(self, batch: int, context: int) -> float:
+        """Seconds of an optimizer step, rank 8 on q_proj and v_proj."""
+        ids = self.ids(batch, context)
+
+        def step():
+            self.loss(ids).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        return self.timed(step)
+
+
+class Ours(Side):
+    """This project."""
+
+    def load(self) -> float:
+        """Seconds until the first token has logits."""
+        from qwen_min import load
+
+        def run():
+            self.model, _ = load(self.source, self.device, self.dtype)
+            self.run_prompt(self.ids(1, 1))
+
+        return self.timed(run)
+
+    def run_prompt(self, ids):
+        from qwen_min.generate import prefill
+
+        prefill(self.model, ids, 0)
+
+    def filled_cache(self, batch, context):
+        from qwen_min import KVCache
+
+        cache = KVCache(self.model.config, batch, context + DECODE_STEPS, self.device, self.dtype)
+        cache.keys.normal_()
+        cache.values.normal_()
+        cache.advance(context)
+        return cache
+
+    def decode_steps(self, tokens, cache):
+        from qwen_min.generate import decode_step
+
+        tokens = tokens[:, 0]
+        for _ in range(DECODE_STEPS):
+            tokens = decode_step(self.model, tokens, cache).argmax(-1)
+
+    def generate_tokens(self, ids, num_new_tokens):
+        from qwen_min import generate
+
+        generate(self.model, ids, num_new_tokens)
+
+    def prepare_training(self):
+        from lora import LoraConfig, adapter_parameters, inject
+
+        inject(self.model, LoraConfig(rank=8, alpha=8))
+        self.optimizer = self.torch.optim.Adam(adapter_parameters(self.model).values(), lr=1e-4)
+
+    def loss(self, ids):
+        from qwen_min.loss import next_token_loss
+
+        return next_token_loss(self.model, ids)
+
+
+class Peer(Side):
+    """transformers and peft, with sdpa attention and the weights' own precision as their manuals advise."""
+
+    def load(self) -> float:
+        """Seconds until the first token has logits."""
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+
+        def run():
+            self.model = transformers.AutoModelForCausalLM.from_pretrained(
+                self.source, dtype=self.dtype, attn_implementation="sdpa", device_map=self.device_map()
+            ).eval()
+            self.run_prompt(self.ids(1, 1))
+
+        return self.timed(run)
+
+    def device_map(self):
+        return self.device if self.device.startswith("cuda") else None  # device_map needs accelerate
+
+    def run_prompt(self, ids):
+        with self.torch.inference_mode():
+            self.model(ids, use_cache=True, logits_to_keep=1)
+
+    def filled_cache(self, batch, context):
+        import transformers
+
+        config = self.model.config
+        size = config.hidden_size // config.num_attention_heads
+        cache = transformers.DynamicCache(config=config)
+        for layer in range(config.num_hidden_layers):
+            shape = (batch, config.num_key_value_heads, context, size)
+            keys, values = (self.torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+            cache.update(keys, values, layer)
+        return cache
+
+    def decode_steps(self, tokens, cache):
+        with self.torch.inference_mode():
+            for _ in range(DECODE_STEPS):
+                logits = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                tokens = logits[:, -1].argmax(-1, keepdim=True)
+
+    def generate_tokens(self, ids, num_new_tokens):
+        self.model.generate(
+            ids,
+            attention_mask=self.torch.ones_like(ids),
+            min_new_tokens=num_new_tokens,
+            max_new_tokens=num_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+            pad_token_id=0,
+        )
+
+    def prepare_training(self):
+        import peft
+
+        settings = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+        self.model = peft.get_peft_model(self.model, settings)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = self.torch.optim.Adam(trainable, lr=1e-4)
+
+    def loss(self, ids):
+        return self.model(ids, labels=ids).loss
+
+
+def serve(side: type[Side], arguments: tuple, connection) -> None:
+    """Answer (method, arguments) with what the method returns, until the connection closes."""
+    worker = side(*arguments)
+    while True:
+        try:
+            name, values = connection.recv()
+        except EOFError:
+            return
+        connection.send(getattr(worker, name)(*values))
+
+
+class Processes:
+    """One process of each side; `ask` lets them take turns."""
+
+    def __init__(self, arguments: tuple, sides: dict[str, type[Side]]):
+        context = multiprocessing.get_context("spawn")
+        self.connections, self.processes = {}, []
+        for name, side in sides.items():
+            self.connections[name], theirs = context.Pipe()
+            self.processes.append(context.Process(target=serve, args=(side, arguments, theirs), daemon=True))
+            self.processes[-1].start()
+            theirs.close()
+
+    def ask(self, method: str, *values, runs: int = 1, warm_up: int = 0) -> dict[str, list]:
+        """What each side answers, `runs` times in turn, behind warm_up runs that do not count."""
+        answers = {name: [] for name in self.connections}
+        for _ in range(warm_up + runs):
+            for name, connection in self.connections.items():
+                connection.send((method, values))
+                try:
+                    answers[name].append(connection.recv())
+                except EOFError:
+                    raise RuntimeError(f"the process of {name} died in {method}{values}, see above") from None
+        return {name: found[warm_up:] for name, found in answers.items()}
+
+    def close(self) -> None:
+        """End the processes and free their memory."""
+        for connection in self.connections.values():
+            connection.close()
+        for process in self.processes:
+            process.join()
+
+
+def limits(device: str, dtype: str) -> dict[str, float]:
+    """The machine's own matrix rate in FLOP/s and read bandwidth in bytes/s, the best of several runs."""
+    side = Side("", device, dtype)
+    torch = side.torch
+    a, b = (torch.randn(4096, 4096, device=device, dtype=side.dtype) for _ in range(2))
+    block = torch.ones(2**28, device=device)  # 1 GiB, beyond any cache
+    multiply = min(side.timed(lambda: a @ b) for _ in range(6))
+    read = min(side.timed(lambda: block.sum()) for _ in range(6))
+    return {"matrix_flops": 2 * 4096**3 / multiply, "bandwidth": block.nbytes / read}
+
+
+def growth(sizes: Sequence[int], seconds: list[float]) -> dict[str, float]:
+    """Least squares of seconds over sizes: what a unit adds, the start, and the exponent of a power law."""
+    import numpy as np
+
+    slope, start = np.polyfit(sizes, seconds, 1)
+    return {"seconds_per_unit": slope, "start": start, "exponent": np.polyfit(np.log(sizes), np.log(seconds), 1)[0]}
+
+
+def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, type[Side]]) -> dict:
+    """Every measurement: lines (seconds of each run by side, with what limits them), growth, memory, limits."""
+    import torch
+
+    import flops
+    from flops.model import total
+    from flops.trace import trace_training_step
+    from qwen_min import QwenConfig
+    from qwen_min.weights import checkpoint_folder
+
+    folder = checkpoint_folder(model)
+    config, item = QwenConfig.from_file(folder / "config.json"), getattr(torch, dtype).itemsize
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
+    found = {"limits": limits(device, dtype), "lines": [], "growth": {}, "peak": {}}
+
+    def line(name: str, seconds: dict, work: int, unit: str, *, flop: int = 0, read: int = 0) -> None:
+        found["lines"].append(
+            {"name": name, "work": work, "unit": unit, "seconds": seconds, "flops": flop, "bytes": read}
+        )
+        medians = ", ".join(f"{side} {statistics.median(times):.3f} s" for side, times in seconds.items())
+        print(f"{name}: {medians}", file=sys.stderr, flush=True)
+
+    arguments = (str(folder), device, dtype)
+    processes = Processes(arguments, sides)
+    line("load, to the first logits", processes.ask("load", runs=runs, warm_up=1), 1, "loads")
+    cost = total(flops.forward(config, 1, CONTEXT, head="last"))
+    times = processes.ask("prefill", CONTEXT, runs=runs, warm_up=1)
+    line(f"prefill, {CONTEXT} tokens", times, CONTEXT, "tokens", flop=cost)
+    for batch in BATCHES:
+        times = processes.ask("decode", batch, CONTEXT, runs=runs, warm_up=1)
+        read = weights + batch * CONTEXT * per_position
+        line(f"decode step, batch {batch}", times, batch, "tokens", read=read)
+    line("10 contexts + 100 tokens", processes.ask("generate", 10, 100, runs=runs, warm_up=1), 1000, "tokens")
+    contexts = [context for context in GROWN_CONTEXTS if context + DECODE_STEPS <= config.max_position_embeddings]
+    for context in contexts:
+        times = processes.ask("decode", 1, context, runs=runs, warm_up=1)
+        line(f"decode step, context {context}", times, 1, "tokens", read=weights + context * per_position)
+    found["peak"]["generation"] = processes.ask("peak")
+    processes.close()
+
+    processes = Processes(arguments, sides)
+    processes.ask("load")
+    processes.ask("prepare_training")
+    ranks = {"q_proj": 8, "v_proj": 8}
+    for context, batches in ((512, TRAINED_BATCHES), (768, (4,))):
+        for batch in batches:
+            times = processes.ask("lora_step", batch, context, runs=runs, warm_up=1)
+            cost = trace_training_step(config, batch, context, ranks)[1]
+            line(f"LoRA step, {batch} x {context}", times, batch * context, "tokens", flop=cost)
+        if context == 512:
+            found["peak"]["LoRA step, 4 x 512"] = processes.ask("peak")
+    processes.close()
+
+    for side in sides:
+        seconds = {one["name"]: statistics.median(one["seconds"][side]) for one in found["lines"]}
+        found["growth"][side] = {
+            "decode step by filled position": growth(
+                contexts, [seconds[f"decode step, context {c}"] for c in contexts]
+            ),
+            "decode step by row": growth(BATCHES, [seconds[f"decode step, batch {b}"] for b in BATCHES]),
+            "LoRA step by row": growth(TRAINED_BATCHES, [seconds[f"LoRA step, {b} x 512"] for b in TRAINED_BATCHES]),
+        }
+    found["cache_read_seconds_per_position"] = per_position / found["limits"]["bandwidth"]
+    return found
+
+
+def table(found: dict) -> str:
+    """The measurements as Markdown."""
+    sides = list(found["lines"][0]["seconds"])
+    limit = found["limits"]
+    rows = [["", *(f"{side}, median [spread]" for side in sides), "ratio", "work/s", "share of the limit"]]
+    for line in found["lines"]:
+        medians = {side: statistics.median(s) for side, s in line["seconds"].items()}
+        cells = [f"{medians[s]:.4g} s [{min(line['seconds'][s]):.4g}, {max(line['seconds'][s]):.4g}]" for s in sides]
+        ratio = f"{medians[PEER] / medians[OURS]:.2f} x" if PEER in medians else "-"
+        share = "-"
+        if line["flops"]:
+            share = f"{line['flops'] / medians[OURS] / limit['matrix_flops']:.0%} of matrix rate"
+        elif line["bytes"]:
+            share = f"{line['bytes'] / medians[OURS] / limit['bandwidth']:.0%} of bandwidth"
+        rows.append([line["name"], *cells, ratio, f"{line['work'] / medians[OURS]:.4g} {line['unit']}", share])
+    for name, peak in found["peak"].items():
+        cells = [f"{peak[side][0] / 1e9:.2f} GB" for side in sides]
+        ratio = f"{peak[PEER][0] / peak[OURS][0]:.2f} x" if PEER in peak else "-"
+        rows.append([f"peak memory, {name}", *cells, ratio, "-", "-"])
+    rows.insert(1, ["---"] * len(rows[0]))
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    matrix, bandwidth = limit["matrix_flops"] / 1e9, limit["bandwidth"] / 1e9
+    lines += ["", f"Limits: {matrix:.0f} GFLOP/s in matrix products, {bandwidth:.1f} GB/s read."]
+    for side, fits in found["growth"].items():
+        for name, fit in fits.items():
+            line = f"{fit['start']:.4g} s + {fit['seconds_per_unit']:.3g} s each; exponent {fit['exponent']:.2f}"
+            lines.append(f"- {side}, {name}: {line}")
+    reading = found["cache_read_seconds_per_position"]
+    lines.append(f"- reading the cache at that bandwidth: {reading:.3g} s a position")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Exit status 2 for bad input, such as peers that are not installed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
+    parser.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default %(default)s")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each measurement (default %(default)s)")
+    parser.add_argument("--alone", action="store_true", help="without transformers and peft")
+    parser.add_argument("--json", type=Path, help="also write every number to this file")
+    args = parser.parse_args()
+    from experiments.run import checked_device
+    from experiments.runfolder import to_json, write_whole
+
+    try:
+        if args.runs < 1:
+            raise ValueError(f"--runs is {args.runs}, expected at least 1")
+        sides = {OURS: Ours} if args.alone else {OURS: Ours, PEER: Peer}
+        found = measure(args.model, checked_device(args.device), args.dtype, args.runs, sides)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        write_whole(args.json, to_json(json.loads(json.dumps(found, default=float))))
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
