@@ -91,7 +91,7 @@ class Ours(Side):
     """This project."""
 
     def load(self) -> float:
-        """Seconds until the first token has logits."""
+        """Seconds until tokenizer and model are there and the first token has logits."""
         from qwen_min import load
 
         def run():
@@ -107,7 +107,9 @@ class Ours(Side):
 
     def filled_cache(self, batch, context):
         from qwen_min import KVCache
+        from qwen_min.linear import pack
 
+        pack(self.model)  # as generate does
         cache = KVCache(self.model.config, batch, context + DECODE_STEPS, self.device, self.dtype)
         cache.keys.normal_()
         cache.values.normal_()
@@ -142,7 +144,7 @@ class Peer(Side):
     """transformers and peft, with sdpa attention and the weights' own precision as their manuals advise."""
 
     def load(self) -> float:
-        """Seconds until the first token has logits."""
+        """Seconds until tokenizer and model are there and the first token has logits."""
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
@@ -152,6 +154,7 @@ class Peer(Side):
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
                 self.source, dtype=self.dtype, attn_implementation="sdpa", device_map=self.device_map()
             ).eval()
+            transformers.AutoTokenizer.from_pretrained(self.source)
             self.run_prompt(self.ids(1, 1))
 
         return self.timed(run)

@@ -81,7 +81,12 @@ def quick(seed: int) -> Plan:
     return _chain("quick", Training(4, 1e-3, 512, 20, seed=seed), grid, [128, 512, 768], 30, 360)
 
 
-PLANS = {"quick": quick, "report": report}
+def untrained(seed: int) -> Plan:
+    """The model as it is, on validation and test."""
+    return Plan("untrained", (Experiment("untrained", "5.4", splits=("val", "test")),))
+
+
+PLANS = {"quick": quick, "report": report, "untrained": untrained}
 
 
 def as_record(plan: Plan) -> list[dict]:

@@ -272,15 +272,21 @@ COMPARED = ["experiment", "MSE, first ten", "MSE, all", "MSE, published", "free 
             "free loss, published", "forced loss, all"]  # fmt: skip
 
 
-def _untrained_and_trial(run: Run, blocks: Blocks) -> None:
+def _untrained(run: Run, blocks: Blocks) -> None:
     drawn = run.folder / "figures"
     blocks.heading(2, "Untrained model (section 5.4)")
+    if "untrained" not in run.experiments:
+        return
     lines = run.experiments["untrained"]["forecasts"]["val"]
     row = min(3, len(lines) - 1)
     figures.loss_by_step(lines[row]["free_losses"], drawn / "figure-02.png")
     blocks.figure(drawn / "figure-02.png", f"Figure 2: loss by prediction step, validation sequence {row}, untrained")
     _sequence(run, blocks, "untrained", 9, 3)
     _sequence(run, blocks, "untrained", 7, 4)
+
+
+def _trial(run: Run, blocks: Blocks) -> None:
+    drawn = run.folder / "figures"
     blocks.heading(2, "Trial (section 6.2)")
     blocks.table("Table 2: validation, untrained and trial", COMPARED, _compare(run, ["untrained", "trial"]))
     if "trial" in run.experiments:
@@ -328,7 +334,7 @@ def _label(training: dict) -> str:
     return f"rank {training['rank']}, rate {training['learning_rate']:g}, context {training['context']}"
 
 
-def _contexts_and_final(run: Run, blocks: Blocks) -> None:
+def _contexts(run: Run, blocks: Blocks) -> None:
     planned = run.plan["identity"]["experiments"]
     names = [e["name"] for e in planned if e["section"] == "6.4"]
     done = [run.experiments[name] for name in names if name in run.experiments]
@@ -338,6 +344,10 @@ def _contexts_and_final(run: Run, blocks: Blocks) -> None:
     if done:
         figures.loss_curves({_label(e["training"]): e["losses"] for e in done}, drawn / "figure-11.png")
         blocks.figure(drawn / "figure-11.png", "Figure 11: training loss by context length")
+
+
+def _final(run: Run, blocks: Blocks) -> None:
+    drawn = run.folder / "figures"
     blocks.heading(2, "Final (section 6.5)")
     rows = _compare(run, ["final"]) + _compare(run, ["final"], "test", {"final": PUBLISHED_TEST})
     for row, split in zip(rows, ("validation", "test"), strict=True):
@@ -371,6 +381,8 @@ def _compute(run: Run, blocks: Blocks) -> None:
             traced = f"{experiment['traced_forward_and_backward'] / experiment['traced_forward']:.2f}"
         rows.append([name, steps, *counted, NONE, traced, f"{seconds['training']:.1f}", f"{seconds['evaluation']:.1f}"])
     for section, title in SECTIONS.items():
+        if section not in {e["section"] for e in run.plan["identity"]["experiments"]} | {"all"}:
+            continue
         parts = [e for e in run.experiments.values() if e["flops"] and section in (e["section"], "all")]
         counted = [log10(sum(e["flops"][c] for e in parts)) for c in names]
         rows.append([title, NONE, *counted, f"10^{PUBLISHED_FLOPS[section]}", NONE, NONE, NONE])
@@ -378,7 +390,7 @@ def _compute(run: Run, blocks: Blocks) -> None:
 
 
 def build(run: Run) -> Blocks:
-    """The whole report of a run; draws its figures into the run folder."""
+    """The whole report of a run, a section for each that the plan has; draws its figures into the run folder."""
     blocks = Blocks()
     _overview(run, blocks)
     _results(run, blocks)
@@ -389,10 +401,12 @@ def build(run: Run) -> Blocks:
         f"{example['num_tokens']} tokens."
     )
     blocks.code(f"{example['text']}\n{example['tokens']}")
-    if "untrained" in run.experiments:
-        _untrained_and_trial(run, blocks)
-        _grid(run, blocks)
-        _contexts_and_final(run, blocks)
+    planned = {experiment["section"] for experiment in run.plan["identity"]["experiments"]}
+    for section, write in {
+        "5.4": _untrained, "6.2": _trial, "6.3": _grid, "6.4": _contexts, "6.5": _final
+    }.items():  # fmt: skip
+        if section in planned:
+            write(run, blocks)
     _compute(run, blocks)
     return blocks
 

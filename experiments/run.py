@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-PLAN_NAMES = ("quick", "report")  # of experiments.plans, which is slow to import
+PLAN_NAMES = ("quick", "report", "untrained")  # of experiments.plans, which is slow to import
 DTYPES = ("float32", "bfloat16")  # fp16 would need its loss scaled to train
 
 

@@ -99,8 +99,7 @@ def loss(batch: int, new: int, vocabulary: int, convention: str) -> int:
     """Mean next-token cross-entropy: of T - 1 tokens as it runs, of T tokens by a whole softmax in the sheet's way."""
     if convention == "exact":
         rows = batch * (new - 1)
-        # each: log of the partition less the target's logit, added to the sum; the sum over the rows
-        return rows * (p.logsumexp(vocabulary) + ADD + ADD) + MUL
+        return rows * (p.log_softmax(vocabulary) + ADD) + MUL  # each added to the sum, the sum divided
     return batch * new * (p.softmax(vocabulary) + EXP + ADD)
 
 

@@ -42,6 +42,6 @@ def attention(batch: int, heads: int, new: int, total: int, size: int) -> dict[s
     }
 
 
-def logsumexp(n: int) -> int:
-    """Over n numbers: subtract the maximum, exponentiate, sum, logarithm, add the maximum."""
-    return n * ADD + n * EXP + reduction(n) + EXP + ADD
+def log_softmax(n: int) -> int:
+    """Over n numbers: subtract the maximum, exponentiate, sum, logarithm, subtract it."""
+    return n * ADD + n * EXP + reduction(n) + EXP + n * ADD

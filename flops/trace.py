@@ -79,8 +79,9 @@ def _price_cumsum(args, out) -> int:
     return out.numel() // length * p.reduction(length)
 
 
-def _price_logsumexp(args, out) -> int:
-    return out.numel() * p.logsumexp(args[0].numel() // out.numel())
+def _price_log_softmax(args, out) -> int:
+    length = out.shape[args[1]]
+    return out.numel() // length * p.log_softmax(length)
 
 
 def _price_softmax_backward(args, out) -> int:
@@ -106,7 +107,7 @@ PRICES = {
     "sum": _price_reduction,
     "mean": _price_mean,
     "cumsum": _price_cumsum,
-    "logsumexp": _price_logsumexp,
+    "_log_softmax": _price_log_softmax,
     "_softmax_backward_data": _price_softmax_backward,
     "scatter_add_": _price_scatter_add,
     "embedding_dense_backward": _price_embedding_backward,

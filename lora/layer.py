@@ -6,6 +6,26 @@ import torch
 from torch import Tensor, nn
 
 
+class _LowRank(torch.autograd.Function):
+    """scale * (x A^T) B^T in fp32, keeping x as it came, where autograd would keep an fp32 copy of it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        inner = x.to(a.dtype) @ a.T  # (..., r)
+        ctx.save_for_backward(x, a, b, inner)
+        ctx.scale = scale
+        return inner @ b.T * scale  # (..., O)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, a, b, inner = ctx.saved_tensors
+        grad_inner = grad @ b * ctx.scale
+        grad_x = (grad_inner @ a).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_a = grad_inner.flatten(0, -2).T @ x.to(a.dtype).flatten(0, -2)
+        grad_b = grad.flatten(0, -2).T @ inner.flatten(0, -2) * ctx.scale
+        return grad_x, grad_a, grad_b, None
+
+
 class LoRALinear(nn.Module):
     """y = base_layer(x) + (alpha / r) B A x; A (r, I) Kaiming-uniform, B (O, r) zero, both fp32.
 
@@ -34,8 +54,7 @@ class LoRALinear(nn.Module):
         y = self.base_layer(x)  # (..., O)
         if self.merged:
             return y
-        update = self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype)))
-        return (y + update * self.scale).to(y.dtype)
+        return (y + _LowRank.apply(x, self.lora_A.weight, self.lora_B.weight, self.scale)).to(y.dtype)
 
     @torch.no_grad()
     def delta(self) -> Tensor:

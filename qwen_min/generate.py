@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_min.cache import KVCache
+from qwen_min.linear import pack
 from qwen_min.model import Qwen
 
 
@@ -38,7 +39,12 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 
 @torch.inference_mode()
 def prefill(model: Qwen, ids: Tensor, num_new_tokens: int, attention_mask: Tensor | None = None):
-    """Run the prompt ids (B, T) into a fresh cache with room for the answer: (cache, logits (B, V) of its end)."""
+    """Run the prompt ids (B, T) into a fresh cache with room for the answer: (cache, logits (B, V) of its end).
+
+    Packs the weights (`qwen_min.linear.pack`) when an answer is to follow.
+    """
+    if num_new_tokens > 0:
+        pack(model)
     weight = model.head_weight
     cache = KVCache(model.config, ids.shape[0], ids.shape[1] + num_new_tokens, weight.device, weight.dtype)
     return cache, model(ids, cache, attention_mask, last_only=True)[:, 0]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwen_min.model import Qwen
 
-CHUNK_LOGITS = 2**25  # logits held at a time: 128 MiB of fp32
+CHUNK_LOGITS = 2**23  # logits held at a time: 32 MiB of fp32
 
 
 def _chunks(num_positions: int, vocabulary: int) -> list[slice]:
@@ -16,9 +16,10 @@ def _chunks(num_positions: int, vocabulary: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, num_positions, size)]
 
 
-def _log_partition_and_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    log_partition = logits.logsumexp(-1, keepdim=True)
-    return log_partition, (log_partition - logits.gather(-1, targets[:, None]))[:, 0]
+def _log_probabilities(hidden: Tensor, weight: Tensor) -> Tensor:
+    """log softmax(hidden weight^T), at least fp32."""
+    at_least_fp32 = torch.promote_types(hidden.dtype, torch.float32)
+    return torch.log_softmax(hidden @ weight.T, dim=-1, dtype=at_least_fp32)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -31,26 +32,30 @@ class _HeadCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=total.dtype) if needs_weight else None
         for rows in _chunks(len(targets), len(weight)):
-            logits = (hidden[rows] @ weight.T).to(total.dtype)
-            log_partition, loss = _log_partition_and_loss(logits, targets[rows])
-            total += loss.sum()
+            log_probabilities = _log_probabilities(hidden[rows], weight)
+            total -= log_probabilities.gather(-1, targets[rows, None]).sum()
             if not (needs_hidden or needs_weight):
                 continue
-            # d loss / d logits = softmax - one_hot(target), over the mean's N
-            grad = logits.sub_(log_partition).exp_()
+            # d loss / d logits = softmax - one_hot(target), over N, by which backward divides
+            grad = log_probabilities.exp_()
             grad.scatter_add_(-1, targets[rows, None], grad.new_full((len(grad), 1), -1.0))
-            grad = grad.div_(len(targets)).to(hidden.dtype)
+            grad = grad.to(hidden.dtype)
             if needs_hidden:
                 torch.mm(grad, weight, out=grad_hidden[rows])
             if needs_weight:
                 grad_weight += grad.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.num_targets = len(targets)
         return total / len(targets)
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scaled = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in (grad_hidden, grad_weight)]
+        scale = grad_loss / ctx.num_targets
+        scaled = [
+            None if grad is None else (grad * scale).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
         return *scaled, None, None
 
 
@@ -66,7 +71,7 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The same cross-entropy of each position, (N), without gradient."""
     losses = [
-        _log_partition_and_loss((hidden[rows] @ weight.T).float(), targets[rows])[1]
+        -_log_probabilities(hidden[rows], weight).gather(-1, targets[rows, None])[:, 0]
         for rows in _chunks(len(targets), len(weight))
     ]
     return torch.cat(losses)

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen_min.autograd import rms_norm, swiglu
 from qwen_min.cache import KVCache
 from qwen_min.config import QwenConfig
+from qwen_min.linear import Linear, linear
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, normalised in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -23,9 +25,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)  # cast back before the weight, as the checkpoint was trained
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_tables(positions: Tensor, config: QwenConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -105,10 +105,10 @@ class Attention(nn.Module):
         hidden, size = config.hidden_size, config.head_dim
         self.layer = layer
         self.head_dim = size
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * size, bias=True)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * size, bias=True)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * size, bias=True)
-        self.o_proj = nn.Linear(config.num_attention_heads * size, hidden, bias=False)
+        self.q_proj = Linear(hidden, config.num_attention_heads * size, bias=True)
+        self.k_proj = Linear(hidden, config.num_key_value_heads * size, bias=True)
+        self.v_proj = Linear(hidden, config.num_key_value_heads * size, bias=True)
+        self.o_proj = Linear(config.num_attention_heads * size, hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         def heads(projected: Tensor) -> Tensor:
@@ -124,17 +124,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward: down(silu(gate(x)) * up(x)). arXiv 2002.05202."""
+    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: QwenConfig):
         super().__init__()
         hidden, width = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_proj = Linear(hidden, width, bias=False)
+        self.up_proj = Linear(hidden, width, bias=False)
+        self.down_proj = Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -195,7 +195,7 @@ class Qwen(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self) -> Tensor:
@@ -216,4 +216,6 @@ class Qwen(nn.Module):
         Raises ValueError when the tokens exceed the model's positions or the cache, or the mask misfits.
         """
         hidden = self.model(ids, cache, attention_mask)
-        return F.linear(hidden[:, -1:] if last_only else hidden, self.head_weight)
+        if last_only:
+            hidden = hidden[:, -1:].contiguous()  # of a strided row matmul would copy the whole head
+        return linear(hidden, self.head_weight)

@@ -1,0 +1,52 @@
+"""The lean functions against the plain ones that autograd differentiates itself."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lora.layer import _LowRank
+from qwen_min.autograd import rms_norm, swiglu
+
+
+def plain_rms_norm(x, weight):
+    x32 = x.double() if x.dtype == torch.float64 else x.float()
+    return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+FUNCTIONS = {
+    "rms_norm": (lambda x, w: rms_norm(x, w, 1e-6), plain_rms_norm, ((2, 3, 8), (8,))),
+    "swiglu": (swiglu, lambda gate, up: F.silu(gate) * up, ((2, 3, 8), (2, 3, 8))),
+    "low rank": (
+        lambda x, a, b: _LowRank.apply(x, a, b, 1.5),
+        lambda x, a, b: 1.5 * (x @ a.T @ b.T),
+        ((2, 3, 8), (4, 8), (5, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("lean", "plain", "shapes"), FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_value_and_gradients_equal_the_plain_ones(lean, plain, shapes):
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    wanted, got = plain(*inputs), lean(*inputs)
+    torch.testing.assert_close(got, wanted)
+    direction = torch.randn_like(wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, inputs, direction), torch.autograd.grad(wanted, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(lean(*inputs), wanted)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "low rank"])
+def test_gradients_by_finite_differences_in_fp64(name):
+    lean, _, shapes = FUNCTIONS[name]
+    torch.manual_seed(0)
+    assert torch.autograd.gradcheck(lean, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes])
+
+
+def test_bf16_normalises_in_fp32():
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 64).bfloat16(), torch.randn(64).bfloat16()
+    assert torch.equal(rms_norm(x, weight, 1e-6), plain_rms_norm(x, weight))

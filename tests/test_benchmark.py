@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+from experiments import benchmark
+
+
+def test_growth_finds_line_and_exponent():
+    line = benchmark.growth((1, 2, 4), [3.0, 5.0, 9.0])
+    assert (line["seconds_per_unit"], line["start"]) == (pytest.approx(2), pytest.approx(1))
+    assert benchmark.growth((1, 10, 100), [2.0, 20.0, 200.0])["exponent"] == pytest.approx(1)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Sizes of seconds, on the embedded checkpoint."""
+    monkeypatch.setattr(benchmark, "BATCHES", (1, 2))
+    monkeypatch.setattr(benchmark, "GROWN_CONTEXTS", (32, 64, 8192))
+    monkeypatch.setattr(benchmark, "TRAINED_BATCHES", (1, 4))
+    monkeypatch.setattr(benchmark, "limits", lambda device, dtype: {"matrix_flops": 1e12, "bandwidth": 1e10})
+
+
+def test_one_run_measures_this_project(small, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "found.json"
+    arguments = ["benchmark", "--alone", "--runs", "1", "--dtype", "float32", "--json", str(path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert benchmark.main() == 0
+    found, table = json.loads(path.read_text()), capsys.readouterr().out
+    names = [line["name"] for line in found["lines"]]
+    assert "decode step, batch 2" in names
+    assert "LoRA step, 4 x 768" in names
+    assert "decode step, context 8192" not in names  # beyond the model's positions
+    assert all(seconds > 0 for line in found["lines"] for seconds in line["seconds"]["qwen-min"])
+    assert found["peak"]["LoRA step, 4 x 512"]["qwen-min"][0] > 1e8
+    for name in names:
+        assert f"| {name} |" in table
+
+
+def test_refuses_bad_input_in_one_line(monkeypatch, capsys):
+    for arguments in (["--runs", "0"], ["--model", "/none"], ["--device", "abacus"]):
+        monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+        assert benchmark.main() == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1

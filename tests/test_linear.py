@@ -1,0 +1,76 @@
+import pytest
+import torch
+
+from conftest import CONFIGS, random_model, relative_error
+from lora import LoraConfig, adapter_parameters, inject, merge
+from qwen_min.linear import _can_pack, linear, pack
+from qwen_min.loss import next_token_loss
+
+
+@pytest.fixture
+def model():
+    model = random_model(CONFIGS["ratio 2, untied"]).to(torch.bfloat16)
+    if not _can_pack(model.head_weight):
+        pytest.skip("this processor multiplies no bf16 with oneDNN")
+    return model
+
+
+def test_packed_logits_equal_plain_ones_up_to_bf16(model, ids):
+    with torch.no_grad():
+        plain = model(ids)
+        pack(model)
+        assert hasattr(model.head_weight, "packed")
+        assert relative_error(model(ids).float(), plain.float()) < 0.02
+
+
+def test_a_packed_product_equals_the_plain_one(model):
+    torch.manual_seed(0)
+    layer = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 5, 56).bfloat16()
+    pack(model)
+    with torch.no_grad():
+        got = layer(x)
+    wanted = x.float() @ layer.weight.float().T + layer.bias.float()
+    assert got.shape == wanted.shape
+    assert relative_error(got.float(), wanted) < 0.01
+
+
+def test_a_changed_weight_is_not_answered_from_its_old_copy(model, ids):
+    pack(model)
+    with torch.no_grad():
+        before = model(ids)
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.zero_()
+        changed = model(ids)
+        assert not torch.equal(before, changed)
+        pack(model)
+        assert relative_error(model(ids).float(), changed.float()) < 0.02
+
+
+def test_a_merged_adapter_is_seen(model, ids):
+    pack(model)
+    with torch.no_grad():
+        base = model(ids).float()
+    inject(model, LoraConfig(rank=2, alpha=20))
+    for parameter in adapter_parameters(model).values():
+        parameter.data.fill_(0.1)
+    with torch.no_grad():
+        adapted = model(ids).float()
+        merge(model)
+        merged = model(ids).float()
+    assert relative_error(merged, adapted) < 0.3 * relative_error(base, adapted)
+
+
+def test_gradients_pass_by_the_packed_copies(model, ids):
+    inject(model, LoraConfig(rank=2, alpha=2))
+    wanted = torch.autograd.grad(next_token_loss(model, ids), [p for p in model.parameters() if p.requires_grad])
+    pack(model)
+    got = torch.autograd.grad(next_token_loss(model, ids), [p for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_fp32_is_left_alone(ids):
+    model = random_model(CONFIGS["ratio 2, untied"])
+    pack(model)
+    assert not hasattr(model.head_weight, "packed")
+    assert torch.equal(linear(torch.ones(1, 56), model.head_weight), torch.ones(1, 56) @ model.head_weight.T)
