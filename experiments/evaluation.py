@@ -60,16 +60,18 @@ def _batch(
     contexts = [tokenizer.encode(encoding.encode(one[:context_steps])) for one in series]
     wholes = [tokenizer.encode(encoding.encode(one[: context_steps + horizon])) for one in series]
     targets = [whole[len(context) :] for whole, context in zip(wholes, contexts, strict=True)]
-    length = max(horizon * encoding.tokens_per_step(num_variables), *map(len, targets))
-    room = length + horizon * num_variables  # values of 10 and more take a token more
-    ids, mask = pad_left(contexts, tokenizer.pad_id)
-    ids, mask = ids.to(device), None if mask is None else mask.to(device)
-    target_ids = torch.full((len(series), length), tokenizer.pad_id, device=device)
-    real = torch.zeros(len(series), length, dtype=torch.bool, device=device)
+    length = max(map(len, targets))
+    target_ids = torch.full((len(series), length), tokenizer.pad_id)
+    real = torch.zeros(len(series), length, dtype=torch.bool)
     for row, target in enumerate(targets):
         target_ids[row, : len(target)] = torch.tensor(target)
         real[row, : len(target)] = True
+    target_ids, real = target_ids.to(device), real.to(device)
+    ids, mask = pad_left(contexts, tokenizer.pad_id)
+    ids, mask = ids.to(device), None if mask is None else mask.to(device)
 
+    usual = horizon * encoding.tokens_per_step(num_variables)
+    room = max(usual, length) + horizon * num_variables  # values of 10 and more take a token more
     cache, logits = prefill(model, ids, room, mask)
     with torch.inference_mode():
         # teacher-forced: the targets in one pass behind the context, then forgotten
@@ -79,35 +81,33 @@ def _batch(
         forced = torch.cat([_losses(logits, target_ids[:, 0])[:, None], later.view(len(series), -1)], dim=1)
         cache.truncate(ids.shape[1])
 
-        tokens, free = [], torch.full((len(series), length), torch.nan, device=device)
+        free = torch.full((len(series), length), torch.nan, device=device)
         scored = torch.zeros_like(real)
-        texts: list[str | None] = [None] * len(series)
-        for step_tokens, step_logits, running in greedy_steps(
-            model, cache, logits, room, mask, tokenizer.end_ids, tokenizer.pad_id
-        ):
-            step = len(tokens)
+        tokens, texts = [], [None] * len(series)
+        steps = greedy_steps(model, cache, logits, room, mask, tokenizer.end_ids, tokenizer.pad_id)
+        for step, (step_tokens, step_logits, running) in enumerate(steps):
             tokens.append(step_tokens)
             if step < length:
                 scored[:, step] = running & real[:, step]
                 free[:, step] = _losses(step_logits, target_ids[:, step])
-            if step + 1 >= length:
-                # each row is cut where it is complete itself: others that need more tokens change nothing in it
-                for row, written in enumerate(torch.stack(tokens, 1).tolist()):
-                    if texts[row] is None:
-                        text = tokenizer.decode(written).removeprefix(";")  # `;` ends the context's last step
-                        last = step + 1 == room
-                        if last or not np.isnan(encoding.decode(text, horizon, num_variables)).any():
-                            texts[row] = text
-                if None not in texts:
+            if step + 1 >= usual:
+                # each row is cut where it is complete itself, so that rows which need more change nothing in it
+                for row, text in enumerate(_texts(tokenizer, tokens)):
+                    if texts[row] is None and not np.isnan(encoding.decode(text, horizon, num_variables)).any():
+                        texts[row] = text
+                if None not in texts and step + 1 >= length:
                     break
-        for row, written in enumerate(torch.stack(tokens, 1).tolist()):  # rows cut off by every row's end
-            if texts[row] is None:
-                texts[row] = tokenizer.decode(written).removeprefix(";")
     if not (forced[real].isfinite().all() and free[scored].isfinite().all()):
         raise ValueError("the model's logits are not finite: the weights or the adapter are damaged")
+    texts = [text or whole for text, whole in zip(texts, _texts(tokenizer, tokens), strict=True)]
     values = np.stack([encoding.decode(text, horizon, num_variables) for text in texts])
     free, forced = free.masked_fill(~scored, torch.nan), forced.masked_fill(~real, torch.nan)
     return Forecasts(texts, values, free.cpu().numpy(), forced.cpu().numpy())
+
+
+def _texts(tokenizer: Tokenizer, tokens: list[Tensor]) -> list[str]:
+    """What each row has written, without the `;` that ends the context's last step."""
+    return [tokenizer.decode(row).removeprefix(";") for row in torch.stack(tokens, 1).tolist()]
 
 
 def forecast(

@@ -79,7 +79,9 @@ def test_a_row_is_cut_where_it_is_complete_whatever_its_neighbours_need(monkeypa
         monkeypatch.setattr(evaluation, "greedy_steps", scripted)
         return forecast(*tiny, ENCODING, series[rows], context_steps=20, horizon=3)
 
+    texts[4] = texts[1]  # the fifth target is a token longer
     both, alone = forecast_rows([0, 1]), forecast_rows([0])
+    assert forecast_rows([0, 4]).texts == both.texts
     assert both.texts == [texts[0][1:-1], texts[1][1:]]
     assert both.values[:, -1].tolist() == [[5.0, 4.56], [5.0, 14.56]]
     assert alone.texts == both.texts[:1]
