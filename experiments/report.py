@@ -34,7 +34,13 @@ PUBLISHED_GRID = {  # rank: (MSE, loss) at the three rates, in rising order
     8: ((0.0328, 1.6141), (0.0256, 1.9905), (0.0071, 1.6746)),
 }
 PUBLISHED_FLOPS = {"6.2": 15.38, "6.3": 16.64, "6.4": 16.13, "6.5": 16.35, "all": 16.91}
-SECTIONS = {"6.2": "trial", "6.3": "grid", "6.4": "context lengths", "6.5": "final", "all": "all"}
+SECTIONS = {
+    "6.2": "trial: sum",
+    "6.3": "grid: sum",
+    "6.4": "context lengths: sum",
+    "6.5": "final: sum",
+    "all": "all: sum",
+}
 NONE = "-"
 
 
