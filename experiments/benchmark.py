@@ -45,7 +45,7 @@ class Side:
     def wait(self) -> None:
         """Until the device has done all it was given."""
         if self.device.startswith("cuda"):
-            self.torch.cuda.synchronize()
+            self.torch.cuda.synchronize(self.device)
 
     def ids(self, batch: int, length: int):
         """Tokens of digits, (batch, length)."""
@@ -55,7 +55,7 @@ class Side:
     def peak(self) -> int:
         """Bytes at the highest: of the device where there is one, else of the process."""
         if self.device.startswith("cuda"):
-            return self.torch.cuda.max_memory_allocated()
+            return self.torch.cuda.max_memory_allocated(self.device)
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -93,6 +93,8 @@ class Ours(Side):
     def load(self) -> float:
         """Seconds until tokenizer and model are there and the first token has logits."""
         from qwen_min import load
+
+        self.model = None  # never two at a time
 
         def run():
             self.model, _ = load(self.source, self.device, self.dtype)
@@ -149,6 +151,7 @@ class Peer(Side):
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
+        self.model = None  # never two at a time
 
         def run():
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -276,12 +279,15 @@ def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, typ
     import flops
     from flops.model import total
     from flops.trace import trace_training_step
-    from qwen_min import QwenConfig
+    from qwen_min import Qwen, QwenConfig
     from qwen_min.weights import checkpoint_folder
 
     folder = checkpoint_folder(model)
     config, item = QwenConfig.from_file(folder / "config.json"), getattr(torch, dtype).itemsize
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in Qwen(config).named_parameters()}
+    looked_up = 0 if config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
+    weights = (sum(sizes.values()) - looked_up) * item  # read by each decode step
     per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
     found = {"limits": limits(device, dtype), "lines": [], "growth": {}, "peak": {}}
 

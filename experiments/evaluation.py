@@ -21,6 +21,10 @@ BATCH = 50  # sequences decoded together
 FIRST = 10  # the report judged by the first ten sequences of a split
 
 
+class ForecastError(ValueError):
+    """A model's output is no forecast at all."""
+
+
 class Forecasts(NamedTuple):
     """What a model wrote behind each context."""
 
@@ -98,7 +102,7 @@ def _batch(
                 if None not in texts and step + 1 >= length:
                     break
     if not (forced[real].isfinite().all() and free[scored].isfinite().all()):
-        raise ValueError("the model's logits are not finite: the weights or the adapter are damaged")
+        raise ForecastError("the model's logits are not finite: the weights or the adapter are damaged")
     texts = [text or whole for text, whole in zip(texts, _texts(tokenizer, tokens), strict=True)]
     values = np.stack([encoding.decode(text, horizon, num_variables) for text in texts])
     free, forced = free.masked_fill(~scored, torch.nan), forced.masked_fill(~real, torch.nan)
@@ -122,7 +126,8 @@ def forecast(
     """Forecast each of series (N, T, D), in populations, from its first context_steps steps, greedily.
 
     Contexts are cut by time step. The losses are those of the target's tokens; generation goes on behind them
-    only while a row still lacks a value. Raises ValueError when a series is too short, or logits are not finite.
+    only while a row still lacks a value. Raises ValueError when a series is too short, ForecastError when logits are
+    not finite.
     """
     if context_steps < 1 or horizon < 1 or context_steps + horizon > series.shape[1]:
         raise ValueError(
@@ -146,9 +151,10 @@ def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale:
     """MSE and MAE of forecast (N, h, D) against truth, both scaled, over the well-formed values.
 
     A sequence counts with the mean over its well-formed values. `malformed_values` and
-    `sequences_without_forecast` say what is missing; with nothing left the means are None. `mse_filled` puts
-    fallback (N, D), the context's mean, in place of what is missing, so that nothing wins by being unreadable:
-    models are chosen by it.
+    `sequences_without_forecast` say what is missing; with nothing left `mse` is None and other means are absent.
+
+    `mse_filled` puts fallback (N, D), the context's mean, in place of what is missing, so that nothing wins by being
+    unreadable: models are chosen by it.
     """
     error = forecast - truth
     malformed = np.isnan(error)

@@ -7,6 +7,7 @@ A folder that holds the same run is continued; finished experiments are not run 
 """
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def prepare(args: argparse.Namespace):
         "dtype": args.dtype,
     }
     record = {
-        "command": f"python -m experiments.run {' '.join(sys.argv[1:])}".strip(),
+        "command": shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]),
         "model": args.model,
         "data": args.data.name if args.data else "simulated, seed 0",
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -170,15 +171,18 @@ def json_plain(value):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when the plan is finished, 1 when the budget or a loss ended it early, 2 for bad input."""
+    """Exit status 0 when the plan is finished, 1 when it ended early (budget, loss, disk, memory), 2 for bad input."""
     args = parser().parse_args(argv)
-    import flops  # after parsing: --help need not wait for torch
+    import torch  # after parsing: --help need not wait for it
+
+    import flops
 
     try:
         suite, continued = prepare(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    from experiments.evaluation import ForecastError
     from experiments.report import write_report
     from experiments.runfolder import RunError
     from experiments.training import TrainingError
@@ -191,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         try:
             suite.run()
-        except (flops.BudgetExceeded, TrainingError) as error:
+        except (flops.BudgetExceeded, TrainingError, ForecastError, torch.OutOfMemoryError) as error:
             stopped = str(error)
             print(f"stopped: {stopped}", file=sys.stderr)
         suite.write_status(stopped)

@@ -43,8 +43,8 @@ class Ledger:
             os.truncate(self.path, len(whole + newline))
 
     def _book(self, experiment: str, step: int, flops: int) -> None:
+        self.spent += flops - self._steps[experiment].get(step, 0)
         self._steps[experiment][step] = flops
-        self.spent += flops
 
     def by_experiment(self) -> dict[str, int]:
         """FLOPs debited by each experiment, in the order of their first step."""
@@ -52,7 +52,7 @@ class Ledger:
 
     def require(self, experiment: str, flops: int) -> None:
         """Raise BudgetExceeded unless all steps of an experiment, less those booked already, fit."""
-        self._check(experiment, flops - sum(self._steps[experiment].values()))
+        self._check(experiment, flops - sum(self._steps.get(experiment, {}).values()))
 
     def _check(self, what: str, flops: int) -> None:
         if self.spent + flops > self.budget:
@@ -68,7 +68,7 @@ class Ledger:
         Raises BudgetExceeded, and books nothing, when it does not fit; ValueError when the step is booked at
         another price.
         """
-        booked = self._steps[experiment].get(step)
+        booked = self._steps.get(experiment, {}).get(step)
         if booked == flops:
             return
         if booked is not None:

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class _LowRank(torch.autograd.Function):
@@ -17,6 +18,7 @@ class _LowRank(torch.autograd.Function):
         return inner @ b.T * scale  # (..., O)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, a, b, inner = ctx.saved_tensors
         grad_inner = grad @ b * ctx.scale

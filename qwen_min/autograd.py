@@ -7,6 +7,7 @@ feed-forward's width. Kept here are the inputs alone; the rest is made again, at
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -23,6 +24,7 @@ class _RMSNorm(torch.autograd.Function):
         return weight * normalised.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, inverse = ctx.saved_tensors
         normalised = x.float() * inverse
@@ -41,6 +43,7 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate) * up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)

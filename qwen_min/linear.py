@@ -8,41 +8,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class _Packed:
+    """A packed copy, and the weight it was made from: while that is held, its memory cannot become another's."""
+
+    def __init__(self, weight: Tensor):
+        self.source, self.version = weight.detach(), weight._version
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(self.source, None)
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether the weight is still what was packed; a write through `.data` goes unseen."""
+        return weight.data_ptr() == self.source.data_ptr() and weight._version == self.version
+
+    def __reduce__(self):
+        return type(None), ()  # a saved model leaves its packed copies behind
+
+
 def _can_pack(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
+        and not weight.is_inference()  # these have no version to compare
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-
-
-def _state(weight: Tensor) -> tuple[int, int]:
-    """Changes whenever the weight is replaced or written to."""
-    return weight.data_ptr(), weight._version
 
 
 @torch.no_grad()
 def pack(model: nn.Module) -> None:
     """Pack every matrix that a Qwen multiplies with and that is not packed as it stands.
 
-    Does nothing for another device or dtype.
-
-    The copies take as much memory as the weights. They are used where no gradient is recorded, and passed over once
-    the weight has changed.
+    Only bf16 weights on a CPU are packed; of others an earlier copy is dropped. The copies take as much memory as
+    the weights. They are used where no gradient is recorded, and passed over once the weight has changed.
     """
     weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
     for weight in [*weights, model.head_weight]:
-        if _can_pack(weight) and getattr(weight, "packed", (None, None))[0] != _state(weight):
-            weight.packed = _state(weight), torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        packed = getattr(weight, "packed", None)
+        if not _can_pack(weight):
+            weight.packed = None
+        elif packed is None or not packed.is_of(weight):
+            weight.packed = _Packed(weight)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, from the packed weight where there is one."""
-    state, packed = getattr(weight, "packed", (None, None))
-    if packed is None or torch.is_grad_enabled() or state != _state(weight):
+    packed = getattr(weight, "packed", None)
+    if packed is None or torch.is_grad_enabled() or x.dtype != weight.dtype or not packed.is_of(weight):
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, packed.weight, bias, "none", [], "")
 
 
 class Linear(nn.Linear):

@@ -5,6 +5,7 @@ N positions, C hidden size, V vocabulary.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qwen_min.model import Qwen
 
@@ -50,6 +51,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return total / len(targets)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss: Tensor):
         scale = grad_loss / ctx.num_targets
         scaled = [

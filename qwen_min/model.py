@@ -216,6 +216,6 @@ class Qwen(nn.Module):
         Raises ValueError when the tokens exceed the model's positions or the cache, or the mask misfits.
         """
         hidden = self.model(ids, cache, attention_mask)
-        if last_only:
-            hidden = hidden[:, -1:].contiguous()  # of a strided row matmul would copy the whole head
+        if last_only:  # as a matrix: of a strided row of three dimensions matmul would copy the whole head
+            return linear(hidden[:, -1], self.head_weight)[:, None]
         return linear(hidden, self.head_weight)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experiments import evaluation
-from experiments.evaluation import errors, forecast, mean_interval
+from experiments.evaluation import ForecastError, errors, forecast, mean_interval
 from experiments.llmtime import Encoding
 from qwen_min import generate
 
@@ -91,7 +91,7 @@ def test_logits_that_are_not_finite_are_an_error(tiny, series):
     model, tokenizer = tiny
     damaged = copy.deepcopy(model)
     damaged.model.norm.weight[0] = torch.nan
-    with pytest.raises(ValueError, match="logits are not finite"):
+    with pytest.raises(ForecastError, match="logits are not finite"):
         forecast(damaged, tokenizer, ENCODING, series[:1], context_steps=20, horizon=3)
 
 
