@@ -50,7 +50,7 @@ class Suite:
             ranks=training.ranks,
         )
 
-    def forecast_costs(self) -> dict[str, int]:
+    def largest_costs(self) -> dict[str, int]:
         """The most that each experiment may cost, in FLOPs of the ledger's convention."""
         costs = {}
         for experiment in self.plan.experiments:
@@ -60,7 +60,7 @@ class Suite:
 
     def budget_warning(self) -> str | None:
         """What does not fit the budget, in a sentence, before anything runs; None when all fits."""
-        costs, left, fits = self.forecast_costs(), self.ledger.budget, []
+        costs, left, fits = self.largest_costs(), self.ledger.budget, []
         for name, cost in costs.items():
             if cost > left:
                 misfits = list(costs)[len(fits) :]
