@@ -87,14 +87,18 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D): (B, H, T, D); each kv head serves H/K query heads.
 
-    mask (B or 1, 1, T, S) is True where q may look; None means causal, which with one new token is everything.
+    mask (B or 1, 1, T, S) is True where q may look, or what is added to the scores; None means causal, which with one
+    new token is everything.
     """
     groups, num_new = q.shape[1] // k.shape[1], q.shape[2]
-    if num_new == 1:
-        # the query heads of a kv head stand as if they were its tokens, so that its keys are read once
-        grouped = q.reshape(q.shape[0], k.shape[1], groups, q.shape[3])  # (B, K, H/K, D)
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=groups > 1)
+    if mask is None and num_new > 1:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+    # the query heads of a kv head stand as if they were its tokens, so that its keys are read once, and by a fused
+    # kernel also on CUDA, where none takes a mask together with enable_gqa
+    grouped = q.reshape(q.shape[0], k.shape[1], groups * num_new, q.shape[3])  # (B, K, H/K T, D)
+    if mask is not None and num_new > 1:
+        mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # (B or 1, 1, H/K T, S)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
 
 class Attention(nn.Module):
