@@ -68,7 +68,8 @@ class Side:
     def decode(self, batch: int, context: int) -> float:
         """Seconds of a greedy decode step over `context` filled positions, mean of DECODE_STEPS."""
         cache, tokens = self.filled_cache(batch, context), self.ids(batch, 1)
-        return self.timed(lambda: self.decode_steps(tokens, cache)) / DECODE_STEPS
+        self.decode_steps(tokens, cache, 1)
+        return self.timed(lambda: self.decode_steps(tokens, cache, DECODE_STEPS)) / DECODE_STEPS
 
     def generate(self, batch: int, num_new_tokens: int) -> float:
         """Seconds of a whole greedy generation behind CONTEXT tokens."""
@@ -109,21 +110,22 @@ class Ours(Side):
 
     def filled_cache(self, batch, context):
         from qwen_min import KVCache
+        from qwen_min.generate import continuation
         from qwen_min.linear import pack
 
         pack(self.model)  # as generate does
-        cache = KVCache(self.model.config, batch, context + DECODE_STEPS, self.device, self.dtype)
+        cache = KVCache(self.model.config, batch, context + 1 + DECODE_STEPS, self.device, self.dtype)
         cache.keys.normal_()
         cache.values.normal_()
         cache.advance(context)
-        return cache
+        return continuation(self.model, cache)
 
-    def decode_steps(self, tokens, cache):
-        from qwen_min.generate import decode_step
+    def decode_steps(self, tokens, append, count):
+        from qwen_min.linear import linear
 
-        tokens = tokens[:, 0]
-        for _ in range(DECODE_STEPS):
-            tokens = decode_step(self.model, tokens, cache).argmax(-1)
+        with self.torch.inference_mode():
+            for _ in range(count):
+                tokens = linear(append(tokens)[:, -1], self.model.head_weight).argmax(-1, keepdim=True)
 
     def generate_tokens(self, ids, num_new_tokens):
         from qwen_min import generate
@@ -181,9 +183,9 @@ class Peer(Side):
             cache.update(keys, values, layer)
         return cache
 
-    def decode_steps(self, tokens, cache):
+    def decode_steps(self, tokens, cache, count):
         with self.torch.inference_mode():
-            for _ in range(DECODE_STEPS):
+            for _ in range(count):
                 logits = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
                 tokens = logits[:, -1].argmax(-1, keepdim=True)
 
@@ -309,7 +311,7 @@ def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, typ
         read = weights + batch * CONTEXT * per_position
         line(f"decode step, batch {batch}", times, batch, "tokens", read=read)
     line("10 contexts + 100 tokens", processes.ask("generate", 10, 100, runs=runs, warm_up=1), 1000, "tokens")
-    contexts = [context for context in GROWN_CONTEXTS if context + DECODE_STEPS <= config.max_position_embeddings]
+    contexts = [context for context in GROWN_CONTEXTS if context + 1 + DECODE_STEPS <= config.max_position_embeddings]
     for context in contexts:
         times = processes.ask("decode", 1, context, runs=runs, warm_up=1)
         line(f"decode step, context {context}", times, 1, "tokens", read=weights + context * per_position)

@@ -159,7 +159,7 @@ class Suite:
             return
         path = self._path(name)
         tokens = [self.tokenizer.encode(self.encoding.encode(one)) for one in self.series["train"]]
-        ids, mask = window_tensors(tokens, training, self.tokenizer.pad_id)
+        ids, lengths = window_tensors(tokens, training, self.tokenizer.pad_id)
         cost = self.step_flops(training)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
@@ -175,7 +175,7 @@ class Suite:
                 trained = train(
                     self.model,
                     ids,
-                    mask,
+                    lengths,
                     training,
                     path / "state.safetensors",
                     before_step=lambda step: self.ledger.debit(name, step, cost),

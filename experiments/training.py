@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from experiments.llmtime import windows
 from experiments.runfolder import write_whole
 from lora import LoraConfig, adapter_parameters
-from qwen_min.generate import pad_left
 from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
 
@@ -54,7 +54,7 @@ class Training:
 
 
 def window_tensors(token_lists: list[list[int]], settings: Training, pad_id: int) -> tuple[Tensor, Tensor]:
-    """All windows of all trajectories, ids and mask (n, T) each, shorter ones padded on the left.
+    """All windows of all trajectories: ids (n, T), padded behind, and the tokens of each (n).
 
     Raises TrainingError when the context is longer than every trajectory.
     """
@@ -62,8 +62,8 @@ def window_tensors(token_lists: list[list[int]], settings: Training, pad_id: int
     if settings.context > longest:
         raise TrainingError(f"context {settings.context} is longer than a trajectory of {longest} tokens; shorten it")
     pieces = [piece for tokens in token_lists for piece in windows(tokens, settings.context, settings.stride)]
-    ids, mask = pad_left(pieces, pad_id)
-    return ids, torch.ones_like(ids) if mask is None else mask
+    ids = pad_sequence([torch.tensor(piece) for piece in pieces], batch_first=True, padding_value=pad_id)
+    return ids, torch.tensor([len(piece) for piece in pieces])
 
 
 def batch_rows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
@@ -111,7 +111,7 @@ def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.opti
 def train(
     model: Qwen,
     ids: Tensor,
-    mask: Tensor,
+    lengths: Tensor,
     settings: Training,
     state: Path,
     before_step: Callable[[int], None],
@@ -119,7 +119,7 @@ def train(
 ) -> Trained:
     """Train the injected adapter with Adam at a constant rate.
 
-    ids, mask (n, T) from `window_tensors`. `state` is the file to continue from and to save to, every
+    ids (n, T) and lengths (n) from `window_tensors`. `state` is the file to continue from and to save to, every
     SAVE_SECONDS and at the end. before_step(step) may refuse a step by raising, after_step(step, loss) reports.
     Raises TrainingError when a loss or the adapter is not finite, the state is not of this training, or there are
     fewer windows than a batch takes.
@@ -134,9 +134,8 @@ def train(
     for step in range(len(losses), settings.steps):
         before_step(step)
         rows = torch.from_numpy(batch_rows(len(ids), settings.batch, settings.seed, step))
-        batch_mask = mask[rows]
-        whole = bool(batch_mask.all())
-        loss = next_token_loss(model, ids[rows].to(device), None if whole else batch_mask.to(device))
+        full = bool((lengths[rows] == ids.shape[1]).all())
+        loss = next_token_loss(model, ids[rows].to(device), None if full else lengths[rows].to(device))
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(f"step {step}: the loss is {value} (windows {rows.tolist()}); lower the learning rate")

@@ -3,14 +3,15 @@
 B batch, T prompt tokens, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qwen_min.cache import KVCache
-from qwen_min.linear import pack
+from qwen_min.graph import GraphDecoder
+from qwen_min.linear import linear, pack
 from qwen_min.model import Qwen
 
 
@@ -50,10 +51,27 @@ def prefill(model: Qwen, ids: Tensor, num_new_tokens: int, attention_mask: Tenso
     return cache, model(ids, cache, attention_mask, last_only=True)[:, 0]
 
 
-@torch.inference_mode()
-def decode_step(model: Qwen, tokens: Tensor, cache: KVCache, attention_mask: Tensor | None = None) -> Tensor:
-    """Append one token (B) to each row and return the logits (B, V) of the next."""
-    return model(tokens[:, None], cache, attention_mask)[:, 0]
+def continuation(
+    model: Qwen, cache: KVCache, attention_mask: Tensor | None = None
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A function that runs ids (B, T) behind a prefilled cache: the hidden states (B, T, C), until its next call.
+
+    attention_mask (B, filled) is 0 on the padding in the cache, the function's second argument real (B, T) on padding
+    among ids; None means no padding.
+    """
+    if model.head_weight.is_cuda:
+        return GraphDecoder(model.model, cache, attention_mask)
+
+    @torch.inference_mode()
+    def run(ids: Tensor, real: Tensor | None = None) -> Tensor:
+        nonlocal attention_mask
+        if attention_mask is None and real is not None:
+            attention_mask = ids.new_ones(cache.batch_size, cache.length)
+        if attention_mask is not None:
+            attention_mask = torch.cat((attention_mask, torch.ones_like(ids) if real is None else real), dim=1)
+        return model.model(ids, cache, attention_mask)
+
+    return run
 
 
 def greedy_steps(
@@ -68,8 +86,11 @@ def greedy_steps(
     """Continue from a prefill: yield (tokens (B), logits (B, V) they are the argmax of, running (B) bool).
 
     `running` is True for the rows that had not ended before this token; the others get pad_id. Stops after
-    num_new_tokens, or as soon as every row has ended.
+    num_new_tokens, or soon after every row has ended.
     """
+    # a GPU that is asked how it stands waits for the answer, so it is asked less often
+    patience = 16 if logits.is_cuda else 1
+    append = continuation(model, cache, attention_mask)
     ends = torch.tensor(sorted(end_ids), device=logits.device, dtype=torch.long)
     running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     for step in range(1, num_new_tokens + 1):
@@ -77,12 +98,11 @@ def greedy_steps(
         yield tokens, logits, running
         if len(ends):
             running = running & ~torch.isin(tokens, ends)
-            if not running.any():
+            if step % patience == 0 and not running.any():
                 return
         if step < num_new_tokens:
-            if attention_mask is not None:
-                attention_mask = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
-            logits = decode_step(model, tokens, cache, attention_mask)
+            with torch.inference_mode():
+                logits = linear(append(tokens[:, None])[:, -1], model.head_weight)
 
 
 def generate(
@@ -115,4 +135,6 @@ def generate(
         lengths += running
         if return_logits:
             all_logits.append(step_logits)
-    return Generation(torch.stack(tokens, 1), lengths, torch.stack(all_logits, 1) if return_logits else None)
+    longest = int(lengths.max())
+    all_logits = torch.stack(all_logits[:longest], 1) if return_logits else None
+    return Generation(torch.stack(tokens[:longest], 1), lengths, all_logits)

@@ -79,16 +79,16 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(losses)
 
 
-def next_token_loss(model: Qwen, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def next_token_loss(model: Qwen, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Mean cross-entropy in nats of each token of ids (B, T) given those before it; a scalar.
 
-    attention_mask (B, T) is 0 on left padding, which is neither attended nor predicted.
+    lengths (B): how many tokens of each row are text; the padding behind is not predicted, and no text attends to
+    it, as attention looks back only. None means that every row is full.
     """
-    hidden = model.model(ids, None, attention_mask)[:, :-1]  # (B, T - 1, C)
-    targets = ids[:, 1:]
-    if attention_mask is None:
+    hidden, targets = model.model(ids)[:, :-1], ids[:, 1:]  # (B, T - 1, C), (B, T - 1)
+    if lengths is None:
         hidden, targets = hidden.flatten(0, 1), targets.flatten()
     else:
-        real = attention_mask[:, 1:].bool()
+        real = torch.arange(1, ids.shape[1], device=ids.device) < lengths[:, None]
         hidden, targets = hidden[real], targets[real]
     return head_cross_entropy(hidden, model.head_weight, targets)

@@ -182,12 +182,17 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.reserve(ids.shape[0], num_new)
         mask, positions = attention_mask_and_positions(num_cached, num_new, attention_mask, ids.device)
+        hidden = self.blocks(ids, positions, mask, cache)
+        if cache is not None:
+            cache.advance(num_new)
+        return hidden
+
+    def blocks(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Embedding, layers and norm: (B, T, C) of ids (B, T) at positions (B or 1, T), mask as in `attention`."""
         x = self.embed_tokens(ids)  # (B, T, C)
         cos, sin = rotary_tables(positions, self.config, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, mask, cache)
-        if cache is not None:
-            cache.advance(num_new)
         return self.norm(x)
 
 

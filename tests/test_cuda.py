@@ -7,6 +7,8 @@ from conftest import relative_error
 from experiments.training import Training, train, window_tensors
 from lora import adapter_parameters, inject
 from qwen_min import generate, load
+from qwen_min.generate import continuation, pad_left, prefill
+from qwen_min.graph import GraphDecoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -39,14 +41,35 @@ def test_greedy_text_of_a_padded_batch_agrees(models):
     assert torch.equal(on_gpu.tokens.cpu(), on_cpu.tokens)
 
 
+def test_passes_repeated_as_graphs_equal_eager_ones(models):
+    """Of one and two tokens in turn, with padding in the cache and holes among the new tokens."""
+    model = models[1]
+    ids, mask = (tensor.cuda() for tensor in pad_left(PROMPTS, 256))
+    caches = [prefill(model, ids, 30, mask)[0] for _ in range(2)]
+    graphs = continuation(model, caches[0], mask)
+    assert isinstance(graphs, GraphDecoder)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(20):
+        new = torch.randint(15, 25, (2, 1 + step % 2), generator=generator).cuda()
+        real = torch.ones_like(new)
+        real[1, 1:] = 0
+        mask = torch.cat((mask, real), dim=1)
+        with torch.inference_mode():
+            eager = model.model(new, caches[1], mask)
+        assert relative_error(graphs(new, real), eager) < 1e-4
+    assert sorted(graphs.passes) == [1, 2]
+    assert all(one.graph is not None for one in graphs.passes.values())
+    assert caches[0].length == caches[1].length == ids.shape[1] + 30
+
+
 def test_training_steps_agree(models, tmp_path):
     settings = Training(rank=4, learning_rate=1e-3, context=24, steps=3, batch=2, stride=10, seed=5)
-    ids, mask = window_tensors([PROMPTS[0][:40]] * 3, settings, pad_id=256)
+    ids, lengths = window_tensors([PROMPTS[0][:40]] * 3, settings, pad_id=256)
     found = []
     for name, model in zip(("cpu", "cuda"), models, strict=True):
         torch.manual_seed(settings.seed)
         inject(model, settings.lora)
-        losses = train(model, ids, mask, settings, tmp_path / name, lambda _: None, lambda *_: None).losses
+        losses = train(model, ids, lengths, settings, tmp_path / name, lambda _: None, lambda *_: None).losses
         found.append((losses, {key: p.detach().cpu() for key, p in adapter_parameters(model).items()}))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
     for key, parameter in found[0][1].items():

@@ -1,8 +1,11 @@
+import importlib
+
 import pytest
 import torch
 
-from qwen_min import generate
-from qwen_min.generate import pad_left
+from qwen_min import KVCache, generate
+from qwen_min.generate import continuation, pad_left
+from qwen_min.graph import GraphDecoder
 
 
 def greedy_without_cache(model, prompt, num_new_tokens):
@@ -26,7 +29,7 @@ def test_equals_greedy_decoding_without_a_cache_in_a_batch_of_unequal_length(mod
 
 def test_n_tokens_are_one_prefill_and_n_minus_1_decode_steps(model):
     widths = []
-    model.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    model.model.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
     generate(model, torch.tensor([[1, 2, 3, 4]]), 6)
     assert widths == [4, 1, 1, 1, 1, 1]
 
@@ -56,3 +59,35 @@ def test_refuses_empty_prompts_no_tokens_and_too_many(model):
     with pytest.raises(ValueError, match=r"3 prompt \+ 255 new tokens exceed the model's 256 positions"):
         generate(model, [[1, 2, 3]], 255)
     assert generate(model, [[1, 2, 3]], 254).tokens.shape == (1, 254)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_passes_of_fixed_shape_equal_the_simple_ones(model, ids, padded):
+    """What a CUDA graph repeats, uncaptured: hidden states and cache, with holes among the new tokens too."""
+    mask, real = None, None
+    if padded:
+        mask = torch.ones_like(ids[:, :5])
+        mask[0, :3] = 0
+        real = torch.ones_like(ids[:, 5:8])
+        real[1, 1:] = 0
+    caches = [KVCache(model.config, 2, 20) for _ in range(2)]
+    with torch.inference_mode():
+        for cache in caches:
+            model(ids[:, :5], cache, mask)
+            cache.keys[:, :, :, 5:], cache.values[:, :, :, 5:] = torch.nan, torch.nan  # as fresh memory may be
+        simple, fixed = continuation(model, caches[0], mask), GraphDecoder(model.model, caches[1], mask)
+        for piece, holes in ((ids[:, 5:8], real), (ids[:, 8:9], None), (ids[:, 9:], None), (ids[:, :1], None)):
+            torch.testing.assert_close(fixed(piece, holes), simple(piece, holes), rtol=1e-5, atol=1e-5)
+        assert caches[0].length == caches[1].length == 13
+        torch.testing.assert_close(caches[0].keys[:, :, :, :13], caches[1].keys[:, :, :, :13], rtol=1e-5, atol=1e-5)
+        before = fixed(ids[:, 5:6]).clone()
+        caches[1].truncate(13)
+        torch.testing.assert_close(fixed(ids[:, 5:6]), before)
+
+
+def test_a_gpu_s_way_to_generate_gives_the_same_tokens(monkeypatch, model):
+    """The fast path of CUDA, run on the CPU without capture: token for token what the simple path gives."""
+    wanted = generate(model, PROMPTS, 15)
+    module = importlib.import_module("qwen_min.generate")  # as an attribute the name is the function's
+    monkeypatch.setattr(module, "continuation", lambda model, *rest: GraphDecoder(model.model, *rest))
+    assert torch.equal(generate(model, PROMPTS, 15).tokens, wanted.tokens)

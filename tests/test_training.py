@@ -20,7 +20,7 @@ def token_lists(tiny):
 def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None):
     """Train in a fresh adapter; (losses, adapter). stop_before interrupts like a signal would."""
     model, tokenizer = tiny
-    ids, mask = window_tensors(token_lists, settings, tokenizer.pad_id)
+    ids, lengths = window_tensors(token_lists, settings, tokenizer.pad_id)
     torch.manual_seed(settings.seed)
     inject(model, settings.lora)
 
@@ -29,17 +29,17 @@ def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None):
             raise KeyboardInterrupt
 
     try:
-        trained = train(model, ids, mask, settings, state, before_step, lambda step, loss: None)
+        trained = train(model, ids, lengths, settings, state, before_step, lambda step, loss: None)
         return trained.losses, {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     finally:
         remove(model)
 
 
-def test_windows_are_padded_on_the_left(tiny, token_lists):
-    ids, mask = window_tensors(token_lists, SETTINGS, tiny[1].pad_id)
-    assert ids.shape == mask.shape == (6 * 4, 24)  # 34 tokens: starts 0, 10, 20, 30
-    assert mask.sum(1).tolist() == [24, 24, 14, 4] * 6
-    assert ids[3].tolist() == [256] * 20 + token_lists[0][30:]
+def test_windows_are_padded_behind(tiny, token_lists):
+    ids, lengths = window_tensors(token_lists, SETTINGS, tiny[1].pad_id)
+    assert ids.shape == (6 * 4, 24)  # 34 tokens: starts 0, 10, 20, 30
+    assert lengths.tolist() == [24, 24, 14, 4] * 6
+    assert ids[3].tolist() == token_lists[0][30:] + [256] * 20
     with pytest.raises(TrainingError, match="context 35 is longer than a trajectory of 34 tokens"):
         window_tensors(token_lists, Training(2, 1e-3, context=35, steps=1), 0)
 
