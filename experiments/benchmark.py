@@ -4,7 +4,7 @@
 
 Each side runs in processes of its own, and the two take turns, so that both meet the same state of the machine.
 Each line gives the median of several runs, their spread, the ratio, and what share of the machine's own limit, its
-matrix rate or its memory bandwidth measured in the same run, this project reaches. Prompts are random digits: time
+matrix rate or its memory bandwidth measured in turn with them, this project reaches. Prompts are random digits: time
 does not depend on what they say. Decode steps are timed over a cache filled with random keys and values.
 """
 
@@ -235,10 +235,14 @@ class Processes:
             self.processes[-1].start()
             theirs.close()
 
-    def ask(self, method: str, *values, runs: int = 1, warm_up: int = 0) -> dict[str, list]:
-        """What each side answers, `runs` times in turn, behind warm_up runs that do not count."""
+    def ask(self, method: str, *values, runs: int = 1, warm_up: int = 0, between=lambda: None) -> dict[str, list]:
+        """What each side answers, `runs` times in turn, behind warm_up runs that do not count.
+
+        `between` is called once before each round.
+        """
         answers = {name: [] for name in self.connections}
         for _ in range(warm_up + runs):
+            between()
             for name, connection in self.connections.items():
                 connection.send((method, values))
                 try:
@@ -255,15 +259,19 @@ class Processes:
             process.join()
 
 
-def limits(device: str, dtype: str) -> dict[str, float]:
-    """The machine's own matrix rate in FLOP/s and read bandwidth in bytes/s, the best of several runs."""
-    side = Side("", device, dtype)
-    torch = side.torch
-    a, b = (torch.randn(4096, 4096, device=device, dtype=side.dtype) for _ in range(2))
-    block = torch.ones(2**28, device=device)  # 1 GiB, beyond any cache
-    multiply = min(side.timed(lambda: a @ b) for _ in range(6))
-    read = min(side.timed(lambda: block.sum()) for _ in range(6))
-    return {"matrix_flops": 2 * 4096**3 / multiply, "bandwidth": block.nbytes / read}
+class Machine(Side):
+    """The machine's own limits."""
+
+    def __init__(self, device: str, dtype: str):
+        super().__init__("", device, dtype)
+        self.factors = [self.torch.randn(4096, 4096, device=device, dtype=self.dtype) for _ in range(2)]
+        self.block = self.torch.ones(2**28, device=device)  # 1 GiB, beyond any cache
+
+    def limits(self) -> tuple[float, float]:
+        """Matrix rate in FLOP/s and read bandwidth in bytes/s as they are now, each the best of three."""
+        multiply = min(self.timed(lambda: self.torch.mm(*self.factors)) for _ in range(3))
+        read = min(self.timed(self.block.sum) for _ in range(3))
+        return 2 * 4096**3 / multiply, self.block.nbytes / read
 
 
 def growth(sizes: Sequence[int], seconds: list[float]) -> dict[str, float]:
@@ -291,30 +299,35 @@ def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, typ
     looked_up = 0 if config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
     weights = (sum(sizes.values()) - looked_up) * item  # read by each decode step
     per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
-    found = {"limits": limits(device, dtype), "lines": [], "growth": {}, "peak": {}}
+    found = {"lines": [], "growth": {}, "peak": {}}
+    machine, met = Machine(device, dtype), []
+
+    def ask(method: str, *values) -> dict[str, list]:
+        met.clear()
+        return processes.ask(method, *values, runs=runs, warm_up=1, between=lambda: met.append(machine.limits()))
 
     def line(name: str, seconds: dict, work: int, unit: str, *, flop: int = 0, read: int = 0) -> None:
+        rate, bandwidth = (statistics.median(values) for values in zip(*met, strict=True))
         found["lines"].append(
             {"name": name, "work": work, "unit": unit, "seconds": seconds, "flops": flop, "bytes": read}
+            | {"matrix_flops": rate, "bandwidth": bandwidth}
         )
         medians = ", ".join(f"{side} {statistics.median(times):.3f} s" for side, times in seconds.items())
         print(f"{name}: {medians}", file=sys.stderr, flush=True)
 
     arguments = (str(folder), device, dtype)
     processes = Processes(arguments, sides)
-    line("load, to the first logits", processes.ask("load", runs=runs, warm_up=1), 1, "loads")
+    line("load, to the first logits", ask("load"), 1, "loads")
     cost = total(flops.forward(config, 1, CONTEXT, head="last"))
-    times = processes.ask("prefill", CONTEXT, runs=runs, warm_up=1)
-    line(f"prefill, {CONTEXT} tokens", times, CONTEXT, "tokens", flop=cost)
+    line(f"prefill, {CONTEXT} tokens", ask("prefill", CONTEXT), CONTEXT, "tokens", flop=cost)
     for batch in BATCHES:
-        times = processes.ask("decode", batch, CONTEXT, runs=runs, warm_up=1)
         read = weights + batch * CONTEXT * per_position
-        line(f"decode step, batch {batch}", times, batch, "tokens", read=read)
-    line("10 contexts + 100 tokens", processes.ask("generate", 10, 100, runs=runs, warm_up=1), 1000, "tokens")
+        line(f"decode step, batch {batch}", ask("decode", batch, CONTEXT), batch, "tokens", read=read)
+    line("10 contexts + 100 tokens", ask("generate", 10, 100), 1000, "tokens")
     contexts = [context for context in GROWN_CONTEXTS if context + 1 + DECODE_STEPS <= config.max_position_embeddings]
     for context in contexts:
-        times = processes.ask("decode", 1, context, runs=runs, warm_up=1)
-        line(f"decode step, context {context}", times, 1, "tokens", read=weights + context * per_position)
+        read = weights + context * per_position
+        line(f"decode step, context {context}", ask("decode", 1, context), 1, "tokens", read=read)
     found["peak"]["generation"] = processes.ask("peak")
     processes.close()
 
@@ -324,9 +337,9 @@ def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, typ
     ranks = {"q_proj": 8, "v_proj": 8}
     for context, batches in ((512, TRAINED_BATCHES), (768, (4,))):
         for batch in batches:
-            times = processes.ask("lora_step", batch, context, runs=runs, warm_up=1)
             cost = trace_training_step(config, batch, context, ranks)[1]
-            line(f"LoRA step, {batch} x {context}", times, batch * context, "tokens", flop=cost)
+            tokens = batch * context
+            line(f"LoRA step, {batch} x {context}", ask("lora_step", batch, context), tokens, "tokens", flop=cost)
         if context == 512:
             found["peak"]["LoRA step, 4 x 512"] = processes.ask("peak")
     processes.close()
@@ -340,14 +353,14 @@ def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, typ
             "decode step by row": growth(BATCHES, [seconds[f"decode step, batch {b}"] for b in BATCHES]),
             "LoRA step by row": growth(TRAINED_BATCHES, [seconds[f"LoRA step, {b} x 512"] for b in TRAINED_BATCHES]),
         }
-    found["cache_read_seconds_per_position"] = per_position / found["limits"]["bandwidth"]
+    bandwidth = statistics.median(one["bandwidth"] for one in found["lines"])
+    found["cache_read_seconds_per_position"] = per_position / bandwidth
     return found
 
 
 def table(found: dict) -> str:
     """The measurements as Markdown."""
     sides = list(found["lines"][0]["seconds"])
-    limit = found["limits"]
     rows = [["", *(f"{side}, median [spread]" for side in sides), "ratio", "work/s", "share of the limit"]]
     for line in found["lines"]:
         medians = {side: statistics.median(s) for side, s in line["seconds"].items()}
@@ -355,9 +368,9 @@ def table(found: dict) -> str:
         ratio = f"{medians[PEER] / medians[OURS]:.2f} x" if PEER in medians else "-"
         share = "-"
         if line["flops"]:
-            share = f"{line['flops'] / medians[OURS] / limit['matrix_flops']:.0%} of matrix rate"
+            share = f"{line['flops'] / medians[OURS] / line['matrix_flops']:.0%} of matrix rate"
         elif line["bytes"]:
-            share = f"{line['bytes'] / medians[OURS] / limit['bandwidth']:.0%} of bandwidth"
+            share = f"{line['bytes'] / medians[OURS] / line['bandwidth']:.0%} of bandwidth"
         rows.append([line["name"], *cells, ratio, f"{line['work'] / medians[OURS]:.4g} {line['unit']}", share])
     for name, peak in found["peak"].items():
         cells = [f"{peak[side][0] / 1e9:.2f} GB" for side in sides]
@@ -365,8 +378,9 @@ def table(found: dict) -> str:
         rows.append([f"peak memory, {name}", *cells, ratio, "-", "-"])
     rows.insert(1, ["---"] * len(rows[0]))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    matrix, bandwidth = limit["matrix_flops"] / 1e9, limit["bandwidth"] / 1e9
-    lines += ["", f"Limits: {matrix:.0f} GFLOP/s in matrix products, {bandwidth:.1f} GB/s read."]
+    rates, reads = ([line[limit] / 1e9 for line in found["lines"]] for limit in ("matrix_flops", "bandwidth"))
+    spread = f"{min(rates):.0f} to {max(rates):.0f} GFLOP/s in matrix products, {min(reads):.1f} to {max(reads):.1f}"
+    lines += ["", f"Limits, from line to line: {spread} GB/s read."]
     for side, fits in found["growth"].items():
         for name, fit in fits.items():
             line = f"{fit['start']:.4g} s + {fit['seconds_per_unit']:.3g} s each; exponent {fit['exponent']:.2f}"

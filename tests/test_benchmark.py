@@ -17,7 +17,15 @@ def small(monkeypatch):
     monkeypatch.setattr(benchmark, "BATCHES", (1, 2))
     monkeypatch.setattr(benchmark, "GROWN_CONTEXTS", (32, 64, 8192))
     monkeypatch.setattr(benchmark, "TRAINED_BATCHES", (1, 4))
-    monkeypatch.setattr(benchmark, "limits", lambda device, dtype: {"matrix_flops": 1e12, "bandwidth": 1e10})
+
+    class Machine:
+        def __init__(self, device, dtype):
+            pass
+
+        def limits(self):
+            return 1e12, 1e10
+
+    monkeypatch.setattr(benchmark, "Machine", Machine)
 
 
 def test_one_run_measures_this_project(small, monkeypatch, capsys, tmp_path):
