@@ -105,12 +105,13 @@ class Ours(Side):
 
     def run_prompt(self, ids):
         from qwen_min.generate import prefill
+        from qwen_min.linear import linear
 
-        prefill(self.model, ids, 0)
+        linear(prefill(self.model, ids, 0)[1], self.model.head_weight)
 
     def filled_cache(self, batch, context):
         from qwen_min import KVCache
-        from qwen_min.generate import continuation
+        from qwen_min.continuation import continuation
         from qwen_min.linear import pack
 
         pack(self.model)  # as generate does

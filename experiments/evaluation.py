@@ -76,19 +76,19 @@ def _batch(
 
     usual = horizon * encoding.tokens_per_step(num_variables)
     room = max(usual, length) + horizon * num_variables  # values of 10 and more take a token more
-    cache, logits = prefill(model, ids, room, mask)
+    cache, last = prefill(model, ids, room, mask)  # last (N, C): of each context's end
     with torch.inference_mode():
         # teacher-forced: the targets in one pass behind the context, then forgotten
         grown = None if mask is None else torch.nn.functional.pad(mask, (0, length - 1), value=1)
         hidden = model.model(target_ids[:, :-1], cache, grown)  # (N, L - 1, C)
-        later = token_losses(hidden.flatten(0, 1), model.head_weight, target_ids[:, 1:].flatten())
-        forced = torch.cat([_losses(logits, target_ids[:, 0])[:, None], later.view(len(series), -1)], dim=1)
+        hidden = torch.cat((last[:, None], hidden), dim=1).flatten(0, 1)
+        forced = token_losses(hidden, model.head_weight, target_ids.flatten()).view(len(series), -1)
         cache.truncate(ids.shape[1])
 
         free = torch.full((len(series), length), torch.nan, device=device)
         scored = torch.zeros_like(real)
         tokens, texts = [], [None] * len(series)
-        steps = greedy_steps(model, cache, logits, room, mask, tokenizer.end_ids, tokenizer.pad_id)
+        steps = greedy_steps(model, cache, last, room, mask, tokenizer.end_ids, tokenizer.pad_id)
         for step, (step_tokens, step_logits, running) in enumerate(steps):
             tokens.append(step_tokens)
             if step < length:

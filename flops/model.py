@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from flops import primitives as p
 from flops.primitives import ADD, EXP, MUL, TRIG, matmul
 from qwen_min.config import QwenConfig
+from qwen_min.loss import CHUNK
 
 CONVENTIONS = {
     "exact": "what runs: flops.trace runs the real model and finds the same integers",
@@ -98,8 +99,13 @@ def block(config: QwenConfig, batch: int, new: int, cached: int, convention: str
 def loss(batch: int, new: int, vocabulary: int, convention: str) -> int:
     """Mean next-token cross-entropy: of T - 1 tokens as it runs, of T tokens by a whole softmax in the sheet's way."""
     if convention == "exact":
-        rows = batch * (new - 1)
-        return rows * (p.log_softmax(vocabulary) + ADD) + MUL  # each added to the sum, the sum divided
+        rows, words = batch * (new - 1), CHUNK[1]
+        # of each chunk of the vocabulary: the target's place in it; subtract the maximum, exponentiate, sum; scale the
+        # sum so far and add
+        chunks = [min(words, vocabulary - start) for start in range(0, vocabulary, words)]
+        one = sum(ADD + n * (ADD + EXP) + p.reduction(n) + ADD + EXP + MUL + ADD for n in chunks)
+        one += EXP + ADD + ADD  # the maximum and the logarithm of the sum, less the target's logit
+        return rows * one + p.reduction(rows) + MUL
     return batch * new * (p.softmax(vocabulary) + EXP + ADD)
 
 

@@ -40,8 +40,3 @@ def attention(batch: int, heads: int, new: int, total: int, size: int) -> dict[s
         "softmax": rows * softmax(total),
         "weights v": rows * matmul(1, total, size),
     }
-
-
-def log_softmax(n: int) -> int:
-    """Over n numbers: subtract the maximum, exponentiate, sum, logarithm, subtract it."""
-    return n * ADD + n * EXP + reduction(n) + EXP + n * ADD

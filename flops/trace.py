@@ -24,7 +24,7 @@ _to_copy _unsafe_view alias arange cat clone copy_ detach embedding empty empty_
 index lift_fresh new_empty new_full new_zeros ones_like permute promote_types scalar_tensor select select_backward
 slice slice_backward split squeeze stack t transpose tril unsqueeze view zero_ zeros zeros_like
 """
-CHOOSING = "argmax bitwise_and bitwise_not bitwise_or clamp eq ge le lt masked_fill where"
+CHOOSING = "amax argmax bitwise_and bitwise_not bitwise_or clamp eq ge le lt masked_fill maximum where"
 FREE = frozenset((MOVING + CHOOSING).split())
 PER_OUTPUT = {  # FLOPs for each number of the result
     "add": ADD,
@@ -79,19 +79,14 @@ def _price_cumsum(args, out) -> int:
     return out.numel() // length * p.reduction(length)
 
 
-def _price_log_softmax(args, out) -> int:
-    length = out.shape[args[1]]
-    return out.numel() // length * p.log_softmax(length)
-
-
 def _price_softmax_backward(args, out) -> int:
     """y (g - sum(g y)): a product and a sum, then a difference and a product for each number."""
     length = out.shape[args[2]]
     return out.numel() // length * (length * MUL + p.reduction(length) + length * (ADD + MUL))
 
 
-def _price_scatter_add(args, _) -> int:
-    return args[2].numel() * ADD
+def _price_index_add(args, _) -> int:
+    return args[3].numel() * ADD
 
 
 def _price_embedding_backward(args, _) -> int:
@@ -107,9 +102,8 @@ PRICES = {
     "sum": _price_reduction,
     "mean": _price_mean,
     "cumsum": _price_cumsum,
-    "_log_softmax": _price_log_softmax,
     "_softmax_backward_data": _price_softmax_backward,
-    "scatter_add_": _price_scatter_add,
+    "index_add_": _price_index_add,
     "embedding_dense_backward": _price_embedding_backward,
 }
 

@@ -1,5 +1,7 @@
 """Keys and values of the tokens seen so far, preallocated and owned by the caller."""
 
+import copy
+
 import torch
 
 from qwen_min.config import QwenConfig
@@ -42,6 +44,14 @@ class KVCache:
     def advance(self, num_tokens: int) -> None:
         """Count `num_tokens` more columns as filled."""
         self.length += num_tokens
+
+    def repeat(self, times: torch.Tensor) -> "KVCache":
+        """A new cache that holds each row as often as `times` (B) says, one behind the other."""
+        new = copy.copy(self)
+        new.keys = self.keys.repeat_interleave(times, dim=1)
+        new.values = self.values.repeat_interleave(times, dim=1)
+        new.batch_size = new.keys.shape[1]
+        return new
 
     def truncate(self, length: int) -> None:
         """Forget every token from column `length` on. Raises ValueError beyond what is filled."""

@@ -3,14 +3,14 @@
 B batch, T prompt tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qwen_min.cache import KVCache
-from qwen_min.graph import GraphDecoder
+from qwen_min.continuation import continuation
 from qwen_min.linear import linear, pack
 from qwen_min.model import Qwen
 
@@ -40,7 +40,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 
 @torch.inference_mode()
 def prefill(model: Qwen, ids: Tensor, num_new_tokens: int, attention_mask: Tensor | None = None):
-    """Run the prompt ids (B, T) into a fresh cache with room for the answer: (cache, logits (B, V) of its end).
+    """Run the prompt ids (B, T) into a fresh cache with room for the answer: (cache, hidden states (B, C) of its end).
 
     Packs the weights (`qwen_min.linear.pack`) when an answer is to follow.
     """
@@ -48,52 +48,31 @@ def prefill(model: Qwen, ids: Tensor, num_new_tokens: int, attention_mask: Tenso
         pack(model)
     weight = model.head_weight
     cache = KVCache(model.config, ids.shape[0], ids.shape[1] + num_new_tokens, weight.device, weight.dtype)
-    return cache, model(ids, cache, attention_mask, last_only=True)[:, 0]
-
-
-def continuation(
-    model: Qwen, cache: KVCache, attention_mask: Tensor | None = None
-) -> Callable[[Tensor, Tensor | None], Tensor]:
-    """A function that runs ids (B, T) behind a prefilled cache: the hidden states (B, T, C), until its next call.
-
-    attention_mask (B, filled) is 0 on the padding in the cache, the function's second argument real (B, T) on padding
-    among ids; None means no padding.
-    """
-    if model.head_weight.is_cuda:
-        return GraphDecoder(model.model, cache, attention_mask)
-
-    @torch.inference_mode()
-    def run(ids: Tensor, real: Tensor | None = None) -> Tensor:
-        nonlocal attention_mask
-        if attention_mask is None and real is not None:
-            attention_mask = ids.new_ones(cache.batch_size, cache.length)
-        if attention_mask is not None:
-            attention_mask = torch.cat((attention_mask, torch.ones_like(ids) if real is None else real), dim=1)
-        return model.model(ids, cache, attention_mask)
-
-    return run
+    return cache, model.model(ids, cache, attention_mask)[:, -1]
 
 
 def greedy_steps(
     model: Qwen,
     cache: KVCache,
-    logits: Tensor,
+    hidden: Tensor,
     num_new_tokens: int,
     attention_mask: Tensor | None = None,
     end_ids: Collection[int] = (),
     pad_id: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Continue from a prefill: yield (tokens (B), logits (B, V) they are the argmax of, running (B) bool).
+    """Continue from a prefill's hidden (B, C): yield (tokens (B), logits (B, V) they maximise, running (B) bool).
 
     `running` is True for the rows that had not ended before this token; the others get pad_id. Stops after
     num_new_tokens, or soon after every row has ended.
     """
     # a GPU that is asked how it stands waits for the answer, so it is asked less often
-    patience = 16 if logits.is_cuda else 1
+    patience = 16 if hidden.is_cuda else 1
     append = continuation(model, cache, attention_mask)
-    ends = torch.tensor(sorted(end_ids), device=logits.device, dtype=torch.long)
-    running = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    ends = torch.tensor(sorted(end_ids), device=hidden.device, dtype=torch.long)
+    running = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
     for step in range(1, num_new_tokens + 1):
+        with torch.inference_mode():
+            logits = linear(hidden, model.head_weight)
         tokens = torch.where(running, logits.argmax(-1), pad_id)
         yield tokens, logits, running
         if len(ends):
@@ -101,8 +80,7 @@ def greedy_steps(
             if step % patience == 0 and not running.any():
                 return
         if step < num_new_tokens:
-            with torch.inference_mode():
-                logits = linear(append(tokens[:, None])[:, -1], model.head_weight)
+            hidden = append(tokens[:, None])[:, -1]
 
 
 def generate(
@@ -128,9 +106,9 @@ def generate(
         )
     device = model.head_weight.device
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
-    cache, logits = prefill(model, ids, num_new_tokens - 1, mask)
+    cache, hidden = prefill(model, ids, num_new_tokens - 1, mask)
     tokens, lengths, all_logits = [], torch.zeros(len(ids), dtype=torch.long, device=device), []
-    for step_tokens, step_logits, running in greedy_steps(model, cache, logits, num_new_tokens, mask, end_ids, pad_id):
+    for step_tokens, step_logits, running in greedy_steps(model, cache, hidden, num_new_tokens, mask, end_ids, pad_id):
         tokens.append(step_tokens)
         lengths += running
         if return_logits:

@@ -9,56 +9,67 @@ from torch.autograd.function import once_differentiable
 
 from qwen_min.model import Qwen
 
-CHUNK_LOGITS = 2**23  # logits held at a time: 32 MiB of fp32
+# positions, and rows of the head, taken together: what a CPU keeps in its cache, what fills a GPU
+CHUNK, CUDA_CHUNK = (512, 4096), (2048, 16384)
 
 
-def _chunks(num_positions: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_LOGITS // vocabulary)
-    return [slice(start, start + size) for start in range(0, num_positions, size)]
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, with_mean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of each position: its loss (N), log sum exp of its logits (N), and the mean of the head's rows under its softmax
+    (N, C).
 
-
-def _log_probabilities(hidden: Tensor, weight: Tensor) -> Tensor:
-    """log softmax(hidden weight^T), at least fp32."""
+    The head goes by once, chunk by chunk, and what was summed so far is scaled down whenever a larger logit turns up,
+    as in FlashAttention (arXiv 2205.14135), of which this is the case that keys and values are the head.
+    """
+    positions, words = CUDA_CHUNK if hidden.is_cuda else CHUNK
     at_least_fp32 = torch.promote_types(hidden.dtype, torch.float32)
-    return torch.log_softmax(hidden @ weight.T, dim=-1, dtype=at_least_fp32)
+    top = hidden.new_full((len(hidden), 1), -torch.inf, dtype=at_least_fp32)
+    total, target_logits = torch.zeros_like(top), torch.zeros_like(top)
+    mean = hidden.new_zeros(hidden.shape, dtype=at_least_fp32) if with_mean else None
+    for first, rows in zip(range(0, len(weight), words), weight.split(words), strict=True):
+        for start in range(0, len(hidden), positions):
+            part = slice(start, start + positions)
+            logits = hidden[part] @ rows.T
+            place = targets[part, None] - first
+            found = logits.gather(-1, place.clamp(0, len(rows) - 1)).to(at_least_fp32)
+            target_logits[part] = torch.where((place >= 0) & (place < len(rows)), found, target_logits[part])
+            higher = torch.maximum(top[part], logits.amax(-1, keepdim=True))
+            weights = (logits - higher).exp_()
+            shrink = (top[part] - higher).exp_()
+            total[part] = total[part] * shrink + weights.sum(-1, keepdim=True)
+            if with_mean:
+                mean[part] = mean[part] * shrink + weights.to(rows.dtype) @ rows
+            top[part] = higher
+    log_sums = top + total.log()
+    return (log_sums - target_logits)[:, 0], log_sums[:, 0], mean / total if with_mean else None
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of hidden @ weight^T, with the gradient made in the forward pass, chunk by chunk."""
+    """Mean cross-entropy of hidden @ weight^T, with the gradient of hidden made in the forward pass."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
         needs_hidden, needs_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=total.dtype) if needs_weight else None
-        for rows in _chunks(len(targets), len(weight)):
-            log_probabilities = _log_probabilities(hidden[rows], weight)
-            total -= log_probabilities.gather(-1, targets[rows, None]).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            # d loss / d logits = softmax - one_hot(target), over N, by which backward divides
-            grad = log_probabilities.exp_()
-            grad.scatter_add_(-1, targets[rows, None], grad.new_full((len(grad), 1), -1.0))
-            grad = grad.to(hidden.dtype)
-            if needs_hidden:
-                torch.mm(grad, weight, out=grad_hidden[rows])
-            if needs_weight:
-                grad_weight += grad.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.num_targets = len(targets)
-        return total / len(targets)
+        losses, log_sums, grad_hidden = _losses(hidden, weight, targets, needs_hidden)
+        if needs_hidden:
+            grad_hidden = ((grad_hidden - weight[targets]) / len(targets)).to(hidden.dtype)
+        ctx.save_for_backward(grad_hidden, *((hidden, weight, targets, log_sums) if needs_weight else ()))
+        return losses.mean()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor):
-        scale = grad_loss / ctx.num_targets
-        scaled = [
-            None if grad is None else (grad * scale).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return *scaled, None, None
+        grad_hidden, *of_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        return grad_hidden, _grad_weight(*of_weight, grad_loss) if of_weight else None, None, None
+
+
+def _grad_weight(hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor, grad_loss: Tensor) -> Tensor:
+    """(softmax - one-hot of the target)^T hidden / N, a chunk of the head's rows at a time, at least fp32."""
+    hidden = hidden.to(log_sums.dtype)
+    scaled = hidden * (grad_loss / len(targets))
+    grad = [(hidden @ rows.to(hidden.dtype).T - log_sums[:, None]).exp_().T @ scaled for rows in weight.split(CHUNK[1])]
+    return torch.cat(grad).index_add_(0, targets, -scaled).to(weight.dtype)
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -72,11 +83,7 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The same cross-entropy of each position, (N), without gradient."""
-    losses = [
-        -_log_probabilities(hidden[rows], weight).gather(-1, targets[rows, None])[:, 0]
-        for rows in _chunks(len(targets), len(weight))
-    ]
-    return torch.cat(losses)
+    return _losses(hidden, weight, targets, with_mean=False)[0]
 
 
 def next_token_loss(model: Qwen, ids: Tensor, lengths: Tensor | None = None) -> Tensor:

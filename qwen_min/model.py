@@ -7,9 +7,9 @@ Source of the numerics, where fp32 is entered and left: `modeling_qwen2.py` of t
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen_min.attention import attention
 from qwen_min.autograd import rms_norm, swiglu
 from qwen_min.cache import KVCache
 from qwen_min.config import QwenConfig
@@ -70,35 +70,6 @@ def attention_mask_and_positions(
         # a padding token sees itself, so that its unused row of the softmax is not empty
         allowed = allowed & (attention_mask.bool()[:, None, None, :] | (columns == rows))
     return allowed.expand(attention_mask.shape[0] if attention_mask is not None else 1, 1, num_new, total), positions
-
-
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """What `attention` computes, written out: softmax(q k^T / sqrt(D)) v with the softmax in fp32."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
-    scores = (q @ k.transpose(2, 3)) / q.shape[-1] ** 0.5  # (B, H, T, S)
-    if mask is None:
-        num_new, total = scores.shape[-2:]
-        mask = torch.ones(num_new, total, dtype=torch.bool, device=q.device).tril(total - num_new)
-    scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.float().softmax(-1).to(q.dtype) @ v  # (B, H, T, D)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of q (B, H, T, D) over k, v (B, K, S, D): (B, H, T, D); each kv head serves H/K query heads.
-
-    mask (B or 1, 1, T, S) is True where q may look, or what is added to the scores; None means causal, which with one
-    new token is everything.
-    """
-    groups, num_new = q.shape[1] // k.shape[1], q.shape[2]
-    if mask is None and num_new > 1:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
-    # the query heads of a kv head stand as if they were its tokens, so that its keys are read once, and by a fused
-    # kernel also on CUDA, where none takes a mask together with enable_gqa
-    grouped = q.reshape(q.shape[0], k.shape[1], groups * num_new, q.shape[3])  # (B, K, H/K T, D)
-    if mask is not None and num_new > 1:
-        mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # (B or 1, 1, H/K T, S)
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
 
 class Attention(nn.Module):

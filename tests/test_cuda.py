@@ -7,8 +7,8 @@ from conftest import relative_error
 from experiments.training import Training, train, window_tensors
 from lora import adapter_parameters, inject
 from qwen_min import generate, load
-from qwen_min.generate import continuation, pad_left, prefill
-from qwen_min.graph import GraphDecoder
+from qwen_min.continuation import GraphContinuation, continuation
+from qwen_min.generate import pad_left, prefill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -47,7 +47,7 @@ def test_passes_repeated_as_graphs_equal_eager_ones(models):
     ids, mask = (tensor.cuda() for tensor in pad_left(PROMPTS, 256))
     caches = [prefill(model, ids, 30, mask)[0] for _ in range(2)]
     graphs = continuation(model, caches[0], mask)
-    assert isinstance(graphs, GraphDecoder)
+    assert isinstance(graphs, GraphContinuation)
     generator = torch.Generator().manual_seed(0)
     for step in range(20):
         new = torch.randint(15, 25, (2, 1 + step % 2), generator=generator).cuda()

@@ -71,10 +71,10 @@ def test_a_row_is_cut_where_it_is_complete_whatever_its_neighbours_need(monkeypa
     texts = {0: ";1.00,2.00;3.00,4.00;5.00,4.567", 1: ";1.00,2.00;3.00,4.00;5.00,14.56"}
 
     def forecast_rows(rows):
-        def scripted(model, cache, logits, num_new_tokens, *_):
+        def scripted(model, cache, hidden, num_new_tokens, *_):
             tokens = torch.tensor([(tokenizer.encode(texts[row]) + [256] * 40)[:num_new_tokens] for row in rows])
             for step in range(num_new_tokens):
-                yield tokens[:, step], logits, torch.ones(len(rows), dtype=torch.bool)
+                yield tokens[:, step], hidden @ model.head_weight.T, torch.ones(len(rows), dtype=torch.bool)
 
         monkeypatch.setattr(evaluation, "greedy_steps", scripted)
         return forecast(*tiny, ENCODING, series[rows], context_steps=20, horizon=3)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qwen_min import KVCache, generate
-from qwen_min.generate import continuation, pad_left
-from qwen_min.graph import GraphDecoder
+from qwen_min.continuation import GraphContinuation, continuation
+from qwen_min.generate import pad_left
 
 
 def greedy_without_cache(model, prompt, num_new_tokens):
@@ -75,7 +75,7 @@ def test_passes_of_fixed_shape_equal_the_simple_ones(model, ids, padded):
         for cache in caches:
             model(ids[:, :5], cache, mask)
             cache.keys[:, :, :, 5:], cache.values[:, :, :, 5:] = torch.nan, torch.nan  # as fresh memory may be
-        simple, fixed = continuation(model, caches[0], mask), GraphDecoder(model.model, caches[1], mask)
+        simple, fixed = continuation(model, caches[0], mask), GraphContinuation(model, caches[1], mask)
         for piece, holes in ((ids[:, 5:8], real), (ids[:, 8:9], None), (ids[:, 9:], None), (ids[:, :1], None)):
             torch.testing.assert_close(fixed(piece, holes), simple(piece, holes), rtol=1e-5, atol=1e-5)
         assert caches[0].length == caches[1].length == 13
@@ -89,5 +89,5 @@ def test_a_gpu_s_way_to_generate_gives_the_same_tokens(monkeypatch, model):
     """The fast path of CUDA, run on the CPU without capture: token for token what the simple path gives."""
     wanted = generate(model, PROMPTS, 15)
     module = importlib.import_module("qwen_min.generate")  # as an attribute the name is the function's
-    monkeypatch.setattr(module, "continuation", lambda model, *rest: GraphDecoder(model.model, *rest))
+    monkeypatch.setattr(module, "continuation", GraphContinuation)
     assert torch.equal(generate(model, PROMPTS, 15).tokens, wanted.tokens)

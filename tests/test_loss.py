@@ -8,8 +8,8 @@ from qwen_min.loss import head_cross_entropy, next_token_loss, token_losses
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Chunks of 3 positions at the vocabularies below, so that the loop is exercised."""
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", 3 * 97)
+    """Chunks of 3 positions and 20 rows of the head, so that the loops are exercised."""
+    monkeypatch.setattr(losses, "CHUNK", (3, 20))
 
 
 def sample(dtype, positions=8, hidden=5, vocabulary=97):

@@ -1,13 +1,43 @@
-"""Passes of fixed shapes behind a cache, so that CUDA graphs can repeat them: one launch in place of hundreds.
+"""Passes behind a prefilled cache: on CPUs as they come, on CUDA as graphs, one launch in place of hundreds.
 
-B batch, T new tokens, S capacity of the cache, C hidden size, K kv heads, D head size.
+B batch, T new tokens, S filled columns of the cache or its capacity, C hidden size, K kv heads, D head size.
 """
 
 import torch
 from torch import Tensor
 
 from qwen_min.cache import KVCache
-from qwen_min.model import Decoder
+from qwen_min.model import Qwen
+
+
+class Continuation:
+    """Runs tokens behind what a cache holds, and keeps the mask of all that it holds."""
+
+    def __init__(self, model: Qwen, cache: KVCache, attention_mask: Tensor | None = None):
+        """attention_mask (B, filled) is 0 on the padding that the cache holds; None means none."""
+        self.decoder, self.cache, self.mask = model.model, cache, attention_mask
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, C) of ids (B, T), good until the next call; real (B, T) is 0 on padding among them.
+
+        Raises ValueError when the ids do not fit the cache or the model's positions.
+        """
+        if real is not None or self.mask is not None:
+            new = torch.ones_like(ids) if real is None else real
+            self.mask = torch.cat((self._mask(), new), dim=1)
+        return self.decoder(ids, self.cache, self.mask)
+
+    @torch.inference_mode()
+    def take_back(self, rows: Tensor) -> None:
+        """Make padding of the newest token of some rows; rows (B) is True there."""
+        self.mask = self._mask()
+        self.mask[:, self.cache.length - 1] *= ~rows
+
+    def _mask(self) -> Tensor:
+        if self.mask is None:
+            return torch.ones(self.cache.batch_size, self.cache.length, dtype=torch.long, device=self.cache.keys.device)
+        return self.mask
 
 
 class _Pass:
@@ -21,29 +51,24 @@ class _Pass:
         self.hidden: Tensor | None = None  # (B, T, C)
 
 
-class GraphDecoder:
-    """`Decoder.forward` behind what a cache holds; on CUDA each number of tokens is captured as a graph, once.
+class GraphContinuation(Continuation):
+    """The same in passes of fixed shapes, each number of tokens captured as a CUDA graph at its first call.
 
     Nothing in a pass depends on how much the cache holds: where it stands is a number on the device, and attention
-    runs over the whole capacity under a mask. On other devices the same passes run uncaptured.
+    runs over the whole capacity under a mask. On other devices the passes run uncaptured.
     """
 
     @torch.inference_mode()
-    def __init__(self, decoder: Decoder, cache: KVCache, attention_mask: Tensor | None = None):
-        """attention_mask (B, filled) is 0 on the padding that the cache holds; None means none."""
+    def __init__(self, model: Qwen, cache: KVCache, attention_mask: Tensor | None = None):
+        super().__init__(model, cache, attention_mask)
         for stored in (cache.keys, cache.values):
             stored[:, :, :, cache.length :] = 0  # never attended, but a NaN of fresh memory would spread all the same
-        self.decoder, self.cache = decoder, cache
         self.mask = torch.zeros(cache.batch_size, cache.capacity, dtype=torch.long, device=cache.keys.device)
         self.mask[:, : cache.length] = 1 if attention_mask is None else attention_mask
         self.passes: dict[int, _Pass] = {}
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, C) of ids (B, T), good until the next call; real (B, T) is 0 on padding among them.
-
-        Raises ValueError when the ids do not fit the cache.
-        """
         batch_size, num_new = ids.shape
         self.cache.reserve(batch_size, num_new)
         if num_new not in self.passes:
@@ -52,11 +77,11 @@ class GraphDecoder:
         one.ids.copy_(ids)
         one.real.fill_(1) if real is None else one.real.copy_(real)
         torch.arange(self.cache.length, self.cache.length + num_new, out=one.columns)
-        if not ids.is_cuda:
+        if ids.is_cuda and one.graph is None:
+            self._capture(one)
+        if one.graph is None:
             one.hidden = self._run(one)
         else:
-            if one.graph is None:
-                self._capture(one)
             one.graph.replay()
         self.cache.advance(num_new)
         return one.hidden
@@ -93,3 +118,9 @@ class _Columns:
         """`KVCache.write`, returning (B, K, S, D) of the capacity S."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         return keys.index_copy_(2, self.columns, k), values.index_copy_(2, self.columns, v)
+
+
+def continuation(model: Qwen, cache: KVCache, attention_mask: Tensor | None = None) -> Continuation:
+    """The way to continue that is fast where the model is."""
+    kind = GraphContinuation if model.head_weight.is_cuda else Continuation
+    return kind(model, cache, attention_mask)

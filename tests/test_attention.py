@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from qwen_min import attention as module
+from qwen_min.attention import attention, reference_attention
+from qwen_min.model import attention_mask_and_positions
+
+
+@pytest.fixture(params=[2, 4, 64])
+def block(request, monkeypatch):
+    """Queries in a block: some of the passes below take several blocks, some none."""
+    monkeypatch.setattr(module, "BLOCK", request.param)
+
+
+def sample(heads, num_cached, num_new, padded, dtype=torch.float32):
+    generator, total = torch.Generator().manual_seed(0), num_cached + num_new
+    q = torch.randn(2, num_new, heads[0], 8, dtype=dtype, generator=generator).transpose(1, 2)  # as projections give it
+    k, v = torch.randn(2, 2, heads[1], total, 8, dtype=dtype, generator=generator).unbind()
+    real = torch.ones(2, total, dtype=torch.long)
+    real[1, :3] = 0
+    mask, _ = attention_mask_and_positions(num_cached, num_new, real if padded else None, q.device)
+    return q, k, v, mask
+
+
+@pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (0, 1), (5, 1), (5, 4)])
+@pytest.mark.parametrize("heads", [(7, 7), (4, 2), (14, 2)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_equals_the_written_out_one_with_its_gradients(block, num_cached, num_new, heads, padded):
+    *inputs, mask = sample(heads, num_cached, num_new, padded)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    wanted, got = reference_attention(*inputs, mask), attention(*inputs, mask)
+    torch.testing.assert_close(got, wanted)
+    direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    for ours, theirs in zip(
+        torch.autograd.grad(got, inputs, direction), torch.autograd.grad(wanted, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_by_finite_differences_in_fp64(monkeypatch, padded):
+    monkeypatch.setattr(module, "BLOCK", 2)
+    *inputs, mask = sample((4, 2), 2, 5, padded, torch.float64)
+    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, mask), [t.requires_grad_() for t in inputs])
+
+
+def test_bf16_scores_are_not_rounded(monkeypatch):
+    """Large scores, as the biases of real checkpoints make them, lose nothing that fp32 would keep."""
+    q, k, v, _ = (None if t is None else t.bfloat16() for t in sample((14, 2), 0, 130, False))
+    k = k + 30
+    exact = reference_attention(q.float(), k.float(), v.float(), None)
+    assert (attention(q, k, v, None).float() - exact).norm() / exact.norm() < 0.005
+    assert (reference_attention(q, k, v, None).float() - exact).norm() / exact.norm() > 0.02
