@@ -6,6 +6,8 @@ N contexts of C time steps and D variables in, h forecast steps out, in the unit
 import numpy as np
 
 RIDGE = 1e-3
+MATCHED = 10  # steps of the context's end that a season must explain
+LAGS = 0.1  # between the seasons that are tried
 
 
 def persistence(contexts: np.ndarray, horizon: int) -> np.ndarray:
@@ -16,6 +18,26 @@ def persistence(contexts: np.ndarray, horizon: int) -> np.ndarray:
 def context_mean(contexts: np.ndarray, horizon: int) -> np.ndarray:
     """The mean of each context (N, C, D), held: (N, h, D)."""
     return np.repeat(contexts.mean(axis=1, keepdims=True), horizon, axis=1)
+
+
+def _at(context: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Values of one context (C, D) at fractional positions (n), linear in between: (n, D)."""
+    below = np.clip(np.floor(positions).astype(int), 0, len(context) - 2)
+    share = (positions - below)[:, None]
+    return context[below] * (1 - share) + context[below + 1] * share
+
+
+def seasonal(contexts: np.ndarray, horizon: int) -> np.ndarray:
+    """Each context (N, C, D) repeats itself with the lag, of 2 to C/2 steps, that best explains its end: (N, h, D)."""
+    length = contexts.shape[1]
+    end, behind = np.arange(max(length - MATCHED, length // 2), length), length + np.arange(horizon)
+
+    def one(context: np.ndarray) -> np.ndarray:
+        lag = min(np.arange(2, length / 2, LAGS), key=lambda lag: ((context[end] - _at(context, end - lag)) ** 2).sum())
+        seasons = np.ceil((behind - length + 1) / lag)  # back into the context
+        return _at(context, behind - seasons * lag)
+
+    return np.stack([one(context) for context in contexts])
 
 
 def _autoregression(context: np.ndarray, horizon: int, order: int) -> np.ndarray:
@@ -44,4 +66,10 @@ def var(contexts: np.ndarray, horizon: int, order: int = 18) -> np.ndarray:
     return np.stack([_autoregression(context, horizon, order) for context in contexts])
 
 
-BASELINES = {"persistence": persistence, "context mean": context_mean, "AR(20)": ar, "VAR(18)": var}
+BASELINES = {
+    "persistence": persistence,
+    "context mean": context_mean,
+    "seasonal naive": seasonal,
+    "AR(20)": ar,
+    "VAR(18)": var,
+}

@@ -1,7 +1,6 @@
-"""Free-running forecasts of text and what they are worth: losses, errors, intervals, malformed output.
+"""A model's forecasts of held-out series: its texts and values, and the losses of the truth.
 
-N sequences, h forecast steps, D variables, L target tokens. Errors are in scaled units, against the exact truth;
-rounding the truth to two decimals would alone cost an MSE of 8.3e-6.
+N sequences, h forecast steps, D variables, L target tokens, C hidden size.
 """
 
 from collections.abc import Callable
@@ -11,14 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from experiments.grammar import Grammar, decode, nats_of
 from experiments.llmtime import Encoding
+from experiments.scores import FIRST, errors
 from qwen_min.generate import greedy_steps, pad_left, prefill
 from qwen_min.loss import token_losses
 from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer
 
 BATCH = 50  # sequences decoded together
-FIRST = 10  # the report judged by the first ten sequences of a split
+DECODINGS = ("constrained", "free")
 
 
 class ForecastError(ValueError):
@@ -32,6 +33,7 @@ class Forecasts(NamedTuple):
     values: np.ndarray  # (N, h, D) scaled; NaN where the text has no well-formed value
     free_losses: np.ndarray  # (N, L) nats of the target token under the free-running logits; NaN past either's end
     forced_losses: np.ndarray  # (N, L) the same with the true tokens before it
+    nats: np.ndarray  # (N) of a target value, among what the grammar allows
 
     @staticmethod
     def join(parts: list["Forecasts"]) -> "Forecasts":
@@ -45,68 +47,108 @@ class Forecasts(NamedTuple):
             )
 
         texts = [text for part in parts for text in part.texts]
-        return Forecasts(texts, np.concatenate([p.values for p in parts]), stack("free_losses"), stack("forced_losses"))
+        values, nats = (np.concatenate([getattr(part, name) for part in parts]) for name in ("values", "nats"))
+        return Forecasts(texts, values, stack("free_losses"), stack("forced_losses"), nats)
 
 
-def most_tokens(encoding: Encoding, num_steps: int, num_variables: int) -> int:
-    """Positions that context and forecast of num_steps together may take, with values up to 99."""
-    return num_steps * (encoding.tokens_per_step(num_variables) + num_variables)
+def most_positions(grammar: Grammar, encoding: Encoding, context_steps: int, steps: int) -> int:
+    """Positions that a context and the forecast of `steps` steps behind it may take, with values up to 99."""
+    most = encoding.tokens_per_step(grammar.num_variables) + grammar.num_variables
+    return context_steps * most + 1 + grammar.columns(steps * grammar.num_variables)
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+class _Targets(NamedTuple):
+    """What is to be forecast, as tokens behind the context."""
+
+    texts: list[str]
+    ids: Tensor  # (N, L), padded behind
+    real: Tensor  # (N, L) bool, False on padding
+
+
+def _targets(tokenizer: Tokenizer, encoding: Encoding, series: np.ndarray, start: int, stop: int, device) -> _Targets:
+    texts = [";" + encoding.encode(one[start:stop]) for one in series]
+    tokens = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_id)
+    real = torch.arange(ids.shape[1]) < torch.tensor([[len(one)] for one in tokens])
+    return _Targets(texts, ids.to(device), real.to(device))
 
 
 def _batch(
-    model: Qwen, tokenizer: Tokenizer, encoding: Encoding, series: np.ndarray, context_steps: int, horizon: int
+    model: Qwen,
+    tokenizer: Tokenizer,
+    encoding: Encoding,
+    series: np.ndarray,
+    context_steps: int,
+    horizon: int,
+    steps: int,
+    decoding: str,
 ) -> Forecasts:
     device, num_variables = model.head_weight.device, series.shape[2]
-    contexts = [tokenizer.encode(encoding.encode(one[:context_steps])) for one in series]
-    wholes = [tokenizer.encode(encoding.encode(one[: context_steps + horizon])) for one in series]
-    targets = [whole[len(context) :] for whole, context in zip(wholes, contexts, strict=True)]
-    length = max(map(len, targets))
-    target_ids = torch.full((len(series), length), tokenizer.pad_id)
-    real = torch.zeros(len(series), length, dtype=torch.bool)
-    for row, target in enumerate(targets):
-        target_ids[row, : len(target)] = torch.tensor(target)
-        real[row, : len(target)] = True
-    target_ids, real = target_ids.to(device), real.to(device)
-    ids, mask = pad_left(contexts, tokenizer.pad_id)
+    ids, mask = pad_left([tokenizer.encode(encoding.encode(one[:context_steps])) for one in series], tokenizer.pad_id)
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
+    targets = _targets(tokenizer, encoding, series, context_steps, context_steps + horizon, device)
+    grammar, num_values = Grammar(tokenizer, encoding.decimals, num_variables), steps * num_variables
+    usual, length = steps * encoding.tokens_per_step(num_variables), targets.ids.shape[1]
+    room = max(usual, length) + num_values  # values of 10 and more take a token more
+    if decoding == "constrained":
+        room = max(length, 1 + grammar.columns(num_values))
+    cache, last = prefill(model, ids, room, mask)
 
-    usual = horizon * encoding.tokens_per_step(num_variables)
-    room = max(usual, length) + horizon * num_variables  # values of 10 and more take a token more
-    cache, last = prefill(model, ids, room, mask)  # last (N, C): of each context's end
     with torch.inference_mode():
         # teacher-forced: the targets in one pass behind the context, then forgotten
         grown = None if mask is None else torch.nn.functional.pad(mask, (0, length - 1), value=1)
-        hidden = model.model(target_ids[:, :-1], cache, grown)  # (N, L - 1, C)
-        hidden = torch.cat((last[:, None], hidden), dim=1).flatten(0, 1)
-        forced = token_losses(hidden, model.head_weight, target_ids.flatten()).view(len(series), -1)
+        hidden = model.model(targets.ids[:, :-1], cache, grown)
+        hidden = torch.cat((last[:, None], hidden), dim=1)  # (N, L, C): each stands before its target
+        forced = token_losses(hidden.flatten(0, 1), model.head_weight, targets.ids.flatten()).view(len(series), -1)
+    rows = zip(hidden, targets.texts, strict=True)
+    nats = [nats_of(model, grammar, row[1 : len(text)], text[1:]) / (horizon * num_variables) for row, text in rows]
+    free = torch.full_like(forced, torch.nan)
+    if decoding == "free":
         cache.truncate(ids.shape[1])
 
-        free = torch.full((len(series), length), torch.nan, device=device)
-        scored = torch.zeros_like(real)
-        tokens, texts = [], [None] * len(series)
-        steps = greedy_steps(model, cache, last, room, mask, tokenizer.end_ids, tokenizer.pad_id)
-        for step, (step_tokens, step_logits, running) in enumerate(steps):
-            tokens.append(step_tokens)
-            if step < length:
-                scored[:, step] = running & real[:, step]
-                free[:, step] = _losses(step_logits, target_ids[:, step])
-            if step + 1 >= usual:
-                # each row is cut where it is complete itself, so that rows which need more change nothing in it
-                for row, text in enumerate(_texts(tokenizer, tokens)):
-                    if texts[row] is None and not np.isnan(encoding.decode(text, horizon, num_variables)).any():
-                        texts[row] = text
-                if None not in texts and step + 1 >= length:
-                    break
-    if not (forced[real].isfinite().all() and free[scored].isfinite().all()):
+        def complete(text: str) -> bool:
+            return not np.isnan(encoding.decode(text, steps, num_variables)).any()
+
+        texts, free = _free(model, tokenizer, cache, last, mask, targets, usual, room, complete)
+    else:
+        cache.truncate(ids.shape[1] + 1)  # the target's first token is the `;` behind the context
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
+        texts = decode(model, grammar, cache, hidden[:, 1], num_values, mask)
+    if not forced[targets.real].isfinite().all() or free.isinf().any():
         raise ForecastError("the model's logits are not finite: the weights or the adapter are damaged")
-    texts = [text or whole for text, whole in zip(texts, _texts(tokenizer, tokens), strict=True)]
-    values = np.stack([encoding.decode(text, horizon, num_variables) for text in texts])
-    free, forced = free.masked_fill(~scored, torch.nan), forced.masked_fill(~real, torch.nan)
-    return Forecasts(texts, values, free.cpu().numpy(), forced.cpu().numpy())
+    values = np.stack([encoding.decode(text, steps, num_variables) for text in texts])
+    forced = forced.masked_fill(~targets.real, torch.nan)
+    return Forecasts(texts, values, free.cpu().numpy(), forced.cpu().numpy(), np.array(nats))
+
+
+def _free(
+    model: Qwen,
+    tokenizer: Tokenizer,
+    cache,
+    last: Tensor,
+    mask: Tensor | None,
+    targets: _Targets,
+    usual: int,
+    most: int,
+    complete: Callable[[str], bool],
+) -> tuple[list[str], Tensor]:
+    """Texts of raw-argmax tokens behind a context, and the loss of each target token under their logits (N, L)."""
+    free = torch.full(targets.ids.shape, torch.nan, device=last.device)
+    length, tokens, texts = targets.ids.shape[1], [], [None] * len(last)
+    steps = greedy_steps(model, cache, last, most, mask, tokenizer.end_ids, tokenizer.pad_id)
+    for step, (step_tokens, logits, running) in enumerate(steps):
+        tokens.append(step_tokens)
+        if step < length:
+            losses = torch.nn.functional.cross_entropy(logits.float(), targets.ids[:, step], reduction="none")
+            free[:, step] = losses.masked_fill(~(running & targets.real[:, step]), torch.nan)
+        if step + 1 >= usual:
+            # each row is cut where it is complete itself, so that rows which need more change nothing in it
+            for row, text in enumerate(_texts(tokenizer, tokens)):
+                if texts[row] is None and complete(text):
+                    texts[row] = text
+            if None not in texts and step + 1 >= length:
+                break
+    return [text or whole for text, whole in zip(texts, _texts(tokenizer, tokens), strict=True)], free
 
 
 def _texts(tokenizer: Tokenizer, tokens: list[Tensor]) -> list[str]:
@@ -121,89 +163,50 @@ def forecast(
     series: np.ndarray,
     context_steps: int,
     horizon: int,
+    steps: int | None = None,
+    decoding: str = "constrained",
     progress: Callable[[int], None] = lambda count: None,
 ) -> Forecasts:
-    """Forecast each of series (N, T, D), in populations, from its first context_steps steps, greedily.
+    """Forecast `steps` (else `horizon`) steps of each of series (N, T, D), in populations, behind context_steps.
 
-    Contexts are cut by time step. The losses are those of the target's tokens; generation goes on behind them
-    only while a row still lacks a value. Raises ValueError when a series is too short, ForecastError when logits are
-    not finite.
+    decoding: "constrained" to the grammar, every value well-formed, or "free", the report's protocol: raw argmax over
+    the whole vocabulary. Contexts are cut by time step. The losses are those of the tokens of the first `horizon` true
+    steps; free losses exist under free decoding alone, which goes on only while a row still lacks a value.
+    Raises ValueError when a series is too short, ForecastError when logits are not finite.
     """
-    if context_steps < 1 or horizon < 1 or context_steps + horizon > series.shape[1]:
+    steps = steps or horizon
+    if min(context_steps, horizon, steps) < 1 or context_steps + max(horizon, steps) > series.shape[1]:
         raise ValueError(
-            f"{context_steps} context + {horizon} forecast steps do not fit a series of {series.shape[1]} steps"
+            f"{context_steps} context + {max(horizon, steps)} forecast steps do not fit a series of "
+            f"{series.shape[1]} steps"
         )
+    if decoding not in DECODINGS:
+        raise ValueError(f"decoding is {decoding!r}, expected one of {', '.join(DECODINGS)}")
     parts = []
     for start in range(0, len(series), BATCH):
         batch = series[start : start + BATCH]
-        parts.append(_batch(model, tokenizer, encoding, batch, context_steps, horizon))
+        parts.append(_batch(model, tokenizer, encoding, batch, context_steps, horizon, steps, decoding))
         progress(len(batch))
     return Forecasts.join(parts)
 
 
-def mean_interval(values: np.ndarray, resamples: int = 2000) -> list[float]:
-    """95 % bootstrap interval of the mean of values (N), by percentiles, seeded."""
-    rows = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
-    return np.percentile(values[rows].mean(axis=1), [2.5, 97.5]).tolist()
+def metrics(forecasts: Forecasts, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:
+    """`errors` over the first `horizon` steps and the losses, of the first ten sequences and of all.
 
-
-def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale: float) -> dict:
-    """MSE and MAE of forecast (N, h, D) against truth, both scaled, over the well-formed values.
-
-    A sequence counts with the mean over its well-formed values. `malformed_values` and
-    `sequences_without_forecast` say what is missing; with nothing left `mse` is None and other means are absent.
-
-    `mse_filled` puts fallback (N, D), the context's mean, in place of what is missing, so that nothing wins by being
-    unreadable: models are chosen by it.
-    """
-    error = forecast - truth
-    malformed = np.isnan(error)
-    alive = ~malformed.all(axis=(1, 2))
-    filled = np.where(malformed, fallback[:, None, :], forecast)
-    result = {
-        "mse_filled": float(((filled - truth) ** 2).mean()),
-        "sequences": len(forecast),
-        "malformed_values": int(malformed.sum()),
-        "sequences_without_forecast": int((~alive).sum()),
-    }
-    if not alive.any():
-        return result | {"mse": None}
-    squared = np.nanmean(error[alive] ** 2, axis=(1, 2))
-    absolute = np.nanmean(np.abs(error[alive]), axis=(1, 2))
-
-    def by(axis):
-        kept = np.isfinite(error).any(axis=axis)
-        return [float(v) if k else None for v, k in zip(_nanmean(error**2, axis), kept, strict=True)]
-
-    return result | {
-        "mse": float(squared.mean()),
-        "mse_interval": mean_interval(squared),
-        "mse_median": float(np.median(squared)),
-        "mae": float(absolute.mean()),
-        "mse_populations": float(squared.mean() * scale**2),
-        "mae_populations": float(absolute.mean() * scale),
-        "mse_by_horizon": by((0, 2)),
-        "mse_by_variable": by((0, 1)),
-    }
-
-
-def _nanmean(values: np.ndarray, axis) -> np.ndarray:
-    count = np.isfinite(values).sum(axis=axis)
-    return np.where(count, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
-
-
-def metrics(forecasts: Forecasts, truth: np.ndarray, fallback: np.ndarray, scale: float) -> dict:
-    """`errors` and both losses, over the first ten sequences and over all.
-
-    `unscored_tokens` counts target tokens without a free-running loss, because the text had ended before.
+    truth (N, h, D) and fallback (N, D) as in `errors`. Where more steps than `horizon` were forecast, `long` holds the
+    errors of them all. `unscored_tokens` counts target tokens without a free-running loss, because the text had ended.
     """
 
     def of(rows: slice) -> dict:
         free, forced = forecasts.free_losses[rows], forecasts.forced_losses[rows]
-        return errors(forecasts.values[rows], truth[rows], fallback[rows], scale) | {
-            "free_loss": float(np.nanmean(free)),
-            "forced_loss": float(np.nanmean(forced)),
-            "unscored_tokens": int((np.isfinite(forced) & np.isnan(free)).sum()),
-        }
+        found = errors(forecasts.values[rows, :horizon], truth[rows, :horizon], fallback[rows], scale)
+        found |= {"forced_loss": float(np.nanmean(forced)), "nats_per_value": float(forecasts.nats[rows].mean())}
+        if np.isnan(free).all():
+            return found
+        unscored = int((np.isfinite(forced) & np.isnan(free)).sum())
+        return found | {"free_loss": float(np.nanmean(free)), "unscored_tokens": unscored}
 
-    return {"first": of(slice(FIRST)), "all": of(slice(None))}
+    result = {"first": of(slice(FIRST)), "all": of(slice(None))}
+    if truth.shape[1] > horizon:
+        result["long"] = errors(forecasts.values, truth, fallback, scale)
+    return result

@@ -12,6 +12,7 @@ import numpy as np
 from experiments.runfolder import write_whole
 
 PREY, PREDATOR, TEXT, GRID = "#1f6fb4", "#d1602b", "#333333", "#dddddd"
+FANS = 5  # series in one figure
 CURVES = ("#1f6fb4", "#d1602b", "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
 plt.rcParams.update(
     {
@@ -39,6 +40,10 @@ def _save(figure, path: Path) -> None:
     for axis in figure.axes:
         axis.xaxis.get_major_locator().set_params(integer=True)  # steps are whole
     figure.tight_layout()
+    _write(figure, path)
+
+
+def _write(figure, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, metadata={"Software": None})
     plt.close(figure)
@@ -46,7 +51,7 @@ def _save(figure, path: Path) -> None:
 
 
 def loss_by_step(losses: list[float | None], path: Path) -> None:
-    """Cross-entropy of each target token under the free-running logits."""
+    """Cross-entropy of each target token."""
     figure, axes = plt.subplots()
     axes.plot([np.nan if loss is None else loss for loss in losses], color=PREY, linewidth=1)
     axes.set(xlabel="prediction step (token)", ylabel="cross-entropy (nats)")
@@ -67,6 +72,71 @@ def trajectory(context: list, truth: list, forecast: list, path: Path) -> None:
     axes.set(xlabel="time step", ylabel="population / scale", xlim=(max(0, len(context) - 50), future[-1] + 0.5))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=4, fontsize=8)
     _save(figure, path)
+
+
+def fan(
+    names: list[str],
+    contexts: list,
+    values,
+    quantiles: np.ndarray | None,
+    path: Path,
+    truths: list | None = None,
+    titles: list[str] | None = None,
+) -> None:
+    """Forecasts behind their contexts, a row for each of the first FANS series, a column for each variable.
+
+    contexts: N arrays (T, D); values and truths: N of (h, D); quantiles (N, Q, q, D): the band from the lowest to the
+    highest, over the first q steps.
+    """
+    rows, columns = min(len(contexts), FANS), len(names)
+    figure, axes = plt.subplots(rows, columns, figsize=(max(7, 4.6 * columns), 2.6 * rows), squeeze=False)
+    for row, column in np.ndindex(rows, columns):
+        one, past, color = axes[row, column], contexts[row][:, column], CURVES[column % len(CURVES)]
+        future = len(past) + np.arange(len(values[row]))
+        one.plot(past, color=color, linewidth=1.2, alpha=0.55, label="given")
+        if truths is not None:
+            joined = np.concatenate((past[-1:], truths[row][:, column]))
+            one.plot(len(past) - 1 + np.arange(len(joined)), joined, color=TEXT, linewidth=1, label="truth")
+        if quantiles is not None:
+            low, high = quantiles[row, :, :, column].min(axis=0), quantiles[row, :, :, column].max(axis=0)
+            band = future[: len(low)]
+            one.fill_between(band, low, high, color=color, alpha=0.2, linewidth=0, label="between the quantiles")
+        one.plot(future, values[row][:, column], "o-", color=color, markersize=3, linewidth=1.2, label="forecast")
+        title = [names[column]] if row == 0 else []
+        if len(contexts) > 1 and column == 0:
+            title.append(f"series {row}" if titles is None else titles[row])
+        one.set(title=", ".join(title), xlabel="time step" if row == rows - 1 else "", ylim=(0, None))
+    axes[0, 0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def by_horizon(curves: dict[str, list[float | None]], solid: set[str], path: Path) -> None:
+    """MSE of each forecast step by method, on a logarithmic scale; those not in `solid` dashed."""
+    figure, axes = plt.subplots(figsize=(9, 4))
+    for index, (name, curve) in enumerate(curves.items()):
+        values = np.array([np.nan if value is None else value for value in curve])
+        style = "-" if name in solid else "--"
+        color = CURVES[index % len(CURVES)]
+        axes.plot(1 + np.arange(len(values)), values, style, color=color, linewidth=1.5, label=name)
+    axes.set(xlabel="forecast step", ylabel="MSE (scaled units)", yscale="log")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
+def against_flops(points: dict[str, tuple[int, float]], levels: dict[str, float | None], path: Path) -> None:
+    """Error against the FLOPs of a training, both logarithmic: a point for each, lines for what needs none."""
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    for index, (name, level) in enumerate(levels.items()):
+        if level is not None:
+            color = CURVES[index % len(CURVES)]
+            axes.axhline(level, color=color, linestyle="--", linewidth=1, label=name)
+    for name, (flops, error) in points.items():
+        axes.plot(flops, error, "o", color=TEXT, markersize=4)
+        axes.annotate(name, (flops, error), textcoords="offset points", xytext=(5, 3), fontsize=7)
+    axes.set(xlabel="FLOPs of the training", ylabel="MSE (scaled units)", xscale="log", yscale="log")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    _write(figure, path)
 
 
 def training_loss(losses: list[float], path: Path) -> None:

@@ -6,6 +6,7 @@ from itertools import product
 from experiments.training import Training
 
 CONTEXT_STEPS, HORIZON = 70, 10  # the report's 699 context tokens and 100 target tokens, as time steps
+LONG_HORIZON = 30  # of the models that the test set judges
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,11 @@ class Experiment:
     training: Training | None = None  # None: the model as it is
     best_of: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("val",)  # evaluated on; never on the test set to choose
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is a result, not a candidate: on the test set, over the long horizon, with samples."""
+        return "test" in self.splits
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,16 @@ def untrained(seed: int) -> Plan:
 
 
 PLANS = {"quick": quick, "report": report, "untrained": untrained}
+
+
+def with_numeric_head(plan: Plan) -> Plan:
+    """The plan with the softmax of every training over the tokens of numbers alone."""
+
+    def changed(experiment: Experiment) -> Experiment:
+        training = experiment.training and replace(experiment.training, numeric_head=True)
+        return replace(experiment, training=training)
+
+    return replace(plan, experiments=tuple(map(changed, plan.experiments)))
 
 
 def as_record(plan: Plan) -> list[dict]:

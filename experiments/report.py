@@ -6,17 +6,19 @@ draws figures and tables again; no model is loaded.
 """
 
 import argparse
-import base64
 import csv
-import html
 import math
 import sys
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
+import numpy as np
+
 from experiments import figures
+from experiments.page import Blocks, to_html, to_markdown
 from experiments.runfolder import RunError, read_json, read_json_lines, write_whole
+from experiments.scores import COVERED, QUANTILES, paired
 
 # What the report published: validation MSE and free-running loss by experiment, log10 of its FLOPs by section.
 PUBLISHED = {
@@ -42,6 +44,7 @@ SECTIONS = {
     "all": "all: sum",
 }
 NONE = "-"
+HORIZON = 10  # time steps of the report's own figures
 
 
 @dataclass
@@ -100,84 +103,6 @@ def log10(flops: int | float) -> str:
     return f"10^{math.log10(flops):.3f}" if flops else "0"
 
 
-class Blocks(list):
-    """A report as a list of (kind, content): rendered to Markdown and to HTML."""
-
-    def heading(self, level: int, text: str) -> None:
-        self.append(("heading", (level, text)))
-
-    def text(self, text: str) -> None:
-        self.append(("text", text))
-
-    def table(self, caption: str, header: list[str], rows: list[list[str]]) -> None:
-        self.append(("table", (caption, header, rows)))
-
-    def code(self, text: str) -> None:
-        self.append(("code", text))
-
-    def figure(self, path: Path, caption: str) -> None:
-        self.append(("figure", (path, caption)))
-
-
-def to_markdown(blocks: Blocks, folder: Path) -> str:
-    """Markdown with figures by relative path."""
-    parts = []
-    for kind, content in blocks:
-        if kind == "heading":
-            parts.append("#" * content[0] + " " + content[1])
-        elif kind == "text":
-            parts.append(content)
-        elif kind == "code":
-            parts.append(f"```\n{content}\n```")
-        elif kind == "figure":
-            parts.append(f"![{content[1]}]({content[0].relative_to(folder).as_posix()})\n\n*{content[1]}*")
-        else:
-            caption, header, rows = content
-            lines = [header, ["---"] * len(header), *rows]
-            parts.append(f"*{caption}*\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
-    return "\n\n".join(parts) + "\n"
-
-
-STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2, h3 { line-height: 1.25; margin-top: 2.2rem; } h1 { margin-top: 0; }
-table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-.caption, figcaption { font-size: .88rem; font-style: italic; margin: 1.2rem 0 .4rem; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #999; }
-.wide { overflow-x: auto; margin-bottom: 1.2rem; } figure { margin: 1.5rem 0; } img { max-width: 100%; }
-pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; }
-"""
-
-
-def to_html(blocks: Blocks, title: str) -> str:
-    """One self-contained page, figures included."""
-
-    def cells(tag: str, row: list[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-
-    parts = []
-    for kind, content in blocks:
-        if kind == "heading":
-            parts.append(f"<h{content[0]}>{html.escape(content[1])}</h{content[0]}>")
-        elif kind == "text":
-            parts.append(f"<p>{html.escape(content)}</p>")
-        elif kind == "code":
-            parts.append(f"<pre>{html.escape(content)}</pre>")
-        elif kind == "figure":
-            data, caption = base64.b64encode(content[0].read_bytes()).decode(), html.escape(content[1])
-            image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
-            parts.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
-        else:
-            caption, header, rows = content
-            parts.append(
-                f'<p class="caption">{html.escape(caption)}</p><div class="wide"><table><thead>{cells("th", header)}'
-                f"</thead><tbody>{''.join(cells('td', row) for row in rows)}</tbody></table></div>"
-            )
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-
-
 def _overview(run: Run, blocks: Blocks) -> None:
     identity, plan = run.plan["identity"], run.plan
     blocks.heading(1, "Forecasting predators and prey with a language model")
@@ -197,9 +122,10 @@ def _overview(run: Run, blocks: Blocks) -> None:
     blocks.text(
         "Errors are in scaled units (population / scale), against the exact truth, over 10 time steps behind a "
         "context of 70. First ten: the ten sequences the report judged by. Brackets: 95 % bootstrap interval of "
-        "the mean. Free loss: cross-entropy of the target under the model's own text, as in the report; "
-        "forced loss: the same behind the true text. Models are chosen by validation MSE over all sequences, with "
-        "the context's mean in place of malformed values."
+        "the mean. Free loss: cross-entropy of the target under the model's own text, as in the report, where decoding "
+        "is free; forced loss: the same behind the true text; nats per value: the latter among what the grammar of "
+        "numbers allows. Models are chosen by validation MSE over all sequences, with the context's mean in place of "
+        f"malformed values. Decoding: {identity['decoding']}."
     )
 
 
@@ -216,7 +142,7 @@ def _results(run: Run, blocks: Blocks) -> None:
             cells += [
                 number(first.get("mse")),
                 number(every.get("mse")),
-                f"[{number(interval[0])}, {number(interval[1])}]" if interval else NONE,
+                _bracket(interval) if interval else NONE,
                 number(every.get("mse_median")),
             ]
         return cells
@@ -225,20 +151,13 @@ def _results(run: Run, blocks: Blocks) -> None:
     rows += [row(name, e["metrics"]) for name, e in run.experiments.items()]
     counts = ", ".join(f"{len(lines)} {split}" for split, lines in run.contexts.items())
     blocks.table(f"MSE of every model and baseline ({counts} sequences)", header, rows)
-    steps = [str(step) for step in range(1, 11)]
-    by_horizon = {name: by_split["test"]["all"] for name, by_split in run.baselines.items()}
-    for name, experiment in run.experiments.items():
-        if "test" in experiment["metrics"]:
-            by_horizon[name] = experiment["metrics"]["test"]["all"]
-    rows = [[name, *map(number, m.get("mse_by_horizon", [None] * 10))] for name, m in by_horizon.items()]
-    blocks.table("MSE by forecast step, all test sequences", ["method", *steps], rows)
     written, judged = [], []
     for (name, experiment), split in product(run.experiments.items(), ("val", "test")):
         if metrics := experiment["metrics"].get(split, {}).get("all"):
             who = [name, split, str(metrics["sequences"])]
             counts = ("malformed_values", "sequences_without_forecast", "unscored_tokens")
-            written.append([*who, *(str(metrics[count]) for count in counts), number(metrics["mse_filled"])])
-            numbers = ("mae", "mse_populations", "mae_populations", "free_loss", "forced_loss")
+            written.append([*who, *(str(metrics.get(count, NONE)) for count in counts), number(metrics["mse_filled"])])
+            numbers = ("mae", "mse_populations", "mae_populations", "free_loss", "forced_loss", "nats_per_value")
             judged.append([*who, *(number(metrics.get(name)) for name in numbers)])
     blocks.table(
         "Malformed or missing values (left out of the errors), target tokens behind the text's end (left out of the "
@@ -248,9 +167,117 @@ def _results(run: Run, blocks: Blocks) -> None:
     )
     blocks.table(
         "Other errors and losses, all sequences",
-        ["experiment", "split", "sequences", "MAE", "MSE, populations", "MAE, populations", "free loss", "forced loss"],
+        ["experiment", "split", "sequences", "MAE", "MSE, populations", "MAE, populations", "free loss", "forced loss",
+         "nats per value"],
         judged,
+    )  # fmt: skip
+
+
+def _judged(run: Run) -> dict[str, dict]:
+    """The finished experiments that the test set judges."""
+    return {name: e for name, e in run.experiments.items() if "test" in e["metrics"]}
+
+
+def _trust(run: Run, blocks: Blocks) -> None:
+    """How good the judged models are by horizon, beside the baselines, and how sure they are."""
+    judged, drawn = _judged(run), run.folder / "figures"
+    if not judged:
+        return
+    blocks.heading(2, "How good is that?")
+    tests = {name: by_split["test"] for name, by_split in run.baselines.items()}
+    tests |= {name: experiment["metrics"]["test"] for name, experiment in judged.items()}
+    long = {name: found.get("long", found["all"]) for name, found in tests.items()}
+    curves = {name: found["mse_by_horizon"] for name, found in long.items() if "mse_by_horizon" in found}
+    if curves:
+        figures.by_horizon(curves, set(judged), drawn / "by-horizon.png")
+        blocks.figure(drawn / "by-horizon.png", "MSE by forecast step, all test sequences; baselines dashed")
+        steps = [step for step in (1, 2, 5, 10, 20, 30) if step <= max(map(len, curves.values()))]
+        rows = [
+            [name, *(number(curve[step - 1]) for step in steps), number(long[name]["mse"])]
+            for name, curve in curves.items()
+        ]
+        blocks.table(
+            f"MSE at forecast steps, and the mean over all {steps[-1]}, all test sequences",
+            ["method", *(f"step {step}" for step in steps), "mean"],
+            rows,
+        )
+    best = list(judged)[-1]
+    each = {name: by_split["test"]["mse_each"] for name, by_split in run.baselines.items()}
+    each |= {name: [line["mse"] for line in e["forecasts"]["test"]] for name, e in judged.items()}
+    rows = []
+    for name, theirs in each.items():
+        pairs = [(a, b) for a, b in zip(each[best], theirs, strict=True) if a is not None and b is not None]
+        if name == best or not pairs:
+            continue
+        found = paired(*map(np.array, zip(*pairs, strict=True)))
+        low, high = found["interval"]
+        rows.append([name, f"{found['difference']:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{found['better']:.0%}"])
+    blocks.table(
+        f"{best} against the others, paired by test sequence: negative is better",
+        ["against", "difference of MSE", "95 % interval", "sequences where it is better"],
+        rows,
     )
+    rows = [
+        [name, split, str(found["samples"]), number(found["crps"]), _bracket(found["crps_interval"]),
+         *(f"{found[f'coverage_{share:.0%}']:.1%}" for share in COVERED)]
+        for name, experiment in judged.items()
+        for split, metrics in experiment["metrics"].items()
+        if (found := metrics.get("probabilistic"))
+    ]  # fmt: skip
+    if rows:
+        rows += [
+            [name, split, "point", number(found["all"]["mae"]), NONE, *(NONE for _ in COVERED)]
+            for name, by_split in run.baselines.items()
+            for split, found in by_split.items()
+        ]
+        blocks.table(
+            "Samples: CRPS (of a point forecast the absolute error), and how much of the truth the central intervals "
+            "cover",
+            ["method", "split", "samples", "CRPS", "interval", *(f"{share:.0%} interval" for share in COVERED)],
+            rows,
+        )
+    _sequences_drawn(run, blocks, best)
+    kept_in = run.plan["identity"]["convention"]
+    spent = {
+        name: (e["flops"][kept_in], e["metrics"]["val"]["all"]["mse_filled"])
+        for name, e in run.experiments.items()
+        if e["flops"]
+    }
+    if spent:
+        levels = {name: by_split["val"]["all"]["mse"] for name, by_split in run.baselines.items()}
+        levels |= {n: e["metrics"]["val"]["all"]["mse_filled"] for n, e in run.experiments.items() if not e["flops"]}
+        figures.against_flops(spent, levels, drawn / "error-by-flops.png")
+        blocks.figure(
+            drawn / "error-by-flops.png",
+            f"Validation MSE (all sequences) against the FLOPs of each training ({kept_in}); what needs none as lines",
+        )
+
+
+def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
+    """The first test sequences of a model, and its five worst."""
+    lines, drawn = run.experiments[name]["forecasts"]["test"], run.folder / "figures"
+    counted = [row for row, line in enumerate(lines) if line["mse"] is not None]
+    worst = sorted(counted, key=lambda row: -lines[row]["mse"])[:5]
+    for rows, file, caption in (
+        (range(min(4, len(lines))), "first.png", "the first test sequences"),
+        (worst, "worst.png", "the test sequences it is worst at"),
+    ):
+        rows = list(rows)
+        contexts = [np.array(run.contexts["test"][row]["context"]) for row in rows]
+        forecasts = [np.array(lines[row]["forecast"], dtype=float) for row in rows]
+        bands = None
+        if all("quantiles" in lines[row] for row in rows):
+            quantiles = np.array([lines[row]["quantiles"] for row in rows])
+            bands = quantiles[:, [QUANTILES.index(0.1), QUANTILES.index(0.9)]]
+        titles = [f"sequence {row}, MSE {number(lines[row]['mse'])}" for row in rows]
+        truths = [np.array(lines[row]["truth"]) for row in rows]
+        figures.fan(["prey", "predator"], contexts, forecasts, bands, drawn / file, truths, titles)
+        band = ", with the central 80 % of its samples" if bands is not None else ""
+        blocks.figure(drawn / file, f"{name}: {caption}{band}")
+
+
+def _bracket(interval: list[float]) -> str:
+    return f"[{number(interval[0])}, {number(interval[1])}]"
 
 
 def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> None:
@@ -258,7 +285,8 @@ def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> 
     lines = run.experiments[name]["forecasts"]["val"]
     row = min(wanted, len(lines) - 1)
     path = run.folder / "figures" / f"figure-{figure:02d}.png"
-    figures.trajectory(run.contexts["val"][row]["context"], lines[row]["truth"], lines[row]["forecast"], path)
+    truth, forecast = (lines[row][key][:HORIZON] for key in ("truth", "forecast"))
+    figures.trajectory(run.contexts["val"][row]["context"], truth, forecast, path)
     blocks.figure(path, f"Figure {figure}: validation sequence {row}, {name}, MSE {number(lines[row]['mse'])}")
 
 
@@ -285,8 +313,10 @@ def _untrained(run: Run, blocks: Blocks) -> None:
         return
     lines = run.experiments["untrained"]["forecasts"]["val"]
     row = min(3, len(lines) - 1)
-    figures.loss_by_step(lines[row]["free_losses"], drawn / "figure-02.png")
-    blocks.figure(drawn / "figure-02.png", f"Figure 2: loss by prediction step, validation sequence {row}, untrained")
+    kind = "free" if "free_losses" in lines[row] else "forced"
+    figures.loss_by_step(lines[row][f"{kind}_losses"], drawn / "figure-02.png")
+    caption = f"Figure 2: {kind} loss by prediction step, validation sequence {row}, untrained"
+    blocks.figure(drawn / "figure-02.png", caption)
     _sequence(run, blocks, "untrained", 9, 3)
     _sequence(run, blocks, "untrained", 7, 4)
 
@@ -400,6 +430,7 @@ def build(run: Run) -> Blocks:
     blocks = Blocks()
     _overview(run, blocks)
     _results(run, blocks)
+    _trust(run, blocks)
     blocks.heading(2, "Text and tokens (section 3.2.5)")
     example = run.example
     blocks.text(

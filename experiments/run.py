@@ -53,6 +53,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--sequences", type=sequences, metavar="N|all", help="evaluate the first N of each split (default all)"
     )
+    p.add_argument(
+        "--decoding", choices=("constrained", "free"), default="constrained", help="of forecasts: to well-formed "
+        "numbers (default), or raw argmax as in the report",
+    )  # fmt: skip
+    p.add_argument(
+        "--samples", type=int, default=20, help="paths drawn for each sequence of the untrained and the final model, "
+        "0 for none (default %(default)s)",
+    )  # fmt: skip
+    p.add_argument("--numeric-head", action="store_true", help="train with a softmax over the tokens of numbers only")
     p.add_argument("--seed", type=int, default=0, help="of adapters and batches (default %(default)s)")
     p.add_argument("--budget", type=budget, default=10**17, help="FLOPs of all training (default 1e17)")
     p.add_argument(
@@ -61,19 +70,6 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--out", type=Path, help="run folder (default runs/PLAN)")
     return p
-
-
-def checkpoint_hash(folder: Path) -> str:
-    """sha256 over the config, the tokenizer and the weights of a checkpoint folder."""
-    import hashlib
-
-    from qwen_min.weights import weight_files
-
-    digest = hashlib.sha256()
-    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def checked_device(name: str) -> str:
@@ -99,18 +95,22 @@ def prepare(args: argparse.Namespace):
 
     import flops
     from experiments import data, plans
-    from experiments.evaluation import most_tokens
+    from experiments.evaluation import most_positions
+    from experiments.grammar import Grammar
     from experiments.llmtime import Encoding
     from experiments.runfolder import open_run
     from experiments.suite import Suite
     from experiments.training import window_tensors
     from qwen_min import load
-    from qwen_min.weights import checkpoint_folder
+    from qwen_min.weights import checkpoint_folder, checkpoint_hash
 
-    if args.seed < 0:
-        raise ValueError(f"--seed is {args.seed}, expected 0 or more")
+    for name in ("seed", "samples"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected 0 or more")
     device = checked_device(args.device)
     plan = plans.PLANS[args.plan](args.seed)
+    if args.numeric_head:
+        plan = plans.with_numeric_head(plan)
     dataset = data.read(args.data) if args.data else data.simulate()
     num_steps = dataset.trajectories.shape[1]
     if num_steps < plans.CONTEXT_STEPS + plans.HORIZON:
@@ -125,7 +125,8 @@ def prepare(args: argparse.Namespace):
     model, tokenizer = load(folder, device, getattr(torch, args.dtype))
     series = {name: dataset.trajectories[rows] for name, rows in ids.items()}
     sample = [tokenizer.encode(encoding.encode(series["train"][0]))]
-    lengths = [most_tokens(encoding, plans.CONTEXT_STEPS + plans.HORIZON, num_variables=2)]
+    grammar = Grammar(tokenizer, encoding.decimals, num_variables=2)
+    lengths = [most_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)]
     for experiment in plan.experiments:
         for training in plans.candidates(plan, experiment):
             window_tensors(sample, training, tokenizer.pad_id)  # refuses a context longer than a trajectory
@@ -139,6 +140,8 @@ def prepare(args: argparse.Namespace):
         "experiments": plans.as_record(plan),
         "seed": args.seed,
         "sequences": args.sequences,
+        "decoding": args.decoding,
+        "samples": args.samples,
         "checkpoint_sha256": checkpoint_hash(folder),
         "data_sha256": hashlib.sha256(dataset.trajectories.tobytes()).hexdigest(),
         "encoding": {"scale": encoding.scale, "decimals": encoding.decimals},
@@ -159,7 +162,20 @@ def prepare(args: argparse.Namespace):
     out = args.out or Path("runs") / args.plan
     continued = open_run(out, json_plain(identity), record)
     ledger = flops.Ledger(out / "ledger.jsonl", args.budget)
-    suite = Suite(plan, out, model, tokenizer, encoding, series, ids, ledger, args.convention, args.model)
+    suite = Suite(
+        plan,
+        out,
+        model,
+        tokenizer,
+        encoding,
+        series,
+        ids,
+        ledger,
+        args.convention,
+        checkpoint=(args.model, identity["checkpoint_sha256"]),
+        decoding=args.decoding,
+        samples=args.samples,
+    )
     return suite, continued
 
 

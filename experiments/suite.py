@@ -14,11 +14,15 @@ import torch
 from tqdm import tqdm
 
 import flops
+from experiments import gru
 from experiments.baselines import BASELINES
-from experiments.evaluation import FIRST, Forecasts, errors, forecast, metrics
+from experiments.evaluation import Forecasts, forecast, metrics
+from experiments.forecasting import Forecaster, write_trained
+from experiments.grammar import Grammar
 from experiments.llmtime import Encoding
-from experiments.plans import CONTEXT_STEPS, HORIZON, Experiment, Plan, candidates, fill
+from experiments.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
 from experiments.runfolder import read_json, to_json, to_json_lines, write_whole
+from experiments.scores import FIRST, QUANTILES, errors, probabilistic, squared_errors
 from experiments.training import Training, train, window_tensors
 from flops.trace import trace_training_step
 from lora import inject, remove, save_adapter
@@ -38,7 +42,9 @@ class Suite:
     ids: dict[str, np.ndarray]  # of the trajectories in the data file, by split name
     ledger: flops.Ledger
     convention: str
-    source: str  # of the checkpoint, as the user named it
+    checkpoint: tuple[str, str]  # as the user named it, and its sha256
+    decoding: str
+    samples: int  # paths drawn for each sequence of a judged experiment
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
         """FLOPs of one optimizer step."""
@@ -48,7 +54,13 @@ class Suite:
             training.context,
             convention=convention or self.convention,
             ranks=training.ranks,
+            vocabulary=len(self.grammar.ids) if training.numeric_head else None,
         )
+
+    @property
+    def grammar(self) -> Grammar:
+        """Of the text that all forecasts are."""
+        return Grammar(self.tokenizer, self.encoding.decimals, num_variables=2)
 
     def largest_costs(self) -> dict[str, int]:
         """The most that each experiment may cost, in FLOPs of the ledger's convention."""
@@ -79,7 +91,8 @@ class Suite:
         Raises flops.BudgetExceeded at the first one that does not fit whole, TrainingError when a loss is not
         finite; all that came before is kept.
         """
-        self._write_data()
+        if not (self.folder / "baselines.json").exists():
+            self._write_data()
         for experiment in self.plan.experiments:
             if not (self._path(experiment.name) / "metrics.json").exists():
                 self._run_one(experiment)
@@ -98,27 +111,34 @@ class Suite:
         tokens = self.tokenizer.encode(text)
         example = {"text": text[:40], "tokens": tokens[:20], "num_characters": len(text), "num_tokens": len(tokens)}
         write_whole(self.folder / "example.json", to_json(example))
+        train = self.encoding.scaled(self.series["train"]).astype(np.float64).round(self.encoding.decimals)
+        baselines = BASELINES | {f"GRU trained on the {len(train)}": gru.fit(train)}
         results = {}
         for split in ("val", "test"):
-            context, truth = self._context_and_truth(split)
+            context, truth = self._context_and_truth(split, LONG_HORIZON)
             lines = [
                 {"id": int(i), "context": c.round(4).tolist(), "truth": t.round(6).tolist()}
                 for i, c, t in zip(self.ids[split], context, truth, strict=True)
             ]
             write_whole(self.folder / f"{split}.jsonl", to_json_lines(lines))
             rounded = context.round(self.encoding.decimals)  # what the model is shown
-            for name, baseline in BASELINES.items():
-                values = baseline(rounded, HORIZON)
-                results.setdefault(name, {})[split] = {
-                    part: errors(values[rows], truth[rows], context.mean(axis=1)[rows], self.encoding.scale)
+            fallback, scale = context.mean(axis=1), self.encoding.scale
+            for name, baseline in baselines.items():
+                long = baseline(rounded, truth.shape[1])
+                values = long[:, :HORIZON]
+                found = {
+                    part: errors(values[rows], truth[rows, :HORIZON], fallback[rows], scale)
                     for part, rows in (("first", slice(FIRST)), ("all", slice(None)))
                 }
+                found["long"] = errors(long, truth, fallback, scale)
+                found["mse_each"] = squared_errors(values, truth[:, :HORIZON]).round(8).tolist()
+                results.setdefault(name, {})[split] = found
         write_whole(self.folder / "baselines.json", to_json(results))
 
-    def _context_and_truth(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """What is shown and what is to be forecast, (N, 70, 2) and (N, 10, 2), scaled."""
+    def _context_and_truth(self, split: str, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+        """What is shown and what is to be forecast, (N, 70, 2) and (N, horizon or what there is, 2), scaled."""
         scaled = self.encoding.scaled(self.series[split]).astype(np.float64)
-        return scaled[:, :CONTEXT_STEPS], scaled[:, CONTEXT_STEPS : CONTEXT_STEPS + HORIZON]
+        return scaled[:, :CONTEXT_STEPS], scaled[:, CONTEXT_STEPS : CONTEXT_STEPS + horizon]
 
     def _settings(self, experiment: Experiment) -> Training | None:
         if not experiment.best_of:
@@ -140,12 +160,15 @@ class Suite:
         record = {"section": experiment.section, "training": training and asdict(training), "flops": costs}
         if training:
             names = ("traced_forward", "traced_forward_and_backward")
-            traced = trace_training_step(self.model.config, training.batch, training.context, training.ranks)
+            vocabulary = len(self.grammar.ids) if training.numeric_head else None
+            traced = trace_training_step(
+                self.model.config, training.batch, training.context, training.ranks, vocabulary
+            )
             record |= dict(zip(names, traced, strict=True))
         write_whole(path / "settings.json", to_json(record))
         with self._adapted(experiment.name, training) as training_seconds:
             started = time.monotonic()
-            results = {split: self._evaluate(experiment.name, split) for split in experiment.splits}
+            results = {split: self._evaluate(experiment, split) for split in experiment.splits}
             seconds = {"training": training_seconds, "evaluation": time.monotonic() - started}
         write_whole(path / "seconds.json", to_json({name: round(value, 1) for name, value in seconds.items()}))
         write_whole(path / "metrics.json", to_json(results))  # last: it says that the experiment is finished
@@ -177,6 +200,7 @@ class Suite:
                     ids,
                     lengths,
                     training,
+                    torch.tensor(sorted(self.grammar.ids.values())) if training.numeric_head else None,
                     path / "state.safetensors",
                     before_step=lambda step: self.ledger.debit(name, step, cost),
                     after_step=after_step,
@@ -184,38 +208,56 @@ class Suite:
             rows = "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(trained.losses))
             write_whole(path / "losses.csv", "step,loss\n" + rows)
             partial = path / "adapter.partial"
-            save_adapter(self.model, partial, training.lora, self.source)
+            save_adapter(self.model, partial, training.lora, self.checkpoint[0])
+            write_trained(partial, self.encoding, *self.checkpoint)
             shutil.rmtree(path / "adapter", ignore_errors=True)
             partial.rename(path / "adapter")
             yield trained.seconds
         finally:
             remove(self.model)
 
-    def _evaluate(self, name: str, split: str) -> dict:
+    def _evaluate(self, experiment: Experiment, split: str) -> dict:
         """Forecast a split; write a line for each trajectory, return the metrics."""
-        series = self.series[split]
+        series, name = self.series[split], experiment.name
+        context, truth = self._context_and_truth(split, LONG_HORIZON if experiment.judged else HORIZON)
         with tqdm(total=len(series), desc=f"{name}, {split}", mininterval=_interval()) as bar:
             found = forecast(
-                self.model, self.tokenizer, self.encoding, series, CONTEXT_STEPS, HORIZON, progress=bar.update
+                self.model,
+                self.tokenizer,
+                self.encoding,
+                series,
+                CONTEXT_STEPS,
+                HORIZON,
+                steps=truth.shape[1],
+                decoding=self.decoding,
+                progress=bar.update,
             )
-        context, truth = self._context_and_truth(split)
         lines = [self._line(self.ids[split][i], i, found, truth) for i in range(len(series))]
+        results = metrics(found, truth, context.mean(axis=1), self.encoding.scale, HORIZON)
+        if self.samples and experiment.judged:
+            forecaster = Forecaster(self.model, self.tokenizer, self.encoding.scale, self.encoding.decimals)
+            drawn = forecaster.forecast(series[:, :CONTEXT_STEPS], HORIZON, self.samples).samples / self.encoding.scale
+            results["probabilistic"] = probabilistic(drawn, truth[:, :HORIZON])
+            for line, paths in zip(lines, drawn, strict=True):
+                line["quantiles"] = np.quantile(paths, QUANTILES, axis=0).round(4).tolist()
         write_whole(self._path(name) / f"forecasts.{split}.jsonl", to_json_lines(lines))
-        return metrics(found, truth, context.mean(axis=1), self.encoding.scale)
+        return results
 
     def _line(self, trajectory: int, row: int, found: Forecasts, truth: np.ndarray) -> dict:
-        squared = (found.values[row] - truth[row]) ** 2
-        malformed = int(np.isnan(squared).sum())
-        return {
+        values, true = found.values[row, :HORIZON], truth[row, :HORIZON]
+        line = {
             "id": int(trajectory),
             "text": found.texts[row],
             "forecast": _plain(found.values[row]),
             "truth": _plain(truth[row].round(6)),
-            "mse": None if malformed == squared.size else float(np.nanmean(squared)),
-            "malformed_values": malformed,
-            "free_losses": _plain(found.free_losses[row].round(4)),
-            "forced_loss": round(float(np.nanmean(found.forced_losses[row])), 6),
+            "mse": _plain(squared_errors(values[None], true[None]))[0],
+            "malformed_values": int(np.isnan(values).sum()),
+            "forced_losses": _plain(found.forced_losses[row].round(4)),
+            "nats_per_value": round(float(found.nats[row]), 6),
         }
+        if self.decoding == "free":
+            line["free_losses"] = _plain(found.free_losses[row].round(4))
+        return line
 
 
 def _plain(values: np.ndarray) -> list:

@@ -41,6 +41,7 @@ class Training:
     batch: int = 4
     stride: int = 256  # tokens between the starts of a trajectory's windows
     seed: int = 0  # of the adapter's start and of the order of windows
+    numeric_head: bool = False  # softmax over the tokens of numbers only
 
     @property
     def lora(self) -> LoraConfig:
@@ -113,14 +114,16 @@ def train(
     ids: Tensor,
     lengths: Tensor,
     settings: Training,
+    vocabulary: Tensor | None,
     state: Path,
     before_step: Callable[[int], None],
     after_step: Callable[[int, float], None],
 ) -> Trained:
     """Train the injected adapter with Adam at a constant rate.
 
-    ids (n, T) and lengths (n) from `window_tensors`. `state` is the file to continue from and to save to, every
-    SAVE_SECONDS and at the end. before_step(step) may refuse a step by raising, after_step(step, loss) reports.
+    ids (n, T) and lengths (n) from `window_tensors`; vocabulary as in `next_token_loss`. `state` is the file to
+    continue from and to save to, every SAVE_SECONDS and at the end. before_step(step) may refuse a step by raising,
+    after_step(step, loss) reports.
     Raises TrainingError when a loss or the adapter is not finite, the state is not of this training, or there are
     fewer windows than a batch takes.
     """
@@ -130,12 +133,14 @@ def train(
     optimizer = torch.optim.Adam(parameters.values(), lr=settings.learning_rate)
     losses, seconds = _load_state(state, parameters, optimizer) if state.exists() else Trained([], 0.0)
     device = model.head_weight.device
+    vocabulary = None if vocabulary is None else vocabulary.to(device)
     started = saved = time.monotonic()
     for step in range(len(losses), settings.steps):
         before_step(step)
         rows = torch.from_numpy(batch_rows(len(ids), settings.batch, settings.seed, step))
         full = bool((lengths[rows] == ids.shape[1]).all())
-        loss = next_token_loss(model, ids[rows].to(device), None if full else lengths[rows].to(device))
+        of_rows = None if full else lengths[rows].to(device)
+        loss = next_token_loss(model, ids[rows].to(device), of_rows, vocabulary)
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(f"step {step}: the loss is {value} (windows {rows.tolist()}); lower the learning rate")

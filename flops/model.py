@@ -119,19 +119,21 @@ def forward(
     ranks: dict[str, int] | None = None,
     head: str = "all",
     padded: bool = False,
+    vocabulary: int | None = None,
 ) -> list[Op]:
     """Operators of one pass over B x T new tokens behind `cached` ones; `sum(op.flops for op in ...)` is the pass.
 
     ranks: LoRA rank by module name, such as {"q_proj": 8, "v_proj": 8}. head: "all" logits, only the "last"
-    position's, or the "loss" on top of them. padded: with an attention mask. A prefill is cached = 0, a decode
-    step new = 1. Raises ValueError for another convention or head.
+    position's, or the "loss" on top of them. padded: with an attention mask. vocabulary: tokens that the head has rows
+    for, else the model's. A prefill is cached = 0, a decode step new = 1. Raises ValueError for another convention or
+    head.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention is {convention!r}, expected one of {', '.join(CONVENTIONS)}")
     if head not in ("all", "last", "loss"):
         raise ValueError(f"head is {head!r}, expected 'all', 'last' or 'loss'")
     exact = convention == "exact"
-    hidden, vocabulary, rows = config.hidden_size, config.vocab_size, batch * new
+    hidden, vocabulary, rows = config.hidden_size, vocabulary or config.vocab_size, batch * new
     ops = []
     if not exact:
         ops.append(Op("add positions", rows * hidden * ADD))
@@ -156,11 +158,17 @@ def total(ops: list[Op]) -> int:
 
 
 def training_step(
-    config: QwenConfig, batch: int, context: int, *, convention: str = "exact", ranks: dict[str, int] | None = None
+    config: QwenConfig,
+    batch: int,
+    context: int,
+    *,
+    convention: str = "exact",
+    ranks: dict[str, int] | None = None,
+    vocabulary: int | None = None,
 ) -> int:
-    """FLOPs of one optimizer step by the budget's rule: forward with loss, times 3.
+    """FLOPs of one optimizer step by the budget's rule: forward with loss, times 3; arguments as in `forward`.
 
     Padding inside the B x T window is counted like text; the optimizer's own update is not.
     """
-    ops = forward(config, batch, context, convention=convention, ranks=ranks, head="loss")
+    ops = forward(config, batch, context, convention=convention, ranks=ranks, head="loss", vocabulary=vocabulary)
     return (1 + BACKWARD) * total(ops)

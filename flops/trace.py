@@ -24,7 +24,7 @@ _to_copy _unsafe_view alias arange cat clone copy_ detach embedding empty empty_
 index lift_fresh new_empty new_full new_zeros ones_like permute promote_types scalar_tensor select select_backward
 slice slice_backward split squeeze stack t transpose tril unsqueeze view zero_ zeros zeros_like
 """
-CHOOSING = "amax argmax bitwise_and bitwise_not bitwise_or clamp eq ge le lt masked_fill maximum where"
+CHOOSING = "amax argmax bitwise_and bitwise_not bitwise_or clamp eq ge le lt masked_fill maximum searchsorted where"
 FREE = frozenset((MOVING + CHOOSING).split())
 PER_OUTPUT = {  # FLOPs for each number of the result
     "add": ADD,
@@ -188,6 +188,7 @@ def trace_forward(
     ranks: dict[str, int] | None = None,
     head: str = "all",
     padded: bool = False,
+    vocabulary: int | None = None,
 ) -> Counter:
     """FLOPs by operator of one pass; arguments as in `flops.model.forward`."""
     model = meta_model(config, ranks)
@@ -199,14 +200,22 @@ def trace_forward(
         cache.advance(cached)
     with torch.no_grad(), Tracer() as tracer:
         if head == "loss":
-            next_token_loss(model, ids)
+            next_token_loss(model, ids, vocabulary=_numbered(vocabulary))
         else:
             model(ids, cache, mask, last_only=head == "last")
     return tracer.flops
 
 
+def _numbered(vocabulary: int | None) -> Tensor | None:
+    return None if vocabulary is None else torch.empty(vocabulary, dtype=torch.long, device="meta")
+
+
 def trace_training_step(
-    config: QwenConfig, batch: int, context: int, ranks: dict[str, int] | None = None
+    config: QwenConfig,
+    batch: int,
+    context: int,
+    ranks: dict[str, int] | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[int, int]:
     """FLOPs that forward with loss, and both forward and backward, of a LoRA step really dispatch.
 
@@ -217,5 +226,6 @@ def trace_training_step(
         model.requires_grad_(True)
     ids = torch.empty(batch, context, dtype=torch.long, device="meta")
     with Tracer() as tracer:
-        next_token_loss(model, ids).backward()
-    return sum(trace_forward(config, batch, context, ranks=ranks, head="loss").values()), tracer.total
+        next_token_loss(model, ids, vocabulary=_numbered(vocabulary)).backward()
+    forward = trace_forward(config, batch, context, ranks=ranks, head="loss", vocabulary=vocabulary)
+    return sum(forward.values()), tracer.total

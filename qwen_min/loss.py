@@ -86,11 +86,14 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return _losses(hidden, weight, targets, with_mean=False)[0]
 
 
-def next_token_loss(model: Qwen, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+def next_token_loss(
+    model: Qwen, ids: Tensor, lengths: Tensor | None = None, vocabulary: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy in nats of each token of ids (B, T) given those before it; a scalar.
 
     lengths (B): how many tokens of each row are text; the padding behind is not predicted, and no text attends to
-    it, as attention looks back only. None means that every row is full.
+    it, as attention looks back only. None means that every row is full. vocabulary (n), rising: the tokens that the
+    softmax runs over, of which every predicted one must be; None means all.
     """
     hidden, targets = model.model(ids)[:, :-1], ids[:, 1:]  # (B, T - 1, C), (B, T - 1)
     if lengths is None:
@@ -98,4 +101,7 @@ def next_token_loss(model: Qwen, ids: Tensor, lengths: Tensor | None = None) -> 
     else:
         real = torch.arange(1, ids.shape[1], device=ids.device) < lengths[:, None]
         hidden, targets = hidden[real], targets[real]
-    return head_cross_entropy(hidden, model.head_weight, targets)
+    weight = model.head_weight
+    if vocabulary is not None:
+        weight, targets = weight[vocabulary], torch.searchsorted(vocabulary, targets)
+    return head_cross_entropy(hidden, weight, targets)

@@ -1,5 +1,6 @@
 """A checkpoint folder, hub id or the embedded checkpoint to a model: strict, and no tensor copied twice."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -53,6 +54,15 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := sorted(name for name in names if not (folder / name).is_file()):
         raise CheckpointError(f"{folder}: missing {', '.join(missing)}")
     return [folder / name for name in sorted(names)]
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """sha256 over the config, the tokenizer and the weights of a checkpoint folder."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def tensor_problems(expected: dict[str, torch.Size], got: dict[str, list[int]]) -> list[str]:

@@ -69,7 +69,7 @@ def test_training_steps_agree(models, tmp_path):
     for name, model in zip(("cpu", "cuda"), models, strict=True):
         torch.manual_seed(settings.seed)
         inject(model, settings.lora)
-        losses = train(model, ids, lengths, settings, tmp_path / name, lambda _: None, lambda *_: None).losses
+        losses = train(model, ids, lengths, settings, None, tmp_path / name, lambda _: None, lambda *_: None).losses
         found.append((losses, {key: p.detach().cpu() for key, p in adapter_parameters(model).items()}))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
     for key, parameter in found[0][1].items():

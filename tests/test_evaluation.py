@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from experiments import evaluation
-from experiments.evaluation import ForecastError, errors, forecast, mean_interval
+from experiments.evaluation import ForecastError, forecast, metrics
+from experiments.forecasting import Forecaster
 from experiments.llmtime import Encoding
 from qwen_min import generate
 
@@ -23,7 +24,7 @@ def series(simulated):
 
 @pytest.fixture(scope="module")
 def found(tiny, series):
-    return forecast(*tiny, ENCODING, series, context_steps=20, horizon=3)
+    return forecast(*tiny, ENCODING, series, context_steps=20, horizon=3, decoding="free")
 
 
 def test_text_and_values_are_those_of_plain_greedy_generation(tiny, series, found):
@@ -54,7 +55,7 @@ def test_losses_equal_the_plain_ones(tiny, series, found):
 def test_batches_change_nothing(monkeypatch, tiny, series, found):
     monkeypatch.setattr(evaluation, "BATCH", 2)
     counts = []
-    parts = forecast(*tiny, ENCODING, series, context_steps=20, horizon=3, progress=counts.append)
+    parts = forecast(*tiny, ENCODING, series, context_steps=20, horizon=3, decoding="free", progress=counts.append)
     assert counts == [2, 2, 2, 1]
     np.testing.assert_array_equal(parts.values, found.values)
     np.testing.assert_allclose(parts.free_losses, found.free_losses, rtol=1e-4, atol=1e-5)
@@ -77,7 +78,7 @@ def test_a_row_is_cut_where_it_is_complete_whatever_its_neighbours_need(monkeypa
                 yield tokens[:, step], hidden @ model.head_weight.T, torch.ones(len(rows), dtype=torch.bool)
 
         monkeypatch.setattr(evaluation, "greedy_steps", scripted)
-        return forecast(*tiny, ENCODING, series[rows], context_steps=20, horizon=3)
+        return forecast(*tiny, ENCODING, series[rows], context_steps=20, horizon=3, decoding="free")
 
     texts[4] = texts[1]  # the fifth target is a token longer
     both, alone = forecast_rows([0, 1]), forecast_rows([0])
@@ -95,27 +96,20 @@ def test_logits_that_are_not_finite_are_an_error(tiny, series):
         forecast(damaged, tokenizer, ENCODING, series[:1], context_steps=20, horizon=3)
 
 
-def test_errors_by_hand():
-    truth = np.zeros((2, 2, 2))
-    fallback = np.array([[2.0, 4.0], [1.0, 1.0]])
-    values = np.array([[[1.0, np.nan], [3.0, 0.0]], [[np.nan, np.nan], [np.nan, np.nan]]])
-    got = errors(values, truth, fallback, scale=2.0)
-    assert got["mse_filled"] == pytest.approx((1 + 16 + 9 + 0 + 4 * 1) / 8)
-    assert (got["malformed_values"], got["sequences_without_forecast"], got["sequences"]) == (5, 1, 2)
-    assert got["mse"] == got["mse_median"] == pytest.approx(10 / 3)
-    assert got["mae"] == pytest.approx(4 / 3)
-    assert got["mse_populations"] == pytest.approx(40 / 3)
-    assert got["mse_by_horizon"] == pytest.approx([1.0, 4.5])
-    assert got["mse_by_variable"] == pytest.approx([5.0, 0.0])
-    assert errors(np.full((1, 2, 2), np.nan), truth[:1], fallback[:1], 1.0)["mse"] is None
-
-
-def test_the_interval_covers_the_mean_and_is_the_same_each_time():
-    rng = np.random.default_rng(1)
-    covered = 0
-    for _ in range(200):
-        sample = rng.exponential(size=60)
-        low, high = mean_interval(sample)
-        covered += low < 1 < high
-        assert mean_interval(sample) == [low, high]
-    assert 170 <= covered <= 200
+def test_constrained_forecasts_are_whole_and_have_the_same_losses(tiny, series, found):
+    constrained = forecast(*tiny, ENCODING, series, context_steps=20, horizon=3, steps=7)
+    assert constrained.values.shape == (7, 7, 2)
+    assert np.isfinite(constrained.values).all()
+    assert np.isnan(constrained.free_losses).all()
+    np.testing.assert_allclose(constrained.forced_losses, found.forced_losses, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(constrained.nats, found.nats, rtol=1e-4)
+    forecaster = Forecaster(*tiny, scale=ENCODING.scale)
+    alone = forecaster.forecast(series[:, :20], 7)
+    np.testing.assert_allclose(alone.values / ENCODING.scale, constrained.values, rtol=1e-6)
+    np.testing.assert_allclose(forecaster.nats_per_value(series[:, :20], series[:, 20:23]), found.nats, rtol=1e-4)
+    truth = ENCODING.scaled(series)[:, 20:27].astype(float)
+    found_metrics = metrics(constrained, truth, truth[:, 0], ENCODING.scale, horizon=3)
+    assert len(found_metrics["all"]["mse_by_horizon"]) == 3
+    assert len(found_metrics["long"]["mse_by_horizon"]) == 7
+    assert "free_loss" not in found_metrics["all"]
+    assert found_metrics["all"]["nats_per_value"] == pytest.approx(found.nats.mean(), rel=1e-4)

@@ -25,6 +25,7 @@ PASSES = {
     "training": {"new": 7, "head": "loss"},
     "prefill, LoRA": {"new": 7, "ranks": {"q_proj": 3, "v_proj": 3}},
     "decode, LoRA": {"new": 1, "cached": 3, "ranks": {"q_proj": 2, "down_proj": 5}},
+    "training, numbers only": {"new": 7, "head": "loss", "vocabulary": 13},
     "training, LoRA": {"new": 7, "head": "loss", "ranks": {"q_proj": 3, "v_proj": 3}},
 }
 

@@ -45,7 +45,7 @@ def test_the_untrained_model_forecasts_and_a_few_steps_improve_it(tmp_path, load
     inject(model, settings.lora)
     tokens = [tokenizer.encode(encoding.encode(one)) for one in train_part[:20]]
     ids, lengths = window_tensors(tokens, settings, tokenizer.pad_id)
-    train(model, ids, lengths, settings, tmp_path / "state", lambda step: None, lambda step, loss: print(loss))
+    train(model, ids, lengths, settings, None, tmp_path / "state", lambda step: None, lambda step, loss: print(loss))
     after = judged(loaded, encoding, validation)
     print(f"after {settings.steps} steps: {after}")
     assert after["forced_loss"] < before["forced_loss"]

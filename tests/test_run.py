@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from experiments import data, plans, report, run
+from experiments import data, gru, plans, report, run
 from experiments.training import Training
 from flops import Ledger
 from small_plan import quick
@@ -30,6 +30,7 @@ def data_file(tmp_path_factory):
 def small_plan(monkeypatch):
     """The quick plan with a few steps, in this process."""
     monkeypatch.setitem(plans.PLANS, "quick", quick)
+    monkeypatch.setattr(gru, "STEPS", 3)
 
 
 def start(*arguments, before=""):
@@ -68,7 +69,9 @@ def test_one_command_gives_a_finished_report(finished):
     for table in (2, 3, 4, 5, 6):
         assert f"Table {table}:" in markdown
         assert f"Table {table}:" in page
-    assert page.count("data:image/png;base64,") == 11
+    for name in ("by-horizon", "first", "worst", "error-by-flops"):
+        assert (out / "figures" / f"{name}.png").stat().st_size > 5000
+    assert page.count("data:image/png;base64,") == 11 + 4
     assert "0.2702" in markdown  # published, beside ours
     assert not list(out.rglob("*.partial"))
     assert not list(out.rglob("state.safetensors"))
@@ -107,7 +110,9 @@ def test_forecast_lines_hold_what_the_metrics_say(finished):
     assert np.mean([line["mse"] for line in lines]) == pytest.approx(mse)
     for line in lines:
         errors = np.array(line["forecast"], dtype=float) - np.array(line["truth"])
-        assert np.nanmean(errors**2) == pytest.approx(line["mse"], rel=1e-4)
+        assert errors.shape == (30, 2)
+        assert np.nanmean(errors[:10] ** 2) == pytest.approx(line["mse"], rel=1e-4)
+        assert np.array(line["quantiles"]).shape == (5, 10, 2)
 
 
 def test_the_report_is_redrawn_from_files_alone(finished):
@@ -258,7 +263,7 @@ def test_a_model_with_too_few_positions_is_refused(small_plan, data_file, tmp_pa
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 800}))
     assert run.main(["--model", str(config.parent), "--data", str(data_file), "--out", str(tmp_path / "out")]) == 2
-    assert "has 800 positions, plan quick needs 960" in capsys.readouterr().err
+    assert "has 800 positions, plan quick needs 1321" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -285,7 +290,9 @@ def test_the_report_plan_says_what_does_not_fit_the_budget(monkeypatch, tmp_path
 
     def warning(convention, budget=10**17):
         ledger = Ledger(tmp_path / "ledger.jsonl", budget)
-        return Suite(plans.report(0), tmp_path, sizes, None, None, {}, {}, ledger, convention, "").budget_warning()
+        return Suite(
+            plans.report(0), tmp_path, sizes, None, None, {}, {}, ledger, convention, ("", ""), "", 0
+        ).budget_warning()
 
     assert "Does not fit: final." in warning("sheet")
     assert "needs up to 1.145e+17 FLOPs" in warning("sheet")

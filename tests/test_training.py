@@ -29,7 +29,7 @@ def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None):
             raise KeyboardInterrupt
 
     try:
-        trained = train(model, ids, lengths, settings, state, before_step, lambda step, loss: None)
+        trained = train(model, ids, lengths, settings, None, state, before_step, lambda step, loss: None)
         return trained.losses, {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     finally:
         remove(model)

@@ -1,0 +1,168 @@
+"""Forecast series of your own: CSV or HDF5 in, CSV and a figure out.
+
+    python -m experiments.forecast series.csv --horizon 10 --plot forecast.png
+    python -m experiments.forecast series.csv --adapter runs/quick/experiments/final/adapter
+
+A CSV file is one series: a row for each time step, a column for each variable, names in the first row if you like.
+An HDF5 file holds many, as the report's data set does.
+"""
+
+import argparse
+import csv
+import io
+import math
+import sys
+from pathlib import Path
+
+DELIMITERS = ",;\t"
+QUANTILES = (0.1, 0.9)
+
+
+def read_csv(path: Path, columns: list[str] | None = None):
+    """Names of the variables and the one series (T, D) of a CSV file; `columns` picks some by name.
+
+    Raises DataError that names the line and the column of what is no number.
+    """
+    import numpy as np
+
+    from experiments.data import DataError
+
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip("\r\n")
+        first = text.split("\n", 1)[0]
+        delimiter = next((mark for mark in DELIMITERS if mark in first), ",")
+        rows = list(csv.reader(io.StringIO(text), delimiter=delimiter, strict=True))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a readable CSV file ({error})") from error
+    if not rows:
+        raise DataError(f"{path}: is empty, expected a row for each time step")
+    named = not all(_is_number(cell) for cell in rows[0])
+    names = [cell.strip() for cell in rows[0]] if named else [f"x{i}" for i in range(len(rows[0]))]
+    for line, row in enumerate(rows, start=1):
+        if len(row) != len(names):
+            raise DataError(f"{path}, line {line}: has {len(row)} columns, the first line has {len(names)}")
+    chosen = names if columns is None else columns
+    for name in chosen:
+        if names.count(name) != 1:
+            raise DataError(f"{path}: has {names.count(name)} columns {name!r}, expected one; it holds {names}")
+    kept = [names.index(name) for name in chosen]
+    values = []
+    for line, row in enumerate(rows[named:], start=1 + named):
+        for column in kept:
+            if not _is_number(row[column]):
+                what = repr(row[column].strip()) if row[column].strip() else "nothing"
+                raise DataError(
+                    f"{path}, line {line}, column {names[column]!r}: holds {what}, expected a number; leave columns "
+                    "out with --columns"
+                )
+        values.append([float(row[column]) for column in kept])
+    return chosen, np.array(values).reshape(len(values), len(kept))
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False
+
+
+def fractions(text: str) -> list[float]:
+    """Numbers between 0 and 1, joined by commas."""
+    try:
+        found = sorted(float(part) for part in text.split(","))
+    except ValueError:
+        found = []
+    if not found or not all(0 < value < 1 for value in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers between 0 and 1, such as 0.1,0.9")
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m experiments.forecast", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("series", type=Path, help="CSV file (one series) or HDF5 file with /trajectories and /time (many)")
+    p.add_argument("--adapter", type=Path, help="folder of an adapter that experiments.run trained")
+    p.add_argument("--model", help="checkpoint: a folder, a hub id or tiny (default: the adapter's, else tiny)")
+    p.add_argument("--horizon", type=int, default=10, help="time steps to forecast (default %(default)s)")
+    p.add_argument("--columns", type=lambda text: text.split(","), help="names of the CSV columns to use (default all)")
+    p.add_argument(
+        "--samples",
+        type=int,
+        default=20,
+        help="paths to draw; 0: only the likeliest, no interval (default %(default)s)",
+    )
+    p.add_argument("--quantiles", type=fractions, default=list(QUANTILES), help="of the paths (default 0.1,0.9)")
+    p.add_argument("--scale", type=float, help="what values are divided by (default: the adapter's, else so that 9.99 "
+                   "is the largest of each series)")  # fmt: skip
+    p.add_argument("--decimals", type=int, help="places behind the point (default: the adapter's, else 2)")
+    p.add_argument("--seed", type=int, default=0, help="of the paths (default %(default)s)")
+    p.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+    p.add_argument("--out", type=Path, default=Path("forecast.csv"), help="CSV to write (default %(default)s)")
+    p.add_argument("--plot", type=Path, help="figure to write, a PNG")
+    return p
+
+
+def run(args: argparse.Namespace) -> list[Path]:
+    """Read, forecast, write; the files written. Raises ValueError or OSError, with nothing written, for bad input."""
+    import torch
+
+    from experiments import data, figures
+    from experiments.forecasting import Forecaster
+    from experiments.run import checked_device
+    from experiments.runfolder import write_whole
+
+    if args.plot and args.plot.suffix.lower() != ".png":
+        raise ValueError(f"--plot {args.plot}: expected a name that ends in .png")
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}, expected 0 or more")
+    device = checked_device(args.device)
+    if args.series.suffix.lower() in (".h5", ".hdf5"):
+        if args.columns:
+            raise ValueError(f"{args.series}: --columns is for CSV files")
+        names, series = ["prey", "predator"], list(data.read(args.series).trajectories)
+    else:
+        names, one = read_csv(args.series, args.columns)
+        series = [one]
+    forecaster = Forecaster.load(
+        args.model, args.adapter, device, getattr(torch, args.dtype), scale=args.scale, decimals=args.decimals
+    )
+    quantiles = args.quantiles if args.samples else []
+    found = forecaster.forecast(series, args.horizon, args.samples, quantiles, args.seed)
+    written = [args.out]
+    write_whole(args.out, to_csv(names, found, quantiles))
+    if args.plot:
+        figures.fan(names, series, found.values, found.quantiles, args.plot)
+        written.append(args.plot)
+    return written
+
+
+def to_csv(names: list[str], found, quantiles: list[float]) -> str:
+    """A row for each forecast step of each series: the forecast of every variable, then its quantiles."""
+    levels = [f"{name}_q{level:g}" for level in quantiles for name in names]
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["series", "step", *names, *levels])
+    for number, values in enumerate(found.values):
+        for step, row in enumerate(values):
+            bounds = found.quantiles[number, :, step].ravel() if quantiles else []
+            writer.writerow([number, step + 1, *(f"{value:.6g}" for value in (*row, *bounds))])
+    return table.getvalue()
+
+
+def main() -> int:
+    """Exit status 2 for bad input, with one line that says what was expected."""
+    args = parser().parse_args()
+    try:
+        written = run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(map(str, written)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Forecasts of any series: arrays in, arrays out.
+
+N series, T time steps (each series may have its own), D variables, h forecast steps, S samples, Q quantiles.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from experiments.grammar import Grammar, decode, nats_of
+from experiments.llmtime import Encoding
+from experiments.runfolder import read_json, to_json, write_whole
+from lora import AdapterError, load_adapter
+from qwen_min import Qwen, Tokenizer, load
+from qwen_min.generate import pad_left, prefill
+from qwen_min.weights import checkpoint_folder, checkpoint_hash
+
+TRAINED = "encoding.json"  # in an adapter's folder, beside peft's files
+CACHE_BYTES = 2**30  # of keys and values at a time
+LARGEST = 100.0  # two digits before the point
+
+
+class Forecast(NamedTuple):
+    """What `Forecaster.forecast` returns, in the units of the contexts."""
+
+    values: np.ndarray  # (N, h, D): the likeliest digit each time, or the median where samples were drawn
+    samples: np.ndarray | None  # (N, S, h, D)
+    quantiles: np.ndarray | None  # (N, Q, h, D)
+
+
+def rows_at_once(model: Qwen, num_columns: int) -> int:
+    """How many rows of a cache of num_columns take CACHE_BYTES."""
+    config, item = model.config, model.head_weight.dtype.itemsize
+    row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item * num_columns
+    return max(1, CACHE_BYTES // row)
+
+
+class Forecaster:
+    """A model that continues series written as text, every forecast well-formed."""
+
+    def __init__(self, model: Qwen, tokenizer: Tokenizer, scale: float | None = None, decimals: int = 2):
+        """Values are divided by `scale`, or, where none is given, so that 9.99 is the largest of each series."""
+        Encoding(1.0 if scale is None else scale, decimals)  # refuses what is no encoding
+        self.model, self.tokenizer, self.scale, self.decimals = model, tokenizer, scale, decimals
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path | None = None,
+        adapter: str | Path | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        scale: float | None = None,
+        decimals: int | None = None,
+    ) -> "Forecaster":
+        """A checkpoint (folder, hub id or "tiny") with an adapter that `experiments.run` trained, or without one.
+
+        What is not given (checkpoint, scale, decimals) is what the adapter was trained with, as its folder says, else
+        "tiny", fitted to each series, and 2. Raises CheckpointError or AdapterError, in one line, for what does not fit
+        together.
+        """
+        trained = {} if adapter is None else read_trained(adapter)
+        folder = checkpoint_folder(checkpoint or trained.get("checkpoint", "tiny"))
+        if trained and checkpoint_hash(folder) != trained["checkpoint_sha256"]:
+            raise AdapterError(f"{adapter}: trained on {trained['checkpoint']}, which {folder} is not")
+        model, tokenizer = load(folder, device, dtype)
+        if adapter is not None:
+            load_adapter(model, adapter)
+        scale = trained.get("scale") if scale is None else scale
+        return cls(model, tokenizer, scale, trained.get("decimals", 2) if decimals is None else decimals)
+
+    def forecast(
+        self,
+        contexts: np.ndarray | Sequence[np.ndarray],
+        horizon: int,
+        samples: int = 0,
+        quantiles: Sequence[float] = (),
+        seed: int = 0,
+    ) -> Forecast:
+        """Continue each of contexts (N, T, D), or N arrays (T, D), by `horizon` steps.
+
+        samples > 0 draws as many paths from the model; quantiles (between 0 and 1) are taken over them. The result for
+        a series depends on seed and series alone, not on the others. Raises ValueError, before any work, for values
+        that are missing, negative or beyond the encoding, and for more text than the model has positions.
+        """
+        if samples < 0 or (quantiles and not samples) or not all(0 <= q <= 1 for q in quantiles):
+            raise ValueError(
+                f"{samples} samples and quantiles {list(quantiles)}: expected samples for quantiles between 0 and 1"
+            )
+        encodings, prompts, num_variables = self._prompts(contexts)
+        num_values = horizon * num_variables
+        grammar = Grammar(self.tokenizer, self.decimals, num_variables)
+        columns = max(map(len, prompts)) + grammar.columns(num_values)
+        if columns > self.model.config.max_position_embeddings:
+            raise ValueError(
+                f"a horizon of {horizon} takes up to {columns} positions together with the longest context, the model "
+                f"has {self.model.config.max_position_embeddings}; shorten either"
+            )
+        paths = max(samples, 1)
+        rows = [(series, sample) for series in range(len(prompts)) for sample in range(paths)]
+        size = rows_at_once(self.model, columns)
+        texts = []
+        for start in range(0, len(rows), size):
+            texts += self._texts(grammar, prompts, rows[start : start + size], num_values, seed if samples else None)
+        decoded = [
+            encodings[series].decode(text, horizon, num_variables) * encodings[series].scale
+            for (series, _), text in zip(rows, texts, strict=True)
+        ]
+        values = np.stack(decoded).reshape(len(prompts), paths, horizon, num_variables)
+        if not samples:
+            return Forecast(values[:, 0], None, None)
+        levels = np.quantile(values, quantiles, axis=1).swapaxes(0, 1) if quantiles else None
+        return Forecast(np.median(values, axis=1), values, levels)
+
+    def nats_per_value(self, contexts, continuations) -> np.ndarray:
+        """How unlikely each of continuations (N, h, D) is behind its context, (N): -log p by the grammar / (h D).
+
+        The last value of a text is taken to end there. Errors as in `forecast`.
+        """
+        encodings, prompts, num_variables = self._prompts(contexts)
+        truths = [_checked(continuation, number) for number, continuation in enumerate(continuations)]
+        texts = [encoding.encode(truth) for encoding, truth in zip(encodings, truths, strict=True)]
+        grammar = Grammar(self.tokenizer, self.decimals, num_variables)
+        found = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            ids = torch.tensor([prompt + self.tokenizer.encode(text)], device=self.model.head_weight.device)
+            with torch.inference_mode():
+                hidden = self.model.model(ids)[0, len(prompt) - 1 : -1]
+            found.append(nats_of(self.model, grammar, hidden, text))
+        return np.array(found) / [truth.size for truth in truths]
+
+    def _prompts(self, contexts) -> tuple[list[Encoding], list[list[int]], int]:
+        """Of each series its encoding and its tokens up to the `;` behind it, and the number of variables."""
+        arrays = [_checked(context, number) for number, context in enumerate(contexts)]
+        widths = {array.shape[1] for array in arrays}
+        if len(widths) != 1:
+            raise ValueError(f"the series have {sorted(widths) or 'no'} variables, expected one number for all")
+        encodings, prompts = [], []
+        for number, array in enumerate(arrays):
+            encoding = Encoding.fit(array if array.any() else np.ones_like(array), self.decimals)
+            if self.scale is not None:
+                encoding = Encoding(self.scale, self.decimals)
+            largest = encoding.scaled(array).max()
+            if round(largest, self.decimals) >= LARGEST:
+                raise ValueError(
+                    f"series {number}: {array.max():g} is {largest:.4g} when divided by the scale {encoding.scale:g}, "
+                    f"expected less than {LARGEST:g}; give another scale"
+                )
+            encodings.append(encoding)
+            prompts.append(self.tokenizer.encode(encoding.encode(array) + ";"))
+        return encodings, prompts, widths.pop()
+
+    def _texts(
+        self, grammar: Grammar, prompts: list[list[int]], rows: list[tuple[int, int]], num_values: int, seed: int | None
+    ) -> list[str]:
+        """The texts behind prompts[series] for each (series, sample) of rows; without a seed the likeliest."""
+        device = self.model.head_weight.device
+        series = sorted({number for number, _ in rows})
+        ids, mask = pad_left([prompts[number] for number in series], self.tokenizer.pad_id)
+        ids, mask = ids.to(device), None if mask is None else mask.to(device)
+        cache, hidden = prefill(self.model, ids, grammar.columns(num_values), mask)
+        uniforms = None
+        if seed is not None:
+            counts = Counter(number for number, _ in rows)
+            times = torch.tensor([counts[number] for number in series], device=device)
+            cache, hidden = cache.repeat(times), hidden.repeat_interleave(times, 0)
+            mask = None if mask is None else mask.repeat_interleave(times, 0)
+            draws = [
+                _uniforms(seed, prompts[number], sample, grammar.most_choices(num_values)) for number, sample in rows
+            ]
+            uniforms = torch.from_numpy(np.stack(draws)).to(device)
+        return decode(self.model, grammar, cache, hidden, num_values, mask, uniforms)
+
+
+def _checked(context, number: int) -> np.ndarray:
+    array = np.asarray(context)
+    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
+        raise ValueError(
+            f"series {number}: got an array of {array.dtype} {array.shape}, expected numbers (time steps, variables)"
+        )
+    array = array.astype(np.float64)
+    for problem, where in (("missing", ~np.isfinite(array)), ("negative", array < 0)):
+        if where.any():
+            step, variable = np.argwhere(where)[0]
+            raise ValueError(
+                f"series {number}, step {step}, variable {variable}: {array[step, variable]:g} is {problem}; "
+                "expected finite numbers of at least 0"
+            )
+    return array
+
+
+def _uniforms(seed: int, prompt: list[int], sample: int, count: int) -> np.ndarray:
+    """The random numbers of one sampled path: a function of these arguments, not of what else is forecast."""
+    key = np.frombuffer(hashlib.sha256(np.asarray(prompt, np.int64).tobytes()).digest(), np.uint32)
+    return np.random.default_rng([seed, sample, *key]).random(count)
+
+
+def write_trained(folder: Path, encoding: Encoding, checkpoint: str, checkpoint_sha256: str) -> None:
+    """Put beside an adapter what it takes to forecast as it was trained."""
+    fields = asdict(encoding) | {"checkpoint": checkpoint, "checkpoint_sha256": checkpoint_sha256}
+    write_whole(folder / TRAINED, to_json(fields))
+
+
+def read_trained(folder: str | Path) -> dict:
+    """What `write_trained` wrote. Raises AdapterError when it is missing or damaged."""
+    path = Path(folder) / TRAINED
+    try:
+        fields = read_json(path)
+        Encoding(fields["scale"], fields["decimals"])
+        return {name: fields[name] for name in ("scale", "decimals", "checkpoint", "checkpoint_sha256")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{path}: not the record of an adapter that experiments.run trained ({error})") from error
