@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CONTEXT = 699  # tokens of a forecasting prompt
+CONTEXTS = 10  # prompts forecast together
+TOKENS_PER_STEP = 10  # of a time step of two values, `1.23,4.56;`
+FORECAST_STEPS = (10, 30)
 DECODE_STEPS = 8
 BATCHES = (1, 10, 64)
 GROWN_CONTEXTS = (128, 512, 2048, 8192)
@@ -71,10 +74,13 @@ class Side:
         self.decode_steps(tokens, cache, 1)
         return self.timed(lambda: self.decode_steps(tokens, cache, DECODE_STEPS)) / DECODE_STEPS
 
-    def generate(self, batch: int, num_new_tokens: int) -> float:
-        """Seconds of a whole greedy generation behind CONTEXT tokens."""
-        ids = self.ids(batch, CONTEXT)
-        return self.timed(lambda: self.generate_tokens(ids, num_new_tokens))
+    def forecast(self, steps: int) -> dict[str, float]:
+        """Seconds to forecast `steps` time steps of ten tokens behind CONTEXTS prompts of CONTEXT tokens.
+
+        "prefill", and behind it "free" greedy decoding and decoding "constrained" to numbers.
+        """
+        ids = self.ids(CONTEXTS, CONTEXT)
+        return self.timed_forecast(ids, steps)
 
     def lora_step(self, batch: int, context: int) -> float:
         """Seconds of an optimizer step, rank 8 on q_proj and v_proj."""
@@ -128,10 +134,27 @@ class Ours(Side):
             for _ in range(count):
                 tokens = linear(append(tokens)[:, -1], self.model.head_weight).argmax(-1, keepdim=True)
 
-    def generate_tokens(self, ids, num_new_tokens):
-        from qwen_min import generate
+    def timed_forecast(self, ids, steps):
+        from experiments.grammar import Grammar, decode
+        from qwen_min import Tokenizer
+        from qwen_min.generate import greedy_steps, prefill
 
-        generate(self.model, ids, num_new_tokens)
+        found, tokens = {}, steps * TOKENS_PER_STEP
+        grammar = Grammar(Tokenizer(Path(self.source) / "tokenizer.json"), decimals=2, num_variables=2)
+        room = max(tokens, grammar.columns(2 * steps))
+
+        def run():
+            found["cache"], found["hidden"] = prefill(self.model, ids, room)
+
+        def free():
+            for _ in greedy_steps(self.model, found["cache"], found["hidden"], tokens):
+                pass
+
+        seconds = {"prefill": self.timed(run), "free": self.timed(free)}
+        found["cache"].truncate(CONTEXT)
+        return seconds | {
+            "constrained": self.timed(lambda: decode(self.model, grammar, found["cache"], found["hidden"], 2 * steps))
+        }
 
     def prepare_training(self):
         from lora import LoraConfig, adapter_parameters, inject
@@ -190,16 +213,21 @@ class Peer(Side):
                 logits = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
                 tokens = logits[:, -1].argmax(-1, keepdim=True)
 
-    def generate_tokens(self, ids, num_new_tokens):
-        self.model.generate(
-            ids,
-            attention_mask=self.torch.ones_like(ids),
-            min_new_tokens=num_new_tokens,
-            max_new_tokens=num_new_tokens,
-            do_sample=False,
-            repetition_penalty=1.0,
-            pad_token_id=0,
-        )
+    def timed_forecast(self, ids, steps):
+        def generate(num_new_tokens):
+            self.model.generate(
+                ids,
+                attention_mask=self.torch.ones_like(ids),
+                min_new_tokens=num_new_tokens,
+                max_new_tokens=num_new_tokens,
+                do_sample=False,
+                repetition_penalty=1.0,
+                pad_token_id=0,
+            )
+
+        prefill = self.timed(lambda: generate(1))
+        decoding = self.timed(lambda: generate(steps * TOKENS_PER_STEP)) - prefill
+        return {"prefill": prefill, "free": decoding, "constrained": decoding}  # it has but one way
 
     def prepare_training(self):
         import peft
@@ -324,7 +352,17 @@ def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, typ
     for batch in BATCHES:
         read = weights + batch * CONTEXT * per_position
         line(f"decode step, batch {batch}", ask("decode", batch, CONTEXT), batch, "tokens", read=read)
-    line("10 contexts + 100 tokens", ask("generate", 10, 100), 1000, "tokens")
+    for steps in FORECAST_STEPS:
+        answers = ask("forecast", steps)
+        for name, parts in {
+            "prefill": ["prefill"],
+            "free decoding": ["free"],
+            "constrained decoding": ["constrained"],
+            "whole, free": ["prefill", "free"],
+            "whole, constrained": ["prefill", "constrained"],
+        }.items():
+            times = {side: [sum(found[part] for part in parts) for found in each] for side, each in answers.items()}
+            line(f"{CONTEXTS} contexts + {steps} time steps, {name}", times, CONTEXTS * steps, "time steps")
     contexts = [context for context in GROWN_CONTEXTS if context + 1 + DECODE_STEPS <= config.max_position_embeddings]
     for context in contexts:
         read = weights + context * per_position

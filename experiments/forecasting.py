@@ -93,6 +93,8 @@ class Forecaster:
             raise ValueError(
                 f"{samples} samples and quantiles {list(quantiles)}: expected samples for quantiles between 0 and 1"
             )
+        if horizon < 1:
+            raise ValueError(f"horizon is {horizon}, expected at least 1")
         encodings, prompts, num_variables = self._prompts(contexts)
         num_values = horizon * num_variables
         grammar = Grammar(self.tokenizer, self.decimals, num_variables)
@@ -124,7 +126,7 @@ class Forecaster:
         The last value of a text is taken to end there. Errors as in `forecast`.
         """
         encodings, prompts, num_variables = self._prompts(contexts)
-        truths = [_checked(continuation, number) for number, continuation in enumerate(continuations)]
+        truths = [np.asarray(continuation, dtype=float) for continuation in continuations]
         texts = [encoding.encode(truth) for encoding, truth in zip(encodings, truths, strict=True)]
         grammar = Grammar(self.tokenizer, self.decimals, num_variables)
         found = []
@@ -184,6 +186,8 @@ def _checked(context, number: int) -> np.ndarray:
         raise ValueError(
             f"series {number}: got an array of {array.dtype} {array.shape}, expected numbers (time steps, variables)"
         )
+    if len(array) < 2:
+        raise ValueError(f"series {number}: has 1 time step, expected at least 2")
     array = array.astype(np.float64)
     for problem, where in (("missing", ~np.isfinite(array)), ("negative", array < 0)):
         if where.any():

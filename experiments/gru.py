@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-HIDDEN, STEPS, BATCH, RATE = 64, 1000, 32, 1e-2
+HIDDEN, STEPS, BATCH, RATE = 64, 600, 32, 1e-2
 ROLLED = 10  # steps that training rolls out on the network's own forecasts
 FIRST, EVERY = 10, 6  # where roll-outs begin: behind so many steps, and every so many
 

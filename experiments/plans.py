@@ -21,7 +21,7 @@ class Experiment:
 
     @property
     def judged(self) -> bool:
-        """Whether it is a result, not a candidate: on the test set, over the long horizon, with samples."""
+        """Whether it is a result, not a candidate: on the test set, and over the long horizon."""
         return "test" in self.splits
 
 

@@ -58,8 +58,8 @@ def parser() -> argparse.ArgumentParser:
         "numbers (default), or raw argmax as in the report",
     )  # fmt: skip
     p.add_argument(
-        "--samples", type=int, default=20, help="paths drawn for each sequence of the untrained and the final model, "
-        "0 for none (default %(default)s)",
+        "--samples", type=int, default=20, help="paths that the last model draws for each test sequence, 0 for none "
+        "(default %(default)s)",
     )  # fmt: skip
     p.add_argument("--numeric-head", action="store_true", help="train with a softmax over the tokens of numbers only")
     p.add_argument("--seed", type=int, default=0, help="of adapters and batches (default %(default)s)")

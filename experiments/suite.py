@@ -44,7 +44,7 @@ class Suite:
     convention: str
     checkpoint: tuple[str, str]  # as the user named it, and its sha256
     decoding: str
-    samples: int  # paths drawn for each sequence of a judged experiment
+    samples: int  # paths drawn for each test sequence by the last experiment
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
         """FLOPs of one optimizer step."""
@@ -234,7 +234,7 @@ class Suite:
             )
         lines = [self._line(self.ids[split][i], i, found, truth) for i in range(len(series))]
         results = metrics(found, truth, context.mean(axis=1), self.encoding.scale, HORIZON)
-        if self.samples and experiment.judged:
+        if self.samples and split == "test" and experiment == self.plan.experiments[-1]:
             forecaster = Forecaster(self.model, self.tokenizer, self.encoding.scale, self.encoding.decimals)
             drawn = forecaster.forecast(series[:, :CONTEXT_STEPS], HORIZON, self.samples).samples / self.encoding.scale
             results["probabilistic"] = probabilistic(drawn, truth[:, :HORIZON])

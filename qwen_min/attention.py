@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 64  # queries whose scores, for all heads of a row, stay in the cache of a CPU core
+# queries of a row, and scores, that are worked on together, so that they stay in the cache of a CPU core
+BLOCK, SCORES = 64, 2**20
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -53,8 +54,9 @@ class _Blockwise(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, k, v, mask)
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # as o_proj will read it
-        for row, block, seen, weights, _ in _weights_by_block(q, k, mask):
-            out[row, :, block] = (weights @ v[row, :, :seen]).view(q.shape[1], -1, q.shape[3])
+        for rows, block, seen, weights, _ in _weights_by_block(q, k, mask):
+            part = out[rows, :, block]
+            part.copy_((weights @ v[rows, :, :seen]).view(part.shape))
         return out
 
     @staticmethod
@@ -65,35 +67,38 @@ class _Blockwise(torch.autograd.Function):
         scale, at_least_fp32 = q.shape[3] ** -0.5, torch.promote_types(q.dtype, torch.float32)
         grad_q = torch.empty_like(q)
         grad_k, grad_v = (torch.zeros(k.shape, dtype=at_least_fp32) for _ in range(2))
-        for row, block, seen, weights, queries in _weights_by_block(q, k, mask):
-            grad_out = grad[row, :, block].reshape(queries.shape)  # (K, G n, D)
-            grad_v[row, :, :seen] += weights.transpose(1, 2) @ grad_out
-            grad_weights = grad_out @ v[row, :, :seen].transpose(1, 2)
+        for rows, block, seen, weights, queries in _weights_by_block(q, k, mask):
+            grad_out = grad[rows, :, block].reshape(queries.shape)  # (b, K, G n, D)
+            grad_v[rows, :, :seen] += weights.transpose(2, 3) @ grad_out
+            grad_weights = grad_out @ v[rows, :, :seen].transpose(2, 3)
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype) * scale
-            grad_q[row, :, block] = (grad_scores @ k[row, :, :seen]).view(q.shape[1], -1, q.shape[3])
-            grad_k[row, :, :seen] += grad_scores.transpose(1, 2) @ queries
+            part = grad_q[rows, :, block]
+            part.copy_((grad_scores @ k[rows, :, :seen]).view(part.shape))
+            grad_k[rows, :, :seen] += grad_scores.transpose(2, 3) @ queries
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
 def _weights_by_block(q: Tensor, k: Tensor, mask: Tensor | None):
-    """For each row and block of n queries: row, block, the keys it sees, weights (K, G n, keys), queries (K, G n, D).
+    """For every b rows and n queries of them: rows, queries, the number of keys they see, weights (b, K, G n, keys),
+    queries (b, K, G n, D).
 
     Scores and softmax in at least fp32.
     """
     (batch, heads, num_new, size), (kv_heads, total) = q.shape, k.shape[1:3]
     at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
     ahead = torch.ones(num_new, total, dtype=torch.bool).triu(total - num_new + 1)  # (T, S)
-    for row in range(batch):
-        keys = k[row].to(at_least_fp32).transpose(1, 2)  # (K, D, S)
+    together = max(1, SCORES // (heads * BLOCK * total))
+    for rows in (slice(row, row + together) for row in range(0, batch, together)):
+        keys = k[rows].to(at_least_fp32).transpose(2, 3)  # (b, K, D, S)
         for start in range(0, num_new, BLOCK):
             block = slice(start, min(start + BLOCK, num_new))
             seen = total - num_new + block.stop
-            queries = q[row, :, block].reshape(kv_heads, -1, size)  # (K, G n, D)
-            scores = (queries.to(at_least_fp32) * size**-0.5) @ keys[:, :, :seen]
-            by_query = scores.view(heads, -1, seen)
+            queries = q[rows, :, block].reshape(len(keys), kv_heads, -1, size)  # (b, K, G n, D)
+            scores = (queries.to(at_least_fp32) * size**-0.5) @ keys[..., :seen]
+            by_query = scores.view(len(keys), heads, -1, seen)
             if mask is None:
                 first = total - num_new + start  # all before is behind every query of the block
-                by_query[:, :, first:].masked_fill_(ahead[block, first:seen], -torch.inf)
+                by_query[..., first:].masked_fill_(ahead[block, first:seen], -torch.inf)
             else:
-                by_query.masked_fill_(~mask[min(row, len(mask) - 1), 0, block, :seen], -torch.inf)
-            yield row, block, seen, scores.softmax(-1).to(q.dtype), queries
+                by_query.masked_fill_(~mask[rows if len(mask) > 1 else slice(1), :, block, :seen], -torch.inf)
+            yield rows, block, seen, scores.softmax(-1).to(q.dtype), queries

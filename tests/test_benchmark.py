@@ -17,6 +17,7 @@ def small(monkeypatch):
     monkeypatch.setattr(benchmark, "BATCHES", (1, 2))
     monkeypatch.setattr(benchmark, "GROWN_CONTEXTS", (32, 64, 8192))
     monkeypatch.setattr(benchmark, "TRAINED_BATCHES", (1, 4))
+    monkeypatch.setattr(benchmark, "FORECAST_STEPS", (2,))
 
     class Machine:
         def __init__(self, device, dtype):
@@ -37,6 +38,7 @@ def test_one_run_measures_this_project(small, monkeypatch, capsys, tmp_path):
     names = [line["name"] for line in found["lines"]]
     assert "decode step, batch 2" in names
     assert "LoRA step, 4 x 768" in names
+    assert "10 contexts + 2 time steps, whole, constrained" in names
     assert "decode step, context 8192" not in names  # beyond the model's positions
     assert all(seconds > 0 for line in found["lines"] for seconds in line["seconds"]["qwen-min"])
     assert found["peak"]["LoRA step, 4 x 512"]["qwen-min"][0] > 1e8

@@ -1,0 +1,103 @@
+"""The command that forecasts a user's own series."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from experiments import data, forecast
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run the command in an empty folder: (exit status, stdout, stderr, files written)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        before = set(tmp_path.iterdir())
+        monkeypatch.setattr("sys.argv", ["forecast", *map(str, arguments)])
+        status = forecast.main()
+        out, err = capsys.readouterr()
+        return status, out, err, {path.name for path in set(tmp_path.iterdir()) - before}
+
+    return call
+
+
+def sine(path, header="deer,wolves\n", delimiter=","):
+    rows = [(5 + 3 * np.sin(t / 4), 2 + np.cos(t / 4)) for t in range(40)]
+    path.write_text(header + "".join(f"{a:.4f}{delimiter}{b:.4f}\n" for a, b in rows))
+    return path
+
+
+def test_a_csv_file_gives_a_table_with_intervals_and_a_picture(run, tmp_path):
+    series = sine(tmp_path / "sine.csv")
+    status, out, err, written = run(series, "--horizon", 5, "--samples", 8, "--plot", "picture.png")
+    assert (status, err, written) == (0, "", {"forecast.csv", "picture.png"})
+    assert out.split() == ["forecast.csv", "picture.png"]
+    with (tmp_path / "forecast.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    columns = ["series", "step", "deer", "wolves", "deer_q0.1", "wolves_q0.1", "deer_q0.9", "wolves_q0.9"]
+    assert list(rows[0]) == columns
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5"]
+    for row in rows:
+        assert 0 <= float(row["deer_q0.1"]) <= float(row["deer"]) <= float(row["deer_q0.9"])
+    assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_headers_delimiters_and_columns_are_the_user_s_choice(run, tmp_path):
+    plain = sine(tmp_path / "plain.csv", header="", delimiter=";")
+    assert run(plain, "--horizon", 2, "--samples", 0, "--out", "a.csv")[0] == 0
+    assert (tmp_path / "a.csv").read_text().startswith("series,step,x0,x1\n0,1,")
+    dated = tmp_path / "dated.csv"
+    dated.write_text("﻿date,deer\n2001-01-01,1.5\n2001-01-02,1.6\n2001-01-03,1.7\n\n", encoding="utf-8")
+    assert run(dated, "--columns", "deer", "--horizon", 2, "--samples", 0, "--out", "b.csv")[0] == 0
+
+
+def test_an_hdf5_file_gives_every_series(run, tmp_path):
+    path = tmp_path / "some.h5"
+    data.write(path, data.simulate(seed=3, num_systems=3))
+    assert run(path, "--horizon", 2, "--samples", 2, "--quantiles", "0.25,0.75")[0] == 0
+    with (tmp_path / "forecast.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0][4:] == ["prey_q0.25", "predator_q0.25", "prey_q0.75", "predator_q0.75"]
+    assert [row[0] for row in rows[1:]] == ["0", "0", "1", "1", "2", "2"]
+
+
+BAD = {
+    "text": ("a,b\n1,2\n3,oak\n", [], "line 3, column 'b': holds 'oak', expected a number"),
+    "gap": ("a,b\n1,2\n3,\n", [], "line 3, column 'b': holds nothing"),
+    "not a number": ("a,b\n1,2\n3,nan\n", [], "line 3, column 'b': holds 'nan'"),
+    "blank line": ("1,2\n\n3,4\n", [], "line 2: has 0 columns, the first line has 2"),
+    "ragged": ("1,2\n3,4,5\n", [], "line 2: has 3 columns"),
+    "negative": ("1,2\n3,-4\n", [], "series 0, step 1, variable 1: -4 is negative"),
+    "huge": ("1,2\n3,4e9\n", ["--scale", "1"], "is 4e+09 when divided by the scale 1"),
+    "one row": ("a,b\n1,2\n", [], "1 time step, expected at least 2"),
+    "header only": ("a,b\n", [], "expected"),
+    "empty": ("", [], "is empty"),
+    "unknown column": ("a,b\n1,2\n3,4\n", ["--columns", "c"], "has 0 columns 'c'"),
+    "horizon": ("1\n2\n3\n", ["--horizon", "5000"], "a horizon of 5000 takes up to"),
+    "no adapter": ("1\n2\n3\n", ["--adapter", "nowhere"], "encoding.json: not the record of an adapter"),
+    "no checkpoint": ("1\n2\n3\n", ["--model", "nowhere"], "nowhere: no such folder"),
+    "no picture": ("1\n2\n3\n", ["--plot", "a.txt"], "expected a name that ends in .png"),
+    "scale": ("1\n2\n3\n", ["--scale", "0"], "scale is 0.0, expected a positive number"),
+    "decimals": ("1\n2\n3\n", ["--decimals", "9"], "decimals is 9, expected 1 to 6"),
+    "samples": ("1\n2\n3\n", ["--samples", "-1"], "-1 samples"),
+}
+
+
+@pytest.mark.parametrize(("content", "arguments", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_gives_one_clear_line_and_writes_nothing(run, tmp_path, content, arguments, message):
+    path = tmp_path / "series.csv"
+    path.write_text(content)
+    status, out, err, written = run(path, *arguments)
+    assert (status, out, written) == (2, "", set())
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_a_missing_or_binary_file_is_refused(run, tmp_path):
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
+    for name in ("missing.csv", "binary.csv", "missing.h5"):
+        status, _, err, written = run(tmp_path / name)
+        assert (status, written, err.count("\n")) == (2, set(), 1)

@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+
+from experiments.forecasting import Forecaster, write_trained
+from experiments.llmtime import Encoding
+from lora import AdapterError, LoraConfig, adapter_parameters, inject, remove, save_adapter
+from qwen_min.weights import TINY, checkpoint_hash
+
+
+def waves(num_variables=2, steps=(24, 30, 17, 24)):
+    return [
+        np.stack([5 + 3 * np.sin(np.arange(length) / (3 + row + d)) for d in range(num_variables)], axis=1) * (row + 1)
+        for row, length in enumerate(steps)
+    ]
+
+
+@pytest.fixture(scope="module")
+def forecaster(tiny):
+    return Forecaster(*tiny)
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+def test_a_forecast_depends_on_its_series_alone(monkeypatch, forecaster, samples):
+    series = waves()
+    together = forecaster.forecast(series, 5, samples)
+    alone = [forecaster.forecast([one], 5, samples) for one in series]
+    turned = forecaster.forecast(series[::-1], 5, samples)
+    monkeypatch.setattr("experiments.forecasting.CACHE_BYTES", 1)  # a row at a time
+    one_by_one = forecaster.forecast(series, 5, samples)
+    for row in range(len(series)):
+        for other in (alone[row].values[0], turned.values[::-1][row], one_by_one.values[row]):
+            np.testing.assert_array_equal(together.values[row], other)
+        if samples:
+            np.testing.assert_array_equal(together.samples[row], alone[row].samples[0])
+            np.testing.assert_array_equal(together.samples[row], turned.samples[::-1][row])
+
+
+def test_samples_differ_by_path_and_seed_and_give_median_and_quantiles(forecaster):
+    series = waves()[:2]
+    found = forecaster.forecast(series, 6, samples=9, quantiles=(0.1, 0.5, 0.9))
+    assert found.values.shape == (2, 6, 2)
+    assert found.samples.shape == (2, 9, 6, 2)
+    assert found.quantiles.shape == (2, 3, 6, 2)
+    assert len({path.tobytes() for path in found.samples[0]}) > 4
+    np.testing.assert_array_equal(found.values, np.median(found.samples, axis=1))
+    np.testing.assert_allclose(found.quantiles[:, 1], found.values)
+    assert (np.diff(found.quantiles, axis=1) >= 0).all()
+    assert not np.array_equal(forecaster.forecast(series, 6, samples=9, seed=1).samples, found.samples)
+    assert forecaster.forecast(series, 6).samples is None
+
+
+@pytest.mark.parametrize("num_variables", [1, 3])
+def test_any_number_of_variables_in_the_units_of_the_context(tiny, num_variables):
+    series = waves(num_variables)
+    for scale in (None, 3.0):
+        small = Forecaster(*tiny, scale=scale).forecast(series, 4).values
+        assert small.shape == (4, 4, num_variables)
+        factor = 1024.0  # exact in binary, so that the text is the same
+        large = Forecaster(*tiny, scale=scale and scale * factor).forecast([one * factor for one in series], 4).values
+        np.testing.assert_allclose(large, small * factor)
+
+
+def test_series_of_zeros_are_forecast(forecaster):
+    assert forecaster.forecast(np.zeros((1, 12, 2)), 3).values.shape == (1, 3, 2)
+
+
+def test_an_adapter_s_folder_is_enough_to_forecast_as_it_was_trained(tmp_path, tiny):
+    model, tokenizer = tiny
+    config = LoraConfig(rank=4, alpha=4, targets=("q_proj", "v_proj"))
+    torch.manual_seed(0)
+    inject(model, config)
+    try:
+        for name, parameter in adapter_parameters(model).items():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.1)
+        save_adapter(model, tmp_path, config, "tiny")
+        wanted = Forecaster(model, tokenizer, scale=2.5, decimals=1).forecast(waves(), 5).values
+    finally:
+        remove(model)
+    with pytest.raises(AdapterError, match=r"encoding.json: not the record of an adapter"):
+        Forecaster.load(adapter=tmp_path)
+    write_trained(tmp_path, Encoding(2.5, 1), "tiny", checkpoint_hash(TINY))
+    np.testing.assert_array_equal(Forecaster.load(adapter=tmp_path).forecast(waves(), 5).values, wanted)
+    assert not np.array_equal(Forecaster(*tiny, scale=2.5, decimals=1).forecast(waves(), 5).values, wanted)
+    write_trained(tmp_path, Encoding(2.5, 1), "other/model", "0" * 64)
+    with pytest.raises(AdapterError, match=r"trained on other/model, which .*tiny is not"):
+        Forecaster.load("tiny", tmp_path)
+
+
+BAD = {
+    "missing": ([np.array([[1.0], [np.nan]])], 3, "series 0, step 1, variable 0: nan is missing"),
+    "negative": ([np.array([[1.0], [-2.0]])], 3, "-2 is negative"),
+    "one row": ([np.ones((1, 2))], 3, "1 time step, expected at least 2"),
+    "different columns": ([np.ones((4, 2)), np.ones((4, 1))], 3, r"have \[1, 2\] variables"),
+    "no numbers": ([np.array([["a"], ["b"]])], 3, "expected numbers"),
+    "flat": ([np.ones(5)], 3, "expected numbers"),
+    "nothing": ([], 3, "have no variables"),
+    "too long": ([np.ones((4, 2))], 300, "a horizon of 300 takes up to .* positions"),
+    "no horizon": ([np.ones((4, 2))], 0, "horizon is 0"),
+}
+
+
+@pytest.mark.parametrize(("contexts", "horizon", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_refused_by_name(forecaster, contexts, horizon, message):
+    with pytest.raises(ValueError, match=message):
+        forecaster.forecast(contexts, horizon)
+
+
+def test_values_beyond_the_encoding_and_quantiles_without_samples_are_refused(tiny, forecaster):
+    with pytest.raises(ValueError, match="series 0: 500 is 250 when divided by the scale 2, expected less than 100"):
+        Forecaster(*tiny, scale=2.0).forecast([np.array([[1.0], [500.0]])], 3)
+    with pytest.raises(ValueError, match="expected samples for quantiles between 0 and 1"):
+        forecaster.forecast(waves(), 3, quantiles=(0.5,))
