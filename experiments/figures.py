@@ -45,7 +45,7 @@ def _save(figure, path: Path) -> None:
 
 def _write(figure, path: Path) -> None:
     image = io.BytesIO()
-    figure.savefig(image, metadata={"Software": None})
+    figure.savefig(image, metadata={"Software": None}, bbox_inches="tight")
     plt.close(figure)
     write_whole(path, image.getvalue())
 
@@ -106,7 +106,8 @@ def fan(
         if len(contexts) > 1 and column == 0:
             title.append(f"series {row}" if titles is None else titles[row])
         one.set(title=", ".join(title), xlabel="time step" if row == rows - 1 else "", ylim=(0, None))
-    axes[0, 0].legend(fontsize=8)
+    legend = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*legend, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(legend[0]))
     _save(figure, path)
 
 
@@ -124,15 +125,21 @@ def by_horizon(curves: dict[str, list[float | None]], solid: set[str], path: Pat
 
 
 def against_flops(points: dict[str, tuple[int, float]], levels: dict[str, float | None], path: Path) -> None:
-    """Error against the FLOPs of a training, both logarithmic: a point for each, lines for what needs none."""
+    """Error against the FLOPs of a training, both logarithmic: a point for each, lines for what needs none.
+
+    Where names would stand upon each other the better point has its name.
+    """
     figure, axes = plt.subplots(figsize=(9, 4.5))
     for index, (name, level) in enumerate(levels.items()):
         if level is not None:
             color = CURVES[index % len(CURVES)]
             axes.axhline(level, color=color, linestyle="--", linewidth=1, label=name)
-    for name, (flops, error) in points.items():
+    labelled: list[tuple[int, float]] = []
+    for name, (flops, error) in sorted(points.items(), key=lambda point: point[1][1]):
         axes.plot(flops, error, "o", color=TEXT, markersize=4)
-        axes.annotate(name, (flops, error), textcoords="offset points", xytext=(5, 3), fontsize=7)
+        if all(abs(np.log(flops / x)) > 0.7 or abs(np.log(error / y)) > 0.12 for x, y in labelled):
+            labelled.append((flops, error))
+            axes.annotate(name, (flops, error), textcoords="offset points", xytext=(5, -3), fontsize=7)
     axes.set(xlabel="FLOPs of the training", ylabel="MSE (scaled units)", xscale="log", yscale="log")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()

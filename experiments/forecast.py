@@ -95,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--quantiles", type=fractions, default=list(QUANTILES), help="of the paths (default 0.1,0.9)")
     p.add_argument("--scale", type=float, help="what values are divided by (default: the adapter's, else so that 9.99 "
-                   "is the largest of each series)")  # fmt: skip
+                   "is the largest of each variable)")  # fmt: skip
     p.add_argument("--decimals", type=int, help="places behind the point (default: the adapter's, else 2)")
     p.add_argument("--seed", type=int, default=0, help="of the paths (default %(default)s)")
     p.add_argument("--device", default="cpu", help="torch device (default %(default)s)")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from experiments.grammar import Grammar, decode, nats_of
-from experiments.llmtime import Encoding
+from experiments.llmtime import LARGEST, Encoding
 from experiments.runfolder import read_json, to_json, write_whole
 from lora import AdapterError, load_adapter
 from qwen_min import Qwen, Tokenizer, load
@@ -23,7 +23,7 @@ from qwen_min.weights import checkpoint_folder, checkpoint_hash
 
 TRAINED = "encoding.json"  # in an adapter's folder, beside peft's files
 CACHE_BYTES = 2**30  # of keys and values at a time
-LARGEST = 100.0  # two digits before the point
+BEYOND = 100.0  # values have at most two digits before the point
 
 
 class Forecast(NamedTuple):
@@ -45,9 +45,10 @@ class Forecaster:
     """A model that continues series written as text, every forecast well-formed."""
 
     def __init__(self, model: Qwen, tokenizer: Tokenizer, scale: float | None = None, decimals: int = 2):
-        """Values are divided by `scale`, or, where none is given, so that 9.99 is the largest of each series."""
+        """Values are divided by `scale`, or, where none is given, so that 9.99 is the largest of each variable."""
         Encoding(1.0 if scale is None else scale, decimals)  # refuses what is no encoding
-        self.model, self.tokenizer, self.scale, self.decimals = model, tokenizer, scale, decimals
+        self.model, self.tokenizer, self.scale = model, tokenizer, scale
+        self.encoding = Encoding(1.0, decimals)  # of scaled values
 
     @classmethod
     def load(
@@ -95,9 +96,10 @@ class Forecaster:
             )
         if horizon < 1:
             raise ValueError(f"horizon is {horizon}, expected at least 1")
-        encodings, prompts, num_variables = self._prompts(contexts)
+        scales, prompts = self._prompts(contexts)
+        num_variables = len(scales[0])
         num_values = horizon * num_variables
-        grammar = Grammar(self.tokenizer, self.decimals, num_variables)
+        grammar = Grammar(self.tokenizer, self.encoding.decimals, num_variables)
         columns = max(map(len, prompts)) + grammar.columns(num_values)
         if columns > self.model.config.max_position_embeddings:
             raise ValueError(
@@ -111,7 +113,7 @@ class Forecaster:
         for start in range(0, len(rows), size):
             texts += self._texts(grammar, prompts, rows[start : start + size], num_values, seed if samples else None)
         decoded = [
-            encodings[series].decode(text, horizon, num_variables) * encodings[series].scale
+            self.encoding.decode(text, horizon, num_variables) * scales[series]
             for (series, _), text in zip(rows, texts, strict=True)
         ]
         values = np.stack(decoded).reshape(len(prompts), paths, horizon, num_variables)
@@ -125,10 +127,10 @@ class Forecaster:
 
         The last value of a text is taken to end there. Errors as in `forecast`.
         """
-        encodings, prompts, num_variables = self._prompts(contexts)
+        scales, prompts = self._prompts(contexts)
         truths = [np.asarray(continuation, dtype=float) for continuation in continuations]
-        texts = [encoding.encode(truth) for encoding, truth in zip(encodings, truths, strict=True)]
-        grammar = Grammar(self.tokenizer, self.decimals, num_variables)
+        texts = [self.encoding.encode(truth / scale) for truth, scale in zip(truths, scales, strict=True)]
+        grammar = Grammar(self.tokenizer, self.encoding.decimals, len(scales[0]))
         found = []
         for prompt, text in zip(prompts, texts, strict=True):
             ids = torch.tensor([prompt + self.tokenizer.encode(text)], device=self.model.head_weight.device)
@@ -137,26 +139,26 @@ class Forecaster:
             found.append(nats_of(self.model, grammar, hidden, text))
         return np.array(found) / [truth.size for truth in truths]
 
-    def _prompts(self, contexts) -> tuple[list[Encoding], list[list[int]], int]:
-        """Of each series its encoding and its tokens up to the `;` behind it, and the number of variables."""
+    def _prompts(self, contexts) -> tuple[list[np.ndarray], list[list[int]]]:
+        """Of each series its scale by variable (D), and its tokens up to the `;` behind it."""
         arrays = [_checked(context, number) for number, context in enumerate(contexts)]
         widths = {array.shape[1] for array in arrays}
         if len(widths) != 1:
             raise ValueError(f"the series have {sorted(widths) or 'no'} variables, expected one number for all")
-        encodings, prompts = [], []
+        scales, prompts = [], []
         for number, array in enumerate(arrays):
-            encoding = Encoding.fit(array if array.any() else np.ones_like(array), self.decimals)
+            largest = array.max(axis=0)
+            scale = np.where(largest > 0, largest, 1.0) / LARGEST
             if self.scale is not None:
-                encoding = Encoding(self.scale, self.decimals)
-            largest = encoding.scaled(array).max()
-            if round(largest, self.decimals) >= LARGEST:
+                scale = np.full_like(largest, self.scale)
+            if (np.round(array / scale, self.encoding.decimals) >= BEYOND).any():
                 raise ValueError(
-                    f"series {number}: {array.max():g} is {largest:.4g} when divided by the scale {encoding.scale:g}, "
-                    f"expected less than {LARGEST:g}; give another scale"
+                    f"series {number}: {array.max():g} is {array.max() / self.scale:.4g} when divided by the scale "
+                    f"{self.scale:g}, expected less than {BEYOND:g}; give another scale"
                 )
-            encodings.append(encoding)
-            prompts.append(self.tokenizer.encode(encoding.encode(array) + ";"))
-        return encodings, prompts, widths.pop()
+            scales.append(scale)
+            prompts.append(self.tokenizer.encode(self.encoding.encode(array / scale) + ";"))
+        return scales, prompts
 
     def _texts(
         self, grammar: Grammar, prompts: list[list[int]], rows: list[tuple[int, int]], num_values: int, seed: int | None

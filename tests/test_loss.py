@@ -54,3 +54,10 @@ def test_next_token_loss_shifts_and_leaves_padding_out(model, ids):
     padded = ids.clone()
     padded[0, 8:] = 0
     torch.testing.assert_close(next_token_loss(model, padded, torch.tensor([8, ids.shape[1]])), wanted)
+
+
+def test_a_smaller_vocabulary_is_the_softmax_over_its_tokens(model, ids):
+    vocabulary = ids.unique()
+    logits = model(ids)[:, :-1, vocabulary].flatten(0, 1)
+    targets = torch.searchsorted(vocabulary, ids[:, 1:].flatten())
+    torch.testing.assert_close(next_token_loss(model, ids, None, vocabulary), F.cross_entropy(logits, targets))

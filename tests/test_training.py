@@ -17,7 +17,7 @@ def token_lists(tiny):
     return [tiny[1].encode(";".join(f"{v:.2f}" for v in rng.uniform(0, 9, 7))) for _ in range(6)]
 
 
-def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None):
+def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None, vocabulary=None):
     """Train in a fresh adapter; (losses, adapter). stop_before interrupts like a signal would."""
     model, tokenizer = tiny
     ids, lengths = window_tensors(token_lists, settings, tokenizer.pad_id)
@@ -29,7 +29,7 @@ def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None):
             raise KeyboardInterrupt
 
     try:
-        trained = train(model, ids, lengths, settings, None, state, before_step, lambda step, loss: None)
+        trained = train(model, ids, lengths, settings, vocabulary, state, before_step, lambda step, loss: None)
         return trained.losses, {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     finally:
         remove(model)
@@ -112,3 +112,12 @@ def test_a_damaged_or_foreign_state_is_refused_by_name(tmp_path, tiny, token_lis
 def test_too_few_windows_are_refused(tmp_path, tiny, token_lists):
     with pytest.raises(TrainingError, match="24 windows cannot fill a batch of 25"):
         run(tiny, token_lists, tmp_path / "state", Training(2, 1e-3, context=24, steps=1, batch=25, stride=10))
+
+
+def test_training_on_numbers_alone_lowers_the_loss_over_them(tmp_path, tiny, token_lists):
+    settings = Training(rank=4, learning_rate=1e-2, context=24, steps=40, batch=6, stride=10, numeric_head=True)
+    vocabulary = torch.tensor(sorted({token for tokens in token_lists for token in tokens}))
+    losses, _ = run(tiny, token_lists, tmp_path / "numbers", settings, vocabulary=vocabulary)
+    over_all, _ = run(tiny, token_lists, tmp_path / "all", replace(settings, steps=1))
+    assert losses[0] < over_all[0]  # the same batch and adapter, fewer rivals
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
