@@ -4,8 +4,8 @@
 
 Each side runs in processes of its own, and the two take turns, so that both meet the same state of the machine.
 Each line gives the median of several runs, their spread, the ratio, and what share of the machine's own limit, its
-matrix rate or its memory bandwidth measured in turn with them, this project reaches. Prompts are random digits: time
-does not depend on what they say. Decode steps are timed over a cache filled with random keys and values.
+matrix rate or its memory bandwidth measured in turn with them, this project reaches. Prompts are random numbers.
+Decode steps are timed over a cache filled with random keys and values.
 """
 
 import argparse
@@ -51,9 +51,12 @@ class Side:
             self.torch.cuda.synchronize(self.device)
 
     def ids(self, batch: int, length: int):
-        """Tokens of digits, (batch, length)."""
+        """Tokens of random numbers, `1.23,4.56;...`, (batch, length)."""
         generator = self.torch.Generator().manual_seed(0)
-        return self.torch.randint(15, 25, (batch, length), generator=generator).to(self.device)
+        ids = self.torch.randint(15, 25, (batch, length), generator=generator)
+        for place, token in ((1, 13), (4, 11), (6, 13), (9, 26)):  # `.` `,` `.` `;`
+            ids[:, place::TOKENS_PER_STEP] = token
+        return ids.to(self.device)
 
     def peak(self) -> int:
         """Bytes at the highest: of the device where there is one, else of the process."""
@@ -79,8 +82,7 @@ class Side:
 
         "prefill", and behind it "free" greedy decoding and decoding "constrained" to numbers.
         """
-        ids = self.ids(CONTEXTS, CONTEXT)
-        return self.timed_forecast(ids, steps)
+        return self.timed_forecast(self.ids(CONTEXTS, CONTEXT + 1), steps)  # the `;` behind it included
 
     def lora_step(self, batch: int, context: int) -> float:
         """Seconds of an optimizer step, rank 8 on q_proj and v_proj."""
@@ -151,7 +153,7 @@ class Ours(Side):
                 pass
 
         seconds = {"prefill": self.timed(run), "free": self.timed(free)}
-        found["cache"].truncate(CONTEXT)
+        found["cache"].truncate(ids.shape[1])
         return seconds | {
             "constrained": self.timed(lambda: decode(self.model, grammar, found["cache"], found["hidden"], 2 * steps))
         }

@@ -83,7 +83,7 @@ def report(seed: int) -> Plan:
 
 def quick(seed: int) -> Plan:
     """The same chain for the embedded checkpoint: higher rates and fewer steps, minutes on two CPU cores."""
-    grid = [Training(rank, rate, 768, 30, seed=seed) for rank, rate in product((2, 4, 8), (2e-3, 5e-3, 1e-2))]
+    grid = [Training(rank, rate, 768, 30, seed=seed) for rank, rate in product((2, 4, 8), (1e-3, 2e-3, 5e-3))]
     return _chain("quick", Training(4, 1e-3, 512, 20, seed=seed), grid, [128, 512, 768], 30, 360)
 
 
