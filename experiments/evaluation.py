@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.grammar import Grammar, decode, nats_of
+from experiments.grammar import Grammar, decode, may_be_wide, nats_of
 from experiments.llmtime import Encoding
 from experiments.scores import FIRST, errors
 from qwen_min.generate import greedy_steps, pad_left, prefill
@@ -33,7 +33,7 @@ class Forecasts(NamedTuple):
     values: np.ndarray  # (N, h, D) scaled; NaN where the text has no well-formed value
     free_losses: np.ndarray  # (N, L) nats of the target token under the free-running logits; NaN past either's end
     forced_losses: np.ndarray  # (N, L) the same with the true tokens before it
-    nats: np.ndarray  # (N) of a target value, among what the grammar allows
+    nats: np.ndarray  # (N) of a target value, among what the grammar allows, a second digit always
 
     @staticmethod
     def join(parts: list["Forecasts"]) -> "Forecasts":
@@ -113,7 +113,8 @@ def _batch(
     else:
         cache.truncate(ids.shape[1] + 1)  # the target's first token is the `;` behind the context
         mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
-        texts = decode(model, grammar, cache, hidden[:, 1], num_values, mask)
+        wide = [may_be_wide(encoding.scaled(one[:context_steps])) for one in series]
+        texts = decode(model, grammar, cache, hidden[:, 1], num_values, mask, wide=wide)
     if not forced[targets.real].isfinite().all() or free.isinf().any():
         raise ForecastError("the model's logits are not finite: the weights or the adapter are damaged")
     values = np.stack([encoding.decode(text, steps, num_variables) for text in texts])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from experiments.grammar import Grammar, decode, nats_of
+from experiments.grammar import Grammar, decode, may_be_wide, nats_of
 from experiments.llmtime import LARGEST, Encoding
 from experiments.runfolder import read_json, to_json, write_whole
 from lora import AdapterError, load_adapter
@@ -96,7 +96,7 @@ class Forecaster:
             )
         if horizon < 1:
             raise ValueError(f"horizon is {horizon}, expected at least 1")
-        scales, prompts = self._prompts(contexts)
+        scales, prompts, wide = self._prompts(contexts)
         num_variables = len(scales[0])
         num_values = horizon * num_variables
         grammar = Grammar(self.tokenizer, self.encoding.decimals, num_variables)
@@ -111,7 +111,9 @@ class Forecaster:
         size = rows_at_once(self.model, columns)
         texts = []
         for start in range(0, len(rows), size):
-            texts += self._texts(grammar, prompts, rows[start : start + size], num_values, seed if samples else None)
+            texts += self._texts(
+                grammar, prompts, wide, rows[start : start + size], num_values, seed if samples else None
+            )
         decoded = [
             self.encoding.decode(text, horizon, num_variables) * scales[series]
             for (series, _), text in zip(rows, texts, strict=True)
@@ -127,7 +129,7 @@ class Forecaster:
 
         The last value of a text is taken to end there. Errors as in `forecast`.
         """
-        scales, prompts = self._prompts(contexts)
+        scales, prompts, _ = self._prompts(contexts)
         truths = [np.asarray(continuation, dtype=float) for continuation in continuations]
         texts = [self.encoding.encode(truth / scale) for truth, scale in zip(truths, scales, strict=True)]
         grammar = Grammar(self.tokenizer, self.encoding.decimals, len(scales[0]))
@@ -139,13 +141,13 @@ class Forecaster:
             found.append(nats_of(self.model, grammar, hidden, text))
         return np.array(found) / [truth.size for truth in truths]
 
-    def _prompts(self, contexts) -> tuple[list[np.ndarray], list[list[int]]]:
-        """Of each series its scale by variable (D), and its tokens up to the `;` behind it."""
+    def _prompts(self, contexts) -> tuple[list[np.ndarray], list[list[int]], list[np.ndarray]]:
+        """Of each series its scale by variable (D), its tokens with the `;` behind it, and which variables are wide."""
         arrays = [_checked(context, number) for number, context in enumerate(contexts)]
         widths = {array.shape[1] for array in arrays}
         if len(widths) != 1:
             raise ValueError(f"the series have {sorted(widths) or 'no'} variables, expected one number for all")
-        scales, prompts = [], []
+        scales, prompts, wide = [], [], []
         for number, array in enumerate(arrays):
             largest = array.max(axis=0)
             scale = np.where(largest > 0, largest, 1.0) / LARGEST
@@ -157,11 +159,18 @@ class Forecaster:
                     f"{self.scale:g}, expected less than {BEYOND:g}; give another scale"
                 )
             scales.append(scale)
+            wide.append(may_be_wide(array / scale))
             prompts.append(self.tokenizer.encode(self.encoding.encode(array / scale) + ";"))
-        return scales, prompts
+        return scales, prompts, wide
 
     def _texts(
-        self, grammar: Grammar, prompts: list[list[int]], rows: list[tuple[int, int]], num_values: int, seed: int | None
+        self,
+        grammar: Grammar,
+        prompts: list[list[int]],
+        wide: list[np.ndarray],
+        rows: list[tuple[int, int]],
+        num_values: int,
+        seed: int | None,
     ) -> list[str]:
         """The texts behind prompts[series] for each (series, sample) of rows; without a seed the likeliest."""
         device = self.model.head_weight.device
@@ -179,7 +188,9 @@ class Forecaster:
                 _uniforms(seed, prompts[number], sample, grammar.most_choices(num_values)) for number, sample in rows
             ]
             uniforms = torch.from_numpy(np.stack(draws)).to(device)
-        return decode(self.model, grammar, cache, hidden, num_values, mask, uniforms)
+        return decode(
+            self.model, grammar, cache, hidden, num_values, mask, uniforms, [wide[number] for number, _ in rows]
+        )
 
 
 def _checked(context, number: int) -> np.ndarray:

@@ -1,9 +1,12 @@
 """Decoding under the grammar of the encoding: every forecast is well-formed, and what is forced costs no pass.
 
 A value is one or two digits, a point and `decimals` digits; `,` joins the variables of a time step, `;` the steps.
-B rows, T tokens of a pass, C hidden size.
+B rows, T tokens of a pass, C hidden size, D variables.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +19,11 @@ DIGITS = "0123456789"
 CHOICES = DIGITS + "."  # all that is ever chosen between
 SEPARATORS = ",;"
 ALPHABET = CHOICES + SEPARATORS
+
+
+def may_be_wide(context: np.ndarray) -> np.ndarray:
+    """Which variables of a scaled context (T, D) might need a second digit: those that reach 10 when doubled, (D)."""
+    return 2 * context.max(axis=0) >= 10
 
 
 class Grammar:
@@ -32,24 +40,25 @@ class Grammar:
         self.ids = {character: ids[0] for character, ids in zip(ALPHABET, encoded, strict=True)}
         self.pad_id = tokenizer.pad_id
 
-    def follow(self, word: str, index: int) -> str:
+    def follow(self, word: str, index: int, wide: Sequence[bool] | None = None) -> str:
         """The characters that may come behind `word`, what is written of value number `index`.
 
-        Two digits before the point are one more than a scale to 9.99 needs. A number never begins with 0 before another
-        digit.
+        wide (D): whether a variable may have a second digit before the point; None allows it to all. A number never
+        begins with 0 before another digit.
         """
         whole, point, places = word.partition(".")
         if point and len(places) == self.decimals:
             return "," if (index + 1) % self.num_variables else ";"
         if point or not whole:
             return DIGITS
-        return CHOICES if len(whole) == 1 and whole != "0" else "."
+        second = wide is None or wide[index % self.num_variables]
+        return CHOICES if second and len(whole) == 1 and whole != "0" else "."
 
-    def choices(self, text: str) -> list[str]:
-        """For each character of a well-formed text, the characters it was chosen from."""
+    def choices(self, text: str, wide: Sequence[bool] | None = None) -> list[str]:
+        """For each character of a well-formed text, the characters it was chosen from; wide as in `follow`."""
         found, word, index = [], "", 0
         for character in text:
-            found.append(self.follow(word, index))
+            found.append(self.follow(word, index, wide))
             if character not in found[-1]:
                 raise ValueError(f"{text!r} is not a forecast of {self.num_variables} variables")
             index, word = (index + 1, "") if character in SEPARATORS else (index, word + character)
@@ -71,8 +80,8 @@ class Grammar:
 class _Row:
     """A forecast as it grows."""
 
-    def __init__(self, grammar: Grammar, num_values: int):
-        self.grammar, self.num_values = grammar, num_values
+    def __init__(self, grammar: Grammar, num_values: int, wide: Sequence[bool] | None):
+        self.grammar, self.num_values, self.wide = grammar, num_values, wide
         self.text, self.word, self.index = "", "", 0  # all, of the present value, number of the present value
         self.chosen = 0  # choices made, which says whose random number is next
         self.pending = ""  # what the next pass has to read
@@ -80,7 +89,7 @@ class _Row:
 
     def following(self) -> str:
         """The characters that may come next; none behind the last value."""
-        following = self.grammar.follow(self.word, self.index)
+        following = self.grammar.follow(self.word, self.index, self.wide)
         return "" if following in SEPARATORS and self.index + 1 == self.num_values else following
 
     def choose(self, character: str) -> None:
@@ -126,18 +135,19 @@ def decode(
     num_values: int,
     attention_mask: Tensor | None = None,
     uniforms: Tensor | None = None,
+    wide: Sequence[Sequence[bool]] | None = None,
 ) -> list[str]:
     """Texts of num_values values behind a prefilled cache, the same as the argmax under the grammar token for token.
 
     hidden (B, C): of the last token in the cache, a `;`. attention_mask (B, filled) is 0 on padding in the cache.
-    uniforms (B, n) in [0, 1), one for each choice in turn, samples instead; n is `Grammar.most_choices`. The cache
-    needs room for `Grammar.columns`.
+    uniforms (B, n) in [0, 1), one for each choice in turn, samples instead; n is `Grammar.most_choices`. wide (B, D) as
+    in `Grammar.follow`. The cache needs room for `Grammar.columns`.
 
     Forced characters are read in the pass of the digit before them. So is the point behind a first digit, which
     is only likely: where the model wants a second digit instead, the point is taken back.
     """
     head, append = grammar.head(model), continuation(model, cache, attention_mask)
-    rows = [_Row(grammar, num_values) for _ in range(len(hidden))]
+    rows = [_Row(grammar, num_values, None if wide is None else wide[row]) for row in range(len(hidden))]
     logits = hidden @ head.T  # (B, 11)
 
     every = torch.arange(len(rows), device=hidden.device)

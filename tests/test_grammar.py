@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import random_model
-from experiments.grammar import DIGITS, Grammar, decode, nats_of
+from experiments.grammar import DIGITS, Grammar, decode, may_be_wide, nats_of
 from qwen_min.continuation import GraphContinuation
 from qwen_min.generate import pad_left, prefill
 
@@ -50,6 +50,20 @@ def test_equals_the_masked_argmax_token_for_token_in_an_uneven_batch(models):
     wanted = [masked_argmax(*models, context, 2 * HORIZON) for context in CONTEXTS]
     assert decoded(*models, CONTEXTS) == wanted
     assert [decoded(*models, [context])[0] for context in CONTEXTS] == wanted
+
+
+def test_a_second_digit_is_for_variables_that_may_need_it(models):
+    model, tokenizer = models
+    grammar = Grammar(tokenizer, 2, 2)
+    ids, mask = pad_left([tokenizer.encode(context) for context in CONTEXTS], tokenizer.pad_id)
+    cache, hidden = prefill(model, ids, grammar.columns(2 * HORIZON), mask)
+    wide = [[True, False], [False, False], [False, True], [True, True]]
+    texts = decode(model, grammar, cache, hidden, 2 * HORIZON, mask, wide=wide)
+    for text, free, allowed in zip(texts, decoded(*models, CONTEXTS), wide, strict=True):
+        for step in text.split(";"):
+            assert all(may or len(word) == 4 for word, may in zip(step.split(","), allowed, strict=True))
+        assert text == free or not all(allowed)
+    assert may_be_wide(np.array([[4.9, 5.1], [1.0, 0.2]])).tolist() == [False, True]
 
 
 def test_the_random_model_writes_second_digits_and_single_ones(tiny, models):

@@ -6,7 +6,7 @@ import torch
 
 from experiments import data
 from experiments.evaluation import forecast, metrics
-from experiments.grammar import Grammar
+from experiments.grammar import Grammar, may_be_wide
 from experiments.llmtime import Encoding
 from experiments.training import Training, train, window_tensors
 from lora import inject
@@ -62,7 +62,8 @@ def test_constrained_text_is_the_masked_argmax_of_the_full_logits(real_checkpoin
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + tokenizer.encode(text)]))[0, len(prompt) - 1 : -1]
         masked = torch.full_like(logits, -torch.inf)
-        for row, allowed in enumerate(grammar.choices(text)):
+        wide = may_be_wide(encoding.scaled(one[:70]))
+        for row, allowed in enumerate(grammar.choices(text, wide)):
             ids = [grammar.ids[character] for character in allowed]
             masked[row, ids] = logits[row, ids]
         assert tokenizer.decode(masked.argmax(-1)) == text
