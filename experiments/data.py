@@ -54,7 +54,7 @@ def read(path: str | Path) -> Dataset:
                 arrays[name] = file[name][:].astype(np.float32)
     except OSError as error:
         raise DataError(f"{path}: not a readable HDF5 file ({error})") from error
-    trajectories, time = arrays["trajectories"], arrays["time"]
+    trajectories, time = arrays["trajectories"] + np.float32(0), arrays["time"]  # 0 for -0
     if trajectories.shape[1:] != (len(time), 2) or trajectories.size == 0:
         raise DataError(f"{path}: trajectories are {trajectories.shape}, expected (N, {len(time)}, 2) as time is long")
     if (bad := ~(np.isfinite(trajectories) & (trajectories >= 0))).any():

@@ -36,7 +36,7 @@ def read_csv(path: Path, columns: list[str] | None = None):
         raise DataError(f"{path}: not a readable CSV file ({error})") from error
     if not rows:
         raise DataError(f"{path}: is empty, expected a row for each time step")
-    named = not all(_is_number(cell) for cell in rows[0])
+    named = all(cell.strip() and not _is_float(cell) for cell in rows[0])
     names = [cell.strip() for cell in rows[0]] if named else [f"x{i}" for i in range(len(rows[0]))]
     for line, row in enumerate(rows, start=1):
         if len(row) != len(names):
@@ -59,11 +59,16 @@ def read_csv(path: Path, columns: list[str] | None = None):
     return chosen, np.array(values).reshape(len(values), len(kept))
 
 
-def _is_number(cell: str) -> bool:
+def _is_float(cell: str) -> bool:
     try:
-        return math.isfinite(float(cell))
+        float(cell)
     except ValueError:
         return False
+    return True
+
+
+def _is_number(cell: str) -> bool:
+    return _is_float(cell) and math.isfinite(float(cell))
 
 
 def fractions(text: str) -> list[float]:

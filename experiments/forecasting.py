@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from experiments.grammar import Grammar, decode, may_be_wide, nats_of
+from experiments.grammar import BEYOND, Grammar, decode, may_be_wide, nats_of
 from experiments.llmtime import LARGEST, Encoding
 from experiments.runfolder import read_json, to_json, write_whole
 from lora import AdapterError, load_adapter
@@ -23,7 +23,6 @@ from qwen_min.weights import checkpoint_folder, checkpoint_hash
 
 TRAINED = "encoding.json"  # in an adapter's folder, beside peft's files
 CACHE_BYTES = 2**30  # of keys and values at a time
-BEYOND = 100.0  # values have at most two digits before the point
 
 
 class Forecast(NamedTuple):
@@ -87,8 +86,9 @@ class Forecaster:
         """Continue each of contexts (N, T, D), or N arrays (T, D), by `horizon` steps.
 
         samples > 0 draws as many paths from the model; quantiles (between 0 and 1) are taken over them. The result for
-        a series depends on seed and series alone, not on the others. Raises ValueError, before any work, for values
-        that are missing, negative or beyond the encoding, and for more text than the model has positions.
+        a series depends on seed and series, not on the others (but in bf16 their rounding can change a digit). Raises
+        ValueError, before any work, for values that are missing, negative or beyond the encoding, and for more text
+        than the model has positions.
         """
         if samples < 0 or (quantiles and not samples) or not all(0 <= q <= 1 for q in quantiles):
             raise ValueError(
@@ -130,7 +130,9 @@ class Forecaster:
         The last value of a text is taken to end there. Errors as in `forecast`.
         """
         scales, prompts, _ = self._prompts(contexts)
-        truths = [np.asarray(continuation, dtype=float) for continuation in continuations]
+        truths = [_checked(continuation, number, least=1) for number, continuation in enumerate(continuations)]
+        if any(truth.shape[1] != len(scale) for truth, scale in zip(truths, scales, strict=True)):
+            raise ValueError("a continuation has another number of variables than its context")
         texts = [self.encoding.encode(truth / scale) for truth, scale in zip(truths, scales, strict=True)]
         grammar = Grammar(self.tokenizer, self.encoding.decimals, len(scales[0]))
         found = []
@@ -150,7 +152,7 @@ class Forecaster:
         scales, prompts, wide = [], [], []
         for number, array in enumerate(arrays):
             largest = array.max(axis=0)
-            scale = np.where(largest > 0, largest, 1.0) / LARGEST
+            scale = np.maximum(np.where(largest > 0, largest, 1.0) / LARGEST, np.finfo(float).tiny)
             if self.scale is not None:
                 scale = np.full_like(largest, self.scale)
             if (np.round(array / scale, self.encoding.decimals) >= BEYOND).any():
@@ -193,15 +195,15 @@ class Forecaster:
         )
 
 
-def _checked(context, number: int) -> np.ndarray:
+def _checked(context, number: int, least: int = 2) -> np.ndarray:
     array = np.asarray(context)
     if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
         raise ValueError(
             f"series {number}: got an array of {array.dtype} {array.shape}, expected numbers (time steps, variables)"
         )
-    if len(array) < 2:
-        raise ValueError(f"series {number}: has 1 time step, expected at least 2")
-    array = array.astype(np.float64)
+    if len(array) < least:
+        raise ValueError(f"series {number}: has 1 time step, expected at least {least}")
+    array = array.astype(np.float64) + 0.0  # which makes 0 of -0
     for problem, where in (("missing", ~np.isfinite(array)), ("negative", array < 0)):
         if where.any():
             step, variable = np.argwhere(where)[0]

@@ -19,6 +19,7 @@ DIGITS = "0123456789"
 CHOICES = DIGITS + "."  # all that is ever chosen between
 SEPARATORS = ",;"
 ALPHABET = CHOICES + SEPARATORS
+BEYOND = 100.0  # scaled values have at most two digits before the point
 
 
 def may_be_wide(context: np.ndarray) -> np.ndarray:

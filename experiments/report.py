@@ -197,7 +197,7 @@ def _trust(run: Run, blocks: Blocks) -> None:
             for name, curve in curves.items()
         ]
         blocks.table(
-            f"MSE at forecast steps, and the mean over all {steps[-1]}, all test sequences",
+            f"MSE at forecast steps, and the mean over all {max(map(len, curves.values()))}, all test sequences",
             ["method", *(f"step {step}" for step in steps), "mean"],
             rows,
         )

@@ -96,7 +96,7 @@ def prepare(args: argparse.Namespace):
     import flops
     from experiments import data, plans
     from experiments.evaluation import most_positions
-    from experiments.grammar import Grammar
+    from experiments.grammar import BEYOND, Grammar
     from experiments.llmtime import Encoding
     from experiments.runfolder import open_run
     from experiments.suite import Suite
@@ -124,6 +124,11 @@ def prepare(args: argparse.Namespace):
     folder = checkpoint_folder(args.model)
     model, tokenizer = load(folder, device, getattr(torch, args.dtype))
     series = {name: dataset.trajectories[rows] for name, rows in ids.items()}
+    if (largest := encoding.scaled(dataset.trajectories).max()) >= BEYOND - 0.5:
+        raise data.DataError(
+            f"a population is {largest:.4g} times the scale, {encoding.scale:g}, that the training trajectories give; "
+            f"expected less than {BEYOND:g}"
+        )
     sample = [tokenizer.encode(encoding.encode(series["train"][0]))]
     grammar = Grammar(tokenizer, encoding.decimals, num_variables=2)
     lengths = [most_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)]

@@ -12,7 +12,8 @@ from qwen_min.config import QwenConfig
 from qwen_min.loss import CHUNK
 
 CONVENTIONS = {
-    "exact": "what runs: flops.trace runs the real model and finds the same integers",
+    "exact": "what runs on a CPU, attention over all pairs: flops.trace runs the real model and finds the same "
+    "integers",
     "sheet": "the report's section 4.3: grouped queries counted as full multi-head attention, rotary positions free "
     "but their adding to the embeddings counted, RMSNorm 4 d + 11, the loss a full softmax of every position",
     "report": "what reproduces the report's published figures: as sheet, but a feed-forward of two matrices of width "

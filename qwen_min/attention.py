@@ -31,7 +31,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     new token is everything. It may only narrow the causal rule: no token looks ahead.
     """
     groups, num_new = q.shape[1] // k.shape[1], q.shape[2]
-    if num_new > BLOCK and q.device.type == "cpu" and (mask is None or mask.dtype == torch.bool):
+    here = q.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if here and num_new > BLOCK and (mask is None or mask.dtype == torch.bool):
         return _Blockwise.apply(q, k, v, mask)
     if mask is None and num_new > 1:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
@@ -50,7 +51,6 @@ class _Blockwise(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # under autocast, as the kernels do
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, k, v, mask)
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # as o_proj will read it
@@ -61,7 +61,6 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor):
         q, k, v, mask = ctx.saved_tensors
         scale, at_least_fp32 = q.shape[3] ** -0.5, torch.promote_types(q.dtype, torch.float32)

@@ -70,6 +70,7 @@ class GraphContinuation(Continuation):
     @torch.inference_mode()
     def __call__(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
         batch_size, num_new = ids.shape
+        self.decoder.check_length(self.cache.length + num_new)
         self.cache.reserve(batch_size, num_new)
         if num_new not in self.passes:
             self.passes[num_new] = _Pass(batch_size, num_new, ids.device)
@@ -98,14 +99,15 @@ class GraphContinuation(Continuation):
 
     def _capture(self, one: _Pass) -> None:
         """Behind a run uncaptured, as kernels set themselves up at first use; it writes what the replay writes."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._run(one)
-        torch.cuda.current_stream().wait_stream(stream)
-        one.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(one.graph):
-            one.hidden = self._run(one)
+        with torch.cuda.device(one.ids.device):  # streams and graphs are of the current device
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._run(one)
+            torch.cuda.current_stream().wait_stream(stream)
+            one.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(one.graph, stream=stream):
+                one.hidden = self._run(one)
 
 
 class _Columns:

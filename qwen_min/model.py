@@ -141,10 +141,7 @@ class Decoder(nn.Module):
         """Hidden states (B, T, C) of ids (B, T); arguments and errors as in `Qwen.forward`."""
         num_cached, num_new = (0 if cache is None else cache.length), ids.shape[1]
         total = num_cached + num_new
-        if total > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{total} tokens exceed the model's {self.config.max_position_embeddings} positions; shorten the text"
-            )
+        self.check_length(total)
         if attention_mask is not None and attention_mask.shape != (ids.shape[0], total):
             raise ValueError(
                 f"attention_mask is {tuple(attention_mask.shape)}, expected {(ids.shape[0], total)}: "
@@ -157,6 +154,13 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(num_new)
         return hidden
+
+    def check_length(self, total: int) -> None:
+        """Raise ValueError when so many tokens have no positions."""
+        if total > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{total} tokens exceed the model's {self.config.max_position_embeddings} positions; shorten the text"
+            )
 
     def blocks(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """Embedding, layers and norm: (B, T, C) of ids (B, T) at positions (B or 1, T), mask as in `attention`."""

@@ -67,6 +67,7 @@ BAD = {
     "text": ("a,b\n1,2\n3,oak\n", [], "line 3, column 'b': holds 'oak', expected a number"),
     "gap": ("a,b\n1,2\n3,\n", [], "line 3, column 'b': holds nothing"),
     "not a number": ("a,b\n1,2\n3,nan\n", [], "line 3, column 'b': holds 'nan'"),
+    "gap in the first row": ("1,\n2,3\n4,5\n", [], "line 1, column 'x1': holds nothing"),
     "blank line": ("1,2\n\n3,4\n", [], "line 2: has 0 columns, the first line has 2"),
     "ragged": ("1,2\n3,4,5\n", [], "line 2: has 3 columns"),
     "negative": ("1,2\n3,-4\n", [], "series 0, step 1, variable 1: -4 is negative"),

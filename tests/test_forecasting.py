@@ -112,3 +112,16 @@ def test_values_beyond_the_encoding_and_quantiles_without_samples_are_refused(ti
         Forecaster(*tiny, scale=2.0).forecast([np.array([[1.0], [500.0]])], 3)
     with pytest.raises(ValueError, match="expected samples for quantiles between 0 and 1"):
         forecaster.forecast(waves(), 3, quantiles=(0.5,))
+
+
+def test_minus_zero_is_zero_and_the_smallest_number_a_number(forecaster):
+    found = [forecaster.forecast([np.array([[1.0, 2.0], [zero, 3.0], [2.0, 4.0]])], 3).values for zero in (0.0, -0.0)]
+    np.testing.assert_array_equal(*found)
+    assert np.isfinite(forecaster.forecast([np.array([[5e-324], [0.0]])], 2).values).all()
+
+
+def test_continuations_of_another_shape_are_refused(forecaster):
+    with pytest.raises(ValueError, match="another number of variables"):
+        forecaster.nats_per_value(waves()[:1], [np.ones((2, 1))])
+    with pytest.raises(ValueError, match="is negative"):
+        forecaster.nats_per_value(waves()[:1], [-np.ones((2, 2))])

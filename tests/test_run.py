@@ -327,3 +327,12 @@ def test_a_damaged_run_folder_gives_no_report(finished, tmp_path, damage):
     assert os.path.basename(damage) in process.stderr
     with pytest.raises(report.RunError):
         report.load_run(tmp_path / "run")
+
+
+def test_populations_far_beyond_the_training_part_are_refused_before_anything_runs(small_plan, tmp_path, capsys):
+    found = data.simulate(seed=0, num_systems=20)
+    found.trajectories[data.split(20).test[0], 75, 0] = 1e4
+    data.write(tmp_path / "wild.h5", found)
+    assert run.main(["--data", str(tmp_path / "wild.h5"), "--out", str(tmp_path / "out")]) == 2
+    assert "expected less than 100" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
