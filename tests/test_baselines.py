@@ -66,7 +66,7 @@ def test_seasons_beat_the_mean_on_the_report_s_data(split_errors):
 
 
 def test_the_network_learns_what_the_mean_cannot_tell(monkeypatch, simulated):
-    monkeypatch.setattr(gru, "STEPS", 60)
+    monkeypatch.setattr(gru, "STEPS", 150)
     parts = data.split(len(simulated.trajectories))
     scaled = Encoding.fit(simulated.trajectories[parts.train]).scaled(simulated.trajectories).astype(np.float64)
     forecast = gru.fit(scaled[parts.train[:100]])
