@@ -202,21 +202,7 @@ def _trust(run: Run, blocks: Blocks) -> None:
             rows,
         )
     best = list(judged)[-1]
-    each = {name: by_split["test"]["mse_each"] for name, by_split in run.baselines.items()}
-    each |= {name: [line["mse"] for line in e["forecasts"]["test"]] for name, e in judged.items()}
-    rows = []
-    for name, theirs in each.items():
-        pairs = [(a, b) for a, b in zip(each[best], theirs, strict=True) if a is not None and b is not None]
-        if name == best or not pairs:
-            continue
-        found = paired(*map(np.array, zip(*pairs, strict=True)))
-        low, high = found["interval"]
-        rows.append([name, f"{found['difference']:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{found['better']:.0%}"])
-    blocks.table(
-        f"{best} against the others, paired by test sequence: negative is better",
-        ["against", "difference of MSE", "95 % interval", "sequences where it is better"],
-        rows,
-    )
+    _paired(run, blocks, best)
     rows = [
         [name, split, str(found["samples"]), number(found["crps"]), _bracket(found["crps_interval"]),
          *(f"{found[f'coverage_{share:.0%}']:.1%}" for share in COVERED)]
@@ -251,6 +237,25 @@ def _trust(run: Run, blocks: Blocks) -> None:
             drawn / "error-by-flops.png",
             f"Validation MSE (all sequences) against the FLOPs of each training ({kept_in}); what needs none as lines",
         )
+
+
+def _paired(run: Run, blocks: Blocks, best: str) -> None:
+    """One model against every other and the baselines, sequence by sequence."""
+    each = {name: by_split["test"]["mse_each"] for name, by_split in run.baselines.items()}
+    each |= {name: [line["mse"] for line in e["forecasts"]["test"]] for name, e in _judged(run).items()}
+    rows = []
+    for name, theirs in each.items():
+        pairs = [(a, b) for a, b in zip(each[best], theirs, strict=True) if a is not None and b is not None]
+        if name == best or not pairs:
+            continue
+        found = paired(*map(np.array, zip(*pairs, strict=True)))
+        low, high = found["interval"]
+        rows.append([name, f"{found['difference']:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{found['better']:.0%}"])
+    blocks.table(
+        f"{best} against the others, paired by test sequence: negative is better",
+        ["against", "difference of MSE", "95 % interval", "sequences where it is better"],
+        rows,
+    )
 
 
 def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:

@@ -83,6 +83,31 @@ def checked_device(name: str) -> str:
     return name
 
 
+def read_data(args: argparse.Namespace):
+    """The trajectories (N, T, 2) in populations, their split, and the encoding that the training part gives.
+
+    Raises DataError for trajectories that are too short, or too large for the encoding.
+    """
+    from experiments import data, plans
+    from experiments.grammar import BEYOND
+    from experiments.llmtime import Encoding
+
+    trajectories = (data.read(args.data) if args.data else data.simulate()).trajectories
+    if (num_steps := trajectories.shape[1]) < plans.CONTEXT_STEPS + plans.HORIZON:
+        raise data.DataError(
+            f"{args.data}: trajectories have {num_steps} time steps, expected at least "
+            f"{plans.CONTEXT_STEPS} context + {plans.HORIZON} forecast steps"
+        )
+    parts = data.split(len(trajectories))
+    encoding = Encoding.fit(trajectories[parts.train])
+    if (largest := encoding.scaled(trajectories).max()) >= BEYOND - 0.5:
+        raise data.DataError(
+            f"{args.data}: a population is {largest:.4g} times the scale, {encoding.scale:g}, that the training "
+            f"trajectories give; expected less than {BEYOND:g}"
+        )
+    return trajectories, parts, encoding
+
+
 def prepare(args: argparse.Namespace):
     """Read and check everything a run needs, then open its folder: (suite, whether it is continued).
 
@@ -94,10 +119,9 @@ def prepare(args: argparse.Namespace):
     import torch
 
     import flops
-    from experiments import data, plans
+    from experiments import plans
     from experiments.evaluation import most_positions
-    from experiments.grammar import BEYOND, Grammar
-    from experiments.llmtime import Encoding
+    from experiments.grammar import Grammar
     from experiments.runfolder import open_run
     from experiments.suite import Suite
     from experiments.training import window_tensors
@@ -111,24 +135,11 @@ def prepare(args: argparse.Namespace):
     plan = plans.PLANS[args.plan](args.seed)
     if args.numeric_head:
         plan = plans.with_numeric_head(plan)
-    dataset = data.read(args.data) if args.data else data.simulate()
-    num_steps = dataset.trajectories.shape[1]
-    if num_steps < plans.CONTEXT_STEPS + plans.HORIZON:
-        raise data.DataError(
-            f"{args.data}: trajectories have {num_steps} time steps, expected at least "
-            f"{plans.CONTEXT_STEPS} context + {plans.HORIZON} forecast steps"
-        )
-    parts = data.split(len(dataset.trajectories))
-    encoding = Encoding.fit(dataset.trajectories[parts.train])
+    trajectories, parts, encoding = read_data(args)
     ids = {"train": parts.train, "val": parts.val[: args.sequences], "test": parts.test[: args.sequences]}
     folder = checkpoint_folder(args.model)
     model, tokenizer = load(folder, device, getattr(torch, args.dtype))
-    series = {name: dataset.trajectories[rows] for name, rows in ids.items()}
-    if (largest := encoding.scaled(dataset.trajectories).max()) >= BEYOND - 0.5:
-        raise data.DataError(
-            f"a population is {largest:.4g} times the scale, {encoding.scale:g}, that the training trajectories give; "
-            f"expected less than {BEYOND:g}"
-        )
+    series = {name: trajectories[rows] for name, rows in ids.items()}
     sample = [tokenizer.encode(encoding.encode(series["train"][0]))]
     grammar = Grammar(tokenizer, encoding.decimals, num_variables=2)
     lengths = [most_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)]
@@ -148,7 +159,7 @@ def prepare(args: argparse.Namespace):
         "decoding": args.decoding,
         "samples": args.samples,
         "checkpoint_sha256": checkpoint_hash(folder),
-        "data_sha256": hashlib.sha256(dataset.trajectories.tobytes()).hexdigest(),
+        "data_sha256": hashlib.sha256(trajectories.tobytes()).hexdigest(),
         "encoding": {"scale": encoding.scale, "decimals": encoding.decimals},
         "convention": args.convention,
         "device": torch.device(device).type,
