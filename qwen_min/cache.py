@@ -45,6 +45,13 @@ class KVCache:
         """Count `num_tokens` more columns as filled."""
         self.length += num_tokens
 
+    def rows(self, rows: slice) -> "KVCache":
+        """Some rows as a cache of their own that shares this one's memory; `length` of each moves alone."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[:, rows], self.values[:, rows]
+        part.batch_size = part.keys.shape[1]
+        return part
+
     def repeat(self, times: torch.Tensor) -> "KVCache":
         """A new cache that holds each row as often as `times` (B) says, one behind the other."""
         new = copy.copy(self)

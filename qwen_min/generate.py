@@ -14,6 +14,10 @@ from qwen_min.continuation import continuation
 from qwen_min.linear import linear, pack
 from qwen_min.model import Qwen
 
+# prompt tokens that a CPU works on together: with more, the activations of a layer outgrow what the allocator keeps,
+# and every operator pays for new memory
+TOKENS = 2048
+
 
 class Generation(NamedTuple):
     """What `generate` returns."""
@@ -46,9 +50,15 @@ def prefill(model: Qwen, ids: Tensor, num_new_tokens: int, attention_mask: Tenso
     """
     if num_new_tokens > 0:
         pack(model)
-    weight = model.head_weight
-    cache = KVCache(model.config, ids.shape[0], ids.shape[1] + num_new_tokens, weight.device, weight.dtype)
-    return cache, model.model(ids, cache, attention_mask)[:, -1]
+    weight, (batch, length) = model.head_weight, ids.shape
+    cache = KVCache(model.config, batch, length + num_new_tokens, weight.device, weight.dtype)
+    together = max(1, TOKENS // length) if weight.device.type == "cpu" else batch
+    last = []
+    for rows in (slice(row, row + together) for row in range(0, batch, together)):
+        mask = None if attention_mask is None else attention_mask[rows]
+        last.append(model.model(ids[rows], cache.rows(rows), mask)[:, -1])
+    cache.advance(length)
+    return cache, torch.cat(last)
 
 
 def greedy_steps(

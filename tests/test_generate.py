@@ -34,6 +34,17 @@ def test_n_tokens_are_one_prefill_and_n_minus_1_decode_steps(model):
     assert widths == [4, 1, 1, 1, 1, 1]
 
 
+def test_long_prompts_are_read_a_few_rows_at_a_time(monkeypatch, model):
+    wanted = generate(model, PROMPTS, 15, return_logits=True)
+    monkeypatch.setattr(importlib.import_module("qwen_min.generate"), "TOKENS", 10)  # the name alone is the function's
+    shapes = []
+    model.model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    found = generate(model, PROMPTS, 15, return_logits=True)
+    assert shapes[:3] == [(2, 5), (1, 5), (3, 1)]
+    assert torch.equal(found.tokens, wanted.tokens)
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-5, atol=1e-5)
+
+
 def test_stops_on_either_end_id(model):
     free = [greedy_without_cache(model, prompt, 15) for prompt in PROMPTS]
     ends = {free[0][4], free[1][9]}
@@ -88,6 +99,5 @@ def test_passes_of_fixed_shape_equal_the_simple_ones(model, ids, padded):
 def test_a_gpu_s_way_to_generate_gives_the_same_tokens(monkeypatch, model):
     """The fast path of CUDA, run on the CPU without capture: token for token what the simple path gives."""
     wanted = generate(model, PROMPTS, 15)
-    module = importlib.import_module("qwen_min.generate")  # as an attribute the name is the function's
-    monkeypatch.setattr(module, "continuation", GraphContinuation)
+    monkeypatch.setattr(importlib.import_module("qwen_min.generate"), "continuation", GraphContinuation)
     assert torch.equal(generate(model, PROMPTS, 15).tokens, wanted.tokens)
