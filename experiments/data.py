@@ -14,6 +14,7 @@ from scipy.integrate import solve_ivp
 from experiments.runfolder import write_whole
 
 NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # of the report's data set
+MOST_VALUES = 2**28  # of an array in a file: 1 GiB
 
 
 class DataError(ValueError):
@@ -38,21 +39,26 @@ class Split(NamedTuple):
 def read(path: str | Path) -> Dataset:
     """Read `/trajectories` (N, T, 2) and `/time` (T) of an HDF5 file.
 
-    Raises DataError when either is missing or of another rank or length, or when a value is not
-    finite or negative.
+    Raises DataError when either is missing, of another rank or length, larger than MOST_VALUES or kept in another
+    file, or when a value is not finite or negative.
     """
     try:
         with h5py.File(path, "r") as file:
             arrays = {}
             for name, rank in (("trajectories", 3), ("time", 1)):
-                if not isinstance(file.get(name), h5py.Dataset):
+                array, link = file.get(name), file.get(name, getlink=True)
+                if not isinstance(array, h5py.Dataset):
                     raise DataError(f"{path}: holds {sorted(file)}, expected the arrays 'trajectories' and 'time'")
-                if file[name].ndim != rank or file[name].dtype.kind not in "fiu":
-                    raise DataError(
-                        f"{path}: {name} is {file[name].dtype} {file[name].shape}, expected numbers of rank {rank}"
-                    )
-                arrays[name] = file[name][:].astype(np.float32)
-    except OSError as error:
+                if not isinstance(link, h5py.HardLink) or array.external or array.is_virtual:
+                    raise DataError(f"{path}: {name} is kept in another file, expected it in the file itself")
+                if array.ndim != rank or array.dtype.kind not in "fiu":
+                    raise DataError(f"{path}: {name} is {array.dtype} {array.shape}, expected numbers of rank {rank}")
+                if array.size > MOST_VALUES:
+                    raise DataError(f"{path}: {name} has {array.size:,} values, at most {MOST_VALUES:,} are read")
+                arrays[name] = array[:].astype(np.float32)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
         raise DataError(f"{path}: not a readable HDF5 file ({error})") from error
     trajectories, time = arrays["trajectories"] + np.float32(0), arrays["time"]  # 0 for -0
     if trajectories.shape[1:] != (len(time), 2) or trajectories.size == 0:

@@ -4,6 +4,7 @@ N sequences, h forecast steps, D variables, L target tokens, C hidden size.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from experiments.grammar import Grammar, decode, may_be_wide, nats_of
 from experiments.llmtime import Encoding
+from experiments.runfolder import plain, resumable
 from experiments.scores import FIRST, errors
 from qwen_min.generate import greedy_steps, pad_left, prefill
 from qwen_min.loss import token_losses
@@ -35,20 +37,26 @@ class Forecasts(NamedTuple):
     forced_losses: np.ndarray  # (N, L) the same with the true tokens before it
     nats: np.ndarray  # (N) of a target value, among what the grammar allows, a second digit always
 
-    @staticmethod
-    def join(parts: list["Forecasts"]) -> "Forecasts":
-        """The sequences of all parts; shorter loss rows are filled with NaN."""
+    def plain(self) -> dict:
+        """The fields as JSON can hold them."""
+        return {name: value if name == "texts" else plain(value) for name, value in self._asdict().items()}
 
-        def stack(name):
-            arrays = [getattr(part, name) for part in parts]
-            width = max(a.shape[1] for a in arrays)
+    @staticmethod
+    def join(parts: list[dict]) -> "Forecasts":
+        """The sequences of all parts, each as `plain` gives it; shorter loss rows are filled with NaN."""
+
+        def arrays(name: str) -> list[np.ndarray]:
+            return [np.array(part[name], dtype=float) for part in parts]
+
+        def padded(name: str) -> np.ndarray:
+            width = max(a.shape[1] for a in arrays(name))
             return np.concatenate(
-                [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=np.nan) for a in arrays]
+                [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=np.nan) for a in arrays(name)]
             )
 
-        texts = [text for part in parts for text in part.texts]
-        values, nats = (np.concatenate([getattr(part, name) for part in parts]) for name in ("values", "nats"))
-        return Forecasts(texts, values, stack("free_losses"), stack("forced_losses"), nats)
+        texts = [text for part in parts for text in part["texts"]]
+        values, nats = (np.concatenate(arrays(name)) for name in ("values", "nats"))
+        return Forecasts(texts, values, padded("free_losses"), padded("forced_losses"), nats)
 
 
 def most_positions(grammar: Grammar, encoding: Encoding, context_steps: int, steps: int) -> int:
@@ -166,13 +174,15 @@ def forecast(
     horizon: int,
     steps: int | None = None,
     decoding: str = "constrained",
+    state: Path | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Forecasts:
     """Forecast `steps` (else `horizon`) steps of each of series (N, T, D), in populations, behind context_steps.
 
     decoding: "constrained" to the grammar, every value well-formed, or "free", the report's protocol: raw argmax over
     the whole vocabulary. Contexts are cut by time step. The losses are those of the tokens of the first `horizon` true
-    steps; free losses exist under free decoding alone, which goes on only while a row still lacks a value.
+    steps; free losses exist under free decoding alone, which goes on only while a row still lacks a value. `state` is
+    a file to continue from and to save to after each batch.
     Raises ValueError when a series is too short, ForecastError when logits are not finite.
     """
     steps = steps or horizon
@@ -183,12 +193,14 @@ def forecast(
         )
     if decoding not in DECODINGS:
         raise ValueError(f"decoding is {decoding!r}, expected one of {', '.join(DECODINGS)}")
-    parts = []
-    for start in range(0, len(series), BATCH):
+
+    def of(start: int) -> dict:
         batch = series[start : start + BATCH]
-        parts.append(_batch(model, tokenizer, encoding, batch, context_steps, horizon, steps, decoding))
+        found = _batch(model, tokenizer, encoding, batch, context_steps, horizon, steps, decoding)
         progress(len(batch))
-    return Forecasts.join(parts)
+        return found.plain()
+
+    return Forecasts.join(resumable(state, range(0, len(series), BATCH), of))
 
 
 def metrics(forecasts: Forecasts, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:

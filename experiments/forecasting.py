@@ -232,6 +232,8 @@ def read_trained(folder: str | Path) -> dict:
     try:
         fields = read_json(path)
         Encoding(fields["scale"], fields["decimals"])
+        if not all(isinstance(fields[name], str) for name in ("checkpoint", "checkpoint_sha256")):
+            raise ValueError("checkpoint and checkpoint_sha256 are to be texts")
         return {name: fields[name] for name in ("scale", "decimals", "checkpoint", "checkpoint_sha256")}
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: not the record of an adapter that experiments.run trained ({error})") from error

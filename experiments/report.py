@@ -9,6 +9,8 @@ import argparse
 import csv
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 
 from experiments import figures
 from experiments.page import Blocks, to_html, to_markdown
-from experiments.runfolder import RunError, read_json, read_json_lines, write_whole
+from experiments.runfolder import RunError, only_writer, read_json, read_json_lines, write_whole
 from experiments.scores import COVERED, QUANTILES, paired
 
 # What the report published: validation MSE and free-running loss by experiment, log10 of its FLOPs by section.
@@ -65,8 +67,24 @@ class Run:
         return [e["name"] for e in self.plan["identity"]["experiments"] if e["name"] not in self.experiments]
 
 
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """What a report needs and the files do not hold, as a RunError."""
+    try:
+        yield
+    except RunError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, csv.Error) as error:
+        raise RunError(f"{folder}: holds no readable run ({error!r})") from error
+
+
 def load_run(folder: Path) -> Run:
     """Read a run folder. Raises RunError when a file of it is missing or damaged."""
+    with _reading(folder):
+        return _read_run(folder)
+
+
+def _read_run(folder: Path) -> Run:
     run = Run(
         folder,
         read_json(folder / "plan.json"),
@@ -76,7 +94,7 @@ def load_run(folder: Path) -> Run:
         {split: read_json_lines(folder / f"{split}.jsonl") for split in ("val", "test")},
     )
     for experiment in run.plan["identity"]["experiments"]:
-        path = folder / "experiments" / experiment["name"]
+        path = folder / "experiments" / Path(experiment["name"]).name
         if not (path / "metrics.json").exists():
             continue
         result = read_json(path / "settings.json") | {
@@ -458,7 +476,8 @@ def write_report(folder: Path) -> Path:
 
     Raises RunError when the folder holds no readable run.
     """
-    blocks = build(load_run(folder))
+    with _reading(folder):
+        blocks = build(load_run(folder))
     write_whole(folder / "report.md", to_markdown(blocks, folder))
     write_whole(folder / "report.html", to_html(blocks, blocks[0][1][1]))
     return folder / "report.html"
@@ -470,8 +489,10 @@ def main() -> int:
         prog="python -m experiments.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="run folder")
+    folder = parser.parse_args().folder
     try:
-        print(write_report(parser.parse_args().folder))
+        with only_writer(folder):
+            print(write_report(folder))
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,10 @@ A folder that holds the same run is continued; finished experiments are not run 
 import argparse
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+
+from experiments.interruption import Interrupted, Interruption
 
 PLAN_NAMES = ("quick", "report", "untrained")  # of experiments.plans, which is slow to import
 DTYPES = ("float32", "bfloat16")  # fp16 would need its loss scaled to train
@@ -108,8 +111,9 @@ def read_data(args: argparse.Namespace):
     return trajectories, parts, encoding
 
 
-def prepare(args: argparse.Namespace):
-    """Read and check everything a run needs, then open its folder: (suite, whether it is continued).
+def prepare(args: argparse.Namespace, stack: ExitStack, interruption: Interruption):
+    """Read and check everything a run needs, then open its folder for as long as the stack is: (suite, whether it is
+    continued).
 
     Raises ValueError or OSError with one clear message, before anything is written.
     """
@@ -176,7 +180,7 @@ def prepare(args: argparse.Namespace):
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
     out = args.out or Path("runs") / args.plan
-    continued = open_run(out, json_plain(identity), record)
+    continued = stack.enter_context(open_run(out, json_plain(identity), record))
     ledger = flops.Ledger(out / "ledger.jsonl", args.budget)
     suite = Suite(
         plan,
@@ -191,6 +195,7 @@ def prepare(args: argparse.Namespace):
         checkpoint=(args.model, identity["checkpoint_sha256"]),
         decoding=args.decoding,
         samples=args.samples,
+        interruption=interruption,
     )
     return suite, continued
 
@@ -203,14 +208,26 @@ def json_plain(value):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when the plan is finished, 1 when it ended early (budget, loss, disk, memory), 2 for bad input."""
+    """Exit status 0 when the plan is finished, 1 when it ended early (budget, loss, disk, memory), 2 for bad input, and
+    128 + the signal's number when it was asked to stop."""
     args = parser().parse_args(argv)
+    try:
+        with Interruption() as interruption, ExitStack() as stack:
+            return work(args, stack, interruption)
+    except Interrupted as error:
+        command = shlex.join(["python", "-m", "experiments.run", *(sys.argv[1:] if argv is None else argv)])
+        print(f"stopped by {error}, all is saved; to continue: {command}", file=sys.stderr)
+        return error.exit_status
+
+
+def work(args: argparse.Namespace, stack: ExitStack, interruption: Interruption) -> int:
+    """`main` without its handling of signals."""
     import torch  # after parsing: --help need not wait for it
 
     import flops
 
     try:
-        suite, continued = prepare(args)
+        suite, continued = prepare(args, stack, interruption)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -227,6 +244,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         try:
             suite.run()
+        except Interrupted as error:
+            suite.write_status(f"Stopped by {error}.")
+            raise
         except (flops.BudgetExceeded, TrainingError, ForecastError, torch.OutOfMemoryError) as error:
             stopped = str(error)
             print(f"stopped: {stopped}", file=sys.stderr)

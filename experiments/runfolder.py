@@ -1,8 +1,15 @@
-"""The files of a run: each written whole or not at all, and a folder that belongs to one plan."""
+"""The files of a run: each written whole or not at all, and a folder that belongs to one plan and one process."""
 
 import json
 import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"  # holds the id of the process that writes, or of the last that did
 
 
 class RunError(ValueError):
@@ -10,14 +17,29 @@ class RunError(ValueError):
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Put content at path in one step: readers see the old file or the new one, also after a kill."""
+    """Put content at path in one step: readers see the old file or the new one, also after a kill or a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # others keep no names behind the file's own back
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def to_json(value) -> str:
@@ -30,11 +52,16 @@ def to_json_lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
+def plain(values: np.ndarray) -> list:
+    """Nested lists of an array of floats, with None for NaN, as JSON has none."""
+    return np.where(np.isnan(values), None, values.astype(float)).tolist()
+
+
 def read_json(path: Path):
     """A JSON file. Raises RunError when it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: not a readable JSON file ({error})") from error
 
 
@@ -42,16 +69,67 @@ def read_json_lines(path: Path) -> list[dict]:
     """The objects of a JSON lines file. Raises RunError when it is missing or damaged."""
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: not a readable JSON lines file ({error})") from error
 
 
-def open_run(folder: Path, identity: dict, record: dict) -> bool:
-    """Begin a run in an empty or new folder, or continue the same run in its own; True if continued.
+def resumable(state: Path | None, pieces: Sequence, make: Callable) -> list:
+    """make(piece), something JSON can hold, of each of pieces in turn.
 
-    identity decides what the results are (plan, checkpoint, data, seed, ...); record is written beside it.
-    Raises RunError, and writes nothing, when the folder belongs to another run or to something else.
+    What is made is kept in the file `state`, so that a run that was killed goes on behind the last whole piece.
+    Raises RunError when the state is damaged.
     """
+    made = read_json(state) if state and state.exists() else []
+    if not isinstance(made, list) or len(made) > len(pieces):
+        raise RunError(f"{state}: not a state of this run; delete it to begin this part anew")
+    for piece in pieces[len(made) :]:
+        made.append(make(piece))
+        if state:
+            write_whole(state, json.dumps(made, allow_nan=False))
+    return made
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """A folder that no other process writes to meanwhile.
+
+    Raises RunError that names the process which does, or when there is no such folder.
+    """
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such folder")
+    path = folder / LOCK
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = path.read_text(encoding="utf-8")
+        raise RunError(f"{folder}: process {holder} is at work in it; wait for it, or choose another folder") from None
+    try:
+        path.write_text(str(os.getpid()), encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def open_run(folder: Path, identity: dict, record: dict) -> Iterator[bool]:
+    """Begin a run in an empty or new folder, or continue the same run in its own; gives True if continued.
+
+    identity decides what the results are (plan, checkpoint, data, seed, ...); record is written beside it. No other
+    process can open the run meanwhile. Raises RunError, and writes nothing, when the folder belongs to another run, to
+    something else, or to a process at work.
+    """
+    _holds(folder, identity)  # before a lock is put into what may be somebody's folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(folder):
+        continued = _holds(folder, identity)
+        if not continued:
+            write_whole(folder / "plan.json", to_json({"identity": identity} | record))
+        yield continued
+
+
+def _holds(folder: Path, identity: dict) -> bool:
+    """Whether the folder holds this run; False for a new or an empty one. Raises RunError for any other."""
     plan = folder / "plan.json"
     if plan.exists():
         held = read_json(plan)
@@ -65,9 +143,9 @@ def open_run(folder: Path, identity: dict, record: dict) -> bool:
                     f"{_short(identity.get(name))}; choose another --out"
                 )
         return True
-    if folder.exists() and (not folder.is_dir() or any(p.name != "plan.json.partial" for p in folder.iterdir())):
+    begun = {"plan.json.partial", LOCK}  # of a run killed at once
+    if folder.exists() and (not folder.is_dir() or any(p.name not in begun for p in folder.iterdir())):
         raise RunError(f"{folder}: exists and holds no run; choose an empty or new --out")
-    write_whole(plan, to_json({"identity": identity} | record))
     return False
 
 

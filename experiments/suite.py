@@ -1,6 +1,5 @@
 """Runs the experiments of a plan, one after the other, into a run folder."""
 
-import json
 import shutil
 import sys
 import time
@@ -16,12 +15,13 @@ from tqdm import tqdm
 import flops
 from experiments import gru
 from experiments.baselines import BASELINES
-from experiments.evaluation import Forecasts, forecast, metrics
+from experiments.evaluation import BATCH, Forecasts, forecast, metrics
 from experiments.forecasting import Forecaster, write_trained
 from experiments.grammar import Grammar
+from experiments.interruption import Interruption
 from experiments.llmtime import Encoding
 from experiments.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
-from experiments.runfolder import read_json, to_json, to_json_lines, write_whole
+from experiments.runfolder import plain, read_json, resumable, sync, to_json, to_json_lines, write_whole
 from experiments.scores import FIRST, QUANTILES, errors, probabilistic, squared_errors
 from experiments.training import Training, train, window_tensors
 from flops.trace import trace_training_step
@@ -45,6 +45,7 @@ class Suite:
     checkpoint: tuple[str, str]  # as the user named it, and its sha256
     decoding: str
     samples: int  # paths drawn for each test sequence by the last experiment
+    interruption: Interruption
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
         """FLOPs of one optimizer step."""
@@ -89,13 +90,19 @@ class Suite:
         """Run every experiment that is not finished yet.
 
         Raises flops.BudgetExceeded at the first one that does not fit whole, TrainingError when a loss is not
-        finite; all that came before is kept.
+        finite, Interrupted when asked to stop; all that came before is kept.
         """
         if not (self.folder / "baselines.json").exists():
             self._write_data()
         for experiment in self.plan.experiments:
-            if not (self._path(experiment.name) / "metrics.json").exists():
+            path = self._path(experiment.name)
+            if not (path / "metrics.json").exists():
                 self._run_one(experiment)
+            elif training := self._settings(experiment):
+                for step in range(training.steps):  # in case the ledger was lost
+                    self.ledger.debit(experiment.name, step, self.step_flops(training))
+            for state in path.glob("*state.*"):
+                state.unlink()
 
     def write_status(self, stopped: str | None) -> None:
         """What the run has spent by now, and why it stopped if it did."""
@@ -172,7 +179,6 @@ class Suite:
             seconds = {"training": training_seconds, "evaluation": time.monotonic() - started}
         write_whole(path / "seconds.json", to_json({name: round(value, 1) for name, value in seconds.items()}))
         write_whole(path / "metrics.json", to_json(results))  # last: it says that the experiment is finished
-        (path / "state.safetensors").unlink(missing_ok=True)
 
     @contextmanager
     def _adapted(self, name: str, training: Training | None) -> Iterator[float]:
@@ -195,21 +201,28 @@ class Suite:
                     bar.set_postfix(loss=f"{loss:.3f}", budget=f"{share:.2%}", refresh=False)
                     bar.update(step + 1 - bar.n)
 
-                trained = train(
-                    self.model,
-                    ids,
-                    lengths,
-                    training,
-                    torch.tensor(sorted(self.grammar.ids.values())) if training.numeric_head else None,
-                    path / "state.safetensors",
-                    before_step=lambda step: self.ledger.debit(name, step, cost),
-                    after_step=after_step,
-                )
+                def before_step(step: int) -> None:
+                    self.interruption.check()
+                    self.ledger.debit(name, step, cost)
+
+                with self.interruption.held():
+                    trained = train(
+                        self.model,
+                        ids,
+                        lengths,
+                        training,
+                        torch.tensor(sorted(self.grammar.ids.values())) if training.numeric_head else None,
+                        path / "state.safetensors",
+                        before_step,
+                        after_step,
+                    )
             rows = "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(trained.losses))
             write_whole(path / "losses.csv", "step,loss\n" + rows)
             partial = path / "adapter.partial"
             save_adapter(self.model, partial, training.lora, self.checkpoint[0])
             write_trained(partial, self.encoding, *self.checkpoint)
+            for file in (*partial.iterdir(), partial):
+                sync(file)
             shutil.rmtree(path / "adapter", ignore_errors=True)
             partial.rename(path / "adapter")
             yield trained.seconds
@@ -230,39 +243,44 @@ class Suite:
                 HORIZON,
                 steps=truth.shape[1],
                 decoding=self.decoding,
+                state=self._path(name) / f"forecasts.{split}.state.json",
                 progress=bar.update,
             )
         lines = [self._line(self.ids[split][i], i, found, truth) for i in range(len(series))]
         results = metrics(found, truth, context.mean(axis=1), self.encoding.scale, HORIZON)
         if self.samples and split == "test" and experiment == self.plan.experiments[-1]:
-            forecaster = Forecaster(self.model, self.tokenizer, self.encoding.scale, self.encoding.decimals)
-            drawn = forecaster.forecast(series[:, :CONTEXT_STEPS], HORIZON, self.samples).samples / self.encoding.scale
+            drawn = self._draw(series[:, :CONTEXT_STEPS], self._path(name) / "samples.state.json")
             results["probabilistic"] = probabilistic(drawn, truth[:, :HORIZON])
             for line, paths in zip(lines, drawn, strict=True):
                 line["quantiles"] = np.quantile(paths, QUANTILES, axis=0).round(4).tolist()
         write_whole(self._path(name) / f"forecasts.{split}.jsonl", to_json_lines(lines))
         return results
 
+    def _draw(self, contexts: np.ndarray, state: Path) -> np.ndarray:
+        """Sampled paths (N, S, h, D), scaled."""
+        forecaster = Forecaster(self.model, self.tokenizer, self.encoding.scale, self.encoding.decimals)
+
+        def draw(start: int) -> list:
+            return forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples).samples.tolist()
+
+        parts = resumable(state, range(0, len(contexts), BATCH), draw)
+        return np.concatenate([np.array(part) for part in parts]) / self.encoding.scale
+
     def _line(self, trajectory: int, row: int, found: Forecasts, truth: np.ndarray) -> dict:
         values, true = found.values[row, :HORIZON], truth[row, :HORIZON]
         line = {
             "id": int(trajectory),
             "text": found.texts[row],
-            "forecast": _plain(found.values[row]),
-            "truth": _plain(truth[row].round(6)),
-            "mse": _plain(squared_errors(values[None], true[None]))[0],
+            "forecast": plain(found.values[row]),
+            "truth": plain(truth[row].round(6)),
+            "mse": plain(squared_errors(values[None], true[None]))[0],
             "malformed_values": int(np.isnan(values).sum()),
-            "forced_losses": _plain(found.forced_losses[row].round(4)),
+            "forced_losses": plain(found.forced_losses[row].round(4)),
             "nats_per_value": round(float(found.nats[row]), 6),
         }
         if self.decoding == "free":
-            line["free_losses"] = _plain(found.free_losses[row].round(4))
+            line["free_losses"] = plain(found.free_losses[row].round(4))
         return line
-
-
-def _plain(values: np.ndarray) -> list:
-    """Nested lists with None for NaN, as JSON has no NaN."""
-    return json.loads(json.dumps(values.astype(float).tolist()).replace("NaN", "null"))
 
 
 def _interval() -> float:

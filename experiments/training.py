@@ -24,6 +24,7 @@ from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
 
 SAVE_SECONDS = 30.0  # how much work a kill may cost
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
 
 class TrainingError(ValueError):
@@ -90,23 +91,28 @@ def _save_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.opti
         raise TrainingError(f"the adapter is not finite after step {step - 1}; lower the learning rate")
     tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in trained._asdict().items()}
     for name, parameter in parameters.items():
-        moments = optimizer.state[parameter]
-        tensors |= {name: parameter, f"{name}.exp_avg": moments["exp_avg"], f"{name}.exp_avg_sq": moments["exp_avg_sq"]}
+        tensors |= {name: parameter} | {f"{name}.{moment}": optimizer.state[parameter][moment] for moment in MOMENTS}
     write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam) -> Trained:
+    shapes = {name: [*p.shape] for name, p in parameters.items()}
+    shapes |= {f"{name}.{moment}": shape for name, shape in shapes.items() for moment in MOMENTS}
     try:
         saved = load_file(path)
-        trained = Trained(saved["losses"].tolist(), saved["seconds"].item())
-        for name, parameter in parameters.items():
-            parameter.data.copy_(saved[name])
-            optimizer.state[parameter] = {"step": torch.tensor(float(len(trained.losses)))} | {
-                moment: saved[f"{name}.{moment}"].to(parameter.device) for moment in ("exp_avg", "exp_avg_sq")
-            }
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        losses, seconds = saved.pop("losses"), saved.pop("seconds")
+        if {name: [*t.shape] for name, t in saved.items()} != shapes or losses.ndim != 1 or seconds.numel() != 1:
+            raise ValueError("other tensors than the adapter's and their moments")
+        if not all(t.dtype.is_floating_point and t.isfinite().all() for t in (*saved.values(), losses, seconds)):
+            raise ValueError("holds values that are not finite numbers")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise TrainingError(f"{path}: not a state of this training ({error}); delete it to begin anew") from error
-    return trained
+    for name, parameter in parameters.items():
+        parameter.data.copy_(saved[name])
+        optimizer.state[parameter] = {"step": torch.tensor(float(len(losses)))} | {
+            moment: saved[f"{name}.{moment}"].to(parameter) for moment in MOMENTS
+        }
+    return Trained(losses.tolist(), seconds.item())
 
 
 def train(
@@ -123,7 +129,7 @@ def train(
 
     ids (n, T) and lengths (n) from `window_tensors`; vocabulary as in `next_token_loss`. `state` is the file to
     continue from and to save to, every SAVE_SECONDS and at the end. before_step(step) may refuse a step by raising,
-    after_step(step, loss) reports.
+    what was done before is saved then; it is told of the steps of the state, too. after_step(step, loss) reports.
     Raises TrainingError when a loss or the adapter is not finite, the state is not of this training, or there are
     fewer windows than a batch takes.
     """
@@ -135,8 +141,22 @@ def train(
     device = model.head_weight.device
     vocabulary = None if vocabulary is None else vocabulary.to(device)
     started = saved = time.monotonic()
-    for step in range(len(losses), settings.steps):
+    num_saved = len(losses)
+
+    def save_all() -> None:
+        nonlocal saved, num_saved
+        saved, num_saved = time.monotonic(), len(losses)
+        _save_state(state, parameters, optimizer, Trained(losses, seconds + saved - started))
+
+    for step in range(num_saved):  # of earlier processes
         before_step(step)
+    for step in range(num_saved, settings.steps):
+        try:
+            before_step(step)
+        except BaseException:  # no budget is left, or the process is to end
+            if len(losses) > num_saved:
+                save_all()
+            raise
         rows = torch.from_numpy(batch_rows(len(ids), settings.batch, settings.seed, step))
         full = bool((lengths[rows] == ids.shape[1]).all())
         of_rows = None if full else lengths[rows].to(device)
@@ -150,6 +170,5 @@ def train(
         losses.append(value)
         after_step(step, value)
         if step + 1 == settings.steps or time.monotonic() - saved > SAVE_SECONDS:
-            saved = time.monotonic()
-            _save_state(state, parameters, optimizer, Trained(losses, seconds + saved - started))
+            save_all()
     return Trained(losses, seconds + saved - started)

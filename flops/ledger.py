@@ -14,8 +14,8 @@ class Ledger:
     """A file of one JSON line per optimizer step: {"experiment", "step", "flops"}.
 
     A step is debited before it runs and once: a step that an interrupted run repeats on its way back to where
-    it was is the same step. So a kill can leave behind a step debited but not run, never the reverse. `spent`
-    is the sum in FLOPs.
+    it was is the same step. So a kill or a power cut can leave behind a step debited but not run, never the reverse.
+    `spent` is the sum in FLOPs.
     Raises ValueError when the file is damaged.
     """
 
@@ -36,7 +36,7 @@ class Ledger:
                 name, step, flops = entry["experiment"], entry["step"], entry["flops"]
                 if not (isinstance(name, str) and type(step) is int and type(flops) is int and flops >= 0):
                     raise ValueError("wrong types")
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise ValueError(f"{self.path}, line {number}: not a ledger entry ({error!r})") from error
             self._book(name, step, flops)
         if torn:  # a write cut short by a kill: its step did not run, for it is run only after the write
@@ -76,4 +76,6 @@ class Ledger:
         self._check(f"step {step} of {experiment}", flops)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"experiment": experiment, "step": step, "flops": flops}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         self._book(experiment, step, flops)

@@ -72,7 +72,7 @@ def read_config(folder: str | Path) -> LoraConfig:
         config = LoraConfig(rank=fields["r"], alpha=fields["lora_alpha"], targets=names)
     except AdapterError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: not a readable adapter config ({error!r})") from error
     for name, plain in PLAIN.items():
         if fields.get(name, plain[-1]) not in plain:
@@ -91,6 +91,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a readable safetensors file ({error})") from error
+    ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim}
+    if ranks - {config.rank}:  # before memory is taken for what the config says
+        raise AdapterError(f"{folder}: adapter_config.json says rank {config.rank}, the tensors have {sorted(ranks)}")
     try:
         inject(model, config)
     except ValueError as error:

@@ -21,7 +21,7 @@ class LoraConfig:
     def __post_init__(self):
         if not (isinstance(self.rank, int) and self.rank > 0):
             raise ValueError(f"LoRA rank is {self.rank!r}, expected a positive integer")
-        if not self.alpha > 0:
+        if not 0 < self.alpha < 1e30:
             raise ValueError(f"LoRA alpha is {self.alpha!r}, expected a positive number")
         if not self.targets:
             raise ValueError("LoRA has no targets, expected names such as 'q_proj'")

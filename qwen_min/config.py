@@ -1,9 +1,10 @@
 """The fields of a Qwen2.5 `config.json` that decide what the decoder computes."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
+
+LARGEST = 2**24  # that a size or constant may be
 
 
 class CheckpointError(ValueError):
@@ -14,7 +15,7 @@ class CheckpointError(ValueError):
 class QwenConfig:
     """Sizes and constants of a dense Qwen2.5 decoder, named as in `config.json`.
 
-    Raises CheckpointError when a size is not a positive integer or the heads do not divide.
+    Raises CheckpointError when a size is not a positive integer of at most LARGEST or the heads do not divide.
     """
 
     vocab_size: int
@@ -32,8 +33,8 @@ class QwenConfig:
         for name, kind in self.__annotations__.items():
             value = getattr(self, name)
             right_type = isinstance(value, (int, float) if kind is float else kind)
-            if not right_type or (kind is not bool and (isinstance(value, bool) or not 0 < value < math.inf)):
-                wanted = "true or false" if kind is bool else f"a positive {kind.__name__}"
+            if not right_type or (kind is not bool and (isinstance(value, bool) or not 0 < value <= LARGEST)):
+                wanted = "true or false" if kind is bool else f"a positive {kind.__name__} of at most {LARGEST:,}"
                 raise CheckpointError(f"config.json: {name} is {value!r}, expected {wanted}")
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
@@ -95,7 +96,7 @@ class QwenConfig:
         """Read `config.json`. Raises CheckpointError when it is missing, no JSON or unsupported."""
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
         if not isinstance(fields, dict):
             raise CheckpointError(f"{path}: holds {type(fields).__name__}, expected a JSON object")

@@ -47,7 +47,7 @@ def weight_files(folder: Path) -> list[Path]:
     else:
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a readable index with a weight_map ({error!r})") from error
         if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
             raise CheckpointError(f"{index}: names {strange[0]!r}, expected files of the same folder")
@@ -78,6 +78,25 @@ def tensor_problems(expected: dict[str, torch.Size], got: dict[str, list[int]]) 
     )
 
 
+def tensor_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """dtype and shape of every tensor of a checkpoint folder, from the files' headers.
+
+    Raises CheckpointError when a file is missing or damaged, or a tensor stands in two.
+    """
+    headers = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no dictionary
+                    if name in headers:
+                        raise CheckpointError(f"{folder}: {name} stands in two files")
+                    header = file.get_slice(name)
+                    headers[name] = header.get_dtype(), list(header.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    return headers
+
+
 def load_weights(
     model: torch.nn.Module, folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> None:
@@ -87,21 +106,17 @@ def load_weights(
     misshapen tensor, or names the damaged file; the model is unchanged then.
     """
     expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
-    paths, shapes, problems, tensors = weight_files(folder), {}, [], {}
+    headers, tensors = tensor_headers(folder), {}
+    problems = [
+        f"{name} has dtype {kind}, expected one of {FLOAT_DTYPES}"
+        for name, (kind, _) in headers.items()
+        if kind not in FLOAT_DTYPES
+    ]
+    problems += tensor_problems(expected, {name: shape for name, (_, shape) in headers.items()})
+    if problems:
+        raise CheckpointError(f"{folder}: does not match its config.json:\n  " + "\n  ".join(problems))
     try:
-        for path in paths:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no dictionary
-                    header = file.get_slice(name)
-                    if name in shapes:
-                        problems.append(f"{name} stands in two files")
-                    if header.get_dtype() not in FLOAT_DTYPES:
-                        problems.append(f"{name} has dtype {header.get_dtype()}, expected one of {FLOAT_DTYPES}")
-                    shapes[name] = list(header.get_shape())
-        problems += tensor_problems(expected, shapes)
-        if problems:
-            raise CheckpointError(f"{folder}: does not match its config.json:\n  " + "\n  ".join(problems))
-        for path in paths:
+        for path in weight_files(folder):
             with safe_open(path, framework="pt", device=str(device)) as file:
                 tensors |= {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
@@ -123,6 +138,11 @@ def load(
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, more than vocab_size {config.vocab_size}"
+        )
+    layers = {name.split(".")[2] for name in tensor_headers(folder) if name.startswith("model.layers.")}
+    if len(layers) != config.num_hidden_layers:  # before as many are built
+        raise CheckpointError(
+            f"{folder}: has the tensors of {len(layers)} layers, config.json says {config.num_hidden_layers}"
         )
     with torch.device("meta"):
         model = Qwen(config)

@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from experiments import data, gru, plans, report, run
+from experiments.interruption import Interrupted, Interruption
 from experiments.training import Training
 from flops import Ledger
 from small_plan import quick
@@ -132,6 +136,8 @@ def test_finished_experiments_are_not_run_again(finished, data_file):
     assert contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors") == before
 
 
+KEPT = ("experiments/*/metrics.json", "experiments/*/adapter/*", "experiments/*/*.csv", "experiments/*/*.jsonl",
+        "ledger.jsonl")  # fmt: skip
 KILL = """
 import os, signal
 from flops import Ledger
@@ -153,9 +159,80 @@ def test_a_killed_run_ends_with_the_same_bytes(finished, data_file, tmp_path):
     assert not (killed / "experiments" / "final" / "metrics.json").exists()
     process = start("--data", data_file, "--out", killed)
     assert process.returncode == 0, process.stderr
-    kept = ("experiments/*/metrics.json", "experiments/*/adapter/*", "experiments/*/*.csv", "experiments/*/*.jsonl",
-            "ledger.jsonl")  # fmt: skip
-    assert contents(killed, *kept) == contents(out, *kept)
+    assert contents(killed, *KEPT) == contents(out, *KEPT)
+
+
+TERMINATE = """
+import os, signal, experiments.training
+experiments.training.SAVE_SECONDS = 1000
+from flops import Ledger
+plain = Ledger.debit
+def debit(self, experiment, step, flops):
+    plain(self, experiment, step, flops)
+    if (experiment, step) == ("final", 3):
+        os.kill(os.getpid(), signal.SIGTERM)
+Ledger.debit = debit
+"""
+
+
+def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it(finished, data_file, tmp_path):
+    out, _ = finished
+    stopped = tmp_path / "stopped"
+    process = start("--data", data_file, "--out", stopped, before=TERMINATE)
+    assert process.returncode == 128 + signal.SIGTERM, process.stderr
+    last = process.stderr.splitlines()[-1]
+    assert last.startswith("stopped by SIGTERM, all is saved; to continue: python -m experiments.run --data")
+    assert len(load_file(stopped / "experiments" / "final" / "state.safetensors")["losses"]) == 4
+    assert json.loads((stopped / "status.json").read_text())["stopped"] == "Stopped by SIGTERM."
+    process = start("--data", data_file, "--out", stopped)
+    assert process.returncode == 0, process.stderr
+    assert contents(stopped, *KEPT) == contents(out, *KEPT)
+
+
+def test_a_stop_is_at_once_where_no_step_is_taken():
+    before, done = signal.getsignal(signal.SIGINT), []
+
+    def work(hold: bool) -> None:
+        with Interruption() as interruption, interruption.held() if hold else nullcontext():
+            signal.raise_signal(signal.SIGINT)
+            done.append("a step")
+            signal.raise_signal(signal.SIGINT)  # a second one is not held back
+            done.append("more")
+
+    with pytest.raises(Interrupted, match="SIGINT"):
+        work(hold=False)
+    assert done == []
+    with pytest.raises(Interrupted, match="SIGINT"):
+        work(hold=True)
+    assert done == ["a step"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_folder_in_which_another_process_is_at_work_is_refused(small_plan, data_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = "import sys, time\nfrom pathlib import Path\nfrom experiments.runfolder import only_writer\n"
+    code += "with only_writer(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()"
+    out.mkdir()
+    command = [sys.executable, "-c", code, str(out)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": PATH}, text=True
+    ) as other:
+        assert other.stdout.readline() == "in\n"
+        assert run.main(["--data", str(data_file), "--out", str(out)]) == 2
+        assert f"process {other.pid} is at work in it" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        other.stdin.close()
+    assert run.main(["--data", str(data_file), "--out", str(out)]) == 0
+
+
+def test_steps_of_a_lost_ledger_are_booked_again(finished, small_plan, data_file, tmp_path):
+    out, again = finished[0], tmp_path / "again"
+    shutil.copytree(out, again)
+    (again / "ledger.jsonl").unlink()
+    (again / "experiments" / "final" / "metrics.json").unlink()
+    assert run.main(["--data", str(data_file), "--out", str(again)]) == 0
+    booked = [sorted((p / "ledger.jsonl").read_text().splitlines()) for p in (out, again)]
+    assert booked[0] == booked[1]
 
 
 def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_continues(
@@ -255,8 +332,6 @@ def test_a_plan_of_one_experiment_gives_its_part_of_the_report(data_file, tmp_pa
 
 
 def test_a_model_with_too_few_positions_is_refused(small_plan, data_file, tmp_path, capsys):
-    import shutil
-
     from qwen_min.weights import TINY
 
     shutil.copytree(TINY, tmp_path / "model")
@@ -291,7 +366,7 @@ def test_the_report_plan_says_what_does_not_fit_the_budget(monkeypatch, tmp_path
     def warning(convention, budget=10**17):
         ledger = Ledger(tmp_path / "ledger.jsonl", budget)
         return Suite(
-            plans.report(0), tmp_path, sizes, None, None, {}, {}, ledger, convention, ("", ""), "", 0
+            plans.report(0), tmp_path, sizes, None, None, {}, {}, ledger, convention, ("", ""), "", 0, None
         ).budget_warning()
 
     assert "Does not fit: final." in warning("sheet")
@@ -316,8 +391,6 @@ def test_help_does_not_wait_for_torch():
 
 @pytest.mark.parametrize("damage", ["plan.json", "baselines.json", "experiments/trial/forecasts.val.jsonl"])
 def test_a_damaged_run_folder_gives_no_report(finished, tmp_path, damage):
-    import shutil
-
     shutil.copytree(finished[0], tmp_path / "run")
     (tmp_path / "run" / damage).write_text("{")
     command = [sys.executable, "-m", "experiments.report", tmp_path / "run"]

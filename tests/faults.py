@@ -1,0 +1,267 @@
+"""Runs that are killed, and runs that cannot write: what is left behind, and whether they end as if undisturbed.
+
+    python -m tests.faults --kills 100
+
+Every run is a forked process on a plan of seconds, its budget exactly what the plan costs. After each fault no finished
+file differs from the undisturbed run's, and the ledger holds every step that was taken; in the end all files are equal.
+"""
+
+import argparse
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from experiments import data, evaluation, plans, run, suite
+from experiments.report import write_report
+from experiments.runfolder import LOCK
+from experiments.training import Training
+from tests import small_plan
+
+SYSTEMS = 20  # 3 validation and 3 test trajectories
+FINAL = ("**/metrics.json", "**/losses.csv", "**/adapter/*", "**/forecasts.*.jsonl", "*.jsonl", "*.json")
+CHANGING = ("status.json", "ledger.jsonl", "plan.json")  # grow, or hold a time
+WRITING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
+
+
+class Fault(AssertionError):
+    """A promise that was not kept."""
+
+
+def plan(seed: int) -> plans.Plan:
+    """Five experiments in seconds."""
+    trial, cell = (Training(rank, 1e-3, 64, 3, seed=seed) for rank in (4, 2))
+    return plans._chain("quick", trial, [cell], [96], 3, 5)
+
+
+def child(folder: Path, source: Path, budget: int, log: Path, prepare=lambda: None) -> int:
+    """A process that runs or continues the small plan in a folder; its id."""
+    if pid := os.fork():
+        return pid
+    try:
+        torch.set_num_threads(1)
+        small_plan.install()
+        plans.PLANS["quick"] = plan
+        evaluation.BATCH = suite.BATCH = 2
+        suite.LONG_HORIZON = 12
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        prepare()
+        options = ["--data", source, "--out", folder, "--budget", budget, "--samples", 2]
+        status = run.main([str(option) for option in options])
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        status = 70
+    os._exit(status)
+
+
+def wait(pid: int) -> int:
+    """Exit status of a child; below 0 the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
+    """The files of a folder by relative path."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(found) if path.name != LOCK}
+
+
+class Campaign:
+    """Faults on runs of one plan, and the undisturbed run they are held against."""
+
+    def __init__(self, work: Path, seed: int = 0):
+        self.work, self.random = work, random.Random(seed)
+        self.source, self.reference, self.log = work / "data.h5", work / "undisturbed", work / "log"
+        data.write(self.source, data.simulate(seed=0, num_systems=SYSTEMS))
+        started = time.monotonic()
+        if status := wait(child(self.reference, self.source, 10**17, self.log)):
+            raise Fault(f"the undisturbed run ended with {status}, see {self.log}")
+        self.seconds = time.monotonic() - started
+        self.budget = json.loads((self.reference / "status.json").read_text())["spent"]
+        self.final = contents(self.reference, *FINAL)
+        self.names = [str(p.relative_to(self.reference)) for p in self.reference.rglob("*") if p.is_file()]
+        self.tally = Counter()
+
+    def start(self, folder: Path, prepare=lambda: None) -> int:
+        """Run or continue in a folder, with not a FLOP more than the plan costs."""
+        return child(folder, self.source, self.budget, self.log, prepare)
+
+    def check(self, folder: Path) -> None:
+        """What must hold at any instant."""
+        for name, content in contents(folder, *FINAL).items():
+            if Path(name).name not in CHANGING and "state" not in name and content != self.final.get(name):
+                raise Fault(f"{folder / name} is not what the undisturbed run wrote")
+        booked, spent = Counter(), 0
+        ledger = folder / "ledger.jsonl"
+        for line in ledger.read_bytes().split(b"\n")[:-1] if ledger.exists() else []:
+            entry = json.loads(line)
+            booked[entry["experiment"]] += 1
+            spent += entry["flops"]
+        if spent > self.budget:
+            raise Fault(f"{ledger}: {spent} of {self.budget} FLOPs")
+        for state in folder.glob("experiments/*/state.safetensors"):
+            taken = len(load_file(state)["losses"])
+            if booked[state.parent.name] < taken:
+                raise Fault(f"{ledger}: holds {booked[state.parent.name]} of the {taken} steps of {state.parent.name}")
+
+    def check_finished(self, folder: Path) -> None:
+        """Every byte of a finished run, once the times that it took are the undisturbed run's."""
+        self.check(folder)
+        for path in self.reference.rglob("seconds.json"):
+            shutil.copy(path, folder / path.relative_to(self.reference))
+        shutil.copy(self.reference / "plan.json", folder)  # holds the budget's command
+        shutil.copy(self.reference / "status.json", folder)
+        write_report(folder)
+        ours, theirs = contents(folder, "**/*"), contents(self.reference, "**/*")
+        if differing := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
+            raise Fault(f"{folder}: {', '.join(differing)} differ from the undisturbed run's")
+        shutil.rmtree(folder)
+
+    def phase(self, folder: Path) -> str:
+        """What a run that left the folder so was doing."""
+        if (folder / "status.json").exists():
+            return "report"
+        if not (folder / "baselines.json").exists():
+            return "start and baselines"
+        unfinished = [p for p in folder.glob("experiments/*") if not (p / "metrics.json").exists()]
+        evaluating = any((p / "adapter").exists() or p.name == "untrained" for p in unfinished)
+        return "evaluation" if evaluating else "training"
+
+    def kill(self, kills: int) -> None:
+        """SIGKILL at random instants, and where a random file has just appeared, until a run finishes; and again."""
+        number = 0
+        while kills > 0:
+            folder, number = self.work / f"killed-{number}", number + 1
+            for _ in range(20):
+                pid, landmark = self.start(folder), None
+                deadline = time.monotonic() + self.random.uniform(0, self.seconds)
+                missing = sorted(name for name in self.names if not (folder / name).exists())
+                if missing and self.random.random() < 0.5:
+                    landmark = folder / self.random.choice(missing)
+                while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                    if landmark.exists() if landmark else time.monotonic() > deadline:
+                        time.sleep(self.random.uniform(0, 0.03))
+                        os.kill(pid, signal.SIGKILL)
+                        break
+                    time.sleep(0.001)
+                status = wait(pid)
+                if status == -signal.SIGKILL:
+                    kills -= 1
+                    self.tally[f"killed in {self.phase(folder)}"] += 1
+                    self.check(folder)
+                elif status:
+                    raise Fault(f"a continued run ended with {status}, see {self.log}")
+                if status == 0 or kills <= 0:
+                    break
+            if wait(self.start(folder)):
+                raise Fault(f"the last run in {folder} failed, see {self.log}")
+            self.check_finished(folder)
+            self.tally["continued to the undisturbed run's bytes after kills"] += 1
+
+    def refuse_writes(self, most: int) -> None:
+        """A full disk at each place in turn where a run opens a file to write, makes, moves or deletes one."""
+        folder, refused = self.work / "refused", []
+        sites = self.work / "sites"
+        while len(refused) < most:
+            status = wait(self.start(folder, lambda refused=refused: refuse_the_next(folder, refused, sites)))
+            found = sites.read_text().splitlines() if sites.exists() else []
+            if found == refused:
+                break  # the whole run went through
+            refused = found
+            last = self.log.read_text().splitlines()[-1]
+            if status not in (1, 2) or "No space left" not in last:
+                raise Fault(f"{refused[-1]} refused: exit status {status}, {last!r}; see {self.log}")
+            self.tally["writes refused, ended in one message"] += 1
+            self.check(folder)
+        if wait(self.start(folder)):
+            raise Fault(f"the run in {folder} failed once it could write, see {self.log}")
+        self.check_finished(folder)
+
+    def cut_writes(self, times: int) -> None:
+        """Files that cannot grow beyond a random size: writes end in their middle."""
+        sizes = sorted(len(content) for content in contents(self.reference, "**/*").values())
+        for number in range(times):
+            folder = self.work / f"cut-{number}"
+            size = max(1, self.random.choice(sizes) - self.random.randint(1, 200))
+            limit = (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+            # what a log may grow to is the limit, too
+            log, self.log = self.log, self.work / f"log-cut-{number}"
+            status = wait(self.start(folder, lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, limit)))
+            self.log = log
+            if status not in (1, 2, 120):
+                raise Fault(f"files of at most {size} bytes: exit status {status}")
+            self.tally["runs with writes cut in their middle"] += 1
+            self.check(folder)
+            if wait(self.start(folder)):
+                raise Fault(f"the run in {folder} failed once it could write, see {self.log}")
+            self.check_finished(folder)
+
+
+def refuse_the_next(folder: Path, refused: list[str], sites: Path) -> None:
+    """From now on the first write to the folder that is not in `refused` fails as on a full disk, and those behind it.
+
+    What was refused is written to `sites`, together with what was before.
+    """
+    full = False
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal full
+        if event not in WRITING or not isinstance(arguments[0], str | bytes | os.PathLike):
+            return
+        path = Path(os.fsdecode(arguments[0]))
+        reading = event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if reading or not path.is_relative_to(folder):
+            return
+        site = f"{event} {path.relative_to(folder)}"
+        if not full and site not in refused:
+            full = True
+            sites.write_text("\n".join([*refused, site]))
+        if full and event in ("open", "os.mkdir", "os.rename"):  # a full disk lets files go
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        if site not in refused and event in ("os.remove", "os.rmdir", "os.truncate"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    sys.addaudithook(hook)
+
+
+def main() -> None:
+    """Print the tally."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--refusals", type=int, default=10**6, help="at most so many writes refused (default all)")
+    parser.add_argument("--cuts", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        campaign = Campaign(Path(work), args.seed)
+        print(
+            f"undisturbed: {campaign.seconds:.1f} s, {len(campaign.names)} files, {campaign.budget:,} FLOPs", flush=True
+        )
+        for part, times in ((campaign.kill, args.kills), (campaign.refuse_writes, args.refusals),
+                            (campaign.cut_writes, args.cuts)):  # fmt: skip
+            started = time.monotonic()
+            part(times)
+            print(f"{part.__name__}: {time.monotonic() - started:.0f} s")
+            for name, count in sorted(campaign.tally.items()):
+                print(f"  {count:4d}  {name}", flush=True)
+            campaign.tally.clear()
+
+
+if __name__ == "__main__":
+    main()

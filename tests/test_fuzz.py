@@ -1,0 +1,360 @@
+"""Whatever stands in a file, a reader gives back what it promises or raises what it documents: no other error, no
+memory beyond the file's own measure.
+
+Each reader gets a good file with bytes changed, and, where the file is JSON, with values replaced. For a long search:
+`FUZZ_EXAMPLES=20000 python -m pytest tests/test_fuzz.py`.
+"""
+
+import copy
+import json
+import os
+import resource
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from conftest import GROUPED, config_fields, random_model
+from experiments import data
+from experiments.forecast import read_csv
+from experiments.forecasting import read_trained, write_trained
+from experiments.llmtime import Encoding
+from experiments.report import load_run
+from experiments.runfolder import RunError, open_run, plain, resumable
+from experiments.training import Trained, TrainingError, _load_state, _save_state
+from flops import Ledger
+from lora import AdapterError, LoraConfig, adapter_parameters, inject, load_adapter, remove, save_adapter
+from qwen_min import Qwen, QwenConfig, Tokenizer
+from qwen_min.config import CheckpointError
+from qwen_min.weights import TINY, load, load_weights, weight_files
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 40))
+MEMORY = 2 * 2**30  # bytes beyond what the process has already
+fuzz = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[*HealthCheck],
+    derandomize="FUZZ_EXAMPLES" not in os.environ,  # the suite tries the same each time
+)
+DEEP = json.loads("[" * 900 + "]" * 900)
+VALUES = st.one_of(
+    st.sampled_from(
+        [None, True, False, 0, -1, 1, 2, 3, 10**30, 2**31, 2**63, 1e308, 0.5, float("nan"), float("inf"), "", "x",
+         "nan", "../../etc/passwd", "/etc/passwd", "\x00", "\ud800", [], {}, [None], {"": None}, [[]], DEEP]
+    ),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_memory():
+    """A reader that believes a header's claim of terabytes fails with MemoryError."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@st.composite
+def changed_bytes(draw, good: bytes) -> bytes:
+    """A good file with some bytes overwritten, put in, taken out, or with its end cut off; seldom any bytes at all."""
+    if draw(st.integers(0, 19)) == 0:
+        return draw(st.binary(max_size=200))
+    content = bytearray(good)
+    for _ in range(draw(st.integers(1, 4))):
+        # headers stand in front, and what they say is worth more changes
+        front = draw(st.booleans())
+        at = draw(st.integers(0, min(len(content), 256) if front else len(content)))
+        piece = draw(st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([b"\xff" * 8, b"\0" * 8, b"9" * 12])))
+        kind = draw(st.sampled_from(["over", "over", "in", "out", "cut"]))
+        if kind == "over":
+            content[at : at + len(piece)] = piece
+        elif kind == "in":
+            content[at:at] = piece
+        elif kind == "out":
+            del content[at : at + len(piece)]
+        else:
+            del content[at:]
+    return bytes(content)
+
+
+def _paths(value, path=()) -> list[tuple]:
+    found = [path]
+    if isinstance(value, dict):
+        found += [p for key, inner in value.items() for p in _paths(inner, (*path, key))]
+    elif isinstance(value, list):
+        found += [p for i, inner in enumerate(value[:20]) for p in _paths(inner, (*path, i))]
+    return found
+
+
+@st.composite
+def changed_json(draw, good) -> bytes:
+    """A good document with some values replaced or taken out, or changed as bytes."""
+    document = copy.deepcopy(good)
+    if draw(st.integers(0, 3)) == 0:
+        return draw(changed_bytes(json.dumps(good).encode()))
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(_paths(document)))
+        if not path:
+            document = draw(VALUES)
+            continue
+        owner = document
+        for key in path[:-1]:
+            owner = owner[key]
+        if draw(st.booleans()):
+            owner[path[-1]] = draw(VALUES)
+        else:
+            del owner[path[-1]]
+    return json.dumps(document).encode()
+
+
+@fuzz
+@given(content=changed_json(config_fields(GROUPED)))
+def test_config(content, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "config.json"
+    path.write_bytes(content)
+    with suppress(CheckpointError):
+        assert QwenConfig.from_file(path).head_dim > 0
+
+
+WEIGHTS = {name: t.clone() for name, t in random_model(GROUPED).state_dict().items()}
+INDEX = {"metadata": {}, "weight_map": dict.fromkeys(WEIGHTS, "model-00001-of-00001.safetensors")}
+
+
+@fuzz
+@given(content=changed_bytes(save(WEIGHTS)))
+def test_weights(content, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    (folder / "model.safetensors").write_bytes(content)
+    with torch.device("meta"):
+        model = Qwen(GROUPED)
+    try:
+        load_weights(model, folder)
+        assert not model.head_weight.is_meta
+    except CheckpointError:
+        assert model.head_weight.is_meta  # as it was
+
+
+@fuzz
+@given(content=changed_json(INDEX))
+def test_index(content, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    (folder / "model-00001-of-00001.safetensors").touch()
+    (folder / "model.safetensors.index.json").write_bytes(content)
+    with suppress(CheckpointError):
+        assert all(path.parent == folder for path in weight_files(folder))
+
+
+@fuzz
+@given(content=changed_json(json.loads((TINY / "config.json").read_text())))
+def test_checkpoint_with_another_config(content, tmp_path_factory):
+    """A config of any sizes over a checkpoint: refused before memory is taken for it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).symlink_to(TINY / name)
+    (folder / "config.json").write_bytes(content)
+    with suppress(CheckpointError):
+        model, _ = load(folder)
+        model(torch.tensor([[1, 2]]))
+
+
+TOKENIZER = (TINY / "tokenizer.json").read_bytes()
+
+
+@fuzz
+@given(content=st.one_of(changed_bytes(TOKENIZER), changed_json(json.loads(TOKENIZER))))
+def test_tokenizer(content, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "tokenizer.json"
+    path.write_bytes(content)
+    with suppress(CheckpointError):
+        tokenizer = Tokenizer(path)
+        assert tokenizer.pad_id >= 0
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A model and the folder of an adapter for it."""
+    folder = tmp_path_factory.mktemp("adapter") / "good"
+    model = random_model(GROUPED)
+    inject(model, LoraConfig(rank=2, alpha=2))
+    save_adapter(model, folder, LoraConfig(rank=2, alpha=2))
+    remove(model)
+    write_trained(folder, Encoding(0.5), "tiny", "0" * 64)
+    return model, folder
+
+
+@fuzz
+@given(source=st.data())
+def test_adapter(source, adapter, tmp_path_factory):
+    model, good = adapter
+    folder = tmp_path_factory.mktemp("adapter")
+    shutil.copytree(good, folder, dirs_exist_ok=True)
+    if source.draw(st.booleans()):
+        content = source.draw(changed_json(json.loads((good / "adapter_config.json").read_text())))
+        (folder / "adapter_config.json").write_bytes(content)
+    else:
+        content = source.draw(changed_bytes((good / "adapter_model.safetensors").read_bytes()))
+        (folder / "adapter_model.safetensors").write_bytes(content)
+    try:
+        load_adapter(model, folder)
+        remove(model)
+    except AdapterError:
+        with pytest.raises(ValueError, match="no LoRA layer"):
+            adapter_parameters(model)
+
+
+@fuzz
+@given(content=changed_json({"scale": 0.5, "decimals": 2, "checkpoint": "tiny", "checkpoint_sha256": "0" * 64}))
+def test_what_an_adapter_was_trained_with(content, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "encoding.json").write_bytes(content)
+    with suppress(AdapterError):
+        found = read_trained(folder)
+        Encoding(found["scale"], found["decimals"])
+        assert isinstance(found["checkpoint"], str)
+
+
+def _hdf5(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("data") / "good.h5"
+    data.write(path, data.Dataset(np.ones((8, 100, 2), np.float32), np.arange(100, dtype=np.float32)))
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def hdf5(tmp_path_factory) -> bytes:
+    return _hdf5(tmp_path_factory)
+
+
+@fuzz
+@given(source=st.data())
+def test_hdf5(source, hdf5, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.h5"
+    path.write_bytes(source.draw(changed_bytes(hdf5[:4096])) + hdf5[4096:])
+    with suppress(data.DataError):
+        found = data.read(path)
+        assert (found.trajectories >= 0).all()
+        assert np.isfinite(found.trajectories).all()
+
+
+def test_hdf5_that_claims_terabytes_or_points_elsewhere(tmp_path):
+    good = tmp_path / "good.h5"
+    data.write(good, data.Dataset(np.ones((8, 100, 2), np.float32), np.arange(100, dtype=np.float32)))
+    (tmp_path / "raw").write_bytes(np.ones((8, 100, 2), np.float32).tobytes())
+    layout = h5py.VirtualLayout((8, 100, 2), np.float32)
+    layout[:] = h5py.VirtualSource(good, "trajectories", (8, 100, 2))
+    cases = {
+        "claims": lambda f: f.create_dataset("trajectories", (10**10, 100, 2), np.float32, chunks=(1, 100, 2)),
+        "soft link": lambda f: f.__setitem__("trajectories", h5py.ExternalLink(good, "trajectories")),
+        "raw bytes": lambda f: f.create_dataset(
+            "trajectories", (8, 100, 2), np.float32, external=[(tmp_path / "raw", 0, 6400)]
+        ),
+        "virtual": lambda f: f.create_virtual_dataset("trajectories", layout),
+    }
+    for name, make in cases.items():
+        path = tmp_path / f"{name}.h5"
+        with h5py.File(path, "w") as file:
+            file["time"] = np.arange(100, dtype=np.float32)
+            make(file)
+        with pytest.raises(data.DataError, match=r"at most|in the file itself"):
+            data.read(path)
+
+
+@fuzz
+@given(content=changed_bytes(b"prey,predator\n" + b"".join(b"%d.5,%d\n" % (i, i) for i in range(30))))
+def test_csv(content, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.csv"
+    path.write_bytes(content)
+    with suppress(data.DataError):
+        names, values = read_csv(path)
+        assert values.shape[1] == len(names)
+        assert np.isfinite(values).all()
+
+
+PLAN = {"identity": {"plan": "quick", "experiments": [{"name": "untrained"}], "seed": 0}, "model": "tiny"}
+
+
+@fuzz
+@given(content=changed_json(PLAN))
+def test_plan(content, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "plan.json").write_bytes(content)
+    with suppress(RunError), open_run(folder, PLAN["identity"], {}) as continued:
+        assert continued
+    assert (folder / "plan.json").read_bytes() == content
+
+
+@pytest.fixture(scope="module")
+def run_folder() -> Path:
+    return Path(__file__).parents[1] / "results" / "untrained"
+
+
+@fuzz
+@given(source=st.data())
+def test_run_folder(source, run_folder, tmp_path_factory):
+    """Any file that a report is drawn from."""
+    names = [p.relative_to(run_folder) for p in sorted(run_folder.rglob("*.json*")) if "state" not in p.name]
+    changed = source.draw(st.sampled_from(names))
+    folder = tmp_path_factory.mktemp("results")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(run_folder / name)
+    good = (run_folder / changed).read_bytes()
+    content = source.draw(changed_json(json.loads(good)) if changed.suffix == ".json" else changed_bytes(good))
+    (folder / changed).unlink()
+    (folder / changed).write_bytes(content)
+    with suppress(RunError):
+        load_run(folder)
+
+
+@fuzz
+@given(content=changed_bytes(b"".join(b'{"experiment": "a", "step": %d, "flops": 10}\n' % i for i in range(9))))
+def test_ledger(content, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "ledger.jsonl"
+    path.write_bytes(content)
+    try:
+        ledger = Ledger(path, budget=100)
+        assert ledger.spent == sum(ledger.by_experiment().values()) >= 0
+    except ValueError:
+        assert path.read_bytes() == content
+
+
+@fuzz
+@given(source=st.data())
+def test_state_of_training(source, adapter, tmp_path_factory):
+    model, _ = adapter
+    inject(model, LoraConfig(rank=2, alpha=2))
+    try:
+        parameters = adapter_parameters(model)
+        optimizer = torch.optim.Adam(parameters.values())
+        sum(p.sum() for p in parameters.values()).backward()
+        optimizer.step()
+        path = tmp_path_factory.mktemp("state") / "state.safetensors"
+        _save_state(path, parameters, optimizer, Trained([1.0, 2.0], 3.0))
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        path.write_bytes(source.draw(changed_bytes(path.read_bytes())))
+        try:
+            found = _load_state(path, parameters, optimizer)
+            assert all(np.isfinite(found.losses))
+        except TrainingError:
+            assert all(torch.equal(parameters[name], value) for name, value in before.items())
+    finally:
+        remove(model)
+
+
+@fuzz
+@given(content=changed_json([{"texts": ["1.00"], "values": plain(np.ones((1, 1, 1)))}]))
+def test_state_of_an_evaluation(content, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "part.state.json"
+    path.write_bytes(content)
+    with suppress(RunError):
+        assert len(resumable(path, range(3), lambda piece: {})) == 3
