@@ -20,18 +20,22 @@ def checkpoint_folder(source: str | Path, files: tuple[str, ...] = ("*.safetenso
     """The folder of a checkpoint: "tiny" (embedded), an existing folder, or a hub id such as
     "Qwen/Qwen2.5-0.5B-Instruct", whose `files` come into the hub's cache once (HF_HUB_OFFLINE is honoured).
 
+    "owner/name@revision" pins a commit, tag or branch of the hub. A folder that exists is never fetched over.
     Raises CheckpointError when there is no such folder and the hub cannot give it.
     """
     if source == "tiny":
         return TINY
     if Path(source).is_dir():
         return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise CheckpointError(f"{source}: no such folder, expected a folder, a hub id 'owner/name' or 'tiny'")
+    hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
+    if not hub_id:
+        raise CheckpointError(
+            f"{source}: no such folder, expected a folder, a hub id 'owner/name[@revision]' or 'tiny'"
+        )
     from huggingface_hub import snapshot_download  # slow to import and needed for hub ids only
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(files)))
+        return Path(snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: no such folder, and the hub did not give it ({error})") from error
 

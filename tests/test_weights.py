@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import CONFIGS, config_fields, random_model
 from qwen_min import CheckpointError, load
-from qwen_min.weights import TINY
+from qwen_min.weights import TINY, checkpoint_folder
 
 
 def write_checkpoint(folder, model, dtype=torch.float32, shards=1):
@@ -125,6 +126,22 @@ def test_refuses_a_source_that_is_nothing(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="nobody/nothing: no such folder, and the hub did not give it"):
         load("nobody/nothing")
+
+
+def test_a_hub_id_may_pin_a_revision_and_a_folder_is_never_fetched_over(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert checkpoint_folder("somebody/something") == checkpoint_folder("somebody/something@0123abc") == tmp_path
+    assert asked == [("somebody/something", None), ("somebody/something", "0123abc")]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "somebody" / "something").mkdir(parents=True)
+    assert checkpoint_folder("somebody/something") == Path("somebody/something")
+    assert len(asked) == 2
 
 
 def test_refuses_a_damaged_tokenizer(tmp_path):
