@@ -92,7 +92,18 @@ def untrained(seed: int) -> Plan:
     return Plan("untrained", (Experiment("untrained", "5.4", splits=("val", "test")),))
 
 
-PLANS = {"quick": quick, "report": report, "untrained": untrained}
+def trial(seed: int) -> Plan:
+    """The report's trial alone, judged on both splits."""
+    return Plan("trial", (Experiment("trial", "6.2", Training(4, 1e-5, 512, 500, seed=seed), splits=("val", "test")),))
+
+
+def frontier(seed: int) -> Plan:
+    """The least error for few FLOPs: windows at every time step, a numeric head, a cosine schedule."""
+    settings = Training(8, 1e-3, 768, 300, stride=10, seed=seed, numeric_head=True, whole_windows=True, cosine=True)
+    return Plan("frontier", (Experiment("frontier", "frontier", settings, splits=("val", "test")),))
+
+
+PLANS = {"quick": quick, "report": report, "untrained": untrained, "trial": trial, "frontier": frontier}
 
 
 def with_numeric_head(plan: Plan) -> Plan:

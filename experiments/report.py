@@ -419,6 +419,22 @@ def _final(run: Run, blocks: Blocks) -> None:
         blocks.figure(drawn / "figure-12.png", "Figure 12: training loss of the final model")
 
 
+def _frontier(run: Run, blocks: Blocks) -> None:
+    done = {name: e for name, e in run.experiments.items() if e["section"] == "frontier"}
+    blocks.heading(2, "Beyond the report")
+    for name, experiment in done.items():
+        different = {key: value for key, value in experiment["training"].items() if key != "seed"}
+        blocks.text(f"{name}: " + ", ".join(f"{key} {_setting(value)}" for key, value in different.items()) + ".")
+    if done:
+        path = run.folder / "figures" / "frontier-losses.png"
+        figures.loss_curves({name: e["losses"] for name, e in done.items()}, path)
+        blocks.figure(path, "Training loss beyond the report")
+
+
+def _setting(value) -> str:
+    return " + ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _compute(run: Run, blocks: Blocks) -> None:
     status, kept_in = run.status, run.plan["identity"]["convention"]
     blocks.heading(2, "Compute (section 8)")
@@ -439,12 +455,15 @@ def _compute(run: Run, blocks: Blocks) -> None:
             steps, counted = str(experiment["training"]["steps"]), [log10(flops[c]) for c in names]
             traced = f"{experiment['traced_forward_and_backward'] / experiment['traced_forward']:.2f}"
         rows.append([name, steps, *counted, NONE, traced, f"{seconds['training']:.1f}", f"{seconds['evaluation']:.1f}"])
+    planned = {e["section"] for e in run.plan["identity"]["experiments"]}
     for section, title in SECTIONS.items():
-        if section not in {e["section"] for e in run.plan["identity"]["experiments"]} | {"all"}:
+        if section not in planned | {"all"}:
             continue
+        published = section in planned or planned >= SECTIONS.keys() - {"all"}
         parts = [e for e in run.experiments.values() if e["flops"] and section in (e["section"], "all")]
         counted = [log10(sum(e["flops"][c] for e in parts)) for c in names]
-        rows.append([title, NONE, *counted, f"10^{PUBLISHED_FLOPS[section]}", NONE, NONE, NONE])
+        theirs = f"10^{PUBLISHED_FLOPS[section]}" if published else NONE
+        rows.append([title, NONE, *counted, theirs, NONE, NONE, NONE])
     blocks.table("FLOPs of the finished experiments", header, rows)
 
 
@@ -463,7 +482,7 @@ def build(run: Run) -> Blocks:
     blocks.code(f"{example['text']}\n{example['tokens']}")
     planned = {experiment["section"] for experiment in run.plan["identity"]["experiments"]}
     for section, write in {
-        "5.4": _untrained, "6.2": _trial, "6.3": _grid, "6.4": _contexts, "6.5": _final
+        "5.4": _untrained, "6.2": _trial, "6.3": _grid, "6.4": _contexts, "6.5": _final, "frontier": _frontier
     }.items():  # fmt: skip
         if section in planned:
             write(run, blocks)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments.interruption import Interrupted, Interruption
 
-PLAN_NAMES = ("quick", "report", "untrained")  # of experiments.plans, which is slow to import
+PLAN_NAMES = ("quick", "report", "untrained", "trial", "frontier")  # of experiments.plans, which is slow to import
 DTYPES = ("float32", "bfloat16")  # fp16 would need its loss scaled to train
 
 

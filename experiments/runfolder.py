@@ -57,10 +57,17 @@ def plain(values: np.ndarray) -> list:
     return np.where(np.isnan(values), None, values.astype(float)).tolist()
 
 
+def _parse(text: str):
+    def refuse(name: str):
+        raise ValueError(f"holds {name}, which JSON has not")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def read_json(path: Path):
     """A JSON file. Raises RunError when it is missing or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return _parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: not a readable JSON file ({error})") from error
 
@@ -68,7 +75,7 @@ def read_json(path: Path):
 def read_json_lines(path: Path) -> list[dict]:
     """The objects of a JSON lines file. Raises RunError when it is missing or damaged."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [_parse(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: not a readable JSON lines file ({error})") from error
 

@@ -43,16 +43,28 @@ class Training:
     stride: int = 256  # tokens between the starts of a trajectory's windows
     seed: int = 0  # of the adapter's start and of the order of windows
     numeric_head: bool = False  # softmax over the tokens of numbers only
+    targets: tuple[str, ...] = ("q_proj", "v_proj")  # what gets an adapter
+    whole_windows: bool = False  # none that ends early because its trajectory does
+    cosine: bool = False  # the rate rises over the first twentieth of the steps, then falls to 0 along a cosine
 
     @property
     def lora(self) -> LoraConfig:
-        """Query and value projections, scaled by 1 (alpha = rank), as in the report."""
-        return LoraConfig(rank=self.rank, alpha=self.rank, targets=("q_proj", "v_proj"))
+        """The adapters, scaled by 1 (alpha = rank) as in the report."""
+        return LoraConfig(rank=self.rank, alpha=self.rank, targets=tuple(self.targets))
 
     @property
     def ranks(self) -> dict[str, int]:
         """LoRA rank by module name, as the FLOPs counter takes it."""
         return dict.fromkeys(self.lora.targets, self.rank)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        rising = max(1, self.steps // 20)
+        if not self.cosine:
+            return self.learning_rate
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        return self.learning_rate * (1 + math.cos(math.pi * (step - rising) / (self.steps - rising))) / 2
 
 
 def window_tensors(token_lists: list[list[int]], settings: Training, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -64,6 +76,8 @@ def window_tensors(token_lists: list[list[int]], settings: Training, pad_id: int
     if settings.context > longest:
         raise TrainingError(f"context {settings.context} is longer than a trajectory of {longest} tokens; shorten it")
     pieces = [piece for tokens in token_lists for piece in windows(tokens, settings.context, settings.stride)]
+    if settings.whole_windows:
+        pieces = [piece for piece in pieces if len(piece) == settings.context]
     ids = pad_sequence([torch.tensor(piece) for piece in pieces], batch_first=True, padding_value=pad_id)
     return ids, torch.tensor([len(piece) for piece in pieces])
 
@@ -125,7 +139,7 @@ def train(
     before_step: Callable[[int], None],
     after_step: Callable[[int, float], None],
 ) -> Trained:
-    """Train the injected adapter with Adam at a constant rate.
+    """Train the injected adapter with Adam.
 
     ids (n, T) and lengths (n) from `window_tensors`; vocabulary as in `next_token_loss`. `state` is the file to
     continue from and to save to, every SAVE_SECONDS and at the end. before_step(step) may refuse a step by raising,
@@ -136,7 +150,7 @@ def train(
     if len(ids) < settings.batch:
         raise TrainingError(f"{len(ids)} windows cannot fill a batch of {settings.batch}; use more trajectories")
     parameters = adapter_parameters(model)
-    optimizer = torch.optim.Adam(parameters.values(), lr=settings.learning_rate)
+    optimizer = torch.optim.Adam(parameters.values())
     losses, seconds = _load_state(state, parameters, optimizer) if state.exists() else Trained([], 0.0)
     device = model.head_weight.device
     vocabulary = None if vocabulary is None else vocabulary.to(device)
@@ -164,6 +178,7 @@ def train(
         value = loss.item()
         if not math.isfinite(value):
             raise TrainingError(f"step {step}: the loss is {value} (windows {rows.tolist()}); lower the learning rate")
+        optimizer.param_groups[0]["lr"] = settings.rate(step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

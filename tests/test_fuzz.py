@@ -90,6 +90,8 @@ def changed_bytes(draw, good: bytes) -> bytes:
 
 def _paths(value, path=()) -> list[tuple]:
     found = [path]
+    if len(path) > 5:
+        return found
     if isinstance(value, dict):
         found += [p for key, inner in value.items() for p in _paths(inner, (*path, key))]
     elif isinstance(value, list):
@@ -106,13 +108,13 @@ def changed_json(draw, good) -> bytes:
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(_paths(document)))
         if not path:
-            document = draw(VALUES)
+            document = copy.deepcopy(draw(VALUES))
             continue
         owner = document
         for key in path[:-1]:
             owner = owner[key]
         if draw(st.booleans()):
-            owner[path[-1]] = draw(VALUES)
+            owner[path[-1]] = copy.deepcopy(draw(VALUES))
         else:
             del owner[path[-1]]
     return json.dumps(document).encode()
@@ -165,7 +167,7 @@ def test_checkpoint_with_another_config(content, tmp_path_factory):
     (folder / "config.json").write_bytes(content)
     with suppress(CheckpointError):
         model, _ = load(folder)
-        model(torch.tensor([[1, 2]]))
+        model(torch.tensor([[1]]))
 
 
 TOKENIZER = (TINY / "tokenizer.json").read_bytes()

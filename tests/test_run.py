@@ -331,6 +331,19 @@ def test_a_plan_of_one_experiment_gives_its_part_of_the_report(data_file, tmp_pa
     assert Ledger(tmp_path / "out" / "ledger.jsonl", budget=1).spent == 0
 
 
+def test_what_goes_beyond_the_report_is_shown(monkeypatch, data_file, tmp_path):
+    settings = Training(2, 1e-3, 768, 2, stride=10, numeric_head=True, whole_windows=True, cosine=True)
+    beyond = plans.Plan("frontier", (plans.Experiment("frontier", "frontier", settings, splits=("val", "test")),))
+    monkeypatch.setitem(plans.PLANS, "frontier", lambda seed: beyond)
+    monkeypatch.setattr(gru, "STEPS", 3)
+    arguments = ["--plan", "frontier", "--data", str(data_file), "--out", str(tmp_path), "--samples", "2"]
+    assert run.main(arguments) == 0
+    markdown = (tmp_path / "report.md").read_text()
+    assert "frontier: rank 2, learning_rate 0.001, context 768" in markdown
+    assert "10^16.91" not in markdown  # what the report's whole suite cost
+    assert (tmp_path / "figures" / "frontier-losses.png").exists()
+
+
 def test_a_model_with_too_few_positions_is_refused(small_plan, data_file, tmp_path, capsys):
     from qwen_min.weights import TINY
 

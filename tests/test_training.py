@@ -3,9 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from experiments import training
 from experiments.training import Training, TrainingError, batch_rows, train, window_tensors
+from flops import training_step
+from flops.trace import trace_training_step
 from lora import adapter_parameters, inject, remove
 
 SETTINGS = Training(rank=2, learning_rate=1e-2, context=24, steps=7, batch=3, stride=10, seed=5)
@@ -44,6 +47,36 @@ def test_windows_are_padded_behind(tiny, token_lists):
         window_tensors(token_lists, Training(2, 1e-3, context=35, steps=1), 0)
 
 
+def test_whole_windows_leave_out_what_ends_early(tiny, token_lists):
+    ids, lengths = window_tensors(token_lists, replace(SETTINGS, whole_windows=True), tiny[1].pad_id)
+    assert ids.shape == (6 * 2, 24)
+    assert set(lengths.tolist()) == {24}
+    assert ids[1].tolist() == token_lists[0][10:34]
+
+
+def test_a_cosine_rises_over_a_twentieth_and_falls_to_nothing():
+    settings = replace(SETTINGS, steps=100, learning_rate=1.0, cosine=True)
+    rates = [settings.rate(step) for step in range(101)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates[52] == pytest.approx(0.5, abs=0.02)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[100] == pytest.approx(0)
+    assert replace(settings, cosine=False).rate(3) == 1.0
+
+
+def test_every_named_linear_is_adapted_and_counted(tiny):
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    settings = replace(SETTINGS, targets=targets)
+    inject(tiny[0], settings.lora)
+    try:
+        assert len(adapter_parameters(tiny[0])) == 2 * len(targets) * tiny[0].config.num_hidden_layers
+    finally:
+        remove(tiny[0])
+    config = tiny[0].config
+    traced = trace_training_step(config, 3, 24, settings.ranks)[0]
+    assert 3 * traced == training_step(config, 3, 24, ranks=settings.ranks)
+
+
 def test_an_epoch_takes_each_window_once_and_the_next_is_shuffled_anew():
     epochs = [[batch_rows(12, 4, seed=1, step=step) for step in range(start, start + 3)] for start in (0, 3)]
     for epoch in epochs:
@@ -61,16 +94,21 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path, tiny, token_list
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("stop_before", [1, 4, 6])
-def test_an_interrupted_training_ends_with_the_same_bits(monkeypatch, tmp_path, tiny, token_lists, stop_before):
-    wanted = run(tiny, token_lists, tmp_path / "undisturbed")
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0)
+@pytest.mark.parametrize(("stop_before", "save_seconds"), [(1, 0), (4, 0), (6, 0), (4, 1000)])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_an_interrupted_training_ends_with_the_same_bits(
+    monkeypatch, tmp_path, tiny, token_lists, stop_before, save_seconds, cosine
+):
+    settings = replace(SETTINGS, cosine=cosine)
+    wanted = run(tiny, token_lists, tmp_path / "undisturbed", settings)
+    monkeypatch.setattr(training, "SAVE_SECONDS", save_seconds)
     with pytest.raises(KeyboardInterrupt):
-        run(tiny, token_lists, tmp_path / "state", stop_before=stop_before)
-    losses, adapter = run(tiny, token_lists, tmp_path / "state")
+        run(tiny, token_lists, tmp_path / "state", settings, stop_before=stop_before)
+    assert len(load_file(tmp_path / "state")["losses"]) == stop_before
+    losses, adapter = run(tiny, token_lists, tmp_path / "state", settings)
     assert losses == wanted[0]
     assert all(torch.equal(adapter[name], tensor) for name, tensor in wanted[1].items())
-    again, _ = run(tiny, token_lists, tmp_path / "state", stop_before=0)  # finished: no further step
+    again, _ = run(tiny, token_lists, tmp_path / "state", settings)  # finished: no further step
     assert again == losses
 
 
