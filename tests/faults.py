@@ -172,7 +172,8 @@ class Campaign:
             if wait(self.start(folder)):
                 raise Fault(f"the last run in {folder} failed, see {self.log}")
             self.check_finished(folder)
-            self.tally["continued to the undisturbed run's bytes after kills"] += 1
+            self.tally["runs that ended with the undisturbed run's bytes"] += 1
+            print(f"{kills} kills to go", file=sys.stderr)
 
     def refuse_writes(self, most: int) -> None:
         """A full disk at each place in turn where a run opens a file to write, makes, moves or deletes one."""
