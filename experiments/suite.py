@@ -92,7 +92,8 @@ class Suite:
         Raises flops.BudgetExceeded at the first one that does not fit whole, TrainingError when a loss is not
         finite, Interrupted when asked to stop; all that came before is kept.
         """
-        if not (self.folder / "baselines.json").exists():
+        shared = ("example.json", "val.jsonl", "test.jsonl", "baselines.json")
+        if not all((self.folder / name).exists() for name in shared):
             self._write_data()
         for experiment in self.plan.experiments:
             path = self._path(experiment.name)
