@@ -4,17 +4,15 @@ import io
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.runfolder import write_whole
 
 PREY, PREDATOR, TEXT, GRID = "#1f6fb4", "#d1602b", "#333333", "#dddddd"
 FANS = 5  # series in one figure
 CURVES = ("#1f6fb4", "#d1602b", "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
-plt.rcParams.update(
+matplotlib.rcParams.update(
     {
         "figure.figsize": (7, 3.4),
         "figure.dpi": 120,
@@ -46,13 +44,13 @@ def _save(figure, path: Path) -> None:
 def _write(figure, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, metadata={"Software": None}, bbox_inches="tight")
-    plt.close(figure)
     write_whole(path, image.getvalue())
 
 
 def loss_by_step(losses: list[float | None], path: Path) -> None:
     """Cross-entropy of each target token."""
-    figure, axes = plt.subplots()
+    figure = Figure()
+    axes = figure.subplots()
     axes.plot([np.nan if loss is None else loss for loss in losses], color=PREY, linewidth=1)
     axes.set(xlabel="prediction step (token)", ylabel="cross-entropy (nats)")
     _save(figure, path)
@@ -62,7 +60,8 @@ def trajectory(context: list, truth: list, forecast: list, path: Path) -> None:
     """One series: context and truth as lines, the forecast dashed; (C, 2), (h, 2), (h, 2) in scaled units."""
     context, truth = np.array(context), np.array(truth)
     forecast = np.array(forecast, dtype=float)
-    figure, axes = plt.subplots()
+    figure = Figure()
+    axes = figure.subplots()
     past, future = np.arange(len(context)), len(context) + np.arange(len(truth))
     for d, (name, color) in enumerate((("prey", PREY), ("predator", PREDATOR))):
         whole = np.concatenate([context[:, d], truth[:, d]])
@@ -89,7 +88,8 @@ def fan(
     highest, over the first q steps.
     """
     rows, columns = min(len(contexts), FANS), len(names)
-    figure, axes = plt.subplots(rows, columns, figsize=(max(7, 4.6 * columns), 2.6 * rows), squeeze=False)
+    figure = Figure(figsize=(max(7, 4.6 * columns), 2.6 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for row, column in np.ndindex(rows, columns):
         one, past, color = axes[row, column], contexts[row][:, column], CURVES[column % len(CURVES)]
         future = len(past) + np.arange(len(values[row]))
@@ -113,7 +113,8 @@ def fan(
 
 def by_horizon(curves: dict[str, list[float | None]], solid: set[str], path: Path) -> None:
     """MSE of each forecast step by method, on a logarithmic scale; those not in `solid` dashed."""
-    figure, axes = plt.subplots(figsize=(9, 4))
+    figure = Figure(figsize=(9, 4))
+    axes = figure.subplots()
     for index, (name, curve) in enumerate(curves.items()):
         values = np.array([np.nan if value is None else value for value in curve])
         style = "-" if name in solid else "--"
@@ -129,7 +130,8 @@ def against_flops(points: dict[str, tuple[int, float]], levels: dict[str, float 
 
     Where names would stand upon each other the better point has its name.
     """
-    figure, axes = plt.subplots(figsize=(9, 4.5))
+    figure = Figure(figsize=(9, 4.5))
+    axes = figure.subplots()
     for index, (name, level) in enumerate(levels.items()):
         if level is not None:
             color = CURVES[index % len(CURVES)]
@@ -148,7 +150,8 @@ def against_flops(points: dict[str, tuple[int, float]], levels: dict[str, float 
 
 def training_loss(losses: list[float], path: Path) -> None:
     """Raw loss of each step, and its average over 10 steps."""
-    figure, axes = plt.subplots()
+    figure = Figure()
+    axes = figure.subplots()
     axes.plot(losses, color=PREY, alpha=0.35, linewidth=0.8, label="each step")
     mean = smoothed(losses)
     axes.plot(np.arange(len(mean)) + len(losses) - len(mean), mean, color=PREY, linewidth=1.6, label="10-step average")
@@ -159,7 +162,8 @@ def training_loss(losses: list[float], path: Path) -> None:
 
 def loss_curves(curves: dict[str, list[float]], path: Path, highlight: str | None = None) -> None:
     """10-step averages of several runs by label; with `highlight` all others in grey."""
-    figure, axes = plt.subplots(figsize=(9, 4))
+    figure = Figure(figsize=(9, 4))
+    axes = figure.subplots()
     for index, (label, losses) in enumerate(curves.items()):
         mean = smoothed(losses)
         steps = np.arange(len(mean)) + len(losses) - len(mean)

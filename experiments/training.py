@@ -129,6 +129,7 @@ def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.opti
     return Trained(losses.tolist(), seconds.item())
 
 
+@torch.enable_grad()
 def train(
     model: Qwen,
     ids: Tensor,

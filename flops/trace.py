@@ -210,6 +210,7 @@ def _numbered(vocabulary: int | None) -> Tensor | None:
     return None if vocabulary is None else torch.empty(vocabulary, dtype=torch.long, device="meta")
 
 
+@torch.enable_grad()
 def trace_training_step(
     config: QwenConfig,
     batch: int,
