@@ -14,9 +14,9 @@ from qwen_min.continuation import continuation
 from qwen_min.linear import linear, pack
 from qwen_min.model import Qwen
 
-# prompt tokens that a CPU works on together: with more, the activations of a layer outgrow what the allocator keeps,
-# and every operator pays for new memory
-TOKENS = 2048
+# of a feed-forward's activations that a CPU works on together: with more, they outgrow its caches and what the allocator
+# keeps, and every operator pays for new memory
+BYTES = 20 * 2**20
 
 
 class Generation(NamedTuple):
@@ -52,7 +52,8 @@ def prefill(model: Qwen, ids: Tensor, num_new_tokens: int, attention_mask: Tenso
         pack(model)
     weight, (batch, length) = model.head_weight, ids.shape
     cache = KVCache(model.config, batch, length + num_new_tokens, weight.device, weight.dtype)
-    together = max(1, TOKENS // length) if weight.device.type == "cpu" else batch
+    tokens = BYTES // (model.config.intermediate_size * weight.dtype.itemsize)
+    together = max(1, tokens // length) if weight.device.type == "cpu" else batch
     last = []
     for rows in (slice(row, row + together) for row in range(0, batch, together)):
         mask = None if attention_mask is None else attention_mask[rows]

@@ -36,7 +36,8 @@ def test_n_tokens_are_one_prefill_and_n_minus_1_decode_steps(model):
 
 def test_long_prompts_are_read_a_few_rows_at_a_time(monkeypatch, model):
     wanted = generate(model, PROMPTS, 15, return_logits=True)
-    monkeypatch.setattr(importlib.import_module("qwen_min.generate"), "TOKENS", 10)  # the name alone is the function's
+    module = importlib.import_module("qwen_min.generate")  # the name alone is the function's
+    monkeypatch.setattr(module, "BYTES", 10 * 4 * model.config.intermediate_size)
     shapes = []
     model.model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     found = generate(model, PROMPTS, 15, return_logits=True)
