@@ -14,8 +14,8 @@ from qwen_min.continuation import continuation
 from qwen_min.linear import linear, pack
 from qwen_min.model import Qwen
 
-# of a feed-forward's activations that a CPU works on together: with more, they outgrow its caches and what the allocator
-# keeps, and every operator pays for new memory
+# of a feed-forward's activations that a CPU works on together: more outgrow its caches and what the allocator keeps, so
+# that every operator pays for new memory
 BYTES = 20 * 2**20
 
 
