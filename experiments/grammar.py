@@ -66,7 +66,7 @@ class Grammar:
         return found
 
     def most_choices(self, num_values: int) -> int:
-        """Of a forecast: two digits, or one and the point, and the decimals of each value."""
+        """The most choices a forecast can need: for each value two digits, or one and the point, and the decimals."""
         return num_values * (2 + self.decimals)
 
     def columns(self, num_values: int) -> int:

@@ -40,7 +40,7 @@ def fill(training: Training, best: Training) -> Training:
 
 
 def candidates(plan: Plan, experiment: Experiment) -> list[Training]:
-    """Every setting the experiment may come to run with, whatever earlier experiments show."""
+    """All settings it could run with: its own, or one for each earlier experiment whose settings it may take over."""
     if experiment.training is None:
         return []
     if not experiment.best_of:

@@ -68,7 +68,7 @@ class Training:
 
 
 def window_tensors(token_lists: list[list[int]], settings: Training, pad_id: int) -> tuple[Tensor, Tensor]:
-    """All windows of all trajectories: ids (n, T), padded behind, and the tokens of each (n).
+    """All windows of all trajectories: ids (n, T), padded behind, and how many tokens each has, (n).
 
     Raises TrainingError when the context is longer than every trajectory.
     """
@@ -93,7 +93,7 @@ def batch_rows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray
 
 
 class Trained(NamedTuple):
-    """What `train` returns."""
+    """How a training went."""
 
     losses: list[float]  # of each step, in nats per token
     seconds: float  # spent on steps, over all processes that had a part
@@ -143,8 +143,8 @@ def train(
     """Train the injected adapter with Adam.
 
     ids (n, T) and lengths (n) from `window_tensors`; vocabulary as in `next_token_loss`. `state` is the file to
-    continue from and to save to, every SAVE_SECONDS and at the end. before_step(step) may refuse a step by raising,
-    what was done before is saved then; it is told of the steps of the state, too. after_step(step, loss) reports.
+    continue from and to save to, every SAVE_SECONDS and at the end. before_step(step) is called for every step, those of
+    the state included; it may refuse one by raising, after which what was done is saved. after_step(step, loss) reports.
     Raises TrainingError when a loss or the adapter is not finite, the state is not of this training, or there are
     fewer windows than a batch takes.
     """

@@ -19,12 +19,12 @@ CONVENTIONS = {
     "report": "what reproduces the report's published figures: as sheet, but a feed-forward of two matrices of width "
     "4 x hidden in place of three of the real width, and neither LoRA nor the 1 / sqrt(D) of attention counted",
 }
-BACKWARD = 2  # the budget's rule: backward costs twice the forward pass, so training is 3 x forward
+BACKWARD = 2  # the budget's rule, no measurement: backward costs twice the forward pass, so training is 3 x forward
 
 
 @dataclass(frozen=True)
 class Op:
-    """One line of the table."""
+    """An operator, or several of one name, and its FLOPs."""
 
     name: str
     flops: int
@@ -60,7 +60,7 @@ def positions_from_mask(batch: int, total: int) -> int:
 
 
 def block(config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: dict[str, int]) -> list[Op]:
-    """One layer on B x T tokens: `Block`, with its attention over S = cached + T."""
+    """The operators of one layer on B x T new tokens behind `cached` ones; convention and ranks as in `forward`."""
     rows, keys, exact = batch * new, cached + new, convention == "exact"
     hidden, size, heads = config.hidden_size, config.head_dim, config.num_attention_heads
     kv_heads = config.num_key_value_heads if exact else heads
@@ -154,7 +154,7 @@ def forward(
 
 
 def total(ops: list[Op]) -> int:
-    """Their sum."""
+    """FLOPs of all operators of a list."""
     return sum(op.flops for op in ops)
 
 

@@ -218,9 +218,9 @@ def trace_training_step(
     ranks: dict[str, int] | None = None,
     vocabulary: int | None = None,
 ) -> tuple[int, int]:
-    """FLOPs that forward with loss, and both forward and backward, of a LoRA step really dispatch.
+    """What a LoRA step really dispatches: (FLOPs of forward with loss, FLOPs of forward and backward together).
 
-    The loss makes its gradient in the forward pass, so the second figure less the first is the whole backward.
+    The gradient of the loss, which is made during the forward pass, counts as backward.
     """
     model = meta_model(config, ranks)
     if not ranks:

@@ -53,6 +53,7 @@ class LoRALinear(nn.Module):
         return self._base_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
+        """y (..., O) of x (..., I), in the base layer's precision."""
         y = self.base_layer(x)  # (..., O)
         if self.merged:
             return y

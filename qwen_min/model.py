@@ -25,6 +25,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., C), normalised."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -86,6 +87,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * size, hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """What each token of x (B, T, C) takes from others, (B, T, C); arguments as in `Block.forward`."""
+
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
@@ -109,6 +112,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Of each token of x (B, T, C) alone: (B, T, C)."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -123,6 +127,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """The stream x (B, T, C) behind this layer; cos and sin from `rotary_tables`.
+
+        mask None: every token sees all before it. cache None: there are no tokens before x, and none are kept.
+        """
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
