@@ -14,7 +14,8 @@ from scipy.integrate import solve_ivp
 from experiments.runfolder import write_whole
 
 NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # of the report's data set
-MOST_VALUES = 2**28  # of an array in a file: 1 GiB
+MOST_BYTES = 2**30  # of an array in a file
+DEFLATED = 1100  # times that a compressed array may grow; deflate reaches 1032
 
 
 class DataError(ValueError):
@@ -39,7 +40,7 @@ class Split(NamedTuple):
 def read(path: str | Path) -> Dataset:
     """Read `/trajectories` (N, T, 2) and `/time` (T) of an HDF5 file.
 
-    Raises DataError when either is missing, of another rank or length, larger than MOST_VALUES or kept in another
+    Raises DataError when either is missing, of another rank or length, larger than MOST_BYTES or kept in another
     file, or when a value is not finite or negative.
     """
     try:
@@ -53,10 +54,14 @@ def read(path: str | Path) -> Dataset:
                     raise DataError(f"{path}: {name} is kept in another file, expected it in the file itself")
                 if array.ndim != rank or array.dtype.kind not in "fiu":
                     raise DataError(f"{path}: {name} is {array.dtype} {array.shape}, expected numbers of rank {rank}")
-                if array.size > MOST_VALUES:
-                    raise DataError(f"{path}: {name} has {array.size:,} values, at most {MOST_VALUES:,} are read")
+                size, stored = array.size * array.dtype.itemsize, array.id.get_storage_size()
+                if size > MOST_BYTES or size > DEFLATED * stored:
+                    raise DataError(
+                        f"{path}: {name} claims {size:,} bytes of which the file holds {stored:,}; at most "
+                        f"{MOST_BYTES:,} are read"
+                    )
                 arrays[name] = array[:].astype(np.float32)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"{path}: not a readable HDF5 file ({error})") from error

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experiments.grammar import Grammar, decode, may_be_wide, nats_of
 from experiments.llmtime import Encoding
-from experiments.runfolder import plain, resumable
+from experiments.runfolder import holding, plain, resumable
 from experiments.scores import FIRST, errors
 from qwen_min.generate import greedy_steps, pad_left, prefill
 from qwen_min.loss import token_losses
@@ -200,7 +200,9 @@ def forecast(
         progress(len(batch))
         return found.plain()
 
-    return Forecasts.join(resumable(state, range(0, len(series), BATCH), of))
+    parts = resumable(state, range(0, len(series), BATCH), of)
+    with holding(state):
+        return Forecasts.join(parts)
 
 
 def metrics(forecasts: Forecasts, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM, the signal of cluster schedulers, as an exception."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ class Interrupted(KeyboardInterrupt):
         self.exit_status = 128 + number
 
 
+HELD = b"\nstopping once this step is done and saved; ask again to stop at once\n"
+
+
 class Interruption:
     """While entered, a request to stop raises Interrupted: at once, or within `held` when `check` is next called.
 
@@ -24,7 +28,8 @@ class Interruption:
         self._holding = False
 
     def __enter__(self) -> "Interruption":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        asked = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in asked}
         return self
 
     def __exit__(self, *_) -> None:
@@ -35,6 +40,7 @@ class Interruption:
         again, self.asked = self.asked, number
         if again or not self._holding:
             raise Interrupted(number)
+        os.write(2, HELD)  # print may be what is interrupted
 
     def check(self) -> None:
         """Raise Interrupted when a stop was asked for."""

@@ -9,8 +9,6 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 
 from experiments import figures
 from experiments.page import Blocks, to_html, to_markdown
-from experiments.runfolder import RunError, only_writer, read_json, read_json_lines, write_whole
+from experiments.runfolder import RunError, holding, only_writer, read_json, read_json_lines, read_text, write_whole
 from experiments.scores import COVERED, QUANTILES, paired
 
 # What the report published: validation MSE and free-running loss by experiment, log10 of its FLOPs by section.
@@ -67,20 +65,9 @@ class Run:
         return [e["name"] for e in self.plan["identity"]["experiments"] if e["name"] not in self.experiments]
 
 
-@contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    """What a report needs and the files do not hold, as a RunError."""
-    try:
-        yield
-    except RunError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, csv.Error) as error:
-        raise RunError(f"{folder}: holds no readable run ({error!r})") from error
-
-
 def load_run(folder: Path) -> Run:
     """Read a run folder. Raises RunError when a file of it is missing or damaged."""
-    with _reading(folder):
+    with holding(folder):
         return _read_run(folder)
 
 
@@ -103,8 +90,8 @@ def _read_run(folder: Path) -> Run:
         }
         result["forecasts"] = {split: read_json_lines(path / f"forecasts.{split}.jsonl") for split in result["metrics"]}
         if result["training"]:
-            with (path / "losses.csv").open(encoding="utf-8") as file:
-                result["losses"] = [float(row["loss"]) for row in csv.DictReader(file)]
+            losses = csv.DictReader(read_text(path / "losses.csv").splitlines())
+            result["losses"] = [float(row["loss"]) for row in losses]
         run.experiments[experiment["name"]] = result
     return run
 
@@ -495,10 +482,12 @@ def write_report(folder: Path) -> Path:
 
     Raises RunError when the folder holds no readable run.
     """
-    with _reading(folder):
-        blocks = build(load_run(folder))
-    write_whole(folder / "report.md", to_markdown(blocks, folder))
-    write_whole(folder / "report.html", to_html(blocks, blocks[0][1][1]))
+    run = load_run(folder)
+    with holding(folder):
+        blocks = build(run)
+        markdown, html = to_markdown(blocks, folder), to_html(blocks, blocks[0][1][1])
+    write_whole(folder / "report.md", markdown)
+    write_whole(folder / "report.html", html)
     return folder / "report.html"
 
 

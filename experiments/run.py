@@ -208,27 +208,34 @@ def json_plain(value):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when the plan is finished, 1 when it ended early (budget, loss, disk, memory), 2 for bad input, and
-    128 + the signal's number when it was asked to stop."""
+    """Exit status 0 when the plan is finished, 1 when it ended early (budget, loss, disk, memory), 2 when it could not
+    begin (bad input, no place to write), and 128 + the signal's number when it was asked to stop."""
     args = parser().parse_args(argv)
     try:
         with Interruption() as interruption, ExitStack() as stack:
             return work(args, stack, interruption)
     except Interrupted as error:
         command = shlex.join(["python", "-m", "experiments.run", *(sys.argv[1:] if argv is None else argv)])
-        print(f"stopped by {error}, all is saved; to continue: {command}", file=sys.stderr)
+        print(f"stopped by {error}; to continue from what is saved: {command}", file=sys.stderr)
         return error.exit_status
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether torch could not have the memory it wanted; on the CPU it says so in words alone."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def work(args: argparse.Namespace, stack: ExitStack, interruption: Interruption) -> int:
     """`main` without its handling of signals."""
-    import torch  # after parsing: --help need not wait for it
-
-    import flops
+    import flops  # after parsing: --help need not wait for torch
 
     try:
         suite, continued = prepare(args, stack, interruption)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     from experiments.evaluation import ForecastError
@@ -240,14 +247,16 @@ def work(args: argparse.Namespace, stack: ExitStack, interruption: Interruption)
         print(f"continuing {suite.folder}")
     if warning := suite.budget_warning():
         print(f"warning: {warning}", file=sys.stderr)
-    stopped = None
+    stopped, known = None, (flops.BudgetExceeded, flops.LedgerError, TrainingError, ForecastError)
     try:
         try:
             suite.run()
         except Interrupted as error:
             suite.write_status(f"Stopped by {error}.")
             raise
-        except (flops.BudgetExceeded, TrainingError, ForecastError, torch.OutOfMemoryError) as error:
+        except (*known, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not out_of_memory(error):
+                raise
             stopped = str(error)
             print(f"stopped: {stopped}", file=sys.stderr)
         suite.write_status(stopped)

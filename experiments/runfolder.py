@@ -1,5 +1,6 @@
 """The files of a run: each written whole or not at all, and a folder that belongs to one plan and one process."""
 
+import csv
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
-LOCK = ".lock"  # holds the id of the process that writes, or of the last that did
+LOCK, WRITER = ".lock", ".writer"  # what is locked; the id of the process that writes, or of the last that did
 
 
 class RunError(ValueError):
@@ -18,23 +19,33 @@ class RunError(ValueError):
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Put content at path in one step: readers see the old file or the new one, also after a kill or a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            # names of files need not be text
+            file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # others keep no names behind the file's own back
-        sync(path.parent)
+    sync(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """A folder and those it lies in, on the disk."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name != "posix":  # elsewhere folders cannot be opened
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,20 +75,39 @@ def _parse(text: str):
     return json.loads(text, parse_constant=refuse)
 
 
+def read_text(path: Path) -> str:
+    """A text file. Raises RunError when it is missing or no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not a readable text file ({error})") from error
+
+
 def read_json(path: Path):
     """A JSON file. Raises RunError when it is missing or damaged."""
     try:
-        return _parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: not a readable JSON file ({error})") from error
+        return _parse(read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, RunError) else RunError(f"{path}: not a JSON file ({error})") from error
 
 
 def read_json_lines(path: Path) -> list[dict]:
     """The objects of a JSON lines file. Raises RunError when it is missing or damaged."""
     try:
-        return [_parse(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: not a readable JSON lines file ({error})") from error
+        return [_parse(line) for line in read_text(path).splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise error if isinstance(error, RunError) else RunError(f"{path}: not JSON lines ({error})") from error
+
+
+@contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """Turns what a file lacks, although it can be read, into a RunError that names it."""
+    try:
+        yield
+    except RunError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, csv.Error) as error:
+        raise RunError(f"{path}: does not hold what was written there ({error!r})") from error
 
 
 def resumable(state: Path | None, pieces: Sequence, make: Callable) -> list:
@@ -104,15 +134,14 @@ def only_writer(folder: Path) -> Iterator[None]:
     """
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder")
-    path = folder / LOCK
-    lock = FileLock(path)
+    writer, lock = folder / WRITER, FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        holder = path.read_text(encoding="utf-8")
+        holder = writer.read_text(encoding="utf-8") if writer.exists() else "unknown"
         raise RunError(f"{folder}: process {holder} is at work in it; wait for it, or choose another folder") from None
     try:
-        path.write_text(str(os.getpid()), encoding="utf-8")
+        writer.write_text(str(os.getpid()), encoding="utf-8")
         yield
     finally:
         lock.release()
@@ -127,7 +156,7 @@ def open_run(folder: Path, identity: dict, record: dict) -> Iterator[bool]:
     something else, or to a process at work.
     """
     _holds(folder, identity)  # before a lock is put into what may be somebody's folder
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with only_writer(folder):
         continued = _holds(folder, identity)
         if not continued:
@@ -150,7 +179,7 @@ def _holds(folder: Path, identity: dict) -> bool:
                     f"{_short(identity.get(name))}; choose another --out"
                 )
         return True
-    begun = {"plan.json.partial", LOCK}  # of a run killed at once
+    begun = {"plan.json.partial", LOCK, WRITER}  # of a run killed at once
     if folder.exists() and (not folder.is_dir() or any(p.name not in begun for p in folder.iterdir())):
         raise RunError(f"{folder}: exists and holds no run; choose an empty or new --out")
     return False

@@ -20,8 +20,8 @@ def mean_interval(values: np.ndarray, resamples: int = 2000) -> list[float]:
 def paired(ours: np.ndarray, theirs: np.ndarray) -> dict:
     """Errors of two models on the same sequences (N), compared one by one.
 
-    `difference` is the mean of ours less theirs, so negative is better, `interval` its 95 % bootstrap interval, `better`
-    the share of sequences where ours is smaller.
+    `difference` is the mean of ours less theirs, so negative is better, `interval` its 95 % bootstrap interval, and
+    `better` the share of sequences where ours is smaller.
     """
     difference = np.asarray(ours) - np.asarray(theirs)
     return {

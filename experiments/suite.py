@@ -21,7 +21,7 @@ from experiments.grammar import Grammar
 from experiments.interruption import Interruption
 from experiments.llmtime import Encoding
 from experiments.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
-from experiments.runfolder import plain, read_json, resumable, sync, to_json, to_json_lines, write_whole
+from experiments.runfolder import holding, plain, read_json, resumable, sync, to_json, to_json_lines, write_whole
 from experiments.scores import FIRST, QUANTILES, errors, probabilistic, squared_errors
 from experiments.training import Training, train, window_tensors
 from flops.trace import trace_training_step
@@ -155,9 +155,10 @@ class Suite:
         def validation_mse(name: str) -> float:
             return read_json(self._path(name) / "metrics.json")["val"]["all"]["mse_filled"]
 
-        best = min(experiment.best_of, key=validation_mse)
-        settings = read_json(self._path(best) / "settings.json")
-        return fill(experiment.training, Training(**settings["training"]))
+        with holding(self.folder / "experiments"):
+            best = min(experiment.best_of, key=validation_mse)
+            settings = read_json(self._path(best) / "settings.json")
+            return fill(experiment.training, Training(**settings["training"]))
 
     def _run_one(self, experiment: Experiment) -> None:
         path, training = self._path(experiment.name), self._settings(experiment)
@@ -220,6 +221,7 @@ class Suite:
             rows = "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(trained.losses))
             write_whole(path / "losses.csv", "step,loss\n" + rows)
             partial = path / "adapter.partial"
+            shutil.rmtree(partial, ignore_errors=True)
             save_adapter(self.model, partial, training.lora, self.checkpoint[0])
             write_trained(partial, self.encoding, *self.checkpoint)
             for file in (*partial.iterdir(), partial):
@@ -265,7 +267,8 @@ class Suite:
             return forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples).samples.tolist()
 
         parts = resumable(state, range(0, len(contexts), BATCH), draw)
-        return np.concatenate([np.array(part) for part in parts]) / self.encoding.scale
+        with holding(state):
+            return np.concatenate([np.array(part, dtype=float) for part in parts]) / self.encoding.scale
 
     def _line(self, trajectory: int, row: int, found: Forecasts, truth: np.ndarray) -> dict:
         values, true = found.values[row, :HORIZON], truth[row, :HORIZON]

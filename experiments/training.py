@@ -109,15 +109,17 @@ def _save_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.opti
     write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
-def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam) -> Trained:
-    shapes = {name: [*p.shape] for name, p in parameters.items()}
-    shapes |= {f"{name}.{moment}": shape for name, shape in shapes.items() for moment in MOMENTS}
+def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, steps: int) -> Trained:
+    kinds = {name: (p.dtype, p.shape) for name, p in parameters.items()}
+    kinds |= {f"{name}.{moment}": kind for name, kind in kinds.items() for moment in MOMENTS}
     try:
         saved = load_file(path)
         losses, seconds = saved.pop("losses"), saved.pop("seconds")
-        if {name: [*t.shape] for name, t in saved.items()} != shapes or losses.ndim != 1 or seconds.numel() != 1:
+        if {name: (t.dtype, t.shape) for name, t in saved.items()} != kinds:
             raise ValueError("other tensors than the adapter's and their moments")
-        if not all(t.dtype.is_floating_point and t.isfinite().all() for t in (*saved.values(), losses, seconds)):
+        if {losses.dtype, seconds.dtype} != {torch.float64} or seconds.ndim or losses.ndim != 1 or len(losses) > steps:
+            raise ValueError("other losses than this training's")
+        if not all(t.isfinite().all() for t in (*saved.values(), losses, seconds)):
             raise ValueError("holds values that are not finite numbers")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise TrainingError(f"{path}: not a state of this training ({error}); delete it to begin anew") from error
@@ -143,8 +145,9 @@ def train(
     """Train the injected adapter with Adam.
 
     ids (n, T) and lengths (n) from `window_tensors`; vocabulary as in `next_token_loss`. `state` is the file to
-    continue from and to save to, every SAVE_SECONDS and at the end. before_step(step) is called for every step, those of
-    the state included; it may refuse one by raising, after which what was done is saved. after_step(step, loss) reports.
+    continue from and to save to, every SAVE_SECONDS and at the end. before_step(step) is called for every step, those
+    of the state included; it may refuse one by raising, after which what was done is saved. after_step(step, loss)
+    reports.
     Raises TrainingError when a loss or the adapter is not finite, the state is not of this training, or there are
     fewer windows than a batch takes.
     """
@@ -152,7 +155,7 @@ def train(
         raise TrainingError(f"{len(ids)} windows cannot fill a batch of {settings.batch}; use more trajectories")
     parameters = adapter_parameters(model)
     optimizer = torch.optim.Adam(parameters.values())
-    losses, seconds = _load_state(state, parameters, optimizer) if state.exists() else Trained([], 0.0)
+    losses, seconds = _load_state(state, parameters, optimizer, settings.steps) if state.exists() else Trained([], 0.0)
     device = model.head_weight.device
     vocabulary = None if vocabulary is None else vocabulary.to(device)
     started = saved = time.monotonic()

@@ -5,6 +5,12 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+LARGEST = 10**30  # that a step may be booked at
+
+
+class LedgerError(ValueError):
+    """A ledger's file is damaged, or not of this run."""
+
 
 class BudgetExceeded(ValueError):
     """A step would spend more FLOPs than the budget has left; nothing was debited."""
@@ -16,7 +22,7 @@ class Ledger:
     A step is debited before it runs and once: a step that an interrupted run repeats on its way back to where
     it was is the same step. So a kill or a power cut can leave behind a step debited but not run, never the reverse.
     `spent` is the sum in FLOPs.
-    Raises ValueError when the file is damaged.
+    Raises LedgerError when the file is damaged.
     """
 
     def __init__(self, path: Path, budget: int):
@@ -34,10 +40,10 @@ class Ledger:
             try:
                 entry = json.loads(line)
                 name, step, flops = entry["experiment"], entry["step"], entry["flops"]
-                if not (isinstance(name, str) and type(step) is int and type(flops) is int and flops >= 0):
-                    raise ValueError("wrong types")
+                if not (isinstance(name, str) and type(step) is int and type(flops) is int and 0 <= flops < LARGEST):
+                    raise ValueError("no name, step and FLOPs")
             except (ValueError, RecursionError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}, line {number}: not a ledger entry ({error!r})") from error
+                raise LedgerError(f"{self.path}, line {number}: not a ledger entry ({error!r})") from error
             self._book(name, step, flops)
         if torn:  # a write cut short by a kill: its step did not run, for it is run only after the write
             os.truncate(self.path, len(whole + newline))
@@ -65,17 +71,22 @@ class Ledger:
     def debit(self, experiment: str, step: int, flops: int) -> None:
         """Book one step before it runs.
 
-        Raises BudgetExceeded, and books nothing, when it does not fit; ValueError when the step is booked at
+        Raises BudgetExceeded, and books nothing, when it does not fit; LedgerError when the step is booked at
         another price.
         """
         booked = self._steps.get(experiment, {}).get(step)
         if booked == flops:
             return
         if booked is not None:
-            raise ValueError(f"{self.path}: step {step} of {experiment} is booked at {booked:,} FLOPs, not {flops:,}")
+            raise LedgerError(f"{self.path}: step {step} of {experiment} is booked at {booked:,} FLOPs, not {flops:,}")
         self._check(f"step {step} of {experiment}", flops)
+        new = not self.path.exists()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"experiment": experiment, "step": step, "flops": flops}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if new and os.name == "posix":  # a file's name is kept by its folder
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
         self._book(experiment, step, flops)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from lora.inject import LoraConfig, adapter_parameters, inject, remove
@@ -52,7 +52,7 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
@@ -92,7 +92,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a readable safetensors file ({error})") from error
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim}
-    if ranks - {config.rank}:  # before memory is taken for what the config says
+    if ranks != {config.rank}:  # before memory is taken for what the config says
         raise AdapterError(f"{folder}: adapter_config.json says rank {config.rank}, the tensors have {sorted(ranks)}")
     try:
         inject(model, config)

@@ -58,7 +58,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The tensors that train, by name, in the order of the layers: `<module>.lora_A.weight` (r, I), `.lora_B.weight` (O, r)."""
+    """The tensors that train by name, layer by layer: `<module>.lora_A.weight` (r, I), `.lora_B.weight` (O, r)."""
     return {
         f"{name}.{part}.weight": getattr(layer, part).weight
         for name, layer in lora_layers(model).items()

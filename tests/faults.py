@@ -26,13 +26,14 @@ from safetensors.torch import load_file
 
 from experiments import data, evaluation, plans, run, suite
 from experiments.report import write_report
-from experiments.runfolder import LOCK
+from experiments.runfolder import LOCK, WRITER
 from experiments.training import Training
 from tests import small_plan
 
 SYSTEMS = 20  # 3 validation and 3 test trajectories
 FINAL = ("**/metrics.json", "**/losses.csv", "**/adapter/*", "**/forecasts.*.jsonl", "*.jsonl", "*.json")
-CHANGING = ("status.json", "ledger.jsonl", "plan.json")  # grow, or hold a time
+CHANGING = ("status.json", "ledger.jsonl", "seconds.json")  # grow, or hold a time or the budget
+TIMED = ("status.json", "seconds.json")
 WRITING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
 
@@ -77,7 +78,9 @@ def wait(pid: int) -> int:
 def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
     """The files of a folder by relative path."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(found) if path.name != LOCK}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(found) if path.name not in (LOCK, WRITER)
+    }
 
 
 class Campaign:
@@ -121,22 +124,31 @@ class Campaign:
     def check_finished(self, folder: Path) -> None:
         """Every byte of a finished run, once the times that it took are the undisturbed run's."""
         self.check(folder)
-        for path in self.reference.rglob("seconds.json"):
-            shutil.copy(path, folder / path.relative_to(self.reference))
-        shutil.copy(self.reference / "plan.json", folder)  # holds the budget's command
-        shutil.copy(self.reference / "status.json", folder)
+        self.compare(folder, without=(*TIMED, "report.md", "report.html"))
+        for path in self.reference.rglob("*"):
+            if path.name in TIMED:
+                shutil.copy(path, folder / path.relative_to(self.reference))
         write_report(folder)
-        ours, theirs = contents(folder, "**/*"), contents(self.reference, "**/*")
-        if differing := [name for name in ours | theirs if ours.get(name) != theirs.get(name)]:
-            raise Fault(f"{folder}: {', '.join(differing)} differ from the undisturbed run's")
+        self.compare(folder)
         shutil.rmtree(folder)
 
-    def phase(self, folder: Path) -> str:
-        """What a run that left the folder so was doing."""
-        if (folder / "status.json").exists():
-            return "report"
+    def compare(self, folder: Path, without: tuple[str, ...] = ()) -> None:
+        """The same files, with the same bytes but for those of some names."""
+        ours, theirs = contents(folder, "**/*"), contents(self.reference, "**/*")
+        differing = [n for n in ours | theirs if ours.get(n) != theirs.get(n) and Path(n).name not in without]
+        if differing or ours.keys() != theirs.keys():
+            raise Fault(f"{folder}: {differing or ours.keys() ^ theirs.keys()} differ from the undisturbed run's")
+
+    def phase(self, folder: Path, started: float) -> str:
+        """What a process that began at `started` and left the folder so was doing."""
+        written = [p for p in folder.rglob("*") if p.is_file() and p.name not in (LOCK, WRITER)]
+        new = {p.name for p in written if p.stat().st_mtime >= started}
         if not (folder / "baselines.json").exists():
             return "start and baselines"
+        if "status.json" in new:
+            return "report"
+        if not new - {"plan.json"}:
+            return "start or a first step"
         unfinished = [p for p in folder.glob("experiments/*") if not (p / "metrics.json").exists()]
         evaluating = any((p / "adapter").exists() or p.name == "untrained" for p in unfinished)
         return "evaluation" if evaluating else "training"
@@ -147,6 +159,7 @@ class Campaign:
         while kills > 0:
             folder, number = self.work / f"killed-{number}", number + 1
             for _ in range(20):
+                started = time.time()
                 pid, landmark = self.start(folder), None
                 deadline = time.monotonic() + self.random.uniform(0, self.seconds)
                 missing = sorted(name for name in self.names if not (folder / name).exists())
@@ -161,7 +174,7 @@ class Campaign:
                 status = wait(pid)
                 if status == -signal.SIGKILL:
                     kills -= 1
-                    self.tally[f"killed in {self.phase(folder)}"] += 1
+                    self.tally[f"killed in {self.phase(folder, started)}"] += 1
                     self.check(folder)
                 elif status:
                     raise Fault(f"a continued run ended with {status}, see {self.log}")

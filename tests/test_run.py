@@ -181,7 +181,7 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it(finished, da
     process = start("--data", data_file, "--out", stopped, before=TERMINATE)
     assert process.returncode == 128 + signal.SIGTERM, process.stderr
     last = process.stderr.splitlines()[-1]
-    assert last.startswith("stopped by SIGTERM, all is saved; to continue: python -m experiments.run --data")
+    assert last.startswith("stopped by SIGTERM; to continue from what is saved: python -m experiments.run --data")
     assert len(load_file(stopped / "experiments" / "final" / "state.safetensors")["losses"]) == 4
     assert json.loads((stopped / "status.json").read_text())["stopped"] == "Stopped by SIGTERM."
     process = start("--data", data_file, "--out", stopped)
@@ -220,7 +220,7 @@ def test_a_folder_in_which_another_process_is_at_work_is_refused(small_plan, dat
         assert other.stdout.readline() == "in\n"
         assert run.main(["--data", str(data_file), "--out", str(out)]) == 2
         assert f"process {other.pid} is at work in it" in capsys.readouterr().err
-        assert [path.name for path in out.iterdir()] == [".lock"]
+        assert sorted(path.name for path in out.iterdir()) == [".lock", ".writer"]
         other.stdin.close()
     assert run.main(["--data", str(data_file), "--out", str(out)]) == 0
 
