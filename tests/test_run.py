@@ -323,7 +323,7 @@ def test_a_context_longer_than_a_trajectory_is_refused(monkeypatch, data_file, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_of_one_experiment_gives_its_part_of_the_report(data_file, tmp_path):
+def test_a_plan_of_one_experiment_gives_its_part_of_the_report(small_plan, data_file, tmp_path):
     assert run.main(["--plan", "untrained", "--data", str(data_file), "--out", str(tmp_path / "out")]) == 0
     markdown = (tmp_path / "out" / "report.md").read_text()
     assert "Figure 4:" in markdown
