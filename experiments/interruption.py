@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+HELD = b"\nstopping once this step is done and saved; ask again to stop at once\n"
+
 
 class Interrupted(KeyboardInterrupt):
     """The process was asked to stop; `exit_status` is what shells expect then."""
@@ -12,9 +14,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.exit_status = 128 + number
-
-
-HELD = b"\nstopping once this step is done and saved; ask again to stop at once\n"
 
 
 class Interruption:
