@@ -225,6 +225,31 @@ def test_a_folder_in_which_another_process_is_at_work_is_refused(small_plan, dat
     assert run.main(["--data", str(data_file), "--out", str(out)]) == 0
 
 
+def test_too_little_memory_ends_in_one_message_and_other_failures_are_not_hidden(
+    small_plan, monkeypatch, data_file, tmp_path, capsys
+):
+    def fails(message):
+        def work(self):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr("experiments.suite.Suite.run", work)
+        return run.main(["--data", str(data_file), "--out", str(tmp_path / "out")])
+
+    assert fails("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes") == 1
+    assert "stopped: DefaultCPUAllocator" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"):
+        fails("a bug")
+
+
+def test_a_ledger_of_other_prices_ends_in_one_message(finished, small_plan, data_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    ledger = out / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('"flops": ', '"flops": 1', 1))
+    assert run.main(["--data", str(data_file), "--out", str(out)]) == 1
+    assert "ledger.jsonl: step 0 of trial is booked at" in capsys.readouterr().err
+
+
 def test_steps_of_a_lost_ledger_are_booked_again(finished, small_plan, data_file, tmp_path):
     out, again = finished[0], tmp_path / "again"
     shutil.copytree(out, again)
