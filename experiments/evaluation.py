@@ -177,12 +177,12 @@ def forecast(
     state: Path | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Forecasts:
-    """Forecast `steps` (else `horizon`) steps of each of series (N, T, D), in populations, behind context_steps.
+    """Show a model the first context_steps of each of series (N, T, D), in populations, and let it write on.
 
+    It writes `steps` time steps (None: `horizon`). The losses are those of the tokens of the first `horizon` true steps.
     decoding: "constrained" to the grammar, every value well-formed, or "free", the report's protocol: raw argmax over
-    the whole vocabulary. Contexts are cut by time step. The losses are those of the tokens of the first `horizon` true
-    steps; free losses exist under free decoding alone, which goes on only while a row still lacks a value. `state` is
-    a file to continue from and to save to after each batch.
+    the whole vocabulary, until every row has all its values. Only free decoding has free losses. `state` is a file to
+    continue from and to save to after each batch.
     Raises ValueError when a series is too short, ForecastError when logits are not finite.
     """
     steps = steps or horizon

@@ -44,7 +44,7 @@ class Forecaster:
     """A model that continues series written as text, every forecast well-formed."""
 
     def __init__(self, model: Qwen, tokenizer: Tokenizer, scale: float | None = None, decimals: int = 2):
-        """Values are divided by `scale`, or, where none is given, so that 9.99 is the largest of each variable."""
+        """Values are divided by `scale`; where none is given, so that each variable's largest becomes 9.99."""
         Encoding(1.0 if scale is None else scale, decimals)  # refuses what is no encoding
         self.model, self.tokenizer, self.scale = model, tokenizer, scale
         self.encoding = Encoding(1.0, decimals)  # of scaled values

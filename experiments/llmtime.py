@@ -14,7 +14,11 @@ LARGEST = 9.99  # what the largest training value is scaled to
 
 @dataclass(frozen=True)
 class Encoding:
-    """How numbers become text: divided by `scale`, written with `decimals` places."""
+    """How numbers become text: divided by `scale`, written with `decimals` places.
+
+    `encode` takes populations to text, `decode` text to scaled values, `scaled` populations to scaled values. Raises
+    ValueError for a scale that is not positive, or decimals beyond 1 to 6.
+    """
 
     scale: float
     decimals: int = 2

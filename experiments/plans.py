@@ -11,7 +11,10 @@ LONG_HORIZON = 30  # of the models that the test set judges
 
 @dataclass(frozen=True)
 class Experiment:
-    """One line of a plan. Settings that are None come from the best, by validation MSE, of `best_of`."""
+    """A training, or none, and what it is evaluated on.
+
+    Settings that are None come from the best, by validation MSE, of the experiments in `best_of`.
+    """
 
     name: str
     section: str  # of the report

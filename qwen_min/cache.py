@@ -8,7 +8,10 @@ from qwen_min.config import QwenConfig
 
 
 class KVCache:
-    """Room for `capacity` tokens of `batch_size` rows in every layer.
+    """Room for `capacity` tokens of `batch_size` rows in every layer; dtype None is torch's default.
+
+    A pass of the model reserves room, lets each layer write, and advances; `truncate` forgets, `rows` and `repeat` give
+    caches of some rows.
 
     B batch, K kv heads, S filled tokens, T new tokens, D head size. `length` is how many columns
     are filled, the same for every row: rows of unequal length are padded on the left.
