@@ -179,7 +179,7 @@ def forecast(
 ) -> Forecasts:
     """Show a model the first context_steps of each of series (N, T, D), in populations, and let it write on.
 
-    It writes `steps` time steps (None: `horizon`). The losses are those of the tokens of the first `horizon` true steps.
+    It writes `steps` time steps (None: `horizon`). Losses are of the tokens of the first `horizon` true steps.
     decoding: "constrained" to the grammar, every value well-formed, or "free", the report's protocol: raw argmax over
     the whole vocabulary, until every row has all its values. Only free decoding has free losses. `state` is a file to
     continue from and to save to after each batch.
