@@ -9,7 +9,8 @@ A folder that holds the same run is continued; finished experiments are not run 
 import argparse
 import shlex
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from experiments.interruption import Interrupted, Interruption
@@ -220,11 +221,17 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_status
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether torch could not have the memory it wanted; on the CPU it says so in words alone."""
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns what torch raises when it cannot have the memory it wants into MemoryError; on the CPU only words tell."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
 
 
 def work(args: argparse.Namespace, stack: ExitStack, interruption: Interruption) -> int:
@@ -232,10 +239,9 @@ def work(args: argparse.Namespace, stack: ExitStack, interruption: Interruption)
     import flops  # after parsing: --help need not wait for torch
 
     try:
-        suite, continued = prepare(args, stack, interruption)
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not out_of_memory(error):
-            raise
+        with memory_errors():
+            suite, continued = prepare(args, stack, interruption)
+    except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     from experiments.evaluation import ForecastError
@@ -247,16 +253,15 @@ def work(args: argparse.Namespace, stack: ExitStack, interruption: Interruption)
         print(f"continuing {suite.folder}")
     if warning := suite.budget_warning():
         print(f"warning: {warning}", file=sys.stderr)
-    stopped, known = None, (flops.BudgetExceeded, flops.LedgerError, TrainingError, ForecastError)
+    stopped = None
     try:
         try:
-            suite.run()
+            with memory_errors():
+                suite.run()
         except Interrupted as error:
             suite.write_status(f"Stopped by {error}.")
             raise
-        except (*known, MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not out_of_memory(error):
-                raise
+        except (flops.BudgetExceeded, flops.LedgerError, TrainingError, ForecastError, MemoryError) as error:
             stopped = str(error)
             print(f"stopped: {stopped}", file=sys.stderr)
         suite.write_status(stopped)

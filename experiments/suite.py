@@ -100,8 +100,9 @@ class Suite:
             if not (path / "metrics.json").exists():
                 self._run_one(experiment)
             elif training := self._settings(experiment):
+                cost = self.step_flops(training)
                 for step in range(training.steps):  # in case the ledger was lost
-                    self.ledger.debit(experiment.name, step, self.step_flops(training))
+                    self.ledger.debit(experiment.name, step, cost)
             for state in path.glob("*state.*"):
                 state.unlink()
 

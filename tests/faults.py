@@ -121,8 +121,10 @@ class Campaign:
             if booked[state.parent.name] < taken:
                 raise Fault(f"{ledger}: holds {booked[state.parent.name]} of the {taken} steps of {state.parent.name}")
 
-    def check_finished(self, folder: Path) -> None:
-        """Every byte of a finished run, once the times that it took are the undisturbed run's."""
+    def finish(self, folder: Path) -> None:
+        """Continue undisturbed and compare every byte, the report's once the times that it tells are the same."""
+        if status := wait(self.start(folder)):
+            raise Fault(f"the last run in {folder} ended with {status}, see {self.log}")
         self.check(folder)
         self.compare(folder, without=(*TIMED, "report.md", "report.html"))
         for path in self.reference.rglob("*"):
@@ -180,9 +182,7 @@ class Campaign:
                     raise Fault(f"a continued run ended with {status}, see {self.log}")
                 if status == 0 or kills <= 0:
                     break
-            if wait(self.start(folder)):
-                raise Fault(f"the last run in {folder} failed, see {self.log}")
-            self.check_finished(folder)
+            self.finish(folder)
             self.tally["runs that ended with the undisturbed run's bytes"] += 1
             print(f"{kills} kills to go", file=sys.stderr)
 
@@ -201,9 +201,7 @@ class Campaign:
                 raise Fault(f"{refused[-1]} refused: exit status {status}, {last!r}; see {self.log}")
             self.tally["writes refused, ended in one message"] += 1
             self.check(folder)
-        if wait(self.start(folder)):
-            raise Fault(f"the run in {folder} failed once it could write, see {self.log}")
-        self.check_finished(folder)
+        self.finish(folder)
 
     def cut_writes(self, times: int) -> None:
         """Files that cannot grow beyond a random size: writes end in their middle."""
@@ -219,9 +217,7 @@ class Campaign:
                 raise Fault(f"files of at most {size} bytes: exit status {status}")
             self.tally["runs with writes cut in their middle"] += 1
             self.check(folder)
-            if wait(self.start(folder)):
-                raise Fault(f"the run in {folder} failed once it could write, see {self.log}")
-            self.check_finished(folder)
+            self.finish(folder)
 
 
 def refuse_the_next(folder: Path, refused: list[str], sites: Path) -> None:

@@ -228,15 +228,11 @@ def test_what_an_adapter_was_trained_with(content, tmp_path_factory):
         assert isinstance(found["checkpoint"], str)
 
 
-def _hdf5(tmp_path_factory) -> bytes:
+@pytest.fixture(scope="module")
+def hdf5(tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("data") / "good.h5"
     data.write(path, data.Dataset(np.ones((8, 100, 2), np.float32), np.arange(100, dtype=np.float32)))
     return path.read_bytes()
-
-
-@pytest.fixture(scope="module")
-def hdf5(tmp_path_factory) -> bytes:
-    return _hdf5(tmp_path_factory)
 
 
 @fuzz
