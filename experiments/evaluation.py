@@ -14,7 +14,7 @@ from torch import Tensor
 from experiments.grammar import Grammar, decode, may_be_wide, nats_of
 from experiments.llmtime import Encoding
 from experiments.runfolder import holding, plain, resumable
-from experiments.scores import FIRST, errors
+from experiments.scores import PARTS, errors
 from qwen_min.generate import greedy_steps, pad_left, prefill
 from qwen_min.loss import token_losses
 from qwen_min.model import Qwen
@@ -221,7 +221,7 @@ def metrics(forecasts: Forecasts, truth: np.ndarray, fallback: np.ndarray, scale
         unscored = int((np.isfinite(forced) & np.isnan(free)).sum())
         return found | {"free_loss": float(np.nanmean(free)), "unscored_tokens": unscored}
 
-    result = {"first": of(slice(FIRST)), "all": of(slice(None))}
+    result = {part: of(rows) for part, rows in PARTS.items()}
     if truth.shape[1] > horizon:
         result["long"] = errors(forecasts.values, truth, fallback, scale)
     return result

@@ -125,10 +125,13 @@ def by_horizon(curves: dict[str, list[float | None]], solid: set[str], path: Pat
     _save(figure, path)
 
 
-def against_flops(points: dict[str, tuple[int, float]], levels: dict[str, float | None], path: Path) -> None:
+def against_flops(
+    points: dict[str, tuple], levels: dict[str, float | None], path: Path, hollow: dict[str, tuple] | None = None
+) -> None:
     """Error against the FLOPs of a training, both logarithmic: a point for each, lines for what needs none.
 
-    Where names would stand upon each other the better point has its name.
+    points and hollow: (FLOPs, error) or (FLOPs, error, low, high) by name. Where names would stand upon each other the
+    better point has its name.
     """
     figure = Figure(figsize=(9, 4.5))
     axes = figure.subplots()
@@ -137,8 +140,12 @@ def against_flops(points: dict[str, tuple[int, float]], levels: dict[str, float 
             color = CURVES[index % len(CURVES)]
             axes.axhline(level, color=color, linestyle="--", linewidth=1, label=name)
     labelled: list[tuple[int, float]] = []
-    for name, (flops, error) in sorted(points.items(), key=lambda point: point[1][1]):
-        axes.plot(flops, error, "o", color=TEXT, markersize=4)
+    drawn = [(name, point, TEXT) for name, point in points.items()]
+    drawn += [(name, point, "none") for name, point in (hollow or {}).items()]
+    for name, (flops, error, *interval), color in sorted(drawn, key=lambda one: one[1][1]):
+        axes.plot(flops, error, "o", color=TEXT, markerfacecolor=color, markersize=4)
+        if interval:
+            axes.vlines(flops, *interval, color=TEXT, linewidth=1)
         if all(abs(np.log(flops / x)) > 0.7 or abs(np.log(error / y)) > 0.12 for x, y in labelled):
             labelled.append((flops, error))
             axes.annotate(name, (flops, error), textcoords="offset points", xytext=(5, -3), fontsize=7)

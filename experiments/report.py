@@ -15,27 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import figures
+from experiments import figures, published
 from experiments.page import Blocks, to_html, to_markdown
 from experiments.runfolder import RunError, holding, only_writer, read_json, read_json_lines, read_text, write_whole
 from experiments.scores import COVERED, QUANTILES, paired
 
-# What the report published: validation MSE and free-running loss by experiment, log10 of its FLOPs by section.
-PUBLISHED = {
-    "untrained": (0.2702, 1.785),
-    "trial": (0.1248, 1.6563),
-    "context-128": (0.1177, 2.6090),
-    "context-512": (0.0230, 2.0401),
-    "context-768": (0.0051, 1.5362),
-    "final": (0.0021, 1.2128),
-}
-PUBLISHED_TEST = (0.0071, 1.9080)
-PUBLISHED_GRID = {  # rank: (MSE, loss) at the three rates, in rising order
-    2: ((0.0561, 1.7700), (0.0100, 1.4630), (0.0148, 1.6718)),
-    4: ((0.0375, 1.6040), (0.0251, 1.7418), (0.0133, 1.8379)),
-    8: ((0.0328, 1.6141), (0.0256, 1.9905), (0.0071, 1.6746)),
-}
-PUBLISHED_FLOPS = {"6.2": 15.38, "6.3": 16.64, "6.4": 16.13, "6.5": 16.35, "all": 16.91}
 SECTIONS = {
     "6.2": "trial: sum",
     "6.3": "grid: sum",
@@ -130,32 +114,46 @@ def _overview(run: Run, blocks: Blocks) -> None:
         "the mean. Free loss: cross-entropy of the target under the model's own text, as in the report, where decoding "
         "is free; forced loss: the same behind the true text; nats per value: the latter among what the grammar of "
         "numbers allows. Models are chosen by validation MSE over all sequences, with the context's mean in place of "
-        f"malformed values. Decoding: {identity['decoding']}."
+        f"malformed values. Decoding: {identity['decoding']}. Mean of samples: of paths drawn from the model, which is "
+        "what a squared error asks for; the likeliest digit each time is one path, however uncertain the model is."
     )
+
+
+MSE_COLUMNS = ["method", "val, first ten", "val, all", "interval", "median", "test, first ten", "test, all",
+               "interval", "median"]  # fmt: skip
+
+
+def mse_row(name: str, by_split: dict) -> list[str]:
+    """The MSE of a method under MSE_COLUMNS, from its metrics by split."""
+    cells = [name]
+    for split in ("val", "test"):
+        first, every = (by_split.get(split, {}).get(part, {}) for part in ("first", "all"))
+        interval = every.get("mse_interval")
+        cells += [
+            number(first.get("mse")),
+            number(every.get("mse")),
+            _bracket(interval) if interval else NONE,
+            number(every.get("mse_median")),
+        ]
+    return cells
+
+
+def methods_of(name: str, experiment: dict) -> dict[str, dict]:
+    """The forecasts of an experiment, metrics by split: the likeliest digits and, where it drew samples, their mean."""
+    methods = {name: experiment["metrics"]}
+    for split, metrics in experiment["metrics"].items():
+        if "mean_of_samples" in metrics:
+            drawn = methods.setdefault(f"{name}, mean of {metrics['probabilistic']['samples']} samples", {})
+            drawn[split] = metrics["mean_of_samples"]
+    return methods
 
 
 def _results(run: Run, blocks: Blocks) -> None:
     blocks.heading(2, "Results")
-    header = ["method", "val, first ten", "val, all", "interval", "median", "test, first ten", "test, all", "interval",
-              "median"]  # fmt: skip
-
-    def row(name: str, by_split: dict) -> list[str]:
-        cells = [name]
-        for split in ("val", "test"):
-            first, every = (by_split.get(split, {}).get(part, {}) for part in ("first", "all"))
-            interval = every.get("mse_interval")
-            cells += [
-                number(first.get("mse")),
-                number(every.get("mse")),
-                _bracket(interval) if interval else NONE,
-                number(every.get("mse_median")),
-            ]
-        return cells
-
-    rows = [row(name, by_split) for name, by_split in run.baselines.items()]
-    rows += [row(name, e["metrics"]) for name, e in run.experiments.items()]
+    rows = [mse_row(name, by_split) for name, by_split in run.baselines.items()]
+    rows += [mse_row(*method) for name, e in run.experiments.items() for method in methods_of(name, e).items()]
     counts = ", ".join(f"{len(lines)} {split}" for split, lines in run.contexts.items())
-    blocks.table(f"MSE of every model and baseline ({counts} sequences)", header, rows)
+    blocks.table(f"MSE of every model and baseline ({counts} sequences)", MSE_COLUMNS, rows)
     written, judged = [], []
     for (name, experiment), split in product(run.experiments.items(), ("val", "test")):
         if metrics := experiment["metrics"].get(split, {}).get("all"):
@@ -207,7 +205,7 @@ def _trust(run: Run, blocks: Blocks) -> None:
             rows,
         )
     best = list(judged)[-1]
-    _paired(run, blocks, best)
+    _paired(run, blocks)
     rows = [
         [name, split, str(found["samples"]), number(found["crps"]), _bracket(found["crps_interval"]),
          *(f"{found[f'coverage_{share:.0%}']:.1%}" for share in COVERED)]
@@ -230,8 +228,9 @@ def _trust(run: Run, blocks: Blocks) -> None:
     _sequences_drawn(run, blocks, best)
     kept_in = run.plan["identity"]["convention"]
     spent = {
-        name: (e["flops"][kept_in], e["metrics"]["val"]["all"]["mse_filled"])
+        method: (e["flops"][kept_in], by_split["val"]["all"]["mse_filled"])
         for name, e in run.experiments.items()
+        for method, by_split in methods_of(name, e).items()
         if e["flops"]
     }
     if spent:
@@ -244,11 +243,13 @@ def _trust(run: Run, blocks: Blocks) -> None:
         )
 
 
-def _paired(run: Run, blocks: Blocks, best: str) -> None:
-    """One model against every other and the baselines, sequence by sequence."""
+def _paired(run: Run, blocks: Blocks) -> None:
+    """The last judged method against every other and the baselines, sequence by sequence."""
     each = {name: by_split["test"]["mse_each"] for name, by_split in run.baselines.items()}
-    each |= {name: [line["mse"] for line in e["forecasts"]["test"]] for name, e in _judged(run).items()}
-    rows = []
+    for name, experiment in _judged(run).items():
+        for method, by_split in methods_of(name, experiment).items():
+            each[method] = by_split["test"].get("mse_each") or [line["mse"] for line in experiment["forecasts"]["test"]]
+    best, rows = list(each)[-1], []
     for name, theirs in each.items():
         pairs = [(a, b) for a, b in zip(each[best], theirs, strict=True) if a is not None and b is not None]
         if name == best or not pairs:
@@ -300,13 +301,13 @@ def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> 
     blocks.figure(path, f"Figure {figure}: validation sequence {row}, {name}, MSE {number(lines[row]['mse'])}")
 
 
-def _compare(run: Run, names: list[str], split: str = "val", published: dict = PUBLISHED) -> list[list[str]]:
+def _compare(run: Run, names: list[str], split: str = "val", theirs: dict = published.VALIDATION) -> list[list[str]]:
     """Rows of MSE and losses, ours (first ten, all) and published."""
     rows = []
     for name in names:
         metrics = run.experiments.get(name, {}).get("metrics", {}).get(split)
         first, every = (metrics["first"], metrics["all"]) if metrics else ({}, {})
-        mse, loss = published.get(name, (None, None))
+        mse, loss = theirs.get(name, (None, None))
         cells = [first.get("mse"), every.get("mse"), mse, first.get("free_loss"), every.get("free_loss"), loss]
         rows.append([name, *map(number, cells), number(every.get("forced_loss"))])
     return rows
@@ -357,11 +358,11 @@ def _grid(run: Run, blocks: Blocks) -> None:
             for index, rate in enumerate(rates):
                 found = run.experiments.get(planned[rank, rate], {}).get("metrics", {}).get("val", {})
                 ours = [number(found.get(part, {}).get(key)) for part in ("first", "all")]
-                theirs = PUBLISHED_GRID.get(rank, [])[index : index + 1]
+                theirs = published.GRID.get(rank, [])[index : index + 1]
                 row.append(" / ".join([*ours, number(theirs[0][column]) if theirs else NONE]))
             rows.append(row)
         header = ["rank", *(f"rate {rate:g}" for rate in rates)]
-        rule = " (published at 1e-5, 5e-5, 1e-4)" if rates != [1e-5, 5e-5, 1e-4] else ""
+        rule = " (published at 1e-5, 5e-5, 1e-4)" if rates != list(published.RATES) else ""
         blocks.table(f"Table {table}: validation {title}: first ten / all / published{rule}", header, rows)
     done = {name: run.experiments[name] for name in planned.values() if name in run.experiments}
     if not done:
@@ -395,7 +396,7 @@ def _contexts(run: Run, blocks: Blocks) -> None:
 def _final(run: Run, blocks: Blocks) -> None:
     drawn = run.folder / "figures"
     blocks.heading(2, "Final (section 6.5)")
-    rows = _compare(run, ["final"]) + _compare(run, ["final"], "test", {"final": PUBLISHED_TEST})
+    rows = _compare(run, ["final"]) + _compare(run, ["final"], "test", published.TEST)
     for row, split in zip(rows, ("validation", "test"), strict=True):
         row[0] = split
     blocks.table("Table 6: the final model", COMPARED, rows)
@@ -446,10 +447,10 @@ def _compute(run: Run, blocks: Blocks) -> None:
     for section, title in SECTIONS.items():
         if section not in planned | {"all"}:
             continue
-        published = section in planned or planned >= SECTIONS.keys() - {"all"}
+        comparable = section in planned or planned >= SECTIONS.keys() - {"all"}
         parts = [e for e in run.experiments.values() if e["flops"] and section in (e["section"], "all")]
         counted = [log10(sum(e["flops"][c] for e in parts)) for c in names]
-        theirs = f"10^{PUBLISHED_FLOPS[section]}" if published else NONE
+        theirs = f"10^{published.SECTION_FLOPS[section]}" if comparable else NONE
         rows.append([title, NONE, *counted, theirs, NONE, NONE, NONE])
     blocks.table("FLOPs of the finished experiments", header, rows)
 

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "numbers (default), or raw argmax as in the report",
     )  # fmt: skip
     p.add_argument(
-        "--samples", type=int, default=20, help="paths that the last model draws for each test sequence, 0 for none "
+        "--samples", type=int, default=20, help="paths that the last model draws for each sequence, 0 for none "
         "(default %(default)s)",
     )  # fmt: skip
     p.add_argument("--numeric-head", action="store_true", help="train with a softmax over the tokens of numbers only")

@@ -6,7 +6,7 @@ truth to two decimals would alone cost an MSE of 8.3e-6.
 
 import numpy as np
 
-FIRST = 10  # the report judged by the first ten sequences of a split
+PARTS = {"first": slice(10), "all": slice(None)}  # of a split; the report judged by its first ten sequences
 COVERED = (0.5, 0.8)  # central intervals whose coverage is told
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)  # their bounds, and the median
 
@@ -74,6 +74,12 @@ def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale:
         "mse_by_horizon": by((0, 2)),
         "mse_by_variable": by((0, 1)),
     }
+
+
+def of_method(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale: float) -> dict:
+    """`errors` of the first ten sequences and of all, and the MSE of each, what runs compare methods by."""
+    found = {part: errors(forecast[rows], truth[rows], fallback[rows], scale) for part, rows in PARTS.items()}
+    return found | {"mse_each": squared_errors(forecast, truth).round(8).tolist()}
 
 
 def _nanmean(values: np.ndarray, axis) -> np.ndarray:

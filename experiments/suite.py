@@ -22,7 +22,7 @@ from experiments.interruption import Interruption
 from experiments.llmtime import Encoding
 from experiments.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
 from experiments.runfolder import holding, plain, read_json, resumable, sync, to_json, to_json_lines, write_whole
-from experiments.scores import FIRST, QUANTILES, errors, probabilistic, squared_errors
+from experiments.scores import QUANTILES, errors, of_method, probabilistic, squared_errors
 from experiments.training import Training, train, window_tensors
 from flops.trace import trace_training_step
 from lora import inject, remove, save_adapter
@@ -44,7 +44,7 @@ class Suite:
     convention: str
     checkpoint: tuple[str, str]  # as the user named it, and its sha256
     decoding: str
-    samples: int  # paths drawn for each test sequence by the last experiment
+    samples: int  # paths drawn for each held-out sequence by the last experiment
     interruption: Interruption
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
@@ -134,14 +134,8 @@ class Suite:
             fallback, scale = context.mean(axis=1), self.encoding.scale
             for name, baseline in baselines.items():
                 long = baseline(rounded, truth.shape[1])
-                values = long[:, :HORIZON]
-                found = {
-                    part: errors(values[rows], truth[rows, :HORIZON], fallback[rows], scale)
-                    for part, rows in (("first", slice(FIRST)), ("all", slice(None)))
-                }
-                found["long"] = errors(long, truth, fallback, scale)
-                found["mse_each"] = squared_errors(values, truth[:, :HORIZON]).round(8).tolist()
-                results.setdefault(name, {})[split] = found
+                found = of_method(long[:, :HORIZON], truth[:, :HORIZON], fallback, scale)
+                results.setdefault(name, {})[split] = found | {"long": errors(long, truth, fallback, scale)}
         write_whole(self.folder / "baselines.json", to_json(results))
 
     def _context_and_truth(self, split: str, horizon: int) -> tuple[np.ndarray, np.ndarray]:
@@ -201,6 +195,8 @@ class Suite:
 
                 def after_step(step: int, loss: float) -> None:
                     share = self.ledger.spent / self.ledger.budget
+                    if not bar.n:  # steps of earlier processes took no time of this one
+                        bar.initial = bar.n = bar.last_print_n = step
                     bar.set_postfix(loss=f"{loss:.3f}", budget=f"{share:.2%}", refresh=False)
                     bar.update(step + 1 - bar.n)
 
@@ -251,10 +247,12 @@ class Suite:
                 progress=bar.update,
             )
         lines = [self._line(self.ids[split][i], i, found, truth) for i in range(len(series))]
-        results = metrics(found, truth, context.mean(axis=1), self.encoding.scale, HORIZON)
-        if self.samples and split == "test" and experiment == self.plan.experiments[-1]:
-            drawn = self._draw(series[:, :CONTEXT_STEPS], self._path(name) / "samples.state.json")
+        fallback, scale = context.mean(axis=1), self.encoding.scale
+        results = metrics(found, truth, fallback, scale, HORIZON)
+        if self.samples and experiment == self.plan.experiments[-1]:
+            drawn = self._draw(series[:, :CONTEXT_STEPS], self._path(name) / f"samples.{split}.state.json")
             results["probabilistic"] = probabilistic(drawn, truth[:, :HORIZON])
+            results["mean_of_samples"] = of_method(drawn.mean(axis=1), truth[:, :HORIZON], fallback, scale)
             for line, paths in zip(lines, drawn, strict=True):
                 line["quantiles"] = np.quantile(paths, QUANTILES, axis=0).round(4).tolist()
         write_whole(self._path(name) / f"forecasts.{split}.jsonl", to_json_lines(lines))

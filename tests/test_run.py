@@ -67,6 +67,7 @@ def test_one_command_gives_a_finished_report(finished):
         metrics = json.loads((out / "experiments" / name / "metrics.json").read_text())
         assert set(metrics) == ({"val", "test"} if name in ("untrained", "final") else {"val"})
         assert metrics["val"]["all"]["sequences"] == 3
+        assert ("mean_of_samples" in metrics["val"]) == (name == "final")
     for number in range(2, 13):
         assert (out / "figures" / f"figure-{number:02d}.png").stat().st_size > 5000
     markdown, page = (out / "report.md").read_text(), (out / "report.html").read_text()
@@ -77,6 +78,8 @@ def test_one_command_gives_a_finished_report(finished):
         assert (out / "figures" / f"{name}.png").stat().st_size > 5000
     assert page.count("data:image/png;base64,") == 11 + 4
     assert "0.2702" in markdown  # published, beside ours
+    assert markdown.count("| final, mean of 20 samples |") == 1
+    assert "final, mean of 20 samples against the others, paired" in markdown
     assert not list(out.rglob("*.partial"))
     assert not list(out.rglob("state.safetensors"))
 

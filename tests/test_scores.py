@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from experiments.scores import crps, errors, mean_interval, paired, probabilistic
+from experiments.scores import crps, errors, mean_interval, of_method, paired, probabilistic
 
 
 def test_errors_by_hand():
@@ -47,6 +47,19 @@ def test_intervals_of_the_true_distribution_cover_their_share():
     assert found["coverage_80%"] == pytest.approx(0.8, abs=0.03)
     assert found["crps"] == pytest.approx(1 / np.pi**0.5, rel=0.03)  # of a standard normal under itself
     assert found["crps_interval"][0] < found["crps"] < found["crps_interval"][1]
+
+
+def test_the_mean_of_samples_errs_less_than_one_of_them():
+    rng = np.random.default_rng(0)
+    center = rng.normal(size=(60, 1, 10, 2))
+    samples, truth = center + rng.normal(size=(60, 100, 10, 2)), center[:, 0] + rng.normal(size=(60, 10, 2))
+    fallback = np.zeros((60, 2))
+    one, mean = (of_method(found, truth, fallback, scale=2.0) for found in (samples[:, 0], samples.mean(axis=1)))
+    assert one["all"]["mse"] == pytest.approx(2, rel=0.1)  # the spread of both
+    assert mean["all"]["mse"] == pytest.approx(1, rel=0.1)  # of the truth alone
+    assert np.mean(mean["mse_each"]) == pytest.approx(mean["all"]["mse"])
+    assert np.mean(mean["mse_each"][:10]) == pytest.approx(mean["first"]["mse"])
+    assert mean["all"]["mse_populations"] == pytest.approx(4 * mean["all"]["mse"])
 
 
 def test_a_paired_comparison_sees_what_two_means_hide():

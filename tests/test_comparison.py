@@ -1,0 +1,58 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.comparison import load_runs, write_comparison
+from experiments.report import write_report
+from experiments.runfolder import RunError
+
+RESULTS = Path(__file__).parents[1] / "results"
+RUNS = sorted(plan.parent.name for plan in RESULTS.glob("*/plan.json"))
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """The runs that come with the project, without what is drawn from them."""
+    drawn = shutil.ignore_patterns("*.png", "*.md", "*.html")
+    shutil.copytree(RESULTS, tmp_path / "results", ignore=drawn)
+    return tmp_path / "results"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_reports_that_come_with_the_project_are_those_of_their_files(results, name):
+    page = write_report(results / name)
+    markdown = page.with_suffix(".md").read_text()
+    assert markdown == (RESULTS / name / "report.md").read_text()
+    assert markdown.count("![") == len(list((results / name / "figures").glob("*.png"))) > 0
+
+
+def test_the_comparison_that_comes_with_the_project_is_that_of_its_runs(results):
+    markdown = write_comparison(results).read_text()
+    assert markdown == (RESULTS / "comparison.md").read_text()
+    for name in RUNS:
+        assert f"\n| {name} |" in markdown
+    for split in ("val", "test"):
+        assert (results / f"{split}-by-flops.png").stat().st_size > 20_000
+
+
+def test_runs_on_other_sequences_are_not_compared(results):
+    plan = results / RUNS[-1] / "plan.json"
+    held = json.loads(plan.read_text())
+    held["identity"]["sequences"] = 10
+    plan.write_text(json.dumps(held))
+    with pytest.raises(RunError, match=f"{RUNS[-1]}: another sequences than .*{RUNS[0]}"):
+        load_runs(results)
+    assert not (results / "comparison.md").exists()
+
+
+def test_a_folder_without_runs_is_refused_without_torch(tmp_path):
+    code = "import sys; from experiments import comparison; print(comparison.main()); assert 'torch' not in sys.modules"
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=RESULTS.parent, check=True
+    )
+    assert process.stdout == "2\n"
+    assert "holds no run folders" in process.stderr
