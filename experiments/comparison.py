@@ -11,7 +11,7 @@ from pathlib import Path
 
 from experiments import figures, published
 from experiments.page import Blocks, to_markdown
-from experiments.report import MSE_COLUMNS, NONE, Run, load_run, log10, methods_of, mse_row, number
+from experiments.results import MSE_COLUMNS, NONE, Run, load_run, log10, methods_of, mse_row, number
 from experiments.runfolder import RunError, holding, write_whole
 
 SAME = ("data_sha256", "sequences", "encoding")  # of runs that can be compared

@@ -6,10 +6,7 @@ draws figures and tables again; no model is loaded.
 """
 
 import argparse
-import csv
-import math
 import sys
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -17,79 +14,18 @@ import numpy as np
 
 from experiments import figures, published
 from experiments.page import Blocks, to_html, to_markdown
-from experiments.runfolder import RunError, holding, only_writer, read_json, read_json_lines, read_text, write_whole
+from experiments.results import MSE_COLUMNS, NONE, Run, bracket, load_run, log10, methods_of, mse_row, number
+from experiments.runfolder import RunError, holding, only_writer, write_whole
 from experiments.scores import COVERED, QUANTILES, paired
+from experiments.sections import WRITERS
 
-SECTIONS = {
+SUMS = {  # of FLOPs, by section
     "6.2": "trial: sum",
     "6.3": "grid: sum",
     "6.4": "context lengths: sum",
     "6.5": "final: sum",
     "all": "all: sum",
 }
-NONE = "-"
-HORIZON = 10  # time steps of the report's own figures
-
-
-@dataclass
-class Run:
-    """What a run folder holds."""
-
-    folder: Path
-    plan: dict
-    example: dict
-    baselines: dict
-    status: dict
-    contexts: dict[str, list[dict]]
-    experiments: dict[str, dict] = field(default_factory=dict)  # finished ones, in the order of the plan
-
-    @property
-    def unfinished(self) -> list[str]:
-        """Experiments of the plan without a result."""
-        return [e["name"] for e in self.plan["identity"]["experiments"] if e["name"] not in self.experiments]
-
-
-def load_run(folder: Path) -> Run:
-    """Read a run folder. Raises RunError when a file of it is missing or damaged."""
-    with holding(folder):
-        return _read_run(folder)
-
-
-def _read_run(folder: Path) -> Run:
-    run = Run(
-        folder,
-        read_json(folder / "plan.json"),
-        read_json(folder / "example.json"),
-        read_json(folder / "baselines.json"),
-        read_json(folder / "status.json"),
-        {split: read_json_lines(folder / f"{split}.jsonl") for split in ("val", "test")},
-    )
-    for experiment in run.plan["identity"]["experiments"]:
-        path = folder / "experiments" / Path(experiment["name"]).name
-        if not (path / "metrics.json").exists():
-            continue
-        result = read_json(path / "settings.json") | {
-            "metrics": read_json(path / "metrics.json"),
-            "seconds": read_json(path / "seconds.json"),
-        }
-        result["forecasts"] = {split: read_json_lines(path / f"forecasts.{split}.jsonl") for split in result["metrics"]}
-        if result["training"]:
-            losses = csv.DictReader(read_text(path / "losses.csv").splitlines())
-            result["losses"] = [float(row["loss"]) for row in losses]
-        run.experiments[experiment["name"]] = result
-    return run
-
-
-def number(value: float | None) -> str:
-    """Four decimals, or two digits and an exponent where that would show nothing."""
-    if value is None:
-        return NONE
-    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
-
-
-def log10(flops: int | float) -> str:
-    """10^x as the report writes FLOPs."""
-    return f"10^{math.log10(flops):.3f}" if flops else "0"
 
 
 def _overview(run: Run, blocks: Blocks) -> None:
@@ -117,35 +53,6 @@ def _overview(run: Run, blocks: Blocks) -> None:
         f"malformed values. Decoding: {identity['decoding']}. Mean of samples: of paths drawn from the model, which is "
         "what a squared error asks for; the likeliest digit each time is one path, however uncertain the model is."
     )
-
-
-MSE_COLUMNS = ["method", "val, first ten", "val, all", "interval", "median", "test, first ten", "test, all",
-               "interval", "median"]  # fmt: skip
-
-
-def mse_row(name: str, by_split: dict) -> list[str]:
-    """The MSE of a method under MSE_COLUMNS, from its metrics by split."""
-    cells = [name]
-    for split in ("val", "test"):
-        first, every = (by_split.get(split, {}).get(part, {}) for part in ("first", "all"))
-        interval = every.get("mse_interval")
-        cells += [
-            number(first.get("mse")),
-            number(every.get("mse")),
-            _bracket(interval) if interval else NONE,
-            number(every.get("mse_median")),
-        ]
-    return cells
-
-
-def methods_of(name: str, experiment: dict) -> dict[str, dict]:
-    """The forecasts of an experiment, metrics by split: the likeliest digits and, where it drew samples, their mean."""
-    methods = {name: experiment["metrics"]}
-    for split, metrics in experiment["metrics"].items():
-        if "mean_of_samples" in metrics:
-            drawn = methods.setdefault(f"{name}, mean of {metrics['probabilistic']['samples']} samples", {})
-            drawn[split] = metrics["mean_of_samples"]
-    return methods
 
 
 def _results(run: Run, blocks: Blocks) -> None:
@@ -207,7 +114,7 @@ def _trust(run: Run, blocks: Blocks) -> None:
     best = list(judged)[-1]
     _paired(run, blocks)
     rows = [
-        [name, split, str(found["samples"]), number(found["crps"]), _bracket(found["crps_interval"]),
+        [name, split, str(found["samples"]), number(found["crps"]), bracket(found["crps_interval"]),
          *(f"{found[f'coverage_{share:.0%}']:.1%}" for share in COVERED)]
         for name, experiment in judged.items()
         for split, metrics in experiment["metrics"].items()
@@ -287,142 +194,6 @@ def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
         blocks.figure(drawn / file, f"{name}: {caption}{band}")
 
 
-def _bracket(interval: list[float]) -> str:
-    return f"[{number(interval[0])}, {number(interval[1])}]"
-
-
-def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> None:
-    """A figure of one validation sequence, counted from 0, or the last one there is."""
-    lines = run.experiments[name]["forecasts"]["val"]
-    row = min(wanted, len(lines) - 1)
-    path = run.folder / "figures" / f"figure-{figure:02d}.png"
-    truth, forecast = (lines[row][key][:HORIZON] for key in ("truth", "forecast"))
-    figures.trajectory(run.contexts["val"][row]["context"], truth, forecast, path)
-    blocks.figure(path, f"Figure {figure}: validation sequence {row}, {name}, MSE {number(lines[row]['mse'])}")
-
-
-def _compare(run: Run, names: list[str], split: str = "val", theirs: dict = published.VALIDATION) -> list[list[str]]:
-    """Rows of MSE and losses, ours (first ten, all) and published."""
-    rows = []
-    for name in names:
-        metrics = run.experiments.get(name, {}).get("metrics", {}).get(split)
-        first, every = (metrics["first"], metrics["all"]) if metrics else ({}, {})
-        mse, loss = theirs.get(name, (None, None))
-        cells = [first.get("mse"), every.get("mse"), mse, first.get("free_loss"), every.get("free_loss"), loss]
-        rows.append([name, *map(number, cells), number(every.get("forced_loss"))])
-    return rows
-
-
-COMPARED = ["experiment", "MSE, first ten", "MSE, all", "MSE, published", "free loss, first ten", "free loss, all",
-            "free loss, published", "forced loss, all"]  # fmt: skip
-
-
-def _untrained(run: Run, blocks: Blocks) -> None:
-    drawn = run.folder / "figures"
-    blocks.heading(2, "Untrained model (section 5.4)")
-    if "untrained" not in run.experiments:
-        return
-    lines = run.experiments["untrained"]["forecasts"]["val"]
-    row = min(3, len(lines) - 1)
-    kind = "free" if "free_losses" in lines[row] else "forced"
-    figures.loss_by_step(lines[row][f"{kind}_losses"], drawn / "figure-02.png")
-    caption = f"Figure 2: {kind} loss by prediction step, validation sequence {row}, untrained"
-    blocks.figure(drawn / "figure-02.png", caption)
-    _sequence(run, blocks, "untrained", 9, 3)
-    _sequence(run, blocks, "untrained", 7, 4)
-
-
-def _trial(run: Run, blocks: Blocks) -> None:
-    drawn = run.folder / "figures"
-    blocks.heading(2, "Trial (section 6.2)")
-    blocks.table("Table 2: validation, untrained and trial", COMPARED, _compare(run, ["untrained", "trial"]))
-    if "trial" in run.experiments:
-        figures.training_loss(run.experiments["trial"]["losses"], drawn / "figure-05.png")
-        blocks.figure(drawn / "figure-05.png", "Figure 5: training loss of the trial")
-        _sequence(run, blocks, "trial", 9, 6)
-        _sequence(run, blocks, "trial", 7, 7)
-
-
-def _grid(run: Run, blocks: Blocks) -> None:
-    planned = {
-        (e["training"]["rank"], e["training"]["learning_rate"]): e["name"]
-        for e in run.plan["identity"]["experiments"]
-        if e["section"] == "6.3"
-    }
-    ranks, rates = (sorted({key[i] for key in planned}) for i in (0, 1))
-    blocks.heading(2, "Grid of rank and learning rate (section 6.3)")
-    for table, (title, key, column) in enumerate((("MSE", "mse", 0), ("free-running loss", "free_loss", 1)), start=3):
-        rows = []
-        for rank in ranks:
-            row = [str(rank)]
-            for index, rate in enumerate(rates):
-                found = run.experiments.get(planned[rank, rate], {}).get("metrics", {}).get("val", {})
-                ours = [number(found.get(part, {}).get(key)) for part in ("first", "all")]
-                theirs = published.GRID.get(rank, [])[index : index + 1]
-                row.append(" / ".join([*ours, number(theirs[0][column]) if theirs else NONE]))
-            rows.append(row)
-        header = ["rank", *(f"rate {rate:g}" for rate in rates)]
-        rule = " (published at 1e-5, 5e-5, 1e-4)" if rates != list(published.RATES) else ""
-        blocks.table(f"Table {table}: validation {title}: first ten / all / published{rule}", header, rows)
-    done = {name: run.experiments[name] for name in planned.values() if name in run.experiments}
-    if not done:
-        return
-    curves = {_label(e["training"]): e["losses"] for e in done.values()}
-    best = min(done, key=lambda name: done[name]["metrics"]["val"]["all"]["mse_filled"])
-    drawn = run.folder / "figures"
-    figures.loss_curves(curves, drawn / "figure-08.png")
-    blocks.figure(drawn / "figure-08.png", "Figure 8: training loss of the grid")
-    figures.loss_curves(curves, drawn / "figure-09.png", highlight=_label(done[best]["training"]))
-    blocks.figure(drawn / "figure-09.png", f"Figure 9: training loss of the best cell, {best}")
-    _sequence(run, blocks, best, 5, 10)
-
-
-def _label(training: dict) -> str:
-    return f"rank {training['rank']}, rate {training['learning_rate']:g}, context {training['context']}"
-
-
-def _contexts(run: Run, blocks: Blocks) -> None:
-    planned = run.plan["identity"]["experiments"]
-    names = [e["name"] for e in planned if e["section"] == "6.4"]
-    done = [run.experiments[name] for name in names if name in run.experiments]
-    drawn = run.folder / "figures"
-    blocks.heading(2, "Context lengths (section 6.4)")
-    blocks.table("Table 5: validation by context length", COMPARED, _compare(run, names))
-    if done:
-        figures.loss_curves({_label(e["training"]): e["losses"] for e in done}, drawn / "figure-11.png")
-        blocks.figure(drawn / "figure-11.png", "Figure 11: training loss by context length")
-
-
-def _final(run: Run, blocks: Blocks) -> None:
-    drawn = run.folder / "figures"
-    blocks.heading(2, "Final (section 6.5)")
-    rows = _compare(run, ["final"]) + _compare(run, ["final"], "test", published.TEST)
-    for row, split in zip(rows, ("validation", "test"), strict=True):
-        row[0] = split
-    blocks.table("Table 6: the final model", COMPARED, rows)
-    if "final" in run.experiments:
-        final = run.experiments["final"]
-        blocks.text(f"Settings: {_label(final['training'])}, {final['training']['steps']} steps.")
-        figures.training_loss(final["losses"], drawn / "figure-12.png")
-        blocks.figure(drawn / "figure-12.png", "Figure 12: training loss of the final model")
-
-
-def _frontier(run: Run, blocks: Blocks) -> None:
-    done = {name: e for name, e in run.experiments.items() if e["section"] == "frontier"}
-    blocks.heading(2, "Beyond the report")
-    for name, experiment in done.items():
-        different = {key: value for key, value in experiment["training"].items() if key != "seed"}
-        blocks.text(f"{name}: " + ", ".join(f"{key} {_setting(value)}" for key, value in different.items()) + ".")
-    if done:
-        path = run.folder / "figures" / "frontier-losses.png"
-        figures.loss_curves({name: e["losses"] for name, e in done.items()}, path)
-        blocks.figure(path, "Training loss beyond the report")
-
-
-def _setting(value) -> str:
-    return " + ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _compute(run: Run, blocks: Blocks) -> None:
     status, kept_in = run.status, run.plan["identity"]["convention"]
     blocks.heading(2, "Compute (section 8)")
@@ -444,10 +215,10 @@ def _compute(run: Run, blocks: Blocks) -> None:
             traced = f"{experiment['traced_forward_and_backward'] / experiment['traced_forward']:.2f}"
         rows.append([name, steps, *counted, NONE, traced, f"{seconds['training']:.1f}", f"{seconds['evaluation']:.1f}"])
     planned = {e["section"] for e in run.plan["identity"]["experiments"]}
-    for section, title in SECTIONS.items():
+    for section, title in SUMS.items():
         if section not in planned | {"all"}:
             continue
-        comparable = section in planned or planned >= SECTIONS.keys() - {"all"}
+        comparable = section in planned or planned >= SUMS.keys() - {"all"}
         parts = [e for e in run.experiments.values() if e["flops"] and section in (e["section"], "all")]
         counted = [log10(sum(e["flops"][c] for e in parts)) for c in names]
         theirs = f"10^{published.SECTION_FLOPS[section]}" if comparable else NONE
@@ -469,9 +240,7 @@ def build(run: Run) -> Blocks:
     )
     blocks.code(f"{example['text']}\n{example['tokens']}")
     planned = {experiment["section"] for experiment in run.plan["identity"]["experiments"]}
-    for section, write in {
-        "5.4": _untrained, "6.2": _trial, "6.3": _grid, "6.4": _contexts, "6.5": _final, "frontier": _frontier
-    }.items():  # fmt: skip
+    for section, write in WRITERS.items():
         if section in planned:
             write(run, blocks)
     _compute(run, blocks)

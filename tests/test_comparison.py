@@ -40,11 +40,11 @@ def test_the_comparison_that_comes_with_the_project_is_that_of_its_runs(results)
 
 
 def test_runs_on_other_sequences_are_not_compared(results):
-    plan = results / RUNS[-1] / "plan.json"
+    plan = shutil.copytree(results / RUNS[0], results / "ten") / "plan.json"
     held = json.loads(plan.read_text())
     held["identity"]["sequences"] = 10
     plan.write_text(json.dumps(held))
-    with pytest.raises(RunError, match=f"{RUNS[-1]}: another sequences than .*{RUNS[0]}"):
+    with pytest.raises(RunError, match="ten: another sequences than"):
         load_runs(results)
     assert not (results / "comparison.md").exists()
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from conftest import GROUPED, config_fields, random_model
-from experiments import data, report
+from experiments import data, report, sections
 from experiments.evaluation import Forecasts, forecast
 from experiments.forecast import read_csv
 from experiments.forecasting import read_trained, write_trained
@@ -315,7 +315,8 @@ def test_run_folder(source, run_folder, tmp_path_factory):
     (folder / changed).write_bytes(content)
     (folder / "figures").symlink_to(run_folder / "figures")
     with suppress(RunError), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "figures", Mock())  # they stand there, drawn from the good files
+        for module in (report, sections):
+            patch.setattr(module, "figures", Mock())  # they stand there, drawn from the good files
         report.write_report(folder)
 
 

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from experiments import data, gru, plans, report, run
+from experiments import data, gru, plans, run
 from experiments.interruption import Interrupted, Interruption
+from experiments.results import load_run
+from experiments.runfolder import RunError
 from experiments.training import Training
 from flops import Ledger
 from small_plan import quick
@@ -439,8 +441,8 @@ def test_a_damaged_run_folder_gives_no_report(finished, tmp_path, damage):
     assert process.returncode == 2
     assert process.stderr.startswith("error: ")
     assert os.path.basename(damage) in process.stderr
-    with pytest.raises(report.RunError):
-        report.load_run(tmp_path / "run")
+    with pytest.raises(RunError):
+        load_run(tmp_path / "run")
 
 
 def test_populations_far_beyond_the_training_part_are_refused_before_anything_runs(small_plan, tmp_path, capsys):
