@@ -130,8 +130,8 @@ def against_flops(
 ) -> None:
     """Error against the FLOPs of a training, both logarithmic: a point for each, lines for what needs none.
 
-    points and hollow: (FLOPs, error) or (FLOPs, error, low, high) by name. Where names would stand upon each other the
-    better point has its name.
+    points and hollow: (FLOPs, error) or (FLOPs, error, low, high) by name. Where names would stand upon each other
+    points go before hollow ones, and better ones before worse.
     """
     figure = Figure(figsize=(9, 4.5))
     axes = figure.subplots()
@@ -140,10 +140,10 @@ def against_flops(
             color = CURVES[index % len(CURVES)]
             axes.axhline(level, color=color, linestyle="--", linewidth=1, label=name)
     labelled: list[tuple[int, float]] = []
-    drawn = [(name, point, TEXT) for name, point in points.items()]
-    drawn += [(name, point, "none") for name, point in (hollow or {}).items()]
-    for name, (flops, error, *interval), color in sorted(drawn, key=lambda one: one[1][1]):
-        axes.plot(flops, error, "o", color=TEXT, markerfacecolor=color, markersize=4)
+    marks = [(name, point, TEXT) for name, point in points.items()]
+    marks += [(name, point, "none") for name, point in (hollow or {}).items()]
+    for name, (flops, error, *interval), fill in sorted(marks, key=lambda mark: (mark[2] == "none", mark[1][1])):
+        axes.plot(flops, error, "o", color=TEXT, markerfacecolor=fill, markersize=4)
         if interval:
             axes.vlines(flops, *interval, color=TEXT, linewidth=1)
         if all(abs(np.log(flops / x)) > 0.7 or abs(np.log(error / y)) > 0.12 for x, y in labelled):

@@ -111,7 +111,6 @@ def _trust(run: Run, blocks: Blocks) -> None:
             ["method", *(f"step {step}" for step in steps), "mean"],
             rows,
         )
-    best = list(judged)[-1]
     _paired(run, blocks)
     rows = [
         [name, split, str(found["samples"]), number(found["crps"]), bracket(found["crps_interval"]),
@@ -132,7 +131,7 @@ def _trust(run: Run, blocks: Blocks) -> None:
             ["method", "split", "samples", "CRPS", "interval", *(f"{share:.0%} interval" for share in COVERED)],
             rows,
         )
-    _sequences_drawn(run, blocks, best)
+    _sequences_drawn(run, blocks, list(judged)[-1])
     kept_in = run.plan["identity"]["convention"]
     spent = {
         method: (e["flops"][kept_in], by_split["val"]["all"]["mse_filled"])
@@ -151,24 +150,25 @@ def _trust(run: Run, blocks: Blocks) -> None:
 
 
 def _paired(run: Run, blocks: Blocks) -> None:
-    """The last judged method against every other and the baselines, sequence by sequence."""
+    """The methods of the last judged experiment against every other and the baselines, sequence by sequence."""
     each = {name: by_split["test"]["mse_each"] for name, by_split in run.baselines.items()}
     for name, experiment in _judged(run).items():
         for method, by_split in methods_of(name, experiment).items():
             each[method] = by_split["test"].get("mse_each") or [line["mse"] for line in experiment["forecasts"]["test"]]
-    best, rows = list(each)[-1], []
-    for name, theirs in each.items():
-        pairs = [(a, b) for a, b in zip(each[best], theirs, strict=True) if a is not None and b is not None]
-        if name == best or not pairs:
-            continue
-        found = paired(*map(np.array, zip(*pairs, strict=True)))
-        low, high = found["interval"]
-        rows.append([name, f"{found['difference']:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{found['better']:.0%}"])
-    blocks.table(
-        f"{best} against the others, paired by test sequence: negative is better",
-        ["against", "difference of MSE", "95 % interval", "sequences where it is better"],
-        rows,
-    )
+    for ours in methods_of(name, experiment):
+        rows = []
+        for theirs in each:
+            pairs = [(a, b) for a, b in zip(each[ours], each[theirs], strict=True) if a is not None and b is not None]
+            if theirs == ours or not pairs:
+                continue
+            found = paired(*map(np.array, zip(*pairs, strict=True)))
+            low, high = found["interval"]
+            rows.append([theirs, f"{found['difference']:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{found['better']:.0%}"])
+        blocks.table(
+            f"{ours} against the others, paired by test sequence: negative is better",
+            ["against", "difference of MSE", "95 % interval", "sequences where it is better"],
+            rows,
+        )
 
 
 def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
@@ -223,7 +223,7 @@ def _compute(run: Run, blocks: Blocks) -> None:
         counted = [log10(sum(e["flops"][c] for e in parts)) for c in names]
         theirs = f"10^{published.SECTION_FLOPS[section]}" if comparable else NONE
         rows.append([title, NONE, *counted, theirs, NONE, NONE, NONE])
-    blocks.table("FLOPs of the finished experiments", header, rows)
+    blocks.table("FLOPs of the finished experiments; evaluation: of the process that ended it", header, rows)
 
 
 def build(run: Run) -> Blocks:

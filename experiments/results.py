@@ -20,9 +20,13 @@ class Run:
     plan: dict
     example: dict
     baselines: dict
-    status: dict
     contexts: dict[str, list[dict]]
     experiments: dict[str, dict] = field(default_factory=dict)  # finished ones, in the order of the plan
+
+    @property
+    def status(self) -> dict:
+        """What was spent, and why the run stopped if it did; written at its end."""
+        return read_json(self.folder / "status.json")
 
     @property
     def unfinished(self) -> list[str]:
@@ -42,7 +46,6 @@ def _read_run(folder: Path) -> Run:
         read_json(folder / "plan.json"),
         read_json(folder / "example.json"),
         read_json(folder / "baselines.json"),
-        read_json(folder / "status.json"),
         {split: read_json_lines(folder / f"{split}.jsonl") for split in ("val", "test")},
     )
     for experiment in run.plan["identity"]["experiments"]:
@@ -84,7 +87,7 @@ def log10(flops: int | float) -> str:
 
 
 def bracket(interval: list[float]) -> str:
-    """An interval."""
+    """An interval as a cell of a table."""
     return f"[{number(interval[0])}, {number(interval[1])}]"
 
 

@@ -77,7 +77,9 @@ def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale:
 
 
 def of_method(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale: float) -> dict:
-    """`errors` of the first ten sequences and of all, and the MSE of each, what runs compare methods by."""
+    """What methods are compared by: `errors` (its arguments) of the first ten sequences and of all, and in `mse_each`
+    the MSE of each sequence, of forecasts without malformed values.
+    """
     found = {part: errors(forecast[rows], truth[rows], fallback[rows], scale) for part, rows in PARTS.items()}
     return found | {"mse_each": squared_errors(forecast, truth).round(8).tolist()}
 

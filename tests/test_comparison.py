@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.comparison import load_runs, write_comparison
+from experiments import figures
+from experiments.comparison import build, load_runs, write_comparison
 from experiments.report import write_report
 from experiments.runfolder import RunError
 
@@ -33,10 +34,30 @@ def test_the_reports_that_come_with_the_project_are_those_of_their_files(results
 def test_the_comparison_that_comes_with_the_project_is_that_of_its_runs(results):
     markdown = write_comparison(results).read_text()
     assert markdown == (RESULTS / "comparison.md").read_text()
-    for name in RUNS:
-        assert f"\n| {name} |" in markdown
-    for split in ("val", "test"):
-        assert (results / f"{split}-by-flops.png").stat().st_size > 20_000
+    assert markdown.count("![") == len(list(results.glob("*.png"))) == 3
+
+
+def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "against_flops", lambda *given: drawn.setdefault(given[2].stem, given))
+    shutil.copytree(results / "frontier", results / "zzz")
+    build(results, load_runs(results))
+    path = results / "frontier" / "experiments" / "frontier"
+    flops = json.loads((path / "settings.json").read_text())["flops"]["report"]
+    metrics = json.loads((path / "metrics.json").read_text())
+    names = {"frontier", "frontier, mean of 20 samples", "trial", "zzz: frontier", "zzz: frontier, mean of 20 samples"}
+    for name, split, part in (("val-first", "val", "first"), ("val-all", "val", "all"), ("test-all", "test", "all")):
+        points, levels, _, hollow = drawn[f"{name}-by-flops"]
+        assert set(points) == names
+        assert len(levels) == 7  # six baselines and the untrained model
+        found, mean = metrics[split][part], metrics[split]["mean_of_samples"][part]
+        bars = [of["mse_interval"] if part == "all" else [] for of in (found, mean)]
+        assert points["frontier"] == (flops, found["mse"], *bars[0])
+        assert points["frontier, mean of 20 samples"] == (flops, mean["mse"], *bars[1])
+        assert len(hollow) == (15 if part == "first" else 0)
+    hollow = drawn["val-first-by-flops"][3]
+    assert hollow["published: grid r8 lr0.0001"] == (10**15.68, 0.0071)
+    assert hollow["published: final"] == (10**16.35, 0.0021)
 
 
 def test_runs_on_other_sequences_are_not_compared(results):
@@ -44,7 +65,7 @@ def test_runs_on_other_sequences_are_not_compared(results):
     held = json.loads(plan.read_text())
     held["identity"]["sequences"] = 10
     plan.write_text(json.dumps(held))
-    with pytest.raises(RunError, match="zzz: another sequences than"):
+    with pytest.raises(RunError, match="zzz: has sequences 10, "):
         load_runs(results)
     assert not (results / "comparison.md").exists()
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from conftest import GROUPED, config_fields, random_model
-from experiments import data, report, sections
+from experiments import comparison, data, report, sections
 from experiments.evaluation import Forecasts, forecast
 from experiments.forecast import read_csv
 from experiments.forecasting import read_trained, write_trained
@@ -305,7 +305,7 @@ def test_run_folder(source, run_folder, tmp_path_factory):
     """Any file that a report is drawn from."""
     names = [p.relative_to(run_folder) for p in sorted(run_folder.rglob("*.json*")) if "state" not in p.name]
     changed = source.draw(st.sampled_from(names))
-    folder = tmp_path_factory.mktemp("results")
+    folder = tmp_path_factory.mktemp("results") / "run"
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(run_folder / name)
@@ -314,10 +314,13 @@ def test_run_folder(source, run_folder, tmp_path_factory):
     (folder / changed).unlink()
     (folder / changed).write_bytes(content)
     (folder / "figures").symlink_to(run_folder / "figures")
-    with suppress(RunError), pytest.MonkeyPatch.context() as patch:
-        for module in (report, sections):
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (comparison, report, sections):
             patch.setattr(module, "figures", Mock())  # they stand there, drawn from the good files
-        report.write_report(folder)
+        with suppress(RunError):
+            comparison.write_comparison(folder.parent)
+        with suppress(RunError):
+            report.write_report(folder)
 
 
 @fuzz

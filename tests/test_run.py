@@ -82,6 +82,7 @@ def test_one_command_gives_a_finished_report(finished):
     assert "0.2702" in markdown  # published, beside ours
     assert markdown.count("| final, mean of 20 samples |") == 1
     assert "final, mean of 20 samples against the others, paired" in markdown
+    assert "final against the others, paired" in markdown
     assert not list(out.rglob("*.partial"))
     assert not list(out.rglob("state.safetensors"))
 
