@@ -52,9 +52,9 @@ def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
         assert len(levels) == 7  # six baselines and the untrained model
         found, mean = metrics[split][part], metrics[split]["mean_of_samples"][part]
         bars = [of["mse_interval"] if part == "all" else [] for of in (found, mean)]
-        assert points["frontier"] == (flops, found["mse"], *bars[0])
-        assert points["frontier, mean of 20 samples"] == (flops, mean["mse"], *bars[1])
-        assert len(hollow) == (15 if part == "first" else 0)
+        assert points["frontier"] == (flops, found["mse_filled"], *bars[0])
+        assert points["frontier, mean of 20 samples"] == (flops, mean["mse_filled"], *bars[1])
+        assert len(hollow) == (14 if part == "first" else 0)
     hollow = drawn["val-first-by-flops"][3]
     assert hollow["published: grid r8 lr0.0001"] == (10**15.68, 0.0071)
     assert hollow["published: final"] == (10**16.35, 0.0021)
