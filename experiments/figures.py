@@ -140,15 +140,14 @@ def against_flops(
             color = CURVES[index % len(CURVES)]
             axes.axhline(level, color=color, linestyle="--", linewidth=1, label=name)
     labelled: list[tuple[int, float]] = []
-    marks = [(name, point, TEXT) for name, point in points.items()]
-    marks += [(name, point, "none") for name, point in (hollow or {}).items()]
-    for name, (flops, error, *interval), fill in sorted(marks, key=lambda mark: (mark[2] == "none", mark[1][1])):
-        axes.plot(flops, error, "o", color=TEXT, markerfacecolor=fill, markersize=4)
-        if interval:
-            axes.vlines(flops, *interval, color=TEXT, linewidth=1)
-        if all(abs(np.log(flops / x)) > 0.7 or abs(np.log(error / y)) > 0.12 for x, y in labelled):
-            labelled.append((flops, error))
-            axes.annotate(name, (flops, error), textcoords="offset points", xytext=(5, -3), fontsize=7)
+    for group, fill in ((points, TEXT), (hollow or {}, "none")):
+        for name, (flops, error, *interval) in sorted(group.items(), key=lambda named: named[1][1]):
+            axes.plot(flops, error, "o", color=TEXT, markerfacecolor=fill, markersize=4)
+            if interval:
+                axes.vlines(flops, *interval, color=TEXT, linewidth=1)
+            if all(abs(np.log(flops / x)) > 0.7 or abs(np.log(error / y)) > 0.12 for x, y in labelled):
+                labelled.append((flops, error))
+                axes.annotate(name, (flops, error), textcoords="offset points", xytext=(5, -3), fontsize=7)
     axes.set(xlabel="FLOPs of the training", ylabel="MSE (scaled units)", xscale="log", yscale="log")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()

@@ -155,7 +155,7 @@ def _paired(run: Run, blocks: Blocks) -> None:
     for name, experiment in _judged(run).items():
         for method, by_split in methods_of(name, experiment).items():
             each[method] = by_split["test"].get("mse_each") or [line["mse"] for line in experiment["forecasts"]["test"]]
-    for ours in methods_of(name, experiment):
+    for ours in methods_of(*list(_judged(run).items())[-1]):
         rows = []
         for theirs in each:
             pairs = [(a, b) for a, b in zip(each[ours], each[theirs], strict=True) if a is not None and b is not None]
