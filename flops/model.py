@@ -84,7 +84,7 @@ def positions_from_mask(batch: int, total: int) -> int:
 
 
 def block(
-    config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: dict[str, int], padded: bool
+    config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: dict[str, int], padded: bool = False
 ) -> list[Op]:
     """The operators of one layer on B x T new tokens after `cached` ones; the other arguments as in `forward`."""
     rows, exact = batch * new, convention == "exact"
