@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 # queries of a row, and scores, that are worked on together, so that they stay in the cache of a CPU core
 BLOCK, SCORES = 64, 2**20
+ALIGNED = 16  # numbers: the rows of a bias begin at multiples of it, else the memory-efficient kernel has it copied
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -28,20 +29,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D): (B, H, T, D); each kv head serves G query heads.
 
     mask (B or 1, 1, T, S) is True where q may look, or what is added to the scores; None means causal, which with one
-    new token is everything. It may only narrow the causal rule: no token looks ahead.
+    new token is everything. It may only narrow the causal rule: no token looks ahead. A bias from `grouped_bias` is
+    taken as well.
     """
     groups, num_new = q.shape[1] // k.shape[1], q.shape[2]
     here = q.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     if here and num_new > BLOCK and (mask is None or mask.dtype == torch.bool):
         return _Blockwise.apply(q, k, v, mask)
     if mask is None and num_new > 1:
+        if q.is_cuda and q.dtype == torch.float32:
+            # flash attention takes no fp32 and the memory-efficient kernel no enable_gqa (up to torch 2.13): with it,
+            # the kernel that is left writes all scores to memory
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
     # the query heads of a kv head stand as if they were its tokens, so that its keys are read once, and by a fused
     # kernel also on CUDA, where none takes a mask together with enable_gqa
     grouped = q.reshape(q.shape[0], k.shape[1], groups * num_new, q.shape[3])  # (B, K, G T, D)
-    if mask is not None and num_new > 1:
+    if mask is not None and mask.shape[2] == num_new > 1:  # not grouped yet
         mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # (B or 1, 1, G T, S)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+
+
+def grouped_bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (B or 1, 1, T, S) as what `attention` adds to the scores of grouped queries, (B or 1, 1, G T, S).
+
+    On CUDA it is made once for all layers: of a boolean mask, each layer would make numbers, grouped and aligned.
+    """
+    batch, _, num_new, total = mask.shape
+    bias = torch.zeros(batch, 1, groups, num_new, -(-total // ALIGNED) * ALIGNED, dtype=dtype, device=mask.device)
+    bias[..., :total].masked_fill_(~mask[:, :, None], -torch.inf)
+    return bias.flatten(2, 3)[..., :total]
 
 
 class _Blockwise(torch.autograd.Function):

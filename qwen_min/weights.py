@@ -106,8 +106,9 @@ def load_weights(
 ) -> None:
     """Put the tensors of a checkpoint folder in place of the (meta) parameters of `model`.
 
-    dtype None keeps the checkpoint's. Raises CheckpointError that lists every missing, unexpected or
-    misshapen tensor, or names the damaged file; the model is unchanged then.
+    dtype None keeps the checkpoint's. On CUDA it turns cuDNN's attention off, for the whole process. Raises
+    CheckpointError that lists every missing, unexpected or misshapen tensor, or names the damaged file; the model is
+    unchanged then.
     """
     expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
     headers, tensors = tensor_headers(folder), {}
@@ -126,6 +127,11 @@ def load_weights(
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     model.load_state_dict(tensors, strict=True, assign=True)
+    if torch.device(device).type == "cuda":
+        # On recent GPUs torch prefers cuDNN's attention for bf16. It builds a plan, up to half a second, for each new
+        # shape, raises an error where no plan fits instead of leaving the call to another kernel, and has given wrong
+        # text and NaN gradients (github.com/pytorch/pytorch/issues/193893 and 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def load(
