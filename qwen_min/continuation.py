@@ -13,9 +13,8 @@ from torch import Tensor
 from qwen_min.cache import KVCache
 from qwen_min.model import Decoder, Qwen
 
-MULTIPLE = (
-    64  # of which a cache on a GPU has its capacity: kernels want their rows aligned, graphs the same shape again
-)
+# a GPU's caches have a multiple of it as capacity: kernels want aligned rows, and batches meet the same shapes again
+MULTIPLE = 64
 
 
 class Continuation:
@@ -184,8 +183,9 @@ class ReusedCache:
         self.cache: KVCache | None = None
 
     def take(self, model: Qwen, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache of batch_size rows, on a GPU with its capacity rounded up: that of before if it has this shape,
-        else a new one. What was taken before is not to be used any more.
+        """An empty cache: the one taken before if it has this shape, else a new one. That of before is then void.
+
+        On a GPU the capacity is rounded up.
         """
         weight = model.head_weight
         if weight.is_cuda:

@@ -52,7 +52,8 @@ def prefill(
 ) -> tuple[KVCache, Tensor]:
     """Run the prompt ids (B, T) into an empty cache with room for the answer: (cache, hidden states (B, C) of its end).
 
-    The cache is a new one, or that of `reused` where batches follow each other. Packs the weights (`qwen_min.linear.pack`) when an answer is to follow.
+    The cache is a new one, or that of `reused` where batches follow each other. Packs the weights
+    (`qwen_min.linear.pack`) when an answer is to follow.
     """
     if num_new_tokens > 0:
         pack(model)
