@@ -94,8 +94,7 @@ class GraphContinuation(Continuation):
         self.mask, self.passes = cache.captured.mask, cache.captured.passes
         for stored in (cache.keys, cache.values):
             stored[:, :, :, cache.length :] = 0  # never attended, but a NaN of fresh memory would spread all the same
-        self.mask[:, : cache.length] = 1 if attention_mask is None else attention_mask
-        self.mask[:, cache.length :] = 0
+        self.mask[:, : cache.length] = 1 if attention_mask is None else attention_mask  # passes write the rest
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, real: Tensor | None = None) -> Tensor:

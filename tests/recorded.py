@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from qwen_min.continuation import GraphContinuation
 
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh"}  # not in a capture
+# not in a capture: the GPU would be waited for, or copied to
+WAITING = {"item", "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh"}
 
 
 class Recorder(TorchDispatchMode):
