@@ -196,7 +196,7 @@ def forecast(
     if decoding not in DECODINGS:
         raise ValueError(f"decoding is {decoding!r}, expected one of {', '.join(DECODINGS)}")
 
-    reused = ReusedCache()
+    reused = ReusedCache(model)
 
     def of(start: int) -> dict:
         batch = series[start : start + BATCH]

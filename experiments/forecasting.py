@@ -111,7 +111,7 @@ class Forecaster:
         paths = max(samples, 1)
         rows = [(series, sample) for series in range(len(prompts)) for sample in range(paths)]
         size = rows_at_once(self.model, columns)
-        texts, reused = [], ReusedCache()
+        texts, reused = [], ReusedCache(self.model)
         for start in range(0, len(rows), size):
             texts += self._texts(
                 grammar, prompts, wide, rows[start : start + size], num_values, seed if samples else None, reused
@@ -187,7 +187,7 @@ class Forecaster:
         if seed is not None:
             counts = Counter(number for number, _ in rows)
             times = torch.tensor([counts[number] for number in series])
-            cache = cache.repeat(times, reused.take(self.model, len(rows), cache.capacity))
+            cache = cache.repeat(times, reused.take(len(rows), cache.capacity))
             times = times.to(device)
             hidden = hidden.repeat_interleave(times, 0, output_size=len(rows))
             mask = None if mask is None else mask.repeat_interleave(times, 0, output_size=len(rows))

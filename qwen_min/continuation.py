@@ -173,24 +173,24 @@ def continuation(model: Qwen, cache: KVCache, attention_mask: Tensor | None = No
 
 
 class ReusedCache:
-    """One cache for batches that follow each other, so that the next batch also finds the graphs captured over it.
+    """One cache for batches of a model that follow each other: the next batch also finds the graphs captured over it.
 
     Whoever runs the batches owns it, and drops it with the last.
     """
 
-    def __init__(self):
-        self.cache: KVCache | None = None
+    def __init__(self, model: Qwen):
+        self.model, self.cache = model, None
 
-    def take(self, model: Qwen, batch_size: int, capacity: int) -> KVCache:
+    def take(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache: the one taken before if it has this shape, else a new one. That of before is then void.
 
         On a GPU the capacity is rounded up.
         """
-        weight = model.head_weight
+        weight = self.model.head_weight
         if weight.is_cuda:
             capacity = -(-capacity // MULTIPLE) * MULTIPLE
         if self.cache is None or (self.cache.batch_size, self.cache.capacity) != (batch_size, capacity):
             self.cache = None  # first, as the memory may not hold both
-            self.cache = KVCache(model.config, batch_size, capacity, weight.device, weight.dtype)
+            self.cache = KVCache(self.model.config, batch_size, capacity, weight.device, weight.dtype)
         self.cache.truncate(0)
         return self.cache

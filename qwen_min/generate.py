@@ -58,7 +58,7 @@ def prefill(
     if num_new_tokens > 0:
         pack(model)
     weight, (batch, length) = model.head_weight, ids.shape
-    cache = (reused or ReusedCache()).take(model, batch, length + num_new_tokens)
+    cache = (reused or ReusedCache(model)).take(batch, length + num_new_tokens)
     tokens = BYTES // (model.config.intermediate_size * weight.dtype.itemsize)
     together = max(1, tokens // length) if weight.device.type == "cpu" else batch
     last = []

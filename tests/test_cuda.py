@@ -153,7 +153,7 @@ def test_gradients_of_long_contexts_agree(on_cpu, on_gpu, precision, context):
         next_token_loss(model, ids.to(model.head_weight.device), torch.tensor([context, context - 9])).backward()
         found.append(torch.cat([p.grad.flatten().cpu() for p in adapter_parameters(model).values()]))
     assert found[1].isfinite().all()
-    assert (found[1] - found[0]).norm() / found[0].norm() < 10 * precision[1]
+    assert (found[1] - found[0]).norm() / found[0].norm() < 2 * precision[1]
 
 
 def series() -> list[np.ndarray]:
@@ -184,7 +184,7 @@ def test_evaluations_in_several_batches_agree(monkeypatch, checkpoint, precision
         forecast(*load(checkpoint, *where), Encoding(1.0), values, 13, 3, decoding=decoding)
         for where in (("cpu",), ("cuda", precision[0]))
     )
-    np.testing.assert_allclose(found.nats, wanted.nats, rtol=10 * precision[1])
+    np.testing.assert_allclose(found.nats, wanted.nats, rtol=2 * precision[1])
     np.testing.assert_allclose(found.forced_losses, wanted.forced_losses, rtol=precision[1], atol=10 * precision[1])
     if precision[0] == torch.float32:
         assert found.texts == wanted.texts
@@ -207,8 +207,8 @@ def test_all_attention_runs_in_fused_kernels(on_gpu):
 
 
 def test_caches_of_near_lengths_have_one_capacity(on_gpu):
-    reused = ReusedCache()
-    caches = [reused.take(on_gpu, 2, length) for length in (860, 861, 896)]
+    reused = ReusedCache(on_gpu)
+    caches = [reused.take(2, length) for length in (860, 861, 896)]
     assert caches[0] is caches[1] is caches[2]
     assert caches[0].capacity == 896
 

@@ -48,34 +48,34 @@ def test_replayed_passes_equal_simple_ones(monkeypatch, model, ids):
 
 def test_the_next_batch_runs_the_graphs_of_the_one_before(monkeypatch, model, ids):
     recorded.install(monkeypatch)
-    reused = ReusedCache()
+    reused = ReusedCache(model)
     for length, padding in ((5, 0), (3, 2), (4, 1)):
         mask = torch.ones_like(ids[:, :length])
         mask[1, :padding] = 0
         prompt = ids.roll(length, 1)[:, :length]
         simple = Continuation(model, filled(model, prompt, mask), mask)
         with torch.inference_mode():
-            cache = reused.take(model, 2, 25)
+            cache = reused.take(2, 25)
             model.model(prompt, cache, mask)
         assert_equal_passes(recorded.RecordedContinuation(model, cache, mask), simple, ids)
     assert recorded.Graph.captured == 2
 
 
 def test_a_cache_is_taken_again_only_in_its_shape(model):
-    reused = ReusedCache()
-    first = reused.take(model, 2, 9)
+    reused = ReusedCache(model)
+    first = reused.take(2, 9)
     first.advance(4)
-    assert reused.take(model, 2, 9) is first
+    assert reused.take(2, 9) is first
     assert first.length == 0
-    assert reused.take(model, 3, 9) is not first
-    assert reused.take(model, 3, 10).keys.shape[1:4:2] == (3, 10)
+    assert reused.take(3, 9) is not first
+    assert reused.take(3, 10).keys.shape[1:4:2] == (3, 10)
 
 
 def test_a_changed_adapter_is_read_and_another_one_captured_anew(monkeypatch, tiny):
     """Training writes where a graph reads; an adapter that comes, goes or is merged is elsewhere."""
     recorded.install(monkeypatch)
     model, ids = random_model(tiny[0].config), torch.tensor([[5, 9, 2], [8, 3, 90]])
-    reused, token = ReusedCache(), torch.tensor([[7], [11]])
+    reused, token = ReusedCache(model), torch.tensor([[7], [11]])
 
     def assert_fresh(captured: int) -> None:
         hidden = recorded.RecordedContinuation(model, filled(model, ids, None, reused))(token)
