@@ -319,7 +319,6 @@ def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, typ
 
     import flops
     from flops.model import total
-    from flops.trace import trace_training_step
     from qwen_min import Qwen, QwenConfig
     from qwen_min.weights import checkpoint_folder
 
@@ -378,7 +377,7 @@ def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, typ
     ranks = {"q_proj": 8, "v_proj": 8}
     for context, batches in ((512, TRAINED_BATCHES), (768, (4,))):
         for batch in batches:
-            cost = trace_training_step(config, batch, context, ranks)[1]
+            cost = flops.training_step(config, batch, context, ranks=ranks)
             tokens = batch * context
             line(f"LoRA step, {batch} x {context}", ask("lora_step", batch, context), tokens, "tokens", flop=cost)
         if context == 512:

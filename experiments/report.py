@@ -200,20 +200,17 @@ def _compute(run: Run, blocks: Blocks) -> None:
     blocks.text(
         f"Spent {status['spent']:.3e} of a budget of {status['budget']:.3e} FLOPs "
         f"({status['spent'] / status['budget']:.2%}) in the convention {kept_in}. "
-        "Only training counts, as 3 x forward; traced: what forward and backward of a LoRA step really dispatch, as a "
-        "multiple of the forward pass. "
-        + " ".join(f"{name}: {meaning}." for name, meaning in run.plan["conventions"].items())
+        "Only training counts. " + " ".join(f"{name}: {meaning}." for name, meaning in run.plan["conventions"].items())
     )
     names = list(run.plan["conventions"])
-    header = ["", "steps", *names, "published", "traced", "seconds, training", "seconds, evaluation"]
+    header = ["", "steps", *names, "published", "seconds, training", "seconds, evaluation"]
     rows = []
     for name, experiment in run.experiments.items():
         flops, seconds = experiment["flops"], experiment["seconds"]
-        steps, traced, counted = NONE, NONE, [NONE] * len(names)
+        steps, counted = NONE, [NONE] * len(names)
         if experiment["training"]:
             steps, counted = str(experiment["training"]["steps"]), [log10(flops[c]) for c in names]
-            traced = f"{experiment['traced_forward_and_backward'] / experiment['traced_forward']:.2f}"
-        rows.append([name, steps, *counted, NONE, traced, f"{seconds['training']:.1f}", f"{seconds['evaluation']:.1f}"])
+        rows.append([name, steps, *counted, NONE, f"{seconds['training']:.1f}", f"{seconds['evaluation']:.1f}"])
     planned = {e["section"] for e in run.plan["identity"]["experiments"]}
     for section, title in SUMS.items():
         if section not in planned | {"all"}:
@@ -222,7 +219,7 @@ def _compute(run: Run, blocks: Blocks) -> None:
         parts = [e for e in run.experiments.values() if e["flops"] and section in (e["section"], "all")]
         counted = [log10(sum(e["flops"][c] for e in parts)) for c in names]
         theirs = f"10^{published.SECTION_FLOPS[section]}" if comparable else NONE
-        rows.append([title, NONE, *counted, theirs, NONE, NONE, NONE])
+        rows.append([title, NONE, *counted, theirs, NONE, NONE])
     blocks.table("FLOPs of the finished experiments; evaluation: of the process that ended it", header, rows)
 
 

@@ -24,7 +24,6 @@ from experiments.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, 
 from experiments.runfolder import holding, plain, read_json, resumable, sync, to_json, to_json_lines, write_whole
 from experiments.scores import QUANTILES, errors, of_method, probabilistic, squared_errors
 from experiments.training import Training, train, window_tensors
-from flops.trace import trace_training_step
 from lora import inject, remove, save_adapter
 from qwen_min import Qwen, Tokenizer
 
@@ -162,13 +161,6 @@ class Suite:
             costs = {c: training.steps * self.step_flops(training, c) for c in flops.CONVENTIONS}
             self.ledger.require(experiment.name, costs[self.convention])
         record = {"section": experiment.section, "training": training and asdict(training), "flops": costs}
-        if training:
-            names = ("traced_forward", "traced_forward_and_backward")
-            vocabulary = len(self.grammar.ids) if training.numeric_head else None
-            traced = trace_training_step(
-                self.model.config, training.batch, training.context, training.ranks, vocabulary
-            )
-            record |= dict(zip(names, traced, strict=True))
         write_whole(path / "settings.json", to_json(record))
         with self._adapted(experiment.name, training) as training_seconds:
             started = time.monotonic()
@@ -219,7 +211,7 @@ class Suite:
             write_whole(path / "losses.csv", "step,loss\n" + rows)
             partial = path / "adapter.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            save_adapter(self.model, partial, training.lora, self.checkpoint[0])
+            save_adapter(self.model, partial, self.checkpoint[0])
             write_trained(partial, self.encoding, *self.checkpoint)
             for file in (*partial.iterdir(), partial):
                 sync(file)

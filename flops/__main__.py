@@ -26,8 +26,9 @@ def parser() -> argparse.ArgumentParser:
 
 def counts(args: argparse.Namespace) -> dict:
     """Everything the table shows, as integers. Raises ValueError for bad sizes or an unusable config."""
-    from flops.model import BACKWARD, CONVENTIONS, forward, total
+    from flops.model import CONVENTIONS, forward, total
     from flops.trace import trace_training_step
+    from flops.training import backward, training_step
     from qwen_min import QwenConfig
     from qwen_min.weights import checkpoint_folder
 
@@ -38,21 +39,25 @@ def counts(args: argparse.Namespace) -> dict:
         )
     config = QwenConfig.from_file(checkpoint_folder(args.model, ("config.json",)) / "config.json")
     ranks = {"q_proj": args.rank, "v_proj": args.rank} if args.rank else {}
-    operators, step = {}, {}
+    operators, totals = {}, {}
     for convention in CONVENTIONS:
         ops = forward(config, args.batch, args.context, convention=convention, ranks=ranks, head="loss")
         for op in ops:
             operators.setdefault(op.name, dict.fromkeys(CONVENTIONS, 0))[convention] = op.flops
-        step[convention] = {"forward": total(ops), "training step": (1 + BACKWARD) * total(ops)}
-    traced_forward, traced = trace_training_step(config, args.batch, args.context, ranks)
+        step = training_step(config, args.batch, args.context, convention=convention, ranks=ranks)
+        totals[convention] = {"forward": total(ops), "backward": step - total(ops), "training step": step}
+    traced = dict(
+        zip(("forward", "backward"), trace_training_step(config, args.batch, args.context, ranks), strict=True)
+    )
     return {
         "model": args.model,
         "batch": args.batch,
         "context": args.context,
         "rank": args.rank,
         "operators": operators,
-        "totals": step,
-        "traced": {"forward": traced_forward, "forward and backward": traced},
+        "backward operators": {op.name: op.flops for op in backward(config, args.batch, args.context, ranks=ranks)},
+        "totals": totals,
+        "traced": traced,
     }
 
 
@@ -60,28 +65,31 @@ def table(found: dict) -> str:
     """The counts as text."""
     from flops.model import CONVENTIONS
 
-    conventions = list(found["totals"])
+    conventions, totals, traced = list(CONVENTIONS), found["totals"], found["traced"]
 
     def line(name: str, cells: list[str]) -> str:
-        return f"{name:<26}" + "".join(f"{cell:>22}" for cell in cells)
+        return f"{name:<44}" + "".join(f"{cell:>22}" for cell in cells)
 
     lines = [
         f"{found['model']}, {found['batch']} x {found['context']} tokens, LoRA rank {found['rank']}",
         "",
-        line("operator", conventions),
+        line("operator of the forward pass", conventions),
     ]
     for name, flops in found["operators"].items():
         lines.append(line(name, [f"{flops[c]:,}" if flops[c] else "-" for c in conventions]))
-    for name in ("forward", "training step"):
-        lines.append(line(name, [f"{found['totals'][c][name]:,}" for c in conventions]))
-    logs = [math.log10(found["totals"][c]["training step"]) for c in conventions]
-    lines.append(line("  as a power of ten", [f"10^{x:.3f}" for x in logs]))
-    traced, forward = found["traced"]["forward and backward"], found["traced"]["forward"]
-    agrees = "equals" if forward == found["totals"]["exact"]["forward"] else "DIFFERS FROM"
+    lines += ["", line("operator of the backward pass", ["exact"])]
+    lines += [line(name, [f"{flops:,}"]) for name, flops in found["backward operators"].items()]
+    lines += ["", line("", conventions)]
+    for name in ("forward", "backward", "training step"):
+        lines.append(line(name, [f"{totals[c][name]:,}" for c in conventions]))
+    steps = [totals[c]["training step"] for c in conventions]
+    lines.append(line("  as a power of ten", [f"10^{math.log10(step):.3f}" for step in steps]))
+    ratios = [step / totals[c]["forward"] for c, step in zip(conventions, steps, strict=True)]
+    lines.append(line("  in forward passes", [f"{ratio:.2f}" for ratio in ratios]))
+    agrees = "equals" if all(traced[name] == totals["exact"][name] for name in traced) else "DIFFERS FROM"
     lines += [
         "",
-        f"A training step counts as 3 x forward. Traced forward: {forward:,} ({agrees} the exact column);",
-        f"traced forward and backward: {traced:,}, that is {traced / forward:.2f} x forward.",
+        f"Traced: forward {traced['forward']:,}, backward {traced['backward']:,}. This {agrees} the exact column.",
         "",
         *(f"{name}: {meaning}." for name, meaning in CONVENTIONS.items()),
     ]

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 
 from flops import primitives as p
 from flops.primitives import ADD, EXP, MUL, TRIG, matmul
+from qwen_min.attention import QUERY_BLOCK, runs_in_blocks
 from qwen_min.config import QwenConfig
 from qwen_min.loss import CHUNK
 
 CONVENTIONS = {
-    "exact": "what runs on a CPU, attention over all pairs: flops.trace runs the real model and finds the same "
-    "integers",
-    "sheet": "the report's section 4.3: grouped queries counted as full multi-head attention, rotary positions free "
-    "but their adding to the embeddings counted, RMSNorm 4 d + 11, the loss a full softmax of every position",
+    "exact": "what runs on a CPU, operator by operator: attention of many tokens skips the keys ahead of each block of "
+    "queries, and a training step is the forward and the backward pass that run, without gradients of frozen weights; "
+    "flops.trace runs the real code and finds the same integers; a fused kernel of attention, as in decoding and on "
+    "CUDA, counts every pair of a query and a key",
+    "sheet": "the report's section 4.3: a training step is 3 x forward, grouped queries counted as full multi-head "
+    "attention, rotary positions free but their adding to the embeddings counted, RMSNorm 4 d + 11, the loss a full "
+    "softmax of every position",
     "report": "what reproduces the report's published figures: as sheet, but a feed-forward of two matrices of width "
     "4 x hidden in place of three of the real width, and neither LoRA nor the 1 / sqrt(D) of attention counted",
 }
-BACKWARD = 2  # the budget's rule, no measurement: backward costs twice the forward pass, so training is 3 x forward
 
 
 @dataclass(frozen=True)
@@ -54,14 +57,37 @@ def rotate(rows: int, head_dim: int) -> int:
     return rows * (head_dim * (MUL + MUL + ADD) + head_dim // 2 * ADD)
 
 
+def blocks(new: int, cached: int) -> list[tuple[int, int]]:
+    """Queries and visible keys of each block of `qwen_min/attention.py`, for T new tokens after cached ones."""
+    starts = range(0, new, QUERY_BLOCK)
+    return [(min(QUERY_BLOCK, new - start), cached + min(start + QUERY_BLOCK, new)) for start in starts]
+
+
+def attention(config: QwenConfig, batch: int, new: int, cached: int, padded: bool) -> dict[str, int]:
+    """Attention as it runs, with or without an attention mask: in blocks, or by one fused kernel."""
+    heads, size = config.num_attention_heads, config.head_dim
+    if not runs_in_blocks(new, masked=padded or (cached > 0 and new > 1)):
+        return p.attention(batch, heads, new, cached + new, size)
+    found = {"q k^T": 0, "scale": 0, "softmax": 0, "weights v": 0}
+    for queries, keys in blocks(new, cached):
+        rows = batch * heads * queries
+        found["q k^T"] += rows * matmul(1, size, keys)
+        found["scale"] += rows * size * MUL  # of the queries, not of the scores
+        found["softmax"] += rows * p.softmax(keys)
+        found["weights v"] += rows * matmul(1, keys, size)
+    return found
+
+
 def positions_from_mask(batch: int, total: int) -> int:
     """cumsum of the mask, minus one."""
     return batch * (p.reduction(total) + total * ADD)
 
 
-def block(config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: dict[str, int]) -> list[Op]:
-    """The operators of one layer on B x T new tokens behind `cached` ones; convention and ranks as in `forward`."""
-    rows, keys, exact = batch * new, cached + new, convention == "exact"
+def block(
+    config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: dict[str, int], padded: bool
+) -> list[Op]:
+    """The operators of one layer on B x T new tokens after `cached` ones; the other arguments as in `forward`."""
+    rows, exact = batch * new, convention == "exact"
     hidden, size, heads = config.hidden_size, config.head_dim, config.num_attention_heads
     kv_heads = config.num_key_value_heads if exact else heads
 
@@ -76,9 +102,10 @@ def block(config: QwenConfig, batch: int, new: int, cached: int, convention: str
     ]
     if exact:
         ops.append(Op("rotate q, k", rotate(rows * (heads + kv_heads), size)))
-    for name, flops in p.attention(batch, heads, new, keys, size).items():
-        if convention != "report" or name != "scale":
-            ops.append(Op(name, flops))
+        pairs = attention(config, batch, new, cached, padded)
+    else:
+        pairs = p.attention(batch, heads, new, cached + new, size)
+    ops += [Op(name, flops) for name, flops in pairs.items() if convention != "report" or name != "scale"]
     ops += [
         projection("o_proj", heads * size, hidden),
         Op("attention residual", rows * hidden * ADD),
@@ -122,11 +149,11 @@ def forward(
     padded: bool = False,
     vocabulary: int | None = None,
 ) -> list[Op]:
-    """Operators of one pass over B x T new tokens behind `cached` ones; `sum(op.flops for op in ...)` is the pass.
+    """Operators of one forward pass over B x T new tokens after `cached` ones; `total` adds them up.
 
     ranks: LoRA rank by module name, such as {"q_proj": 8, "v_proj": 8}. head: "all" logits, only the "last"
-    position's, or the "loss" on top of them. padded: with an attention mask. vocabulary: tokens that the head has rows
-    for, else the model's. A prefill is cached = 0, a decode step new = 1. Raises ValueError for another convention or
+    position's, or the "loss" on top of them. padded: with an attention mask. vocabulary: how many tokens the softmax
+    runs over, None for all. A prefill is cached = 0, a decode step new = 1. Raises ValueError for another convention or
     head.
     """
     if convention not in CONVENTIONS:
@@ -142,7 +169,7 @@ def forward(
         if padded:
             ops.append(Op("positions", positions_from_mask(batch, cached + new)))
         ops.append(Op("rotary tables", rotary_tables(rows if padded else new, config.head_dim)))
-    one_layer = block(config, batch, new, cached, convention, {} if convention == "report" else ranks or {})
+    one_layer = block(config, batch, new, cached, convention, {} if convention == "report" else ranks or {}, padded)
     ops += [Op(op.name, op.flops * config.num_hidden_layers) for op in one_layer]
     ops.append(Op("norm", rms_norm(rows, hidden, convention)))
     # the last token of a row has no next one, so the loss as it runs needs no logits of it
@@ -156,20 +183,3 @@ def forward(
 def total(ops: list[Op]) -> int:
     """FLOPs of all operators of a list."""
     return sum(op.flops for op in ops)
-
-
-def training_step(
-    config: QwenConfig,
-    batch: int,
-    context: int,
-    *,
-    convention: str = "exact",
-    ranks: dict[str, int] | None = None,
-    vocabulary: int | None = None,
-) -> int:
-    """FLOPs of one optimizer step by the budget's rule: forward with loss, times 3; arguments as in `forward`.
-
-    Padding inside the B x T window is counted like text; the optimizer's own update is not.
-    """
-    ops = forward(config, batch, context, convention=convention, ranks=ranks, head="loss", vocabulary=vocabulary)
-    return (1 + BACKWARD) * total(ops)

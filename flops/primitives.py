@@ -13,6 +13,7 @@ SQRT = 10
 POW = EXP + MUL + EXP  # x^y = exp(y log x)
 RSQRT = SQRT + MUL  # the inverse of the root
 SILU = ADD + EXP + ADD + MUL  # x / (1 + e^-x)
+SILU_BACKWARD = SILU + ADD + MUL + ADD + MUL + MUL  # s (1 + x (1 - s)) grad with s = 1 / (1 + e^-x)
 SWIGLU = SILU + MUL  # per unit: 14, as section 4.3 says
 
 
@@ -31,8 +32,16 @@ def softmax(n: int) -> int:
     return n * ADD + n * EXP + reduction(n) + n * MUL
 
 
+def softmax_backward(n: int) -> int:
+    """y (g - sum(g y)) of n numbers: a product for each, their sum, then a difference and a product for each."""
+    return n * MUL + reduction(n) + n * (ADD + MUL)
+
+
 def attention(batch: int, heads: int, new: int, total: int, size: int) -> dict[str, int]:
-    """softmax(q k^T / sqrt(size)) v of new queries over total keys; masked pairs are computed like all others."""
+    """softmax(q k^T / sqrt(size)) v of new queries over total keys, every pair computed, also the masked ones.
+
+    This is the rule for a fused kernel: what it skips inside is not visible.
+    """
     rows = batch * heads * new
     return {
         "q k^T": rows * matmul(1, size, total),

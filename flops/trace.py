@@ -1,7 +1,7 @@
-"""Run the real model on meta tensors and price every operator that it dispatches: the proof of `flops/model.py`.
+"""Run the real model and price every operator that it dispatches: the proof of `flops/model.py` and `training.py`.
 
-Attention is priced at the call of `scaled_dot_product_attention`, as one operator, because which kernels it splits
-into depends on the device; its backward is priced by the operators of its plain form.
+The model runs the same operators on meta tensors, which take no memory, and on a CPU. A call of
+`scaled_dot_product_attention` is priced as one operator, by `primitives.attention`: its kernels depend on the device.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flops import primitives as p
-from flops.primitives import ADD, EXP, MUL, TRIG, matmul
+from flops.primitives import ADD, EXP, MUL, SILU_BACKWARD, TRIG, matmul
 from qwen_min.cache import KVCache
 from qwen_min.config import QwenConfig
 from qwen_min.loss import next_token_loss
@@ -21,10 +21,12 @@ from qwen_min.model import Qwen
 
 MOVING = """
 _to_copy _unsafe_view alias arange cat clone copy_ detach embedding empty empty_like expand fill_ full full_like gather
-index lift_fresh new_empty new_full new_zeros ones_like permute promote_types scalar_tensor select select_backward
-slice slice_backward split squeeze stack t transpose tril unsqueeze view zero_ zeros zeros_like
+index index_select lift_fresh new_empty new_full new_zeros ones ones_like permute promote_types scalar_tensor select
+select_backward slice slice_backward split squeeze stack t transpose tril unsqueeze view zero_ zeros zeros_like
 """
-CHOOSING = "amax argmax bitwise_and bitwise_not bitwise_or clamp eq ge le lt masked_fill maximum searchsorted where"
+CHOOSING = """
+amax argmax bitwise_and bitwise_not bitwise_or clamp eq ge le lt masked_fill masked_fill_ maximum searchsorted where
+"""
 FREE = frozenset((MOVING + CHOOSING).split())
 PER_OUTPUT = {  # FLOPs for each number of the result
     "add": ADD,
@@ -45,8 +47,7 @@ PER_OUTPUT = {  # FLOPs for each number of the result
     "cos": TRIG,
     "sin": TRIG,
     "silu": p.SILU,
-    # s (1 + x (1 - s)) grad with s = 1 / (1 + e^-x)
-    "silu_backward": p.SILU + ADD + MUL + ADD + MUL + MUL,
+    "silu_backward": SILU_BACKWARD,
 }
 
 
@@ -79,14 +80,29 @@ def _price_cumsum(args, out) -> int:
     return out.numel() // length * p.reduction(length)
 
 
+def _price_softmax(args, out) -> int:
+    length = out.shape[args[1]]
+    return out.numel() // length * p.softmax(length)
+
+
 def _price_softmax_backward(args, out) -> int:
-    """y (g - sum(g y)): a product and a sum, then a difference and a product for each number."""
     length = out.shape[args[2]]
-    return out.numel() // length * (length * MUL + p.reduction(length) + length * (ADD + MUL))
+    return out.numel() // length * p.softmax_backward(length)
+
+
+def _price_packed_linear(args, out) -> int:
+    """x (..., I) times a packed weight, plus a bias."""
+    x, _, bias = args[:3]
+    return matmul(out.numel() // out.shape[-1], x.shape[-1], out.shape[-1]) + (bias is not None) * out.numel() * ADD
 
 
 def _price_index_add(args, _) -> int:
     return args[3].numel() * ADD
+
+
+def _price_index_put(args, _) -> int:
+    """The backward pass of an index: each number is added to its place."""
+    return args[2].numel() * ADD
 
 
 def _price_embedding_backward(args, _) -> int:
@@ -102,8 +118,11 @@ PRICES = {
     "sum": _price_reduction,
     "mean": _price_mean,
     "cumsum": _price_cumsum,
+    "_softmax": _price_softmax,
     "_softmax_backward_data": _price_softmax_backward,
+    "_linear_pointwise": _price_packed_linear,
     "index_add_": _price_index_add,
+    "index_put": _price_index_put,
     "embedding_dense_backward": _price_embedding_backward,
 }
 
@@ -218,9 +237,9 @@ def trace_training_step(
     ranks: dict[str, int] | None = None,
     vocabulary: int | None = None,
 ) -> tuple[int, int]:
-    """What a LoRA step really dispatches: (FLOPs of forward with loss, FLOPs of forward and backward together).
+    """FLOPs of the forward pass with loss, and of the backward pass; arguments as in `flops.training.backward`.
 
-    The gradient of the loss, which is made during the forward pass, counts as backward.
+    The gradient of the loss, which is computed during the forward pass, counts as backward.
     """
     model = meta_model(config, ranks)
     if not ranks:
@@ -228,5 +247,5 @@ def trace_training_step(
     ids = torch.empty(batch, context, dtype=torch.long, device="meta")
     with Tracer() as tracer:
         next_token_loss(model, ids, vocabulary=_numbered(vocabulary)).backward()
-    forward = trace_forward(config, batch, context, ranks=ranks, head="loss", vocabulary=vocabulary)
-    return sum(forward.values()), tracer.total
+    forward = trace_forward(config, batch, context, ranks=ranks, head="loss", vocabulary=vocabulary).total()
+    return forward, tracer.total - forward

@@ -1,7 +1,7 @@
 """Low-rank adaptation (arXiv 2106.09685) of any `torch.nn.Linear`, in peft's file format."""
 
 from lora.checkpoint import AdapterError, load_adapter, read_config, save_adapter
-from lora.inject import LoraConfig, adapter_parameters, inject, merge, remove, unmerge
+from lora.inject import LoraConfig, adapter_parameters, config_of, inject, merge, remove, unmerge
 from lora.layer import LoRALinear
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "LoRALinear",
     "LoraConfig",
     "adapter_parameters",
+    "config_of",
     "inject",
     "load_adapter",
     "merge",

@@ -8,36 +8,35 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from lora.inject import LoraConfig, adapter_parameters, inject, remove
+from lora.inject import LoraConfig, adapter_parameters, config_of, inject, remove
+from lora.layer import LoRALinear
 
 PREFIX = "base_model.model."  # peft's wrapper around the model
-# peft settings that change what an adapter computes, and the only value of each that is implemented
-PLAIN = {
+# peft settings that change nothing in what a trained adapter computes
+HARMLESS = frozenset(
+    "auto_mapping base_model_name_or_path eva_config inference_mode layers_pattern lora_dropout megatron_core "
+    "peft_version qalora_group_size revision runtime_config task_type".split()
+)
+# settings with several values that change nothing; pissa, olora, corda and others belong to a base that they changed
+ALLOWED = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": ([], None),
-    "layers_to_transform": ([], None),
-    "target_parameters": ([], None),
-    "trainable_token_indices": ([], {}, None),
-    "exclude_modules": ([], None),
-    "layer_replication": ([], None),
-    "lora_bias": (False, None),
-    "alora_invocation_tokens": ([], None),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
+READ = frozenset(("r", "lora_alpha", "target_modules"))
+UNSET = (None, False, [], {})  # what every other setting has to be
 
 
 class AdapterError(ValueError):
     """An adapter folder cannot be used with this model."""
 
 
-def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base: str = "") -> None:
-    """Write the adapter in the model to a folder; `base` is recorded as the checkpoint it belongs to."""
-    folder = Path(folder)
+def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
+    """Write the adapter in the model to a folder; `base` is recorded as the checkpoint it belongs to.
+
+    Raises ValueError when the model has no LoRA layer, or their ranks or alphas differ.
+    """
+    folder, config = Path(folder), config_of(model)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter_parameters(model).items()}
     fields = {
@@ -47,7 +46,7 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base:
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(config.targets),
+        "target_modules": list(config.targets),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -59,7 +58,8 @@ def save_adapter(model: nn.Module, folder: str | Path, config: LoraConfig, base:
 def read_config(folder: str | Path) -> LoraConfig:
     """The settings of an adapter folder.
 
-    Raises AdapterError when they cannot be read, or name a variant of LoRA that is not implemented.
+    Raises AdapterError when they cannot be read, or one of them is not known to change nothing: some variants of LoRA
+    compute something else, or belong to a base model that they changed.
     """
     path = Path(folder) / "adapter_config.json"
     try:
@@ -74,17 +74,21 @@ def read_config(folder: str | Path) -> LoraConfig:
         raise
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: not a readable adapter config ({error!r})") from error
-    for name, plain in PLAIN.items():
-        if fields.get(name, plain[-1]) not in plain:
-            raise AdapterError(f"{path}: {name} is {fields[name]!r}, only {plain[0]!r} is implemented")
+    for name, value in fields.items():
+        allowed = ALLOWED.get(name, UNSET)
+        if name not in HARMLESS | READ and value not in allowed:
+            raise AdapterError(f"{path}: {name} is {value!r}, only {allowed[0]!r} is implemented")
     return config
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
     """Inject the adapter of a folder into a model and return its settings.
 
-    Raises AdapterError that lists every missing, unexpected or misshapen tensor; the model has no adapter then.
+    Raises AdapterError that lists every missing, unexpected or misshapen tensor, or when the model has an adapter
+    already; the model is unchanged then.
     """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise AdapterError(f"{folder}: the model has an adapter already; remove it first")
     config = read_config(folder)
     path = Path(folder) / "adapter_model.safetensors"
     try:

@@ -9,9 +9,9 @@ from lora.layer import LoRALinear
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Rank, alpha (the update is scaled by alpha / rank) and the names of the modules to adapt.
+    """Rank, alpha (the update is scaled by alpha / rank) and the last names of the modules to adapt.
 
-    Raises ValueError when rank or alpha is not positive or there is no target.
+    Raises ValueError when rank or alpha is not a positive number, or targets is no sequence of names.
     """
 
     rank: int
@@ -19,12 +19,13 @@ class LoraConfig:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
 
     def __post_init__(self):
-        if not (isinstance(self.rank, int) and self.rank > 0):
+        if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"LoRA rank is {self.rank!r}, expected a positive integer")
-        if not 0 < self.alpha < 1e30:
+        if type(self.alpha) not in (int, float) or not 0 < self.alpha < 1e30:
             raise ValueError(f"LoRA alpha is {self.alpha!r}, expected a positive number")
-        if not self.targets:
-            raise ValueError("LoRA has no targets, expected names such as 'q_proj'")
+        names = () if isinstance(self.targets, str) else tuple(self.targets)
+        if not (names and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"LoRA targets are {self.targets!r}, expected names such as ('q_proj', 'v_proj')")
 
 
 def inject(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -32,13 +33,15 @@ def inject(model: nn.Module, config: LoraConfig) -> list[str]:
 
     Draws from torch's global generator. Raises ValueError, and changes nothing, when a target matches no Linear.
     """
-    found = [
-        name
+    last_names = {
+        name: name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in config.targets
-    ]
-    if unmatched := sorted(set(config.targets) - {name.rpartition(".")[2] for name in found}):
-        raise ValueError(f"no Linear is called {', '.join(unmatched)}: nothing to adapt")
+        if isinstance(module, nn.Linear) and "lora_" not in name
+    }
+    found = [name for name, last in last_names.items() if last in config.targets]
+    if unmatched := sorted(set(config.targets) - set(last_names.values())):
+        there = ", ".join(sorted(set(last_names.values()) - {"base_layer"})) or "none"
+        raise ValueError(f"no Linear is called {', '.join(unmatched)}: nothing to adapt; the model's are {there}")
     for parameter_name, parameter in model.named_parameters():
         if "lora_" not in parameter_name:
             parameter.requires_grad_(False)
@@ -64,6 +67,19 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, layer in lora_layers(model).items()
         for part in ("lora_A", "lora_B")
     }
+
+
+def config_of(model: nn.Module) -> LoraConfig:
+    """The settings that a model's LoRA layers share.
+
+    Raises ValueError when it has none, or their ranks or alphas differ.
+    """
+    layers = lora_layers(model)
+    settings = {(layer.rank, layer.alpha) for layer in layers.values()}
+    if len(settings) > 1:
+        raise ValueError(f"the LoRA layers have several (rank, alpha), {sorted(settings)}; expected one for all")
+    (rank, alpha), names = settings.pop(), {name.rpartition(".")[2] for name in layers}
+    return LoraConfig(rank, alpha, tuple(sorted(names)))
 
 
 def merge(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 
 class _LowRank(torch.autograd.Function):
-    """scale * (x A^T) B^T in fp32, keeping x as it came, where autograd would keep an fp32 copy of it."""
+    """scale * (x A^T) B^T in fp32. It saves x in its own precision, where autograd would save an fp32 copy."""
 
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -23,8 +23,8 @@ class _LowRank(torch.autograd.Function):
         x, a, b, inner = ctx.saved_tensors
         grad_inner = grad @ b * ctx.scale
         grad_x = (grad_inner @ a).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_a = grad_inner.flatten(0, -2).T @ x.to(a.dtype).flatten(0, -2)
-        grad_b = grad.flatten(0, -2).T @ inner.flatten(0, -2) * ctx.scale
+        grad_a = grad_inner.reshape(-1, len(a)).T @ x.to(a.dtype).reshape(-1, a.shape[1])
+        grad_b = grad.reshape(-1, len(b)).T @ inner.reshape(-1, len(a)) * ctx.scale
         return grad_x, grad_a, grad_b, None
 
 
@@ -37,7 +37,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float):
         super().__init__()
         self.base_layer = base_layer
-        self.scale = alpha / rank
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         # drawn on the CPU, so that a seed gives the same adapter on every device
         on_cpu = {"device": "cpu", "dtype": torch.float32}
         self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, **on_cpu)
@@ -49,7 +49,7 @@ class LoRALinear(nn.Module):
 
     @property
     def merged(self) -> bool:
-        """Whether the update stands in the base weight."""
+        """Whether the update has been added to the base weight."""
         return self._base_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:

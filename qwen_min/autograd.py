@@ -1,7 +1,7 @@
-"""RMSNorm and SwiGLU that keep less for the backward pass than autograd would.
+"""RMSNorm and SwiGLU that save less for the backward pass than autograd would.
 
-Autograd keeps every intermediate result: of RMSNorm an fp32 copy of its input, of SwiGLU three tensors of the
-feed-forward's width. Kept here are the inputs alone; the rest is made again, at a few operations a number.
+Autograd saves every intermediate result: for RMSNorm an fp32 copy of its input, for SwiGLU three tensors of the
+feed-forward's width. These functions save only their inputs and recompute the rest, at a few operations a number.
 """
 
 import torch
@@ -11,9 +11,13 @@ from torch.autograd.function import once_differentiable
 
 
 def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x32 = x.float()
-    inverse = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return x32 * inverse, inverse
+    wide = _at_least_fp32(x)
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide * inverse, inverse
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -27,11 +31,11 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, inverse = ctx.saved_tensors
-        normalised = x.float() * inverse
+        normalised = _at_least_fp32(x) * inverse
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normalised.to(x.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
-        inner = (grad * weight).float()
+            grad_weight = (grad * normalised.to(x.dtype)).view(-1, len(weight)).sum(0).to(weight.dtype)
+        inner = _at_least_fp32(grad * weight)
         along = (inner * normalised).mean(-1, keepdim=True)
         return ((inner - normalised * along) * inverse).to(x.dtype), grad_weight, None
 
@@ -50,9 +54,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x (..., C), normalised in fp32.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x (..., C); weight (C). arXiv 1910.07467.
 
-    Cast back before the weight, as the checkpoints were trained. arXiv 1910.07467.
+    Normalised in at least fp32 and cast back before the product with the weight, as the checkpoints were trained.
     """
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
@@ -60,5 +64,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, number by number. arXiv 2002.05202."""
+    """silu(gate) * up for each number of two tensors of one shape. arXiv 2002.05202."""
     return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up

@@ -1,20 +1,25 @@
-"""Keys and values of the tokens seen so far, preallocated and owned by the caller."""
+"""Keys and values of the tokens read so far, preallocated and owned by the caller."""
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 
 from qwen_min.config import QwenConfig
 
+if TYPE_CHECKING:
+    from qwen_min.model import Qwen
+
 
 class KVCache:
-    """Room for `capacity` tokens of `batch_size` rows in every layer; dtype None is torch's default.
+    """Room for `capacity` tokens of `batch_size` rows in every layer.
 
-    A pass of the model reserves room, lets each layer write, and advances; `truncate` forgets, `rows` and `repeat` give
-    caches of some rows.
+    A pass of the model reserves room, lets each layer write, and advances. `truncate` forgets tokens; `rows` and
+    `repeat` give caches of some rows. `length` is how many columns are filled, the same for every row: rows of unequal
+    length are padded on the left. A cache keeps no gradients: fill it under `torch.no_grad()`.
 
-    B batch, K kv heads, S filled tokens, T new tokens, D head size. `length` is how many columns
-    are filled, the same for every row: rows of unequal length are padded on the left.
+    B batch, K kv heads, S filled tokens, T new tokens, D head size. device and dtype None are torch's defaults;
+    `KVCache.for_model` takes them from a model.
     """
 
     def __init__(self, config: QwenConfig, batch_size: int, capacity: int, device=None, dtype=None):
@@ -26,6 +31,12 @@ class KVCache:
         self.length = 0
         self.captured = None  # what `GraphContinuation` captured over this very memory
 
+    @classmethod
+    def for_model(cls, model: "Qwen", batch_size: int, capacity: int) -> "KVCache":
+        """A cache on the device and in the precision of a model's weights."""
+        weight = model.head_weight
+        return cls(model.config, batch_size, capacity, weight.device, weight.dtype)
+
     def reserve(self, batch_size: int, num_tokens: int) -> None:
         """Raise ValueError unless the batch is of the cache's size and `num_tokens` more fit."""
         if batch_size != self.batch_size:
@@ -36,10 +47,15 @@ class KVCache:
             )
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store k, v (B, K, T, D) of one layer behind what is filled; return the filled part (B, K, S, D).
+        """Store k, v (B, K, T, D) of one layer after the filled columns; return filled and new ones, (B, K, S, D).
 
-        `length` moves only with `advance`, once every layer has written.
+        `length` moves only with `advance`, once every layer has written. Raises ValueError for keys or values that
+        record gradients: they would tie every pass to all earlier ones.
         """
+        if k.requires_grad or v.requires_grad:
+            raise ValueError(
+                "a KVCache cannot record gradients: run the model under torch.no_grad(), or without a cache"
+            )
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -50,7 +66,7 @@ class KVCache:
         self.length += num_tokens
 
     def rows(self, rows: slice) -> "KVCache":
-        """Some rows as a cache of their own that shares this one's memory; `length` of each moves alone."""
+        """A view of some rows: it shares this cache's memory and has its own `length`."""
         part = copy.copy(self)
         part.keys, part.values = self.keys[:, rows], self.values[:, rows]
         part.batch_size, part.captured = part.keys.shape[1], None

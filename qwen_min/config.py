@@ -1,10 +1,10 @@
 """The fields of a Qwen2.5 `config.json` that decide what the decoder computes."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-LARGEST = 2**24  # that a size or constant may be
+MAX_VALUE = 2**24  # upper limit for any size or constant in a config
 
 
 class CheckpointError(ValueError):
@@ -15,7 +15,7 @@ class CheckpointError(ValueError):
 class QwenConfig:
     """Sizes and constants of a dense Qwen2.5 decoder, named as in `config.json`.
 
-    Raises CheckpointError when a size is not a positive integer of at most LARGEST or the heads do not divide.
+    Raises CheckpointError when a size is not a positive integer of at most MAX_VALUE or the heads do not divide.
     """
 
     vocab_size: int
@@ -30,11 +30,11 @@ class QwenConfig:
     tie_word_embeddings: bool
 
     def __post_init__(self):
-        for name, kind in self.__annotations__.items():
-            value = getattr(self, name)
+        for field in fields(self):
+            name, kind, value = field.name, field.type, getattr(self, field.name)
             right_type = isinstance(value, (int, float) if kind is float else kind)
-            if not right_type or (kind is not bool and (isinstance(value, bool) or not 0 < value <= LARGEST)):
-                wanted = "true or false" if kind is bool else f"a positive {kind.__name__} of at most {LARGEST:,}"
+            if not right_type or (kind is not bool and (isinstance(value, bool) or not 0 < value <= MAX_VALUE)):
+                wanted = "true or false" if kind is bool else f"a positive {kind.__name__} of at most {MAX_VALUE:,}"
                 raise CheckpointError(f"config.json: {name} is {value!r}, expected {wanted}")
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
@@ -55,38 +55,39 @@ class QwenConfig:
         return self.hidden_size // self.num_attention_heads
 
     @classmethod
-    def from_dict(cls, fields: dict) -> "QwenConfig":
+    def from_dict(cls, record: dict) -> "QwenConfig":
         """Read a parsed `config.json`; fields that change nothing here are ignored.
 
         Raises CheckpointError that names the field for another model type, a sliding window in
         use, scaled rotary positions, another activation, or a missing or malformed field.
         """
-        fields = dict(fields)
+        record = dict(record)
         # transformers 5 writes rope_theta inside rope_parameters, earlier ones at the top
-        rope = fields.get("rope_parameters") or {}
-        layers = fields.get("layer_types") or []
+        rope = record.get("rope_parameters") or {}
+        layers = record.get("layer_types") or []
         if not (isinstance(rope, dict) and isinstance(layers, list)):
             raise CheckpointError(f"config.json: rope_parameters is {rope!r}, layer_types {layers!r}: malformed")
-        fields.setdefault("rope_theta", rope.get("rope_theta"))
-        scaling = fields.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
+        record.setdefault("rope_theta", rope.get("rope_theta"))
+        scaling = record.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
         unscaled = not scaling or scaling == {"rope_type": "default"} or scaling == {"type": "default"}
-        sliding = fields.get("use_sliding_window", False) or "sliding_attention" in layers
+        sliding = record.get("use_sliding_window", False) or "sliding_attention" in layers
         supported = {
-            "model_type": (fields.get("model_type"), fields.get("model_type") == "qwen2", "'qwen2'"),
+            "model_type": (record.get("model_type"), record.get("model_type") == "qwen2", "'qwen2'"),
             "use_sliding_window": (True, not sliding, "false: only full attention is implemented"),
             "rope_scaling": (scaling, unscaled, "null: only unscaled rotary positions are implemented"),
-            "hidden_act": (fields.get("hidden_act"), fields.get("hidden_act", "silu") == "silu", "'silu'"),
+            "hidden_act": (record.get("hidden_act"), record.get("hidden_act", "silu") == "silu", "'silu'"),
         }
         for name, (got, right, expected) in supported.items():
             if not right:
                 raise CheckpointError(f"config.json: {name} is {got!r}, expected {expected}")
-        fields.setdefault("tie_word_embeddings", False)
-        if missing := [name for name in cls.__annotations__ if fields.get(name) is None]:
+        record.setdefault("tie_word_embeddings", False)
+        names = [field.name for field in fields(cls)]
+        if missing := [name for name in names if record.get(name) is None]:
             raise CheckpointError(f"config.json: missing {', '.join(missing)}")
-        config = cls(**{name: fields[name] for name in cls.__annotations__})
-        if fields.get("head_dim") not in (None, config.head_dim):
+        config = cls(**{name: record[name] for name in names})
+        if record.get("head_dim") not in (None, config.head_dim):
             raise CheckpointError(
-                f"config.json: head_dim is {fields['head_dim']!r}, expected hidden_size / num_attention_heads "
+                f"config.json: head_dim is {record['head_dim']!r}, expected hidden_size / num_attention_heads "
                 f"= {config.head_dim}"
             )
         return config
@@ -95,9 +96,9 @@ class QwenConfig:
     def from_file(cls, path: Path) -> "QwenConfig":
         """Read `config.json`. Raises CheckpointError when it is missing, no JSON or unsupported."""
         try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
-        if not isinstance(fields, dict):
-            raise CheckpointError(f"{path}: holds {type(fields).__name__}, expected a JSON object")
-        return cls.from_dict(fields)
+        if not isinstance(record, dict):
+            raise CheckpointError(f"{path}: holds {type(record).__name__}, expected a JSON object")
+        return cls.from_dict(record)

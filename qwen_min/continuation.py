@@ -26,25 +26,28 @@ class Continuation:
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, C) of ids (B, T), good until the next call; real (B, T) is 0 on padding among them.
+        """Hidden states (B, T, C) of ids (B, T), valid until the next call; real (B, T) is 0 on padding among them.
 
-        Raises ValueError when the ids do not fit the cache or the model's positions.
+        Raises ValueError, and changes nothing, when the ids do not fit the cache or the model's positions.
         """
+        mask = None
         if real is not None or self.mask is not None:
-            new = torch.ones_like(ids) if real is None else real
-            self.mask = torch.cat((self._mask(), new), dim=1)
-        return self.decoder(ids, self.cache, self.mask)
+            mask = torch.cat((self._filled_mask(), torch.ones_like(ids) if real is None else real), dim=1)
+        hidden = self.decoder(ids, self.cache, mask)
+        self.mask = mask
+        return hidden
 
     @torch.inference_mode()
     def take_back(self, rows: Tensor) -> None:
-        """Make padding of the newest token of some rows; rows (B) is True there."""
-        self.mask = self._mask()
+        """Mask out the newest token in the rows where `rows` (B) is True."""
+        self.mask = self._filled_mask().clone()  # the caller's mask stays as it is
         self.mask[:, self.cache.length - 1] *= ~rows
 
-    def _mask(self) -> Tensor:
+    def _filled_mask(self) -> Tensor:
+        """The mask of what the cache holds now; it may have been truncated."""
         if self.mask is None:
             return torch.ones(self.cache.batch_size, self.cache.length, dtype=torch.long, device=self.cache.keys.device)
-        return self.mask
+        return self.mask[:, : self.cache.length]
 
 
 class _Pass:
@@ -116,6 +119,10 @@ class GraphContinuation(Continuation):
         self.cache.advance(num_new)
         return one.hidden
 
+    @torch.inference_mode()
+    def take_back(self, rows: Tensor) -> None:
+        self.mask[:, self.cache.length - 1] *= ~rows  # in place: the graphs read this memory
+
     def _run(self, one: _Pass) -> Tensor:
         self.mask.index_copy_(1, one.columns, one.real)
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0).index_select(1, one.columns)  # (B, T)
@@ -186,11 +193,10 @@ class ReusedCache:
 
         On a GPU the capacity is rounded up.
         """
-        weight = self.model.head_weight
-        if weight.is_cuda:
+        if self.model.head_weight.is_cuda:
             capacity = -(-capacity // MULTIPLE) * MULTIPLE
         if self.cache is None or (self.cache.batch_size, self.cache.capacity) != (batch_size, capacity):
             self.cache = None  # first, as the memory may not hold both
-            self.cache = KVCache(self.model.config, batch_size, capacity, weight.device, weight.dtype)
+            self.cache = KVCache.for_model(self.model, batch_size, capacity)
         self.cache.truncate(0)
         return self.cache

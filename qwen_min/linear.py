@@ -1,22 +1,26 @@
 """Products with frozen weights. On CPUs, bf16 weights may be packed: copied into the layout oneDNN multiplies fastest.
 
-Without it oneDNN lays each weight out anew at every product, which doubles the time of a decode step.
+Without packed copies oneDNN converts each weight at every product, which doubles the time of a decode step. The copies
+take as much memory as the weights: `pack` before decoding, `unpack` before training.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# not of torch's public interface, so a version of torch may lack them
+OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
+
 
 class _Packed:
-    """A packed copy, and the weight it was made from: while that is held, its memory cannot become another's."""
+    """A packed copy and the weight it was made from: while that is held, its memory cannot become another tensor's."""
 
     def __init__(self, weight: Tensor):
         self.source, self.version = weight.detach(), weight._version
         self.weight = torch.ops.mkldnn._reorder_linear_weight(self.source, None)
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether the weight is still what was packed; a write through `.data` goes unseen."""
+        """Whether the weight is still what was packed. A write through `.data` is not noticed: call `unpack` then."""
         return weight.data_ptr() == self.source.data_ptr() and weight._version == self.version
 
     def __reduce__(self):
@@ -29,24 +33,35 @@ def _can_pack(weight: Tensor) -> bool:
         and weight.dtype == torch.bfloat16
         and not weight.is_inference()  # these have no version to compare
         and torch.backends.mkldnn.is_available()
+        and all(hasattr(torch.ops.mkldnn, name) for name in OPERATORS)
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
+def _matrices(model: nn.Module) -> list[Tensor]:
+    """Every matrix that a Qwen multiplies with."""
+    return [module.weight for module in model.modules() if isinstance(module, Linear)] + [model.head_weight]
+
+
 @torch.no_grad()
 def pack(model: nn.Module) -> None:
-    """Pack every matrix that a Qwen multiplies with and that is not packed as it stands.
+    """Pack every weight of a Qwen whose packed copy is missing or out of date.
 
-    Only bf16 weights on a CPU are packed; of others an earlier copy is dropped. The copies take as much memory as
-    the weights. They are used where no gradient is recorded, and passed over once the weight has changed.
+    Only bf16 weights on a CPU are packed; for others an earlier copy is dropped. The copies are used where no gradient
+    is recorded, and ignored once the weight has changed.
     """
-    weights = [module.weight for module in model.modules() if isinstance(module, Linear)]
-    for weight in [*weights, model.head_weight]:
+    for weight in _matrices(model):
         packed = getattr(weight, "packed", None)
         if not _can_pack(weight):
             weight.packed = None
         elif packed is None or not packed.is_of(weight):
             weight.packed = _Packed(weight)
+
+
+def unpack(model: nn.Module) -> None:
+    """Free the packed copies of a Qwen's weights."""
+    for weight in _matrices(model):
+        weight.packed = None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,7 +73,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear by way of `linear`."""
+    """torch.nn.Linear that multiplies through `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

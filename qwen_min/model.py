@@ -181,6 +181,17 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+class Head(nn.Module):
+    """The output matrix (V, C) of a checkpoint that does not tie it to the embedding.
+
+    It is no Linear: losses and grammars multiply with some of its rows, so an adapter around it would be passed over.
+    """
+
+    def __init__(self, config: QwenConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+
 class Qwen(nn.Module):
     """The language model: decoder and head, which is the embedding itself where the config ties them."""
 
@@ -189,7 +200,7 @@ class Qwen(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Head(config)
 
     @property
     def head_weight(self) -> Tensor:

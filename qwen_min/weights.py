@@ -14,19 +14,20 @@ from qwen_min.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def checkpoint_folder(source: str | Path, files: tuple[str, ...] = ("*.safetensors", "*.json")) -> Path:
     """The folder of a checkpoint: "tiny" (embedded), an existing folder, or a hub id such as
     "Qwen/Qwen2.5-0.5B-Instruct", whose `files` come into the hub's cache once (HF_HUB_OFFLINE is honoured).
 
-    "owner/name@revision" pins a commit, tag or branch of the hub. A folder that exists is never fetched over.
-    Raises CheckpointError when there is no such folder and the hub cannot give it.
+    "owner/name@revision" pins a commit, tag or branch of the hub. A folder that exists is always taken, also one called
+    tiny. Raises CheckpointError when there is no such folder and the hub cannot give it.
     """
-    if source == "tiny":
-        return TINY
     if Path(source).is_dir():
         return Path(source)
+    if source == "tiny":
+        return TINY
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
     if not hub_id:
         raise CheckpointError(
@@ -36,8 +37,9 @@ def checkpoint_folder(source: str | Path, files: tuple[str, ...] = ("*.safetenso
 
     try:
         return Path(snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=list(files)))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: no such folder, and the hub did not give it ({error})") from error
+    except Exception as error:  # the hub's library passes on whatever its transport raises
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"{source}: no such folder, and the hub did not give it ({reason})") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -85,7 +87,7 @@ def tensor_problems(expected: dict[str, torch.Size], got: dict[str, list[int]]) 
 def tensor_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
     """dtype and shape of every tensor of a checkpoint folder, from the files' headers.
 
-    Raises CheckpointError when a file is missing or damaged, or a tensor stands in two.
+    Raises CheckpointError when a file is missing or damaged, or a tensor appears in two.
     """
     headers = {}
     for path in weight_files(folder):
@@ -93,7 +95,7 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - no dictionary
                     if name in headers:
-                        raise CheckpointError(f"{folder}: {name} stands in two files")
+                        raise CheckpointError(f"{folder}: {name} appears in two files")
                     header = file.get_slice(name)
                     headers[name] = header.get_dtype(), list(header.get_shape())
         except (SafetensorError, OSError) as error:
@@ -106,12 +108,16 @@ def load_weights(
 ) -> None:
     """Put the tensors of a checkpoint folder in place of the (meta) parameters of `model`.
 
-    dtype None keeps the checkpoint's. On CUDA it turns cuDNN's attention off, for the whole process. Raises
+    dtype None keeps the checkpoint's. A head that the checkpoint stores although its config ties it to the embedding is
+    accepted where both are equal. On CUDA, cuDNN's attention is turned off for the whole process. Raises
     CheckpointError that lists every missing, unexpected or misshapen tensor, or names the damaged file; the model is
     unchanged then.
     """
     expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
     headers, tensors = tensor_headers(folder), {}
+    tied = HEAD not in expected and HEAD in headers and headers[HEAD] == headers.get(EMBEDDING)
+    if tied:
+        expected[HEAD] = expected[EMBEDDING]
     problems = [
         f"{name} has dtype {kind}, expected one of {FLOAT_DTYPES}"
         for name, (kind, _) in headers.items()
@@ -126,6 +132,8 @@ def load_weights(
                 tensors |= {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    if tied and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
+        raise CheckpointError(f"{folder}: config.json ties the head to the embedding, but {HEAD} is not {EMBEDDING}")
     model.load_state_dict(tensors, strict=True, assign=True)
     if torch.device(device).type == "cuda":
         # On recent GPUs torch prefers cuDNN's attention for bf16. It builds a plan, up to half a second, for each new

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_min import attention as module
 from qwen_min.attention import ALIGNED, attention, grouped_bias, reference_attention
@@ -11,7 +12,7 @@ from qwen_min.model import attention_mask_and_positions
 @pytest.fixture(params=[2, 4, 64])
 def block(request, monkeypatch):
     """Queries in a block: some of the passes below take several blocks, some none."""
-    monkeypatch.setattr(module, "BLOCK", request.param)
+    monkeypatch.setattr(module, "QUERY_BLOCK", request.param)
 
 
 def sample(heads, num_cached, num_new, padded, dtype=torch.float32):
@@ -40,9 +41,51 @@ def test_equals_the_written_out_one_with_its_gradients(block, num_cached, num_ne
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("num_cached", "num_new"), [(5, 4), (70, 80)])
+def test_without_a_mask_the_new_tokens_are_the_last_ones(num_cached, num_new):
+    q, k, v, mask = sample((14, 2), num_cached, num_new, padded=False)
+    torch.testing.assert_close(attention(q, k, v, None), reference_attention(q, k, v, mask))
+    with torch.autocast("cpu", torch.bfloat16):  # takes the way of a GPU
+        found = attention(q, k, v, None)
+    torch.testing.assert_close(found.float(), reference_attention(q, k, v, mask), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)])
+def test_only_the_gradients_that_are_needed_are_made(monkeypatch, needed):
+    monkeypatch.setattr(module, "QUERY_BLOCK", 4)
+    *inputs, mask = sample((14, 2), 0, 9, False)
+    for index in needed:
+        inputs[index].requires_grad_()
+    wanted = torch.autograd.grad(reference_attention(*inputs, mask).sum(), [inputs[i] for i in needed])
+    products = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            products.extend([1] * (func is torch.ops.aten.bmm.default))
+            return func(*args, **(kwargs or {}))
+
+    out = attention(*inputs, mask)
+    with Products():
+        out.sum().backward()
+    for index, gradient in zip(needed, wanted, strict=True):
+        torch.testing.assert_close(inputs[index].grad, gradient, rtol=1e-4, atol=1e-5)
+    assert [inputs[i].grad is None for i in range(3)] == [i not in needed for i in range(3)]
+    assert len(products) == 3 * {(0,): 3, (1,): 3, (2,): 2, (0, 2): 4}[needed]  # of each of three blocks
+
+
+def test_a_torch_without_the_private_softmax_gradient_gives_the_same(monkeypatch):
+    *inputs, mask = sample((4, 2), 0, 70, False)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    wanted = torch.autograd.grad(attention(*inputs, mask).sum(), inputs)
+    monkeypatch.delattr(torch, "_softmax_backward_data")
+    for ours, theirs in zip(torch.autograd.grad(attention(*inputs, mask).sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradients_by_finite_differences_in_fp64(monkeypatch, padded):
-    monkeypatch.setattr(module, "BLOCK", 2)
+    monkeypatch.setattr(module, "QUERY_BLOCK", 2)
     *inputs, mask = sample((4, 2), 2, 5, padded, torch.float64)
     assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, mask), [t.requires_grad_() for t in inputs])
 

@@ -39,11 +39,24 @@ def test_value_and_gradients_equal_the_plain_ones(lean, plain, shapes):
         torch.testing.assert_close(lean(*inputs), wanted)
 
 
-@pytest.mark.parametrize("name", ["swiglu", "low rank"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_by_finite_differences_in_fp64(name):
     lean, _, shapes = FUNCTIONS[name]
     torch.manual_seed(0)
     assert torch.autograd.gradcheck(lean, [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes])
+
+
+@pytest.mark.parametrize(("lean", "plain", "shapes"), FUNCTIONS.values(), ids=FUNCTIONS.keys())
+def test_a_single_vector_works_as_in_torch(lean, plain, shapes):
+    torch.manual_seed(0)
+    shapes = [shape[-1:] if len(shape) == 3 else shape for shape in shapes]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    wanted, got = plain(*inputs), lean(*inputs)
+    torch.testing.assert_close(got, wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(wanted.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_bf16_normalises_in_fp32():

@@ -84,7 +84,7 @@ def test_an_adapter_s_folder_is_enough_to_forecast_as_it_was_trained(tmp_path, t
         for name, parameter in adapter_parameters(model).items():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.1)
-        save_adapter(model, tmp_path, config, "tiny")
+        save_adapter(model, tmp_path, "tiny")
         wanted = Forecaster(model, tokenizer, scale=2.5, decimals=1).forecast(waves(), 5).values
     finally:
         remove(model)

@@ -190,7 +190,7 @@ def adapter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter") / "good"
     model = random_model(GROUPED)
     inject(model, LoraConfig(rank=2, alpha=2))
-    save_adapter(model, folder, LoraConfig(rank=2, alpha=2))
+    save_adapter(model, folder)
     remove(model)
     write_trained(folder, Encoding(0.5), "tiny", "0" * 64)
     return model, folder

@@ -3,6 +3,7 @@ import importlib
 import pytest
 import torch
 
+from lora import LoraConfig, inject
 from qwen_min import KVCache, generate
 from qwen_min.continuation import GraphContinuation, continuation
 from qwen_min.generate import pad_left
@@ -95,6 +96,35 @@ def test_passes_of_fixed_shape_equal_the_simple_ones(model, ids, padded):
         before = fixed(ids[:, 5:6]).clone()
         caches[1].truncate(13)
         torch.testing.assert_close(fixed(ids[:, 5:6]), before)
+
+
+def test_a_pass_that_does_not_fit_leaves_a_continuation_usable(model, ids):
+    mask = torch.ones_like(ids[:, :5])
+    mask[0, :3] = 0
+    cache = KVCache.for_model(model, 2, 7)
+    with torch.inference_mode():
+        model(ids[:, :5], cache, mask)
+    kept = mask.clone()
+    append = continuation(model, cache, mask)
+    with pytest.raises(ValueError, match="cache full"):
+        append(ids[:, 5:8])
+    wanted = append(ids[:, 5:7])
+    cache.truncate(5)
+    torch.testing.assert_close(append(ids[:, 5:7]), wanted)
+    cache.truncate(5)
+    append.take_back(torch.tensor([True, True]))
+    assert torch.equal(mask, kept)
+
+
+def test_a_cache_refuses_gradients_and_suits_its_model(model, ids):
+    cache = KVCache.for_model(model.to(torch.bfloat16), 2, 20)
+    assert cache.keys.dtype == torch.bfloat16
+    inject(model, LoraConfig(rank=2, alpha=2))
+    with pytest.raises(ValueError, match=r"cannot record gradients: run the model under torch\.no_grad"):
+        model(ids, cache)
+    assert cache.length == 0
+    with torch.no_grad():
+        assert torch.equal(model(ids, cache), model(ids))
 
 
 def test_a_gpu_s_way_to_generate_gives_the_same_tokens(monkeypatch, model):

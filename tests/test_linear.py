@@ -1,5 +1,6 @@
 import copy
 import pickle
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import CONFIGS, random_model, relative_error
 from lora import LoraConfig, adapter_parameters, inject, merge, unmerge
 from qwen_min import Qwen
-from qwen_min.linear import _can_pack, linear, pack
+from qwen_min.linear import OPERATORS, _can_pack, linear, pack, unpack
 from qwen_min.loss import next_token_loss
 
 
@@ -26,6 +27,33 @@ def test_packed_logits_equal_plain_ones_up_to_bf16(model, ids):
         pack(model)
         assert model.head_weight.packed is not None
         assert relative_error(model(ids).float(), plain.float()) < 0.02
+
+
+def test_unpacking_frees_the_copies(model, ids):
+    pack(model)
+    copy_of = weakref.ref(model.head_weight.packed)
+    model.head_weight.data.mul_(2)  # which the packed copy does not notice
+    unpack(model)
+    assert copy_of() is None
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), model.model(ids) @ model.head_weight.T)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_torch_without_a_private_operator_multiplies_plainly(monkeypatch, model, ids, name):
+    class Operators:
+        def __getattr__(self, asked):
+            if asked == name:
+                raise AttributeError
+            return getattr(operators, asked)
+
+    operators = torch.ops.mkldnn
+    with torch.no_grad():
+        plain = model(ids)
+        monkeypatch.setattr(torch.ops, "mkldnn", Operators())
+        pack(model)
+        assert model.head_weight.packed is None
+        assert torch.equal(model(ids), plain)
 
 
 def test_a_packed_product_equals_the_plain_one(model):

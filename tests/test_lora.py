@@ -102,7 +102,7 @@ def test_refuses_bad_settings(rank, alpha, targets):
 def test_save_and_load_give_the_same_model(tmp_path, model, ids):
     adapted(model)
     logits = model(ids)
-    save_adapter(model, tmp_path, CONFIG, base="somewhere")
+    save_adapter(model, tmp_path, base="somewhere")
     remove(model)
     assert load_adapter(model, tmp_path) == CONFIG
     assert torch.equal(model(ids), logits)
@@ -111,7 +111,7 @@ def test_save_and_load_give_the_same_model(tmp_path, model, ids):
 
 @pytest.fixture
 def saved(tmp_path):
-    save_adapter(adapted(random_model(CONFIGS["ratio 7, tied"])), tmp_path, CONFIG)
+    save_adapter(adapted(random_model(CONFIGS["ratio 7, tied"])), tmp_path)
     return tmp_path
 
 
@@ -135,10 +135,73 @@ def test_one_error_lists_what_does_not_fit_and_the_model_stays(saved, ids):
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
 
 
+def test_refuses_to_put_an_adapter_over_another(saved, ids):
+    model = adapted(random_model(CONFIGS["ratio 7, tied"]), LoraConfig(2, 2, ("k_proj",)))
+    before = model(ids)
+    with pytest.raises(AdapterError, match="has an adapter already"):
+        load_adapter(model, saved)
+    assert torch.equal(model(ids), before)
+
+
+def test_the_settings_written_are_those_of_the_layers(tmp_path, model, ids):
+    """Whatever the caller believes: a wrong alpha would change the model that is loaded."""
+    logits = adapted(model, LoraConfig(rank=2, alpha=5.0, targets=("up_proj",)))(ids)
+    save_adapter(model, tmp_path)
+    remove(model)
+    assert load_adapter(model, tmp_path) == LoraConfig(rank=2, alpha=5.0, targets=("up_proj",))
+    assert torch.equal(model(ids), logits)
+
+
+def test_adapters_of_several_ranks_are_not_written(tmp_path, model):
+    inject(model, LoraConfig(2, 2, ("q_proj",)))
+    inject(model, LoraConfig(3, 3, ("v_proj",)))
+    with pytest.raises(ValueError, match="several"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_head_takes_no_adapter_as_losses_would_pass_it_over():
+    model = random_model(CONFIGS["ratio 2, untied"])
+    with pytest.raises(ValueError, match=r"no Linear is called lm_head.*the model's are down_proj, gate_proj"):
+        inject(model, LoraConfig(2, 2, ("lm_head",)))
+    assert model(torch.tensor([[1, 2]])).shape == (1, 2, 97)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (0, 1),
+        (True, 1),
+        (2.0, 1),
+        (2, 0),
+        (2, "2"),
+        (2, True),
+        (2, float("nan")),
+        (2, 1, "q_proj"),
+        (2, 1, ()),
+        (2, 1, (3,)),
+    ],
+)
+def test_settings_are_checked(settings):
+    with pytest.raises(ValueError, match=r"LoRA (rank|alpha|targets)"):
+        LoraConfig(*settings)
+
+
+@pytest.mark.parametrize("change", [{"init_lora_weights": "gaussian"}, {"lora_dropout": 0.1}, {"loftq_config": {}}])
+def test_settings_that_change_nothing_are_accepted(saved, change):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved) == CONFIG
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"some_future_variant": True}, "some_future_variant"),
         ({"bias": "all"}, "bias"),
         ({"rank_pattern": {"q_proj": 1}}, "rank_pattern"),
         ({"peft_type": "IA3"}, "peft_type"),

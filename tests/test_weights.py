@@ -74,10 +74,21 @@ def test_one_error_lists_missing_unexpected_and_misshapen_tensors(tmp_path):
     assert "model.layers.1.mlp.up_proj.weight has shape [80, 55], expected [80, 56]" in message
 
 
-def test_refuses_a_head_that_the_config_ties_and_integer_weights(tmp_path):
-    assert "unexpected lm_head.weight" in broken(
-        tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(260, 56)})
+def test_a_stored_head_that_the_config_ties_has_to_equal_the_embedding(tmp_path):
+    def store(factor):
+        return lambda tensors: tensors.update({"lm_head.weight": factor * tensors["model.embed_tokens.weight"]})
+
+    assert "lm_head.weight is not model.embed_tokens.weight" in broken(tmp_path, store(2))
+    assert "unexpected lm_head.weight [3, 4]" in broken(
+        tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(3, 4)})
     )
+    tensors = load_file(tmp_path / "model.safetensors")
+    store(1)(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert torch.equal(load(tmp_path)[0].head_weight, tensors["lm_head.weight"])
+
+
+def test_refuses_integer_weights(tmp_path):
     assert "has dtype I64" in broken(
         tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(56, dtype=torch.long)})
     )
@@ -142,6 +153,25 @@ def test_a_hub_id_may_pin_a_revision_and_a_folder_is_never_fetched_over(monkeypa
     (tmp_path / "somebody" / "something").mkdir(parents=True)
     assert checkpoint_folder("somebody/something") == Path("somebody/something")
     assert len(asked) == 2
+
+
+def test_whatever_the_hub_s_transport_raises_is_one_line(monkeypatch):
+    class ReadTimeout(Exception):
+        pass
+
+    def download(*_, **__):
+        raise ReadTimeout
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(CheckpointError, match=r"somebody/something: .* the hub did not give it \(ReadTimeout\)"):
+        checkpoint_folder("somebody/something")
+
+
+def test_a_folder_called_tiny_is_taken_before_the_embedded_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint_folder("tiny") == TINY
+    (tmp_path / "tiny").mkdir()
+    assert checkpoint_folder("tiny") == Path("tiny")
 
 
 def test_refuses_a_damaged_tokenizer(tmp_path):
