@@ -15,6 +15,7 @@ from experiments.grammar import Grammar, decode, may_be_wide, nats_of
 from experiments.llmtime import Encoding
 from experiments.runfolder import holding, plain, resumable
 from experiments.scores import PARTS, errors
+from qwen_min.continuation import ReusedCache
 from qwen_min.generate import greedy_steps, pad_left, prefill
 from qwen_min.loss import token_losses
 from qwen_min.model import Qwen
@@ -90,6 +91,7 @@ def _batch(
     horizon: int,
     steps: int,
     decoding: str,
+    reused: ReusedCache,
 ) -> Forecasts:
     device, num_variables = model.head_weight.device, series.shape[2]
     ids, mask = pad_left([tokenizer.encode(encoding.encode(one[:context_steps])) for one in series], tokenizer.pad_id)
@@ -100,7 +102,7 @@ def _batch(
     room = max(usual, length) + num_values  # values of 10 and more take a token more
     if decoding == "constrained":
         room = max(length, 1 + grammar.columns(num_values))
-    cache, last = prefill(model, ids, room, mask)
+    cache, last = prefill(model, ids, room, mask, reused)
 
     with torch.inference_mode():
         # teacher-forced: the targets in one pass behind the context, then forgotten
@@ -194,9 +196,11 @@ def forecast(
     if decoding not in DECODINGS:
         raise ValueError(f"decoding is {decoding!r}, expected one of {', '.join(DECODINGS)}")
 
+    reused = ReusedCache(model)
+
     def of(start: int) -> dict:
         batch = series[start : start + BATCH]
-        found = _batch(model, tokenizer, encoding, batch, context_steps, horizon, steps, decoding)
+        found = _batch(model, tokenizer, encoding, batch, context_steps, horizon, steps, decoding, reused)
         progress(len(batch))
         return found.plain()
 

@@ -18,11 +18,13 @@ from experiments.llmtime import LARGEST, Encoding
 from experiments.runfolder import read_json, to_json, write_whole
 from lora import AdapterError, load_adapter
 from qwen_min import Qwen, Tokenizer, load
+from qwen_min.continuation import ReusedCache
 from qwen_min.generate import pad_left, prefill
 from qwen_min.weights import checkpoint_folder, checkpoint_hash
 
 TRAINED = "encoding.json"  # in an adapter's folder, beside peft's files
-CACHE_BYTES = 2**30  # of keys and values at a time
+# of keys and values at a time; not what happens to be free, as other batches round otherwise
+CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**34
 
 
 class Forecast(NamedTuple):
@@ -34,10 +36,10 @@ class Forecast(NamedTuple):
 
 
 def rows_at_once(model: Qwen, num_columns: int) -> int:
-    """How many rows of a cache of num_columns take CACHE_BYTES."""
+    """How many rows of a cache of num_columns take CACHE_BYTES, on CUDA CUDA_CACHE_BYTES."""
     config, item = model.config, model.head_weight.dtype.itemsize
     row = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item * num_columns
-    return max(1, CACHE_BYTES // row)
+    return max(1, (CUDA_CACHE_BYTES if model.head_weight.is_cuda else CACHE_BYTES) // row)
 
 
 class Forecaster:
@@ -109,10 +111,10 @@ class Forecaster:
         paths = max(samples, 1)
         rows = [(series, sample) for series in range(len(prompts)) for sample in range(paths)]
         size = rows_at_once(self.model, columns)
-        texts = []
+        texts, reused = [], ReusedCache(self.model)
         for start in range(0, len(rows), size):
             texts += self._texts(
-                grammar, prompts, wide, rows[start : start + size], num_values, seed if samples else None
+                grammar, prompts, wide, rows[start : start + size], num_values, seed if samples else None, reused
             )
         decoded = [
             self.encoding.decode(text, horizon, num_variables) * scales[series]
@@ -173,19 +175,22 @@ class Forecaster:
         rows: list[tuple[int, int]],
         num_values: int,
         seed: int | None,
+        reused: ReusedCache,
     ) -> list[str]:
         """The texts behind prompts[series] for each (series, sample) of rows; without a seed the likeliest."""
         device = self.model.head_weight.device
         series = sorted({number for number, _ in rows})
         ids, mask = pad_left([prompts[number] for number in series], self.tokenizer.pad_id)
         ids, mask = ids.to(device), None if mask is None else mask.to(device)
-        cache, hidden = prefill(self.model, ids, grammar.columns(num_values), mask)
+        cache, hidden = prefill(self.model, ids, grammar.columns(num_values), mask, reused if seed is None else None)
         uniforms = None
         if seed is not None:
             counts = Counter(number for number, _ in rows)
-            times = torch.tensor([counts[number] for number in series], device=device)
-            cache, hidden = cache.repeat(times), hidden.repeat_interleave(times, 0)
-            mask = None if mask is None else mask.repeat_interleave(times, 0)
+            times = torch.tensor([counts[number] for number in series])
+            cache = cache.repeat(times, reused.take(len(rows), cache.capacity))
+            times = times.to(device)
+            hidden = hidden.repeat_interleave(times, 0, output_size=len(rows))
+            mask = None if mask is None else mask.repeat_interleave(times, 0, output_size=len(rows))
             draws = [
                 _uniforms(seed, prompts[number], sample, grammar.most_choices(num_values)) for number, sample in rows
             ]

@@ -5,6 +5,7 @@ B rows, T tokens of a pass, C hidden size, D variables.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -89,9 +90,26 @@ class _Row:
         self.guessed = False  # pending ends in a point that is not written yet
 
     def following(self) -> str:
-        """The characters that may come next; none behind the last value."""
+        """The characters that may come next; none after the last value."""
         following = self.grammar.follow(self.word, self.index, self.wide)
         return "" if following in SEPARATORS and self.index + 1 == self.num_values else following
+
+    def unread(self) -> str:
+        """What the next pass has to read: nothing once the forecast is whole."""
+        return self.pending if self.following() else ""
+
+    def rejects(self, first: str) -> bool:
+        """Whether a pass that chose `first` where the guessed point is wants a second digit instead."""
+        return self.guessed and first != "."
+
+    def advance(self, first: str, last: str) -> None:
+        """Write what a pass chose: `first` where the guessed point is, `last` after all that it read."""
+        if self.rejects(first):
+            self.choose(first)
+        elif self.following():
+            if self.guessed:
+                self.accept()
+            self.choose(last)
 
     def choose(self, character: str) -> None:
         """Write a chosen character and what it forces; guess the point where a second digit could stand."""
@@ -127,6 +145,35 @@ def _choose(logits: Tensor, uniforms: Tensor | None) -> Tensor:
     return (shares[:, :-1] <= uniforms[:, None]).sum(-1)
 
 
+class _Reading(NamedTuple):
+    """What a pass reads, and what its choices take, (B, ...)."""
+
+    ids: Tensor  # (B, T), padded behind
+    real: Tensor | None  # (B, T), 0 on padding; None where there is none
+    last: Tensor  # (B) of the T tokens, the last that is real
+    guessed: Tensor  # (B) bool, whether that is a guessed point
+    turns: Tensor  # (B, 2) which random numbers are for the choice after the first token and after the last
+
+    @classmethod
+    def of(cls, grammar: Grammar, rows: list[_Row], device: torch.device) -> "_Reading":
+        """All in a single copy to the device, which a GPU need not be waited for."""
+        unread = [row.unread() for row in rows]
+        width = max(map(len, unread))
+        packed = torch.tensor(
+            [
+                [grammar.ids[character] for character in text]
+                + [grammar.pad_id] * (width - len(text))
+                + [1] * len(text)
+                + [0] * (width - len(text))
+                + [max(len(text) - 1, 0), row.guessed, row.chosen, row.chosen + row.guessed]
+                for text, row in zip(unread, rows, strict=True)
+            ]
+        ).to(device, non_blocking=True)
+        ids, real, last, guessed, turns = packed.split([width, width, 1, 1, 2], dim=1)
+        full = all(len(text) == width for text in unread)
+        return cls(ids, None if full else real, last[:, 0], guessed[:, 0].bool(), turns)
+
+
 @torch.inference_mode()
 def decode(
     model: Qwen,
@@ -138,57 +185,34 @@ def decode(
     uniforms: Tensor | None = None,
     wide: Sequence[Sequence[bool]] | None = None,
 ) -> list[str]:
-    """Texts of num_values values behind a prefilled cache, the same as the argmax under the grammar token for token.
+    """Texts of num_values values after a prefilled cache, the same as the argmax under the grammar token for token.
 
     hidden (B, C): of the last token in the cache, a `;`. attention_mask (B, filled) is 0 on padding in the cache.
     uniforms (B, n) in [0, 1), one for each choice in turn, samples instead; n is `Grammar.most_choices`. wide (B, D) as
     in `Grammar.follow`. The cache needs room for `Grammar.columns`.
 
-    Forced characters are read in the pass of the digit before them. So is the point behind a first digit, which
+    Forced characters are read in the pass of the digit before them. So is the point after a first digit, which
     is only likely: where the model wants a second digit instead, the point is taken back.
     """
     head, append = grammar.head(model), continuation(model, cache, attention_mask)
     rows = [_Row(grammar, num_values, None if wide is None else wide[row]) for row in range(len(hidden))]
-    logits = hidden @ head.T  # (B, 11)
-
     every = torch.arange(len(rows), device=hidden.device)
-
-    def tensor(values: list) -> Tensor:
-        return torch.tensor(values, device=hidden.device)
-
-    def random(skipped: list[int]) -> Tensor | None:
-        """Of each row the number for its next choice, or for one behind it."""
-        if uniforms is None:
-            return None
-        columns = tensor([row.chosen + skip for row, skip in zip(rows, skipped, strict=True)])
-        return uniforms[every, columns.clamp(max=uniforms.shape[1] - 1)]
-
-    first = _choose(logits[:, : len(DIGITS)], random([0] * len(rows)))
-    for row, choice in zip(rows, first.tolist(), strict=True):
+    chosen = _choose((hidden @ head.T)[:, : len(DIGITS)], None if uniforms is None else uniforms[:, 0])
+    for row, choice in zip(rows, chosen.tolist(), strict=True):
         row.choose(CHOICES[choice])
-    while (pending := [row.pending if row.following() else "" for row in rows]) != [""] * len(rows):
-        width = max(map(len, pending))
-        ids = tensor([[grammar.ids[c] for c in text] + [grammar.pad_id] * (width - len(text)) for text in pending])
-        real = tensor([[1] * len(text) + [0] * (width - len(text)) for text in pending])
-        full = all(len(text) == width for text in pending)
-        states = append(ids, None if full else real)  # (B, T, C)
-        last = tensor([max(len(text) - 1, 0) for text in pending])
-        logits = states @ head.T  # (B, T, 11)
-        behind = logits[every, last, : len(DIGITS)]
-        guessed = [int(row.guessed) for row in rows]
-        chosen = torch.stack([_choose(logits[:, 0], random([0] * len(rows))), _choose(behind, random(guessed))])
-        point, digit = chosen.tolist()
-        wrong = [False] * len(rows)
-        for number, row in enumerate(rows):
-            wrong[number] = row.guessed and CHOICES[point[number]] != "."
-            if wrong[number]:
-                row.choose(CHOICES[point[number]])
-            elif row.following():
-                if row.guessed:
-                    row.accept()
-                row.choose(CHOICES[digit[number]])
-        if any(wrong):
-            append.take_back(tensor(wrong))
+    while any(row.unread() for row in rows):
+        reading = _Reading.of(grammar, rows, hidden.device)
+        logits = append(reading.ids, reading.real) @ head.T  # (B, T, 11)
+        draws = (None, None)
+        if uniforms is not None:
+            draws = uniforms.gather(1, reading.turns.clamp(max=uniforms.shape[1] - 1)).unbind(1)
+        first = _choose(logits[:, 0], draws[0])
+        last = _choose(logits[every, reading.last, : len(DIGITS)], draws[1])
+        choices = [[CHOICES[choice] for choice in column] for column in torch.stack([first, last]).tolist()]
+        if any(row.rejects(point) for row, point in zip(rows, choices[0], strict=True)):
+            append.take_back(reading.guessed & (first != CHOICES.index(".")))
+        for row, point, digit in zip(rows, *choices, strict=True):
+            row.advance(point, digit)
     return [row.text for row in rows]
 
 

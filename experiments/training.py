@@ -1,5 +1,8 @@
 """LoRA training on windows of text: batches, steps, and a state that continues to the same bytes.
 
+The bytes are the same on a CPU of the same kind with the same number of threads and the same torch. On a GPU a repeated
+training agrees only up to rounding, as the backward pass of attention adds up in no fixed order.
+
 n windows, B batch, T context length in tokens.
 """
 
@@ -157,7 +160,7 @@ def train(
     optimizer = torch.optim.Adam(parameters.values())
     losses, seconds = _load_state(state, parameters, optimizer, settings.steps) if state.exists() else Trained([], 0.0)
     device = model.head_weight.device
-    vocabulary = None if vocabulary is None else vocabulary.to(device)
+    ids, vocabulary = ids.to(device), None if vocabulary is None else vocabulary.to(device)
     started = saved = time.monotonic()
     num_saved = len(losses)
 
@@ -177,14 +180,14 @@ def train(
             raise
         rows = torch.from_numpy(batch_rows(len(ids), settings.batch, settings.seed, step))
         full = bool((lengths[rows] == ids.shape[1]).all())
-        of_rows = None if full else lengths[rows].to(device)
-        loss = next_token_loss(model, ids[rows].to(device), of_rows, vocabulary)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingError(f"step {step}: the loss is {value} (windows {rows.tolist()}); lower the learning rate")
+        of_rows = None if full else lengths[rows]
+        loss = next_token_loss(model, ids[rows.to(device, non_blocking=True)], of_rows, vocabulary)
         optimizer.param_groups[0]["lr"] = settings.rate(step)
         optimizer.zero_grad()
         loss.backward()
+        value = loss.item()  # the only wait for a GPU in a step, which has all but the update to do by now
+        if not math.isfinite(value):
+            raise TrainingError(f"step {step}: the loss is {value} (windows {rows.tolist()}); lower the learning rate")
         optimizer.step()
         losses.append(value)
         after_step(step, value)

@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 
 # how many queries of a row, and how many scores, one block holds: it then stays in the cache of a CPU core
 QUERY_BLOCK, SCORES_PER_BLOCK = 64, 2**20
+# the rows of a bias begin at multiples of so many numbers: otherwise the memory-efficient kernel has it copied
+ALIGNED = 16
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -32,7 +34,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D): (B, H, T, D); each kv head serves G query heads.
 
     mask (B or 1, 1, T, S) is True where q may look, or is added to the scores. None means causal: each of the T tokens,
-    the last of S, sees itself and all before it. A mask may only narrow that rule: no token looks ahead.
+    the last of S, sees itself and all before it. A mask may only narrow that rule: no token looks ahead. A bias
+    from `grouped_bias` is taken as well.
     """
     groups, num_new, total = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     by_kernel = q.is_cuda or torch.is_autocast_enabled("cpu") or (mask is not None and mask.dtype != torch.bool)
@@ -40,14 +43,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return _Blockwise.apply(q, k, v, mask)
     if mask is None and num_new > 1:
         if num_new == total:
+            if q.is_cuda and q.dtype == torch.float32:
+                # flash attention takes no fp32 and, up to torch 2.13, the memory-efficient kernel no enable_gqa: the
+                # kernel that takes both writes all scores to memory
+                k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
         mask = causal_mask(num_new, total, q.device)[None, None]  # is_causal would align it with the first key
     # the query heads of a kv head are handled as if they were its tokens: its keys are read once, and by a fused kernel
     # also on CUDA, where none takes a mask together with enable_gqa
     grouped = q.reshape(q.shape[0], k.shape[1], groups * num_new, q.shape[3])  # (B, K, G T, D)
-    if mask is not None and num_new > 1:
+    if mask is not None and mask.shape[2] == num_new > 1:  # not grouped yet
         mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # (B or 1, 1, G T, S)
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+
+
+def grouped_bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """A boolean mask (B or 1, 1, T, S) as what `attention` adds to the scores of grouped queries, (B or 1, 1, G T, S).
+
+    On CUDA it is made once for all layers: of a boolean mask, each layer would make numbers, grouped and aligned.
+    """
+    batch, _, num_new, total = mask.shape
+    bias = torch.zeros(batch, 1, groups, num_new, -(-total // ALIGNED) * ALIGNED, dtype=dtype, device=mask.device)
+    bias[..., :total].masked_fill_(~mask[:, :, None], -torch.inf)
+    return bias.flatten(2, 3)[..., :total]
 
 
 def runs_in_blocks(num_new: int, masked: bool) -> bool:

@@ -29,6 +29,7 @@ class KVCache:
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.batch_size, self.capacity = batch_size, capacity
         self.length = 0
+        self.captured = None  # what `GraphContinuation` captured over this very memory
 
     @classmethod
     def for_model(cls, model: "Qwen", batch_size: int, capacity: int) -> "KVCache":
@@ -68,16 +69,26 @@ class KVCache:
         """A view of some rows: it shares this cache's memory and has its own `length`."""
         part = copy.copy(self)
         part.keys, part.values = self.keys[:, rows], self.values[:, rows]
-        part.batch_size = part.keys.shape[1]
+        part.batch_size, part.captured = part.keys.shape[1], None
         return part
 
-    def repeat(self, times: torch.Tensor) -> "KVCache":
-        """A new cache in which row i appears times[i] times, one after the other; times (B)."""
-        new = copy.copy(self)
-        new.keys = self.keys.repeat_interleave(times, dim=1)
-        new.values = self.values.repeat_interleave(times, dim=1)
-        new.batch_size = new.keys.shape[1]
-        return new
+    @torch.inference_mode()
+    def repeat(self, times: torch.Tensor, into: "KVCache | None" = None) -> "KVCache":
+        """A cache that holds each row as often as `times` (B, on the CPU) says, one after the other.
+
+        It is a new one, or `into`, of the same capacity, which then holds nothing else.
+        """
+        rows = torch.arange(self.batch_size).repeat_interleave(times).to(self.keys.device, non_blocking=True)
+        if into is None:
+            into = copy.copy(self)
+            into.batch_size, into.captured = len(rows), None
+            shape = (len(self.keys), len(rows), *self.keys.shape[2:])
+            into.keys, into.values = self.keys.new_empty(shape), self.values.new_empty(shape)
+        for new, stored in ((into.keys, self.keys), (into.values, self.values)):
+            for layer in range(len(stored)):  # one at a time, as the rows may fill the memory
+                new[layer, :, :, : self.length] = stored[layer, :, :, : self.length].index_select(0, rows)
+        into.length = self.length
+        return into
 
     def truncate(self, length: int) -> None:
         """Forget every token from column `length` on. Raises ValueError beyond what is filled."""

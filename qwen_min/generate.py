@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_min.cache import KVCache
-from qwen_min.continuation import continuation
+from qwen_min.continuation import ReusedCache, continuation
 from qwen_min.linear import linear, pack
 from qwen_min.model import Qwen
 
@@ -43,15 +43,22 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
 
 
 @torch.inference_mode()
-def prefill(model: Qwen, ids: Tensor, num_new_tokens: int, attention_mask: Tensor | None = None):
-    """Run the prompt ids (B, T) into a fresh cache with room for the answer: (cache, hidden states (B, C) of its end).
+def prefill(
+    model: Qwen,
+    ids: Tensor,
+    num_new_tokens: int,
+    attention_mask: Tensor | None = None,
+    reused: ReusedCache | None = None,
+) -> tuple[KVCache, Tensor]:
+    """Run the prompt ids (B, T) into an empty cache with room for the answer: (cache, hidden states (B, C) of its end).
 
-    Packs the weights (`qwen_min.linear.pack`) when an answer is to follow.
+    The cache is a new one, or that of `reused` where batches follow each other. Packs the weights
+    (`qwen_min.linear.pack`) when an answer is to follow.
     """
     if num_new_tokens > 0:
         pack(model)
     weight, (batch, length) = model.head_weight, ids.shape
-    cache = KVCache(model.config, batch, length + num_new_tokens, weight.device, weight.dtype)
+    cache = (reused or ReusedCache(model)).take(batch, length + num_new_tokens)
     tokens = BYTES // (model.config.intermediate_size * weight.dtype.itemsize)
     together = max(1, tokens // length) if weight.device.type == "cpu" else batch
     last = []

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from qwen_min.model import Qwen
 
 # positions, and rows of the head, taken together: what a CPU keeps in its cache, what fills a GPU
-CHUNK, CUDA_CHUNK = (512, 4096), (2048, 16384)
+CHUNK, CUDA_CHUNK = (512, 4096), (4096, 65536)
 
 
 def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, with_mean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -91,16 +91,18 @@ def next_token_loss(
 ) -> Tensor:
     """Mean cross-entropy in nats of each token of ids (B, T) given those before it; a scalar.
 
-    lengths (B): how many tokens of each row are text; the padding behind is not predicted, and no text attends to
-    it, as attention looks back only. None means that every row is full. vocabulary (n), rising: the tokens that the
-    softmax runs over, of which every predicted one must be; None means all.
+    lengths (B): how many tokens of each row are text; the padding after them is not predicted, and no text attends to
+    it, as attention looks back only. None means that every row is full. Keep lengths on the CPU: a model on a GPU would
+    be waited for to read it there. vocabulary (n), rising: the tokens that the softmax runs over, of which every
+    predicted one must be; None means all.
     """
-    hidden, targets = model.model(ids)[:, :-1], ids[:, 1:]  # (B, T - 1, C), (B, T - 1)
+    hidden = model.model(ids)  # (B, T, C)
     if lengths is None:
-        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        hidden, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     else:
-        real = torch.arange(1, ids.shape[1], device=ids.device) < lengths[:, None]
-        hidden, targets = hidden[real], targets[real]
+        followed = torch.arange(1, ids.shape[1] + 1) < lengths.cpu()[:, None]  # (B, T): the next token is text
+        places = followed.flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)
+        hidden, targets = hidden.flatten(0, 1).index_select(0, places), ids.flatten().index_select(0, places + 1)
     weight = model.head_weight
     if vocabulary is not None:
         weight, targets = weight[vocabulary], torch.searchsorted(vocabulary, targets)

@@ -9,7 +9,7 @@ Source of the numerics, where fp32 is entered and left: `modeling_qwen2.py` of t
 import torch
 from torch import Tensor, nn
 
-from qwen_min.attention import attention
+from qwen_min.attention import attention, grouped_bias
 from qwen_min.autograd import rms_norm, swiglu
 from qwen_min.cache import KVCache
 from qwen_min.config import QwenConfig
@@ -174,6 +174,8 @@ class Decoder(nn.Module):
         """Embedding, layers and norm: (B, T, C) of ids (B, T) at positions (B or 1, T), mask as in `attention`."""
         x = self.embed_tokens(ids)  # (B, T, C)
         cos, sin = rotary_tables(positions, self.config, x.dtype)
+        if mask is not None and x.is_cuda:
+            mask = grouped_bias(mask, self.config.num_attention_heads // self.config.num_key_value_heads, x.dtype)
         for layer in self.layers:
             x = layer(x, cos, sin, mask, cache)
         return self.norm(x)

@@ -109,8 +109,9 @@ def load_weights(
     """Put the tensors of a checkpoint folder in place of the (meta) parameters of `model`.
 
     dtype None keeps the checkpoint's. A head that the checkpoint stores although its config ties it to the embedding is
-    accepted where both are equal. Raises CheckpointError that lists every missing, unexpected or misshapen tensor, or
-    names the damaged file; the model is unchanged then.
+    accepted where both are equal. On CUDA, cuDNN's attention is turned off for the whole process. Raises
+    CheckpointError that lists every missing, unexpected or misshapen tensor, or names the damaged file; the model is
+    unchanged then.
     """
     expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
     headers, tensors = tensor_headers(folder), {}
@@ -134,6 +135,11 @@ def load_weights(
     if tied and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
         raise CheckpointError(f"{folder}: config.json ties the head to the embedding, but {HEAD} is not {EMBEDDING}")
     model.load_state_dict(tensors, strict=True, assign=True)
+    if torch.device(device).type == "cuda":
+        # On recent GPUs torch prefers cuDNN's attention for bf16. It builds a plan, up to half a second, for each new
+        # shape, raises an error where no plan fits instead of leaving the call to another kernel, and has given wrong
+        # text and NaN gradients (github.com/pytorch/pytorch/issues/193893 and 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def load(

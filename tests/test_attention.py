@@ -1,9 +1,11 @@
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_min import attention as module
-from qwen_min.attention import attention, reference_attention
+from qwen_min.attention import ALIGNED, attention, grouped_bias, reference_attention
 from qwen_min.model import attention_mask_and_positions
 
 
@@ -95,3 +97,28 @@ def test_bf16_scores_are_not_rounded(monkeypatch):
     exact = reference_attention(q.float(), k.float(), v.float(), None)
     assert (attention(q, k, v, None).float() - exact).norm() / exact.norm() < 0.005
     assert (reference_attention(q, k, v, None).float() - exact).norm() / exact.norm() > 0.02
+
+
+@pytest.mark.parametrize("num_new", [1, 4])
+@pytest.mark.parametrize("heads", [(7, 7), (14, 2)])
+def test_a_mask_grouped_once_gives_the_same(num_new, heads):
+    q, k, v, mask = sample(heads, 5, num_new, True)
+    bias = grouped_bias(mask, heads[0] // heads[1], q.dtype)
+    torch.testing.assert_close(attention(q, k, v, bias), reference_attention(q, k, v, mask))
+    assert all(stride % ALIGNED == 0 for stride in bias.stride()[:-1])
+
+
+@pytest.mark.parametrize(("dtype", "grouped"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_causal_attention_on_cuda_asks_for_what_a_fused_kernel_has(monkeypatch, dtype, grouped):
+    """In fp32 none takes fewer kv heads than query heads; the tensors are of shapes alone."""
+    calls, real = [], F.scaled_dot_product_attention
+
+    def logged(q, k, v, **options):
+        calls.append((k.shape[1] < q.shape[1], options["enable_gqa"], options["is_causal"]))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", logged)
+    with FakeTensorMode():
+        q, k = (torch.empty(2, heads, 9, 8, dtype=dtype, device="cuda") for heads in (14, 2))
+        assert attention(q, k, k, None).shape == q.shape
+    assert calls == [(grouped, grouped, True)]

@@ -1,8 +1,10 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from experiments.forecasting import Forecaster, write_trained
+from experiments.forecasting import Forecaster, rows_at_once, write_trained
 from experiments.llmtime import Encoding
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, remove, save_adapter
 from qwen_min.weights import TINY, checkpoint_hash
@@ -34,6 +36,14 @@ def test_a_forecast_depends_on_its_series_alone(monkeypatch, forecaster, samples
         if samples:
             np.testing.assert_array_equal(together.samples[row], alone[row].samples[0])
             np.testing.assert_array_equal(together.samples[row], turned.samples[::-1][row])
+
+
+def test_a_gpu_takes_more_rows_at_once(forecaster):
+    def rows(is_cuda: bool) -> int:
+        weight = SimpleNamespace(is_cuda=is_cuda, dtype=torch.bfloat16)
+        return rows_at_once(SimpleNamespace(config=forecaster.model.config, head_weight=weight), 860)
+
+    assert rows(True) // 16 == rows(False)
 
 
 def test_samples_differ_by_path_and_seed_and_give_median_and_quantiles(forecaster):

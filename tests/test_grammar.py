@@ -1,4 +1,5 @@
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from conftest import random_model
 from experiments.grammar import DIGITS, Grammar, decode, may_be_wide, nats_of
 from qwen_min.continuation import GraphContinuation
 from qwen_min.generate import pad_left, prefill
+from qwen_min.model import Decoder
 
 CONTEXTS = ["1.25,0.50;2.41,1.73;", "0.07,9.81;12.50,3.44;0.31,0.02;", "5.00,5.00;", "8.13,0.90;7.55,1.21;"]
 HORIZON = 3
@@ -89,6 +91,29 @@ def test_a_time_step_of_ten_tokens_costs_six_passes(tiny):
     assert max(map(len, re.findall("[0-9.]+", texts[0]))) == 4
     prompt = len(tokenizer.encode(CONTEXTS[0]))
     assert widths == [prompt] + [2, 1, 2] * 5 + [2, 1]  # nothing is read behind the last digit
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_a_pass_sends_once_and_reads_once(monkeypatch, models, sampling):
+    """Each exchange beyond these would make a GPU wait."""
+    uniforms = torch.from_numpy(np.random.default_rng(0).random((len(CONTEXTS), 100))) if sampling else None
+    counts, passes = Counter(), []
+    monkeypatch.setattr(Decoder, "forward", _counted(Decoder.forward, lambda: passes.append(1)))
+    monkeypatch.setattr(torch, "tensor", _counted(torch.tensor, lambda: counts.update(["sent"])))
+    monkeypatch.setattr(torch.Tensor, "tolist", _counted(torch.Tensor.tolist, lambda: counts.update(["read"])))
+    grammar = Grammar(models[1], 2, 2)
+    cache, hidden = prefill(models[0], torch.tensor([models[1].encode(CONTEXTS[0])] * 4), 99)
+    counts.clear(), passes.clear()
+    decode(models[0], grammar, cache, hidden, 2 * HORIZON, None, uniforms)
+    assert counts == {"sent": len(passes), "read": len(passes) + 1}  # the first choice follows the prefill
+
+
+def _counted(function, count):
+    def counting(*args, **kwargs):
+        count()
+        return function(*args, **kwargs)
+
+    return counting
 
 
 def test_samples_fall_as_the_model_s_probabilities(models):

@@ -56,6 +56,16 @@ def test_next_token_loss_shifts_and_leaves_padding_out(model, ids):
     torch.testing.assert_close(next_token_loss(model, padded, torch.tensor([8, ids.shape[1]])), wanted)
 
 
+def test_places_of_text_select_as_a_mask_does_to_the_bit(model, ids):
+    lengths = torch.tensor([8, ids.shape[1]])
+    embedding = model.model.embed_tokens.weight.requires_grad_()
+    found = next_token_loss(model, ids, lengths)
+    real = torch.arange(1, ids.shape[1]) < lengths[:, None]
+    wanted = head_cross_entropy(model.model(ids)[:, :-1][real], model.head_weight, ids[:, 1:][real])
+    assert torch.equal(found, wanted)
+    assert torch.equal(*(torch.autograd.grad(loss, embedding)[0] for loss in (found, wanted)))
+
+
 def test_a_smaller_vocabulary_is_the_softmax_over_its_tokens(model, ids):
     vocabulary = ids.unique()
     logits = model(ids)[:, :-1, vocabulary].flatten(0, 1)

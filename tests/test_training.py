@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -125,6 +126,17 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, tiny, toke
     with pytest.raises(TrainingError, match="step 1: the loss is nan"):
         run(tiny, token_lists, tmp_path / "state", settings)
     assert not (tmp_path / "state").exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_the_adapter(tmp_path, tiny, token_lists):
+    model, settings = copy.deepcopy(tiny[0]), replace(SETTINGS, steps=1)
+    model.model.norm.weight.data[0] = torch.nan
+    ids, lengths = window_tensors(token_lists, settings, tiny[1].pad_id)
+    inject(model, settings.lora)
+    before = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
+    with pytest.raises(TrainingError, match="step 0: the loss is nan"):
+        train(model, ids, lengths, settings, None, tmp_path / "state", lambda step: None, lambda step, loss: None)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in adapter_parameters(model).items())
 
 
 def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path, tiny, token_lists):

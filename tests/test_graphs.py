@@ -1,0 +1,159 @@
+"""The rules of a captured pass, held on the CPU: see `recorded`."""
+
+import contextlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import recorded
+from conftest import random_model
+from experiments.evaluation import forecast
+from experiments.forecasting import Forecaster
+from experiments.llmtime import Encoding
+from lora import LoraConfig, adapter_parameters, inject, merge, remove, unmerge
+from qwen_min import KVCache
+from qwen_min import continuation as module
+from qwen_min.continuation import Continuation, GraphContinuation, ReusedCache
+from qwen_min.generate import prefill
+
+
+def filled(model, ids, mask, reused=None):
+    with torch.inference_mode():
+        return prefill(model, ids, 20, mask, reused)[0]
+
+
+def assert_equal_passes(graphs, simple, ids):
+    """Passes of one and of two tokens in turn, with holes, and tokens taken back."""
+    for step in range(0, 9, 3):
+        for piece in (ids[:, step : step + 1], ids[:, step + 1 : step + 3]):
+            real = torch.ones_like(piece)
+            real[1, 1:] = 0
+            torch.testing.assert_close(graphs(piece, real), simple(piece, real), rtol=1e-5, atol=1e-5)
+        for one in (graphs, simple):
+            one.take_back(torch.tensor([True, False]))
+
+
+def test_replayed_passes_equal_simple_ones(monkeypatch, model, ids):
+    recorded.install(monkeypatch)
+    mask = torch.ones_like(ids[:, :3])
+    mask[0, 0] = 0
+    caches = [filled(model, ids[:, :3], mask) for _ in range(2)]
+    graphs = recorded.RecordedContinuation(model, caches[0], mask)
+    assert_equal_passes(graphs, Continuation(model, caches[1], mask), ids)
+    assert recorded.Graph.captured == 2
+    assert sorted(graphs.passes) == [1, 2]
+
+
+def test_the_next_batch_runs_the_graphs_of_the_one_before(monkeypatch, model, ids):
+    recorded.install(monkeypatch)
+    reused = ReusedCache(model)
+    for length, padding in ((5, 0), (3, 2), (4, 1)):
+        mask = torch.ones_like(ids[:, :length])
+        mask[1, :padding] = 0
+        prompt = ids.roll(length, 1)[:, :length]
+        simple = Continuation(model, filled(model, prompt, mask), mask)
+        with torch.inference_mode():
+            cache = reused.take(2, 25)
+            model.model(prompt, cache, mask)
+        assert_equal_passes(recorded.RecordedContinuation(model, cache, mask), simple, ids)
+    assert recorded.Graph.captured == 2
+
+
+def test_a_cache_is_taken_again_only_in_its_shape(model):
+    reused = ReusedCache(model)
+    first = reused.take(2, 9)
+    first.advance(4)
+    assert reused.take(2, 9) is first
+    assert first.length == 0
+    assert reused.take(3, 9) is not first
+    assert reused.take(3, 10).keys.shape[1:4:2] == (3, 10)
+
+
+def test_a_changed_adapter_is_read_and_another_one_captured_anew(monkeypatch, tiny):
+    """Training writes where a graph reads; an adapter that comes, goes or is merged is elsewhere."""
+    recorded.install(monkeypatch)
+    model, ids = random_model(tiny[0].config), torch.tensor([[5, 9, 2], [8, 3, 90]])
+    reused, token = ReusedCache(model), torch.tensor([[7], [11]])
+
+    def assert_fresh(captured: int) -> None:
+        hidden = recorded.RecordedContinuation(model, filled(model, ids, None, reused))(token)
+        torch.testing.assert_close(hidden, Continuation(model, filled(model, ids, None))(token), rtol=1e-5, atol=1e-5)
+        assert recorded.Graph.captured == captured
+
+    assert_fresh(1)
+    inject(model, LoraConfig(rank=2, alpha=2))
+    assert_fresh(2)
+    for parameter in adapter_parameters(model).values():
+        parameter.data.normal_(0, 0.2)
+    assert_fresh(2)
+    merge(model)
+    assert_fresh(3)
+    unmerge(model)
+    assert_fresh(4)
+    remove(model)
+    assert_fresh(5)
+
+
+@pytest.mark.parametrize(("decoding", "passes"), [("constrained", 2), ("free", 1)])
+def test_an_evaluation_captures_each_pass_once(monkeypatch, tiny, simulated, decoding, passes):
+    """Three batches of two, each with a value of two digits in one context, and so padding before the other."""
+    series = simulated.trajectories[:6, :30].copy()
+    series[[0, 3, 4], 4, 0] = 11.5
+    monkeypatch.setattr("experiments.evaluation.BATCH", 2)
+    arguments = (*tiny, Encoding(scale=1.1), series, 20, 3)
+    wanted = forecast(*arguments, decoding=decoding)
+    recorded.install(monkeypatch)
+    found = forecast(*arguments, decoding=decoding)
+    assert found.texts == wanted.texts
+    np.testing.assert_allclose(found.free_losses, wanted.free_losses, rtol=1e-4, atol=1e-5)
+    assert recorded.Graph.captured == passes
+
+
+@pytest.mark.parametrize("samples", [0, 4])
+def test_the_chunks_of_a_forecast_share_their_graphs(monkeypatch, tiny, simulated, samples):
+    contexts = simulated.trajectories[:6, :12]
+    wanted = Forecaster(*tiny).forecast(contexts, 3, samples)
+    recorded.install(monkeypatch)
+    monkeypatch.setattr("experiments.forecasting.rows_at_once", lambda model, columns: 2)
+    np.testing.assert_array_equal(Forecaster(*tiny).forecast(contexts, 3, samples).values, wanted.values)
+    assert recorded.Graph.captured == 2
+
+
+def test_a_capture_that_lacks_memory_says_so_and_is_no_capture(monkeypatch, model, ids):
+    """On a GPU, a capture that an error cuts short ends with another error."""
+
+    @contextlib.contextmanager
+    def cut_short(graph, stream):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    places = {name: lambda *_: contextlib.nullcontext() for name in ("device", "stream")}
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (places | {"graph": cut_short, "CUDAGraph": object, "current_stream": lambda: stream}).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(module, "_stream", lambda device: stream)
+    passes = []
+
+    def run():
+        passes.append(1)
+        if len(passes) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return ids
+
+    graphs = GraphContinuation(model, KVCache(model.config, 2, 9))
+    graphs.captures, graphs._run = True, lambda one: run()
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs(ids[:, :1])
+    assert graphs.passes[1].graph is None
+    assert graphs.cache.length == 0
+
+
+def test_what_a_capture_forbids_is_refused(ids):
+    for forbidden in (lambda: ids.sum().item(), lambda: torch.tensor([1, 2]), lambda: ids.nonzero()):
+        for way in (torch.inference_mode(), torch.no_grad()):  # in which torch splits other operators into parts
+            with pytest.raises(RuntimeError, match="which a capture forbids"), way, recorded.Recorder():
+                forbidden()
