@@ -23,7 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 from experiments.llmtime import windows
 from experiments.runfolder import write_whole
 from lora import LoraConfig, adapter_parameters
-from qwen_min.loss import next_token_loss
+from qwen_min.linear import unpack
+from qwen_min.loss import check_targets, next_token_loss
 from qwen_min.model import Qwen
 
 SAVE_SECONDS = 30.0  # how much work a kill may cost
@@ -152,10 +153,13 @@ def train(
     of the state included; it may refuse one by raising, after which what was done is saved. after_step(step, loss)
     reports.
     Raises TrainingError when a loss or the adapter is not finite, the state is not of this training, or there are
-    fewer windows than a batch takes.
+    fewer windows than a batch takes; ValueError when a window has tokens outside the vocabulary.
     """
     if len(ids) < settings.batch:
         raise TrainingError(f"{len(ids)} windows cannot fill a batch of {settings.batch}; use more trajectories")
+    if vocabulary is not None:  # before the windows go to a GPU, which would be waited for
+        check_targets(ids[torch.arange(ids.shape[1]) < lengths[:, None]], vocabulary)
+    unpack(model)  # a training has no use for packed copies of the weights
     parameters = adapter_parameters(model)
     optimizer = torch.optim.Adam(parameters.values())
     losses, seconds = _load_state(state, parameters, optimizer, settings.steps) if state.exists() else Trained([], 0.0)

@@ -25,7 +25,8 @@ index index_select lift_fresh new_empty new_full new_zeros ones ones_like permut
 select_backward slice slice_backward split squeeze stack t transpose tril unsqueeze view zero_ zeros zeros_like
 """
 CHOOSING = """
-amax argmax bitwise_and bitwise_not bitwise_or clamp eq ge le lt masked_fill masked_fill_ maximum searchsorted where
+amax argmax bitwise_and bitwise_not bitwise_or clamp eq ge isin le logical_not lt masked_fill masked_fill_ maximum
+searchsorted where
 """
 FREE = frozenset((MOVING + CHOOSING).split())
 PER_OUTPUT = {  # FLOPs for each number of the result

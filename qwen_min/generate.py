@@ -14,15 +14,15 @@ from qwen_min.continuation import ReusedCache, continuation
 from qwen_min.linear import linear, pack
 from qwen_min.model import Qwen
 
-# of a feed-forward's activations that a CPU works on together: more outgrow its caches and what the allocator keeps, so
-# that every operator pays for new memory
-BYTES = 20 * 2**20
+# feed-forward activations of a prefill that a CPU computes together: larger ones leave its cache, and the allocator
+# fetches new memory for every operator
+PREFILL_BYTES = 20 * 2**20
 
 
 class Generation(NamedTuple):
     """What `generate` returns."""
 
-    tokens: Tensor  # (B, n) new tokens, pad_id behind an end token
+    tokens: Tensor  # (B, n) new tokens, pad_id after an end token
     lengths: Tensor  # (B) new tokens up to and with the end token
     logits: Tensor | None  # (B, n, V) what each token was chosen from
 
@@ -59,7 +59,7 @@ def prefill(
         pack(model)
     weight, (batch, length) = model.head_weight, ids.shape
     cache = (reused or ReusedCache(model)).take(batch, length + num_new_tokens)
-    tokens = BYTES // (model.config.intermediate_size * weight.dtype.itemsize)
+    tokens = PREFILL_BYTES // (model.config.intermediate_size * weight.dtype.itemsize)
     together = max(1, tokens // length) if weight.device.type == "cpu" else batch
     last = []
     for rows in (slice(row, row + together) for row in range(0, batch, together)):
@@ -83,7 +83,7 @@ def greedy_steps(
     `running` is True for the rows that had not ended before this token; the others get pad_id. Stops after
     num_new_tokens, or soon after every row has ended.
     """
-    # a GPU that is asked how it stands waits for the answer, so it is asked less often
+    # reading `running` waits for the GPU, so it is read less often there
     patience = 16 if hidden.is_cuda else 1
     append = continuation(model, cache, attention_mask)
     ends = torch.tensor(sorted(end_ids), device=hidden.device, dtype=torch.long)
@@ -103,7 +103,7 @@ def greedy_steps(
 
 def generate(
     model: Qwen,
-    prompts: Sequence[Sequence[int]] | Tensor,
+    prompts: Sequence[Sequence[int]] | Sequence[int] | Tensor,
     num_new_tokens: int,
     end_ids: Collection[int] = (),
     pad_id: int = 0,
@@ -111,12 +111,16 @@ def generate(
 ) -> Generation:
     """Continue each prompt greedily by up to num_new_tokens raw-argmax tokens.
 
-    prompts: lists of token ids of any lengths, or a tensor (B, T). A row stops after any of end_ids.
+    prompts: lists of token ids of any lengths, or a tensor (B, T); a single list, or a tensor (T), is a batch of one. A
+    row stops after any of end_ids.
     Raises ValueError for an empty prompt, no new token, or more tokens than the model has positions.
     """
     if num_new_tokens < 1:
         raise ValueError(f"num_new_tokens is {num_new_tokens}, expected at least 1")
-    ids, mask = pad_left(prompts.tolist() if isinstance(prompts, Tensor) else prompts, pad_id)
+    prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+    if len(prompts) and isinstance(prompts[0], int):
+        prompts = [prompts]
+    ids, mask = pad_left(prompts, pad_id)
     if ids.shape[1] + num_new_tokens - 1 > model.config.max_position_embeddings:
         raise ValueError(
             f"{ids.shape[1]} prompt + {num_new_tokens} new tokens exceed the model's "

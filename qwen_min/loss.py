@@ -86,6 +86,14 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return _losses(hidden, weight, targets, with_mean=False)[0]
 
 
+def check_targets(targets: Tensor, vocabulary: Tensor) -> None:
+    """Raise ValueError for a token that is to be predicted but is not in the vocabulary; both of any length."""
+    if len(outside := targets[~torch.isin(targets, vocabulary)]):
+        raise ValueError(
+            f"token {outside[0]} is to be predicted, but is none of the {len(vocabulary)} in the vocabulary"
+        )
+
+
 def next_token_loss(
     model: Qwen, ids: Tensor, lengths: Tensor | None = None, vocabulary: Tensor | None = None
 ) -> Tensor:
@@ -94,7 +102,8 @@ def next_token_loss(
     lengths (B): how many tokens of each row are text; the padding after them is not predicted, and no text attends to
     it, as attention looks back only. None means that every row is full. Keep lengths on the CPU: a model on a GPU would
     be waited for to read it there. vocabulary (n), rising: the tokens that the softmax runs over, of which every
-    predicted one must be; None means all.
+    predicted one must be; None means all. On a GPU this is not checked, as the check would wait for it.
+    Raises ValueError when there is no token to predict, or one is not in the vocabulary.
     """
     hidden = model.model(ids)  # (B, T, C)
     if lengths is None:
@@ -103,7 +112,11 @@ def next_token_loss(
         followed = torch.arange(1, ids.shape[1] + 1) < lengths.cpu()[:, None]  # (B, T): the next token is text
         places = followed.flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)
         hidden, targets = hidden.flatten(0, 1).index_select(0, places), ids.flatten().index_select(0, places + 1)
+    if len(targets) == 0:
+        raise ValueError("there is no token to predict: no text has two tokens")
     weight = model.head_weight
     if vocabulary is not None:
+        if targets.device.type == "cpu":
+            check_targets(targets, vocabulary)
         weight, targets = weight[vocabulary], torch.searchsorted(vocabulary, targets)
     return head_cross_entropy(hidden, weight, targets)

@@ -28,6 +28,11 @@ def test_equals_greedy_decoding_without_a_cache_in_a_batch_of_unequal_length(mod
     assert torch.equal(out.logits.argmax(-1), out.tokens)
 
 
+@pytest.mark.parametrize("prompt", [[5, 9, 2], torch.tensor([5, 9, 2]), torch.tensor([[5, 9, 2]])])
+def test_a_single_prompt_is_a_batch_of_one(model, prompt):
+    assert torch.equal(generate(model, prompt, 6).tokens, generate(model, [[5, 9, 2]], 6).tokens)
+
+
 def test_n_tokens_are_one_prefill_and_n_minus_1_decode_steps(model):
     widths = []
     model.model.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
@@ -38,7 +43,7 @@ def test_n_tokens_are_one_prefill_and_n_minus_1_decode_steps(model):
 def test_long_prompts_are_read_a_few_rows_at_a_time(monkeypatch, model):
     wanted = generate(model, PROMPTS, 15, return_logits=True)
     module = importlib.import_module("qwen_min.generate")  # the name alone is the function's
-    monkeypatch.setattr(module, "BYTES", 10 * 4 * model.config.intermediate_size)
+    monkeypatch.setattr(module, "PREFILL_BYTES", 10 * 4 * model.config.intermediate_size)
     shapes = []
     model.model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     found = generate(model, PROMPTS, 15, return_logits=True)

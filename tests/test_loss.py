@@ -71,3 +71,13 @@ def test_a_smaller_vocabulary_is_the_softmax_over_its_tokens(model, ids):
     logits = model(ids)[:, :-1, vocabulary].flatten(0, 1)
     targets = torch.searchsorted(vocabulary, ids[:, 1:].flatten())
     torch.testing.assert_close(next_token_loss(model, ids, None, vocabulary), F.cross_entropy(logits, targets))
+
+
+def test_refuses_texts_without_a_target_and_targets_outside_the_vocabulary(model, ids):
+    with pytest.raises(ValueError, match="no token to predict"):
+        next_token_loss(model, ids[:, :1])
+    with pytest.raises(ValueError, match="no token to predict"):
+        next_token_loss(model, ids, torch.tensor([1, 1]))
+    missing = ids[0, 5].item()
+    with pytest.raises(ValueError, match=f"token {missing} is to be predicted, but is not in the"):
+        next_token_loss(model, ids, None, ids[ids != missing].unique())

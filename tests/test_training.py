@@ -11,6 +11,8 @@ from experiments.training import Training, TrainingError, batch_rows, train, win
 from flops import training_step
 from flops.trace import trace_training_step
 from lora import adapter_parameters, inject, remove
+from qwen_min import load
+from qwen_min.linear import pack
 
 SETTINGS = Training(rank=2, learning_rate=1e-2, context=24, steps=7, batch=3, stride=10, seed=5)
 
@@ -74,8 +76,7 @@ def test_every_named_linear_is_adapted_and_counted(tiny):
     finally:
         remove(tiny[0])
     config = tiny[0].config
-    traced = trace_training_step(config, 3, 24, settings.ranks)[0]
-    assert 3 * traced == training_step(config, 3, 24, ranks=settings.ranks)
+    assert sum(trace_training_step(config, 3, 24, settings.ranks)) == training_step(config, 3, 24, ranks=settings.ranks)
 
 
 def test_an_epoch_takes_each_window_once_and_the_next_is_shuffled_anew():
@@ -171,3 +172,16 @@ def test_training_on_numbers_alone_lowers_the_loss_over_them(tmp_path, tiny, tok
     over_all, _ = run(tiny, token_lists, tmp_path / "all", replace(settings, steps=1))
     assert losses[0] < over_all[0]  # the same batch and adapter, fewer rivals
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+
+
+def test_a_vocabulary_has_to_hold_what_is_predicted(tmp_path, tiny, token_lists):
+    with pytest.raises(ValueError, match=r"token \d+ is to be predicted"):
+        run(tiny, token_lists, tmp_path / "state", SETTINGS, vocabulary=torch.tensor([15, 16]))
+
+
+def test_training_frees_packed_weights(tmp_path, token_lists):
+    """A run must not hold the weights twice."""
+    model, tokenizer = load("tiny", dtype=torch.bfloat16)
+    pack(model)
+    run((model, tokenizer), token_lists, tmp_path / "state")
+    assert model.head_weight.packed is None
