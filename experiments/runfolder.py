@@ -1,6 +1,5 @@
 """The files of a run: each written whole or not at all, and a folder that belongs to one plan and one process."""
 
-import csv
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -93,21 +92,15 @@ def read_json(path: Path):
 
 def read_json_lines(path: Path) -> list[dict]:
     """The objects of a JSON lines file. Raises RunError when it is missing or damaged."""
+    return parse_json_lines(path, read_text(path))
+
+
+def parse_json_lines(path: Path, text: str) -> list[dict]:
+    """The objects of the text of a JSON lines file. Raises RunError when it is damaged."""
     try:
-        return [_parse(line) for line in read_text(path).splitlines()]
+        return [_parse(line) for line in text.splitlines()]
     except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, RunError) else RunError(f"{path}: not JSON lines ({error})") from error
-
-
-@contextmanager
-def holding(path: Path) -> Iterator[None]:
-    """Turns what a file lacks, although it can be read, into a RunError that names it."""
-    try:
-        yield
-    except RunError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, csv.Error) as error:
-        raise RunError(f"{path}: does not hold what was written there ({error!r})") from error
+        raise RunError(f"{path}: not JSON lines ({error})") from error
 
 
 def resumable(state: Path | None, pieces: Sequence, make: Callable) -> list:
