@@ -49,7 +49,7 @@ class Forecasts:
         """The sequences of all parts; shorter loss rows are filled with NaN."""
 
         def arrays(name: str) -> list[np.ndarray]:
-            return [getattr(part, name) for part in parts]
+            return [getattr(part, name).astype(float) for part in parts]
 
         def padded(name: str) -> np.ndarray:
             width = max(a.shape[1] for a in arrays(name))
@@ -197,20 +197,20 @@ def forecast(
     if decoding not in DECODINGS:
         raise ValueError(f"decoding is {decoding!r}, expected one of {', '.join(DECODINGS)}")
 
-    def of(start: int) -> dict:
+    def make(start: int) -> Forecasts:
         batch = series[start : start + BATCH]
         found = _batch(model, tokenizer, encoding, batch, context_steps, horizon, steps, decoding)
         progress(len(batch))
-        return found.plain()
+        return found
 
-    starts = range(0, len(series), BATCH)
-    parts = build(list[Forecasts], resumable(state, starts, of), str(state))
-    for start, part in zip(starts, parts, strict=True):
-        count = len(series[start : start + BATCH])
-        rows = {len(value) for value in vars(part).values()}
-        if rows != {count} or part.values.shape[1:] != (steps, series.shape[2]):
+    def read(kept: object, start: int) -> Forecasts:
+        found, count = build(Forecasts, kept, str(state)), len(series[start : start + BATCH])
+        rows = {len(value) for value in vars(found).values()}
+        if rows != {count} or found.values.shape[1:] != (steps, series.shape[2]):
             raise RunError(f"{state}: not a state of this evaluation; delete it to begin this part anew")
-    return Forecasts.join(parts)
+        return found
+
+    return Forecasts.join(resumable(state, range(0, len(series), BATCH), make, Forecasts.plain, read))
 
 
 def metrics(forecasts: Forecasts, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:

@@ -263,14 +263,16 @@ class Suite:
         """Sampled paths (N, S, h, D), scaled."""
         forecaster = Forecaster(self.model, self.tokenizer, self.encoding.scale, self.encoding.decimals)
 
-        def draw(start: int) -> list:
-            return forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples).samples.tolist()
+        def draw(start: int) -> np.ndarray:
+            return forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples).samples
 
-        starts = range(0, len(contexts), BATCH)
-        parts = build(list[Tensor4], resumable(state, starts, draw), str(state))
-        for start, part in zip(starts, parts, strict=True):
-            if part.shape != (len(contexts[start : start + BATCH]), self.samples, HORIZON, 2):
+        def read(kept: object, start: int) -> np.ndarray:
+            paths, count = build(Tensor4, kept, str(state)), len(contexts[start : start + BATCH])
+            if paths.shape != (count, self.samples, HORIZON, 2):
                 raise RunError(f"{state}: not a state of this run; delete it to begin this part anew")
+            return paths
+
+        parts = resumable(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
         return np.concatenate(parts) / self.encoding.scale
 
     def _line(self, trajectory: int, row: int, found: Forecasts, truth: np.ndarray) -> dict:

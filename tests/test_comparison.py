@@ -1,11 +1,9 @@
-import importlib
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
 import pytest
 
 from experiments import comparison, figures, report
@@ -92,11 +90,20 @@ def test_a_cell_may_hold_the_mark_between_cells():
 
 
 def test_figures_leave_the_caller_s_settings_alone(tmp_path):
-    before = dict(matplotlib.rcParams)
-    importlib.reload(figures)
-    figures.training_loss([1.0, 0.5], tmp_path / "loss.png")
-    assert dict(matplotlib.rcParams) == before
-    figures.against_flops({"exact": (1.0, 0.0), "near": (2.0, 0.1)}, {}, tmp_path / "errors.png")  # 0 has no logarithm
+    code = """if True:
+        import sys, matplotlib
+        from pathlib import Path
+        before = dict(matplotlib.rcParams)
+        from experiments import figures
+        figures.training_loss([1.0, 0.5], Path(sys.argv[1]))
+        assert dict(matplotlib.rcParams) == before"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "loss.png")], cwd=RESULTS.parent, check=True)
+    assert (tmp_path / "loss.png").stat().st_size > 5000
+
+
+def test_an_error_of_0_has_no_place_on_a_logarithmic_axis(tmp_path):
+    figures.against_flops({"exact": (1.0, 0.0), "near": (2.0, 0.1)}, {"level": 0.2}, tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").stat().st_size > 5000
 
 
 def test_a_folder_without_runs_is_refused_without_torch(tmp_path):

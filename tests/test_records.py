@@ -82,7 +82,7 @@ def test_losses_are_one_for_each_step(tmp_path):
     assert read_losses(path, 2) == [1.5, 0.5]
     for text, message in (
         ("step,loss\n0,1.5\n", "holds 1 losses, expected 2"),
-        ("step,loss\n0,1.5\n1,nan\n", "expected 2 finite"),
+        ("step,loss\n0,1.5\n1,nan\n", "holds 2 losses, expected 2 finite ones"),
         ("step\n0\n1\n", "not a table of losses"),
     ):
         path.write_text(text)
@@ -141,7 +141,7 @@ def test_a_damaged_ledger_is_found_and_a_torn_line_does_not_count(frontier):
     assert load_run(frontier).spent == spent == json.loads((RESULTS / "frontier" / "status.json").read_text())["spent"]
     with ledger.open("a") as file:
         file.write("\n")
-    with pytest.raises(RunError, match="ledger.jsonl: not JSON lines"):
+    with pytest.raises(RunError, match=r"ledger\.jsonl: not JSON lines"):
         load_run(frontier)
 
 
