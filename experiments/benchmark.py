@@ -11,11 +11,16 @@ Decode steps are timed over a cache filled with random keys and values.
 import argparse
 import json
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from experiments import cli
+from experiments.cli import CommandError
+from experiments.runfolder import to_json, write_whole
 
 CONTEXT = 699  # tokens of a forecasting prompt
 CONTEXTS = 10  # prompts forecast together
@@ -245,6 +250,7 @@ class Peer(Side):
 
 def serve(side: type[Side], arguments: tuple, connection) -> None:
     """Answer (method, arguments) with what the method returns, until the connection closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     worker = side(*arguments)
     while True:
         try:
@@ -279,7 +285,7 @@ class Processes:
                 try:
                     answers[name].append(connection.recv())
                 except EOFError:
-                    raise RuntimeError(f"the process of {name} died in {method}{values}, see above") from None
+                    raise CommandError(f"the process of {name} died in {method}{values}, see above") from None
         return {name: found[warm_up:] for name, found in answers.items()}
 
     def close(self) -> None:
@@ -355,12 +361,13 @@ def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, typ
         line(f"decode step, batch {batch}", ask("decode", batch, CONTEXT), batch, "tokens", read=read)
     for steps in FORECAST_STEPS:
         answers = ask("forecast", steps)
+        free = f" ({PEER}: free)" if PEER in sides else ""  # it has no decoding under a grammar
         for name, parts in {
             "prefill": ["prefill"],
             "free decoding": ["free"],
-            "constrained decoding": ["constrained"],
+            f"constrained decoding{free}": ["constrained"],
             "whole, free": ["prefill", "free"],
-            "whole, constrained": ["prefill", "constrained"],
+            f"whole, constrained{free}": ["prefill", "constrained"],
         }.items():
             times = {side: [sum(found[part] for part in parts) for found in each] for side, each in answers.items()}
             line(f"{CONTEXTS} contexts + {steps} time steps, {name}", times, CONTEXTS * steps, "time steps")
@@ -431,34 +438,30 @@ def table(found: dict) -> str:
 
 
 def main() -> int:
-    """Exit status 2 for bad input, such as peers that are not installed."""
+    """Exit statuses as in `cli.exit_status`; peers that are not installed are bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmark",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
-    parser.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="default %(default)s")
+    cli.add_device(parser, dtype="bfloat16")
     parser.add_argument("--runs", type=int, default=5, help="runs of each measurement (default %(default)s)")
     parser.add_argument("--alone", action="store_true", help="without transformers and peft")
     parser.add_argument("--json", type=Path, help="also write every number to this file")
     args = parser.parse_args()
-    from experiments.run import checked_device
-    from experiments.runfolder import to_json, write_whole
 
-    try:
+    def work(_) -> int:
         if args.runs < 1:
-            raise ValueError(f"--runs is {args.runs}, expected at least 1")
+            raise CommandError(f"--runs is {args.runs}, expected at least 1")
         sides = {OURS: Ours} if args.alone else {OURS: Ours, PEER: Peer}
-        found = measure(args.model, checked_device(args.device), args.dtype, args.runs, sides)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if args.json:
-        write_whole(args.json, to_json(json.loads(json.dumps(found, default=float))))
-    print(table(found))
-    return 0
+        found = measure(args.model, cli.checked_device(args.device), args.dtype, args.runs, sides)
+        if args.json:
+            write_whole(args.json, to_json(json.loads(json.dumps(found, default=float))))
+        print(table(found))
+        return 0
+
+    return cli.exit_status(work)
 
 
 if __name__ == "__main__":

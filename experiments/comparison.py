@@ -9,13 +9,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments import figures, published
+from experiments import cli, figures, published
 from experiments.page import Blocks, to_markdown
-from experiments.results import MSE_COLUMNS, NONE, Run, load_run, log10, methods_of, mse_row
-from experiments.runfolder import RunError, holding, write_whole
+from experiments.records import PUBLISHED
+from experiments.results import MSE_COLUMNS, NONE, SPLITS, Result, Run, load_run, log10, methods_of, mse_row, number
+from experiments.runfolder import RunError, write_whole
 
 SAME = ("data_sha256", "sequences", "encoding")  # of runs that can be compared
-AS_PUBLISHED = "report"  # the convention of the report's own figures
 
 
 def load_runs(folder: Path) -> list[Run]:
@@ -26,18 +26,20 @@ def load_runs(folder: Path) -> list[Run]:
     if not (plans := sorted(folder.glob("*/plan.json"))):
         raise RunError(f"{folder}: holds no run folders; name the folder they lie in")
     runs = [load_run(plan.parent) for plan in plans]
-    with holding(folder):
-        for run in runs:
-            for name in SAME:
-                theirs, ours = (one.plan["identity"][name] for one in (runs[0], run))
-                if ours != theirs:
-                    raise RunError(
-                        f"{run.folder}: has {name} {ours}, {runs[0].folder} has {theirs}; compare runs on the same data"
-                    )
+    for run in runs:
+        for name in SAME:
+            theirs, ours = (getattr(each.plan.identity, name) for each in (runs[0], run))
+            if ours != theirs:
+                raise RunError(
+                    f"{run.folder}: has {name} {ours}, {runs[0].folder} has {theirs}; compare runs on the same data"
+                )
+        theirs, ours = (list(each.plan.conventions) for each in (runs[0], run))
+        if ours != theirs:
+            raise RunError(f"{run.folder}: counts FLOPs in {ours}, {runs[0].folder} in {theirs}; run one of them again")
     return runs
 
 
-def experiments_of(runs: list[Run]) -> dict[str, dict]:
+def experiments_of(runs: list[Run]) -> dict[str, Result]:
     """What the run folders hold of every finished experiment, by a name of its own."""
     return {
         name if name == run.folder.name else f"{run.folder.name}: {name}": experiment
@@ -46,14 +48,14 @@ def experiments_of(runs: list[Run]) -> dict[str, dict]:
     }
 
 
-def published_rows() -> dict[str, dict]:
-    """Everything the report published, as metrics by split."""
+def published_errors() -> dict[str, dict[str, float]]:
+    """Everything the report published: the MSE of the first ten sequences, by method and split."""
     validation = {name: error for name, (error, _) in published.VALIDATION.items()}
     for rank, row in published.GRID.items():
         validation |= {f"grid r{rank} lr{rate:g}": error for rate, (error, _) in zip(published.RATES, row, strict=True)}
-    rows = {f"published: {name}": {"val": {"first": {"mse": error}}} for name, error in validation.items()}
+    rows = {f"published: {name}": {"val": error} for name, error in validation.items()}
     for name, (error, _) in published.TEST.items():
-        rows[f"published: {name}"]["test"] = {"first": {"mse": error}}
+        rows[f"published: {name}"]["test"] = error
     return rows
 
 
@@ -67,27 +69,25 @@ def _overview(runs: list[Run], blocks: Blocks) -> None:
         "settings. Mean of samples: of paths drawn from the model, which is what a squared error asks for."
     )
     for run in runs:
-        with holding(run.folder):
-            identity, plan = run.plan["identity"], run.plan
-            missing = f" Not finished: {', '.join(run.unfinished)}." if run.unfinished else ""
-            blocks.text(
-                f"**{run.folder.name}**: plan {identity['plan']}, seed {identity['seed']}, checkpoint {plan['model']} "
-                f"({plan['parameters']:,} parameters, sha256 {identity['checkpoint_sha256'][:12]}), "
-                f"{identity['dtype']} on {identity['device']} ({plan['device_name']}, {plan['threads']} CPU threads), "
-                f"{identity['decoding']} decoding.{missing}"
-            )
-            blocks.code(plan["command"])
+        identity, plan = run.plan.identity, run.plan
+        missing = f" Not finished: {', '.join(run.unfinished)}." if run.unfinished else ""
+        blocks.text(
+            f"**{run.folder.name}**: plan {identity.plan}, seed {identity.seed}, checkpoint {plan.model} "
+            f"({plan.parameters:,} parameters, sha256 {identity.checkpoint_sha256[:12]}), "
+            f"{identity.dtype} on {identity.device} ({plan.device_name}, {plan.threads} CPU threads), "
+            f"{identity.decoding} decoding.{missing}"
+        )
+        blocks.code(plan.command)
 
 
-def _tables(done: dict[str, dict], run: Run, blocks: Blocks) -> None:
-    conventions, rows = run.plan["conventions"], []
+def _tables(done: dict[str, Result], run: Run, blocks: Blocks) -> None:
+    conventions, rows = run.plan.conventions, []
     for name, experiment in done.items():
         steps, counted = NONE, [NONE] * len(conventions)
-        if experiment["training"]:
-            steps, counted = str(experiment["training"]["steps"]), [log10(experiment["flops"][c]) for c in conventions]
-        rows.append(
-            [name, steps, *counted, *(f"{experiment['seconds'][part]:.0f}" for part in ("training", "evaluation"))]
-        )
+        if experiment.training:
+            steps, counted = str(experiment.training.steps), [log10(experiment.flops[c]) for c in conventions]
+        seconds = experiment.seconds
+        rows.append([name, steps, *counted, f"{seconds.training:.0f}", f"{seconds.evaluation:.0f}"])
     blocks.table(
         "FLOPs of each training in three conventions, and seconds; evaluation: of the process that ended it",
         ["experiment", "steps", *conventions, "training", "evaluation"],
@@ -95,8 +95,12 @@ def _tables(done: dict[str, dict], run: Run, blocks: Blocks) -> None:
     )
     blocks.text(" ".join(f"{name}: {meaning}." for name, meaning in conventions.items()))
     methods = {name: by_split for each in done for name, by_split in methods_of(each, done[each]).items()}
-    rows = [mse_row(*method) for method in (published_rows() | run.baselines | methods).items()]
-    malformed = sum(m["all"]["malformed_values"] for by_split in methods.values() for m in by_split.values())
+    rows = [
+        [name, *(cell for split in SPLITS for cell in (number(by_split.get(split)), NONE, NONE, NONE))]
+        for name, by_split in published_errors().items()
+    ]
+    rows += [mse_row(*method) for method in (run.baselines | methods).items()]
+    malformed = sum(scores.all.malformed_values for by_split in methods.values() for scores in by_split.values())
     blocks.table(
         f"MSE; brackets: 95 % bootstrap interval of the mean; baselines as in {run.folder.name}; malformed values left "
         f"out: {malformed}",
@@ -105,20 +109,22 @@ def _tables(done: dict[str, dict], run: Run, blocks: Blocks) -> None:
     )
 
 
-def _figure(done: dict[str, dict], run: Run, split: str, part: str, hollow: dict, path: Path) -> bool:
+def _figure(done: dict[str, Result], run: Run, split: str, part: str, hollow: dict, path: Path) -> bool:
     """Draw the error on a part of a split against FLOPs, if any training has one."""
-    levels = {f"{name} (baseline)": by_split[split][part]["mse"] for name, by_split in run.baselines.items()}
+    levels = {f"{name} (baseline)": getattr(by_split[split], part).mse for name, by_split in run.baselines.items()}
     points = {}
     for name, experiment in done.items():
         for method, by_split in methods_of(name, experiment).items():
-            found = by_split.get(split, {}).get(part)
-            if found and experiment["training"]:
+            if split not in by_split:
+                continue
+            found = getattr(by_split[split], part)
+            if experiment.training:
                 # an interval of ten would hold the mean of all in about half of the cases
-                known = part == "all" and not found["malformed_values"]
-                interval = found["mse_interval"] if known else ()
-                points[method] = (experiment["flops"][AS_PUBLISHED], found["mse_filled"], *interval)
-            elif found:
-                levels[method] = found["mse_filled"]
+                known = part == "all" and not found.malformed_values
+                interval = (found.mse_interval or ()) if known else ()
+                points[method] = (experiment.flops[PUBLISHED], found.mse_filled, *interval)
+            else:
+                levels[method] = found.mse_filled
     if points or hollow:
         figures.against_flops(points, levels, path, hollow)
     return bool(points or hollow)
@@ -130,8 +136,8 @@ def build(folder: Path, runs: list[Run]) -> Blocks:
     _overview(runs, blocks)
     _tables(done, runs[0], blocks)
     trained = {
-        name: (10 ** published.TRAINING_FLOPS[key], by_split["val"]["first"]["mse"])
-        for name, by_split in published_rows().items()
+        name: (10 ** published.TRAINING_FLOPS[key], by_split["val"])
+        for name, by_split in published_errors().items()
         if (key := name.split()[1]) in published.TRAINING_FLOPS
     }
     against = "against the FLOPs of each training by the report's own count; dashed: what needs no training"
@@ -148,27 +154,26 @@ def build(folder: Path, runs: list[Run]) -> Blocks:
 
 def write_comparison(folder: Path) -> Path:
     """Write comparison.md and its figures into a folder of run folders; its path. Raises RunError as `load_runs`."""
-    runs = load_runs(folder)
-    with holding(folder):
-        text = to_markdown(build(folder, runs), folder)
+    text = to_markdown(build(folder, load_runs(folder)), folder)
     write_whole(folder / "comparison.md", text)
     return folder / "comparison.md"
 
 
 def main() -> int:
-    """Write the comparison."""
+    """Write the comparison; exit statuses as in `cli.exit_status`."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.comparison",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="folder of run folders")
-    try:
-        print(write_comparison(parser.parse_args().folder))
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    folder = parser.parse_args().folder
+
+    def work(_) -> int:
+        print(write_comparison(folder))
+        return 0
+
+    return cli.exit_status(work)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ N sequences, h forecast steps, D variables, L target tokens, C hidden size.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from experiments.grammar import Grammar, decode, may_be_wide, nats_of
 from experiments.llmtime import Encoding
-from experiments.runfolder import holding, plain, resumable
+from experiments.records import Matrix, Tensor3, Vector, build
+from experiments.runfolder import RunError, plain, resumable
 from experiments.scores import PARTS, errors
 from qwen_min.continuation import ReusedCache
 from qwen_min.generate import greedy_steps, pad_left, prefill
@@ -29,25 +31,26 @@ class ForecastError(ValueError):
     """A model's output is no forecast at all."""
 
 
-class Forecasts(NamedTuple):
-    """What a model wrote behind each context."""
+@dataclass(frozen=True)
+class Forecasts:
+    """What a model wrote after each context."""
 
     texts: list[str]
-    values: np.ndarray  # (N, h, D) scaled; NaN where the text has no well-formed value
-    free_losses: np.ndarray  # (N, L) nats of the target token under the free-running logits; NaN past either's end
-    forced_losses: np.ndarray  # (N, L) the same with the true tokens before it
-    nats: np.ndarray  # (N) of a target value, among what the grammar allows, a second digit always
+    values: Tensor3  # (N, h, D) scaled; NaN where the text has no well-formed value
+    free_losses: Matrix  # (N, L) nats of the target token under the free-running logits; NaN past either's end
+    forced_losses: Matrix  # (N, L) the same with the true tokens before it
+    nats: Vector  # (N) of a target value, among what the grammar allows, a second digit always
 
     def plain(self) -> dict:
         """The fields as JSON can hold them."""
-        return {name: value if name == "texts" else plain(value) for name, value in self._asdict().items()}
+        return {name: value if name == "texts" else plain(value) for name, value in vars(self).items()}
 
     @staticmethod
-    def join(parts: list[dict]) -> "Forecasts":
-        """The sequences of all parts, each as `plain` gives it; shorter loss rows are filled with NaN."""
+    def join(parts: list["Forecasts"]) -> "Forecasts":
+        """The sequences of all parts; shorter loss rows are filled with NaN."""
 
         def arrays(name: str) -> list[np.ndarray]:
-            return [np.array(part[name], dtype=float) for part in parts]
+            return [getattr(part, name).astype(float) for part in parts]
 
         def padded(name: str) -> np.ndarray:
             width = max(a.shape[1] for a in arrays(name))
@@ -55,7 +58,7 @@ class Forecasts(NamedTuple):
                 [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=np.nan) for a in arrays(name)]
             )
 
-        texts = [text for part in parts for text in part["texts"]]
+        texts = [text for part in parts for text in part.texts]
         values, nats = (np.concatenate(arrays(name)) for name in ("values", "nats"))
         return Forecasts(texts, values, padded("free_losses"), padded("forced_losses"), nats)
 
@@ -198,15 +201,20 @@ def forecast(
 
     reused = ReusedCache(model)
 
-    def of(start: int) -> dict:
+    def make(start: int) -> Forecasts:
         batch = series[start : start + BATCH]
         found = _batch(model, tokenizer, encoding, batch, context_steps, horizon, steps, decoding, reused)
         progress(len(batch))
-        return found.plain()
+        return found
 
-    parts = resumable(state, range(0, len(series), BATCH), of)
-    with holding(state):
-        return Forecasts.join(parts)
+    def read(kept: object, start: int) -> Forecasts:
+        found, count = build(Forecasts, kept, str(state)), len(series[start : start + BATCH])
+        rows = {len(value) for value in vars(found).values()}
+        if rows != {count} or found.values.shape[1:] != (steps, series.shape[2]):
+            raise RunError(f"{state}: not a state of this evaluation; delete it to begin this part anew")
+        return found
+
+    return Forecasts.join(resumable(state, range(0, len(series), BATCH), make, Forecasts.plain, read))
 
 
 def metrics(forecasts: Forecasts, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:

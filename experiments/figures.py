@@ -1,10 +1,11 @@
 """Figures of a report, drawn from numbers alone; each function writes one PNG."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from experiments.runfolder import write_whole
@@ -12,20 +13,18 @@ from experiments.runfolder import write_whole
 PREY, PREDATOR, TEXT, GRID = "#1f6fb4", "#d1602b", "#333333", "#dddddd"
 FANS = 5  # series in one figure
 CURVES = ("#1f6fb4", "#d1602b", "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
-matplotlib.rcParams.update(
-    {
-        "figure.figsize": (7, 3.4),
-        "figure.dpi": 120,
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": TEXT,
-        "axes.grid": True,
-        "grid.color": GRID,
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-    }
-)
+STYLE = {  # each function draws in it; the caller's own settings stay as they are
+    "figure.figsize": (7, 3.4),
+    "figure.dpi": 120,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": TEXT,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
 
 
 def smoothed(values: list[float], window: int = 10) -> np.ndarray:
@@ -47,6 +46,7 @@ def _write(figure, path: Path) -> None:
     write_whole(path, image.getvalue())
 
 
+@rc_context(STYLE)
 def loss_by_step(losses: list[float | None], path: Path) -> None:
     """Cross-entropy of each target token."""
     figure = Figure()
@@ -56,6 +56,7 @@ def loss_by_step(losses: list[float | None], path: Path) -> None:
     _save(figure, path)
 
 
+@rc_context(STYLE)
 def trajectory(context: list, truth: list, forecast: list, path: Path) -> None:
     """One series: context and truth as lines, the forecast dashed; (C, 2), (h, 2), (h, 2) in scaled units."""
     context, truth = np.array(context), np.array(truth)
@@ -73,19 +74,20 @@ def trajectory(context: list, truth: list, forecast: list, path: Path) -> None:
     _save(figure, path)
 
 
+@rc_context(STYLE)
 def fan(
     names: list[str],
     contexts: list,
     values,
-    quantiles: np.ndarray | None,
+    quantiles: Sequence[np.ndarray] | None,
     path: Path,
     truths: list | None = None,
     titles: list[str] | None = None,
 ) -> None:
     """Forecasts behind their contexts, a row for each of the first FANS series, a column for each variable.
 
-    contexts: N arrays (T, D); values and truths: N of (h, D); quantiles (N, Q, q, D): the band from the lowest to the
-    highest, over the first q steps.
+    contexts: N arrays (T, D); values and truths: N of (h, D); quantiles: N of (Q, q, D), the band from the lowest to
+    the highest, over the first q steps.
     """
     rows, columns = min(len(contexts), FANS), len(names)
     figure = Figure(figsize=(max(7, 4.6 * columns), 2.6 * rows))
@@ -98,7 +100,7 @@ def fan(
             joined = np.concatenate((past[-1:], truths[row][:, column]))
             one.plot(len(past) - 1 + np.arange(len(joined)), joined, color=TEXT, linewidth=1, label="truth")
         if quantiles is not None:
-            low, high = quantiles[row, :, :, column].min(axis=0), quantiles[row, :, :, column].max(axis=0)
+            low, high = quantiles[row][:, :, column].min(axis=0), quantiles[row][:, :, column].max(axis=0)
             band = future[: len(low)]
             one.fill_between(band, low, high, color=color, alpha=0.2, linewidth=0, label="between the quantiles")
         one.plot(future, values[row][:, column], "o-", color=color, markersize=3, linewidth=1.2, label="forecast")
@@ -111,6 +113,7 @@ def fan(
     _save(figure, path)
 
 
+@rc_context(STYLE)
 def by_horizon(curves: dict[str, list[float | None]], solid: set[str], path: Path) -> None:
     """MSE of each forecast step by method, on a logarithmic scale; those not in `solid` dashed."""
     figure = Figure(figsize=(9, 4))
@@ -125,6 +128,7 @@ def by_horizon(curves: dict[str, list[float | None]], solid: set[str], path: Pat
     _save(figure, path)
 
 
+@rc_context(STYLE)
 def against_flops(
     points: dict[str, tuple], levels: dict[str, float | None], path: Path, hollow: dict[str, tuple] | None = None
 ) -> None:
@@ -142,6 +146,8 @@ def against_flops(
     labelled: list[tuple[int, float]] = []
     for group, fill in ((points, TEXT), (hollow or {}, "none")):
         for name, (flops, error, *interval) in sorted(group.items(), key=lambda named: named[1][1]):
+            if not error > 0:  # which a logarithmic axis does not have
+                continue
             axes.plot(flops, error, "o", color=TEXT, markerfacecolor=fill, markersize=4)
             if interval:
                 axes.vlines(flops, *interval, color=TEXT, linewidth=1)
@@ -154,6 +160,7 @@ def against_flops(
     _write(figure, path)
 
 
+@rc_context(STYLE)
 def training_loss(losses: list[float], path: Path) -> None:
     """Raw loss of each step, and its average over 10 steps."""
     figure = Figure()
@@ -166,6 +173,7 @@ def training_loss(losses: list[float], path: Path) -> None:
     _save(figure, path)
 
 
+@rc_context(STYLE)
 def loss_curves(curves: dict[str, list[float]], path: Path, highlight: str | None = None) -> None:
     """10-step averages of several runs by label; with `highlight` all others in grey."""
     figure = Figure(figsize=(9, 4))

@@ -3,8 +3,9 @@
     python -m experiments.forecast series.csv --horizon 10 --plot forecast.png
     python -m experiments.forecast series.csv --adapter runs/quick/experiments/final/adapter
 
-A CSV file is one series: a row for each time step, a column for each variable, names in the first row if you like.
-An HDF5 file holds many, as the report's data set does.
+A CSV file is one series: a row for each time step, a column for each variable. The first row holds names where one of
+its cells is no number (so a row of years is data); a column without a name, as pandas writes its index, is left out.
+An HDF5 file holds many series, as the report's data set does.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import math
 import sys
 from pathlib import Path
 
+from experiments import cli
+
 DELIMITERS = ",;\t"
 QUANTILES = (0.1, 0.9)
 
@@ -21,7 +24,8 @@ QUANTILES = (0.1, 0.9)
 def read_csv(path: Path, columns: list[str] | None = None):
     """Names of the variables and the one series (T, D) of a CSV file; `columns` picks some by name.
 
-    Raises DataError that names the line and the column of what is no number.
+    The first row is a header when a cell of it that is not empty is no number. A column without a name is an index, and
+    left out. Raises DataError that names the line and the column of what is no number.
     """
     import numpy as np
 
@@ -36,12 +40,12 @@ def read_csv(path: Path, columns: list[str] | None = None):
         raise DataError(f"{path}: not a readable CSV file ({error})") from error
     if not rows:
         raise DataError(f"{path}: is empty, expected a row for each time step")
-    named = all(cell.strip() and not _is_float(cell) for cell in rows[0])
+    named = any(cell.strip() and not _is_float(cell) for cell in rows[0])
     names = [cell.strip() for cell in rows[0]] if named else [f"x{i}" for i in range(len(rows[0]))]
     for line, row in enumerate(rows, start=1):
         if len(row) != len(names):
             raise DataError(f"{path}, line {line}: has {len(row)} columns, the first line has {len(names)}")
-    chosen = names if columns is None else columns
+    chosen = [name for name in names if name] if columns is None else columns
     for name in chosen:
         if names.count(name) != 1:
             raise DataError(f"{path}: has {names.count(name)} columns {name!r}, expected one; it holds {names}")
@@ -101,43 +105,49 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quantiles", type=fractions, default=list(QUANTILES), help="of the paths (default 0.1,0.9)")
     p.add_argument("--scale", type=float, help="what values are divided by (default: the adapter's, else so that 9.99 "
                    "is the largest of each variable)")  # fmt: skip
-    p.add_argument("--decimals", type=int, help="places behind the point (default: the adapter's, else 2)")
+    p.add_argument("--decimals", type=int, help="places after the point (default: the adapter's, else 2)")
     p.add_argument("--seed", type=int, default=0, help="of the paths (default %(default)s)")
-    p.add_argument("--device", default="cpu", help="torch device (default %(default)s)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
-    p.add_argument("--out", type=Path, default=Path("forecast.csv"), help="CSV to write (default %(default)s)")
+    cli.add_device(p)
+    p.add_argument("--out", type=Path, help="CSV to write (default: NAME.forecast.csv next to the series NAME.csv)")
     p.add_argument("--plot", type=Path, help="figure to write, a PNG")
     return p
 
 
 def run(args: argparse.Namespace) -> list[Path]:
-    """Read, forecast, write; the files written. Raises ValueError or OSError, with nothing written, for bad input."""
+    """Read, forecast, write; the files written. Raises an error that `cli.is_meant` for the user, with nothing written,
+    for bad input.
+    """
     import torch
 
     from experiments import data, figures
     from experiments.forecasting import Forecaster
-    from experiments.run import checked_device
     from experiments.runfolder import write_whole
 
     if args.plot and args.plot.suffix.lower() != ".png":
-        raise ValueError(f"--plot {args.plot}: expected a name that ends in .png")
+        raise cli.CommandError(f"--plot {args.plot}: expected a name that ends in .png")
     if args.seed < 0:
-        raise ValueError(f"--seed is {args.seed}, expected 0 or more")
-    device = checked_device(args.device)
+        raise cli.CommandError(f"--seed is {args.seed}, expected 0 or more")
+    device = cli.checked_device(args.device)
     if args.series.suffix.lower() in (".h5", ".hdf5"):
         if args.columns:
-            raise ValueError(f"{args.series}: --columns is for CSV files")
+            raise cli.CommandError(f"{args.series}: --columns is for CSV files")
         names, series = ["prey", "predator"], list(data.read(args.series).trajectories)
     else:
         names, one = read_csv(args.series, args.columns)
         series = [one]
+    out = args.out or args.series.with_suffix(".forecast.csv")
+    for option, path in (("--out", out), ("--plot", args.plot)):
+        if path and path.exists() and path.samefile(args.series):
+            raise cli.CommandError(f"{option} {path} is the series itself; name another file")
+    if args.plot and args.plot.absolute() == out.absolute():
+        raise cli.CommandError(f"--out and --plot are both {out}; name two files")
     forecaster = Forecaster.load(
         args.model, args.adapter, device, getattr(torch, args.dtype), scale=args.scale, decimals=args.decimals
     )
     quantiles = args.quantiles if args.samples else []
     found = forecaster.forecast(series, args.horizon, args.samples, quantiles, args.seed)
-    written = [args.out]
-    write_whole(args.out, to_csv(names, found, quantiles))
+    written = [out]
+    write_whole(out, to_csv(names, found, quantiles))
     if args.plot:
         figures.fan(names, series, found.values, found.quantiles, args.plot)
         written.append(args.plot)
@@ -158,15 +168,14 @@ def to_csv(names: list[str], found, quantiles: list[float]) -> str:
 
 
 def main() -> int:
-    """Exit status 2 for bad input, with one line that says what was expected."""
+    """Exit statuses as in `cli.exit_status`."""
     args = parser().parse_args()
-    try:
-        written = run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(map(str, written)))
-    return 0
+
+    def work(_) -> int:
+        print("\n".join(map(str, run(args))))
+        return 0
+
+    return cli.exit_status(work)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from experiments.llmtime import LARGEST, Encoding
 from experiments.runfolder import read_json, to_json, write_whole
 from lora import AdapterError, load_adapter
 from qwen_min import Qwen, Tokenizer, load
+from qwen_min.config import CheckpointError
 from qwen_min.continuation import ReusedCache
 from qwen_min.generate import pad_left, prefill
 from qwen_min.weights import checkpoint_folder, checkpoint_hash
@@ -25,6 +26,10 @@ from qwen_min.weights import checkpoint_folder, checkpoint_hash
 TRAINED = "encoding.json"  # in an adapter's folder, beside peft's files
 # of keys and values at a time; not what happens to be free, as other batches round otherwise
 CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**34
+
+
+class SeriesError(ValueError):
+    """A series cannot be forecast, or not in the way that was asked for."""
 
 
 class Forecast(NamedTuple):
@@ -68,7 +73,10 @@ class Forecaster:
         together.
         """
         trained = {} if adapter is None else read_trained(adapter)
-        folder = checkpoint_folder(checkpoint or trained.get("checkpoint", "tiny"))
+        if trained and checkpoint is None:
+            folder = _trained_on(trained["checkpoint"], Path(adapter))
+        else:
+            folder = checkpoint_folder(checkpoint or "tiny")
         if trained and checkpoint_hash(folder) != trained["checkpoint_sha256"]:
             raise AdapterError(f"{adapter}: trained on {trained['checkpoint']}, which {folder} is not")
         model, tokenizer = load(folder, device, dtype)
@@ -89,22 +97,22 @@ class Forecaster:
 
         samples > 0 draws as many paths from the model; quantiles (between 0 and 1) are taken over them. The result for
         a series depends on seed and series, not on the others (but in bf16 their rounding can change a digit). Raises
-        ValueError, before any work, for values that are missing, negative or beyond the encoding, and for more text
+        SeriesError, before any work, for values that are missing, negative or beyond the encoding, and for more text
         than the model has positions.
         """
         if samples < 0 or (quantiles and not samples) or not all(0 <= q <= 1 for q in quantiles):
-            raise ValueError(
+            raise SeriesError(
                 f"{samples} samples and quantiles {list(quantiles)}: expected samples for quantiles between 0 and 1"
             )
         if horizon < 1:
-            raise ValueError(f"horizon is {horizon}, expected at least 1")
+            raise SeriesError(f"horizon is {horizon}, expected at least 1")
         scales, prompts, wide = self._prompts(contexts)
         num_variables = len(scales[0])
         num_values = horizon * num_variables
         grammar = Grammar(self.tokenizer, self.encoding.decimals, num_variables)
         columns = max(map(len, prompts)) + grammar.columns(num_values)
         if columns > self.model.config.max_position_embeddings:
-            raise ValueError(
+            raise SeriesError(
                 f"a horizon of {horizon} takes up to {columns} positions together with the longest context, the model "
                 f"has {self.model.config.max_position_embeddings}; shorten either"
             )
@@ -134,7 +142,7 @@ class Forecaster:
         scales, prompts, _ = self._prompts(contexts)
         truths = [_checked(continuation, number, least=1) for number, continuation in enumerate(continuations)]
         if any(truth.shape[1] != len(scale) for truth, scale in zip(truths, scales, strict=True)):
-            raise ValueError("a continuation has another number of variables than its context")
+            raise SeriesError("a continuation has another number of variables than its context")
         texts = [self.encoding.encode(truth / scale) for truth, scale in zip(truths, scales, strict=True)]
         grammar = Grammar(self.tokenizer, self.encoding.decimals, len(scales[0]))
         found = []
@@ -150,7 +158,7 @@ class Forecaster:
         arrays = [_checked(context, number) for number, context in enumerate(contexts)]
         widths = {array.shape[1] for array in arrays}
         if len(widths) != 1:
-            raise ValueError(f"the series have {sorted(widths) or 'no'} variables, expected one number for all")
+            raise SeriesError(f"the series have {sorted(widths) or 'no'} variables, expected one number for all")
         scales, prompts, wide = [], [], []
         for number, array in enumerate(arrays):
             largest = array.max(axis=0)
@@ -158,7 +166,7 @@ class Forecaster:
             if self.scale is not None:
                 scale = np.full_like(largest, self.scale)
             if (np.round(array / scale, self.encoding.decimals) >= BEYOND).any():
-                raise ValueError(
+                raise SeriesError(
                     f"series {number}: {array.max():g} is {array.max() / self.scale:.4g} when divided by the scale "
                     f"{self.scale:g}, expected less than {BEYOND:g}; give another scale"
                 )
@@ -203,16 +211,16 @@ class Forecaster:
 def _checked(context, number: int, least: int = 2) -> np.ndarray:
     array = np.asarray(context)
     if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
-        raise ValueError(
+        raise SeriesError(
             f"series {number}: got an array of {array.dtype} {array.shape}, expected numbers (time steps, variables)"
         )
     if len(array) < least:
-        raise ValueError(f"series {number}: has 1 time step, expected at least {least}")
+        raise SeriesError(f"series {number}: has 1 time step, expected at least {least}")
     array = array.astype(np.float64) + 0.0  # which makes 0 of -0
     for problem, where in (("missing", ~np.isfinite(array)), ("negative", array < 0)):
         if where.any():
             step, variable = np.argwhere(where)[0]
-            raise ValueError(
+            raise SeriesError(
                 f"series {number}, step {step}, variable {variable}: {array[step, variable]:g} is {problem}; "
                 "expected finite numbers of at least 0"
             )
@@ -223,6 +231,21 @@ def _uniforms(seed: int, prompt: list[int], sample: int, count: int) -> np.ndarr
     """The random numbers of one sampled path: a function of these arguments, not of what else is forecast."""
     key = np.frombuffer(hashlib.sha256(np.asarray(prompt, np.int64).tobytes()).digest(), np.uint32)
     return np.random.default_rng([seed, sample, *key]).random(count)
+
+
+def _trained_on(checkpoint: str, adapter: Path) -> Path:
+    """The folder of the checkpoint that an adapter names.
+
+    A relative folder was named from the directory in which the training began. It is looked for from the working
+    directory, then from each folder above the adapter, as run folders are usually made below that directory. Raises
+    AdapterError when it is not there.
+    """
+    above = (parent / checkpoint for parent in adapter.resolve().parents)
+    found = next((folder for folder in (Path(checkpoint), *above) if folder.is_dir()), checkpoint)
+    try:
+        return checkpoint_folder(checkpoint if checkpoint == "tiny" else found)
+    except CheckpointError as error:
+        raise AdapterError(f"{adapter}: its checkpoint is not here, name it with --model ({error})") from error
 
 
 def write_trained(folder: Path, encoding: Encoding, checkpoint: str, checkpoint_sha256: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwen_min.cache import KVCache
+from qwen_min.config import CheckpointError
 from qwen_min.continuation import continuation
 from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer
@@ -31,14 +32,16 @@ def may_be_wide(context: np.ndarray) -> np.ndarray:
 class Grammar:
     """Which characters may follow in a forecast of num_variables with `decimals` places, and their tokens.
 
-    Raises ValueError when the tokenizer does not give each character a token of its own.
+    Raises CheckpointError when the tokenizer does not give each character a token of its own.
     """
 
     def __init__(self, tokenizer: Tokenizer, decimals: int, num_variables: int):
         self.decimals, self.num_variables = decimals, num_variables
         encoded = [tokenizer.encode(character) for character in ALPHABET]
         if any(len(ids) != 1 for ids in encoded):
-            raise ValueError(f"the tokenizer splits {ALPHABET!r} into {encoded}, expected a token for each character")
+            raise CheckpointError(
+                f"the tokenizer splits {ALPHABET!r} into {encoded}, expected a token for each character"
+            )
         self.ids = {character: ids[0] for character, ids in zip(ALPHABET, encoded, strict=True)}
         self.pad_id = tokenizer.pad_id
 

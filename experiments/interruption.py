@@ -2,10 +2,11 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-HELD = b"\nstopping once this step is done and saved; ask again to stop at once\n"
+HELD = b"\nstopping after this step is saved; press Ctrl-C again to stop now\n"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -19,7 +20,7 @@ class Interrupted(KeyboardInterrupt):
 class Interruption:
     """While entered, a request to stop raises Interrupted: at once, or within `held` when `check` is next called.
 
-    A second request is never held back.
+    A second request is never held back. Only the main thread can handle signals: in another one this does nothing.
     """
 
     def __init__(self):
@@ -27,8 +28,10 @@ class Interruption:
         self._holding = False
 
     def __enter__(self) -> "Interruption":
-        asked = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._ask) for number in asked}
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            asked = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._ask) for number in asked}
         return self
 
     def __exit__(self, *_) -> None:

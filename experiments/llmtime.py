@@ -12,12 +12,16 @@ import numpy as np
 LARGEST = 9.99  # what the largest training value is scaled to
 
 
+class EncodingError(ValueError):
+    """Numbers cannot be written so."""
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How numbers become text: divided by `scale`, written with `decimals` places.
 
     `encode` takes populations to text, `decode` text to scaled values, `scaled` populations to scaled values. Raises
-    ValueError for a scale that is not positive, or decimals beyond 1 to 6.
+    EncodingError for a scale that is not positive, or decimals beyond 1 to 6.
     """
 
     scale: float
@@ -25,9 +29,9 @@ class Encoding:
 
     def __post_init__(self):
         if not (np.isfinite(self.scale) and self.scale > 0):
-            raise ValueError(f"scale is {self.scale}, expected a positive number")
+            raise EncodingError(f"scale is {self.scale}, expected a positive number")
         if not (isinstance(self.decimals, int) and 1 <= self.decimals <= 6):
-            raise ValueError(f"decimals is {self.decimals!r}, expected 1 to 6")
+            raise EncodingError(f"decimals is {self.decimals!r}, expected 1 to 6")
 
     @classmethod
     def fit(cls, train: np.ndarray, decimals: int = 2) -> "Encoding":

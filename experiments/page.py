@@ -39,6 +39,7 @@ def to_markdown(blocks: Blocks, folder: Path) -> str:
         else:
             caption, header, rows = content
             lines = [header, ["---"] * len(header), *rows]
+            lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]  # else it would end the cell
             parts.append(f"*{caption}*\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(parts) + "\n"
 

@@ -1,15 +1,43 @@
-"""What a run folder holds, read back from its files, and how its numbers are written."""
+"""A run folder read back from its files, and how its numbers are written."""
 
-import csv
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.runfolder import holding, read_json, read_json_lines, read_text
+from experiments.records import (
+    Context,
+    Debit,
+    Example,
+    ForecastLine,
+    Metrics,
+    PlanRecord,
+    Scores,
+    Seconds,
+    Settings,
+    Status,
+    build,
+    read,
+    read_lines,
+    read_losses,
+    read_metrics,
+    read_settings,
+)
+from experiments.runfolder import RunError, parse_json_lines, read_text
 
 NONE = "-"
+SPLITS = ("val", "test")
 MSE_COLUMNS = ["method", "val, first ten", "val, all", "interval", "median", "test, first ten", "test, all",
                "interval", "median"]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Settings):
+    """A finished experiment."""
+
+    metrics: dict[str, Metrics]  # by split, "val" among them
+    seconds: Seconds
+    forecasts: dict[str, list[ForecastLine]]  # of the same splits, a line for each sequence
+    losses: list[float] | None  # of each step, where it was trained
 
 
 @dataclass
@@ -17,60 +45,84 @@ class Run:
     """What a run folder holds."""
 
     folder: Path
-    plan: dict
-    example: dict
-    baselines: dict
-    contexts: dict[str, list[dict]]
-    experiments: dict[str, dict] = field(default_factory=dict)  # finished ones, in the order of the plan
-
-    @property
-    def status(self) -> dict:
-        """What was spent, and why the run stopped if it did; written at its end."""
-        return read_json(self.folder / "status.json")
+    plan: PlanRecord
+    example: Example
+    baselines: dict[str, dict[str, Scores]]  # by name and split
+    contexts: dict[str, list[Context]]  # by split
+    spent: int  # FLOPs, as the ledger has them
+    status: Status | None  # None: the run was killed before it wrote one
+    experiments: dict[str, Result] = field(default_factory=dict)  # finished ones, in the order of the plan
 
     @property
     def unfinished(self) -> list[str]:
         """Experiments of the plan without a result."""
-        return [e["name"] for e in self.plan["identity"]["experiments"] if e["name"] not in self.experiments]
+        return [e.name for e in self.plan.identity.experiments if e.name not in self.experiments]
+
+    @property
+    def trained(self) -> dict[str, Result]:
+        """The finished experiments with a training."""
+        return {name: result for name, result in self.experiments.items() if result.training}
 
 
 def load_run(folder: Path) -> Run:
     """Read a run folder. Raises RunError when a file of it is missing or damaged."""
-    with holding(folder):
-        return _read_run(folder)
-
-
-def _read_run(folder: Path) -> Run:
+    status = folder / "status.json"
     run = Run(
         folder,
-        read_json(folder / "plan.json"),
-        read_json(folder / "example.json"),
-        read_json(folder / "baselines.json"),
-        {split: read_json_lines(folder / f"{split}.jsonl") for split in ("val", "test")},
+        read(folder / "plan.json", PlanRecord),
+        read(folder / "example.json", Example),
+        read(folder / "baselines.json", dict[str, dict[str, Scores]]),
+        {split: read_lines(folder / f"{split}.jsonl", Context) for split in SPLITS},
+        _spent(folder / "ledger.jsonl"),
+        read(status, Status) if status.exists() else None,
     )
-    for experiment in run.plan["identity"]["experiments"]:
-        path = folder / "experiments" / Path(experiment["name"]).name
-        if not (path / "metrics.json").exists():
-            continue
-        result = read_json(path / "settings.json") | {
-            "metrics": read_json(path / "metrics.json"),
-            "seconds": read_json(path / "seconds.json"),
-        }
-        result["forecasts"] = {split: read_json_lines(path / f"forecasts.{split}.jsonl") for split in result["metrics"]}
-        if result["training"]:
-            losses = csv.DictReader(read_text(path / "losses.csv").splitlines())
-            result["losses"] = [float(row["loss"]) for row in losses]
-        run.experiments[experiment["name"]] = result
+    counts = {split: len(lines) for split, lines in run.contexts.items()}
+    for split, count in counts.items():
+        if not count:
+            raise RunError(f"{folder / split}.jsonl: is empty, expected a line for each sequence")
+    for name, by_split in run.baselines.items():
+        if {split: len(scores.mse_each or ()) for split, scores in by_split.items()} != counts:
+            raise RunError(f"{folder / 'baselines.json'}, {name}: expected mse_each of {counts} sequences")
+    for experiment in run.plan.identity.experiments:
+        path = folder / "experiments" / Path(experiment.name).name
+        if (path / "metrics.json").exists():
+            run.experiments[experiment.name] = _read_result(path, counts, run.plan.conventions)
     return run
 
 
-def methods_of(name: str, experiment: dict) -> dict[str, dict]:
-    """The forecasts of an experiment, metrics by split: the likeliest digits and, where it drew samples, their mean."""
-    methods = {name: experiment["metrics"]}
-    for split, metrics in experiment["metrics"].items():
-        if "mean_of_samples" in metrics:
-            drawn = methods.setdefault(f"{name}, mean of {metrics['probabilistic']['samples']} samples", {})
-            drawn[split] = metrics["mean_of_samples"]
+def _spent(ledger: Path) -> int:
+    """The FLOPs that a ledger holds; a last line without its end, which a kill left, does not count."""
+    whole = read_text(ledger).rpartition("\n")[0] if ledger.exists() else ""
+    lines = [build(Debit, line, f"{ledger}, line {i}") for i, line in enumerate(parse_json_lines(ledger, whole), 1)]
+    return sum({(line.experiment, line.step): line.flops for line in lines}.values())
+
+
+def _read_result(path: Path, counts: dict[str, int], conventions: dict[str, str]) -> Result:
+    settings, metrics = read_settings(path), read_metrics(path)
+    if settings.training and not settings.flops.keys() >= conventions.keys():
+        raise RunError(f"{path / 'settings.json'}: has FLOPs in {list(settings.flops)}, expected {list(conventions)}")
+    forecasts = {split: read_lines(path / f"forecasts.{split}.jsonl", ForecastLine) for split in metrics}
+    for split, lines in forecasts.items():
+        means = metrics[split].mean_of_samples
+        if {len(lines), len(means.mse_each) if means else len(lines)} != {counts[split]}:
+            raise RunError(f"{path}: has forecasts of {len(lines)} {split} sequences, expected {counts[split]}")
+    losses = read_losses(path / "losses.csv", settings.training.steps) if settings.training else None
+    return Result(
+        **vars(settings),
+        metrics=metrics,
+        seconds=read(path / "seconds.json", Seconds),
+        forecasts=forecasts,
+        losses=losses,
+    )
+
+
+def methods_of(name: str, result: Result) -> dict[str, dict[str, Scores]]:
+    """The forecasts of an experiment, scores by split: the likeliest digits and, where it drew samples, their mean."""
+    methods: dict[str, dict[str, Scores]] = {name: dict(result.metrics)}
+    for split, metrics in result.metrics.items():
+        if metrics.mean_of_samples:
+            drawn = methods.setdefault(f"{name}, mean of {metrics.probabilistic.samples} samples", {})
+            drawn[split] = metrics.mean_of_samples
     return methods
 
 
@@ -86,21 +138,18 @@ def log10(flops: int | float) -> str:
     return f"10^{math.log10(flops):.3f}" if flops else "0"
 
 
-def bracket(interval: list[float]) -> str:
+def bracket(interval: tuple[float, float] | None) -> str:
     """An interval as a cell of a table."""
-    return f"[{number(interval[0])}, {number(interval[1])}]"
+    return f"[{number(interval[0])}, {number(interval[1])}]" if interval else NONE
 
 
-def mse_row(name: str, by_split: dict) -> list[str]:
-    """The MSE of a method under MSE_COLUMNS, from its metrics by split."""
+def mse_row(name: str, by_split: dict[str, Scores]) -> list[str]:
+    """The MSE of a method under MSE_COLUMNS, from its scores by split."""
     cells = [name]
-    for split in ("val", "test"):
-        first, every = (by_split.get(split, {}).get(part, {}) for part in ("first", "all"))
-        interval = every.get("mse_interval")
-        cells += [
-            number(first.get("mse")),
-            number(every.get("mse")),
-            bracket(interval) if interval else NONE,
-            number(every.get("mse_median")),
-        ]
+    for split in SPLITS:
+        if scores := by_split.get(split):
+            first, every = scores.first, scores.all
+            cells += [number(first.mse), number(every.mse), bracket(every.mse_interval), number(every.mse_median)]
+        else:
+            cells += [NONE] * 4
     return cells

@@ -9,14 +9,12 @@ A folder that holds the same run is continued; finished experiments are not run 
 import argparse
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
+from experiments import cli, plans
 from experiments.interruption import Interrupted, Interruption
-
-PLAN_NAMES = ("quick", "report", "untrained", "trial", "frontier")  # of experiments.plans, which is slow to import
-DTYPES = ("float32", "bfloat16")  # fp16 would need its loss scaled to train
+from experiments.runfolder import RunError, open_run
 
 
 def sequences(text: str) -> int | None:
@@ -49,11 +47,10 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m experiments.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--plan", choices=PLAN_NAMES, default="quick", help="which experiments (default %(default)s)")
+    p.add_argument("--plan", choices=plans.PLANS, default="quick", help="which experiments (default %(default)s)")
     p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
     p.add_argument("--data", type=Path, help="HDF5 file with /trajectories and /time (default: simulated, seed 0)")
-    p.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1, ... (default %(default)s)")
-    p.add_argument("--dtype", choices=DTYPES, default="float32", help="of the frozen weights (default %(default)s)")
+    cli.add_device(p)
     p.add_argument(
         "--sequences", type=sequences, metavar="N|all", help="evaluate the first N of each split (default all)"
     )
@@ -76,23 +73,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def checked_device(name: str) -> str:
-    """The device, once a number was really put there. Raises ValueError for one that is not to be had."""
-    import torch
-
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
-    return name
-
-
 def read_data(args: argparse.Namespace):
     """The trajectories (N, T, 2) in populations, their split, and the encoding that the training part gives.
 
     Raises DataError for trajectories that are too short, or too large for the encoding.
     """
-    from experiments import data, plans
+    from experiments import data
     from experiments.grammar import BEYOND
     from experiments.llmtime import Encoding
 
@@ -116,7 +102,7 @@ def prepare(args: argparse.Namespace, stack: ExitStack, interruption: Interrupti
     """Read and check everything a run needs, then open its folder for as long as the stack is: (suite, whether it is
     continued).
 
-    Raises ValueError or OSError with one clear message, before anything is written.
+    Raises an error that `cli.is_meant` for the user, before anything is written.
     """
     import hashlib
     import platform
@@ -124,10 +110,8 @@ def prepare(args: argparse.Namespace, stack: ExitStack, interruption: Interrupti
     import torch
 
     import flops
-    from experiments import plans
     from experiments.evaluation import most_positions
     from experiments.grammar import Grammar
-    from experiments.runfolder import open_run
     from experiments.suite import Suite
     from experiments.training import window_tensors
     from qwen_min import load
@@ -135,8 +119,8 @@ def prepare(args: argparse.Namespace, stack: ExitStack, interruption: Interrupti
 
     for name in ("seed", "samples"):
         if getattr(args, name) < 0:
-            raise ValueError(f"--{name} is {getattr(args, name)}, expected 0 or more")
-    device = checked_device(args.device)
+            raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
+    device = cli.checked_device(args.device)
     plan = plans.PLANS[args.plan](args.seed)
     if args.numeric_head:
         plan = plans.with_numeric_head(plan)
@@ -153,7 +137,7 @@ def prepare(args: argparse.Namespace, stack: ExitStack, interruption: Interrupti
             window_tensors(sample, training, tokenizer.pad_id)  # refuses a context longer than a trajectory
             lengths.append(training.context)
     if max(lengths) > model.config.max_position_embeddings:
-        raise ValueError(
+        raise cli.CommandError(
             f"{args.model}: has {model.config.max_position_embeddings} positions, plan {plan.name} needs {max(lengths)}"
         )
     identity = {
@@ -212,41 +196,21 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status 0 when the plan is finished, 1 when it ended early (budget, loss, disk, memory), 2 when it could not
     begin (bad input, no place to write), and 128 + the signal's number when it was asked to stop."""
     args = parser().parse_args(argv)
-    try:
-        with Interruption() as interruption, ExitStack() as stack:
+    resume = shlex.join(["python", "-m", "experiments.run", *(sys.argv[1:] if argv is None else argv)])
+
+    def work_in(interruption: Interruption) -> int:
+        with ExitStack() as stack:
             return work(args, stack, interruption)
-    except Interrupted as error:
-        command = shlex.join(["python", "-m", "experiments.run", *(sys.argv[1:] if argv is None else argv)])
-        print(f"stopped by {error}; to continue from what is saved: {command}", file=sys.stderr)
-        return error.exit_status
 
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns what torch raises when it cannot have the memory it wants into MemoryError; on the CPU only words tell."""
-    import torch
-
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise MemoryError(str(error)) from error
-        raise
+    return cli.exit_status(work_in, resume)
 
 
 def work(args: argparse.Namespace, stack: ExitStack, interruption: Interruption) -> int:
-    """`main` without its handling of signals."""
+    """`main` without its handling of signals and of input that cannot be used."""
+    suite, continued = prepare(args, stack, interruption)
     import flops  # after parsing: --help need not wait for torch
-
-    try:
-        with memory_errors():
-            suite, continued = prepare(args, stack, interruption)
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     from experiments.evaluation import ForecastError
     from experiments.report import write_report
-    from experiments.runfolder import RunError
     from experiments.training import TrainingError
 
     if continued:
@@ -255,8 +219,9 @@ def work(args: argparse.Namespace, stack: ExitStack, interruption: Interruption)
         print(f"warning: {warning}", file=sys.stderr)
     stopped = None
     try:
+        suite.write_status(None)  # what stopped an earlier process, and its budget, are no longer true
         try:
-            with memory_errors():
+            with cli.memory_errors():
                 suite.run()
         except Interrupted as error:
             suite.write_status(f"Stopped by {error}.")

@@ -1,6 +1,5 @@
 """The files of a run: each written whole or not at all, and a folder that belongs to one plan and one process."""
 
-import csv
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -93,37 +92,33 @@ def read_json(path: Path):
 
 def read_json_lines(path: Path) -> list[dict]:
     """The objects of a JSON lines file. Raises RunError when it is missing or damaged."""
+    return parse_json_lines(path, read_text(path))
+
+
+def parse_json_lines(path: Path, text: str) -> list[dict]:
+    """The objects of the text of a JSON lines file. Raises RunError when it is damaged."""
     try:
-        return [_parse(line) for line in read_text(path).splitlines()]
+        return [_parse(line) for line in text.splitlines()]
     except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, RunError) else RunError(f"{path}: not JSON lines ({error})") from error
+        raise RunError(f"{path}: not JSON lines ({error})") from error
 
 
-@contextmanager
-def holding(path: Path) -> Iterator[None]:
-    """Turns what a file lacks, although it can be read, into a RunError that names it."""
-    try:
-        yield
-    except RunError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, csv.Error) as error:
-        raise RunError(f"{path}: does not hold what was written there ({error!r})") from error
+def resumable(state: Path | None, pieces: Sequence, make: Callable, to_plain: Callable, read: Callable) -> list:
+    """make(piece) of each of pieces in turn.
 
-
-def resumable(state: Path | None, pieces: Sequence, make: Callable) -> list:
-    """make(piece), something JSON can hold, of each of pieces in turn.
-
-    What is made is kept in the file `state`, so that a run that was killed goes on behind the last whole piece.
-    Raises RunError when the state is damaged.
+    The file `state` keeps to_plain(result), which JSON can hold, of each, so that a killed run resumes after the last
+    complete piece; read(kept, piece) gives the result again. Raises RunError, as `read` may, when the state is damaged.
     """
-    made = read_json(state) if state and state.exists() else []
-    if not isinstance(made, list) or len(made) > len(pieces):
+    kept = read_json(state) if state and state.exists() else []
+    if not isinstance(kept, list) or len(kept) > len(pieces):
         raise RunError(f"{state}: not a state of this run; delete it to begin this part anew")
-    for piece in pieces[len(made) :]:
-        made.append(make(piece))
+    results = [read(*pair) for pair in zip(kept, pieces, strict=False)]
+    for piece in pieces[len(kept) :]:
+        results.append(make(piece))
         if state:
-            write_whole(state, json.dumps(made, allow_nan=False))
-    return made
+            kept.append(to_plain(results[-1]))
+            write_whole(state, json.dumps(kept, allow_nan=False))
+    return results
 
 
 @contextmanager

@@ -1,31 +1,31 @@
-"""The sections of a report that tell of the report's own experiments, 5.4 to 6.5, and of what goes beyond them."""
+"""The sections on the report's own experiments, 5.4 to 6.5, and on what goes beyond them."""
 
 from experiments import figures, published
 from experiments.page import Blocks
+from experiments.plans import HORIZON, Training
 from experiments.results import NONE, Run, number
-
-HORIZON = 10  # time steps of the report's own figures
 
 
 def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> None:
     """A figure of one validation sequence, counted from 0, or the last one there is."""
-    lines = run.experiments[name]["forecasts"]["val"]
+    lines = run.experiments[name].forecasts["val"]
     row = min(wanted, len(lines) - 1)
-    path = run.folder / "figures" / f"figure-{figure:02d}.png"
-    truth, forecast = (lines[row][key][:HORIZON] for key in ("truth", "forecast"))
-    figures.trajectory(run.contexts["val"][row]["context"], truth, forecast, path)
-    blocks.figure(path, f"Figure {figure}: validation sequence {row}, {name}, MSE {number(lines[row]['mse'])}")
+    line, path = lines[row], run.folder / "figures" / f"figure-{figure:02d}.png"
+    figures.trajectory(run.contexts["val"][row].context, line.truth[:HORIZON], line.forecast[:HORIZON], path)
+    blocks.figure(path, f"Figure {figure}: validation sequence {row}, {name}, MSE {number(line.mse)}")
 
 
 def _compare(run: Run, names: list[str], split: str = "val", theirs: dict = published.VALIDATION) -> list[list[str]]:
     """Rows of MSE and losses, ours (first ten, all) and published."""
     rows = []
     for name in names:
-        metrics = run.experiments.get(name, {}).get("metrics", {}).get(split)
-        first, every = (metrics["first"], metrics["all"]) if metrics else ({}, {})
         mse, loss = theirs.get(name, (None, None))
-        cells = [first.get("mse"), every.get("mse"), mse, first.get("free_loss"), every.get("free_loss"), loss]
-        rows.append([name, *map(number, cells), number(every.get("forced_loss"))])
+        cells = [None, None, mse, None, None, loss, None]
+        if name in run.experiments and split in run.experiments[name].metrics:
+            found = run.experiments[name].metrics[split]
+            first, every = found.first, found.all
+            cells = [first.mse, every.mse, mse, first.free_loss, every.free_loss, loss, every.forced_loss]
+        rows.append([name, *map(number, cells)])
     return rows
 
 
@@ -38,10 +38,12 @@ def _untrained(run: Run, blocks: Blocks) -> None:
     blocks.heading(2, "Untrained model (section 5.4)")
     if "untrained" not in run.experiments:
         return
-    lines = run.experiments["untrained"]["forecasts"]["val"]
+    lines = run.experiments["untrained"].forecasts["val"]
     row = min(3, len(lines) - 1)
-    kind = "free" if "free_losses" in lines[row] else "forced"
-    figures.loss_by_step(lines[row][f"{kind}_losses"], drawn / "figure-02.png")
+    kind, losses = "free", lines[row].free_losses
+    if losses is None:
+        kind, losses = "forced", lines[row].forced_losses
+    figures.loss_by_step(losses, drawn / "figure-02.png")
     caption = f"Figure 2: {kind} loss by prediction step, validation sequence {row}, untrained"
     blocks.figure(drawn / "figure-02.png", caption)
     _sequence(run, blocks, "untrained", 9, 3)
@@ -52,8 +54,8 @@ def _trial(run: Run, blocks: Blocks) -> None:
     drawn = run.folder / "figures"
     blocks.heading(2, "Trial (section 6.2)")
     blocks.table("Table 2: validation, untrained and trial", COMPARED, _compare(run, ["untrained", "trial"]))
-    if "trial" in run.experiments:
-        figures.training_loss(run.experiments["trial"]["losses"], drawn / "figure-05.png")
+    if "trial" in run.trained:
+        figures.training_loss(run.trained["trial"].losses, drawn / "figure-05.png")
         blocks.figure(drawn / "figure-05.png", "Figure 5: training loss of the trial")
         _sequence(run, blocks, "trial", 9, 6)
         _sequence(run, blocks, "trial", 7, 7)
@@ -61,9 +63,9 @@ def _trial(run: Run, blocks: Blocks) -> None:
 
 def _grid(run: Run, blocks: Blocks) -> None:
     planned = {
-        (e["training"]["rank"], e["training"]["learning_rate"]): e["name"]
-        for e in run.plan["identity"]["experiments"]
-        if e["section"] == "6.3"
+        (e.training.rank, e.training.learning_rate): e.name
+        for e in run.plan.identity.experiments
+        if e.section == "6.3" and e.training and not e.best_of
     }
     ranks, rates = (sorted({key[i] for key in planned}) for i in (0, 1))
     blocks.heading(2, "Grid of rank and learning rate (section 6.3)")
@@ -72,40 +74,40 @@ def _grid(run: Run, blocks: Blocks) -> None:
         for rank in ranks:
             row = [str(rank)]
             for index, rate in enumerate(rates):
-                found = run.experiments.get(planned[rank, rate], {}).get("metrics", {}).get("val", {})
-                ours = [number(found.get(part, {}).get(key)) for part in ("first", "all")]
+                found = run.experiments.get(planned.get((rank, rate)))
+                parts = (found.metrics["val"].first, found.metrics["val"].all) if found else ()
+                ours = [number(getattr(part, key)) for part in parts] or [NONE, NONE]
                 theirs = published.GRID.get(rank, [])[index : index + 1]
                 row.append(" / ".join([*ours, number(theirs[0][column]) if theirs else NONE]))
             rows.append(row)
         header = ["rank", *(f"rate {rate:g}" for rate in rates)]
         rule = " (published at 1e-5, 5e-5, 1e-4)" if rates != list(published.RATES) else ""
         blocks.table(f"Table {table}: validation {title}: first ten / all / published{rule}", header, rows)
-    done = {name: run.experiments[name] for name in planned.values() if name in run.experiments}
+    done = {name: run.trained[name] for name in planned.values() if name in run.trained}
     if not done:
         return
-    curves = {_label(e["training"]): e["losses"] for e in done.values()}
-    best = min(done, key=lambda name: done[name]["metrics"]["val"]["all"]["mse_filled"])
+    curves = {_label(e.training): e.losses for e in done.values()}
+    best = min(done, key=lambda name: done[name].metrics["val"].all.mse_filled)
     drawn = run.folder / "figures"
     figures.loss_curves(curves, drawn / "figure-08.png")
     blocks.figure(drawn / "figure-08.png", "Figure 8: training loss of the grid")
-    figures.loss_curves(curves, drawn / "figure-09.png", highlight=_label(done[best]["training"]))
+    figures.loss_curves(curves, drawn / "figure-09.png", highlight=_label(done[best].training))
     blocks.figure(drawn / "figure-09.png", f"Figure 9: training loss of the best cell, {best}")
     _sequence(run, blocks, best, 5, 10)
 
 
-def _label(training: dict) -> str:
-    return f"rank {training['rank']}, rate {training['learning_rate']:g}, context {training['context']}"
+def _label(training: Training) -> str:
+    return f"rank {training.rank}, rate {training.learning_rate:g}, context {training.context}"
 
 
 def _contexts(run: Run, blocks: Blocks) -> None:
-    planned = run.plan["identity"]["experiments"]
-    names = [e["name"] for e in planned if e["section"] == "6.4"]
-    done = [run.experiments[name] for name in names if name in run.experiments]
+    names = [e.name for e in run.plan.identity.experiments if e.section == "6.4"]
+    done = [run.trained[name] for name in names if name in run.trained]
     drawn = run.folder / "figures"
     blocks.heading(2, "Context lengths (section 6.4)")
     blocks.table("Table 5: validation by context length", COMPARED, _compare(run, names))
     if done:
-        figures.loss_curves({_label(e["training"]): e["losses"] for e in done}, drawn / "figure-11.png")
+        figures.loss_curves({_label(e.training): e.losses for e in done}, drawn / "figure-11.png")
         blocks.figure(drawn / "figure-11.png", "Figure 11: training loss by context length")
 
 
@@ -116,27 +118,26 @@ def _final(run: Run, blocks: Blocks) -> None:
     for row, split in zip(rows, ("validation", "test"), strict=True):
         row[0] = split
     blocks.table("Table 6: the final model", COMPARED, rows)
-    if "final" in run.experiments:
-        final = run.experiments["final"]
-        blocks.text(f"Settings: {_label(final['training'])}, {final['training']['steps']} steps.")
-        figures.training_loss(final["losses"], drawn / "figure-12.png")
+    if final := run.trained.get("final"):
+        blocks.text(f"Settings: {_label(final.training)}, {final.training.steps} steps.")
+        figures.training_loss(final.losses, drawn / "figure-12.png")
         blocks.figure(drawn / "figure-12.png", "Figure 12: training loss of the final model")
 
 
 def _frontier(run: Run, blocks: Blocks) -> None:
-    done = {name: e for name, e in run.experiments.items() if e["section"] == "frontier"}
+    done = {name: e for name, e in run.trained.items() if e.section == "frontier"}
     blocks.heading(2, "Beyond the report")
     for name, experiment in done.items():
-        different = {key: value for key, value in experiment["training"].items() if key != "seed"}
+        different = {key: value for key, value in vars(experiment.training).items() if key != "seed"}
         blocks.text(f"{name}: " + ", ".join(f"{key} {_setting(value)}" for key, value in different.items()) + ".")
     if done:
         path = run.folder / "figures" / "frontier-losses.png"
-        figures.loss_curves({name: e["losses"] for name, e in done.items()}, path)
+        figures.loss_curves({name: e.losses for name, e in done.items()}, path)
         blocks.figure(path, "Training loss beyond the report")
 
 
 def _setting(value) -> str:
-    return " + ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return " + ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 WRITERS = {  # by section; each draws into the run folder and writes to the blocks

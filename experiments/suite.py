@@ -21,7 +21,8 @@ from experiments.grammar import Grammar
 from experiments.interruption import Interruption
 from experiments.llmtime import Encoding
 from experiments.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
-from experiments.runfolder import holding, plain, read_json, resumable, sync, to_json, to_json_lines, write_whole
+from experiments.records import Tensor4, build, read_metrics, read_settings
+from experiments.runfolder import RunError, plain, resumable, sync, to_json, to_json_lines, write_whole
 from experiments.scores import QUANTILES, errors, of_method, probabilistic, squared_errors
 from experiments.training import Training, train, window_tensors
 from lora import inject, remove, save_adapter
@@ -147,12 +148,12 @@ class Suite:
             return experiment.training
 
         def validation_mse(name: str) -> float:
-            return read_json(self._path(name) / "metrics.json")["val"]["all"]["mse_filled"]
+            return read_metrics(self._path(name))["val"].all.mse_filled
 
-        with holding(self.folder / "experiments"):
-            best = min(experiment.best_of, key=validation_mse)
-            settings = read_json(self._path(best) / "settings.json")
-            return fill(experiment.training, Training(**settings["training"]))
+        best = self._path(min(experiment.best_of, key=validation_mse))
+        if (training := read_settings(best).training) is None:
+            raise RunError(f"{best / 'settings.json'}: holds no training, expected that of a candidate")
+        return fill(experiment.training, training)
 
     def _run_one(self, experiment: Experiment) -> None:
         path, training = self._path(experiment.name), self._settings(experiment)
@@ -254,12 +255,17 @@ class Suite:
         """Sampled paths (N, S, h, D), scaled."""
         forecaster = Forecaster(self.model, self.tokenizer, self.encoding.scale, self.encoding.decimals)
 
-        def draw(start: int) -> list:
-            return forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples).samples.tolist()
+        def draw(start: int) -> np.ndarray:
+            return forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples).samples
 
-        parts = resumable(state, range(0, len(contexts), BATCH), draw)
-        with holding(state):
-            return np.concatenate([np.array(part, dtype=float) for part in parts]) / self.encoding.scale
+        def read(kept: object, start: int) -> np.ndarray:
+            paths, count = build(Tensor4, kept, str(state)), len(contexts[start : start + BATCH])
+            if paths.shape != (count, self.samples, HORIZON, 2):
+                raise RunError(f"{state}: not a state of this run; delete it to begin this part anew")
+            return paths
+
+        parts = resumable(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
+        return np.concatenate(parts) / self.encoding.scale
 
     def _line(self, trajectory: int, row: int, found: Forecasts, truth: np.ndarray) -> dict:
         values, true = found.values[row, :HORIZON], truth[row, :HORIZON]

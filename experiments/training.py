@@ -9,7 +9,6 @@ n windows, B batch, T context length in tokens.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from experiments.llmtime import windows
+from experiments.plans import Training
 from experiments.runfolder import write_whole
-from lora import LoraConfig, adapter_parameters
+from lora import adapter_parameters
 from qwen_min.linear import unpack
 from qwen_min.loss import check_targets, next_token_loss
 from qwen_min.model import Qwen
@@ -33,42 +33,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
 class TrainingError(ValueError):
     """Training cannot go on; the last saved state stands."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """Settings of one fine-tuning. None stands for a value that a plan fills in from an earlier experiment."""
-
-    rank: int | None
-    learning_rate: float | None
-    context: int | None  # window length in tokens
-    steps: int
-    batch: int = 4
-    stride: int = 256  # tokens between the starts of a trajectory's windows
-    seed: int = 0  # of the adapter's start and of the order of windows
-    numeric_head: bool = False  # softmax over the tokens of numbers only
-    targets: tuple[str, ...] = ("q_proj", "v_proj")  # what gets an adapter
-    whole_windows: bool = False  # none that ends early because its trajectory does
-    cosine: bool = False  # the rate rises over the first twentieth of the steps, then falls to 0 along a cosine
-
-    @property
-    def lora(self) -> LoraConfig:
-        """The adapters, scaled by 1 (alpha = rank) as in the report."""
-        return LoraConfig(rank=self.rank, alpha=self.rank, targets=tuple(self.targets))
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """LoRA rank by module name, as the FLOPs counter takes it."""
-        return dict.fromkeys(self.lora.targets, self.rank)
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        rising = max(1, self.steps // 20)
-        if not self.cosine:
-            return self.learning_rate
-        if step < rising:
-            return self.learning_rate * (step + 1) / rising
-        return self.learning_rate * (1 + math.cos(math.pi * (step - rising) / (self.steps - rising))) / 2
 
 
 def window_tensors(token_lists: list[list[int]], settings: Training, pad_id: int) -> tuple[Tensor, Tensor]:

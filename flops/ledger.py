@@ -16,12 +16,21 @@ class BudgetExceeded(ValueError):
     """A step would spend more FLOPs than the budget has left; nothing was debited."""
 
 
+def _check_entry(experiment, step, flops) -> None:
+    if not (isinstance(experiment, str) and type(step) is int and type(flops) is int and 0 <= flops < LARGEST):
+        raise ValueError(
+            f"got experiment {experiment!r}, step {step!r}, flops {flops!r}; expected a name and two integers, flops "
+            f"from 0 to below {LARGEST:.0e}"
+        )
+
+
 class Ledger:
     """A file of one JSON line per optimizer step: {"experiment", "step", "flops"}.
 
-    A step is debited before it runs and once: a step that an interrupted run repeats on its way back to where
-    it was is the same step. So a kill or a power cut can leave behind a step debited but not run, never the reverse.
-    `spent` is the sum in FLOPs.
+    A step is debited once, before it runs. A step that is repeated after an interruption is the same step, and is not
+    debited again. So a kill or a power cut can leave a step that was debited and not run, never the reverse.
+    `spent` is the sum in FLOPs. The budget holds for one writer: a second Ledger on the same file does not see what the
+    first debits meanwhile, and together they can overspend.
     Raises LedgerError when the file is damaged.
     """
 
@@ -40,8 +49,7 @@ class Ledger:
             try:
                 entry = json.loads(line)
                 name, step, flops = entry["experiment"], entry["step"], entry["flops"]
-                if not (isinstance(name, str) and type(step) is int and type(flops) is int and 0 <= flops < LARGEST):
-                    raise ValueError("no name, step and FLOPs")
+                _check_entry(name, step, flops)
             except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise LedgerError(f"{self.path}, line {number}: not a ledger entry ({error!r})") from error
             self._book(name, step, flops)
@@ -71,9 +79,10 @@ class Ledger:
     def debit(self, experiment: str, step: int, flops: int) -> None:
         """Book one step before it runs.
 
-        Raises BudgetExceeded, and books nothing, when it does not fit; LedgerError when the step is booked at
-        another price.
+        Books nothing and raises BudgetExceeded when it does not fit, LedgerError when the step is booked at another
+        price, and ValueError when the arguments are not a name, a step and a number of FLOPs.
         """
+        _check_entry(experiment, step, flops)
         booked = self._steps.get(experiment, {}).get(step)
         if booked == flops:
             return

@@ -89,9 +89,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def check_targets(targets: Tensor, vocabulary: Tensor) -> None:
     """Raise ValueError for a token that is to be predicted but is not in the vocabulary; both of any length."""
     if len(outside := targets[~torch.isin(targets, vocabulary)]):
-        raise ValueError(
-            f"token {outside[0]} is to be predicted, but is none of the {len(vocabulary)} in the vocabulary"
-        )
+        raise ValueError(f"token {outside[0]} is to be predicted, but is not in the vocabulary of {len(vocabulary)}")
 
 
 def next_token_loss(

@@ -147,7 +147,7 @@ class Campaign:
         new = {p.name for p in written if p.stat().st_mtime >= started}
         if not (folder / "baselines.json").exists():
             return "start and baselines"
-        if "status.json" in new:
+        if (folder / "experiments" / "final" / "metrics.json").exists():
             return "report"
         if not new - {"plan.json"}:
             return "start or a first step"

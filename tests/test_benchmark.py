@@ -46,6 +46,27 @@ def test_one_run_measures_this_project(small, monkeypatch, capsys, tmp_path):
         assert f"| {name} |" in table
 
 
+def test_a_peer_without_a_grammar_is_labelled(small, monkeypatch):
+    class Processes:
+        def __init__(self, arguments, sides):
+            self.sides = sides
+
+        def ask(self, method, *values, runs=1, warm_up=0, between=lambda: None):
+            between()
+            answer = {"forecast": {"prefill": 1.0, "free": 2.0, "constrained": 3.0}}.get(method, 1.0)
+            return {side: [answer] for side in self.sides}
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(benchmark, "Processes", Processes)
+    sides = {benchmark.OURS: benchmark.Ours, benchmark.PEER: benchmark.Peer}
+    names = [line["name"] for line in benchmark.measure("tiny", "cpu", "float32", 1, sides)["lines"]]
+    assert "10 contexts + 2 time steps, constrained decoding (transformers: free)" in names
+    assert "10 contexts + 2 time steps, whole, constrained (transformers: free)" in names
+    assert "10 contexts + 2 time steps, free decoding" in names
+
+
 def test_refuses_bad_input_in_one_line(monkeypatch, capsys):
     for arguments in (["--runs", "0"], ["--model", "/none"], ["--device", "abacus"]):
         monkeypatch.setattr("sys.argv", ["benchmark", *arguments])

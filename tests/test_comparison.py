@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import figures
+from experiments import comparison, figures, report
 from experiments.comparison import build, load_runs, write_comparison
+from experiments.page import Blocks, to_markdown
 from experiments.report import write_report
 from experiments.runfolder import RunError
 
@@ -68,6 +69,41 @@ def test_runs_on_other_sequences_are_not_compared(results):
     with pytest.raises(RunError, match="zzz: has sequences 10, "):
         load_runs(results)
     assert not (results / "comparison.md").exists()
+
+
+def test_a_bug_in_a_report_is_no_damaged_file(results, monkeypatch):
+    def bug(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(report, "_compute", bug)
+    monkeypatch.setattr(comparison, "_tables", bug)
+    with pytest.raises(KeyError, match="a bug"):
+        write_report(results / "untrained")
+    with pytest.raises(KeyError, match="a bug"):
+        write_comparison(results)
+
+
+def test_a_cell_may_hold_the_mark_between_cells():
+    blocks = Blocks()
+    blocks.table("a table", ["a|b", "c"], [["1|2", "3"]])
+    assert to_markdown(blocks, Path()).splitlines()[2:] == ["| a\\|b | c |", "| --- | --- |", "| 1\\|2 | 3 |"]
+
+
+def test_figures_leave_the_caller_s_settings_alone(tmp_path):
+    code = """if True:
+        import sys, matplotlib
+        from pathlib import Path
+        before = dict(matplotlib.rcParams)
+        from experiments import figures
+        figures.training_loss([1.0, 0.5], Path(sys.argv[1]))
+        assert dict(matplotlib.rcParams) == before"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "loss.png")], cwd=RESULTS.parent, check=True)
+    assert (tmp_path / "loss.png").stat().st_size > 5000
+
+
+def test_an_error_of_0_has_no_place_on_a_logarithmic_axis(tmp_path):
+    figures.against_flops({"exact": (1.0, 0.0), "near": (2.0, 0.1)}, {"level": 0.2}, tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").stat().st_size > 5000
 
 
 def test_a_folder_without_runs_is_refused_without_torch(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experiments import evaluation
-from experiments.evaluation import ForecastError, forecast, metrics
+from experiments.evaluation import ForecastError, Forecasts, forecast, metrics
 from experiments.forecasting import Forecaster
 from experiments.llmtime import Encoding
 from qwen_min import generate
@@ -113,3 +113,10 @@ def test_constrained_forecasts_are_whole_and_have_the_same_losses(tiny, series, 
     assert len(found_metrics["long"]["mse_by_horizon"]) == 7
     assert "free_loss" not in found_metrics["all"]
     assert found_metrics["all"]["nats_per_value"] == pytest.approx(found.nats.mean(), rel=1e-4)
+
+
+def test_a_bug_while_evaluating_is_no_damaged_state(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "_batch", lambda *_: Forecasts(["1.00"], *(np.ones((1, 10, 2)),) * 3, None))
+    for state in (None, tmp_path / "state.json"):
+        with pytest.raises((AttributeError, TypeError)):
+            forecast(None, None, Encoding(1.0), np.ones((1, 80, 2)), 70, 10, state=state)

@@ -1,11 +1,15 @@
 """The command that forecasts a user's own series."""
 
 import csv
+import os
+import signal
 
 import numpy as np
 import pytest
+import torch
 
 from experiments import data, forecast
+from experiments.forecasting import Forecaster
 
 
 @pytest.fixture
@@ -32,9 +36,9 @@ def sine(path, header="deer,wolves\n", delimiter=","):
 def test_a_csv_file_gives_a_table_with_intervals_and_a_picture(run, tmp_path):
     series = sine(tmp_path / "sine.csv")
     status, out, err, written = run(series, "--horizon", 5, "--samples", 8, "--plot", "picture.png")
-    assert (status, err, written) == (0, "", {"forecast.csv", "picture.png"})
-    assert out.split() == ["forecast.csv", "picture.png"]
-    with (tmp_path / "forecast.csv").open() as file:
+    assert (status, err, written) == (0, "", {"sine.forecast.csv", "picture.png"})
+    assert out.split() == [str(tmp_path / "sine.forecast.csv"), "picture.png"]
+    with (tmp_path / "sine.forecast.csv").open() as file:
         rows = list(csv.DictReader(file))
     columns = ["series", "step", "deer", "wolves", "deer_q0.1", "wolves_q0.1", "deer_q0.9", "wolves_q0.9"]
     assert list(rows[0]) == columns
@@ -53,11 +57,66 @@ def test_headers_delimiters_and_columns_are_the_user_s_choice(run, tmp_path):
     assert run(dated, "--columns", "deer", "--horizon", 2, "--samples", 0, "--out", "b.csv")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("header", "names", "steps"),
+    [
+        (",deer,wolves", ["deer", "wolves"], 2),  # as pandas writes an index
+        ("year,2019,2020", ["year", "2019", "2020"], 2),
+        ("2018,2019,2020", ["x0", "x1", "x2"], 3),  # years alone are numbers, so data
+    ],
+)
+def test_a_header_is_a_row_with_a_cell_that_is_no_number(tmp_path, header, names, steps):
+    path = tmp_path / "series.csv"
+    path.write_text(f"{header}\n0,1.5,2.5\n1,1.6,2.4\n")
+    found, series = forecast.read_csv(path)
+    assert found == names
+    assert series.shape == (steps, len(names))
+    assert series[-1].tolist() == [1.0, 1.6, 2.4][-len(names) :]
+
+
+def test_the_series_is_never_written_over(run, tmp_path):
+    series = sine(tmp_path / "forecast.csv")
+    os.link(series, tmp_path / "same.png")
+    before, few = series.read_text(), ("--horizon", 1, "--samples", 0)
+    for arguments in (["--out", "forecast.csv"], ["--out", "./forecast.csv"], ["--plot", "same.png"]):
+        status, _, err, written = run(series, *few, *arguments)
+        assert (status, written, err.count("\n")) == (2, set(), 1)
+        assert "is the series itself; name another file" in err
+    assert "--out and --plot are both a.png" in run(series, *few, "--out", "a.png", "--plot", "a.png")[2]
+    assert run(series, *few)[::3] == (0, {"forecast.forecast.csv"})
+    assert series.read_text() == before
+
+
+def raises(error):
+    def work(*_):
+        raise error
+
+    return work
+
+
+def test_too_little_memory_and_a_stop_end_in_one_line_and_bugs_in_a_traceback(run, tmp_path, monkeypatch):
+    series = sine(tmp_path / "sine.csv")
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory"), MemoryError()):
+        monkeypatch.setattr(Forecaster, "forecast", raises(error))
+        assert run(series)[::2] == (1, f"error: {str(error) or 'MemoryError'}\n")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore Ctrl-C
+    try:
+        monkeypatch.setattr(Forecaster, "forecast", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert run(series)[::2] == (130, "stopped by SIGINT\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for bug in (ValueError("a bug"), RuntimeError("a bug")):
+        monkeypatch.setattr(Forecaster, "forecast", raises(bug))
+        with pytest.raises(type(bug), match="a bug"):
+            run(series)
+    assert [path.name for path in tmp_path.iterdir()] == ["sine.csv"]
+
+
 def test_an_hdf5_file_gives_every_series(run, tmp_path):
     path = tmp_path / "some.h5"
     data.write(path, data.simulate(seed=3, num_systems=3))
     assert run(path, "--horizon", 2, "--samples", 2, "--quantiles", "0.25,0.75")[0] == 0
-    with (tmp_path / "forecast.csv").open() as file:
+    with (tmp_path / "some.forecast.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows[0][4:] == ["prey_q0.25", "predator_q0.25", "prey_q0.75", "predator_q0.75"]
     assert [row[0] for row in rows[1:]] == ["0", "0", "1", "1", "2", "2"]

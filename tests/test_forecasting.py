@@ -1,10 +1,12 @@
+import os
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from experiments.forecasting import Forecaster, rows_at_once, write_trained
+from experiments.forecasting import Forecaster, SeriesError, rows_at_once, write_trained
 from experiments.llmtime import Encoding
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, remove, save_adapter
 from qwen_min.weights import TINY, checkpoint_hash
@@ -98,6 +100,27 @@ def test_an_adapter_s_folder_is_enough_to_forecast_as_it_was_trained(tmp_path, t
         Forecaster.load("tiny", tmp_path)
 
 
+def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories(tmp_path, monkeypatch, tiny):
+    home, adapter = tmp_path / "home", tmp_path / "home" / "runs" / "quick" / "experiments" / "final" / "adapter"
+    shutil.copytree(TINY, home / "models" / "small")
+    model, _ = tiny
+    inject(model, config := LoraConfig(rank=2, alpha=2))
+    try:
+        save_adapter(model, adapter, "models/small")
+    finally:
+        remove(model)
+    write_trained(adapter, Encoding(2.5, 1), "models/small", checkpoint_hash(TINY))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for directory in (home, tmp_path, adapter):
+        monkeypatch.chdir(directory)
+        assert Forecaster.load(adapter=adapter).encoding.decimals == 1
+        assert Forecaster.load(adapter=os.path.relpath(adapter)).encoding.decimals == 1
+    (home / "models").rename(home / "moved")
+    with pytest.raises(AdapterError, match=r"adapter: its checkpoint is not here, name it with --model \(models/small"):
+        Forecaster.load(adapter=adapter)
+    assert Forecaster.load(home / "moved" / "small", adapter).encoding.decimals == 1
+
+
 BAD = {
     "missing": ([np.array([[1.0], [np.nan]])], 3, "series 0, step 1, variable 0: nan is missing"),
     "negative": ([np.array([[1.0], [-2.0]])], 3, "-2 is negative"),
@@ -113,14 +136,14 @@ BAD = {
 
 @pytest.mark.parametrize(("contexts", "horizon", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_refused_by_name(forecaster, contexts, horizon, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SeriesError, match=message):
         forecaster.forecast(contexts, horizon)
 
 
 def test_values_beyond_the_encoding_and_quantiles_without_samples_are_refused(tiny, forecaster):
-    with pytest.raises(ValueError, match="series 0: 500 is 250 when divided by the scale 2, expected less than 100"):
+    with pytest.raises(SeriesError, match="series 0: 500 is 250 when divided by the scale 2, expected less than 100"):
         Forecaster(*tiny, scale=2.0).forecast([np.array([[1.0], [500.0]])], 3)
-    with pytest.raises(ValueError, match="expected samples for quantiles between 0 and 1"):
+    with pytest.raises(SeriesError, match="expected samples for quantiles between 0 and 1"):
         forecaster.forecast(waves(), 3, quantiles=(0.5,))
 
 
@@ -131,7 +154,7 @@ def test_minus_zero_is_zero_and_the_smallest_number_a_number(forecaster):
 
 
 def test_continuations_of_another_shape_are_refused(forecaster):
-    with pytest.raises(ValueError, match="another number of variables"):
+    with pytest.raises(SeriesError, match="another number of variables"):
         forecaster.nats_per_value(waves()[:1], [np.ones((2, 1))])
-    with pytest.raises(ValueError, match="is negative"):
+    with pytest.raises(SeriesError, match="is negative"):
         forecaster.nats_per_value(waves()[:1], [-np.ones((2, 2))])

@@ -294,16 +294,17 @@ def test_plan(content, tmp_path_factory):
     assert (folder / "plan.json").read_bytes() == content
 
 
-@pytest.fixture(scope="module")
-def run_folder() -> Path:
-    return Path(__file__).parents[1] / "results" / "untrained"
+@pytest.fixture(scope="module", params=["untrained", "frontier"])
+def run_folder(request) -> Path:
+    return Path(__file__).parents[1] / "results" / request.param
 
 
 @fuzz
 @given(source=st.data())
 def test_run_folder(source, run_folder, tmp_path_factory):
     """Any file that a report is drawn from."""
-    names = [p.relative_to(run_folder) for p in sorted(run_folder.rglob("*.json*")) if "state" not in p.name]
+    files = [*run_folder.rglob("*.json*"), *run_folder.rglob("*.csv")]
+    names = [path.relative_to(run_folder) for path in sorted(files) if path.parent.name != "adapter"]
     changed = source.draw(st.sampled_from(names))
     folder = tmp_path_factory.mktemp("results") / "run"
     for name in names:
@@ -358,11 +359,14 @@ def test_state_of_training(source, adapter, tmp_path_factory):
         remove(model)
 
 
+FORECASTS = Forecasts(["1.00"] * 2, np.ones((2, 10, 2)), np.ones((2, 7)), np.ones((2, 7)), np.ones(2))
+
+
 @fuzz
-@given(content=changed_json([Forecasts(["1.00"] * 2, *(np.ones((2, 3, 1)),) * 3, np.ones(2)).plain()]))
+@given(content=changed_json([FORECASTS.plain()]))
 def test_state_of_an_evaluation(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "part.state.json"
     path.write_bytes(content)
     with suppress(RunError):
         assume(read_json(path) != [])  # then nothing is done yet, and the model would be asked
-        assert forecast(None, None, Encoding(1.0), np.ones((2, 80, 2)), 70, 10, state=path)
+        assert forecast(None, None, Encoding(1.0), np.ones((2, 80, 2)), 70, 10, state=path).values.shape == (2, 10, 2)

@@ -56,6 +56,19 @@ def test_a_line_torn_by_a_kill_is_cut_off(path):
 
 
 @pytest.mark.parametrize(
+    "entry", [("a", 0, 1.5), ("a", 0, -1), ("a", 0, True), ("a", 0.0, 1), (0, 0, 1), ("a", 0, 10**30)]
+)
+def test_what_could_not_be_read_back_is_not_booked(path, entry):
+    ledger = Ledger(path, budget=100)
+    ledger.debit("a", 1, 10)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"expected a name and two integers"):
+        ledger.debit(*entry)
+    assert path.read_bytes() == before
+    assert Ledger(path, budget=100).spent == ledger.spent == 10
+
+
+@pytest.mark.parametrize(
     "line", ["nonsense", "[]", '{"experiment": "a", "step": 0}', '{"experiment": "a", "step": 0, "flops": -1}',
              '{"experiment": "a", "step": 0, "flops": 1.5}']
 )  # fmt: skip

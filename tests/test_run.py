@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from experiments import data, gru, plans, run
 from experiments.interruption import Interrupted, Interruption
+from experiments.report import write_report
 from experiments.results import load_run
 from experiments.runfolder import RunError
 from experiments.training import Training
@@ -163,6 +165,16 @@ def test_a_killed_run_ends_with_the_same_bytes(finished, data_file, tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert (killed / "experiments" / "final" / "state.safetensors").exists()
     assert not (killed / "experiments" / "final" / "metrics.json").exists()
+    for status in ("with", "without"):
+        if status == "without":
+            (killed / "status.json").unlink()
+        page = write_report(killed).with_suffix(".md").read_text()
+        assert "Not finished, and shown as -: final." in page
+        spent = sum(json.loads(line)["flops"] for line in (killed / "ledger.jsonl").read_text().splitlines())
+        of_budget = (
+            " of a budget of 1.000e+17 FLOPs" if status == "with" else " FLOPs in the convention sheet; no status"
+        )
+        assert f"Spent {spent:.3e}{of_budget}" in page
     process = start("--data", data_file, "--out", killed)
     assert process.returncode == 0, process.stderr
     assert contents(killed, *KEPT) == contents(out, *KEPT)
@@ -222,6 +234,20 @@ def test_a_stop_is_at_once_where_no_step_is_taken(default_sigint):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_other_threads_than_the_main_one_work_without_signals():
+    found = []
+
+    def work():
+        with Interruption() as interruption, interruption.held():
+            interruption.check()
+            found.append("done")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == ["done"]
+
+
 def test_a_folder_in_which_another_process_is_at_work_is_refused(small_plan, data_file, tmp_path, capsys):
     out = tmp_path / "out"
     code = "import sys, time\nfrom pathlib import Path\nfrom experiments.runfolder import only_writer\n"
@@ -253,6 +279,25 @@ def test_too_little_memory_ends_in_one_message_and_other_failures_are_not_hidden
     assert "stopped: DefaultCPUAllocator" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"):
         fails("a bug")
+
+
+def test_a_bug_in_the_preparation_is_no_bad_input(monkeypatch, tmp_path):
+    def bug(*_):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(plans, "with_numeric_head", bug)
+    with pytest.raises(ValueError, match="a bug"):
+        run.main(["--numeric-head", "--out", str(tmp_path / "out")])
+
+
+def test_what_stopped_an_earlier_process_is_forgotten(small_plan, monkeypatch, data_file, tmp_path):
+    arguments = ["--data", str(data_file), "--out", str(tmp_path / "out")]
+    assert run.main([*arguments, "--budget", "7e9"]) == 1
+    monkeypatch.setattr("experiments.suite.Suite.run", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.main([*arguments, "--budget", "8e9"])
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert (status["budget"], status["stopped"]) == (8 * 10**9, None)
 
 
 def test_a_ledger_of_other_prices_ends_in_one_message(finished, small_plan, data_file, tmp_path, capsys):
@@ -429,7 +474,6 @@ def test_the_report_plan_says_what_does_not_fit_the_budget(monkeypatch, tmp_path
 
 def test_plans_are_those_of_the_report():
     plan = plans.report(seed=0)
-    assert tuple(plans.PLANS) == run.PLAN_NAMES
     assert [e.training.steps for e in plan.experiments if e.training] == [500, *[1000] * 12, 3000]
     assert {e.training.batch for e in plan.experiments if e.training} == {4}
     assert len({(e.training.rank, e.training.learning_rate) for e in plan.experiments if e.section == "6.3"}) == 9

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments import training
+from experiments import plans, training
 from experiments.training import Training, TrainingError, batch_rows, train, window_tensors
 from flops import training_step
 from flops.trace import trace_training_step
@@ -39,6 +39,36 @@ def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None, vocabular
         return trained.losses, {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     finally:
         remove(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, "rank is 0, expected an integer of at least 1"),
+        ({"rank": True}, "rank is True"),
+        ({"learning_rate": -1e-3}, "learning_rate is -0.001, expected a positive number"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"context": 1}, "context is 1, expected an integer of at least 2"),
+        ({"steps": -3}, "steps is -3"),
+        ({"batch": 0}, "batch is 0"),
+        ({"stride": 0}, "stride is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"targets": "q_proj"}, "targets are 'q_proj', expected names"),
+        ({"targets": ()}, r"targets are \(\), expected names"),
+    ],
+)
+def test_settings_that_no_training_can_have_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SETTINGS, **change)
+
+
+def test_settings_that_a_plan_fills_in_may_be_open_where_it_says_from_what():
+    open_ones = Training(None, None, None, 1)
+    assert open_ones.unset == ["rank", "learning_rate", "context"]
+    assert plans.fill(open_ones, SETTINGS) == replace(SETTINGS, steps=1, batch=4, stride=256, seed=0)
+    plans.Experiment("a", "6.5", open_ones, best_of=("b",))
+    with pytest.raises(ValueError, match="rank, learning_rate, context are None, and best_of names no experiment"):
+        plans.Experiment("a", "6.5", open_ones)
 
 
 def test_windows_are_padded_behind(tiny, token_lists):

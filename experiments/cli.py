@@ -1,0 +1,72 @@
+"""What the commands share: device and precision, and how they end. Imports no torch, so that --help is quick."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from experiments.interruption import Interrupted, Interruption
+
+PACKAGES = ("qwen_min", "lora", "flops", "experiments")
+DTYPES = ("float32", "bfloat16")  # fp16 would need its loss scaled to train
+
+
+class CommandError(ValueError):
+    """A command cannot do what its arguments ask for."""
+
+
+def add_device(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
+    """The options --device and --dtype."""
+    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1, ... (default %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="of the weights (default %(default)s)")
+
+
+def checked_device(name: str) -> str:
+    """The name of a device, after a number was put on it. Raises CommandError when that fails."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise CommandError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    return name
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turns torch's out-of-memory errors into MemoryError; on a CPU only the message identifies them."""
+    try:
+        yield
+    except RuntimeError as error:
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
+        raise
+
+
+def is_meant(error: Exception) -> bool:
+    """Whether an error tells the user something: one of the system's, or of a class that a package here defines.
+
+    Any other, such as a plain ValueError or one of torch's, is a bug and keeps its traceback.
+    """
+    return isinstance(error, OSError | MemoryError) or type(error).__module__.partition(".")[0] in PACKAGES
+
+
+def exit_status(work: Callable[[Interruption], int], resume: str = "") -> int:
+    """The exit status of a command: what work gives, or after one line on stderr 2 for bad input, 1 when the memory
+    does not suffice, 128 + the signal's number when it was asked to stop.
+
+    `resume` is a command that continues what was stopped.
+    """
+    try:
+        with Interruption() as interruption, memory_errors():
+            return work(interruption)
+    except Interrupted as error:
+        print(f"stopped by {error}" + (resume and f"; to continue from what is saved: {resume}"), file=sys.stderr)
+        return error.exit_status
+    except Exception as error:
+        if not is_meant(error):
+            raise
+        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        return 1 if isinstance(error, MemoryError) else 2

@@ -1,0 +1,165 @@
+"""Typed readers of a run's files: damage is named by file and field, and found before anything is drawn."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.records import Interval, Matrix, build, read_losses
+from experiments.report import write_report
+from experiments.results import load_run
+from experiments.runfolder import RunError
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@dataclass(frozen=True)
+class Inner:
+    share: float | None
+    label: str = "none"
+
+    def __post_init__(self):
+        if self.share == 13:
+            raise ValueError("share is 13, expected another")
+
+
+@dataclass(frozen=True)
+class Outer:
+    count: int
+    inners: dict[str, Inner]
+    pair: Interval | None = None
+    names: tuple[str, ...] = ()
+    matrix: Matrix | None = None
+    half: float | None = field(default=None, metadata={"key": "50%"})
+
+
+GOOD = {"count": 1, "inners": {"a": {"share": None}, "b": {"share": 2, "label": "x"}}}
+
+
+def test_a_dataclass_is_built_from_json():
+    found = build(
+        Outer, GOOD | {"pair": [1, 2.5], "names": ["x"], "matrix": [[1, None]], "50%": 0.5, "new": {}}, "file"
+    )
+    assert found.inners == {"a": Inner(None), "b": Inner(2.0, "x")}
+    assert (found.count, found.pair, found.names, found.half) == (1, (1.0, 2.5), ("x",), 0.5)
+    np.testing.assert_array_equal(found.matrix, [[1.0, np.nan]])
+    assert build(Outer, GOOD, "file").matrix is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 1.0}, "file, count: holds 1.0, expected int"),
+        ({"count": True}, "file, count: holds True, expected int"),
+        ({"count": 10**400}, "file, count: holds 1000.*, expected int"),
+        ({"inners": []}, r"file, inners: holds \[\], expected an object"),
+        ({"inners": {"a": {}}}, "file, inners, a: has no 'share'"),
+        ({"inners": {"a": {"share": "1"}}}, "file, inners, a, share: holds '1', expected float"),
+        ({"inners": {"a": {"share": 13}}}, "file, inners, a: share is 13, expected another"),
+        ({"inners": {"a": {"share": float("inf")}}}, "file, inners, a, share: holds inf, expected float"),
+        ({"inners": {"a": {"share": 1, "label": None}}}, "file, inners, a, label: holds None, expected str"),
+        ({"pair": [1]}, r"file, pair: holds \[1\], expected 2 values"),
+        ({"names": "x"}, "file, names: holds 'x', expected a list"),
+        ({"names": ["x", 1]}, r"file, names\[1\]: holds 1, expected str"),
+        ({"matrix": [[1], [2, 3]]}, "file, matrix: .* expected numbers of rank 2"),
+        ({"matrix": [["1"]]}, "file, matrix: .* expected numbers of rank 2"),
+        ({"50%": "x"}, "file, 50%: holds 'x', expected float"),
+    ],
+)
+def test_damage_is_named(change, message):
+    with pytest.raises(RunError, match=message):
+        build(Outer, GOOD | change, "file")
+    with pytest.raises(RunError, match="file: holds 1, expected an object"):
+        build(Outer, 1, "file")
+
+
+def test_losses_are_one_for_each_step(tmp_path):
+    path = tmp_path / "losses.csv"
+    path.write_text("step,loss\n0,1.5\n1,0.5\n")
+    assert read_losses(path, 2) == [1.5, 0.5]
+    for text, message in (
+        ("step,loss\n0,1.5\n", "holds 1 losses, expected 2"),
+        ("step,loss\n0,1.5\n1,nan\n", "holds 2 losses, expected 2 finite ones"),
+        ("step\n0\n1\n", "not a table of losses"),
+    ):
+        path.write_text(text)
+        with pytest.raises(RunError, match=f"losses.csv: {message}"):
+            read_losses(path, 2)
+
+
+@pytest.fixture
+def frontier(tmp_path):
+    drawn = shutil.ignore_patterns("*.png", "*.md", "*.html", "adapter")
+    return shutil.copytree(RESULTS / "frontier", tmp_path / "frontier", ignore=drawn)
+
+
+def changed(path: Path, *keys, value):
+    document = owner = json.loads(path.read_text())
+    for key in keys[:-1]:
+        owner = owner[key]
+    owner[keys[-1]] = value
+    path.write_text(json.dumps(document))
+
+
+SETTINGS, METRICS = "experiments/frontier/settings.json", "experiments/frontier/metrics.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "value", "message"),
+    [
+        ("plan.json", ["identity", "experiments", 0, "training", "batch"], 0, "experiments.0., training: batch is 0"),
+        ("plan.json", ["identity", "convention"], "none", "the convention 'none' is not among"),
+        ("baselines.json", ["VAR(18)", "test", "mse_each"], [1.0], r"VAR\(18\): expected mse_each"),
+        ("status.json", ["budget"], 0, "the budget is 0"),
+        (SETTINGS, ["training", "rank"], None, "a training needs all its settings"),
+        (SETTINGS, ["flops", "exact"], -1, "and the FLOPs that it costs"),
+        (METRICS, ["val", "all", "mse_filled"], "low", "val, all, mse_filled: holds 'low', expected float"),
+        (METRICS, ["test", "probabilistic"], None, "mean_of_samples needs probabilistic"),
+    ],
+)
+def test_damage_in_a_run_folder_is_found_when_it_is_read(frontier, file, keys, value, message):
+    changed(frontier / file, *keys, value=value)
+    with pytest.raises(RunError, match=f"{Path(file).name}.*{message}"):
+        load_run(frontier)
+
+
+def test_fewer_forecasts_than_sequences_are_found(frontier):
+    path = frontier / "experiments" / "frontier" / "forecasts.test.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(RunError, match="forecasts of 149 test sequences, expected 150"):
+        load_run(frontier)
+
+
+def test_a_damaged_ledger_is_found_and_a_torn_line_does_not_count(frontier):
+    ledger = frontier / "ledger.jsonl"
+    spent = load_run(frontier).spent
+    with ledger.open("a") as file:
+        file.write('{"experiment": "frontier", "ste')
+    assert load_run(frontier).spent == spent == json.loads((RESULTS / "frontier" / "status.json").read_text())["spent"]
+    with ledger.open("a") as file:
+        file.write("\n")
+    with pytest.raises(RunError, match=r"ledger\.jsonl: not JSON lines"):
+        load_run(frontier)
+
+
+def test_scores_that_few_samples_do_not_give_are_left_open(frontier):
+    for split in ("val", "test"):
+        changed(frontier / METRICS, split, "probabilistic", "coverage_80%", value=None)
+        path = frontier / "experiments" / "frontier" / f"forecasts.{split}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**line, "quantiles": None, "new": 1}) + "\n" for line in lines))
+    markdown = write_report(frontier).with_suffix(".md").read_text()
+    assert "| frontier | test | 20 | 0.0249 | [0.0210, 0.0292] | 53.7% | - |" in markdown
+    assert "with the central 80 % of its samples" not in markdown
+
+
+def test_a_model_without_any_forecast_has_a_report_too(frontier):
+    path = frontier / "experiments" / "frontier" / "forecasts.test.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line["mse"], line["forecast"] = None, [[None, None]] * len(line["truth"])
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "the test sequences it is worst at" not in write_report(frontier).with_suffix(".md").read_text()
