@@ -123,12 +123,11 @@ class Ours(Side):
         linear(prefill(self.model, ids, 0)[1], self.model.head_weight)
 
     def filled_cache(self, batch, context):
-        from qwen_min import KVCache
-        from qwen_min.continuation import continuation
+        from qwen_min.continuation import ReusedCache, continuation
         from qwen_min.linear import pack
 
         pack(self.model)  # as generate does
-        cache = KVCache(self.model.config, batch, context + 1 + DECODE_STEPS, self.device, self.dtype)
+        cache = ReusedCache(self.model).take(batch, context + 1 + DECODE_STEPS)
         cache.keys.normal_()
         cache.values.normal_()
         cache.advance(context)
