@@ -98,7 +98,7 @@ def _tables(done: dict[str, dict], run: Run, blocks: Blocks) -> None:
     rows = [mse_row(*method) for method in (published_rows() | run.baselines | methods).items()]
     malformed = sum(m["all"]["malformed_values"] for by_split in methods.values() for m in by_split.values())
     blocks.table(
-        f"MSE; brackets: 95 % bootstrap interval of the mean; baselines as in {run.folder.name}; malformed values left "
+        f"MSE; brackets: 95 % interval of the mean; baselines as in {run.folder.name}; malformed values left "
         f"out: {malformed}",
         MSE_COLUMNS,
         rows,
@@ -115,7 +115,7 @@ def _figure(done: dict[str, dict], run: Run, split: str, part: str, hollow: dict
             if found and experiment["training"]:
                 # an interval of ten would hold the mean of all in about half of the cases
                 known = part == "all" and not found["malformed_values"]
-                interval = found["mse_interval"] if known else ()
+                interval = (found["mse_interval"] or ()) if known else ()
                 points[method] = (experiment["flops"][AS_PUBLISHED], found["mse_filled"], *interval)
             elif found:
                 levels[method] = found["mse_filled"]

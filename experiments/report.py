@@ -16,7 +16,7 @@ from experiments import figures, published
 from experiments.page import Blocks, to_html, to_markdown
 from experiments.results import MSE_COLUMNS, NONE, Run, bracket, load_run, log10, methods_of, mse_row, number
 from experiments.runfolder import RunError, holding, only_writer, write_whole
-from experiments.scores import COVERED, QUANTILES, paired
+from experiments.scores import BAND, COVERED, QUANTILES, paired
 from experiments.sections import WRITERS
 
 SUMS = {  # of FLOPs, by section
@@ -46,7 +46,7 @@ def _overview(run: Run, blocks: Blocks) -> None:
         blocks.text(f"Not finished, and shown as {NONE}: {', '.join(run.unfinished)}. {run.status['stopped'] or ''}")
     blocks.text(
         "Errors are in scaled units (population / scale), against the exact truth, over 10 time steps behind a "
-        "context of 70. First ten: the ten sequences the report judged by. Brackets: 95 % bootstrap interval of "
+        "context of 70. First ten: the ten sequences the report judged by. Brackets: 95 % interval of "
         "the mean. Free loss: cross-entropy of the target under the model's own text, as in the report, where decoding "
         "is free; forced loss: the same behind the true text; nats per value: the latter among what the grammar of "
         "numbers allows. Models are chosen by validation MSE over all sequences, with the context's mean in place of "
@@ -114,7 +114,7 @@ def _trust(run: Run, blocks: Blocks) -> None:
     _paired(run, blocks)
     rows = [
         [name, split, str(found["samples"]), number(found["crps"]), bracket(found["crps_interval"]),
-         *(f"{found[f'coverage_{share:.0%}']:.1%}" for share in COVERED)]
+         *(NONE if (held := found[f"coverage_{share:.0%}"]) is None else f"{held:.1%}" for share in COVERED)]
         for name, experiment in judged.items()
         for split, metrics in experiment["metrics"].items()
         if (found := metrics.get("probabilistic"))
@@ -158,17 +158,20 @@ def _paired(run: Run, blocks: Blocks) -> None:
     for ours in methods_of(*list(_judged(run).items())[-1]):
         rows = []
         for theirs in each:
-            pairs = [(a, b) for a, b in zip(each[ours], each[theirs], strict=True) if a is not None and b is not None]
-            if theirs == ours or not pairs:
+            if theirs == ours or not (found := paired(each[ours], each[theirs])):
                 continue
-            found = paired(*map(np.array, zip(*pairs, strict=True)))
-            low, high = found["interval"]
-            rows.append([theirs, f"{found['difference']:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{found['better']:.0%}"])
+            signed, relative = "{:+.4f}".format, "{:.3g}".format
+            difference = [signed(found["difference"]), bracket(found["interval"], signed)]
+            ratio = [relative(found["ratio"]), bracket(found["ratio_interval"], relative)]
+            rows.append([theirs, *difference, *ratio, f"{found['better']:.0%}"])
         blocks.table(
-            f"{ours} against the others, paired by test sequence: negative is better",
-            ["against", "difference of MSE", "95 % interval", "sequences where it is better"],
+            f"{ours} against the others, paired by test sequence: a negative difference, or a ratio of geometric means "
+            "below 1, is better. The difference hangs on a few sequences with large errors; in the ratio all count "
+            "alike",
+            ["against", "difference of MSE", "95 % interval", "ratio of geometric mean MSE", "95 % interval",
+             "sequences where it is better"],
             rows,
-        )
+        )  # fmt: skip
 
 
 def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
@@ -185,8 +188,8 @@ def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
         forecasts = [np.array(lines[row]["forecast"], dtype=float) for row in rows]
         bands = None
         if all("quantiles" in lines[row] for row in rows):
-            quantiles = np.array([lines[row]["quantiles"] for row in rows])
-            bands = quantiles[:, [QUANTILES.index(0.1), QUANTILES.index(0.9)]]
+            found = [[lines[row]["quantiles"][QUANTILES.index(level)] for level in BAND] for row in rows]
+            bands = None if any(None in bounds for bounds in found) else np.array(found)  # None: too few samples
         titles = [f"sequence {row}, MSE {number(lines[row]['mse'])}" for row in rows]
         truths = [np.array(lines[row]["truth"]) for row in rows]
         figures.fan(["prey", "predator"], contexts, forecasts, bands, drawn / file, truths, titles)

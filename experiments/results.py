@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,9 +87,9 @@ def log10(flops: int | float) -> str:
     return f"10^{math.log10(flops):.3f}" if flops else "0"
 
 
-def bracket(interval: list[float]) -> str:
+def bracket(interval: list[float] | None, write: Callable[[float], str] = number) -> str:
     """An interval as a cell of a table."""
-    return f"[{number(interval[0])}, {number(interval[1])}]"
+    return f"[{write(interval[0])}, {write(interval[1])}]" if interval else NONE
 
 
 def mse_row(name: str, by_split: dict) -> list[str]:
