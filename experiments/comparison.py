@@ -102,7 +102,7 @@ def _tables(done: dict[str, Result], run: Run, blocks: Blocks) -> None:
     rows += [mse_row(*method) for method in (run.baselines | methods).items()]
     malformed = sum(scores.all.malformed_values for by_split in methods.values() for scores in by_split.values())
     blocks.table(
-        f"MSE; brackets: 95 % bootstrap interval of the mean; baselines as in {run.folder.name}; malformed values left "
+        f"MSE; brackets: 95 % interval of the mean; baselines as in {run.folder.name}; malformed values left "
         f"out: {malformed}",
         MSE_COLUMNS,
         rows,

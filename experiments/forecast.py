@@ -18,7 +18,6 @@ from pathlib import Path
 from experiments import cli
 
 DELIMITERS = ",;\t"
-QUANTILES = (0.1, 0.9)
 
 
 def read_csv(path: Path, columns: list[str] | None = None):
@@ -88,6 +87,8 @@ def fractions(text: str) -> list[float]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    from experiments.scores import BAND
+
     p = argparse.ArgumentParser(
         prog="python -m experiments.forecast", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,7 +103,8 @@ def parser() -> argparse.ArgumentParser:
         default=20,
         help="paths to draw; 0: only the likeliest, no interval (default %(default)s)",
     )
-    p.add_argument("--quantiles", type=fractions, default=list(QUANTILES), help="of the paths (default 0.1,0.9)")
+    p.add_argument("--quantiles", type=fractions, default=list(BAND), help="of the paths (default "
+                   f"{','.join(map(str, BAND))}); 0.1 takes at least 9 samples, 0.01 takes 99")  # fmt: skip
     p.add_argument("--scale", type=float, help="what values are divided by (default: the adapter's, else so that 9.99 "
                    "is the largest of each variable)")  # fmt: skip
     p.add_argument("--decimals", type=int, help="places after the point (default: the adapter's, else 2)")
@@ -122,7 +124,10 @@ def run(args: argparse.Namespace) -> list[Path]:
     from experiments import data, figures
     from experiments.forecasting import Forecaster
     from experiments.runfolder import write_whole
+    from experiments.scores import require_samples
 
+    quantiles = args.quantiles if args.samples else []
+    require_samples(quantiles, args.samples)
     if args.plot and args.plot.suffix.lower() != ".png":
         raise cli.CommandError(f"--plot {args.plot}: expected a name that ends in .png")
     if args.seed < 0:
@@ -144,7 +149,6 @@ def run(args: argparse.Namespace) -> list[Path]:
     forecaster = Forecaster.load(
         args.model, args.adapter, device, getattr(torch, args.dtype), scale=args.scale, decimals=args.decimals
     )
-    quantiles = args.quantiles if args.samples else []
     found = forecaster.forecast(series, args.horizon, args.samples, quantiles, args.seed)
     written = [out]
     write_whole(out, to_csv(names, found, quantiles))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from experiments import scores
 from experiments.grammar import BEYOND, Grammar, decode, may_be_wide, nats_of
 from experiments.llmtime import LARGEST, Encoding
 from experiments.runfolder import read_json, to_json, write_whole
@@ -95,15 +96,15 @@ class Forecaster:
     ) -> Forecast:
         """Continue each of contexts (N, T, D), or N arrays (T, D), by `horizon` steps.
 
-        samples > 0 draws as many paths from the model; quantiles (between 0 and 1) are taken over them. The result for
-        a series depends on seed and series, not on the others (but in bf16 their rounding can change a digit). Raises
-        SeriesError, before any work, for values that are missing, negative or beyond the encoding, and for more text
-        than the model has positions.
+        samples > 0 draws as many paths from the model; quantiles (between 0 and 1) are taken over them, as
+        `scores.quantiles` does. The result for a series depends on seed and series, not on the others (but in bf16
+        their rounding can change a digit). Before any work, raises SeriesError for values that are missing, negative or
+        beyond the encoding and for more text than the model has positions, and SamplesError for quantiles that so few
+        samples do not reach.
         """
-        if samples < 0 or (quantiles and not samples) or not all(0 <= q <= 1 for q in quantiles):
-            raise SeriesError(
-                f"{samples} samples and quantiles {list(quantiles)}: expected samples for quantiles between 0 and 1"
-            )
+        if samples < 0:
+            raise SeriesError(f"{samples} samples, expected 0 or more")
+        scores.require_samples(quantiles, samples)
         if horizon < 1:
             raise SeriesError(f"horizon is {horizon}, expected at least 1")
         scales, prompts, wide = self._prompts(contexts)
@@ -131,8 +132,8 @@ class Forecaster:
         values = np.stack(decoded).reshape(len(prompts), paths, horizon, num_variables)
         if not samples:
             return Forecast(values[:, 0], None, None)
-        levels = np.quantile(values, quantiles, axis=1).swapaxes(0, 1) if quantiles else None
-        return Forecast(np.median(values, axis=1), values, levels)
+        found = scores.quantiles(values, quantiles, axis=1).swapaxes(0, 1) if quantiles else None
+        return Forecast(np.median(values, axis=1), values, found)
 
     def nats_per_value(self, contexts, continuations) -> np.ndarray:
         """How unlikely each of continuations (N, h, D) is behind its context, (N): -log p by the grammar / (h D).

@@ -204,15 +204,17 @@ class ForecastLine:
     mse: float | None
     forced_losses: Vector
     free_losses: Vector | None = None
-    quantiles: Tensor3 | None = None  # (Q, steps, 2) at the levels QUANTILES
+    quantiles: list[Matrix | None] | None = None  # (steps, 2) at each of QUANTILES; None where samples were too few
 
     def __post_init__(self):
         if self.forecast.shape != self.truth.shape or self.truth.shape[1] != 2:
             raise ValueError(f"forecast is {self.forecast.shape} and truth {self.truth.shape}, expected (steps, 2)")
-        if self.quantiles is not None:
-            levels, steps, variables = self.quantiles.shape
-            if levels != len(QUANTILES) or steps > len(self.truth) or variables != 2:
-                raise ValueError(f"quantiles are {self.quantiles.shape}, expected ({len(QUANTILES)}, steps, 2)")
+        levels = [] if self.quantiles is None else self.quantiles
+        if levels and len(levels) != len(QUANTILES):
+            raise ValueError(f"quantiles have {len(levels)} levels, expected {len(QUANTILES)}")
+        for level in levels:
+            if level is not None and (len(level) > len(self.truth) or level.shape[1] != 2):
+                raise ValueError(f"a quantile is {level.shape}, expected (steps, 2)")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from experiments.results import (
     number,
 )
 from experiments.runfolder import only_writer, write_whole
-from experiments.scores import COVERED, QUANTILES, paired
+from experiments.scores import BAND, COVERED, QUANTILES, paired
 from experiments.sections import WRITERS
 
 SUMS = {  # of FLOPs, by section
@@ -59,7 +59,7 @@ def _overview(run: Run, blocks: Blocks) -> None:
         blocks.text(f"Not finished, and shown as {NONE}: {', '.join(run.unfinished)}. {reason}")
     blocks.text(
         "Errors are in scaled units (population / scale), against the exact truth, over 10 time steps behind a "
-        "context of 70. First ten: the ten sequences the report judged by. Brackets: 95 % bootstrap interval of "
+        "context of 70. First ten: the ten sequences the report judged by. Brackets: 95 % interval of "
         "the mean. Free loss: cross-entropy of the target under the model's own text, as in the report, where decoding "
         "is free; forced loss: the same behind the true text; nats per value: the latter among what the grammar of "
         "numbers allows. Models are chosen by validation MSE over all sequences, with the context's mean in place of "
@@ -178,17 +178,20 @@ def _paired(run: Run, blocks: Blocks) -> None:
             continue
         rows = []
         for theirs in each:
-            pairs = [(a, b) for a, b in zip(each[ours], each[theirs], strict=True) if a is not None and b is not None]
-            if theirs == ours or not pairs:
+            if theirs == ours or not (found := paired(each[ours], each[theirs])):
                 continue
-            found = paired(*map(np.array, zip(*pairs, strict=True)))
-            low, high = found["interval"]
-            rows.append([theirs, f"{found['difference']:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{found['better']:.0%}"])
+            signed, relative = "{:+.4f}".format, "{:.3g}".format
+            difference = [signed(found["difference"]), bracket(found["interval"], signed)]
+            ratio = [relative(found["ratio"]), bracket(found["ratio_interval"], relative)]
+            rows.append([theirs, *difference, *ratio, f"{found['better']:.0%}"])
         blocks.table(
-            f"{ours} against the others, paired by test sequence: negative is better",
-            ["against", "difference of MSE", "95 % interval", "sequences where it is better"],
+            f"{ours} against the others, paired by test sequence: a negative difference, or a ratio of geometric means "
+            "below 1, is better. The difference hangs on a few sequences with large errors; in the ratio all count "
+            "alike",
+            ["against", "difference of MSE", "95 % interval", "ratio of geometric mean MSE", "95 % interval",
+             "sequences where it is better"],
             rows,
-        )
+        )  # fmt: skip
 
 
 def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
@@ -204,8 +207,9 @@ def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
             continue
         contexts = [run.contexts["test"][row].context for row in rows]
         bands = None
-        if all(line.quantiles is not None for line in shown):
-            bands = [line.quantiles[[QUANTILES.index(0.1), QUANTILES.index(0.9)]] for line in shown]
+        found = [[line.quantiles[QUANTILES.index(level)] for level in BAND] for line in shown if line.quantiles]
+        if len(found) == len(shown) and not any(bound is None for bounds in found for bound in bounds):
+            bands = np.array(found)
         titles = [f"sequence {row}, MSE {number(lines[row].mse)}" for row in rows]
         forecasts, truths = [line.forecast for line in shown], [line.truth for line in shown]
         figures.fan(["prey", "predator"], contexts, forecasts, bands, drawn / file, truths, titles)

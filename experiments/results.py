@@ -1,6 +1,7 @@
 """A run folder read back from its files, and how its numbers are written."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,9 +139,9 @@ def log10(flops: int | float) -> str:
     return f"10^{math.log10(flops):.3f}" if flops else "0"
 
 
-def bracket(interval: tuple[float, float] | None) -> str:
+def bracket(interval: tuple[float, float] | list[float] | None, write: Callable[[float], str] = number) -> str:
     """An interval as a cell of a table."""
-    return f"[{number(interval[0])}, {number(interval[1])}]" if interval else NONE
+    return f"[{write(interval[0])}, {write(interval[1])}]" if interval else NONE
 
 
 def mse_row(name: str, by_split: dict[str, Scores]) -> list[str]:

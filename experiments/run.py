@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
         "(default %(default)s)",
     )  # fmt: skip
     p.add_argument("--numeric-head", action="store_true", help="train with a softmax over the tokens of numbers only")
-    p.add_argument("--seed", type=int, default=0, help="of adapters and batches (default %(default)s)")
+    p.add_argument(
+        "--seed", type=int, default=0, help="of adapters, batches, samples and the GRU (default %(default)s)"
+    )
     p.add_argument("--budget", type=budget, default=10**17, help="FLOPs of all training (default 1e17)")
     p.add_argument(
         "--convention", default="sheet", choices=("exact", "sheet", "report"),
@@ -180,6 +182,7 @@ def prepare(args: argparse.Namespace, stack: ExitStack, interruption: Interrupti
         checkpoint=(args.model, identity["checkpoint_sha256"]),
         decoding=args.decoding,
         samples=args.samples,
+        seed=args.seed,
         interruption=interruption,
     )
     return suite, continued

@@ -1,5 +1,6 @@
 """Runs the experiments of a plan, one after the other, into a run folder."""
 
+import json
 import shutil
 import sys
 import time
@@ -23,7 +24,7 @@ from experiments.llmtime import Encoding
 from experiments.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
 from experiments.records import Tensor4, build, read_metrics, read_settings
 from experiments.runfolder import RunError, plain, resumable, sync, to_json, to_json_lines, write_whole
-from experiments.scores import QUANTILES, errors, of_method, probabilistic, squared_errors
+from experiments.scores import QUANTILES, errors, of_method, probabilistic, quantiles, samples_needed, squared_errors
 from experiments.training import Training, train, window_tensors
 from lora import inject, remove, save_adapter
 from qwen_min import Qwen, Tokenizer
@@ -45,6 +46,7 @@ class Suite:
     checkpoint: tuple[str, str]  # as the user named it, and its sha256
     decoding: str
     samples: int  # paths drawn for each held-out sequence by the last experiment
+    seed: int  # of those paths and of the GRU; each training has its own
     interruption: Interruption
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
@@ -121,7 +123,7 @@ class Suite:
         example = {"text": text[:40], "tokens": tokens[:20], "num_characters": len(text), "num_tokens": len(tokens)}
         write_whole(self.folder / "example.json", to_json(example))
         train = self.encoding.scaled(self.series["train"]).astype(np.float64).round(self.encoding.decimals)
-        baselines = BASELINES | {f"GRU trained on the {len(train)}": gru.fit(train)}
+        baselines = BASELINES | {f"GRU trained on the {len(train)}": gru.fit(train, self.seed)}
         results = {}
         for split in ("val", "test"):
             context, truth = self._context_and_truth(split, LONG_HORIZON)
@@ -247,16 +249,22 @@ class Suite:
             results["probabilistic"] = probabilistic(drawn, truth[:, :HORIZON])
             results["mean_of_samples"] = of_method(drawn.mean(axis=1), truth[:, :HORIZON], fallback, scale)
             for line, paths in zip(lines, drawn, strict=True):
-                line["quantiles"] = np.quantile(paths, QUANTILES, axis=0).round(4).tolist()
+                line["quantiles"] = [  # None where the samples are too few
+                    quantiles(paths, [level], axis=0)[0].round(4).tolist()
+                    if self.samples >= samples_needed(level)
+                    else None
+                    for level in QUANTILES
+                ]
+            self._write_samples(name, split, drawn)
         write_whole(self._path(name) / f"forecasts.{split}.jsonl", to_json_lines(lines))
         return results
 
     def _draw(self, contexts: np.ndarray, state: Path) -> np.ndarray:
-        """Sampled paths (N, S, h, D), scaled."""
+        """Sampled paths (N, S, h, D), scaled: the very numbers of the texts."""
         forecaster = Forecaster(self.model, self.tokenizer, self.encoding.scale, self.encoding.decimals)
 
         def draw(start: int) -> np.ndarray:
-            return forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples).samples
+            return forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples, seed=self.seed).samples
 
         def read(kept: object, start: int) -> np.ndarray:
             paths, count = build(Tensor4, kept, str(state)), len(contexts[start : start + BATCH])
@@ -265,7 +273,15 @@ class Suite:
             return paths
 
         parts = resumable(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
-        return np.concatenate(parts) / self.encoding.scale
+        return (np.concatenate(parts) / self.encoding.scale).round(self.encoding.decimals)
+
+    def _write_samples(self, name: str, split: str, drawn: np.ndarray) -> None:
+        """Keep sampled paths (N, S, h, D), a line for each trajectory, so that they can be scored without a model."""
+        lines = [
+            json.dumps({"id": int(trajectory), "samples": paths.tolist()}, separators=(",", ":"), allow_nan=False)
+            for trajectory, paths in zip(self.ids[split], drawn, strict=True)
+        ]
+        write_whole(self._path(name) / f"samples.{split}.jsonl", "\n".join(lines) + "\n")
 
     def _line(self, trajectory: int, row: int, found: Forecasts, truth: np.ndarray) -> dict:
         values, true = found.values[row, :HORIZON], truth[row, :HORIZON]

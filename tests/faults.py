@@ -31,7 +31,15 @@ from experiments.training import Training
 from tests import small_plan
 
 SYSTEMS = 20  # 3 validation and 3 test trajectories
-FINAL = ("**/metrics.json", "**/losses.csv", "**/adapter/*", "**/forecasts.*.jsonl", "*.jsonl", "*.json")
+FINAL = (
+    "**/metrics.json",
+    "**/losses.csv",
+    "**/adapter/*",
+    "**/forecasts.*.jsonl",
+    "**/samples.*.jsonl",
+    "*.jsonl",
+    "*.json",
+)
 CHANGING = ("status.json", "ledger.jsonl", "seconds.json")  # grow, or hold a time or the budget
 TIMED = ("status.json", "seconds.json")
 WRITING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}

@@ -35,7 +35,7 @@ def sine(path, header="deer,wolves\n", delimiter=","):
 
 def test_a_csv_file_gives_a_table_with_intervals_and_a_picture(run, tmp_path):
     series = sine(tmp_path / "sine.csv")
-    status, out, err, written = run(series, "--horizon", 5, "--samples", 8, "--plot", "picture.png")
+    status, out, err, written = run(series, "--horizon", 5, "--samples", 9, "--plot", "picture.png")
     assert (status, err, written) == (0, "", {"sine.forecast.csv", "picture.png"})
     assert out.split() == [str(tmp_path / "sine.forecast.csv"), "picture.png"]
     with (tmp_path / "sine.forecast.csv").open() as file:
@@ -115,7 +115,7 @@ def test_too_little_memory_and_a_stop_end_in_one_line_and_bugs_in_a_traceback(ru
 def test_an_hdf5_file_gives_every_series(run, tmp_path):
     path = tmp_path / "some.h5"
     data.write(path, data.simulate(seed=3, num_systems=3))
-    assert run(path, "--horizon", 2, "--samples", 2, "--quantiles", "0.25,0.75")[0] == 0
+    assert run(path, "--horizon", 2, "--samples", 3, "--quantiles", "0.25,0.75")[0] == 0
     with (tmp_path / "some.forecast.csv").open() as file:
         rows = list(csv.reader(file))
     assert rows[0][4:] == ["prey_q0.25", "predator_q0.25", "prey_q0.75", "predator_q0.75"]
@@ -142,6 +142,8 @@ BAD = {
     "scale": ("1\n2\n3\n", ["--scale", "0"], "scale is 0.0, expected a positive number"),
     "decimals": ("1\n2\n3\n", ["--decimals", "9"], "decimals is 9, expected 1 to 6"),
     "samples": ("1\n2\n3\n", ["--samples", "-1"], "-1 samples"),
+    "few samples": ("oak\n", ["--samples", "8"], "8 samples do not reach the quantile 0.1, expected 9 or more"),
+    "far quantile": ("oak\n", ["--quantiles", "0.5,0.975"], "20 samples do not reach the quantile 0.975, expected 39"),
 }
 
 

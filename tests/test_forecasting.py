@@ -57,6 +57,7 @@ def test_samples_differ_by_path_and_seed_and_give_median_and_quantiles(forecaste
     assert len({path.tobytes() for path in found.samples[0]}) > 4
     np.testing.assert_array_equal(found.values, np.median(found.samples, axis=1))
     np.testing.assert_allclose(found.quantiles[:, 1], found.values)
+    np.testing.assert_allclose(found.quantiles[:, 0], found.samples.min(axis=1))  # of nine, the least is the 10 %
     assert (np.diff(found.quantiles, axis=1) >= 0).all()
     assert not np.array_equal(forecaster.forecast(series, 6, samples=9, seed=1).samples, found.samples)
     assert forecaster.forecast(series, 6).samples is None
@@ -104,7 +105,7 @@ def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories
     home, adapter = tmp_path / "home", tmp_path / "home" / "runs" / "quick" / "experiments" / "final" / "adapter"
     shutil.copytree(TINY, home / "models" / "small")
     model, _ = tiny
-    inject(model, config := LoraConfig(rank=2, alpha=2))
+    inject(model, LoraConfig(rank=2, alpha=2))
     try:
         save_adapter(model, adapter, "models/small")
     finally:
@@ -143,8 +144,10 @@ def test_bad_input_is_refused_by_name(forecaster, contexts, horizon, message):
 def test_values_beyond_the_encoding_and_quantiles_without_samples_are_refused(tiny, forecaster):
     with pytest.raises(SeriesError, match="series 0: 500 is 250 when divided by the scale 2, expected less than 100"):
         Forecaster(*tiny, scale=2.0).forecast([np.array([[1.0], [500.0]])], 3)
-    with pytest.raises(SeriesError, match="expected samples for quantiles between 0 and 1"):
+    with pytest.raises(ValueError, match=r"0 samples do not reach the quantile 0.5, expected 1 or more"):
         forecaster.forecast(waves(), 3, quantiles=(0.5,))
+    with pytest.raises(ValueError, match=r"20 samples do not reach the quantile 0.04, expected 24 or more"):
+        forecaster.forecast(waves(), 3, samples=20, quantiles=(0.5, 0.04))
 
 
 def test_minus_zero_is_zero_and_the_smallest_number_a_number(forecaster):

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from experiments import data, gru, plans, run
+from experiments import data, gru, plans, run, scores
+from experiments.forecasting import Forecaster
 from experiments.interruption import Interrupted, Interruption
+from experiments.llmtime import Encoding
 from experiments.report import write_report
 from experiments.results import load_run
 from experiments.runfolder import RunError
@@ -125,6 +127,44 @@ def test_forecast_lines_hold_what_the_metrics_say(finished):
         assert errors.shape == (30, 2)
         assert np.nanmean(errors[:10] ** 2) == pytest.approx(line["mse"], rel=1e-4)
         assert np.array(line["quantiles"]).shape == (5, 10, 2)
+
+
+def test_samples_are_kept_and_give_the_scores_again(finished):
+    path = finished[0] / "experiments" / "final"
+    metrics = json.loads((path / "metrics.json").read_text())
+    for split in ("val", "test"):
+        drawn, lines = (
+            [json.loads(line) for line in (path / f"{kind}.{split}.jsonl").read_text().splitlines()]
+            for kind in ("samples", "forecasts")
+        )
+        assert [one["id"] for one in drawn] == [line["id"] for line in lines]
+        samples = np.array([one["samples"] for one in drawn])
+        assert samples.shape == (3, 20, 10, 2)
+        np.testing.assert_array_equal(samples, samples.round(2))
+        truth = np.array([line["truth"] for line in lines])[:, :10]
+        for name, value in scores.probabilistic(samples, truth).items():
+            assert value == pytest.approx(metrics[split]["probabilistic"][name], rel=1e-4)
+        assert ((samples.mean(axis=1) - truth) ** 2).mean() == pytest.approx(
+            metrics[split]["mean_of_samples"]["all"]["mse"], rel=1e-4
+        )
+
+
+def test_the_seed_of_a_run_reaches_its_samples_and_the_gru(small_plan, data_file, tmp_path):
+    found = []
+    for seed in (0, 1):
+        out = tmp_path / str(seed)
+        arguments = ["--plan", "untrained", "--data", str(data_file), "--samples", "2", "--sequences", "1"]
+        assert run.main([*arguments, "--seed", str(seed), "--out", str(out)]) == 0
+        line = json.loads((out / "experiments" / "untrained" / "samples.val.jsonl").read_text())
+        gru_errors = json.loads((out / "baselines.json").read_text())["GRU trained on the 14"]["val"]["mse_each"]
+        found.append((line["id"], line["samples"], gru_errors))
+    (row, samples, errors), (_, other_samples, other_errors) = found
+    assert samples != other_samples
+    assert errors != other_errors
+    trajectories = data.read(data_file).trajectories
+    scale = Encoding.fit(trajectories[data.split(20).train]).scale
+    drawn = Forecaster.load("tiny", scale=scale).forecast(trajectories[[row], :70], 10, samples=2).samples[0]
+    np.testing.assert_allclose(drawn / scale, samples)  # a run's seed 0 is that of a forecaster
 
 
 def test_the_report_is_redrawn_from_files_alone(finished):
@@ -426,6 +466,12 @@ def test_what_goes_beyond_the_report_is_shown(monkeypatch, data_file, tmp_path):
     assert "frontier: rank 2, learning_rate 0.001, context 768" in markdown
     assert "10^16.91" not in markdown  # what the report's whole suite cost
     assert (tmp_path / "figures" / "frontier-losses.png").exists()
+    # two samples reach neither interval
+    row = next(line for line in markdown.splitlines() if line.startswith("| frontier | val | 2 |"))
+    assert row.endswith("| - | - |")
+    assert "with the central 80 % of its samples" not in markdown
+    line = json.loads((tmp_path / "experiments" / "frontier" / "forecasts.val.jsonl").read_text().splitlines()[0])
+    assert [quantile is None for quantile in line["quantiles"]] == [True, True, False, True, True]
 
 
 def test_a_model_with_too_few_positions_is_refused(small_plan, data_file, tmp_path, capsys):
@@ -463,7 +509,7 @@ def test_the_report_plan_says_what_does_not_fit_the_budget(monkeypatch, tmp_path
     def warning(convention, budget=10**17):
         ledger = Ledger(tmp_path / "ledger.jsonl", budget)
         return Suite(
-            plans.report(0), tmp_path, sizes, None, None, {}, {}, ledger, convention, ("", ""), "", 0, None
+            plans.report(0), tmp_path, sizes, None, None, {}, {}, ledger, convention, ("", ""), "", 0, 0, None
         ).budget_warning()
 
     assert "Does not fit: final." in warning("sheet")
