@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import comparison, figures, report
-from experiments.comparison import build, load_runs, write_comparison
-from experiments.page import Blocks, to_markdown
-from experiments.report import write_report
-from experiments.runfolder import RunError
+from experiments.report import build as report
+from experiments.report import comparison, figures
+from experiments.report.build import write_report
+from experiments.report.comparison import build, load_runs, write_comparison
+from experiments.report.page import Blocks, to_markdown
+from experiments.storage.files import RunError
 
 RESULTS = Path(__file__).parents[1] / "results"
 RUNS = sorted(plan.parent.name for plan in RESULTS.glob("*/plan.json"))

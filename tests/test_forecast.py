@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import data, forecast
-from experiments.forecasting import Forecaster
+from experiments import forecast
+from experiments.forecasting.forecaster import Forecaster
+from experiments.study import data
 
 
 @pytest.fixture

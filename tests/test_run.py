@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from experiments import data, gru, plans, run, scores
-from experiments.forecasting import Forecaster
-from experiments.interruption import Interrupted, Interruption
-from experiments.llmtime import Encoding
-from experiments.report import write_report
-from experiments.results import load_run
-from experiments.runfolder import RunError
-from experiments.training import Training
+from experiments import run
+from experiments.forecasting import gru, scores
+from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.forecaster import Forecaster
+from experiments.forecasting.settings import Training
+from experiments.report.build import write_report
+from experiments.report.results import load_run
+from experiments.storage.files import RunError
+from experiments.storage.interruption import Interrupted, Interruption
+from experiments.study import data, plans
 from flops import Ledger
 from small_plan import quick
 
@@ -290,7 +292,7 @@ def test_other_threads_than_the_main_one_work_without_signals():
 
 def test_a_folder_in_which_another_process_is_at_work_is_refused(small_plan, data_file, tmp_path, capsys):
     out = tmp_path / "out"
-    code = "import sys, time\nfrom pathlib import Path\nfrom experiments.runfolder import only_writer\n"
+    code = "import sys, time\nfrom pathlib import Path\nfrom experiments.storage.runfolder import only_writer\n"
     code += "with only_writer(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()"
     out.mkdir()
     command = [sys.executable, "-c", code, str(out)]
@@ -312,7 +314,7 @@ def test_too_little_memory_ends_in_one_message_and_other_failures_are_not_hidden
         def work(self):
             raise RuntimeError(message)
 
-        monkeypatch.setattr("experiments.suite.Suite.run", work)
+        monkeypatch.setattr("experiments.study.suite.Suite.run", work)
         return run.main(["--data", str(data_file), "--out", str(tmp_path / "out")])
 
     assert fails("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes") == 1
@@ -333,7 +335,7 @@ def test_a_bug_in_the_preparation_is_no_bad_input(monkeypatch, tmp_path):
 def test_what_stopped_an_earlier_process_is_forgotten(small_plan, monkeypatch, data_file, tmp_path):
     arguments = ["--data", str(data_file), "--out", str(tmp_path / "out")]
     assert run.main([*arguments, "--budget", "7e9"]) == 1
-    monkeypatch.setattr("experiments.suite.Suite.run", lambda self: 1 / 0)
+    monkeypatch.setattr("experiments.study.suite.Suite.run", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.main([*arguments, "--budget", "8e9"])
     status = json.loads((tmp_path / "out" / "status.json").read_text())
@@ -501,7 +503,7 @@ def test_the_report_plan_says_what_does_not_fit_the_budget(monkeypatch, tmp_path
     """With the real model's sizes, before anything runs."""
     from types import SimpleNamespace
 
-    from experiments.suite import Suite
+    from experiments.study.suite import Suite
     from qwen_min import QwenConfig
 
     sizes = SimpleNamespace(config=QwenConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True))
