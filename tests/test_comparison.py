@@ -95,7 +95,7 @@ def test_figures_leave_the_caller_s_settings_alone(tmp_path):
         import sys, matplotlib
         from pathlib import Path
         before = dict(matplotlib.rcParams)
-        from experiments import figures
+        from experiments.report import figures
         figures.training_loss([1.0, 0.5], Path(sys.argv[1]))
         assert dict(matplotlib.rcParams) == before"""
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "loss.png")], cwd=RESULTS.parent, check=True)

@@ -172,7 +172,7 @@ def test_the_seed_of_a_run_reaches_its_samples_and_the_gru(small_plan, data_file
 def test_the_report_is_redrawn_from_files_alone(finished):
     out, _ = finished
     before = contents(out, "report.*", "figures/*")
-    code = "import sys; from experiments import report; report.main(); assert 'torch' not in sys.modules"
+    code = "import sys; from experiments.report import __main__ as report; report.main(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(out)], check=True, env=os.environ | {"PYTHONPATH": PATH})
     assert contents(out, "report.*", "figures/*") == before
 
