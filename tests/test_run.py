@@ -180,7 +180,7 @@ def test_the_report_is_redrawn_from_files_alone(finished):
 def test_finished_experiments_are_not_run_again(finished, data_file):
     out, _ = finished
     before = contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors")
-    process = start("--data", data_file, "--out", out, before="import experiments.suite; del experiments.suite.train")
+    process = start("--data", data_file, "--out", out, before="import experiments.study.suite; del experiments.study.suite.train")
     assert process.returncode == 0, process.stderr
     assert "continuing" in process.stdout
     assert contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors") == before
@@ -223,8 +223,8 @@ def test_a_killed_run_ends_with_the_same_bytes(finished, data_file, tmp_path):
 
 
 TERMINATE = """
-import os, signal, experiments.training
-experiments.training.SAVE_SECONDS = 1000
+import os, signal, experiments.forecasting.training
+experiments.forecasting.training.SAVE_SECONDS = 1000
 from flops import Ledger
 plain = Ledger.debit
 def debit(self, experiment, step, flops):
