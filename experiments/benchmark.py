@@ -20,7 +20,7 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.cli import CommandError
-from experiments.runfolder import to_json, write_whole
+from experiments.storage.files import to_json, write_whole
 
 CONTEXT = 699  # tokens of a forecasting prompt
 CONTEXTS = 10  # prompts forecast together
@@ -141,7 +141,7 @@ class Ours(Side):
                 tokens = linear(append(tokens)[:, -1], self.model.head_weight).argmax(-1, keepdim=True)
 
     def timed_forecast(self, ids, steps):
-        from experiments.grammar import Grammar, decode
+        from experiments.forecasting.grammar import Grammar, decode
         from qwen_min import Tokenizer
         from qwen_min.generate import greedy_steps, prefill
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from experiments.interruption import Interrupted, Interruption
+from experiments.storage.interruption import Interrupted, Interruption
 
 PACKAGES = ("qwen_min", "lora", "flops", "experiments")
 DTYPES = ("float32", "bfloat16")  # fp16 would need its loss scaled to train

@@ -9,69 +9,10 @@ An HDF5 file holds many series, as the report's data set does.
 """
 
 import argparse
-import csv
-import io
-import math
 import sys
 from pathlib import Path
 
 from experiments import cli
-
-DELIMITERS = ",;\t"
-
-
-def read_csv(path: Path, columns: list[str] | None = None):
-    """Names of the variables and the one series (T, D) of a CSV file; `columns` picks some by name.
-
-    The first row is a header when a cell of it that is not empty is no number. A column without a name is an index, and
-    left out. Raises DataError that names the line and the column of what is no number.
-    """
-    import numpy as np
-
-    from experiments.data import DataError
-
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip("\r\n")
-        first = text.split("\n", 1)[0]
-        delimiter = next((mark for mark in DELIMITERS if mark in first), ",")
-        rows = list(csv.reader(io.StringIO(text), delimiter=delimiter, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a readable CSV file ({error})") from error
-    if not rows:
-        raise DataError(f"{path}: is empty, expected a row for each time step")
-    named = any(cell.strip() and not _is_float(cell) for cell in rows[0])
-    names = [cell.strip() for cell in rows[0]] if named else [f"x{i}" for i in range(len(rows[0]))]
-    for line, row in enumerate(rows, start=1):
-        if len(row) != len(names):
-            raise DataError(f"{path}, line {line}: has {len(row)} columns, the first line has {len(names)}")
-    chosen = [name for name in names if name] if columns is None else columns
-    for name in chosen:
-        if names.count(name) != 1:
-            raise DataError(f"{path}: has {names.count(name)} columns {name!r}, expected one; it holds {names}")
-    kept = [names.index(name) for name in chosen]
-    values = []
-    for line, row in enumerate(rows[named:], start=1 + named):
-        for column in kept:
-            if not _is_number(row[column]):
-                what = repr(row[column].strip()) if row[column].strip() else "nothing"
-                raise DataError(
-                    f"{path}, line {line}, column {names[column]!r}: holds {what}, expected a number; leave columns "
-                    "out with --columns"
-                )
-        values.append([float(row[column]) for column in kept])
-    return chosen, np.array(values).reshape(len(values), len(kept))
-
-
-def _is_float(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_number(cell: str) -> bool:
-    return _is_float(cell) and math.isfinite(float(cell))
 
 
 def fractions(text: str) -> list[float]:
@@ -87,7 +28,7 @@ def fractions(text: str) -> list[float]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from experiments.scores import BAND
+    from experiments.forecasting.scores import BAND
 
     p = argparse.ArgumentParser(
         prog="python -m experiments.forecast", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -121,10 +62,12 @@ def run(args: argparse.Namespace) -> list[Path]:
     """
     import torch
 
-    from experiments import data, figures
-    from experiments.forecasting import Forecaster
-    from experiments.runfolder import write_whole
-    from experiments.scores import require_samples
+    from experiments.forecasting.forecaster import Forecaster
+    from experiments.forecasting.scores import require_samples
+    from experiments.forecasting.tables import read_csv, to_csv
+    from experiments.report import figures
+    from experiments.storage.files import write_whole
+    from experiments.study import data
 
     quantiles = args.quantiles if args.samples else []
     require_samples(quantiles, args.samples)
@@ -156,19 +99,6 @@ def run(args: argparse.Namespace) -> list[Path]:
         figures.fan(names, series, found.values, found.quantiles, args.plot)
         written.append(args.plot)
     return written
-
-
-def to_csv(names: list[str], found, quantiles: list[float]) -> str:
-    """A row for each forecast step of each series: the forecast of every variable, then its quantiles."""
-    levels = [f"{name}_q{level:g}" for level in quantiles for name in names]
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["series", "step", *names, *levels])
-    for number, values in enumerate(found.values):
-        for step, row in enumerate(values):
-            bounds = found.quantiles[number, :, step].ravel() if quantiles else []
-            writer.writerow([number, step + 1, *(f"{value:.6g}" for value in (*row, *bounds))])
-    return table.getvalue()
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import trange
 
-from experiments.llmtime import LARGEST, Encoding
+from experiments.forecasting.encoding import LARGEST, Encoding
 from qwen_min.config import QwenConfig
 from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen

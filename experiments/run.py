@@ -12,9 +12,11 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from experiments import cli, plans
-from experiments.interruption import Interrupted, Interruption
-from experiments.runfolder import RunError, open_run
+from experiments import cli
+from experiments.storage.files import RunError
+from experiments.storage.interruption import Interrupted, Interruption
+from experiments.storage.runfolder import open_run
+from experiments.study import plans
 
 
 def sequences(text: str) -> int | None:
@@ -80,9 +82,9 @@ def read_data(args: argparse.Namespace):
 
     Raises DataError for trajectories that are too short, or too large for the encoding.
     """
-    from experiments import data
-    from experiments.grammar import BEYOND
-    from experiments.llmtime import Encoding
+    from experiments.forecasting.encoding import Encoding
+    from experiments.forecasting.grammar import BEYOND
+    from experiments.study import data
 
     trajectories = (data.read(args.data) if args.data else data.simulate()).trajectories
     if (num_steps := trajectories.shape[1]) < plans.CONTEXT_STEPS + plans.HORIZON:
@@ -112,10 +114,10 @@ def prepare(args: argparse.Namespace, stack: ExitStack, interruption: Interrupti
     import torch
 
     import flops
-    from experiments.evaluation import most_positions
-    from experiments.grammar import Grammar
-    from experiments.suite import Suite
-    from experiments.training import window_tensors
+    from experiments.forecasting.grammar import Grammar
+    from experiments.forecasting.training import window_tensors
+    from experiments.study.evaluation import most_positions
+    from experiments.study.suite import Suite
     from qwen_min import load
     from qwen_min.weights import checkpoint_folder, checkpoint_hash
 
@@ -212,9 +214,9 @@ def work(args: argparse.Namespace, stack: ExitStack, interruption: Interruption)
     """`main` without its handling of signals and of input that cannot be used."""
     suite, continued = prepare(args, stack, interruption)
     import flops  # after parsing: --help need not wait for torch
-    from experiments.evaluation import ForecastError
-    from experiments.report import write_report
-    from experiments.training import TrainingError
+    from experiments.forecasting.training import TrainingError
+    from experiments.report.build import write_report
+    from experiments.study.evaluation import ForecastError
 
     if continued:
         print(f"continuing {suite.folder}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import data
+from experiments.study import data
 from qwen_min import Qwen, QwenConfig, load
 
 GROUPED = QwenConfig(

@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from experiments import data, evaluation, plans, run, suite
-from experiments.report import write_report
-from experiments.runfolder import LOCK, WRITER
-from experiments.training import Training
+from experiments import run
+from experiments.forecasting.settings import Training
+from experiments.report.build import write_report
+from experiments.storage.runfolder import LOCK, WRITER
+from experiments.study import data, evaluation, plans, suite
 from tests import small_plan
 
 SYSTEMS = 20  # 3 validation and 3 test trajectories

@@ -74,7 +74,7 @@ def install(monkeypatch) -> None:
     """Let everything that continues a cache do so by graphs."""
     Graph.captured = 0
     monkeypatch.setattr("qwen_min.continuation._capture", capture)
-    for name in ("qwen_min.generate", "experiments.grammar"):
+    for name in ("qwen_min.generate", "experiments.forecasting.grammar"):
         # by import_module, as the name qwen_min.generate alone is the function's
         monkeypatch.setattr(importlib.import_module(name), "continuation", RecordedContinuation)
 

@@ -1,7 +1,8 @@
 """The quick plan with a few steps, saved after each."""
 
-from experiments import gru, plans, training
-from experiments.training import Training
+from experiments.forecasting import gru, training
+from experiments.forecasting.settings import Training
+from experiments.study import plans
 
 
 def quick(seed: int) -> plans.Plan:

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from experiments import data, gru
-from experiments.baselines import ar, context_mean, persistence, seasonal, var
-from experiments.llmtime import Encoding
+from experiments.forecasting import gru
+from experiments.forecasting.baselines import ar, context_mean, persistence, seasonal, var
+from experiments.forecasting.encoding import Encoding
+from experiments.study import data
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments import comparison, figures, report
-from experiments.comparison import build, load_runs, write_comparison
-from experiments.page import Blocks, to_markdown
-from experiments.report import write_report
-from experiments.runfolder import RunError
+from experiments.report import build as report
+from experiments.report import comparison, figures
+from experiments.report.build import write_report
+from experiments.report.comparison import build, load_runs, write_comparison
+from experiments.report.page import Blocks, to_markdown
+from experiments.storage.files import RunError
 
 RESULTS = Path(__file__).parents[1] / "results"
 RUNS = sorted(plan.parent.name for plan in RESULTS.glob("*/plan.json"))
@@ -94,7 +95,7 @@ def test_figures_leave_the_caller_s_settings_alone(tmp_path):
         import sys, matplotlib
         from pathlib import Path
         before = dict(matplotlib.rcParams)
-        from experiments import figures
+        from experiments.report import figures
         figures.training_loss([1.0, 0.5], Path(sys.argv[1]))
         assert dict(matplotlib.rcParams) == before"""
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "loss.png")], cwd=RESULTS.parent, check=True)

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import config_fields, random_model, relative_error
-from experiments.evaluation import forecast
-from experiments.forecasting import Forecaster
-from experiments.llmtime import Encoding
-from experiments.training import Training, train, window_tensors
+from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.forecaster import Forecaster
+from experiments.forecasting.settings import Training
+from experiments.forecasting.training import train, window_tensors
+from experiments.study.evaluation import forecast
 from lora import LoraConfig, adapter_parameters, inject
 from qwen_min import KVCache, QwenConfig, generate, load
 from qwen_min.continuation import GraphContinuation, ReusedCache, continuation
@@ -166,7 +167,7 @@ def series() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("samples", [0, 3])
 def test_forecasts_in_several_batches_agree(monkeypatch, checkpoint, samples):
-    monkeypatch.setattr("experiments.forecasting.rows_at_once", lambda model, columns: 4)
+    monkeypatch.setattr("experiments.forecasting.forecaster.rows_at_once", lambda model, columns: 4)
     wanted, found = (
         Forecaster(*load(checkpoint, device), scale=1.0).forecast(series(), 4, samples) for device in ("cpu", "cuda")
     )
@@ -178,7 +179,7 @@ def test_forecasts_in_several_batches_agree(monkeypatch, checkpoint, samples):
 @pytest.mark.parametrize("decoding", ["constrained", "free"])
 def test_evaluations_in_several_batches_agree(monkeypatch, checkpoint, precision, decoding):
     """In bf16 the losses of the truth; its texts may part with those of fp32."""
-    monkeypatch.setattr("experiments.evaluation.BATCH", 2)
+    monkeypatch.setattr("experiments.study.evaluation.BATCH", 2)
     values = np.stack([one[:17] for one in series() if len(one) > 9])
     wanted, found = (
         forecast(*load(checkpoint, *where), Encoding(1.0), values, 13, 3, decoding=decoding)

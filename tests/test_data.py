@@ -2,8 +2,8 @@ import h5py
 import numpy as np
 import pytest
 
-from experiments import data
-from experiments.data import DataError, Dataset
+from experiments.study import data
+from experiments.study.data import DataError, Dataset
 
 
 def test_what_is_written_is_read_back(tmp_path):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import evaluation
-from experiments.evaluation import ForecastError, Forecasts, forecast, metrics
-from experiments.forecasting import Forecaster
-from experiments.llmtime import Encoding
+from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.forecaster import Forecaster
+from experiments.study import evaluation
+from experiments.study.evaluation import ForecastError, Forecasts, forecast, metrics
 from qwen_min import generate
 
 ENCODING = Encoding(scale=1.1)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import data, forecast
-from experiments.forecasting import Forecaster
+from experiments import forecast
+from experiments.forecasting.forecaster import Forecaster
+from experiments.forecasting.tables import read_csv
+from experiments.study import data
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def test_headers_delimiters_and_columns_are_the_user_s_choice(run, tmp_path):
 def test_a_header_is_a_row_with_a_cell_that_is_no_number(tmp_path, header, names, steps):
     path = tmp_path / "series.csv"
     path.write_text(f"{header}\n0,1.5,2.5\n1,1.6,2.4\n")
-    found, series = forecast.read_csv(path)
+    found, series = read_csv(path)
     assert found == names
     assert series.shape == (steps, len(names))
     assert series[-1].tolist() == [1.0, 1.6, 2.4][-len(names) :]

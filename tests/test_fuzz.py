@@ -23,13 +23,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from conftest import GROUPED, config_fields, random_model
-from experiments import comparison, data, report, sections
-from experiments.evaluation import Forecasts, forecast
-from experiments.forecast import read_csv
-from experiments.forecasting import read_trained, write_trained
-from experiments.llmtime import Encoding
-from experiments.runfolder import RunError, open_run, read_json
-from experiments.training import Trained, TrainingError, _load_state, _save_state
+from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.forecaster import read_trained, write_trained
+from experiments.forecasting.tables import read_csv
+from experiments.forecasting.training import Trained, TrainingError, _load_state, _save_state
+from experiments.report import build as report
+from experiments.report import comparison, sections
+from experiments.storage.files import RunError, read_json
+from experiments.storage.runfolder import open_run
+from experiments.study import data
+from experiments.study.evaluation import Forecasts, forecast
 from flops import Ledger
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, load_adapter, remove, save_adapter
 from qwen_min import Qwen, QwenConfig, Tokenizer

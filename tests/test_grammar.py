@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import random_model
-from experiments.grammar import DIGITS, Grammar, decode, may_be_wide, nats_of
+from experiments.forecasting.grammar import DIGITS, Grammar, decode, may_be_wide, nats_of
 from qwen_min.continuation import GraphContinuation
 from qwen_min.generate import pad_left, prefill
 from qwen_min.model import Decoder
@@ -78,7 +78,7 @@ def test_the_random_model_writes_second_digits_and_single_ones(tiny, models):
 
 def test_a_gpu_s_way_gives_the_same_text(monkeypatch, models):
     wanted = decoded(*models, CONTEXTS)
-    monkeypatch.setattr("experiments.grammar.continuation", GraphContinuation)
+    monkeypatch.setattr("experiments.forecasting.grammar.continuation", GraphContinuation)
     assert decoded(*models, CONTEXTS) == wanted
 
 

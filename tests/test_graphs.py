@@ -9,9 +9,9 @@ import torch
 
 import recorded
 from conftest import random_model
-from experiments.evaluation import forecast
-from experiments.forecasting import Forecaster
-from experiments.llmtime import Encoding
+from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.forecaster import Forecaster
+from experiments.study.evaluation import forecast
 from lora import LoraConfig, adapter_parameters, inject, merge, remove, unmerge
 from qwen_min import KVCache
 from qwen_min import continuation as module
@@ -101,7 +101,7 @@ def test_an_evaluation_captures_each_pass_once(monkeypatch, tiny, simulated, dec
     """Three batches of two, each with a value of two digits in one context, and so padding before the other."""
     series = simulated.trajectories[:6, :30].copy()
     series[[0, 3, 4], 4, 0] = 11.5
-    monkeypatch.setattr("experiments.evaluation.BATCH", 2)
+    monkeypatch.setattr("experiments.study.evaluation.BATCH", 2)
     arguments = (*tiny, Encoding(scale=1.1), series, 20, 3)
     wanted = forecast(*arguments, decoding=decoding)
     recorded.install(monkeypatch)
@@ -116,7 +116,7 @@ def test_the_chunks_of_a_forecast_share_their_graphs(monkeypatch, tiny, simulate
     contexts = simulated.trajectories[:6, :12]
     wanted = Forecaster(*tiny).forecast(contexts, 3, samples)
     recorded.install(monkeypatch)
-    monkeypatch.setattr("experiments.forecasting.rows_at_once", lambda model, columns: 2)
+    monkeypatch.setattr("experiments.forecasting.forecaster.rows_at_once", lambda model, columns: 2)
     np.testing.assert_array_equal(Forecaster(*tiny).forecast(contexts, 3, samples).values, wanted.values)
     assert recorded.Graph.captured == 2
 

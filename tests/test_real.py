@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import data
-from experiments.evaluation import forecast, metrics
-from experiments.grammar import Grammar, may_be_wide
-from experiments.llmtime import Encoding
-from experiments.training import Training, train, window_tensors
+from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.grammar import Grammar, may_be_wide
+from experiments.forecasting.settings import Training
+from experiments.forecasting.training import train, window_tensors
+from experiments.study import data
+from experiments.study.evaluation import forecast, metrics
 from lora import inject
 from qwen_min import load
 

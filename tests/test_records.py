@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.records import Interval, Matrix, build, read_losses
-from experiments.report import write_report
-from experiments.results import load_run
-from experiments.runfolder import RunError
+from experiments.report.build import write_report
+from experiments.report.results import load_run
+from experiments.storage.files import RunError
+from experiments.storage.records import Interval, Matrix, build
+from experiments.study.records import read_losses
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from experiments import data, gru, plans, run, scores
-from experiments.forecasting import Forecaster
-from experiments.interruption import Interrupted, Interruption
-from experiments.llmtime import Encoding
-from experiments.report import write_report
-from experiments.results import load_run
-from experiments.runfolder import RunError
-from experiments.training import Training
+from experiments import run
+from experiments.forecasting import gru, scores
+from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.forecaster import Forecaster
+from experiments.forecasting.settings import Training
+from experiments.report.build import write_report
+from experiments.report.results import load_run
+from experiments.storage.files import RunError
+from experiments.storage.interruption import Interrupted, Interruption
+from experiments.study import data, plans
 from flops import Ledger
 from small_plan import quick
 
@@ -170,7 +172,7 @@ def test_the_seed_of_a_run_reaches_its_samples_and_the_gru(small_plan, data_file
 def test_the_report_is_redrawn_from_files_alone(finished):
     out, _ = finished
     before = contents(out, "report.*", "figures/*")
-    code = "import sys; from experiments import report; report.main(); assert 'torch' not in sys.modules"
+    code = "import sys; from experiments.report import __main__ as report; report.main(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(out)], check=True, env=os.environ | {"PYTHONPATH": PATH})
     assert contents(out, "report.*", "figures/*") == before
 
@@ -178,7 +180,7 @@ def test_the_report_is_redrawn_from_files_alone(finished):
 def test_finished_experiments_are_not_run_again(finished, data_file):
     out, _ = finished
     before = contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors")
-    process = start("--data", data_file, "--out", out, before="import experiments.suite; del experiments.suite.train")
+    process = start("--data", data_file, "--out", out, before="import experiments.study.suite; del experiments.study.suite.train")
     assert process.returncode == 0, process.stderr
     assert "continuing" in process.stdout
     assert contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors") == before
@@ -221,8 +223,8 @@ def test_a_killed_run_ends_with_the_same_bytes(finished, data_file, tmp_path):
 
 
 TERMINATE = """
-import os, signal, experiments.training
-experiments.training.SAVE_SECONDS = 1000
+import os, signal, experiments.forecasting.training
+experiments.forecasting.training.SAVE_SECONDS = 1000
 from flops import Ledger
 plain = Ledger.debit
 def debit(self, experiment, step, flops):
@@ -290,7 +292,7 @@ def test_other_threads_than_the_main_one_work_without_signals():
 
 def test_a_folder_in_which_another_process_is_at_work_is_refused(small_plan, data_file, tmp_path, capsys):
     out = tmp_path / "out"
-    code = "import sys, time\nfrom pathlib import Path\nfrom experiments.runfolder import only_writer\n"
+    code = "import sys, time\nfrom pathlib import Path\nfrom experiments.storage.runfolder import only_writer\n"
     code += "with only_writer(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()"
     out.mkdir()
     command = [sys.executable, "-c", code, str(out)]
@@ -312,7 +314,7 @@ def test_too_little_memory_ends_in_one_message_and_other_failures_are_not_hidden
         def work(self):
             raise RuntimeError(message)
 
-        monkeypatch.setattr("experiments.suite.Suite.run", work)
+        monkeypatch.setattr("experiments.study.suite.Suite.run", work)
         return run.main(["--data", str(data_file), "--out", str(tmp_path / "out")])
 
     assert fails("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes") == 1
@@ -333,7 +335,7 @@ def test_a_bug_in_the_preparation_is_no_bad_input(monkeypatch, tmp_path):
 def test_what_stopped_an_earlier_process_is_forgotten(small_plan, monkeypatch, data_file, tmp_path):
     arguments = ["--data", str(data_file), "--out", str(tmp_path / "out")]
     assert run.main([*arguments, "--budget", "7e9"]) == 1
-    monkeypatch.setattr("experiments.suite.Suite.run", lambda self: 1 / 0)
+    monkeypatch.setattr("experiments.study.suite.Suite.run", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run.main([*arguments, "--budget", "8e9"])
     status = json.loads((tmp_path / "out" / "status.json").read_text())
@@ -501,7 +503,7 @@ def test_the_report_plan_says_what_does_not_fit_the_budget(monkeypatch, tmp_path
     """With the real model's sizes, before anything runs."""
     from types import SimpleNamespace
 
-    from experiments.suite import Suite
+    from experiments.study.suite import Suite
     from qwen_min import QwenConfig
 
     sizes = SimpleNamespace(config=QwenConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True))

@@ -1,7 +1,16 @@
 import numpy as np
 import pytest
 
-from experiments.scores import ROUNDING, crps, errors, mean_interval, of_method, paired, probabilistic, quantiles
+from experiments.forecasting.scores import (
+    ROUNDING,
+    crps,
+    errors,
+    mean_interval,
+    of_method,
+    paired,
+    probabilistic,
+    quantiles,
+)
 
 
 def test_errors_by_hand():

@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments import plans, training
-from experiments.training import Training, TrainingError, batch_rows, train, window_tensors
+from experiments.forecasting import training
+from experiments.forecasting.settings import Training
+from experiments.forecasting.training import TrainingError, batch_rows, train, window_tensors
+from experiments.study import plans
 from flops import training_step
 from flops.trace import trace_training_step
 from lora import adapter_parameters, inject, remove

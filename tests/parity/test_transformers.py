@@ -133,8 +133,8 @@ def real_models(real_checkpoint):
 @pytest.fixture(scope="module")
 def validation_texts(report_file):
     """The first ten validation trajectories of the report's file, whole and their contexts, as text."""
-    from experiments import data
-    from experiments.llmtime import Encoding
+    from experiments.forecasting.encoding import Encoding
+    from experiments.study import data
 
     trajectories = data.read(report_file).trajectories
     parts = data.split(len(trajectories))

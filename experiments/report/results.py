@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.records import (
+from experiments.storage.files import RunError, parse_json_lines, read_text
+from experiments.storage.records import build, read, read_lines
+from experiments.study.records import (
     Context,
     Debit,
     Example,
@@ -16,14 +18,10 @@ from experiments.records import (
     Seconds,
     Settings,
     Status,
-    build,
-    read,
-    read_lines,
     read_losses,
     read_metrics,
     read_settings,
 )
-from experiments.runfolder import RunError, parse_json_lines, read_text
 
 NONE = "-"
 SPLITS = ("val", "test")

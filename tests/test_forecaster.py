@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.forecasting import Forecaster, SeriesError, rows_at_once, write_trained
-from experiments.llmtime import Encoding
+from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.forecaster import Forecaster, SeriesError, rows_at_once, write_trained
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, remove, save_adapter
 from qwen_min.weights import TINY, checkpoint_hash
 
@@ -30,7 +30,7 @@ def test_a_forecast_depends_on_its_series_alone(monkeypatch, forecaster, samples
     together = forecaster.forecast(series, 5, samples)
     alone = [forecaster.forecast([one], 5, samples) for one in series]
     turned = forecaster.forecast(series[::-1], 5, samples)
-    monkeypatch.setattr("experiments.forecasting.CACHE_BYTES", 1)  # a row at a time
+    monkeypatch.setattr("experiments.forecasting.forecaster.CACHE_BYTES", 1)  # a row at a time
     one_by_one = forecaster.forecast(series, 5, samples)
     for row in range(len(series)):
         for other in (alone[row].values[0], turned.values[::-1][row], one_by_one.values[row]):

@@ -11,15 +11,12 @@ import h5py
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from experiments.runfolder import write_whole
+from experiments.forecasting.tables import DataError
+from experiments.storage.files import write_whole
 
 NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # of the report's data set
 MOST_BYTES = 2**30  # of an array in a file
 DEFLATED = 1100  # times that a compressed array may grow; deflate reaches 1032
-
-
-class DataError(ValueError):
-    """A data file, or a series given by a user, cannot be used."""
 
 
 class Dataset(NamedTuple):

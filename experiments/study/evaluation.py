@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.grammar import Grammar, decode, may_be_wide, nats_of
-from experiments.llmtime import Encoding
-from experiments.records import Matrix, Tensor3, Vector, build
-from experiments.runfolder import RunError, plain, resumable
-from experiments.scores import PARTS, errors
+from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
+from experiments.forecasting.scores import PARTS, errors
+from experiments.storage.files import RunError, plain
+from experiments.storage.records import Matrix, Tensor3, Vector, build
+from experiments.storage.runfolder import resumable
 from qwen_min.continuation import ReusedCache
 from qwen_min.generate import greedy_steps, pad_left, prefill
 from qwen_min.loss import token_losses

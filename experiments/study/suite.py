@@ -14,18 +14,29 @@ import torch
 from tqdm import tqdm
 
 import flops
-from experiments import gru
-from experiments.baselines import BASELINES
-from experiments.evaluation import BATCH, Forecasts, forecast, metrics
-from experiments.forecasting import Forecaster, write_trained
-from experiments.grammar import Grammar
-from experiments.interruption import Interruption
-from experiments.llmtime import Encoding
-from experiments.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
-from experiments.records import Tensor4, build, read_metrics, read_settings
-from experiments.runfolder import RunError, plain, resumable, sync, to_json, to_json_lines, write_whole
-from experiments.scores import QUANTILES, errors, of_method, probabilistic, quantiles, samples_needed, squared_errors
-from experiments.training import Training, train, window_tensors
+from experiments.forecasting import gru
+from experiments.forecasting.baselines import BASELINES
+from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.forecaster import Forecaster, write_trained
+from experiments.forecasting.grammar import Grammar
+from experiments.forecasting.scores import (
+    QUANTILES,
+    errors,
+    of_method,
+    probabilistic,
+    quantiles,
+    samples_needed,
+    squared_errors,
+)
+from experiments.forecasting.settings import Training
+from experiments.forecasting.training import train, window_tensors
+from experiments.storage.files import RunError, plain, sync, to_json, to_json_lines, write_whole
+from experiments.storage.interruption import Interruption
+from experiments.storage.records import Tensor4, build
+from experiments.storage.runfolder import resumable
+from experiments.study.evaluation import BATCH, Forecasts, forecast, metrics
+from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
+from experiments.study.records import read_metrics, read_settings
 from lora import inject, remove, save_adapter
 from qwen_min import Qwen, Tokenizer
 

@@ -1,9 +1,10 @@
 """The sections on the report's own experiments, 5.4 to 6.5, and on what goes beyond them."""
 
-from experiments import figures, published
-from experiments.page import Blocks
-from experiments.plans import HORIZON, Training
-from experiments.results import NONE, Run, number
+from experiments.forecasting.settings import Training
+from experiments.report import figures, published
+from experiments.report.page import Blocks
+from experiments.report.results import NONE, Run, number
+from experiments.study.plans import HORIZON
 
 
 def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> None:

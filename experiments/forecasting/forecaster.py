@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from experiments import scores
-from experiments.grammar import BEYOND, Grammar, decode, may_be_wide, nats_of
-from experiments.llmtime import LARGEST, Encoding
-from experiments.runfolder import read_json, to_json, write_whole
+from experiments.forecasting import scores
+from experiments.forecasting.encoding import LARGEST, Encoding
+from experiments.forecasting.grammar import BEYOND, Grammar, decode, may_be_wide, nats_of
+from experiments.storage.files import read_json, to_json, write_whole
 from lora import AdapterError, load_adapter
 from qwen_min import Qwen, Tokenizer, load
 from qwen_min.config import CheckpointError

@@ -1,74 +1,12 @@
 """Named plans: which experiments, with which settings, in which order. Imports no torch."""
 
-import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lora import LoraConfig
+from experiments.forecasting.settings import Training
 
 CONTEXT_STEPS, HORIZON = 70, 10  # the report's 699 context tokens and 100 target tokens, as time steps
 LONG_HORIZON = 30  # of the models that the test set judges
-
-
-@dataclass(frozen=True)
-class Training:
-    """Settings of one fine-tuning. None marks a value that a plan fills in from an earlier experiment.
-
-    Raises ValueError for a setting that no training can have.
-    """
-
-    rank: int | None
-    learning_rate: float | None
-    context: int | None  # window length in tokens
-    steps: int
-    batch: int = 4
-    stride: int = 256  # tokens between the starts of a trajectory's windows
-    seed: int = 0  # of the adapter's start and of the order of windows
-    numeric_head: bool = False  # softmax over the tokens of numbers only
-    targets: tuple[str, ...] = ("q_proj", "v_proj")  # what gets an adapter
-    whole_windows: bool = False  # none that ends early because its trajectory does
-    cosine: bool = False  # the rate rises over the first twentieth of the steps, then falls to 0 along a cosine
-
-    def __post_init__(self):
-        # a window of one token has no next token to learn
-        for name, least in (("rank", 1), ("context", 2), ("steps", 1), ("batch", 1), ("stride", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is None and name in ("rank", "context"):
-                continue
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate!r}, expected a positive number")
-        if isinstance(self.targets, str) or not self.targets:
-            raise ValueError(f"targets are {self.targets!r}, expected names of modules such as ('q_proj', 'v_proj')")
-
-    @property
-    def unset(self) -> list[str]:
-        """The names of the settings that are still None."""
-        return [field.name for field in fields(self) if getattr(self, field.name) is None]
-
-    @property
-    def lora(self) -> "LoraConfig":
-        """The adapters, scaled by 1 (alpha = rank) as in the report."""
-        from lora import LoraConfig  # imports torch, which a report and --help need not wait for
-
-        return LoraConfig(rank=self.rank, alpha=self.rank, targets=tuple(self.targets))
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """LoRA rank by module name, as the FLOPs counter takes it."""
-        return dict.fromkeys(self.targets, self.rank)
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        rising = max(1, self.steps // 20)
-        if not self.cosine:
-            return self.learning_rate
-        if step < rising:
-            return self.learning_rate * (step + 1) / rising
-        return self.learning_rate * (1 + math.cos(math.pi * (step - rising) / (self.steps - rising))) / 2
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from experiments import data
-from experiments.llmtime import Encoding, windows
+from experiments.forecasting.encoding import Encoding, windows
+from experiments.study import data
 
 PUBLISHED_TEXT = "0.92,0.74;0.56,0.77;0.34,0.70;0.23,0.59;"
 PUBLISHED_TOKENS = [15, 13, 24, 17, 11, 15, 13, 22, 19, 26, 15, 13, 20, 21, 11]

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from experiments.llmtime import windows
-from experiments.plans import Training
-from experiments.runfolder import write_whole
+from experiments.forecasting.encoding import windows
+from experiments.forecasting.settings import Training
+from experiments.storage.files import write_whole
 from lora import adapter_parameters
 from qwen_min.linear import unpack
 from qwen_min.loss import check_targets, next_token_loss

@@ -1,20 +1,14 @@
-"""The report of a run folder, `report.md` and `report.html`, from its files alone.
+"""The report of a run folder, `report.md` and `report.html`, from its files alone; no model is loaded."""
 
-    python -m experiments.report runs/quick
-
-draws figures and tables again; no model is loaded.
-"""
-
-import argparse
-import sys
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from experiments import cli, figures, published
-from experiments.page import Blocks, to_html, to_markdown
-from experiments.results import (
+from experiments.forecasting.scores import BAND, COVERED, QUANTILES, paired
+from experiments.report import figures, published
+from experiments.report.page import Blocks, to_html, to_markdown
+from experiments.report.results import (
     MSE_COLUMNS,
     NONE,
     SPLITS,
@@ -27,9 +21,8 @@ from experiments.results import (
     mse_row,
     number,
 )
-from experiments.runfolder import only_writer, write_whole
-from experiments.scores import BAND, COVERED, QUANTILES, paired
-from experiments.sections import WRITERS
+from experiments.report.sections import WRITERS
+from experiments.storage.files import write_whole
 
 SUMS = {  # of FLOPs, by section
     "6.2": "trial: sum",
@@ -281,23 +274,3 @@ def write_report(folder: Path) -> Path:
     write_whole(folder / "report.md", markdown)
     write_whole(folder / "report.html", html)
     return folder / "report.html"
-
-
-def main() -> int:
-    """Write the report again; exit statuses as in `cli.exit_status`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path, help="run folder")
-    folder = parser.parse_args().folder
-
-    def work(_) -> int:
-        with only_writer(folder):
-            print(write_report(folder))
-        return 0
-
-    return cli.exit_status(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,17 @@
+"""Forecasting of series with a language model: for users."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from experiments.forecasting.forecaster import Forecast, Forecaster
+
+__all__ = ["Forecast", "Forecaster"]
+
+
+def __getattr__(name: str):
+    """`Forecaster` and `Forecast`, on demand: they import torch, which a report and --help need not wait for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from experiments.forecasting import forecaster
+
+    return getattr(forecaster, name)

@@ -1,0 +1,1 @@
+"""The published study: its data, its plans, and what runs and evaluates them."""

@@ -1,0 +1,75 @@
+"""Who may import whom: from commands down to the decoder, never up."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ["run", "forecast", "comparison", "benchmark", "pretrain", "report.__main__"]
+PACKAGES = ["forecasting", "study", "report", "storage"]
+ALLOWED = {  # by package: what a module of it may import besides its own package
+    "qwen_min": [],
+    "lora": [],
+    "flops": ["qwen_min", "lora"],
+    "experiments.storage": [],
+    "experiments.forecasting": ["experiments.storage", "flops", "lora", "qwen_min"],
+    "experiments.study": ["experiments.forecasting", "experiments.storage", "flops", "lora", "qwen_min"],
+    "experiments.report": [
+        "experiments.forecasting.scores",
+        "experiments.forecasting.settings",
+        "experiments.storage",
+        "experiments.study.plans",
+        "experiments.study.records",
+    ],
+    "experiments.cli": ["experiments.storage"],
+}
+EXCEPTIONS = {"experiments.report.__main__": ["experiments.cli"]}
+OURS = ("qwen_min", "lora", "flops", "experiments")
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of ours that a file imports, anywhere in it, a name from a package as the package's module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in OURS}
+
+
+def below(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+FILES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+    for package in OURS
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_package_imports_only_what_lies_below_it(package):
+    for name, path in FILES.items():
+        if below(name, package):
+            allowed = [package, *ALLOWED[package], *EXCEPTIONS.get(name, [])]
+            wrong = [one for one in imported(path) if not any(below(one, each) for each in allowed)]
+            assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_every_file_has_its_rule_and_commands_do_not_import_each_other():
+    commands = {f"experiments.{name}" for name in COMMANDS}
+    for name, path in FILES.items():
+        if not any(below(name, package) for package in ALLOWED):
+            assert name in commands | {"experiments"}, f"{path.relative_to(ROOT)}: name its rule above"
+            assert not [one for one in imported(path) for other in commands - {name} if below(one, other)]
+
+
+@pytest.mark.parametrize("name", ["report", "report.comparison", "study.plans", "study.records", "forecasting", "cli"])
+def test_what_draws_reports_and_prints_help_needs_no_torch(name):
+    code = f"import sys, experiments.{name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
