@@ -172,7 +172,7 @@ def test_the_seed_of_a_run_reaches_its_samples_and_the_gru(small_plan, data_file
 def test_the_report_is_redrawn_from_files_alone(finished):
     out, _ = finished
     before = contents(out, "report.*", "figures/*")
-    code = "import sys; from experiments.report import __main__ as report; report.main(); assert 'torch' not in sys.modules"
+    code = "import sys; from experiments.report.__main__ import main; main(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(out)], check=True, env=os.environ | {"PYTHONPATH": PATH})
     assert contents(out, "report.*", "figures/*") == before
 
@@ -180,7 +180,7 @@ def test_the_report_is_redrawn_from_files_alone(finished):
 def test_finished_experiments_are_not_run_again(finished, data_file):
     out, _ = finished
     before = contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors")
-    process = start("--data", data_file, "--out", out, before="import experiments.study.suite; del experiments.study.suite.train")
+    process = start("--data", data_file, "--out", out, before="from experiments.study import suite; del suite.train")
     assert process.returncode == 0, process.stderr
     assert "continuing" in process.stdout
     assert contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors") == before
