@@ -4,7 +4,6 @@ So a Python number that a pass uses, or an input that is replaced instead of wri
 would on a GPU.
 """
 
-import importlib
 from collections.abc import Callable
 
 import torch
@@ -74,9 +73,8 @@ def install(monkeypatch) -> None:
     """Let everything that continues a cache do so by graphs."""
     Graph.captured = 0
     monkeypatch.setattr("qwen_min.continuation._capture", capture)
-    for name in ("qwen_min.generate", "experiments.forecasting.grammar"):
-        # by import_module, as the name qwen_min.generate alone is the function's
-        monkeypatch.setattr(importlib.import_module(name), "continuation", RecordedContinuation)
+    for module in ("qwen_min.generation", "experiments.forecasting.grammar"):
+        monkeypatch.setattr(f"{module}.continuation", RecordedContinuation)
 
 
 def _tensors(values) -> list[Tensor]:

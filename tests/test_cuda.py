@@ -19,7 +19,7 @@ from experiments.study.evaluation import forecast
 from lora import LoraConfig, adapter_parameters, inject
 from qwen_min import KVCache, QwenConfig, generate, load
 from qwen_min.continuation import GraphContinuation, ReusedCache, continuation
-from qwen_min.generate import pad_left, prefill
+from qwen_min.generation import pad_left, prefill
 from qwen_min.loss import next_token_loss
 from qwen_min.weights import TINY
 

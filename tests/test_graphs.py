@@ -16,7 +16,7 @@ from lora import LoraConfig, adapter_parameters, inject, merge, remove, unmerge
 from qwen_min import KVCache
 from qwen_min import continuation as module
 from qwen_min.continuation import Continuation, GraphContinuation, ReusedCache
-from qwen_min.generate import prefill
+from qwen_min.generation import prefill
 
 
 def filled(model, ids, mask, reused=None):

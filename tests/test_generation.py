@@ -1,12 +1,10 @@
-import importlib
-
 import pytest
 import torch
 
 from lora import LoraConfig, inject
-from qwen_min import KVCache, generate
+from qwen_min import KVCache, generate, generation
 from qwen_min.continuation import GraphContinuation, continuation
-from qwen_min.generate import pad_left
+from qwen_min.generation import pad_left
 
 
 def greedy_without_cache(model, prompt, num_new_tokens):
@@ -42,8 +40,7 @@ def test_n_tokens_are_one_prefill_and_n_minus_1_decode_steps(model):
 
 def test_long_prompts_are_read_a_few_rows_at_a_time(monkeypatch, model):
     wanted = generate(model, PROMPTS, 15, return_logits=True)
-    module = importlib.import_module("qwen_min.generate")  # the name alone is the function's
-    monkeypatch.setattr(module, "PREFILL_BYTES", 10 * 4 * model.config.intermediate_size)
+    monkeypatch.setattr(generation, "PREFILL_BYTES", 10 * 4 * model.config.intermediate_size)
     shapes = []
     model.model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     found = generate(model, PROMPTS, 15, return_logits=True)
@@ -135,5 +132,5 @@ def test_a_cache_refuses_gradients_and_suits_its_model(model, ids):
 def test_a_gpu_s_way_to_generate_gives_the_same_tokens(monkeypatch, model):
     """The fast path of CUDA, run on the CPU without capture: token for token what the simple path gives."""
     wanted = generate(model, PROMPTS, 15)
-    monkeypatch.setattr(importlib.import_module("qwen_min.generate"), "continuation", GraphContinuation)
+    monkeypatch.setattr(generation, "continuation", GraphContinuation)
     assert torch.equal(generate(model, PROMPTS, 15).tokens, wanted.tokens)
