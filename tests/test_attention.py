@@ -5,7 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_min import attention as module
-from qwen_min.attention import ALIGNED, attention, grouped_bias, reference_attention
+from qwen_min.attention import BIAS_ALIGNMENT, attention, grouped_bias, reference_attention
 from qwen_min.model import attention_mask_and_positions
 
 
@@ -105,7 +105,7 @@ def test_a_mask_grouped_once_gives_the_same(num_new, heads):
     q, k, v, mask = sample(heads, 5, num_new, True)
     bias = grouped_bias(mask, heads[0] // heads[1], q.dtype)
     torch.testing.assert_close(attention(q, k, v, bias), reference_attention(q, k, v, mask))
-    assert all(stride % ALIGNED == 0 for stride in bias.stride()[:-1])
+    assert all(stride % BIAS_ALIGNMENT == 0 for stride in bias.stride()[:-1])
 
 
 @pytest.mark.parametrize(("dtype", "grouped"), [(torch.float32, False), (torch.bfloat16, True)])

@@ -9,7 +9,7 @@ import torch
 from conftest import CONFIGS, random_model, relative_error
 from lora import LoraConfig, adapter_parameters, inject, merge, unmerge
 from qwen_min import Qwen
-from qwen_min.linear import OPERATORS, _can_pack, linear, pack, unpack
+from qwen_min.linear import MKLDNN_OPERATORS, _can_pack, linear, pack, unpack
 from qwen_min.loss import next_token_loss
 
 
@@ -39,7 +39,7 @@ def test_unpacking_frees_the_copies(model, ids):
         torch.testing.assert_close(model(ids), model.model(ids) @ model.head_weight.T)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", MKLDNN_OPERATORS)
 def test_a_torch_without_a_private_operator_multiplies_plainly(monkeypatch, model, ids, name):
     class Operators:
         def __getattr__(self, asked):

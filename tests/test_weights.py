@@ -135,7 +135,7 @@ def test_refuses_a_source_that_is_nothing(monkeypatch):
     with pytest.raises(CheckpointError, match="expected a folder, a hub id"):
         load("/no/such/folder")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="nobody/nothing: no such folder, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="nobody/nothing: no such folder, and the download from the hub failed"):
         load("nobody/nothing")
 
 
@@ -163,7 +163,7 @@ def test_whatever_the_hub_s_transport_raises_is_one_line(monkeypatch):
         raise ReadTimeout
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(CheckpointError, match=r"somebody/something: .* the hub did not give it \(ReadTimeout\)"):
+    with pytest.raises(CheckpointError, match=r"somebody/something: .* the download from the hub failed \(ReadTimeout\)"):
         checkpoint_folder("somebody/something")
 
 
