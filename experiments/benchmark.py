@@ -117,7 +117,7 @@ class Ours(Side):
         return self.timed(run)
 
     def run_prompt(self, ids):
-        from qwen_min.generate import prefill
+        from qwen_min.generation import prefill
         from qwen_min.linear import linear
 
         linear(prefill(self.model, ids, 0)[1], self.model.head_weight)
@@ -143,7 +143,7 @@ class Ours(Side):
     def timed_forecast(self, ids, steps):
         from experiments.forecasting.grammar import Grammar, decode
         from qwen_min import Tokenizer
-        from qwen_min.generate import greedy_steps, prefill
+        from qwen_min.generation import greedy_steps, prefill
 
         found, tokens = {}, steps * TOKENS_PER_STEP
         grammar = Grammar(Tokenizer(Path(self.source) / "tokenizer.json"), decimals=2, num_variables=2)

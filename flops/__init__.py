@@ -1,4 +1,4 @@
-"""Floating point operations of the decoder, operator by operator, and the ledger that keeps a budget."""
+"""Count the floating point operations of the decoder, operator by operator, and keep a budget in a ledger."""
 
 from flops.ledger import BudgetExceeded, Ledger, LedgerError
 from flops.model import CONVENTIONS, Op, forward

@@ -1,8 +1,8 @@
-"""Print what a training step costs, operator by operator, in the three conventions.
+"""Print the FLOPs of a training step, operator by operator, in three conventions.
 
     python -m flops --model Qwen/Qwen2.5-0.5B-Instruct --batch 4 --context 512 --rank 8
 
-Only the checkpoint's config.json is read.
+The command reads only the config.json of the checkpoint.
 """
 
 import argparse
@@ -12,20 +12,22 @@ import sys
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The argument parser of the command."""
     p = argparse.ArgumentParser(
         prog="python -m flops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id, or tiny (default)")
-    p.add_argument("--batch", type=int, default=4, help="rows (default %(default)s)")
+    p.add_argument("--batch", type=int, default=4, help="rows in a batch (default %(default)s)")
     p.add_argument("--context", type=int, default=512, help="tokens in a row (default %(default)s)")
-    p.add_argument("--rank", type=int, default=8, help="of LoRA on q_proj and v_proj, 0 for none (default %(default)s)")
+    p.add_argument(
+        "--rank", type=int, default=8, help="LoRA rank on q_proj and v_proj, 0: no LoRA (default %(default)s)"
+    )
     p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return p
 
 
 def counts(args: argparse.Namespace) -> dict:
-    """Everything the table shows, as integers. Raises ValueError for bad sizes or an unusable config."""
+    """Everything in the table: FLOPs as integers. Raises ValueError for bad sizes or an unusable config."""
     from flops.model import CONVENTIONS, forward, total
     from flops.trace import trace_training_step
     from flops.training import backward, training_step
@@ -61,24 +63,24 @@ def counts(args: argparse.Namespace) -> dict:
     }
 
 
-def table(found: dict) -> str:
-    """The counts as text."""
+def table(result: dict) -> str:
+    """Format the result of `counts` as text."""
     from flops.model import CONVENTIONS
 
-    conventions, totals, traced = list(CONVENTIONS), found["totals"], found["traced"]
+    conventions, totals, traced = list(CONVENTIONS), result["totals"], result["traced"]
 
     def line(name: str, cells: list[str]) -> str:
         return f"{name:<44}" + "".join(f"{cell:>22}" for cell in cells)
 
     lines = [
-        f"{found['model']}, {found['batch']} x {found['context']} tokens, LoRA rank {found['rank']}",
+        f"{result['model']}, {result['batch']} x {result['context']} tokens, LoRA rank {result['rank']}",
         "",
         line("operator of the forward pass", conventions),
     ]
-    for name, flops in found["operators"].items():
+    for name, flops in result["operators"].items():
         lines.append(line(name, [f"{flops[c]:,}" if flops[c] else "-" for c in conventions]))
     lines += ["", line("operator of the backward pass", ["exact"])]
-    lines += [line(name, [f"{flops:,}"]) for name, flops in found["backward operators"].items()]
+    lines += [line(name, [f"{flops:,}"]) for name, flops in result["backward operators"].items()]
     lines += ["", line("", conventions)]
     for name in ("forward", "backward", "training step"):
         lines.append(line(name, [f"{totals[c][name]:,}" for c in conventions]))
@@ -97,14 +99,14 @@ def table(found: dict) -> str:
 
 
 def main() -> int:
-    """Exit status 2 with one message for bad input."""
+    """Print the table or JSON. Returns the exit status: 2, after one message, for bad input."""
     args = parser().parse_args()
     try:
-        found = counts(args)
+        result = counts(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(found, indent=2) if args.json else table(found))
+    print(json.dumps(result, indent=2) if args.json else table(result))
     return 0
 
 

@@ -1,15 +1,15 @@
-"""What each experiment spent, against the budget: an append-only file that is debited before each step."""
+"""A ledger of the FLOPs that each experiment spent: an append-only file, debited before each step, with a budget."""
 
 import json
 import os
 from collections import defaultdict
 from pathlib import Path
 
-LARGEST = 10**30  # that a step may be booked at
+MAX_STEP_FLOPS = 10**30  # each step must cost less
 
 
 class LedgerError(ValueError):
-    """A ledger's file is damaged, or not of this run."""
+    """A ledger file is damaged or belongs to another run."""
 
 
 class BudgetExceeded(ValueError):
@@ -17,20 +17,20 @@ class BudgetExceeded(ValueError):
 
 
 def _check_entry(experiment, step, flops) -> None:
-    if not (isinstance(experiment, str) and type(step) is int and type(flops) is int and 0 <= flops < LARGEST):
+    if not (isinstance(experiment, str) and type(step) is int and type(flops) is int and 0 <= flops < MAX_STEP_FLOPS):
         raise ValueError(
             f"got experiment {experiment!r}, step {step!r}, flops {flops!r}; expected a name and two integers, flops "
-            f"from 0 to below {LARGEST:.0e}"
+            f"from 0 to below {MAX_STEP_FLOPS:.0e}"
         )
 
 
 class Ledger:
     """A file of one JSON line per optimizer step: {"experiment", "step", "flops"}.
 
-    A step is debited once, before it runs. A step that is repeated after an interruption is the same step, and is not
-    debited again. So a kill or a power cut can leave a step that was debited and not run, never the reverse.
-    `spent` is the sum in FLOPs. The budget holds for one writer: a second Ledger on the same file does not see what the
-    first debits meanwhile, and together they can overspend.
+    A step is debited once, before it runs. A step repeated after an interruption is not booked again. After a kill or a
+    power cut, a step may be debited that did not run, but no step has run that was not debited.
+    `budget` and `spent`, the sum of all steps, are in FLOPs. The budget holds for a single writer: a second Ledger on
+    the same file does not see the later debits of the first, so together they can overspend.
     Raises LedgerError when the file is damaged.
     """
 
@@ -44,8 +44,8 @@ class Ledger:
 
     def _read(self) -> None:
         content = self.path.read_bytes()
-        whole, newline, torn = content.rpartition(b"\n")
-        for number, line in enumerate(whole.splitlines(), start=1):
+        complete, newline, torn = content.rpartition(b"\n")
+        for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 entry = json.loads(line)
                 name, step, flops = entry["experiment"], entry["step"], entry["flops"]
@@ -53,19 +53,19 @@ class Ledger:
             except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise LedgerError(f"{self.path}, line {number}: not a ledger entry ({error!r})") from error
             self._book(name, step, flops)
-        if torn:  # a write cut short by a kill: its step did not run, for it is run only after the write
-            os.truncate(self.path, len(whole + newline))
+        if torn:  # a kill cut this write short, so its step, which runs after the write, did not run
+            os.truncate(self.path, len(complete + newline))
 
     def _book(self, experiment: str, step: int, flops: int) -> None:
         self.spent += flops - self._steps[experiment].get(step, 0)
         self._steps[experiment][step] = flops
 
     def by_experiment(self) -> dict[str, int]:
-        """FLOPs debited by each experiment, in the order of their first step."""
+        """FLOPs debited by each experiment, in the order of their first steps."""
         return {name: sum(steps.values()) for name, steps in self._steps.items()}
 
     def require(self, experiment: str, flops: int) -> None:
-        """Raise BudgetExceeded unless all steps of an experiment, less those booked already, fit."""
+        """Raise BudgetExceeded unless the rest of an experiment fits: its total, less its booked steps, in FLOPs."""
         self._check(experiment, flops - sum(self._steps.get(experiment, {}).values()))
 
     def _check(self, what: str, flops: int) -> None:
@@ -77,10 +77,10 @@ class Ledger:
             )
 
     def debit(self, experiment: str, step: int, flops: int) -> None:
-        """Book one step before it runs.
+        """Book one step before it runs; it must cost less than MAX_STEP_FLOPS.
 
-        Books nothing and raises BudgetExceeded when it does not fit, LedgerError when the step is booked at another
-        price, and ValueError when the arguments are not a name, a step and a number of FLOPs.
+        Raises BudgetExceeded when the step does not fit the budget, LedgerError when it is already booked with another
+        number of FLOPs, and ValueError when the arguments are not a name and two integers. Nothing is booked then.
         """
         _check_entry(experiment, step, flops)
         booked = self._steps.get(experiment, {}).get(step)
@@ -94,7 +94,7 @@ class Ledger:
             file.write(json.dumps({"experiment": experiment, "step": step, "flops": flops}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        if new and os.name == "posix":  # a file's name is kept by its folder
+        if new and os.name == "posix":  # the folder stores the name of a new file, so it needs its own fsync
             folder = os.open(self.path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)

@@ -1,4 +1,4 @@
-"""The forward pass of `qwen_min/model.py` counted operator by operator, function for function. Integers only.
+"""Count the forward pass of `qwen_min/model.py`, operator by operator and function for function. Integers only.
 
 B batch, T new tokens, S cached + new tokens, C hidden size, F feed-forward size, H query heads, K kv heads,
 D head size, V vocabulary.
@@ -27,20 +27,23 @@ CONVENTIONS = {
 
 @dataclass(frozen=True)
 class Op:
-    """An operator, or several of one name, and its FLOPs."""
+    """An operator, or several with the same name, and its FLOPs."""
 
     name: str
     flops: int
 
 
 def rms_norm(rows: int, size: int, convention: str) -> int:
-    """Square, sum, divide, add eps, root, times x, times weight: 4 d + 11, and 1 more for x * (1 / root) as it runs."""
+    """Square, sum, divide, add eps, root, times x, times weight: 4 d + 11 per row of d = size numbers.
+
+    "exact" adds 1 per row, because the code computes x * (1 / root).
+    """
     per_row = size * MUL + p.reduction(size) + MUL + ADD + p.SQRT + size * MUL + size * MUL
     return rows * (per_row + (MUL if convention == "exact" else 0))
 
 
 def linear(rows: int, size_in: int, size_out: int, bias: bool = False, rank: int = 0) -> int:
-    """x W^T (+ bias) of rows tokens; with LoRA of that rank also + (x A^T) B^T * alpha/r."""
+    """x W^T (+ bias) for `rows` tokens; with a LoRA rank r > 0 also + (x A^T) B^T * alpha / r."""
     flops = matmul(rows, size_in, size_out) + (rows * size_out * ADD if bias else 0)
     if rank:
         flops += matmul(rows, size_in, rank) + matmul(rows, rank, size_out) + rows * size_out * (MUL + ADD)
@@ -48,45 +51,45 @@ def linear(rows: int, size_in: int, size_out: int, bias: bool = False, rank: int
 
 
 def rotary_tables(positions: int, head_dim: int) -> int:
-    """theta^(i/D), its inverse and i/D once; then angle, cosine and sine of each position, for D/2 frequencies."""
+    """For each of D/2 frequencies: i/D, theta^(i/D) and its inverse once; angle, cosine and sine for each position."""
     return head_dim // 2 * (MUL + p.POW + MUL + positions * (MUL + TRIG + TRIG))
 
 
 def rotate(rows: int, head_dim: int) -> int:
-    """x cos + rotate_half(x) sin: two products and a sum per number, half of the numbers negated."""
+    """x cos + rotate_half(x) sin: two products and a sum per number; half of the numbers are negated."""
     return rows * (head_dim * (MUL + MUL + ADD) + head_dim // 2 * ADD)
 
 
 def blocks(new: int, cached: int) -> list[tuple[int, int]]:
-    """Queries and visible keys of each block of `qwen_min/attention.py`, for T new tokens after cached ones."""
+    """(queries, visible keys) of each block of `qwen_min/attention.py`, for `new` tokens after `cached` tokens."""
     starts = range(0, new, QUERY_BLOCK)
     return [(min(QUERY_BLOCK, new - start), cached + min(start + QUERY_BLOCK, new)) for start in starts]
 
 
 def attention(config: QwenConfig, batch: int, new: int, cached: int, padded: bool) -> dict[str, int]:
-    """Attention as it runs, with or without an attention mask: in blocks, or by one fused kernel."""
+    """FLOPs by operator of attention as it runs: in blocks or in one fused kernel; padded: with an attention mask."""
     heads, size = config.num_attention_heads, config.head_dim
     if not runs_in_blocks(new, masked=padded or (cached > 0 and new > 1)):
         return p.attention(batch, heads, new, cached + new, size)
-    found = {"q k^T": 0, "scale": 0, "softmax": 0, "weights v": 0}
+    flops = {"q k^T": 0, "scale": 0, "softmax": 0, "weights v": 0}
     for queries, keys in blocks(new, cached):
         rows = batch * heads * queries
-        found["q k^T"] += rows * matmul(1, size, keys)
-        found["scale"] += rows * size * MUL  # of the queries, not of the scores
-        found["softmax"] += rows * p.softmax(keys)
-        found["weights v"] += rows * matmul(1, keys, size)
-    return found
+        flops["q k^T"] += rows * matmul(1, size, keys)
+        flops["scale"] += rows * size * MUL  # the queries are scaled, not the scores
+        flops["softmax"] += rows * p.softmax(keys)
+        flops["weights v"] += rows * matmul(1, keys, size)
+    return flops
 
 
 def positions_from_mask(batch: int, total: int) -> int:
-    """cumsum of the mask, minus one."""
+    """The cumulative sum of the mask over `total` columns, minus one."""
     return batch * (p.reduction(total) + total * ADD)
 
 
 def block(
     config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: dict[str, int], padded: bool = False
 ) -> list[Op]:
-    """The operators of one layer on B x T new tokens after `cached` ones; the other arguments as in `forward`."""
+    """The operators of one layer for B x T new tokens after `cached` tokens; the other arguments as in `forward`."""
     rows, exact = batch * new, convention == "exact"
     hidden, size, heads = config.hidden_size, config.head_dim, config.num_attention_heads
     kv_heads = config.num_key_value_heads if exact else heads
@@ -125,15 +128,19 @@ def block(
 
 
 def loss(batch: int, new: int, vocabulary: int, convention: str) -> int:
-    """Mean next-token cross-entropy: of T - 1 tokens as it runs, of T tokens by a whole softmax in the sheet's way."""
+    """Mean next-token cross-entropy over `vocabulary` tokens.
+
+    "exact" counts T - 1 tokens as the code runs, in chunks of the vocabulary; the other conventions count a full
+    softmax for T tokens.
+    """
     if convention == "exact":
-        rows, words = batch * (new - 1), CHUNK[1]
-        # of each chunk of the vocabulary: the target's place in it; subtract the maximum, exponentiate, sum; scale the
-        # sum so far and add
-        chunks = [min(words, vocabulary - start) for start in range(0, vocabulary, words)]
-        one = sum(ADD + n * (ADD + EXP) + p.reduction(n) + ADD + EXP + MUL + ADD for n in chunks)
-        one += EXP + ADD + ADD  # the maximum and the logarithm of the sum, less the target's logit
-        return rows * one + p.reduction(rows) + MUL
+        rows, chunk = batch * (new - 1), CHUNK[1]
+        # for each chunk of the vocabulary: the target's index in it; subtract the maximum, exponentiate, sum; rescale
+        # the running sum and add to it
+        chunks = [min(chunk, vocabulary - start) for start in range(0, vocabulary, chunk)]
+        per_row = sum(ADD + n * (ADD + EXP) + p.reduction(n) + ADD + EXP + MUL + ADD for n in chunks)
+        per_row += EXP + ADD + ADD  # the logarithm of the sum, plus the maximum, minus the target's logit
+        return rows * per_row + p.reduction(rows) + MUL
     return batch * new * (p.softmax(vocabulary) + EXP + ADD)
 
 
@@ -149,12 +156,12 @@ def forward(
     padded: bool = False,
     vocabulary: int | None = None,
 ) -> list[Op]:
-    """Operators of one forward pass over B x T new tokens after `cached` ones; `total` adds them up.
+    """The operators of one forward pass over B x T new tokens after `cached` tokens; `total` adds them up.
 
-    ranks: LoRA rank by module name, such as {"q_proj": 8, "v_proj": 8}. head: "all" logits, only the "last"
-    position's, or the "loss" on top of them. padded: with an attention mask. vocabulary: how many tokens the softmax
-    runs over, None for all. A prefill is cached = 0, a decode step new = 1. Raises ValueError for another convention or
-    head.
+    convention: a key of CONVENTIONS. ranks: LoRA rank by module name, such as {"q_proj": 8, "v_proj": 8}. head: "all"
+    logits, those of the "last" position only, or the "loss" of all positions. padded: with an attention mask.
+    vocabulary: the number of tokens that the softmax runs over, None for all. A prefill has cached = 0, a decode step
+    has new = 1. Raises ValueError for an unknown convention or head.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention is {convention!r}, expected one of {', '.join(CONVENTIONS)}")
@@ -169,10 +176,10 @@ def forward(
         if padded:
             ops.append(Op("positions", positions_from_mask(batch, cached + new)))
         ops.append(Op("rotary tables", rotary_tables(rows if padded else new, config.head_dim)))
-    one_layer = block(config, batch, new, cached, convention, {} if convention == "report" else ranks or {}, padded)
-    ops += [Op(op.name, op.flops * config.num_hidden_layers) for op in one_layer]
+    layer = block(config, batch, new, cached, convention, {} if convention == "report" else ranks or {}, padded)
+    ops += [Op(op.name, op.flops * config.num_hidden_layers) for op in layer]
     ops.append(Op("norm", rms_norm(rows, hidden, convention)))
-    # the last token of a row has no next one, so the loss as it runs needs no logits of it
+    # the last token of a row has no next token, so the code computes no logits for it
     head_rows = {"all": rows, "last": batch, "loss": batch * (new - 1) if exact else rows}[head]
     ops.append(Op("lm_head", linear(head_rows, hidden, vocabulary)))
     if head == "loss":
@@ -181,5 +188,5 @@ def forward(
 
 
 def total(ops: list[Op]) -> int:
-    """FLOPs of all operators of a list."""
+    """The sum of the FLOPs of a list of operators."""
     return sum(op.flops for op in ops)

@@ -1,6 +1,6 @@
-"""Table 1 of the report as data, and what it makes of the larger operators. Integers only.
+"""Table 1 of the report as constants, and the FLOPs of larger operators that follow from it. Integers only.
 
-Comparisons, selections, copies and look-ups are not in Table 1 and cost nothing.
+Comparisons, selections, copies and look-ups are not in Table 1 and count as 0.
 """
 
 ADD = 1  # addition, subtraction, negation
@@ -18,29 +18,29 @@ SWIGLU = SILU + MUL  # per unit: 14, as section 4.3 says
 
 
 def matmul(a: int, b: int, c: int) -> int:
-    """(a x b) times (b x c): a c dot products of b multiplications and b - 1 additions (section 4.3)."""
+    """Product of an (a x b) and a (b x c) matrix: a c dot products, each b products and b - 1 sums (section 4.3)."""
     return a * c * (b * MUL + (b - 1) * ADD)
 
 
 def reduction(n: int) -> int:
-    """Sum of n numbers."""
+    """The sum of n numbers."""
     return (n - 1) * ADD
 
 
 def softmax(n: int) -> int:
-    """Over n numbers: subtract the maximum, exponentiate, sum, divide."""
+    """Softmax over n numbers: subtract the maximum, exponentiate, sum, divide."""
     return n * ADD + n * EXP + reduction(n) + n * MUL
 
 
 def softmax_backward(n: int) -> int:
-    """y (g - sum(g y)) of n numbers: a product for each, their sum, then a difference and a product for each."""
+    """y (g - sum(g y)) for n numbers: n products, their sum, then n differences and n products."""
     return n * MUL + reduction(n) + n * (ADD + MUL)
 
 
 def attention(batch: int, heads: int, new: int, total: int, size: int) -> dict[str, int]:
-    """softmax(q k^T / sqrt(size)) v of new queries over total keys, every pair computed, also the masked ones.
+    """softmax(q k^T / sqrt(size)) v of `new` queries over `total` keys; every pair is counted, also masked pairs.
 
-    This is the rule for a fused kernel: what it skips inside is not visible.
+    This is the rule for a fused kernel: which pairs it skips is not visible from outside.
     """
     rows = batch * heads * new
     return {

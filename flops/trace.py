@@ -1,7 +1,9 @@
-"""Run the real model and price every operator that it dispatches: the proof of `flops/model.py` and `training.py`.
+"""Run the real model and count the FLOPs of every operator that it dispatches, to verify `flops/model.py` and
+`flops/training.py`.
 
-The model runs the same operators on meta tensors, which take no memory, and on a CPU. A call of
-`scaled_dot_product_attention` is priced as one operator, by `primitives.attention`: its kernels depend on the device.
+The model dispatches the same operators on meta tensors, which need no memory, as on a CPU. A call of
+`scaled_dot_product_attention` counts as one operator, by `primitives.attention`, because its kernels depend on the
+device.
 """
 
 import math
@@ -29,7 +31,7 @@ amax argmax bitwise_and bitwise_not bitwise_or clamp eq ge isin le logical_not l
 searchsorted where
 """
 FREE = frozenset((MOVING + CHOOSING).split())
-PER_OUTPUT = {  # FLOPs for each number of the result
+PER_OUTPUT = {  # FLOPs per number of the result
     "add": ADD,
     "add_": ADD,
     "sub": ADD,
@@ -92,7 +94,7 @@ def _price_softmax_backward(args, out) -> int:
 
 
 def _price_packed_linear(args, out) -> int:
-    """x (..., I) times a packed weight, plus a bias."""
+    """x (..., I) times a packed weight, plus a bias if there is one."""
     x, _, bias = args[:3]
     return matmul(out.numel() // out.shape[-1], x.shape[-1], out.shape[-1]) + (bias is not None) * out.numel() * ADD
 
@@ -102,7 +104,7 @@ def _price_index_add(args, _) -> int:
 
 
 def _price_index_put(args, _) -> int:
-    """The backward pass of an index: each number is added to its place."""
+    """The backward pass of indexing: each number is added to its element."""
     return args[2].numel() * ADD
 
 
@@ -129,7 +131,7 @@ PRICES = {
 
 
 class _AttentionAsOne(TorchFunctionMode):
-    """Prices a call of scaled_dot_product_attention and hides what it dispatches."""
+    """Count a call of scaled_dot_product_attention as one operator; the operators inside it are not counted."""
 
     def __init__(self, tracer: "Tracer"):
         super().__init__()
@@ -141,23 +143,23 @@ class _AttentionAsOne(TorchFunctionMode):
             return func(*args, **kwargs)
         (batch, heads, new, size), total = args[0].shape, args[1].shape[2]
         self.tracer.flops["attention"] += sum(p.attention(batch, heads, new, total, size).values())
-        self.tracer.hidden = True
+        self.tracer.inside_attention = True
         try:
             return func(*args, **kwargs)
         finally:
-            self.tracer.hidden = False
+            self.tracer.inside_attention = False
 
 
 class Tracer(TorchDispatchMode):
-    """Context in which every operator is run and priced; `flops` holds the sum by operator name.
+    """A context in which every operator runs and is counted; `flops` holds the sums by operator name.
 
-    Raises ValueError for an operator without a price: give it one or list it as free.
+    Raises ValueError for an operator without a price: add it to PER_OUTPUT, PRICES or FREE.
     """
 
     def __init__(self):
         super().__init__()
         self.flops: Counter[str] = Counter()
-        self.hidden = False
+        self.inside_attention = False
         self._attention = _AttentionAsOne(self)
 
     def __enter__(self):
@@ -171,24 +173,24 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if self.hidden or name in FREE:
+        if self.inside_attention or name in FREE:
             return out
         if name in PER_OUTPUT:
             self.flops[name] += out.numel() * PER_OUTPUT[name]
         elif name in PRICES:
             self.flops[name] += PRICES[name](args, out)
         else:
-            raise ValueError(f"operator {func} has no price: add it to flops/trace.py by what Table 1 says of it")
+            raise ValueError(f"operator {func} has no price: add it to flops/trace.py, priced by Table 1")
         return out
 
     @property
     def total(self) -> int:
-        """FLOPs of everything traced."""
+        """The FLOPs of all traced operators."""
         return self.flops.total()
 
 
 def meta_model(config: QwenConfig, ranks: dict[str, int] | None = None) -> Qwen:
-    """The real model without storage, with LoRA of the given rank on the named modules and the base frozen."""
+    """The real model on the meta device, frozen, with LoRA of the given ranks on the named modules."""
     from lora import LoraConfig, inject
 
     with torch.device("meta"):
@@ -210,7 +212,7 @@ def trace_forward(
     padded: bool = False,
     vocabulary: int | None = None,
 ) -> Counter:
-    """FLOPs by operator of one pass; arguments as in `flops.model.forward`."""
+    """FLOPs by operator name of one forward pass; arguments as in `flops.model.forward`."""
     model = meta_model(config, ranks)
     ids = torch.empty(batch, new, dtype=torch.long, device="meta")
     mask = torch.empty(batch, cached + new, dtype=torch.long, device="meta") if padded else None
@@ -220,13 +222,13 @@ def trace_forward(
         cache.advance(cached)
     with torch.no_grad(), Tracer() as tracer:
         if head == "loss":
-            next_token_loss(model, ids, vocabulary=_numbered(vocabulary))
+            next_token_loss(model, ids, vocabulary=_meta_tokens(vocabulary))
         else:
             model(ids, cache, mask, last_only=head == "last")
     return tracer.flops
 
 
-def _numbered(vocabulary: int | None) -> Tensor | None:
+def _meta_tokens(vocabulary: int | None) -> Tensor | None:
     return None if vocabulary is None else torch.empty(vocabulary, dtype=torch.long, device="meta")
 
 
@@ -238,7 +240,7 @@ def trace_training_step(
     ranks: dict[str, int] | None = None,
     vocabulary: int | None = None,
 ) -> tuple[int, int]:
-    """FLOPs of the forward pass with loss, and of the backward pass; arguments as in `flops.training.backward`.
+    """(FLOPs of the forward pass with loss, FLOPs of the backward pass); arguments as in `flops.training.backward`.
 
     The gradient of the loss, which is computed during the forward pass, counts as backward.
     """
@@ -247,6 +249,6 @@ def trace_training_step(
         model.requires_grad_(True)
     ids = torch.empty(batch, context, dtype=torch.long, device="meta")
     with Tracer() as tracer:
-        next_token_loss(model, ids, vocabulary=_numbered(vocabulary)).backward()
+        next_token_loss(model, ids, vocabulary=_meta_tokens(vocabulary)).backward()
     forward = trace_forward(config, batch, context, ranks=ranks, head="loss", vocabulary=vocabulary).total()
     return forward, tracer.total - forward

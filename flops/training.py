@@ -1,4 +1,4 @@
-"""A training step: the backward pass counted operator by operator, as autograd runs it. Integers only.
+"""Count a training step: its backward pass, operator by operator, as autograd runs it. Integers only.
 
 B batch, T tokens of a row, C hidden size, F feed-forward size, r LoRA rank.
 """
@@ -9,35 +9,38 @@ from flops.primitives import ADD, EXP, MUL, matmul
 from qwen_min.config import QwenConfig
 from qwen_min.loss import CHUNK
 
-BACKWARD = 2  # the rule of "sheet" and "report", no measurement: backward costs twice the forward pass
+BACKWARD_PER_FORWARD = 2  # the rule of "sheet" and "report", not a measurement
 
 
 def rms_norm_backward(rows: int, size: int, trains: bool) -> int:
-    """Gradient of the input, (w g - n mean(w g n)) / root with n = x / root recomputed; of the weight if it trains."""
+    """Gradient of the input, (w g - n mean(w g n)) / root with recomputed n = x / root; of the weight if it trains.
+
+    rows of `size` numbers each.
+    """
     per_row = size * (MUL + MUL + MUL) + p.reduction(size) + MUL + size * (MUL + ADD + MUL)
     return rows * per_row + ((rows * size * MUL + size * p.reduction(rows)) if trains else 0)
 
 
 def linear_backward(rows: int, size_in: int, size_out: int, bias: bool, rank: int, needs_x: bool, trains: bool) -> int:
-    """Gradients of the input where it needs one, of weight and bias if they train, of A and B where there is a rank."""
+    """Gradients of the input if needs_x, of weight and bias if they train, of A and B if the LoRA rank is not 0."""
     flops = matmul(rows, size_out, size_in) if needs_x else 0
     if trains:
         flops += matmul(size_out, rows, size_in) + (size_out * p.reduction(rows) if bias else 0)
     if rank:
-        flops += matmul(rows, size_out, rank) + rows * rank * MUL  # of x A^T
+        flops += matmul(rows, size_out, rank) + rows * rank * MUL  # gradient of x A^T
         flops += matmul(rank, rows, size_in) + matmul(size_out, rows, rank) + size_out * rank * MUL
-        if needs_x:  # and added to that of the base layer
+        if needs_x:  # added to the gradient from the base layer
             flops += matmul(rows, rank, size_in) + rows * size_in * ADD
     return flops
 
 
 def attention_backward(config: QwenConfig, batch: int, new: int, needs: dict[str, bool]) -> int:
-    """Gradients of those of q, k and v that need one; scores and softmax of each block are recomputed."""
+    """Gradients of q, k and v, each if its projection needs one; each block recomputes its scores and softmax."""
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     flops = 0
     for queries, keys in blocks(new, 0):
-        rows, of_keys = batch * heads * queries, batch * kv_heads * keys
-        to_keys = of_keys * (matmul(1, heads // kv_heads * queries, size) + size * ADD)
+        rows, key_rows = batch * heads * queries, batch * kv_heads * keys
+        to_keys = key_rows * (matmul(1, heads // kv_heads * queries, size) + size * ADD)
         flops += rows * (size * MUL + matmul(1, size, keys) + p.softmax(keys))
         flops += to_keys * (needs["v_proj"] + needs["k_proj"])
         if needs["q_proj"] or needs["k_proj"]:
@@ -50,16 +53,18 @@ def attention_backward(config: QwenConfig, batch: int, new: int, needs: dict[str
 def block_backward(
     config: QwenConfig, batch: int, new: int, ranks: dict[str, int], needs_x: bool
 ) -> tuple[list[Op], bool]:
-    """The backward pass of one layer, and whether its output needs a gradient. Without ranks every weight trains.
+    """(operators of the backward pass of one layer, True if its output needs a gradient).
 
-    needs_x: whether the layer's input needs a gradient; in a model with frozen weights that of the first does not.
+    Without ranks every weight trains. needs_x: True if the layer's input needs a gradient; with frozen weights, the
+    input of the first layer does not.
     """
     rows, trains = batch * new, not ranks
     hidden, width, size = config.hidden_size, config.intermediate_size, config.head_dim
-    of_q, of_kv = config.num_attention_heads * size, config.num_key_value_heads * size
+    q_size, kv_size = config.num_attention_heads * size, config.num_key_value_heads * size
     shapes = {
-        "q_proj": (hidden, of_q), "k_proj": (hidden, of_kv), "v_proj": (hidden, of_kv), "o_proj": (of_q, hidden),
-        "gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden),
+        "q_proj": (hidden, q_size), "k_proj": (hidden, kv_size), "v_proj": (hidden, kv_size),
+        "o_proj": (q_size, hidden), "gate_proj": (hidden, width), "up_proj": (hidden, width),
+        "down_proj": (width, hidden),
     }  # fmt: skip
     ops, needs = [], {}
 
@@ -70,7 +75,7 @@ def block_backward(
         ops.append(Op(name, linear_backward(rows, *shapes[name], bias, rank, needs_input, trains)))
 
     def norm(name: str, readers: int, needs_input: bool) -> None:
-        """Its output's gradient is the sum of its readers'; its own is added to that of the residual."""
+        """The gradients of its readers are summed; the gradient of its input is added to that of the residual."""
         if needs_input or trains:
             ops.append(Op(f"{name}: sum of gradients", (readers - 1) * rows * hidden * ADD))
             ops.append(Op(name, rms_norm_backward(rows, hidden, trains)))
@@ -98,14 +103,14 @@ def block_backward(
 
 
 def loss_backward(config: QwenConfig, rows: int, vocabulary: int, trains: bool) -> int:
-    """Gradient of the hidden states, made along the forward pass, and of the head if it trains."""
-    hidden, words = config.hidden_size, CHUNK[1]
-    chunks = [min(words, vocabulary - start) for start in range(0, vocabulary, words)]
+    """Gradient of the hidden states, computed during the forward pass, and of the head if it trains."""
+    hidden, chunk = config.hidden_size, CHUNK[1]
+    chunks = [min(chunk, vocabulary - start) for start in range(0, vocabulary, chunk)]
     per_row = sum(matmul(1, n, hidden) + hidden * (MUL + ADD) for n in chunks)  # the mean under the softmax, rescaled
-    per_row += hidden * (MUL + ADD + MUL + MUL)  # by the sum, less the target's row, by the count, by the loss's own
+    per_row += hidden * (MUL + ADD + MUL + MUL)  # over the sum, minus the target's row, over N, times grad_loss
     flops = rows * per_row
     if trains:
-        flops += MUL + rows * hidden * (MUL + ADD + ADD)  # hidden states over the count, subtracted at the targets
+        flops += MUL + rows * hidden * (MUL + ADD + ADD)  # hidden states over N, subtracted in the targets' rows
         flops += sum(matmul(rows, hidden, n) + rows * n * (ADD + EXP) + matmul(n, rows, hidden) for n in chunks)
     return flops
 
@@ -113,9 +118,9 @@ def loss_backward(config: QwenConfig, rows: int, vocabulary: int, trains: bool) 
 def backward(
     config: QwenConfig, batch: int, context: int, *, ranks: dict[str, int] | None = None, vocabulary: int | None = None
 ) -> list[Op]:
-    """Operators of the backward pass of a training step as it runs on a CPU; arguments as in `forward`.
+    """The operators of the backward pass of a training step as it runs on a CPU; arguments as in `flops.model.forward`.
 
-    With ranks, the base is frozen and only adapters train; without, every weight does.
+    With ranks, the base is frozen and only the adapters train; without ranks, every weight trains.
     """
     ranks, trains = ranks or {}, not ranks
     rows, hidden = batch * context, config.hidden_size
@@ -126,8 +131,8 @@ def backward(
     ]
     needs_x = trains
     for _ in range(config.num_hidden_layers):
-        of_layer, needs_x = block_backward(config, batch, context, ranks, needs_x)
-        ops += of_layer
+        layer_ops, needs_x = block_backward(config, batch, context, ranks, needs_x)
+        ops += layer_ops
     if trains:
         ops.append(Op("embed_tokens", rows * hidden * ADD))
         if vocabulary:
@@ -149,12 +154,12 @@ def training_step(
     ranks: dict[str, int] | None = None,
     vocabulary: int | None = None,
 ) -> int:
-    """FLOPs of one optimizer step: forward with loss, and backward; arguments as in `forward`.
+    """FLOPs of one optimizer step: forward with loss, and backward; arguments as in `flops.model.forward`.
 
-    "exact" counts the backward pass that runs, the other conventions twice the forward pass. Padding inside the B x T
-    window is counted like text; the optimizer's own update is not counted.
+    "exact" counts the backward pass that runs; the other conventions count twice the forward pass. Padding inside the
+    B x T window counts like text. The update by the optimizer is not counted.
     """
     ops = forward(config, batch, context, convention=convention, ranks=ranks, head="loss", vocabulary=vocabulary)
     if convention == "exact":
         return total(ops) + total(backward(config, batch, context, ranks=ranks, vocabulary=vocabulary))
-    return (1 + BACKWARD) * total(ops)
+    return (1 + BACKWARD_PER_FORWARD) * total(ops)

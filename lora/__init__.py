@@ -1,4 +1,4 @@
-"""Low-rank adaptation (arXiv 2106.09685) of any `torch.nn.Linear`, in peft's file format."""
+"""LoRA, low-rank adaptation (arXiv 2106.09685), for any `torch.nn.Linear`, in peft's file format."""
 
 from lora.checkpoint import AdapterError, load_adapter, read_config, save_adapter
 from lora.inject import LoraConfig, adapter_parameters, config_of, inject, merge, remove, unmerge

@@ -1,4 +1,4 @@
-"""Adapters in peft's file format: `adapter_config.json` and `adapter_model.safetensors`, readable both ways."""
+"""Read and write adapters in peft's file format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
 from pathlib import Path
@@ -11,20 +11,20 @@ from torch import nn
 from lora.inject import LoraConfig, adapter_parameters, config_of, inject, remove
 from lora.layer import LoRALinear
 
-PREFIX = "base_model.model."  # peft's wrapper around the model
-# peft settings that change nothing in what a trained adapter computes
-HARMLESS = frozenset(
+PEFT_PREFIX = "base_model.model."  # peft wraps the model, so its tensor names begin with this
+# peft settings that do not affect the output of a trained adapter
+HARMLESS_SETTINGS = frozenset(
     "auto_mapping base_model_name_or_path eva_config inference_mode layers_pattern lora_dropout megatron_core "
     "peft_version qalora_group_size revision runtime_config task_type".split()
 )
-# settings with several values that change nothing; pissa, olora, corda and others belong to a base that they changed
-ALLOWED = {
+# settings with several harmless values; other ways to initialise (pissa, olora, corda) change the base
+ALLOWED_VALUES = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
-READ = frozenset(("r", "lora_alpha", "target_modules"))
-UNSET = (None, False, [], {})  # what every other setting has to be
+READ_SETTINGS = frozenset(("r", "lora_alpha", "target_modules"))
+UNSET_VALUES = (None, False, [], {})  # every other setting must have one of these values
 
 
 class AdapterError(ValueError):
@@ -32,13 +32,15 @@ class AdapterError(ValueError):
 
 
 def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
-    """Write the adapter in the model to a folder; `base` is recorded as the checkpoint it belongs to.
+    """Write the adapter of the model to a folder; `base` is recorded as the checkpoint that it was trained on.
 
-    Raises ValueError when the model has no LoRA layer, or their ranks or alphas differ.
+    Raises ValueError when the model has no LoRA layer, or when the ranks or alphas of its layers differ.
     """
     folder, config = Path(folder), config_of(model)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter_parameters(model).items()}
+    tensors = {
+        PEFT_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter_parameters(model).items()
+    }
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -56,10 +58,10 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
 
 
 def read_config(folder: str | Path) -> LoraConfig:
-    """The settings of an adapter folder.
+    """Read the settings of an adapter folder.
 
-    Raises AdapterError when they cannot be read, or one of them is not known to change nothing: some variants of LoRA
-    compute something else, or belong to a base model that they changed.
+    Raises AdapterError when they cannot be read, or when a setting is not known to be harmless: some variants of LoRA
+    compute another output, or need a base model that they changed.
     """
     path = Path(folder) / "adapter_config.json"
     try:
@@ -67,7 +69,7 @@ def read_config(folder: str | Path) -> LoraConfig:
         targets = fields["target_modules"]
         if not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
             raise AdapterError(f"{path}: target_modules is {targets!r}, expected a list of module names")
-        # peft shortens many full names to a list of suffixes; only the last part decides here
+        # peft shortens many full names to a list of suffixes; here only the last part of a name counts
         names = tuple(sorted({name.rpartition(".")[2] for name in targets}))
         config = LoraConfig(rank=fields["r"], alpha=fields["lora_alpha"], targets=names)
     except AdapterError:
@@ -75,20 +77,20 @@ def read_config(folder: str | Path) -> LoraConfig:
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: not a readable adapter config ({error!r})") from error
     for name, value in fields.items():
-        allowed = ALLOWED.get(name, UNSET)
-        if name not in HARMLESS | READ and value not in allowed:
-            raise AdapterError(f"{path}: {name} is {value!r}, only {allowed[0]!r} is implemented")
+        allowed = ALLOWED_VALUES.get(name, UNSET_VALUES)
+        if name not in HARMLESS_SETTINGS | READ_SETTINGS and value not in allowed:
+            raise AdapterError(f"{path}: {name} is {value!r}; only {allowed[0]!r} is implemented")
     return config
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
     """Inject the adapter of a folder into a model and return its settings.
 
-    Raises AdapterError that lists every missing, unexpected or misshapen tensor, or when the model has an adapter
-    already; the model is unchanged then.
+    Raises AdapterError, which lists every missing, unexpected or misshapen tensor, when the adapter does not fit, and
+    when the model already has an adapter; the model is then unchanged.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise AdapterError(f"{folder}: the model has an adapter already; remove it first")
+        raise AdapterError(f"{folder}: the model already has an adapter; remove it first")
     config = read_config(folder)
     path = Path(folder) / "adapter_model.safetensors"
     try:
@@ -96,13 +98,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: not a readable safetensors file ({error})") from error
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim}
-    if ranks != {config.rank}:  # before memory is taken for what the config says
-        raise AdapterError(f"{folder}: adapter_config.json says rank {config.rank}, the tensors have {sorted(ranks)}")
+    if ranks != {config.rank}:  # checked before memory of that size is allocated
+        raise AdapterError(
+            f"{folder}: adapter_config.json says rank {config.rank}, the tensors have ranks {sorted(ranks)}"
+        )
     try:
         inject(model, config)
     except ValueError as error:
-        raise AdapterError(f"{folder}: made for another model ({error})") from error
-    wanted = {PREFIX + name: parameter for name, parameter in adapter_parameters(model).items()}
+        raise AdapterError(f"{folder}: the adapter was made for another model ({error})") from error
+    wanted = {PEFT_PREFIX + name: parameter for name, parameter in adapter_parameters(model).items()}
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"unexpected {name} {list(tensor.shape)}" for name, tensor in tensors.items() if name not in wanted]
     problems += [

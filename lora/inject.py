@@ -1,4 +1,4 @@
-"""Put LoRA into a model, train only it, merge it. The model is known only by its `torch.nn.Linear` modules."""
+"""Add LoRA layers to a model, merge them and remove them. Only the model's `torch.nn.Linear` modules are used."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,11 @@ from lora.layer import LoRALinear
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Rank, alpha (the update is scaled by alpha / rank) and the last names of the modules to adapt.
+    """Settings of an adapter.
 
-    Raises ValueError when rank or alpha is not a positive number, or targets is no sequence of names.
+    rank r; alpha: the update is scaled by alpha / r; targets: the modules to adapt, by the last part of their names.
+    Raises ValueError when rank is not a positive integer, alpha is not a positive number, or targets is not a sequence
+    of names.
     """
 
     rank: int
@@ -31,25 +33,26 @@ class LoraConfig:
 def inject(model: nn.Module, config: LoraConfig) -> list[str]:
     """Freeze the model and replace each Linear whose last name is a target by a LoRALinear; return their names.
 
-    Draws from torch's global generator. Raises ValueError, and changes nothing, when a target matches no Linear.
+    The weights are drawn from torch's global generator. Raises ValueError, and changes nothing, when a target matches
+    no Linear.
     """
     last_names = {
         name: name.rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and "lora_" not in name
     }
-    found = [name for name, last in last_names.items() if last in config.targets]
+    adapted = [name for name, last in last_names.items() if last in config.targets]
     if unmatched := sorted(set(config.targets) - set(last_names.values())):
-        there = ", ".join(sorted(set(last_names.values()) - {"base_layer"})) or "none"
-        raise ValueError(f"no Linear is called {', '.join(unmatched)}: nothing to adapt; the model's are {there}")
+        present = ", ".join(sorted(set(last_names.values()) - {"base_layer"})) or "none"
+        raise ValueError(f"no Linear is called {', '.join(unmatched)}: nothing to adapt; the model's are {present}")
     for parameter_name, parameter in model.named_parameters():
         if "lora_" not in parameter_name:
             parameter.requires_grad_(False)
-    for name in found:
+    for name in adapted:
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
         setattr(owner, child, LoRALinear(getattr(owner, child), config.rank, config.alpha))
-    return found
+    return adapted
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -61,7 +64,10 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The tensors that train by name, layer by layer: `<module>.lora_A.weight` (r, I), `.lora_B.weight` (O, r)."""
+    """The adapter's tensors by name, layer by layer: `<module>.lora_A.weight` (r, I), `<module>.lora_B.weight` (O, r).
+
+    Raises ValueError when the model has no LoRA layer.
+    """
     return {
         f"{name}.{part}.weight": getattr(layer, part).weight
         for name, layer in lora_layers(model).items()
@@ -70,20 +76,23 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def config_of(model: nn.Module) -> LoraConfig:
-    """The settings that a model's LoRA layers share.
+    """The settings that all LoRA layers of a model share.
 
-    Raises ValueError when it has none, or their ranks or alphas differ.
+    Raises ValueError when the model has no LoRA layer, or when the ranks or alphas of its layers differ.
     """
     layers = lora_layers(model)
     settings = {(layer.rank, layer.alpha) for layer in layers.values()}
     if len(settings) > 1:
-        raise ValueError(f"the LoRA layers have several (rank, alpha), {sorted(settings)}; expected one for all")
+        raise ValueError(f"the LoRA layers have several (rank, alpha): {sorted(settings)}; expected the same in all")
     (rank, alpha), names = settings.pop(), {name.rpartition(".")[2] for name in layers}
     return LoraConfig(rank, alpha, tuple(sorted(names)))
 
 
 def merge(model: nn.Module) -> None:
-    """Merge every LoRA layer, or none: the model then costs what the base costs. Errors as in `LoRALinear.merge`."""
+    """Merge all LoRA layers, or none if one raises. A merged model costs the same as the base model.
+
+    Raises ValueError when the model has no LoRA layer, or as `LoRALinear.merge` does.
+    """
     layers = [layer for layer in lora_layers(model).values() if not layer.merged]
     for done, layer in enumerate(layers):
         try:
@@ -95,13 +104,16 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Undo `merge`, bit for bit."""
+    """Undo `merge`, bit for bit. Raises ValueError when the model has no LoRA layer."""
     for layer in lora_layers(model).values():
         layer.unmerge()
 
 
 def remove(model: nn.Module) -> None:
-    """Take the LoRA layers out again and leave the base as it was before `inject`, frozen."""
+    """Remove the LoRA layers. The base weights are those before `inject`, bit for bit, and stay frozen.
+
+    Raises ValueError when the model has no LoRA layer.
+    """
     for name, layer in lora_layers(model).items():
         layer.unmerge()
         parent, _, child = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""One linear layer with a low-rank update. I, O input and output features, r rank."""
+"""A linear layer with a low-rank update. I, O input and output features, r rank."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 
 class _LowRank(torch.autograd.Function):
-    """scale * (x A^T) B^T in fp32. It saves x in its own precision, where autograd would save an fp32 copy."""
+    """scale * (x A^T) B^T in fp32. It saves x in its own dtype; autograd would save an fp32 copy."""
 
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -31,7 +31,7 @@ class _LowRank(torch.autograd.Function):
 class LoRALinear(nn.Module):
     """y = base_layer(x) + (alpha / r) B A x; A (r, I) Kaiming-uniform, B (O, r) zero, both fp32.
 
-    arXiv 2106.09685, section 4.1; initialised as peft does. At the start the update is zero.
+    arXiv 2106.09685, section 4.1; initialised as in peft, so that the update is zero at the start.
     """
 
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float):
@@ -45,15 +45,15 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.to(base_layer.weight.device)
-        self.register_buffer("_base_weight", None, persistent=False)  # while merged, the weight as it was
+        self.register_buffer("_base_weight", None, persistent=False)  # the unmerged weight, while merged
 
     @property
     def merged(self) -> bool:
-        """Whether the update has been added to the base weight."""
+        """True while the update is added to the base weight."""
         return self._base_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        """y (..., O) of x (..., I), in the base layer's precision."""
+        """y (..., O) for x (..., I), in the dtype of the base layer's output."""
         y = self.base_layer(x)  # (..., O)
         if self.merged:
             return y
@@ -61,21 +61,24 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The update of the weight, (O, I) in fp32."""
+        """The update of the base weight, (O, I), in fp32."""
         return self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the update to the base weight, in fp32. Raises ValueError, and changes nothing, if it is not finite."""
+        """Add the update to the base weight; the sum is computed in fp32.
+
+        Raises ValueError, and changes nothing, when the merged weight is not finite.
+        """
         if self.merged:
             return
         weight = self.base_layer.weight
         merged = (weight.float() + self.delta()).to(weight.dtype)
         if not merged.isfinite().all():
-            raise ValueError("the merged weight is not finite: the adapter is damaged, or was trained to infinity")
+            raise ValueError("the merged weight is not finite: the adapter is damaged, or its training diverged")
         self._base_weight, self.base_layer.weight.data = weight.data, merged
 
     def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
+        """Restore the base weight, bit for bit."""
         if self.merged:
             self.base_layer.weight.data, self._base_weight = self._base_weight, None

@@ -2,7 +2,7 @@
 
 from qwen_min.cache import KVCache
 from qwen_min.config import CheckpointError, QwenConfig
-from qwen_min.generate import Generation, generate
+from qwen_min.generation import Generation, generate
 from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer
 from qwen_min.weights import load

@@ -8,14 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# how many queries of a row, and how many scores, one block holds: it then stays in the cache of a CPU core
+# upper limits for one block, so that it fits the cache of a CPU core: queries of a row; scores of all rows and heads
 QUERY_BLOCK, SCORES_PER_BLOCK = 64, 2**20
-# the rows of a bias begin at multiples of so many numbers: otherwise the memory-efficient kernel has it copied
-ALIGNED = 16
+# each row of a bias starts at a multiple of this many numbers; the memory-efficient kernel copies a bias that does not
+BIAS_ALIGNMENT = 16
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The plain form of `attention`: softmax(q k^T / sqrt(D)) v with the softmax in fp32."""
+    """The plain form of `attention`, with the same arguments: softmax(q k^T / sqrt(D)) v with the softmax in fp32.
+
+    The mask is boolean or None.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
     scores = (q @ k.transpose(2, 3)) / q.shape[-1] ** 0.5  # (B, H, T, S)
@@ -26,16 +29,18 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
 
 
 def causal_mask(num_new: int, total: int, device: torch.device) -> Tensor:
-    """(T, S) bool, True where a query may look: the last T of S tokens are the queries, and none looks ahead."""
+    """(T, S) bool, True where a query may attend: itself and earlier tokens. The queries are the last T of S tokens."""
     return torch.ones(num_new, total, dtype=torch.bool, device=device).tril(total - num_new)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D): (B, H, T, D); each kv head serves G query heads.
 
-    mask (B or 1, 1, T, S) is True where q may look, or is added to the scores. None means causal: each of the T tokens,
-    the last of S, sees itself and all before it. A mask may only narrow that rule: no token looks ahead. A bias
-    from `grouped_bias` is taken as well.
+    Attention Is All You Need (arXiv 1706.03762), section 3.2.1; grouped queries: arXiv 2305.13245.
+    The T new tokens are the last of S. mask None means causal: each new token sees itself and all earlier tokens.
+    A mask (B or 1, 1, T, S) is either boolean, True where q may attend, or a bias that is added to the scores. It may
+    only restrict the causal rule further: no token may attend to a later one. A bias from `grouped_bias` is accepted
+    too.
     """
     groups, num_new, total = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     by_kernel = q.is_cuda or torch.is_autocast_enabled("cpu") or (mask is not None and mask.dtype != torch.bool)
@@ -44,13 +49,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None and num_new > 1:
         if num_new == total:
             if q.is_cuda and q.dtype == torch.float32:
-                # flash attention takes no fp32 and, up to torch 2.13, the memory-efficient kernel no enable_gqa: the
-                # kernel that takes both writes all scores to memory
+                # flash attention does not support fp32 and, up to torch 2.13, the memory-efficient kernel does not
+                # support enable_gqa: the only kernel with both writes all scores to memory
                 k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
         mask = causal_mask(num_new, total, q.device)[None, None]  # is_causal would align it with the first key
-    # the query heads of a kv head are handled as if they were its tokens: its keys are read once, and by a fused kernel
-    # also on CUDA, where none takes a mask together with enable_gqa
+    # The query heads of a kv head are treated as further tokens, so that its keys are read only once. It also lets CUDA
+    # use a fused kernel: none supports a mask together with enable_gqa.
     grouped = q.reshape(q.shape[0], k.shape[1], groups * num_new, q.shape[3])  # (B, K, G T, D)
     if mask is not None and mask.shape[2] == num_new > 1:  # not grouped yet
         mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).flatten(2, 3)  # (B or 1, 1, G T, S)
@@ -58,25 +63,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def grouped_bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (B or 1, 1, T, S) as what `attention` adds to the scores of grouped queries, (B or 1, 1, G T, S).
+    """Convert a boolean mask (B or 1, 1, T, S) to the bias (B or 1, 1, G T, S) of grouped queries: 0 or -inf.
 
-    On CUDA it is made once for all layers: of a boolean mask, each layer would make numbers, grouped and aligned.
+    `attention` adds it to the scores. On CUDA one bias serves all layers; each layer would otherwise have to convert,
+    group and align the boolean mask itself.
     """
     batch, _, num_new, total = mask.shape
-    bias = torch.zeros(batch, 1, groups, num_new, -(-total // ALIGNED) * ALIGNED, dtype=dtype, device=mask.device)
+    aligned = -(-total // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
+    bias = torch.zeros(batch, 1, groups, num_new, aligned, dtype=dtype, device=mask.device)
     bias[..., :total].masked_fill_(~mask[:, :, None], -torch.inf)
     return bias.flatten(2, 3)[..., :total]
 
 
 def runs_in_blocks(num_new: int, masked: bool) -> bool:
-    """Whether `attention` of T new tokens works in blocks on a CPU; otherwise one fused kernel does it all."""
+    """Return whether `attention` over T new tokens runs in blocks on a CPU. Otherwise it calls one fused kernel."""
     return num_new > (QUERY_BLOCK if masked else 1)
 
 
 class _Blockwise(torch.autograd.Function):
-    """Attention in blocks of queries, each over the keys it sees; the backward pass recomputes the attention weights.
+    """Attention in blocks of queries: each block reads only its visible keys.
 
-    On CPUs this is two to three times as fast as `scaled_dot_product_attention`, which works on one head at a time.
+    The backward pass recomputes the attention weights. On CPUs this is two to three times as fast as
+    `scaled_dot_product_attention`, which processes one head at a time.
     """
 
     @staticmethod
@@ -113,21 +121,21 @@ class _Blockwise(torch.autograd.Function):
 
 
 def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the scores from that of their softmax, `weights`."""
-    if hasattr(torch, "_softmax_backward_data"):  # twice as fast, but not of torch's public interface
+    """Gradient of the scores; grad is the gradient of `weights`, their softmax."""
+    if hasattr(torch, "_softmax_backward_data"):  # twice as fast, but a private function of torch
         return torch._softmax_backward_data(grad, weights, -1, weights.dtype)
     return weights * (grad - (grad * weights).sum(-1, keepdim=True))
 
 
 def _weights_by_block(q: Tensor, k: Tensor, mask: Tensor | None):
-    """Yield for each block: its rows, its queries, how many keys they see, the attention weights (b, K, G n, keys) and
-    the queries' vectors (b, K, G n, D), for b rows and n queries.
+    """Yield, for each block of b rows and n queries: row slice, query slice, number of visible keys, attention weights
+    (b, K, G n, keys), query vectors (b, K, G n, D).
 
     Scores and softmax are computed in at least fp32.
     """
     (batch, heads, num_new, size), (kv_heads, total) = q.shape, k.shape[1:3]
     at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
-    ahead = ~causal_mask(num_new, total, q.device)  # (T, S)
+    future = ~causal_mask(num_new, total, q.device)  # (T, S), True on keys later than the query
     rows_at_once = max(1, SCORES_PER_BLOCK // (heads * QUERY_BLOCK * total))
     for rows in (slice(row, row + rows_at_once) for row in range(0, batch, rows_at_once)):
         keys = k[rows].to(at_least_fp32).transpose(2, 3)  # (b, K, D, S)
@@ -138,8 +146,8 @@ def _weights_by_block(q: Tensor, k: Tensor, mask: Tensor | None):
             scores = (queries.to(at_least_fp32) * size**-0.5) @ keys[..., :seen]
             by_query = scores.view(len(keys), heads, -1, seen)
             if mask is None:
-                first = total - num_new + start  # every query of the block sees all keys before this one
-                by_query[..., first:].masked_fill_(ahead[block, first:seen], -torch.inf)
+                first = total - num_new + start  # every query of the block sees all earlier keys
+                by_query[..., first:].masked_fill_(future[block, first:seen], -torch.inf)
             else:
                 by_query.masked_fill_(~mask[rows if len(mask) > 1 else slice(1), :, block, :seen], -torch.inf)
             yield rows, block, seen, scores.softmax(-1).to(q.dtype), queries

@@ -1,7 +1,7 @@
 """RMSNorm and SwiGLU that save less for the backward pass than autograd would.
 
 Autograd saves every intermediate result: for RMSNorm an fp32 copy of its input, for SwiGLU three tensors of the
-feed-forward's width. These functions save only their inputs and recompute the rest, at a few operations a number.
+feed-forward's width. These functions save only their inputs and recompute the rest: a few operations per element.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 
 def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / sqrt(mean(x^2) + eps) and 1 / sqrt(mean(x^2) + eps), both in at least fp32."""
     wide = _at_least_fp32(x)
     inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return wide * inverse, inverse
@@ -36,8 +37,8 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * normalised.to(x.dtype)).view(-1, len(weight)).sum(0).to(weight.dtype)
         inner = _at_least_fp32(grad * weight)
-        along = (inner * normalised).mean(-1, keepdim=True)
-        return ((inner - normalised * along) * inverse).to(x.dtype), grad_weight, None
+        projection = (inner * normalised).mean(-1, keepdim=True)
+        return ((inner - normalised * projection) * inverse).to(x.dtype), grad_weight, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -56,7 +57,8 @@ class _SwiGLU(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x (..., C); weight (C). arXiv 1910.07467.
 
-    Normalised in at least fp32 and cast back before the product with the weight, as the checkpoints were trained.
+    x is normalised in at least fp32 and cast back before it is multiplied by the weight, as in the training of the
+    checkpoints.
     """
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, weight, eps)
@@ -64,5 +66,5 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up for each number of two tensors of one shape. arXiv 2002.05202."""
+    """silu(gate) * up, element by element; gate and up have the same shape. arXiv 2002.05202."""
     return _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate) * up

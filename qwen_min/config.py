@@ -1,4 +1,4 @@
-"""The fields of a Qwen2.5 `config.json` that decide what the decoder computes."""
+"""The model configuration: the fields of a Qwen2.5 `config.json` that determine the computation."""
 
 import json
 from dataclasses import dataclass, fields
@@ -15,7 +15,9 @@ class CheckpointError(ValueError):
 class QwenConfig:
     """Sizes and constants of a dense Qwen2.5 decoder, named as in `config.json`.
 
-    Raises CheckpointError when a size is not a positive integer of at most MAX_VALUE or the heads do not divide.
+    Raises CheckpointError when a size or constant is not a positive number of at most MAX_VALUE, when
+    num_attention_heads does not divide hidden_size, when num_key_value_heads does not divide num_attention_heads, or
+    when the head size is odd.
     """
 
     vocab_size: int
@@ -38,16 +40,16 @@ class QwenConfig:
                 raise CheckpointError(f"config.json: {name} is {value!r}, expected {wanted}")
         if self.hidden_size % self.num_attention_heads:
             raise CheckpointError(
-                f"config.json: hidden_size {self.hidden_size} is no multiple of "
+                f"config.json: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
-                f"config.json: num_attention_heads {self.num_attention_heads} is no multiple of "
+                f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise CheckpointError(f"config.json: head size {self.head_dim} is odd, rotary positions need it even")
+            raise CheckpointError(f"config.json: head size {self.head_dim} is odd; rotary positions need an even size")
 
     @property
     def head_dim(self) -> int:
@@ -56,17 +58,19 @@ class QwenConfig:
 
     @classmethod
     def from_dict(cls, record: dict) -> "QwenConfig":
-        """Read a parsed `config.json`; fields that change nothing here are ignored.
+        """Build the config from a parsed `config.json`; fields that do not affect the computation are ignored.
 
-        Raises CheckpointError that names the field for another model type, a sliding window in
-        use, scaled rotary positions, another activation, or a missing or malformed field.
+        Raises CheckpointError, which names the field, for another model type, an enabled sliding window, scaled rotary
+        positions, another activation, or a missing or malformed field.
         """
         record = dict(record)
-        # transformers 5 writes rope_theta inside rope_parameters, earlier ones at the top
+        # transformers 5 writes rope_theta inside rope_parameters, earlier versions write it at the top level
         rope = record.get("rope_parameters") or {}
         layers = record.get("layer_types") or []
         if not (isinstance(rope, dict) and isinstance(layers, list)):
-            raise CheckpointError(f"config.json: rope_parameters is {rope!r}, layer_types {layers!r}: malformed")
+            raise CheckpointError(
+                f"config.json: rope_parameters is {rope!r}, layer_types {layers!r}; expected object, list"
+            )
         record.setdefault("rope_theta", rope.get("rope_theta"))
         scaling = record.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
         unscaled = not scaling or scaling == {"rope_type": "default"} or scaling == {"type": "default"}
@@ -94,11 +98,11 @@ class QwenConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> "QwenConfig":
-        """Read `config.json`. Raises CheckpointError when it is missing, no JSON or unsupported."""
+        """Read a `config.json` file. Raises CheckpointError when it is missing, not JSON, or not supported."""
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
         if not isinstance(record, dict):
-            raise CheckpointError(f"{path}: holds {type(record).__name__}, expected a JSON object")
+            raise CheckpointError(f"{path}: contains a {type(record).__name__}, expected a JSON object")
         return cls.from_dict(record)

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy that never holds the logits of all positions at once.
+"""Next-token cross-entropy that never stores the logits of all positions at once.
 
 N positions, C hidden size, V vocabulary.
 """
@@ -9,29 +9,28 @@ from torch.autograd.function import once_differentiable
 
 from qwen_min.model import Qwen
 
-# positions, and rows of the head, taken together: what a CPU keeps in its cache, what fills a GPU
+# (positions, vocabulary rows of the head) of one chunk: the first fits the cache of a CPU, the second fills a GPU
 CHUNK, CUDA_CHUNK = (512, 4096), (4096, 65536)
 
 
 def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, with_mean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of each position: its loss (N), log sum exp of its logits (N), and the mean of the head's rows under its softmax
-    (N, C).
+    """Per position: loss (N), log sum exp of the logits (N), and the mean of the head's rows under the softmax (N, C).
 
-    The head goes by once, chunk by chunk, and what was summed so far is scaled down whenever a larger logit turns up,
-    as in FlashAttention (arXiv 2205.14135), of which this is the case that keys and values are the head.
+    The mean is None unless with_mean. This makes one pass over the head in chunks; the running sums are rescaled when a
+    larger logit appears. It is FlashAttention (arXiv 2205.14135) with the head as keys and values.
     """
-    positions, words = CUDA_CHUNK if hidden.is_cuda else CHUNK
+    positions_per_chunk, rows_per_chunk = CUDA_CHUNK if hidden.is_cuda else CHUNK
     at_least_fp32 = torch.promote_types(hidden.dtype, torch.float32)
     top = hidden.new_full((len(hidden), 1), -torch.inf, dtype=at_least_fp32)
     total, target_logits = torch.zeros_like(top), torch.zeros_like(top)
     mean = hidden.new_zeros(hidden.shape, dtype=at_least_fp32) if with_mean else None
-    for first, rows in zip(range(0, len(weight), words), weight.split(words), strict=True):
-        for start in range(0, len(hidden), positions):
-            part = slice(start, start + positions)
+    for first, rows in zip(range(0, len(weight), rows_per_chunk), weight.split(rows_per_chunk), strict=True):
+        for start in range(0, len(hidden), positions_per_chunk):
+            part = slice(start, start + positions_per_chunk)
             logits = hidden[part] @ rows.T
-            place = targets[part, None] - first
-            found = logits.gather(-1, place.clamp(0, len(rows) - 1)).to(at_least_fp32)
-            target_logits[part] = torch.where((place >= 0) & (place < len(rows)), found, target_logits[part])
+            row = targets[part, None] - first  # the target's row in this chunk, if it is one of its rows
+            at_row = logits.gather(-1, row.clamp(0, len(rows) - 1)).to(at_least_fp32)
+            target_logits[part] = torch.where((row >= 0) & (row < len(rows)), at_row, target_logits[part])
             higher = torch.maximum(top[part], logits.amax(-1, keepdim=True))
             weights = (logits - higher).exp_()
             shrink = (top[part] - higher).exp_()
@@ -44,7 +43,7 @@ def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, with_mean: bool) ->
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of hidden @ weight^T, with the gradient of hidden made in the forward pass."""
+    """Mean cross-entropy of hidden @ weight^T, with the gradient of hidden computed in the forward pass."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
@@ -58,14 +57,17 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor):
-        grad_hidden, *of_weight = ctx.saved_tensors
+        grad_hidden, *saved_for_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        return grad_hidden, _grad_weight(*of_weight, grad_loss) if of_weight else None, None, None
+        return grad_hidden, _grad_weight(*saved_for_weight, grad_loss) if saved_for_weight else None, None, None
 
 
 def _grad_weight(hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor, grad_loss: Tensor) -> Tensor:
-    """(softmax - one-hot of the target)^T hidden / N, a chunk of the head's rows at a time, at least fp32."""
+    """grad_loss (softmax - one-hot of the target)^T hidden / N, (V, C), in chunks of the head's rows.
+
+    It is computed in at least fp32 and returned in the weight's dtype.
+    """
     hidden = hidden.to(log_sums.dtype)
     scaled = hidden * (grad_loss / len(targets))
     grad = [(hidden @ rows.to(hidden.dtype).T - log_sums[:, None]).exp_().T @ scaled for rows in weight.split(CHUNK[1])]
@@ -73,45 +75,47 @@ def _grad_weight(hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tens
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean over N positions of -log softmax(hidden weight^T)[target], in nats; a scalar, at least fp32.
+    """Mean over N positions of -log softmax(hidden weight^T)[target], in nats: a scalar in at least fp32.
 
-    hidden (N, C), weight (V, C), targets (N) integers. No gradient of the weight is made where it is frozen.
+    hidden (N, C), weight (V, C), targets (N) integers from 0 to V - 1. A frozen weight gets no gradient.
     """
     return _HeadCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The same cross-entropy of each position, (N), without gradient."""
+    """The cross-entropy of each position in nats, (N), without gradients; arguments as in `head_cross_entropy`."""
     return _losses(hidden, weight, targets, with_mean=False)[0]
 
 
 def check_targets(targets: Tensor, vocabulary: Tensor) -> None:
-    """Raise ValueError for a token that is to be predicted but is not in the vocabulary; both of any length."""
+    """Raise ValueError when a target token is not in the vocabulary; both are token ids, of any length."""
     if len(outside := targets[~torch.isin(targets, vocabulary)]):
-        raise ValueError(f"token {outside[0]} is to be predicted, but is not in the vocabulary of {len(vocabulary)}")
+        raise ValueError(
+            f"token {outside[0]} is to be predicted, but is not in the vocabulary of {len(vocabulary)} tokens"
+        )
 
 
 def next_token_loss(
     model: Qwen, ids: Tensor, lengths: Tensor | None = None, vocabulary: Tensor | None = None
 ) -> Tensor:
-    """Mean cross-entropy in nats of each token of ids (B, T) given those before it; a scalar.
+    """Mean cross-entropy, in nats, of each token of ids (B, T) given the tokens before it: a scalar.
 
-    lengths (B): how many tokens of each row are text; the padding after them is not predicted, and no text attends to
-    it, as attention looks back only. None means that every row is full. Keep lengths on the CPU: a model on a GPU would
-    be waited for to read it there. vocabulary (n), rising: the tokens that the softmax runs over, of which every
-    predicted one must be; None means all. On a GPU this is not checked, as the check would wait for it.
-    Raises ValueError when there is no token to predict, or one is not in the vocabulary.
+    lengths (B): the number of text tokens in each row. The padding after them is not predicted, and no text attends to
+    it, because attention is causal. None means that every row is full. Keep lengths on the CPU: reading it from a GPU
+    would synchronise. vocabulary (n), ascending token ids: the softmax runs over these tokens only, and every predicted
+    token must be one of them. None means all tokens. On a GPU this is not checked, because the check would synchronise.
+    Raises ValueError when there is no token to predict, or when one is not in the vocabulary.
     """
     hidden = model.model(ids)  # (B, T, C)
     if lengths is None:
         hidden, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     else:
-        followed = torch.arange(1, ids.shape[1] + 1) < lengths.cpu()[:, None]  # (B, T): the next token is text
-        places = followed.flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)
-        hidden, targets = hidden.flatten(0, 1).index_select(0, places), ids.flatten().index_select(0, places + 1)
+        followed = torch.arange(1, ids.shape[1] + 1) < lengths.cpu()[:, None]  # (B, T), True where the next is text
+        positions = followed.flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)
+        hidden, targets = hidden.flatten(0, 1).index_select(0, positions), ids.flatten().index_select(0, positions + 1)
     if len(targets) == 0:
-        raise ValueError("there is no token to predict: no text has two tokens")
+        raise ValueError("there is no token to predict: every text is shorter than two tokens")
     weight = model.head_weight
     if vocabulary is not None:
         if targets.device.type == "cpu":

@@ -1,9 +1,9 @@
-"""The Qwen2.5 decoder. Module names are the checkpoint's, so loading needs no key map.
+"""The Qwen2.5 decoder. Modules have the names of the checkpoint, so that loading needs no key map.
 
 Shapes: B batch, T new tokens, S cached + new tokens, C hidden size, F feed-forward size,
 H query heads, K key/value heads, D head size, V vocabulary.
 
-Source of the numerics, where fp32 is entered and left: `modeling_qwen2.py` of transformers.
+Where numbers are cast to fp32 and back follows `modeling_qwen2.py` of transformers.
 """
 
 import torch
@@ -17,7 +17,7 @@ from qwen_min.linear import Linear, linear
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, of the given size."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -25,14 +25,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., C), normalised."""
+        """Normalise x (..., C); the shape is kept."""
         return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_tables(positions: Tensor, config: QwenConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotary angles of `positions` (B or 1, T), each (B or 1, 1, T, D).
 
-    Computed in fp32 and only then cast: bf16 cannot tell position 257 from 256.
+    They are computed in fp32 and cast at the end: bf16 cannot distinguish position 257 from 256.
     RoFormer (arXiv 2104.09864), section 3.2.2, in the half-split layout of the checkpoints.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
@@ -43,7 +43,7 @@ def rotary_tables(positions: Tensor, config: QwenConfig, dtype: torch.dtype) -> 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by its angle."""
+    """Rotate each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by its angle; cos and sin from `rotary_tables`."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -51,10 +51,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_mask_and_positions(
     num_cached: int, num_new: int, attention_mask: Tensor | None, device: torch.device
 ) -> tuple[Tensor | None, Tensor]:
-    """Who may attend to whom, (B or 1, 1, T, S) bool, and the position of each new token, (B or 1, T).
+    """The mask of allowed pairs, (B or 1, 1, T, S) bool, and the position of each new token, (B or 1, T).
 
-    The mask is None where the kernel knows it: no padding, and either nothing cached (plain causal)
-    or one new token (it sees everything).
+    attention_mask (B, S) is 1 on real tokens and 0 on left padding; None means no padding. The returned mask is None
+    where `attention` needs none: without padding, and with an empty cache (plain causal) or one new token (it sees all
+    tokens).
     """
     total = num_cached + num_new
     if attention_mask is None:
@@ -62,14 +63,14 @@ def attention_mask_and_positions(
         if num_cached == 0 or num_new == 1:
             return None, positions
     else:
-        # the first real token of a left-padded row stands at position 0
+        # the first real token of a left-padded row has position 0
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, num_cached:]  # (B, T)
     columns = torch.arange(total, device=device)
-    rows = columns[num_cached:, None]
-    allowed = columns <= rows  # (T, S), causal against the lower right corner
+    queries = columns[num_cached:, None]
+    allowed = columns <= queries  # (T, S), causal, aligned to the lower right corner
     if attention_mask is not None:
-        # a padding token sees itself, so that its unused row of the softmax is not empty
-        allowed = allowed & (attention_mask.bool()[:, None, None, :] | (columns == rows))
+        # a padding token sees itself: a softmax over no key would give NaN, also in rows that nobody reads
+        allowed = allowed & (attention_mask.bool()[:, None, None, :] | (columns == queries))
     return allowed.expand(attention_mask.shape[0] if attention_mask is not None else 1, 1, num_new, total), positions
 
 
@@ -87,7 +88,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * size, hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """What each token of x (B, T, C) takes from others, (B, T, C); arguments as in `Block.forward`."""
+        """Attention output, (B, T, C), for x (B, T, C); arguments as in `Block.forward`."""
 
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -102,7 +103,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward: down(silu(gate(x)) * up(x))."""
+    """SwiGLU feed-forward (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -112,12 +113,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of each token of x (B, T, C) alone: (B, T, C)."""
+        """Feed-forward output, (B, T, C), for x (B, T, C); each token is processed independently."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each on a normalised input and added to the stream."""
+    """One layer: attention, then feed-forward. Each reads the normalised residual stream and adds its output to it."""
 
     def __init__(self, config: QwenConfig, layer: int):
         super().__init__()
@@ -127,16 +128,17 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """The stream x (B, T, C) behind this layer; cos and sin from `rotary_tables`.
+        """The residual stream (B, T, C) after this layer, for x (B, T, C); cos and sin from `rotary_tables`.
 
-        mask None: every token sees all before it. cache None: there are no tokens before x, and none are kept.
+        mask as in `attention`; None: every token sees itself and all earlier tokens. cache None: there are no tokens
+        before x, and nothing is stored.
         """
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Token ids to hidden states: the checkpoint's `model.` part."""
+    """Token ids to hidden states: the part of the checkpoint whose names begin with `model.`"""
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -164,14 +166,17 @@ class Decoder(nn.Module):
         return hidden
 
     def check_length(self, total: int) -> None:
-        """Raise ValueError when so many tokens have no positions."""
+        """Raise ValueError when the model has fewer than `total` positions."""
         if total > self.config.max_position_embeddings:
             raise ValueError(
                 f"{total} tokens exceed the model's {self.config.max_position_embeddings} positions; shorten the text"
             )
 
     def blocks(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """Embedding, layers and norm: (B, T, C) of ids (B, T) at positions (B or 1, T), mask as in `attention`."""
+        """Embedding, layers and norm: hidden states (B, T, C) of ids (B, T) at positions (B or 1, T).
+
+        mask and cache as in `Block.forward`.
+        """
         x = self.embed_tokens(ids)  # (B, T, C)
         cos, sin = rotary_tables(positions, self.config, x.dtype)
         if mask is not None and x.is_cuda:
@@ -184,7 +189,8 @@ class Decoder(nn.Module):
 class Head(nn.Module):
     """The output matrix (V, C) of a checkpoint that does not tie it to the embedding.
 
-    It is no Linear: losses and grammars multiply with some of its rows, so an adapter around it would be passed over.
+    It is not a Linear, so that no adapter can be put on it: losses and grammars multiply by some rows of the matrix
+    directly and would ignore the adapter.
     """
 
     def __init__(self, config: QwenConfig):
@@ -193,7 +199,7 @@ class Head(nn.Module):
 
 
 class Qwen(nn.Module):
-    """The language model: decoder and head, which is the embedding itself where the config ties them."""
+    """The language model: decoder and head. The head is the embedding matrix where the config ties them."""
 
     def __init__(self, config: QwenConfig):
         super().__init__()
@@ -216,11 +222,12 @@ class Qwen(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of ids (B, T), or (B, 1, V) with last_only.
 
-        With a cache, ids continue what it holds and it grows by T. attention_mask (B, S) is 1 on real
-        tokens and 0 on left padding, over cached and new tokens; None means no padding.
-        Raises ValueError when the tokens exceed the model's positions or the cache, or the mask misfits.
+        With a cache, ids continue the tokens in the cache, and its length grows by T. attention_mask (B, S) covers
+        cached and new tokens: 1 on real tokens, 0 on left padding; None means no padding.
+        Raises ValueError when the tokens exceed the model's positions or the cache's capacity, or when the cache or the
+        mask has the wrong shape.
         """
         hidden = self.model(ids, cache, attention_mask)
-        if last_only:  # as a matrix: of a strided row of three dimensions matmul would copy the whole head
+        if last_only:  # 2-D, because matmul with a strided 3-D input would copy the whole head
             return linear(hidden[:, -1], self.head_weight)[:, None]
         return linear(hidden, self.head_weight)

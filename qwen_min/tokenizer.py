@@ -1,4 +1,4 @@
-"""Text to token ids and back over a checkpoint's `tokenizer.json`."""
+"""Convert text to token ids and back with a checkpoint's `tokenizer.json`."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,34 +8,34 @@ import tokenizers
 from qwen_min.config import CheckpointError
 
 PAD = "<|endoftext|>"
-ENDS = ("<|im_end|>", "<|endoftext|>")
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint folder; adds no token of its own around a text.
+    """A tokenizer, read from the `tokenizer.json` at `path`. It adds no special tokens to a text.
 
-    `pad_id` fills batches, any of `end_ids` ends a text. Raises CheckpointError when the file is
-    missing, damaged or without the end-of-text token.
+    `pad_id` is the token id for padding; each of `end_ids` ends a text. Raises CheckpointError when the file is
+    missing, damaged, or has no end-of-text token.
     """
 
     def __init__(self, path: Path):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower type
             raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
-        ids = [self._tokenizer.token_to_id(token) for token in ENDS]
+        ids = [self._tokenizer.token_to_id(token) for token in END_TOKENS]
         self.end_ids = tuple(i for i in ids if i is not None)
         self.pad_id = self._tokenizer.token_to_id(PAD)
         if self.pad_id is None:
-            raise CheckpointError(f"{path}: has no token {PAD!r}, expected a Qwen2.5 tokenizer")
+            raise CheckpointError(f"{path}: contains no token {PAD!r}; expected a Qwen2.5 tokenizer")
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """The token ids of a text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of token ids; special tokens are left out."""
+        """The text of token ids; special tokens are left out."""
         return self._tokenizer.decode([int(i) for i in ids])

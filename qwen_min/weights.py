@@ -1,4 +1,4 @@
-"""A checkpoint folder, hub id or the embedded checkpoint to a model: strict, and no tensor copied twice."""
+"""Load a checkpoint (a folder, a hub id or the embedded one), strictly; each tensor is copied at most once."""
 
 import hashlib
 import json
@@ -18,11 +18,12 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def checkpoint_folder(source: str | Path, files: tuple[str, ...] = ("*.safetensors", "*.json")) -> Path:
-    """The folder of a checkpoint: "tiny" (embedded), an existing folder, or a hub id such as
-    "Qwen/Qwen2.5-0.5B-Instruct", whose `files` come into the hub's cache once (HF_HUB_OFFLINE is honoured).
+    """The folder of a checkpoint. source: an existing folder, "tiny" (the embedded checkpoint), or a hub id such as
+    "Qwen/Qwen2.5-0.5B-Instruct".
 
-    "owner/name@revision" pins a commit, tag or branch of the hub. A folder that exists is always taken, also one called
-    tiny. Raises CheckpointError when there is no such folder and the hub cannot give it.
+    The `files` of a hub id are downloaded once into the hub's cache (HF_HUB_OFFLINE is honoured);
+    "owner/name@revision" pins a commit, tag or branch. An existing folder always wins, even if its name is tiny.
+    Raises CheckpointError when there is no such folder and the download fails.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -33,19 +34,19 @@ def checkpoint_folder(source: str | Path, files: tuple[str, ...] = ("*.safetenso
         raise CheckpointError(
             f"{source}: no such folder, expected a folder, a hub id 'owner/name[@revision]' or 'tiny'"
         )
-    from huggingface_hub import snapshot_download  # slow to import and needed for hub ids only
+    from huggingface_hub import snapshot_download  # a slow import that only hub ids need
 
     try:
         return Path(snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=list(files)))
-    except Exception as error:  # the hub's library passes on whatever its transport raises
+    except Exception as error:  # the hub's library also raises every error of its HTTP library
         reason = str(error) or type(error).__name__
-        raise CheckpointError(f"{source}: no such folder, and the hub did not give it ({reason})") from error
+        raise CheckpointError(f"{source}: no such folder, and the download from the hub failed ({reason})") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: those its index names, or the single one.
+    """The safetensors files of a checkpoint folder: those that its index lists, or the single one.
 
-    Raises CheckpointError when a file is missing, or the index is damaged or points outside the folder.
+    Raises CheckpointError when a file is missing, or when the index is damaged or points outside the folder.
     """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -56,14 +57,14 @@ def weight_files(folder: Path) -> list[Path]:
         except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a readable index with a weight_map ({error!r})") from error
         if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-            raise CheckpointError(f"{index}: names {strange[0]!r}, expected files of the same folder")
+            raise CheckpointError(f"{index}: lists {strange[0]!r}, expected files in the same folder")
     if missing := sorted(name for name in names if not (folder / name).is_file()):
         raise CheckpointError(f"{folder}: missing {', '.join(missing)}")
     return [folder / name for name in sorted(names)]
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """sha256 over the config, the tokenizer and the weights of a checkpoint folder."""
+    """The sha256, in hex, over the config, the tokenizer and the weights of a checkpoint folder."""
     digest = hashlib.sha256()
     for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
         with path.open("rb") as file:
@@ -72,7 +73,7 @@ def checkpoint_hash(folder: Path) -> str:
 
 
 def tensor_problems(expected: dict[str, torch.Size], got: dict[str, list[int]]) -> list[str]:
-    """A line for each tensor that is missing, unexpected or misshapen."""
+    """One line for each tensor that is missing, unexpected or of the wrong shape; both map names to shapes."""
     return (
         [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in got]
         + [f"unexpected {name} {shape}" for name, shape in got.items() if name not in expected]
@@ -85,15 +86,15 @@ def tensor_problems(expected: dict[str, torch.Size], got: dict[str, list[int]]) 
 
 
 def tensor_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """dtype and shape of every tensor of a checkpoint folder, from the files' headers.
+    """(dtype, shape) of every tensor of a checkpoint folder, by name, from the headers of the files.
 
-    Raises CheckpointError when a file is missing or damaged, or a tensor appears in two.
+    Raises CheckpointError when a file is missing or damaged, or when a tensor appears in two files.
     """
     headers = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - no dictionary
+                for name in file.keys():  # noqa: SIM118 - not a dictionary
                     if name in headers:
                         raise CheckpointError(f"{folder}: {name} appears in two files")
                     header = file.get_slice(name)
@@ -106,12 +107,12 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
 def load_weights(
     model: torch.nn.Module, folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> None:
-    """Put the tensors of a checkpoint folder in place of the (meta) parameters of `model`.
+    """Replace the (meta) parameters of `model` by the tensors of a checkpoint folder.
 
-    dtype None keeps the checkpoint's. A head that the checkpoint stores although its config ties it to the embedding is
-    accepted where both are equal. On CUDA, cuDNN's attention is turned off for the whole process. Raises
-    CheckpointError that lists every missing, unexpected or misshapen tensor, or names the damaged file; the model is
-    unchanged then.
+    dtype None keeps the checkpoint's dtype. If the config ties the head to the embedding and the checkpoint stores a
+    head nevertheless, it must equal the embedding. On CUDA, cuDNN's attention is turned off for the whole process.
+    Raises CheckpointError, which lists every missing, unexpected or misshapen tensor or names the damaged file; the
+    model is then unchanged.
     """
     expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
     headers, tensors = tensor_headers(folder), {}
@@ -136,19 +137,19 @@ def load_weights(
         raise CheckpointError(f"{folder}: config.json ties the head to the embedding, but {HEAD} is not {EMBEDDING}")
     model.load_state_dict(tensors, strict=True, assign=True)
     if torch.device(device).type == "cuda":
-        # On recent GPUs torch prefers cuDNN's attention for bf16. It builds a plan, up to half a second, for each new
-        # shape, raises an error where no plan fits instead of leaving the call to another kernel, and has given wrong
-        # text and NaN gradients (github.com/pytorch/pytorch/issues/193893 and 196678).
+        # On recent GPUs torch prefers cuDNN's attention for bf16. It takes up to half a second to plan each new shape,
+        # raises an error where no plan fits instead of falling back to another kernel, and has produced wrong text and
+        # NaN gradients (github.com/pytorch/pytorch/issues/193893 and 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def load(
     source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> tuple[Qwen, Tokenizer]:
-    """The model, frozen and in eval mode, and the tokenizer of a checkpoint.
+    """Load a checkpoint: (the model, frozen and in eval mode, its tokenizer).
 
-    source: a folder, a hub id, or "tiny", the embedded checkpoint. dtype None keeps the checkpoint's.
-    Raises CheckpointError as `QwenConfig.from_file`, `load_weights` and `Tokenizer` do.
+    source: a folder, a hub id, or "tiny" for the embedded checkpoint, as in `checkpoint_folder`. dtype None keeps the
+    checkpoint's dtype. Raises CheckpointError when any part of it is missing, damaged or not supported.
     """
     folder = checkpoint_folder(source)
     config = QwenConfig.from_file(folder / "config.json")
@@ -158,9 +159,9 @@ def load(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, more than vocab_size {config.vocab_size}"
         )
     layers = {name.split(".")[2] for name in tensor_headers(folder) if name.startswith("model.layers.")}
-    if len(layers) != config.num_hidden_layers:  # before as many are built
+    if len(layers) != config.num_hidden_layers:  # checked before that many layers are built
         raise CheckpointError(
-            f"{folder}: has the tensors of {len(layers)} layers, config.json says {config.num_hidden_layers}"
+            f"{folder}: contains the tensors of {len(layers)} layers, config.json says {config.num_hidden_layers}"
         )
     with torch.device("meta"):
         model = Qwen(config)

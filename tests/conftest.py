@@ -1,4 +1,4 @@
-"""Small random models, the embedded checkpoint, and the real inputs where the environment names them."""
+"""Small random models, the embedded checkpoint, and real inputs if environment variables name them."""
 
 import os
 from dataclasses import asdict, replace
@@ -41,12 +41,12 @@ def random_model(config: QwenConfig, seed: int = 0) -> Qwen:
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Largest difference over the largest size."""
+    """The largest difference divided by the largest magnitude of `theirs`."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def config_fields(config: QwenConfig) -> dict:
-    """The config as a `config.json` holds it."""
+    """The config as in a `config.json`."""
     return {"model_type": "qwen2", "hidden_act": "silu", **asdict(config)}
 
 

@@ -1,10 +1,9 @@
-"""CUDA graphs played on the CPU: a capture records the operators of a pass, a replay runs them again on their memory.
+"""CUDA graphs emulated on the CPU: a capture records the operators of a pass, a replay runs them on the same memory.
 
-So a Python number that a pass uses, or an input that is replaced instead of written to, gives wrong values here as it
-would on a GPU.
+A Python number that a pass uses, or an input that is replaced instead of overwritten, therefore gives wrong values here
+as on a GPU.
 """
 
-import importlib
 from collections.abc import Callable
 
 import torch
@@ -14,12 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from qwen_min.continuation import GraphContinuation
 
-# not in a capture: the GPU would be waited for, or copied to
+# forbidden in a capture: these synchronise with the GPU or copy to it
 WAITING = {"item", "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "lift_fresh"}
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps each operator that writes memory, with its arguments and its results."""
+    """Records each operator that writes memory, with its arguments and its results."""
 
     def __init__(self):
         super().__init__()
@@ -29,18 +28,18 @@ class Recorder(TorchDispatchMode):
         name, kwargs = operator._schema.name.removeprefix("aten::"), kwargs or {}
         if name in WAITING:
             raise RuntimeError(f"{name} waits for the GPU or copies to it, which a capture forbids")
-        found = operator(*args, **kwargs)
+        output = operator(*args, **kwargs)
         read = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
-        results = [tensor for tensor in _tensors(found) if tensor.untyped_storage().data_ptr() not in read]
-        if results or operator._schema.is_mutable:  # what is left are views, of memory that others write
+        results = [tensor for tensor in _tensors(output) if tensor.untyped_storage().data_ptr() not in read]
+        if results or operator._schema.is_mutable:  # the others return views of memory that they do not write
             self.operators.append((operator, args, kwargs, results))
-        return found
+        return output
 
 
 class Graph:
-    """What `torch.cuda.CUDAGraph` is to the code under test."""
+    """Replaces `torch.cuda.CUDAGraph` in the code under test."""
 
-    captured = 0  # graphs, in all
+    captured = 0  # number of graphs captured so far
 
     def __init__(self, operators: list):
         self.operators = operators
@@ -48,13 +47,13 @@ class Graph:
 
     def replay(self) -> None:
         for operator, args, kwargs, results in self.operators:
-            again = _tensors(operator(*args, **kwargs))
-            for result, new in zip(results, again, strict=True) if results else ():
+            new_results = _tensors(operator(*args, **kwargs))
+            for result, new in zip(results, new_results, strict=True) if results else ():
                 result.copy_(new)
 
 
 def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Graph, Tensor]:
-    """`qwen_min.continuation._capture`; what it returns holds no values before the first replay, as on a GPU."""
+    """Replaces `qwen_min.continuation._capture`; as on a GPU, the result is not valid before the first replay."""
     run()
     with Recorder() as recorder:
         result = run()
@@ -63,7 +62,7 @@ def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Graph, Ten
 
 
 class RecordedContinuation(GraphContinuation):
-    """The passes of a GPU, captured on the CPU."""
+    """A `GraphContinuation` that captures on the CPU too."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -71,12 +70,11 @@ class RecordedContinuation(GraphContinuation):
 
 
 def install(monkeypatch) -> None:
-    """Let everything that continues a cache do so by graphs."""
+    """Make all code that continues a cache use recorded graphs."""
     Graph.captured = 0
     monkeypatch.setattr("qwen_min.continuation._capture", capture)
-    for name in ("qwen_min.generate", "experiments.forecasting.grammar"):
-        # by import_module, as the name qwen_min.generate alone is the function's
-        monkeypatch.setattr(importlib.import_module(name), "continuation", RecordedContinuation)
+    for module in ("qwen_min.generation", "experiments.forecasting.grammar"):
+        monkeypatch.setattr(f"{module}.continuation", RecordedContinuation)
 
 
 def _tensors(values) -> list[Tensor]:

@@ -5,19 +5,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_min import attention as module
-from qwen_min.attention import ALIGNED, attention, grouped_bias, reference_attention
+from qwen_min.attention import BIAS_ALIGNMENT, attention, grouped_bias, reference_attention
 from qwen_min.model import attention_mask_and_positions
 
 
 @pytest.fixture(params=[2, 4, 64])
 def block(request, monkeypatch):
-    """Queries in a block: some of the passes below take several blocks, some none."""
+    """The number of queries in a block: some of the passes below take several blocks, some take none."""
     monkeypatch.setattr(module, "QUERY_BLOCK", request.param)
 
 
 def sample(heads, num_cached, num_new, padded, dtype=torch.float32):
     generator, total = torch.Generator().manual_seed(0), num_cached + num_new
-    q = torch.randn(2, num_new, heads[0], 8, dtype=dtype, generator=generator).transpose(1, 2)  # as projections give it
+    q = torch.randn(2, num_new, heads[0], 8, dtype=dtype, generator=generator).transpose(
+        1, 2
+    )  # the layout that projections return
     k, v = torch.randn(2, 2, heads[1], total, 8, dtype=dtype, generator=generator).unbind()
     real = torch.ones(2, total, dtype=torch.long)
     real[1, :3] = 0
@@ -28,7 +30,7 @@ def sample(heads, num_cached, num_new, padded, dtype=torch.float32):
 @pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (0, 1), (5, 1), (5, 4)])
 @pytest.mark.parametrize("heads", [(7, 7), (4, 2), (14, 2)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_equals_the_written_out_one_with_its_gradients(block, num_cached, num_new, heads, padded):
+def test_values_and_gradients_equal_the_reference(block, num_cached, num_new, heads, padded):
     *inputs, mask = sample(heads, num_cached, num_new, padded)
     for tensor in inputs:
         tensor.requires_grad_()
@@ -45,13 +47,13 @@ def test_equals_the_written_out_one_with_its_gradients(block, num_cached, num_ne
 def test_without_a_mask_the_new_tokens_are_the_last_ones(num_cached, num_new):
     q, k, v, mask = sample((14, 2), num_cached, num_new, padded=False)
     torch.testing.assert_close(attention(q, k, v, None), reference_attention(q, k, v, mask))
-    with torch.autocast("cpu", torch.bfloat16):  # takes the way of a GPU
+    with torch.autocast("cpu", torch.bfloat16):  # takes the code path of a GPU
         found = attention(q, k, v, None)
     torch.testing.assert_close(found.float(), reference_attention(q, k, v, mask), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)])
-def test_only_the_gradients_that_are_needed_are_made(monkeypatch, needed):
+def test_only_the_needed_gradients_are_computed(monkeypatch, needed):
     monkeypatch.setattr(module, "QUERY_BLOCK", 4)
     *inputs, mask = sample((14, 2), 0, 9, False)
     for index in needed:
@@ -70,7 +72,7 @@ def test_only_the_gradients_that_are_needed_are_made(monkeypatch, needed):
     for index, gradient in zip(needed, wanted, strict=True):
         torch.testing.assert_close(inputs[index].grad, gradient, rtol=1e-4, atol=1e-5)
     assert [inputs[i].grad is None for i in range(3)] == [i not in needed for i in range(3)]
-    assert len(products) == 3 * {(0,): 3, (1,): 3, (2,): 2, (0, 2): 4}[needed]  # of each of three blocks
+    assert len(products) == 3 * {(0,): 3, (1,): 3, (2,): 2, (0, 2): 4}[needed]  # in each of three blocks
 
 
 def test_a_torch_without_the_private_softmax_gradient_gives_the_same(monkeypatch):
@@ -91,7 +93,7 @@ def test_gradients_by_finite_differences_in_fp64(monkeypatch, padded):
 
 
 def test_bf16_scores_are_not_rounded(monkeypatch):
-    """Large scores, as the biases of real checkpoints make them, lose nothing that fp32 would keep."""
+    """Large scores, which the biases of real checkpoints cause, are as precise as in fp32."""
     q, k, v, _ = (None if t is None else t.bfloat16() for t in sample((14, 2), 0, 130, False))
     k = k + 30
     exact = reference_attention(q.float(), k.float(), v.float(), None)
@@ -101,16 +103,16 @@ def test_bf16_scores_are_not_rounded(monkeypatch):
 
 @pytest.mark.parametrize("num_new", [1, 4])
 @pytest.mark.parametrize("heads", [(7, 7), (14, 2)])
-def test_a_mask_grouped_once_gives_the_same(num_new, heads):
+def test_a_grouped_bias_gives_the_same_as_its_mask(num_new, heads):
     q, k, v, mask = sample(heads, 5, num_new, True)
     bias = grouped_bias(mask, heads[0] // heads[1], q.dtype)
     torch.testing.assert_close(attention(q, k, v, bias), reference_attention(q, k, v, mask))
-    assert all(stride % ALIGNED == 0 for stride in bias.stride()[:-1])
+    assert all(stride % BIAS_ALIGNMENT == 0 for stride in bias.stride()[:-1])
 
 
 @pytest.mark.parametrize(("dtype", "grouped"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_causal_attention_on_cuda_asks_for_what_a_fused_kernel_has(monkeypatch, dtype, grouped):
-    """In fp32 none takes fewer kv heads than query heads; the tensors are of shapes alone."""
+def test_causal_attention_on_cuda_calls_only_what_a_fused_kernel_supports(monkeypatch, dtype, grouped):
+    """In fp32 no fused kernel supports fewer kv heads than query heads. The tensors are fake: they have only shapes."""
     calls, real = [], F.scaled_dot_product_attention
 
     def logged(q, k, v, **options):

@@ -1,4 +1,4 @@
-"""The lean functions against the plain ones that autograd differentiates itself."""
+"""The lean functions are compared with plain ones, which autograd differentiates itself."""
 
 import pytest
 import torch

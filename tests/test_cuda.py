@@ -1,4 +1,4 @@
-"""The same results on a GPU as on the CPU. Skipped where there is none."""
+"""A GPU gives the same results as the CPU. These tests are skipped where there is no GPU."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from experiments.study.evaluation import forecast
 from lora import LoraConfig, adapter_parameters, inject
 from qwen_min import KVCache, QwenConfig, generate, load
 from qwen_min.continuation import GraphContinuation, ReusedCache, continuation
-from qwen_min.generate import pad_left, prefill
+from qwen_min.generation import pad_left, prefill
 from qwen_min.loss import next_token_loss
 from qwen_min.weights import TINY
 
@@ -31,7 +31,7 @@ PROMPTS = [[15, 13, 24, 17, 11, 15, 13, 22, 19, 26] * 30, [16, 13, 17, 18]]
 
 @pytest.fixture(scope="module", autouse=True)
 def exact_products():
-    """fp32 products in fp32, not TF32."""
+    """Compute fp32 products in fp32, not in TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -54,7 +54,7 @@ def checkpoint(request, tmp_path_factory):
     )
     model = random_model(config)
     for parameter in model.parameters():
-        if parameter.ndim == 2:  # with so many inputs, smaller weights give numbers of the usual size
+        if parameter.ndim == 2:  # with this many inputs, smaller weights keep activations at their usual size
             parameter.data *= 0.2
     (folder / "config.json").write_text(json.dumps(config_fields(config)))
     shutil.copy(TINY / "tokenizer.json", folder)
@@ -64,7 +64,7 @@ def checkpoint(request, tmp_path_factory):
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def precision(request):
-    """A dtype, and how far its results may lie from those of fp32, relative to the largest."""
+    """A dtype, and the largest allowed difference from fp32, relative to the largest value."""
     return request.param, 1e-4 if request.param == torch.float32 else 0.05
 
 
@@ -79,7 +79,7 @@ def on_gpu(checkpoint, precision):
 
 
 def test_logits_agree(on_cpu, on_gpu, precision):
-    """Without padding and, of the last token, with it."""
+    """All logits without padding, and the logits of the last token with padding."""
     ids, mask = pad_left(PROMPTS, 256)
     wanted, found = on_cpu(ids[:1]), on_gpu(ids[:1].cuda()).float().cpu()
     assert relative_error(found, wanted) < precision[1]
@@ -94,9 +94,11 @@ def test_greedy_text_of_a_padded_batch_agrees(checkpoint, on_cpu):
     assert torch.equal(found.tokens.cpu(), wanted.tokens)
 
 
-def test_passes_repeated_as_graphs_equal_eager_ones(on_gpu, precision):
-    """Of one and two tokens in turn, with padding in the cache and holes among the new tokens; then the same graphs
-    after other prompts."""
+def test_replayed_graphs_equal_eager_passes(on_gpu, precision):
+    """Passes of one and two tokens in turn, with padding in the cache and among the new tokens.
+
+    Afterwards the same graphs run after other prompts.
+    """
     caches = [KVCache(on_gpu.config, 2, 331, "cuda", precision[0]) for _ in range(2)]  # rows that are not aligned
     generator, captured = torch.Generator().manual_seed(0), None
     for prompts in (PROMPTS, [PROMPTS[0][3:90], PROMPTS[0][:101]]):
@@ -117,13 +119,13 @@ def test_passes_repeated_as_graphs_equal_eager_ones(on_gpu, precision):
             assert relative_error(graphs(new, real).float(), eager.float()) < precision[1]
         assert sorted(graphs.passes) == [1, 2]
         assert caches[0].length == caches[1].length == ids.shape[1] + 30
-        captured = captured or [one.graph for one in graphs.passes.values()]
+        captured = captured or [step.graph for step in graphs.passes.values()]
         assert None not in captured
-        assert captured == [one.graph for one in graphs.passes.values()]
+        assert captured == [step.graph for step in graphs.passes.values()]
 
 
 def test_training_steps_agree(on_cpu, on_gpu, precision, tmp_path):
-    """Of windows with and without padding."""
+    """The windows are with and without padding."""
     settings = Training(rank=4, learning_rate=1e-3, context=24, steps=3, batch=2, stride=10, seed=5)
     ids, lengths = window_tensors([PROMPTS[0][:40]] * 3, settings, pad_id=256)
     found = []
@@ -142,7 +144,7 @@ def test_training_steps_agree(on_cpu, on_gpu, precision, tmp_path):
 
 @pytest.mark.parametrize("context", [448, 704])
 def test_gradients_of_long_contexts_agree(on_cpu, on_gpu, precision, context):
-    """At lengths of 64 more than a multiple of 128, which kernels have failed at."""
+    """The lengths are 64 more than a multiple of 128; kernels have failed at such lengths."""
     ids = torch.randint(15, 25, (2, context), generator=torch.Generator().manual_seed(0))
     found = []
     for model in (on_cpu, on_gpu):
@@ -158,7 +160,7 @@ def test_gradients_of_long_contexts_agree(on_cpu, on_gpu, precision, context):
 
 
 def series() -> list[np.ndarray]:
-    """Six of unequal length, half of them with values of two digits when scaled by 1."""
+    """Six series of unequal length; half of them have values of two digits when scaled by 1."""
     return [
         np.stack([5 + 3 * np.sin(np.arange(steps) / (3 + row + d)) for d in range(2)], 1) * (1 + row % 2)
         for row, steps in enumerate((24, 30, 17, 24, 9, 30))
@@ -178,9 +180,9 @@ def test_forecasts_in_several_batches_agree(monkeypatch, checkpoint, samples):
 
 @pytest.mark.parametrize("decoding", ["constrained", "free"])
 def test_evaluations_in_several_batches_agree(monkeypatch, checkpoint, precision, decoding):
-    """In bf16 the losses of the truth; its texts may part with those of fp32."""
+    """In bf16 only the losses of the truth are compared; the texts may differ from those of fp32."""
     monkeypatch.setattr("experiments.study.evaluation.BATCH", 2)
-    values = np.stack([one[:17] for one in series() if len(one) > 9])
+    values = np.stack([values[:17] for values in series() if len(values) > 9])
     wanted, found = (
         forecast(*load(checkpoint, *where), Encoding(1.0), values, 13, 3, decoding=decoding)
         for where in (("cpu",), ("cuda", precision[0]))
@@ -193,8 +195,10 @@ def test_evaluations_in_several_batches_agree(monkeypatch, checkpoint, precision
 
 
 def test_all_attention_runs_in_fused_kernels(on_gpu):
-    """A kernel that writes out the scores is not allowed here, so that a call which needs it is an error; nor is cuDNN,
-    which loading turns off."""
+    """Only fused kernels are allowed here, so that a call which needs another kernel raises an error.
+
+    cuDNN's attention is not allowed either: loading turns it off.
+    """
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     ids, mask = (tensor.cuda() for tensor in pad_left([PROMPTS[0][:77], PROMPTS[1]], 256))
     with sdpa_kernel(FUSED):
@@ -207,7 +211,7 @@ def test_all_attention_runs_in_fused_kernels(on_gpu):
         next_token_loss(on_gpu, ids).backward()
 
 
-def test_caches_of_near_lengths_have_one_capacity(on_gpu):
+def test_caches_of_similar_lengths_have_the_same_capacity(on_gpu):
     reused = ReusedCache(on_gpu)
     caches = [reused.take(2, length) for length in (860, 861, 896)]
     assert caches[0] is caches[1] is caches[2]
@@ -215,10 +219,10 @@ def test_caches_of_near_lengths_have_one_capacity(on_gpu):
 
 
 @pytest.mark.skipif(not hasattr(torch._C, "_cuda_set_sync_debug_mode"), reason="waits are not reported")
-def test_nothing_waits_between_a_batch_and_its_gradients(on_gpu):
+def test_a_training_pass_does_not_synchronise(on_gpu):
     ids, rows, lengths = torch.randint(15, 25, (4, 24)).cuda(), torch.tensor([2, 0]), torch.tensor([24, 9])
     inject(on_gpu, LoraConfig(rank=2, alpha=2))
-    for mode in ("default", "error"):  # kernels set themselves up at first use
+    for mode in ("default", "error"):  # kernels initialise at first use
         torch.cuda.set_sync_debug_mode(mode)
         try:
             next_token_loss(on_gpu, ids[rows.to("cuda", non_blocking=True)], lengths).backward()

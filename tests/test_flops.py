@@ -72,11 +72,11 @@ def test_closed_form_of_a_step_equals_what_autograd_dispatches(config, ranks, co
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_real_pass_over_512_tokens_on_the_cpu_dispatches_what_is_counted(dtype):
-    """Not on meta tensors: the very operators that compute, with autograd's own backward pass."""
+    """This traces real tensors instead of meta tensors, with the backward pass of autograd."""
     config = replace(CONFIGS["ratio 7, tied"], max_position_embeddings=512)
     model = random_model(config).to(dtype)
     ids = torch.randint(0, config.vocab_size, (2, 512), generator=torch.Generator().manual_seed(0))
-    pack(model)  # in bf16 passes without gradients take packed weights
+    pack(model)  # in bf16, passes without gradients use packed weights
     with torch.no_grad(), Tracer() as tracer:
         model(ids)
     assert tracer.total == total(forward(config, 2, 512))
@@ -92,11 +92,11 @@ def test_a_real_pass_over_512_tokens_on_the_cpu_dispatches_what_is_counted(dtype
 
 
 def test_blocks_skip_the_keys_ahead_of_them():
-    """A causal pass needs half of all pairs, and up to a block more for each query."""
-    found, every_pair = (
+    """A causal pass needs half of all pairs, and at most one block more for each query."""
+    exact, all_pairs = (
         {op.name: op.flops for op in forward(REAL, 1, 8192, convention=convention)} for convention in ("exact", "sheet")
     )
-    assert 0.5 < found["q k^T"] / every_pair["q k^T"] < 0.5 + 64 / 8192
+    assert 0.5 < exact["q k^T"] / all_pairs["q k^T"] < 0.5 + 64 / 8192
 
 
 def suite_cost(convention):

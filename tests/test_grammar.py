@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from conftest import random_model
 from experiments.forecasting.grammar import DIGITS, Grammar, decode, may_be_wide, nats_of
 from qwen_min.continuation import GraphContinuation
-from qwen_min.generate import pad_left, prefill
+from qwen_min.generation import pad_left, prefill
 from qwen_min.model import Decoder
 
 CONTEXTS = ["1.25,0.50;2.41,1.73;", "0.07,9.81;12.50,3.44;0.31,0.02;", "5.00,5.00;", "8.13,0.90;7.55,1.21;"]

@@ -1,4 +1,4 @@
-"""The rules of a captured pass, held on the CPU: see `recorded`."""
+"""The rules of a captured pass, checked on the CPU: see `recorded`."""
 
 import contextlib
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from lora import LoraConfig, adapter_parameters, inject, merge, remove, unmerge
 from qwen_min import KVCache
 from qwen_min import continuation as module
 from qwen_min.continuation import Continuation, GraphContinuation, ReusedCache
-from qwen_min.generate import prefill
+from qwen_min.generation import prefill
 
 
 def filled(model, ids, mask, reused=None):
@@ -25,14 +25,14 @@ def filled(model, ids, mask, reused=None):
 
 
 def assert_equal_passes(graphs, simple, ids):
-    """Passes of one and of two tokens in turn, with holes, and tokens taken back."""
+    """Check passes of one and of two tokens in turn, with padding among them and tokens taken back."""
     for step in range(0, 9, 3):
         for piece in (ids[:, step : step + 1], ids[:, step + 1 : step + 3]):
             real = torch.ones_like(piece)
             real[1, 1:] = 0
             torch.testing.assert_close(graphs(piece, real), simple(piece, real), rtol=1e-5, atol=1e-5)
-        for one in (graphs, simple):
-            one.take_back(torch.tensor([True, False]))
+        for append in (graphs, simple):
+            append.take_back(torch.tensor([True, False]))
 
 
 def test_replayed_passes_equal_simple_ones(monkeypatch, model, ids):
@@ -46,7 +46,7 @@ def test_replayed_passes_equal_simple_ones(monkeypatch, model, ids):
     assert sorted(graphs.passes) == [1, 2]
 
 
-def test_the_next_batch_runs_the_graphs_of_the_one_before(monkeypatch, model, ids):
+def test_the_next_batch_reuses_the_captured_graphs(monkeypatch, model, ids):
     recorded.install(monkeypatch)
     reused = ReusedCache(model)
     for length, padding in ((5, 0), (3, 2), (4, 1)):
@@ -61,7 +61,7 @@ def test_the_next_batch_runs_the_graphs_of_the_one_before(monkeypatch, model, id
     assert recorded.Graph.captured == 2
 
 
-def test_a_cache_is_taken_again_only_in_its_shape(model):
+def test_a_cache_is_reused_only_for_the_same_shape(model):
     reused = ReusedCache(model)
     first = reused.take(2, 9)
     first.advance(4)
@@ -71,8 +71,8 @@ def test_a_cache_is_taken_again_only_in_its_shape(model):
     assert reused.take(3, 10).keys.shape[1:4:2] == (3, 10)
 
 
-def test_a_changed_adapter_is_read_and_another_one_captured_anew(monkeypatch, tiny):
-    """Training writes where a graph reads; an adapter that comes, goes or is merged is elsewhere."""
+def test_a_trained_adapter_reuses_the_graphs_and_another_one_is_captured(monkeypatch, tiny):
+    """Training writes into the memory that a graph reads; adding, removing or merging an adapter changes the memory."""
     recorded.install(monkeypatch)
     model, ids = random_model(tiny[0].config), torch.tensor([[5, 9, 2], [8, 3, 90]])
     reused, token = ReusedCache(model), torch.tensor([[7], [11]])
@@ -98,7 +98,7 @@ def test_a_changed_adapter_is_read_and_another_one_captured_anew(monkeypatch, ti
 
 @pytest.mark.parametrize(("decoding", "passes"), [("constrained", 2), ("free", 1)])
 def test_an_evaluation_captures_each_pass_once(monkeypatch, tiny, simulated, decoding, passes):
-    """Three batches of two, each with a value of two digits in one context, and so padding before the other."""
+    """Three batches of two; in each, one context has a value of two digits, so the other is padded."""
     series = simulated.trajectories[:6, :30].copy()
     series[[0, 3, 4], 4, 0] = 11.5
     monkeypatch.setattr("experiments.study.evaluation.BATCH", 2)
@@ -121,8 +121,8 @@ def test_the_chunks_of_a_forecast_share_their_graphs(monkeypatch, tiny, simulate
     assert recorded.Graph.captured == 2
 
 
-def test_a_capture_that_lacks_memory_says_so_and_is_no_capture(monkeypatch, model, ids):
-    """On a GPU, a capture that an error cuts short ends with another error."""
+def test_a_capture_without_enough_memory_raises_and_keeps_no_graph(monkeypatch, model, ids):
+    """On a GPU, a capture that is interrupted by an error raises another error at its end."""
 
     @contextlib.contextmanager
     def cut_short(graph, stream):
@@ -131,9 +131,9 @@ def test_a_capture_that_lacks_memory_says_so_and_is_no_capture(monkeypatch, mode
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
 
-    places = {name: lambda *_: contextlib.nullcontext() for name in ("device", "stream")}
+    contexts = {name: lambda *_: contextlib.nullcontext() for name in ("device", "stream")}
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in (places | {"graph": cut_short, "CUDAGraph": object, "current_stream": lambda: stream}).items():
+    for name, value in (contexts | {"graph": cut_short, "CUDAGraph": object, "current_stream": lambda: stream}).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(module, "_stream", lambda device: stream)
     passes = []
@@ -145,15 +145,15 @@ def test_a_capture_that_lacks_memory_says_so_and_is_no_capture(monkeypatch, mode
         return ids
 
     graphs = GraphContinuation(model, KVCache(model.config, 2, 9))
-    graphs.captures, graphs._run = True, lambda one: run()
+    graphs.captures, graphs._run = True, lambda step: run()
     with pytest.raises(torch.OutOfMemoryError):
         graphs(ids[:, :1])
     assert graphs.passes[1].graph is None
     assert graphs.cache.length == 0
 
 
-def test_what_a_capture_forbids_is_refused(ids):
+def test_the_recorder_refuses_what_a_capture_forbids(ids):
     for forbidden in (lambda: ids.sum().item(), lambda: torch.tensor([1, 2]), lambda: ids.nonzero()):
-        for way in (torch.inference_mode(), torch.no_grad()):  # in which torch splits other operators into parts
+        for way in (torch.inference_mode(), torch.no_grad()):  # each decomposes other operators
             with pytest.raises(RuntimeError, match="which a capture forbids"), way, recorded.Recorder():
                 forbidden()

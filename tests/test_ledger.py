@@ -13,9 +13,9 @@ def test_debits_add_up_and_survive(path):
     for step in range(3):
         ledger.debit("a", step, 10)
     ledger.debit("b", 0, 25)
-    again = Ledger(path, budget=100)
-    assert again.spent == ledger.spent == 55
-    assert again.by_experiment() == {"a": 30, "b": 25}
+    reopened = Ledger(path, budget=100)
+    assert reopened.spent == ledger.spent == 55
+    assert reopened.by_experiment() == {"a": 30, "b": 25}
 
 
 def test_a_repeated_step_is_booked_once(path):
@@ -33,11 +33,11 @@ def test_a_step_that_would_overspend_is_refused_and_not_booked(path):
     with pytest.raises(BudgetExceeded, match=r"step 1 of a needs 6.000e\+00 FLOPs, 5.000e\+00 of 2.500e\+01 are left"):
         ledger.debit("a", 1, 6)
     assert Ledger(path, budget=25).spent == 20
-    ledger.debit("b", 0, 5)  # to the last one
+    ledger.debit("b", 0, 5)  # exactly the rest of the budget
     assert ledger.spent == 25
 
 
-def test_an_experiment_that_does_not_fit_whole_is_refused_less_what_it_spent(path):
+def test_an_experiment_whose_remaining_steps_do_not_fit_is_refused(path):
     ledger = Ledger(path, budget=100)
     ledger.debit("a", 0, 40)
     ledger.require("a", 100)
@@ -58,7 +58,7 @@ def test_a_line_torn_by_a_kill_is_cut_off(path):
 @pytest.mark.parametrize(
     "entry", [("a", 0, 1.5), ("a", 0, -1), ("a", 0, True), ("a", 0.0, 1), (0, 0, 1), ("a", 0, 10**30)]
 )
-def test_what_could_not_be_read_back_is_not_booked(path, entry):
+def test_an_entry_that_could_not_be_read_back_is_not_booked(path, entry):
     ledger = Ledger(path, budget=100)
     ledger.debit("a", 1, 10)
     before = path.read_bytes()

@@ -9,7 +9,7 @@ import torch
 from conftest import CONFIGS, random_model, relative_error
 from lora import LoraConfig, adapter_parameters, inject, merge, unmerge
 from qwen_min import Qwen
-from qwen_min.linear import OPERATORS, _can_pack, linear, pack, unpack
+from qwen_min.linear import MKLDNN_OPERATORS, _can_pack, linear, pack, unpack
 from qwen_min.loss import next_token_loss
 
 
@@ -17,7 +17,7 @@ from qwen_min.loss import next_token_loss
 def model():
     model = random_model(CONFIGS["ratio 2, untied"]).to(torch.bfloat16)
     if not _can_pack(model.head_weight):
-        pytest.skip("this processor multiplies no bf16 with oneDNN")
+        pytest.skip("oneDNN does not support bf16 on this processor")
     return model
 
 
@@ -32,14 +32,14 @@ def test_packed_logits_equal_plain_ones_up_to_bf16(model, ids):
 def test_unpacking_frees_the_copies(model, ids):
     pack(model)
     copy_of = weakref.ref(model.head_weight.packed)
-    model.head_weight.data.mul_(2)  # which the packed copy does not notice
+    model.head_weight.data.mul_(2)  # the packed copy does not detect this
     unpack(model)
     assert copy_of() is None
     with torch.no_grad():
         torch.testing.assert_close(model(ids), model.model(ids) @ model.head_weight.T)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", MKLDNN_OPERATORS)
 def test_a_torch_without_a_private_operator_multiplies_plainly(monkeypatch, model, ids, name):
     class Operators:
         def __getattr__(self, asked):
@@ -68,7 +68,7 @@ def test_a_packed_product_equals_the_plain_one(model):
     assert relative_error(got.float(), wanted) < 0.01
 
 
-def test_a_changed_weight_is_not_answered_from_its_old_copy(model, ids):
+def test_a_changed_weight_does_not_use_its_old_copy(model, ids):
     pack(model)
     with torch.no_grad():
         before = model(ids)
@@ -94,11 +94,11 @@ def test_a_merged_adapter_is_seen(model, ids):
     assert relative_error(merged, adapted) < 0.3 * relative_error(base, adapted)
 
 
-def test_memory_given_back_and_taken_again_is_no_old_weight():
-    """Merging, unmerging and merging another adapter may put the second where the first was."""
+def test_a_weight_at_a_reused_address_is_not_taken_for_the_old_one():
+    """After merging, unmerging and merging another adapter, the second weight may have the address of the first."""
     model = Qwen(replace(CONFIGS["ratio 2, untied"], hidden_size=256)).to(torch.bfloat16).requires_grad_(False)
     if not _can_pack(model.head_weight):
-        pytest.skip("this processor multiplies no bf16 with oneDNN")
+        pytest.skip("oneDNN does not support bf16 on this processor")
     inject(model, LoraConfig(rank=2, alpha=2, targets=("q_proj",)))
     layers = [layer.self_attn.q_proj for layer in model.model.layers]
     x = torch.randn(1, 256).bfloat16()
@@ -126,7 +126,7 @@ def test_inference_tensors_autocast_and_pickling_work(model, ids):
     assert torch.equal(restored.head_weight, model.head_weight)
 
 
-def test_gradients_pass_by_the_packed_copies(model, ids):
+def test_gradients_ignore_the_packed_copies(model, ids):
     inject(model, LoraConfig(rank=2, alpha=2))
     wanted = torch.autograd.grad(next_token_loss(model, ids), [p for p in model.parameters() if p.requires_grad])
     pack(model)

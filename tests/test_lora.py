@@ -23,7 +23,7 @@ CONFIG = LoraConfig(rank=3, alpha=6.0)
 
 
 def adapted(model, config=CONFIG):
-    """The model with an adapter that changes it."""
+    """The model with an adapter that changes its output."""
     inject(model, config)
     torch.manual_seed(3)
     for parameter in adapter_parameters(model).values():
@@ -31,7 +31,7 @@ def adapted(model, config=CONFIG):
     return model
 
 
-def test_a_fresh_adapter_changes_nothing_and_alone_trains(model, ids):
+def test_a_fresh_adapter_changes_nothing_and_only_it_trains(model, ids):
     before = model(ids)
     model.requires_grad_(True)
     names = inject(model, CONFIG)
@@ -59,7 +59,7 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(model, ids):
     logits = model(ids)
     merge(model)
     torch.testing.assert_close(model(ids), logits, rtol=1e-5, atol=1e-5)
-    merge(model)  # a second time changes nothing
+    merge(model)  # a second call changes nothing
     unmerge(model)
     assert torch.equal(model(ids), logits)
     merge(model)
@@ -138,13 +138,13 @@ def test_one_error_lists_what_does_not_fit_and_the_model_stays(saved, ids):
 def test_refuses_to_put_an_adapter_over_another(saved, ids):
     model = adapted(random_model(CONFIGS["ratio 7, tied"]), LoraConfig(2, 2, ("k_proj",)))
     before = model(ids)
-    with pytest.raises(AdapterError, match="has an adapter already"):
+    with pytest.raises(AdapterError, match="already has an adapter"):
         load_adapter(model, saved)
     assert torch.equal(model(ids), before)
 
 
-def test_the_settings_written_are_those_of_the_layers(tmp_path, model, ids):
-    """Whatever the caller believes: a wrong alpha would change the model that is loaded."""
+def test_the_written_settings_are_those_of_the_layers(tmp_path, model, ids):
+    """The caller cannot pass other settings: a wrong alpha would change the loaded model."""
     logits = adapted(model, LoraConfig(rank=2, alpha=5.0, targets=("up_proj",)))(ids)
     save_adapter(model, tmp_path)
     remove(model)
@@ -160,7 +160,7 @@ def test_adapters_of_several_ranks_are_not_written(tmp_path, model):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_the_head_takes_no_adapter_as_losses_would_pass_it_over():
+def test_the_head_takes_no_adapter_because_losses_would_ignore_it():
     model = random_model(CONFIGS["ratio 2, untied"])
     with pytest.raises(ValueError, match=r"no Linear is called lm_head.*the model's are down_proj, gate_proj"):
         inject(model, LoraConfig(2, 2, ("lm_head",)))

@@ -8,7 +8,7 @@ from qwen_min.loss import head_cross_entropy, next_token_loss, token_losses
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Chunks of 3 positions and 20 rows of the head, so that the loops are exercised."""
+    """Use chunks of 3 positions and 20 rows of the head, so that the loops run more than once."""
     monkeypatch.setattr(losses, "CHUNK", (3, 20))
 
 
@@ -46,7 +46,7 @@ def test_a_frozen_head_gets_no_gradient_and_bf16_is_summed_in_fp32():
     assert hidden.grad.dtype == torch.bfloat16
 
 
-def test_next_token_loss_shifts_and_leaves_padding_out(model, ids):
+def test_next_token_loss_shifts_targets_and_ignores_padding(model, ids):
     logits = model(ids)[:, :-1]
     torch.testing.assert_close(next_token_loss(model, ids), F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
     alone = [F.cross_entropy(logits[0, :7], ids[0, 1:8]), F.cross_entropy(logits[1], ids[1, 1:])]
@@ -56,7 +56,7 @@ def test_next_token_loss_shifts_and_leaves_padding_out(model, ids):
     torch.testing.assert_close(next_token_loss(model, padded, torch.tensor([8, ids.shape[1]])), wanted)
 
 
-def test_places_of_text_select_as_a_mask_does_to_the_bit(model, ids):
+def test_selected_positions_give_the_bits_of_a_boolean_mask(model, ids):
     lengths = torch.tensor([8, ids.shape[1]])
     embedding = model.model.embed_tokens.weight.requires_grad_()
     found = next_token_loss(model, ids, lengths)

@@ -5,7 +5,7 @@ from qwen_min import KVCache, Qwen, QwenConfig
 from qwen_min.model import attention_mask_and_positions
 
 
-def test_mask_is_causal_against_the_lower_right_corner():
+def test_the_mask_is_causal_and_aligned_to_the_lower_right_corner():
     mask, positions = attention_mask_and_positions(2, 3, None, torch.device("cpu"))
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert positions.tolist() == [[2, 3, 4]]
@@ -29,7 +29,7 @@ def test_cached_pieces_give_the_logits_of_one_pass(model, ids):
 def test_a_truncated_cache_forgets(model, ids):
     cache = KVCache(model.config, batch_size=2, capacity=12)
     model(ids[:, :6], cache)
-    model(ids[:, :3], cache)  # something else, to be forgotten
+    model(ids[:, :3], cache)  # tokens that truncate has to forget
     cache.truncate(6)
     torch.testing.assert_close(model(ids[:, 6:], cache), model(ids)[:, 6:], rtol=1e-5, atol=1e-5)
 
@@ -59,7 +59,7 @@ def test_last_only_gives_the_last_position(model, ids):
     torch.testing.assert_close(model(ids, last_only=True), model(ids)[:, -1:])
 
 
-def test_a_full_cache_says_so_and_keeps_what_it_holds(model, ids):
+def test_a_full_cache_raises_and_keeps_its_tokens(model, ids):
     cache = KVCache(model.config, batch_size=2, capacity=8)
     model(ids[:, :6], cache)
     with pytest.raises(ValueError, match=r"cache full: 6 \+ 6 > 8 tokens"):

@@ -12,7 +12,7 @@ from qwen_min.weights import TINY, checkpoint_folder
 
 
 def write_checkpoint(folder, model, dtype=torch.float32, shards=1):
-    """A checkpoint folder of a random model, with the embedded tokenizer."""
+    """Write a checkpoint folder of a random model, with the embedded tokenizer."""
     config = config_fields(model.config) | {"vocab_size": model.config.vocab_size}
     (folder / "config.json").write_text(json.dumps(config))
     shutil.copy(TINY / "tokenizer.json", folder)
@@ -31,7 +31,7 @@ def write_checkpoint(folder, model, dtype=torch.float32, shards=1):
 
 @pytest.fixture
 def wide(config):
-    """A random model whose vocabulary holds the embedded tokenizer's."""
+    """A random model whose vocabulary is large enough for the embedded tokenizer."""
     from dataclasses import replace
 
     return random_model(replace(config, vocab_size=260))
@@ -50,7 +50,7 @@ def test_loads_every_layout_and_dtype(tmp_path, wide, shards, dtype):
 
 
 def broken(tmp_path, change):
-    """Load a checkpoint whose tensors went through `change`."""
+    """The error of loading a checkpoint after `change` changed its tensors."""
     from dataclasses import replace
 
     write_checkpoint(tmp_path, random_model(replace(CONFIGS["ratio 7, tied"], vocab_size=260)))
@@ -131,15 +131,15 @@ def test_refuses_a_bad_index(tmp_path, index, named):
         load(tmp_path)
 
 
-def test_refuses_a_source_that_is_nothing(monkeypatch):
+def test_refuses_a_source_that_does_not_exist(monkeypatch):
     with pytest.raises(CheckpointError, match="expected a folder, a hub id"):
         load("/no/such/folder")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="nobody/nothing: no such folder, and the hub did not give it"):
+    with pytest.raises(CheckpointError, match="nobody/nothing: no such folder, and the download from the hub failed"):
         load("nobody/nothing")
 
 
-def test_a_hub_id_may_pin_a_revision_and_a_folder_is_never_fetched_over(monkeypatch, tmp_path):
+def test_a_hub_id_may_pin_a_revision_and_an_existing_folder_wins(monkeypatch, tmp_path):
     asked = []
 
     def download(name, revision, allow_patterns):
@@ -155,7 +155,7 @@ def test_a_hub_id_may_pin_a_revision_and_a_folder_is_never_fetched_over(monkeypa
     assert len(asked) == 2
 
 
-def test_whatever_the_hub_s_transport_raises_is_one_line(monkeypatch):
+def test_any_error_of_a_download_is_one_line(monkeypatch):
     class ReadTimeout(Exception):
         pass
 
@@ -163,11 +163,11 @@ def test_whatever_the_hub_s_transport_raises_is_one_line(monkeypatch):
         raise ReadTimeout
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(CheckpointError, match=r"somebody/something: .* the hub did not give it \(ReadTimeout\)"):
+    with pytest.raises(CheckpointError, match=r"somebody/something: .* download from the hub failed \(ReadTimeout\)"):
         checkpoint_folder("somebody/something")
 
 
-def test_a_folder_called_tiny_is_taken_before_the_embedded_checkpoint(monkeypatch, tmp_path):
+def test_a_folder_called_tiny_wins_over_the_embedded_checkpoint(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert checkpoint_folder("tiny") == TINY
     (tmp_path / "tiny").mkdir()
@@ -181,7 +181,7 @@ def test_refuses_a_damaged_tokenizer(tmp_path):
         load(tmp_path)
 
 
-def test_the_embedded_checkpoint_is_what_it_claims(tiny):
+def test_the_embedded_checkpoint_is_a_small_qwen(tiny):
     model, tokenizer = tiny
     assert sum(path.stat().st_size for path in TINY.iterdir()) < 8e6
     assert model.config.num_attention_heads > model.config.num_key_value_heads

@@ -21,7 +21,7 @@ from lora import AdapterError, load_adapter
 from qwen_min import Qwen, Tokenizer, load
 from qwen_min.config import CheckpointError
 from qwen_min.continuation import ReusedCache
-from qwen_min.generate import pad_left, prefill
+from qwen_min.generation import pad_left, prefill
 from qwen_min.weights import checkpoint_folder, checkpoint_hash
 
 TRAINED = "encoding.json"  # in an adapter's folder, beside peft's files

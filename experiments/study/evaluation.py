@@ -19,7 +19,7 @@ from experiments.storage.files import RunError, plain
 from experiments.storage.records import Matrix, Tensor3, Vector, build
 from experiments.storage.runfolder import resumable
 from qwen_min.continuation import ReusedCache
-from qwen_min.generate import greedy_steps, pad_left, prefill
+from qwen_min.generation import greedy_steps, pad_left, prefill
 from qwen_min.loss import token_losses
 from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""LoRA here and in peft: values, gradients, files read both ways."""
+"""Parity of LoRA with peft: values, gradients, and files in both directions."""
 
 import peft
 import pytest
@@ -15,7 +15,7 @@ CONFIG = LoraConfig(rank=4, alpha=8, targets=("q_proj", "v_proj"))
 
 @pytest.fixture
 def models(config):
-    """The same weights here and in a peft-wrapped transformers model, both with a fresh adapter."""
+    """Our model and a peft-wrapped transformers model with the same weights, both with a fresh adapter."""
     ours = random_model(config)
     base = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config_fields(config)))
     base.load_state_dict(ours.state_dict(), strict=not config.tie_word_embeddings)
@@ -31,7 +31,7 @@ def randomise(parameters):
 
 
 def peft_parameters(model):
-    """Trainable parameters by our names."""
+    """The trainable parameters by our names."""
     return {
         name.removeprefix("base_model.model.").replace(".default.", "."): p
         for name, p in model.named_parameters()

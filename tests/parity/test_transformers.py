@@ -1,4 +1,4 @@
-"""The same weights in transformers and here: logits, gradients, greedy text."""
+"""Parity with transformers for the same weights: logits, gradients, greedy text."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ TOLERANCE = 1e-5
 
 
 def pair(config, folder):
-    """A random transformers model and ours, loaded from what it saved."""
+    """A random transformers model, and ours, loaded from the files that it saved."""
     torch.manual_seed(0)
     theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config_fields(config))).eval()
     for name, parameter in theirs.named_parameters():
@@ -31,30 +31,30 @@ def models(config, tmp_path):
 
 
 def layer_outputs(model, *args, **kwargs):
-    """What each part of the decoder puts out, by name, and the logits."""
-    found, hooks = {}, []
+    """The outputs of the parts of the decoder by name, and the logits."""
+    outputs, hooks = {}, []
     parts = {"embed_tokens": model.model.embed_tokens, "norm": model.model.norm}
     for index, layer in enumerate(model.model.layers):
         parts |= {f"layers.{index}.self_attn": layer.self_attn, f"layers.{index}": layer}
     for name, part in parts.items():
 
         def keep(_, __, output, name=name):
-            found[name] = output[0] if isinstance(output, tuple) else output
+            outputs[name] = output[0] if isinstance(output, tuple) else output
 
         hooks.append(part.register_forward_hook(keep))
     with torch.no_grad():
         out = model(*args, **kwargs)
     for hook in hooks:
         hook.remove()
-    found["logits"] = out if isinstance(out, torch.Tensor) else out.logits
+    outputs["logits"] = out if isinstance(out, torch.Tensor) else out.logits
     order = ["embed_tokens"]
     for index in range(len(model.model.layers)):
         order += [f"layers.{index}.self_attn", f"layers.{index}"]
-    return {name: found[name] for name in [*order, "norm", "logits"]}
+    return {name: outputs[name] for name in [*order, "norm", "logits"]}
 
 
 def first_divergence(ours, theirs, rows=slice(None)):
-    """Name of the first part whose output differs, or None."""
+    """The name of the first part whose output differs, or None."""
     for name in theirs:
         if (error := relative_error(ours[name][rows], theirs[name][rows])) > TOLERANCE:
             return f"{name} (relative error {error:.1e})"
@@ -124,7 +124,7 @@ def test_the_embedded_checkpoint_is_a_checkpoint_for_transformers_too(tiny):
 
 @pytest.fixture(scope="module")
 def real_models(real_checkpoint):
-    """The real checkpoint in fp32: ours with its tokenizer, and transformers'."""
+    """The real checkpoint in fp32: our model, its tokenizer, and the transformers model."""
     ours, tokenizer = load(real_checkpoint)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(real_checkpoint, dtype=torch.float32)
     return ours, tokenizer, theirs.eval()
@@ -132,7 +132,7 @@ def real_models(real_checkpoint):
 
 @pytest.fixture(scope="module")
 def validation_texts(report_file):
-    """The first ten validation trajectories of the report's file, whole and their contexts, as text."""
+    """The first ten validation trajectories of the report's file as text: whole, and only their contexts."""
     from experiments.forecasting.encoding import Encoding
     from experiments.study import data
 
@@ -140,7 +140,7 @@ def validation_texts(report_file):
     parts = data.split(len(trajectories))
     encoding = Encoding.fit(trajectories[parts.train])
     chosen = trajectories[parts.val[:10]]
-    return [encoding.encode(one) for one in chosen], [encoding.encode(one[:70]) for one in chosen]
+    return [encoding.encode(values) for values in chosen], [encoding.encode(values[:70]) for values in chosen]
 
 
 def test_real_logits_agree_over_a_whole_trajectory(real_models, validation_texts):
@@ -158,7 +158,7 @@ def test_real_greedy_text_agrees_for_ten_contexts(real_models, validation_texts)
     prompts = [tokenizer.encode(text) for text in validation_texts[1]]
     assert {len(prompt) for prompt in prompts} == {699}
     got = generate(ours, prompts, 100)
-    # max_length, penalties and sampling of the hub's generation_config would not be greedy decoding
+    # with max_length, penalties and sampling of the hub's generation_config this would not be greedy decoding
     wanted = theirs.generate(
         torch.tensor(prompts),
         attention_mask=torch.ones(10, 699, dtype=torch.long),

@@ -1,16 +1,14 @@
-import importlib
-
 import pytest
 import torch
 
 from lora import LoraConfig, inject
-from qwen_min import KVCache, generate
+from qwen_min import KVCache, generate, generation
 from qwen_min.continuation import GraphContinuation, continuation
-from qwen_min.generate import pad_left
+from qwen_min.generation import pad_left
 
 
 def greedy_without_cache(model, prompt, num_new_tokens):
-    """The oracle: run the whole text again for each token."""
+    """The oracle: process the whole text again for each token."""
     tokens = list(prompt)
     for _ in range(num_new_tokens):
         tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
@@ -40,10 +38,9 @@ def test_n_tokens_are_one_prefill_and_n_minus_1_decode_steps(model):
     assert widths == [4, 1, 1, 1, 1, 1]
 
 
-def test_long_prompts_are_read_a_few_rows_at_a_time(monkeypatch, model):
+def test_long_prompts_are_processed_a_few_rows_at_a_time(monkeypatch, model):
     wanted = generate(model, PROMPTS, 15, return_logits=True)
-    module = importlib.import_module("qwen_min.generate")  # the name alone is the function's
-    monkeypatch.setattr(module, "PREFILL_BYTES", 10 * 4 * model.config.intermediate_size)
+    monkeypatch.setattr(generation, "PREFILL_BYTES", 10 * 4 * model.config.intermediate_size)
     shapes = []
     model.model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     found = generate(model, PROMPTS, 15, return_logits=True)
@@ -81,7 +78,7 @@ def test_refuses_empty_prompts_no_tokens_and_too_many(model):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_passes_of_fixed_shape_equal_the_simple_ones(model, ids, padded):
-    """What a CUDA graph repeats, uncaptured: hidden states and cache, with holes among the new tokens too."""
+    """The passes of a CUDA graph, run without capture: same hidden states and cache, also with padding among them."""
     mask, real = None, None
     if padded:
         mask = torch.ones_like(ids[:, :5])
@@ -92,7 +89,10 @@ def test_passes_of_fixed_shape_equal_the_simple_ones(model, ids, padded):
     with torch.inference_mode():
         for cache in caches:
             model(ids[:, :5], cache, mask)
-            cache.keys[:, :, :, 5:], cache.values[:, :, :, 5:] = torch.nan, torch.nan  # as fresh memory may be
+            cache.keys[:, :, :, 5:], cache.values[:, :, :, 5:] = (
+                torch.nan,
+                torch.nan,
+            )  # uninitialised memory may contain NaN
         simple, fixed = continuation(model, caches[0], mask), GraphContinuation(model, caches[1], mask)
         for piece, holes in ((ids[:, 5:8], real), (ids[:, 8:9], None), (ids[:, 9:], None), (ids[:, :1], None)):
             torch.testing.assert_close(fixed(piece, holes), simple(piece, holes), rtol=1e-5, atol=1e-5)
@@ -121,7 +121,7 @@ def test_a_pass_that_does_not_fit_leaves_a_continuation_usable(model, ids):
     assert torch.equal(mask, kept)
 
 
-def test_a_cache_refuses_gradients_and_suits_its_model(model, ids):
+def test_a_cache_refuses_gradients_and_has_the_dtype_of_its_model(model, ids):
     cache = KVCache.for_model(model.to(torch.bfloat16), 2, 20)
     assert cache.keys.dtype == torch.bfloat16
     inject(model, LoraConfig(rank=2, alpha=2))
@@ -132,8 +132,8 @@ def test_a_cache_refuses_gradients_and_suits_its_model(model, ids):
         assert torch.equal(model(ids, cache), model(ids))
 
 
-def test_a_gpu_s_way_to_generate_gives_the_same_tokens(monkeypatch, model):
-    """The fast path of CUDA, run on the CPU without capture: token for token what the simple path gives."""
+def test_the_gpu_code_path_generates_the_same_tokens(monkeypatch, model):
+    """The CUDA path, run on the CPU without capture, gives the same tokens as the simple path."""
     wanted = generate(model, PROMPTS, 15)
-    monkeypatch.setattr(importlib.import_module("qwen_min.generate"), "continuation", GraphContinuation)
+    monkeypatch.setattr(generation, "continuation", GraphContinuation)
     assert torch.equal(generate(model, PROMPTS, 15).tokens, wanted.tokens)
