@@ -7,7 +7,7 @@ import torch
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import Forecaster
 from experiments.study import evaluation
-from experiments.study.evaluation import ForecastError, Forecasts, forecast, metrics
+from experiments.study.evaluation import Evaluation, ForecastError, evaluate, metrics
 from qwen_min import generate
 
 ENCODING = Encoding(scale=1.1)
@@ -24,7 +24,7 @@ def series(simulated):
 
 @pytest.fixture(scope="module")
 def found(tiny, series):
-    return forecast(*tiny, ENCODING, series, context_steps=20, horizon=3, decoding="free")
+    return evaluate(*tiny, ENCODING, series, context_steps=20, horizon=3, decoding="free")
 
 
 def test_text_and_values_are_those_of_plain_greedy_generation(tiny, series, found):
@@ -55,7 +55,7 @@ def test_losses_equal_the_plain_ones(tiny, series, found):
 def test_batches_change_nothing(monkeypatch, tiny, series, found):
     monkeypatch.setattr(evaluation, "BATCH", 2)
     counts = []
-    parts = forecast(*tiny, ENCODING, series, context_steps=20, horizon=3, decoding="free", progress=counts.append)
+    parts = evaluate(*tiny, ENCODING, series, context_steps=20, horizon=3, decoding="free", progress=counts.append)
     assert counts == [2, 2, 2, 1]
     np.testing.assert_array_equal(parts.values, found.values)
     np.testing.assert_allclose(parts.free_losses, found.free_losses, rtol=1e-4, atol=1e-5)
@@ -63,7 +63,7 @@ def test_batches_change_nothing(monkeypatch, tiny, series, found):
 
 def test_a_context_that_leaves_no_target_is_refused(tiny, series):
     with pytest.raises(ValueError, match="20 context \\+ 11 forecast steps do not fit a series of 30"):
-        forecast(*tiny, ENCODING, series, context_steps=20, horizon=11)
+        evaluate(*tiny, ENCODING, series, context_steps=20, horizon=11)
 
 
 def test_a_row_is_cut_where_it_is_complete_whatever_its_neighbours_need(monkeypatch, tiny, series):
@@ -78,7 +78,7 @@ def test_a_row_is_cut_where_it_is_complete_whatever_its_neighbours_need(monkeypa
                 yield tokens[:, step], hidden @ model.head_weight.T, torch.ones(len(rows), dtype=torch.bool)
 
         monkeypatch.setattr(evaluation, "greedy_steps", scripted)
-        return forecast(*tiny, ENCODING, series[rows], context_steps=20, horizon=3, decoding="free")
+        return evaluate(*tiny, ENCODING, series[rows], context_steps=20, horizon=3, decoding="free")
 
     texts[4] = texts[1]  # the fifth target is a token longer
     both, alone = forecast_rows([0, 1]), forecast_rows([0])
@@ -93,11 +93,11 @@ def test_logits_that_are_not_finite_are_an_error(tiny, series):
     damaged = copy.deepcopy(model)
     damaged.model.norm.weight[0] = torch.nan
     with pytest.raises(ForecastError, match="logits are not finite"):
-        forecast(damaged, tokenizer, ENCODING, series[:1], context_steps=20, horizon=3)
+        evaluate(damaged, tokenizer, ENCODING, series[:1], context_steps=20, horizon=3)
 
 
 def test_constrained_forecasts_are_whole_and_have_the_same_losses(tiny, series, found):
-    constrained = forecast(*tiny, ENCODING, series, context_steps=20, horizon=3, steps=7)
+    constrained = evaluate(*tiny, ENCODING, series, context_steps=20, horizon=3, steps=7)
     assert constrained.values.shape == (7, 7, 2)
     assert np.isfinite(constrained.values).all()
     assert np.isnan(constrained.free_losses).all()
@@ -116,7 +116,7 @@ def test_constrained_forecasts_are_whole_and_have_the_same_losses(tiny, series, 
 
 
 def test_a_bug_while_evaluating_is_no_damaged_state(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluation, "_batch", lambda *_: Forecasts(["1.00"], *(np.ones((1, 10, 2)),) * 3, None))
+    monkeypatch.setattr(evaluation, "_batch", lambda *_: Evaluation(["1.00"], *(np.ones((1, 10, 2)),) * 3, None))
     for state in (None, tmp_path / "state.json"):
         with pytest.raises((AttributeError, TypeError)):
-            forecast(None, None, Encoding(1.0), np.ones((1, 80, 2)), 70, 10, state=state)
+            evaluate(None, None, Encoding(1.0), np.ones((1, 80, 2)), 70, 10, state=state)

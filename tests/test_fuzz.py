@@ -32,7 +32,7 @@ from experiments.report import comparison, sections
 from experiments.storage.files import RunError, read_json
 from experiments.storage.runfolder import open_run
 from experiments.study import data
-from experiments.study.evaluation import Forecasts, forecast
+from experiments.study.evaluation import Evaluation, evaluate
 from flops import Ledger
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, load_adapter, remove, save_adapter
 from qwen_min import Qwen, QwenConfig, Tokenizer
@@ -362,14 +362,14 @@ def test_state_of_training(source, adapter, tmp_path_factory):
         remove(model)
 
 
-FORECASTS = Forecasts(["1.00"] * 2, np.ones((2, 10, 2)), np.ones((2, 7)), np.ones((2, 7)), np.ones(2))
+EVALUATION = Evaluation(["1.00"] * 2, np.ones((2, 10, 2)), np.ones((2, 7)), np.ones((2, 7)), np.ones(2))
 
 
 @fuzz
-@given(content=changed_json([FORECASTS.plain()]))
+@given(content=changed_json([EVALUATION.plain()]))
 def test_state_of_an_evaluation(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "part.state.json"
     path.write_bytes(content)
     with suppress(RunError):
         assume(read_json(path) != [])  # then nothing is done yet, and the model would be asked
-        assert forecast(None, None, Encoding(1.0), np.ones((2, 80, 2)), 70, 10, state=path).values.shape == (2, 10, 2)
+        assert evaluate(None, None, Encoding(1.0), np.ones((2, 80, 2)), 70, 10, state=path).values.shape == (2, 10, 2)

@@ -9,7 +9,7 @@ from experiments.forecasting.grammar import Grammar, may_be_wide
 from experiments.forecasting.settings import Training
 from experiments.forecasting.training import train, window_tensors
 from experiments.study import data
-from experiments.study.evaluation import forecast, metrics
+from experiments.study.evaluation import evaluate, metrics
 from lora import inject
 from qwen_min import load
 
@@ -31,7 +31,7 @@ def parts(report_file):
 def judged(loaded, encoding, series):
     truth = encoding.scaled(series)[:, 70:80].astype(np.float64)
     fallback = encoding.scaled(series)[:, :70].mean(axis=1)
-    return metrics(forecast(*loaded, encoding, series, 70, 10), truth, fallback, encoding.scale, 10)["first"]
+    return metrics(evaluate(*loaded, encoding, series, 70, 10), truth, fallback, encoding.scale, 10)["first"]
 
 
 def test_the_untrained_model_forecasts_and_a_few_steps_improve_it(tmp_path, loaded, parts):
@@ -58,7 +58,7 @@ def test_constrained_text_is_the_masked_argmax_of_the_full_logits(real_checkpoin
     encoding, _, validation = parts
     model, tokenizer = load(real_checkpoint)
     grammar = Grammar(tokenizer, encoding.decimals, 2)
-    for one, text in zip(validation, forecast(model, tokenizer, encoding, validation, 70, 10).texts, strict=True):
+    for one, text in zip(validation, evaluate(model, tokenizer, encoding, validation, 70, 10).texts, strict=True):
         prompt = tokenizer.encode(encoding.encode(one[:70]) + ";")
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + tokenizer.encode(text)]))[0, len(prompt) - 1 : -1]

@@ -10,7 +10,7 @@ from experiments.report import figures, published
 from experiments.report.page import Blocks, to_html, to_markdown
 from experiments.report.results import (
     MSE_COLUMNS,
-    NONE,
+    NO_VALUE,
     SPLITS,
     Result,
     Run,
@@ -49,7 +49,7 @@ def _overview(run: Run, blocks: Blocks) -> None:
         )
     if run.unfinished:
         reason = (run.status and run.status.stopped) or ""
-        blocks.text(f"Not finished, and shown as {NONE}: {', '.join(run.unfinished)}. {reason}")
+        blocks.text(f"Not finished, and shown as {NO_VALUE}: {', '.join(run.unfinished)}. {reason}")
     blocks.text(
         "Errors are in scaled units (population / scale), against the exact truth, over 10 time steps behind a "
         "context of 70. First ten: the ten sequences the report judged by. Brackets: 95 % interval of "
@@ -72,7 +72,7 @@ def _results(run: Run, blocks: Blocks) -> None:
         if split in experiment.metrics:
             found = experiment.metrics[split].all
             who = [name, split, str(found.sequences)]
-            unscored = NONE if found.unscored_tokens is None else str(found.unscored_tokens)
+            unscored = NO_VALUE if found.unscored_tokens is None else str(found.unscored_tokens)
             missing = [str(found.malformed_values), str(found.sequences_without_forecast), unscored]
             written.append([*who, *missing, number(found.mse_filled)])
             numbers = (found.mae, found.mse_populations, found.mae_populations)
@@ -124,14 +124,14 @@ def _trust(run: Run, blocks: Blocks) -> None:
     _paired(run, blocks)
     rows = [
         [name, split, str(found.samples), number(found.crps), bracket(found.crps_interval),
-         *(NONE if share is None else f"{share:.1%}" for share in (found.coverage_50, found.coverage_80))]
+         *(NO_VALUE if share is None else f"{share:.1%}" for share in (found.coverage_50, found.coverage_80))]
         for name, experiment in judged.items()
         for split, metrics in experiment.metrics.items()
         if (found := metrics.probabilistic)
     ]  # fmt: skip
     if rows:
         rows += [
-            [name, split, "point", number(found.all.mae), NONE, *(NONE for _ in COVERED)]
+            [name, split, "point", number(found.all.mae), NO_VALUE, *(NO_VALUE for _ in COVERED)]
             for name, by_split in run.baselines.items()
             for split, found in by_split.items()
         ]
@@ -226,10 +226,10 @@ def _compute(run: Run, blocks: Blocks) -> None:
     rows = []
     for name, experiment in run.experiments.items():
         seconds = experiment.seconds
-        steps, counted = NONE, [NONE] * len(names)
+        steps, counted = NO_VALUE, [NO_VALUE] * len(names)
         if experiment.training:
             steps, counted = str(experiment.training.steps), [log10(experiment.flops[c]) for c in names]
-        rows.append([name, steps, *counted, NONE, f"{seconds.training:.1f}", f"{seconds.evaluation:.1f}"])
+        rows.append([name, steps, *counted, NO_VALUE, f"{seconds.training:.1f}", f"{seconds.evaluation:.1f}"])
     planned = {e.section for e in run.plan.identity.experiments}
     for section, title in SUMS.items():
         if section not in planned | {"all"}:
@@ -237,8 +237,8 @@ def _compute(run: Run, blocks: Blocks) -> None:
         comparable = section in planned or planned >= SUMS.keys() - {"all"}
         parts = [e for e in run.trained.values() if section in (e.section, "all")]
         counted = [log10(sum(e.flops[c] for e in parts)) for c in names]
-        theirs = f"10^{published.SECTION_FLOPS[section]}" if comparable else NONE
-        rows.append([title, NONE, *counted, theirs, NONE, NONE])
+        theirs = f"10^{published.SECTION_FLOPS[section]}" if comparable else NO_VALUE
+        rows.append([title, NO_VALUE, *counted, theirs, NO_VALUE, NO_VALUE])
     blocks.table("FLOPs of the finished experiments; evaluation: of the process that ended it", header, rows)
 
 

@@ -6,7 +6,7 @@ from experiments.report import figures, published
 from experiments.report.page import Blocks, to_markdown
 from experiments.report.results import (
     MSE_COLUMNS,
-    NONE,
+    NO_VALUE,
     SPLITS,
     Result,
     Run,
@@ -19,7 +19,7 @@ from experiments.report.results import (
 from experiments.storage.files import RunError, write_whole
 from experiments.study.records import PUBLISHED
 
-SAME = ("data_sha256", "sequences", "encoding")  # of runs that can be compared
+COMPARABLE_FIELDS = ("data_sha256", "sequences", "encoding")  # of runs that can be compared
 
 
 def load_runs(folder: Path) -> list[Run]:
@@ -31,7 +31,7 @@ def load_runs(folder: Path) -> list[Run]:
         raise RunError(f"{folder}: holds no run folders; name the folder they lie in")
     runs = [load_run(plan.parent) for plan in plans]
     for run in runs:
-        for name in SAME:
+        for name in COMPARABLE_FIELDS:
             theirs, ours = (getattr(each.plan.identity, name) for each in (runs[0], run))
             if ours != theirs:
                 raise RunError(
@@ -87,7 +87,7 @@ def _overview(runs: list[Run], blocks: Blocks) -> None:
 def _tables(done: dict[str, Result], run: Run, blocks: Blocks) -> None:
     conventions, rows = run.plan.conventions, []
     for name, experiment in done.items():
-        steps, counted = NONE, [NONE] * len(conventions)
+        steps, counted = NO_VALUE, [NO_VALUE] * len(conventions)
         if experiment.training:
             steps, counted = str(experiment.training.steps), [log10(experiment.flops[c]) for c in conventions]
         seconds = experiment.seconds
@@ -100,7 +100,7 @@ def _tables(done: dict[str, Result], run: Run, blocks: Blocks) -> None:
     blocks.text(" ".join(f"{name}: {meaning}." for name, meaning in conventions.items()))
     methods = {name: by_split for each in done for name, by_split in methods_of(each, done[each]).items()}
     rows = [
-        [name, *(cell for split in SPLITS for cell in (number(by_split.get(split)), NONE, NONE, NONE))]
+        [name, *(cell for split in SPLITS for cell in (number(by_split.get(split)), NO_VALUE, NO_VALUE, NO_VALUE))]
         for name, by_split in published_errors().items()
     ]
     rows += [mse_row(*method) for method in (run.baselines | methods).items()]

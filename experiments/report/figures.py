@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from experiments.storage.files import write_whole
 
 PREY, PREDATOR, TEXT, GRID = "#1f6fb4", "#d1602b", "#333333", "#dddddd"
-FANS = 5  # series in one figure
+MAX_SERIES = 5  # series in one figure
 CURVES = ("#1f6fb4", "#d1602b", "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
 STYLE = {  # each function draws in it; the caller's own settings stay as they are
     "figure.figsize": (7, 3.4),
@@ -84,12 +84,12 @@ def fan(
     truths: list | None = None,
     titles: list[str] | None = None,
 ) -> None:
-    """Forecasts behind their contexts, a row for each of the first FANS series, a column for each variable.
+    """Forecasts behind their contexts, a row for each of the first MAX_SERIES series, a column for each variable.
 
     contexts: N arrays (T, D); values and truths: N of (h, D); quantiles: N of (Q, q, D), the band from the lowest to
     the highest, over the first q steps.
     """
-    rows, columns = min(len(contexts), FANS), len(names)
+    rows, columns = min(len(contexts), MAX_SERIES), len(names)
     figure = Figure(figsize=(max(7, 4.6 * columns), 2.6 * rows))
     axes = figure.subplots(rows, columns, squeeze=False)
     for row, column in np.ndindex(rows, columns):

@@ -23,7 +23,7 @@ from experiments.study.records import (
     read_settings,
 )
 
-NONE = "-"
+NO_VALUE = "-"
 SPLITS = ("val", "test")
 MSE_COLUMNS = ["method", "val, first ten", "val, all", "interval", "median", "test, first ten", "test, all",
                "interval", "median"]  # fmt: skip
@@ -128,7 +128,7 @@ def methods_of(name: str, result: Result) -> dict[str, dict[str, Scores]]:
 def number(value: float | None) -> str:
     """Four decimals, or two digits and an exponent where that would show nothing."""
     if value is None:
-        return NONE
+        return NO_VALUE
     return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
 
 
@@ -139,7 +139,7 @@ def log10(flops: int | float) -> str:
 
 def bracket(interval: tuple[float, float] | list[float] | None, write: Callable[[float], str] = number) -> str:
     """An interval as a cell of a table."""
-    return f"[{write(interval[0])}, {write(interval[1])}]" if interval else NONE
+    return f"[{write(interval[0])}, {write(interval[1])}]" if interval else NO_VALUE
 
 
 def mse_row(name: str, by_split: dict[str, Scores]) -> list[str]:
@@ -150,5 +150,5 @@ def mse_row(name: str, by_split: dict[str, Scores]) -> list[str]:
             first, every = scores.first, scores.all
             cells += [number(first.mse), number(every.mse), bracket(every.mse_interval), number(every.mse_median)]
         else:
-            cells += [NONE] * 4
+            cells += [NO_VALUE] * 4
     return cells

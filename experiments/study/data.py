@@ -15,8 +15,8 @@ from experiments.forecasting.tables import DataError
 from experiments.storage.files import write_whole
 
 NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # of the report's data set
-MOST_BYTES = 2**30  # of an array in a file
-DEFLATED = 1100  # times that a compressed array may grow; deflate reaches 1032
+MAX_ARRAY_BYTES = 2**30  # of an array in a file
+MAX_COMPRESSION = 1100  # times that a compressed array may grow; deflate reaches 1032
 
 
 class Dataset(NamedTuple):
@@ -37,7 +37,7 @@ class Split(NamedTuple):
 def read(path: str | Path) -> Dataset:
     """Read `/trajectories` (N, T, 2) and `/time` (T) of an HDF5 file.
 
-    Raises DataError when either is missing, of another rank or length, larger than MOST_BYTES or kept in another
+    Raises DataError when either is missing, of another rank or length, larger than MAX_ARRAY_BYTES or kept in another
     file, or when a value is not finite or negative.
     """
     try:
@@ -52,10 +52,10 @@ def read(path: str | Path) -> Dataset:
                 if array.ndim != rank or array.dtype.kind not in "fiu":
                     raise DataError(f"{path}: {name} is {array.dtype} {array.shape}, expected numbers of rank {rank}")
                 size, stored = array.size * array.dtype.itemsize, array.id.get_storage_size()
-                if size > MOST_BYTES or size > DEFLATED * stored:
+                if size > MAX_ARRAY_BYTES or size > MAX_COMPRESSION * stored:
                     raise DataError(
                         f"{path}: {name} claims {size:,} bytes of which the file holds {stored:,}; at most "
-                        f"{MOST_BYTES:,} are read"
+                        f"{MAX_ARRAY_BYTES:,} are read"
                     )
                 arrays[name] = array[:].astype(np.float32)
     except (DataError, MemoryError):

@@ -33,7 +33,7 @@ class ForecastError(ValueError):
 
 
 @dataclass(frozen=True)
-class Forecasts:
+class Evaluation:
     """What a model wrote after each context."""
 
     texts: list[str]
@@ -47,7 +47,7 @@ class Forecasts:
         return {name: value if name == "texts" else plain(value) for name, value in vars(self).items()}
 
     @staticmethod
-    def join(parts: list["Forecasts"]) -> "Forecasts":
+    def join(parts: list["Evaluation"]) -> "Evaluation":
         """The sequences of all parts; shorter loss rows are filled with NaN."""
 
         def arrays(name: str) -> list[np.ndarray]:
@@ -61,7 +61,7 @@ class Forecasts:
 
         texts = [text for part in parts for text in part.texts]
         values, nats = (np.concatenate(arrays(name)) for name in ("values", "nats"))
-        return Forecasts(texts, values, padded("free_losses"), padded("forced_losses"), nats)
+        return Evaluation(texts, values, padded("free_losses"), padded("forced_losses"), nats)
 
 
 def most_positions(grammar: Grammar, encoding: Encoding, context_steps: int, steps: int) -> int:
@@ -96,7 +96,7 @@ def _batch(
     steps: int,
     decoding: str,
     reused: ReusedCache,
-) -> Forecasts:
+) -> Evaluation:
     device, num_variables = model.head_weight.device, series.shape[2]
     ids, mask = pad_left([tokenizer.encode(encoding.encode(one[:context_steps])) for one in series], tokenizer.pad_id)
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
@@ -133,7 +133,7 @@ def _batch(
         raise ForecastError("the model's logits are not finite: the weights or the adapter are damaged")
     values = np.stack([encoding.decode(text, steps, num_variables) for text in texts])
     forced = forced.masked_fill(~targets.real, torch.nan)
-    return Forecasts(texts, values, free.cpu().numpy(), forced.cpu().numpy(), np.array(nats))
+    return Evaluation(texts, values, free.cpu().numpy(), forced.cpu().numpy(), np.array(nats))
 
 
 def _free(
@@ -171,7 +171,7 @@ def _texts(tokenizer: Tokenizer, tokens: list[Tensor]) -> list[str]:
     return [tokenizer.decode(row).removeprefix(";") for row in torch.stack(tokens, 1).tolist()]
 
 
-def forecast(
+def evaluate(
     model: Qwen,
     tokenizer: Tokenizer,
     encoding: Encoding,
@@ -182,7 +182,7 @@ def forecast(
     decoding: str = "constrained",
     state: Path | None = None,
     progress: Callable[[int], None] = lambda count: None,
-) -> Forecasts:
+) -> Evaluation:
     """Show a model the first context_steps of each of series (N, T, D), in populations, and let it write on.
 
     It writes `steps` time steps (None: `horizon`). Losses are of the tokens of the first `horizon` true steps.
@@ -202,23 +202,23 @@ def forecast(
 
     reused = ReusedCache(model)
 
-    def make(start: int) -> Forecasts:
+    def make(start: int) -> Evaluation:
         batch = series[start : start + BATCH]
         found = _batch(model, tokenizer, encoding, batch, context_steps, horizon, steps, decoding, reused)
         progress(len(batch))
         return found
 
-    def read(kept: object, start: int) -> Forecasts:
-        found, count = build(Forecasts, kept, str(state)), len(series[start : start + BATCH])
+    def read(kept: object, start: int) -> Evaluation:
+        found, count = build(Evaluation, kept, str(state)), len(series[start : start + BATCH])
         rows = {len(value) for value in vars(found).values()}
         if rows != {count} or found.values.shape[1:] != (steps, series.shape[2]):
             raise RunError(f"{state}: not a state of this evaluation; delete it to begin this part anew")
         return found
 
-    return Forecasts.join(resumable(state, range(0, len(series), BATCH), make, Forecasts.plain, read))
+    return Evaluation.join(resumable(state, range(0, len(series), BATCH), make, Evaluation.plain, read))
 
 
-def metrics(forecasts: Forecasts, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:
+def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:
     """`errors` over the first `horizon` steps and the losses, of the first ten sequences and of all.
 
     truth (N, h, D) and fallback (N, D) as in `errors`. Where more steps than `horizon` were forecast, `long` holds the
@@ -226,9 +226,9 @@ def metrics(forecasts: Forecasts, truth: np.ndarray, fallback: np.ndarray, scale
     """
 
     def of(rows: slice) -> dict:
-        free, forced = forecasts.free_losses[rows], forecasts.forced_losses[rows]
-        found = errors(forecasts.values[rows, :horizon], truth[rows, :horizon], fallback[rows], scale)
-        found |= {"forced_loss": float(np.nanmean(forced)), "nats_per_value": float(forecasts.nats[rows].mean())}
+        free, forced = evaluation.free_losses[rows], evaluation.forced_losses[rows]
+        found = errors(evaluation.values[rows, :horizon], truth[rows, :horizon], fallback[rows], scale)
+        found |= {"forced_loss": float(np.nanmean(forced)), "nats_per_value": float(evaluation.nats[rows].mean())}
         if np.isnan(free).all():
             return found
         unscored = int((np.isfinite(forced) & np.isnan(free)).sum())
@@ -236,5 +236,5 @@ def metrics(forecasts: Forecasts, truth: np.ndarray, fallback: np.ndarray, scale
 
     result = {part: of(rows) for part, rows in PARTS.items()}
     if truth.shape[1] > horizon:
-        result["long"] = errors(forecasts.values, truth, fallback, scale)
+        result["long"] = errors(evaluation.values, truth, fallback, scale)
     return result

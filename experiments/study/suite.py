@@ -34,7 +34,7 @@ from experiments.storage.files import RunError, plain, sync, to_json, to_json_li
 from experiments.storage.interruption import Interruption
 from experiments.storage.records import Tensor4, build
 from experiments.storage.runfolder import resumable
-from experiments.study.evaluation import BATCH, Forecasts, forecast, metrics
+from experiments.study.evaluation import BATCH, Evaluation, evaluate, metrics
 from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import read_metrics, read_settings
 from lora import inject, remove, save_adapter
@@ -240,7 +240,7 @@ class Suite:
         series, name = self.series[split], experiment.name
         context, truth = self._context_and_truth(split, LONG_HORIZON if experiment.judged else HORIZON)
         with tqdm(total=len(series), desc=f"{name}, {split}", mininterval=_interval()) as bar:
-            found = forecast(
+            found = evaluate(
                 self.model,
                 self.tokenizer,
                 self.encoding,
@@ -294,7 +294,7 @@ class Suite:
         ]
         write_whole(self._path(name) / f"samples.{split}.jsonl", "\n".join(lines) + "\n")
 
-    def _line(self, trajectory: int, row: int, found: Forecasts, truth: np.ndarray) -> dict:
+    def _line(self, trajectory: int, row: int, found: Evaluation, truth: np.ndarray) -> dict:
         values, true = found.values[row, :HORIZON], truth[row, :HORIZON]
         line = {
             "id": int(trajectory),
