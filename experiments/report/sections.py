@@ -1,4 +1,4 @@
-"""The sections on the report's own experiments, 5.4 to 6.5, and on what goes beyond them."""
+"""The sections about the report's own experiments, 5.4 to 6.5, and about experiments beyond them."""
 
 from experiments.forecasting.settings import Training
 from experiments.report import figures, published
@@ -8,7 +8,7 @@ from experiments.study.plans import HORIZON
 
 
 def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> None:
-    """A figure of one validation sequence, counted from 0, or the last one there is."""
+    """Draw validation sequence `wanted`, counted from 0, or the last one if there are fewer."""
     lines = run.experiments[name].forecasts["val"]
     row = min(wanted, len(lines) - 1)
     line, path = lines[row], run.folder / "figures" / f"figure-{figure:02d}.png"
@@ -17,15 +17,15 @@ def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> 
 
 
 def _compare(run: Run, names: list[str], split: str = "val", theirs: dict = published.VALIDATION) -> list[list[str]]:
-    """Rows of MSE and losses, ours (first ten, all) and published."""
+    """Rows under COMPARED_COLUMNS: our MSE and losses (first ten, all) and the published ones."""
     rows = []
     for name in names:
         mse, loss = theirs.get(name, (None, None))
         cells = [None, None, mse, None, None, loss, None]
         if name in run.experiments and split in run.experiments[name].metrics:
             found = run.experiments[name].metrics[split]
-            first, every = found.first, found.all
-            cells = [first.mse, every.mse, mse, first.free_loss, every.free_loss, loss, every.forced_loss]
+            first, all_ = found.first, found.all
+            cells = [first.mse, all_.mse, mse, first.free_loss, all_.free_loss, loss, all_.forced_loss]
         rows.append([name, *map(number, cells)])
     return rows
 
@@ -141,7 +141,7 @@ def _setting(value) -> str:
     return " + ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-WRITERS = {  # by section; each draws into the run folder and writes to the blocks
+WRITERS = {  # by section; each draws figures into the run folder and appends to the blocks
     "5.4": _untrained,
     "6.2": _trial,
     "6.3": _grid,

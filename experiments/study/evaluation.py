@@ -64,7 +64,7 @@ class Evaluation:
         return Evaluation(texts, values, padded("free_losses"), padded("forced_losses"), nats)
 
 
-def most_positions(grammar: Grammar, encoding: Encoding, context_steps: int, steps: int) -> int:
+def max_positions(grammar: Grammar, encoding: Encoding, context_steps: int, steps: int) -> int:
     """Positions that a context and the forecast of `steps` steps behind it may take, with values up to 99."""
     most = encoding.tokens_per_step(grammar.num_variables) + grammar.num_variables
     return context_steps * most + 1 + grammar.columns(steps * grammar.num_variables)
