@@ -145,21 +145,21 @@ class Ours(Side):
         from qwen_min import Tokenizer
         from qwen_min.generate import greedy_steps, prefill
 
-        found, tokens = {}, steps * TOKENS_PER_STEP
+        state, tokens = {}, steps * TOKENS_PER_STEP
         grammar = Grammar(Tokenizer(Path(self.source) / "tokenizer.json"), decimals=2, num_variables=2)
         room = max(tokens, grammar.columns(2 * steps))
 
         def run():
-            found["cache"], found["hidden"] = prefill(self.model, ids, room)
+            state["cache"], state["hidden"] = prefill(self.model, ids, room)
 
         def free():
-            for _ in greedy_steps(self.model, found["cache"], found["hidden"], tokens):
+            for _ in greedy_steps(self.model, state["cache"], state["hidden"], tokens):
                 pass
 
         seconds = {"prefill": self.timed(run), "free": self.timed(free)}
-        found["cache"].truncate(ids.shape[1])
+        state["cache"].truncate(ids.shape[1])
         return seconds | {
-            "constrained": self.timed(lambda: decode(self.model, grammar, found["cache"], found["hidden"], 2 * steps))
+            "constrained": self.timed(lambda: decode(self.model, grammar, state["cache"], state["hidden"], 2 * steps))
         }
 
     def prepare_training(self):
@@ -440,11 +440,11 @@ def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, typ
     }
 
 
-def table(found: dict) -> str:
+def table(measured: dict) -> str:
     """The measurements as Markdown."""
-    sides = list(found["lines"][0]["seconds"])
+    sides = list(measured["lines"][0]["seconds"])
     rows = [["", *(f"{side}, median [spread]" for side in sides), "ratio", "work/s", "share of the limit"]]
-    for line in found["lines"]:
+    for line in measured["lines"]:
         medians = {side: statistics.median(s) for side, s in line["seconds"].items()}
         cells = [f"{medians[s]:.4g} s [{min(line['seconds'][s]):.4g}, {max(line['seconds'][s]):.4g}]" for s in sides]
         ratio = f"{medians[PEER] / medians[OURS]:.2f} x" if PEER in medians else "-"
@@ -454,20 +454,20 @@ def table(found: dict) -> str:
         elif line["bytes"]:
             share = f"{line['bytes'] / medians[OURS] / line['bandwidth']:.0%} of bandwidth"
         rows.append([line["name"], *cells, ratio, f"{line['work'] / medians[OURS]:.4g} {line['unit']}", share])
-    for name, peak in found["peak"].items():
+    for name, peak in measured["peak"].items():
         cells = [f"{peak[side][0] / 1e9:.2f} GB" for side in sides]
         ratio = f"{peak[PEER][0] / peak[OURS][0]:.2f} x" if PEER in peak else "-"
         rows.append([f"peak memory, {name}", *cells, ratio, "-", "-"])
     rows.insert(1, ["---"] * len(rows[0]))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    rates, reads = ([line[limit] / 1e9 for line in found["lines"]] for limit in ("matrix_flops", "bandwidth"))
+    rates, reads = ([line[limit] / 1e9 for line in measured["lines"]] for limit in ("matrix_flops", "bandwidth"))
     spread = f"{min(rates):.0f} to {max(rates):.0f} GFLOP/s in matrix products, {min(reads):.1f} to {max(reads):.1f}"
     lines += ["", f"Limits of the machine over all lines: {spread} GB/s read."]
-    for side, fits in found["growth"].items():
+    for side, fits in measured["growth"].items():
         for name, fit in fits.items():
             line = f"{fit['start']:.4g} s + {fit['seconds_per_unit']:.3g} s each; exponent {fit['exponent']:.2f}"
             lines.append(f"- {side}, {name}: {line}")
-    reading = found["cache_read_seconds_per_position"]
+    reading = measured["cache_read_seconds_per_position"]
     lines.append(f"- reading the cache at that bandwidth: {reading:.3g} s per position")
     return "\n".join(lines)
 
@@ -490,10 +490,10 @@ def main() -> int:
         if args.runs < 1:
             raise CommandError(f"--runs is {args.runs}, expected at least 1")
         sides = {OURS: Ours} if args.alone else {OURS: Ours, PEER: Peer}
-        found = measure(args.model, cli.checked_device(args.device), args.dtype, args.runs, sides)
+        measured = measure(args.model, cli.checked_device(args.device), args.dtype, args.runs, sides)
         if args.json:
-            write_whole(args.json, to_json(json.loads(json.dumps(found, default=float))))
-        print(table(found))
+            write_whole(args.json, to_json(json.loads(json.dumps(measured, default=float))))
+        print(table(measured))
         return 0
 
     return cli.exit_status(work)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # --help need not wait for torch
 
 
 def sequences(text: str) -> int | None:
-    """A number of sequences, or None for "all"."""
+    """Parse a number of sequences; None for "all"."""
     if text == "all":
         return None
     try:
@@ -40,15 +40,17 @@ def sequences(text: str) -> int | None:
 
 
 def budget(text: str) -> int:
-    """A number of FLOPs such as 1e17."""
+    """Parse a number of FLOPs such as 1e17."""
     try:
         return positive(int(float(text)))
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of FLOPs of at least 1, such as 1e17") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of FLOPs, expected one of at least 1, such as 1e17"
+        ) from None
 
 
 def positive(number: int) -> int:
-    """The number. Raises ValueError below 1."""
+    """Return the number. Raises ValueError if it is below 1."""
     if number < 1:
         raise ValueError(f"{number} is not positive")
     return number
@@ -67,28 +69,30 @@ def parser() -> argparse.ArgumentParser:
         "--sequences", type=sequences, metavar="N|all", help="evaluate the first N of each split (default all)"
     )
     p.add_argument(
-        "--decoding", choices=("constrained", "free"), default="constrained", help="of forecasts: to well-formed "
-        "numbers (default), or raw argmax as in the report",
+        "--decoding", choices=("constrained", "free"), default="constrained", help="how forecasts are decoded: "
+        "constrained to well-formed numbers (default), or free, by raw argmax, as in the report",
     )  # fmt: skip
     p.add_argument(
-        "--samples", type=int, default=20, help="paths that the last model draws for each sequence, 0 for none "
+        "--samples", type=int, default=20, help="paths that the last model draws for each sequence; 0: none "
         "(default %(default)s)",
     )  # fmt: skip
     p.add_argument("--numeric-head", action="store_true", help="train with a softmax over the tokens of numbers only")
     p.add_argument(
-        "--seed", type=int, default=0, help="of adapters, batches, samples and the GRU (default %(default)s)"
+        "--seed", type=int, default=0, help="seed of adapters, batches, samples and the GRU (default %(default)s)"
     )
-    p.add_argument("--budget", type=budget, default=10**17, help="FLOPs of all training (default 1e17)")
+    p.add_argument(
+        "--budget", type=budget, default=10**17, help="FLOPs that all trainings may cost together (default 1e17)"
+    )
     p.add_argument(
         "--convention", default="sheet", choices=("exact", "sheet", "report"),
-        help="how the budget counts (default %(default)s, the strictest)",
+        help="how FLOPs are counted (default %(default)s, the strictest)",
     )  # fmt: skip
     p.add_argument("--out", type=Path, help="run folder (default runs/PLAN)")
     return p
 
 
 def read_data(args: argparse.Namespace):
-    """The trajectories (N, T, 2) in populations, their split, and the encoding that the training part gives.
+    """Return the trajectories (N, T, 2) in populations, their split, and the encoding fitted to the training part.
 
     Raises DataError for trajectories that are too short, or too large for the encoding.
     """
@@ -106,8 +110,8 @@ def read_data(args: argparse.Namespace):
     encoding = Encoding.fit(trajectories[parts.train])
     if (largest := encoding.scaled(trajectories).max()) >= BEYOND - 0.5:
         raise data.DataError(
-            f"{args.data}: a population is {largest:.4g} times the scale, {encoding.scale:g}, that the training "
-            f"trajectories give; expected less than {BEYOND:g}"
+            f"{args.data}: a population is {largest:.4g} times the scale of the training trajectories, "
+            f"{encoding.scale:g}; expected less than {BEYOND:g}"
         )
     return trajectories, parts, encoding
 
@@ -254,7 +258,7 @@ def finish(suite: "Suite") -> int:
         print(f"warning: {warning}", file=sys.stderr)
     stopped = None
     try:
-        suite.write_status(None)  # what stopped an earlier process, and its budget, are no longer true
+        suite.write_status(None)  # the old one has the reason and the budget of an earlier process
         try:
             with cli.memory_errors():
                 suite.run()

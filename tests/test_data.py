@@ -60,7 +60,7 @@ def with_value(value):
         (with_value(np.nan), r"trajectories\[1, 5, 0\] is nan"),
         (with_value(np.inf), r"trajectories\[1, 5, 0\] is inf"),
         (with_value(-1e-3), r"expected finite populations >= 0"),
-        ({"trajectories": GOOD.trajectories, "time": GOOD.time * np.nan}, "time holds values that are not finite"),
+        ({"trajectories": GOOD.trajectories, "time": GOOD.time * np.nan}, "time contains values that are not finite"),
     ],
 )
 def test_refuses_other_files(tmp_path, arrays, message):

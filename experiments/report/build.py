@@ -192,12 +192,12 @@ def _paired(run: Run, blocks: Blocks) -> None:
             continue
         rows = []
         for theirs in each:
-            if theirs == ours or not (found := paired(each[ours], each[theirs])):
+            if theirs == ours or not (pair := paired(each[ours], each[theirs])):
                 continue
             signed, relative = "{:+.4f}".format, "{:.3g}".format
-            difference = [signed(found["difference"]), bracket(found["interval"], signed)]
-            ratio = [relative(found["ratio"]), bracket(found["ratio_interval"], relative)]
-            rows.append([theirs, *difference, *ratio, f"{found['better']:.0%}"])
+            difference = [signed(pair["difference"]), bracket(pair["interval"], signed)]
+            ratio = [relative(pair["ratio"]), bracket(pair["ratio_interval"], relative)]
+            rows.append([theirs, *difference, *ratio, f"{pair['better']:.0%}"])
         blocks.table(
             f"{ours} against the others, paired by test sequence: {ours} is better where the difference is negative, "
             "or the ratio of geometric means is below 1. A few sequences with large errors determine the difference; "
@@ -221,9 +221,9 @@ def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
             continue
         contexts = [run.contexts["test"][row].context for row in rows]
         bands = None
-        found = [[line.quantiles[QUANTILES.index(level)] for level in BAND] for line in shown if line.quantiles]
-        if len(found) == len(shown) and not any(bound is None for bounds in found for bound in bounds):
-            bands = np.array(found)
+        bounds = [[line.quantiles[QUANTILES.index(level)] for level in BAND] for line in shown if line.quantiles]
+        if len(bounds) == len(shown) and not any(bound is None for line in bounds for bound in line):
+            bands = np.array(bounds)
         titles = [f"sequence {row}, MSE {number(lines[row].mse)}" for row in rows]
         forecasts, truths = [line.forecast for line in shown], [line.truth for line in shown]
         figures.fan(["prey", "predator"], contexts, forecasts, bands, drawn / file, truths, titles)

@@ -23,8 +23,8 @@ def _compare(run: Run, names: list[str], split: str = "val", theirs: dict = publ
         mse, loss = theirs.get(name, (None, None))
         cells = [None, None, mse, None, None, loss, None]
         if name in run.experiments and split in run.experiments[name].metrics:
-            found = run.experiments[name].metrics[split]
-            first, all_ = found.first, found.all
+            metrics = run.experiments[name].metrics[split]
+            first, all_ = metrics.first, metrics.all
             cells = [first.mse, all_.mse, mse, first.free_loss, all_.free_loss, loss, all_.forced_loss]
         rows.append([name, *map(number, cells)])
     return rows
@@ -75,8 +75,8 @@ def _grid(run: Run, blocks: Blocks) -> None:
         for rank in ranks:
             row = [str(rank)]
             for index, rate in enumerate(rates):
-                found = run.experiments.get(planned.get((rank, rate)))
-                parts = (found.metrics["val"].first, found.metrics["val"].all) if found else ()
+                cell = run.experiments.get(planned.get((rank, rate)))
+                parts = (cell.metrics["val"].first, cell.metrics["val"].all) if cell else ()
                 ours = [number(getattr(part, key)) for part in parts] or [NO_VALUE, NO_VALUE]
                 theirs = published.GRID.get(rank, [])[index : index + 1]
                 row.append(" / ".join([*ours, number(theirs[0][column]) if theirs else NO_VALUE]))
