@@ -1,4 +1,4 @@
-"""The experiments on real weights and the report's file: untrained forecasts, a short training, forecasts again."""
+"""The experiments on real weights and the report's file: forecasts before and after a short training."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def loaded(real_checkpoint):
 
 @pytest.fixture(scope="module")
 def parts(report_file):
-    """Encoding, training trajectories and the first ten of validation."""
+    """Encoding, training trajectories, and the first ten validation trajectories."""
     trajectories = data.read(report_file).trajectories
     rows = data.split(len(trajectories))
     train_part = trajectories[rows.train]
@@ -54,7 +54,7 @@ def test_the_untrained_model_forecasts_and_a_few_steps_improve_it(tmp_path, load
 
 
 def test_constrained_text_is_the_masked_argmax_of_the_full_logits(real_checkpoint, parts):
-    """Ten validation contexts, fp32: each token is the largest of those that may follow, by one pass over the whole."""
+    """Ten validation contexts in fp32: one pass over the whole text finds each token as the largest allowed logit."""
     encoding, _, validation = parts
     model, tokenizer = load(real_checkpoint)
     grammar = Grammar(tokenizer, encoding.decimals, 2)

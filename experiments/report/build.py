@@ -199,9 +199,9 @@ def _paired(run: Run, blocks: Blocks) -> None:
             ratio = [relative(pair["ratio"]), bracket(pair["ratio_interval"], relative)]
             rows.append([theirs, *difference, *ratio, f"{pair['better']:.0%}"])
         blocks.table(
-            f"{ours} against the others, paired by test sequence: {ours} is better where the difference is negative, "
-            "or the ratio of geometric means is below 1. A few sequences with large errors determine the difference; "
-            "in the ratio all sequences have the same weight",
+            f"{ours} against the others, paired by test sequence. A negative difference, or a ratio of geometric means "
+            "below 1, is in its favour. A few sequences with large errors determine the difference; in the ratio all "
+            "sequences have the same weight",
             ["against", "difference of MSE", "95 % interval", "ratio of geometric mean MSE", "95 % interval",
              "sequences where it is better"],
             rows,

@@ -46,7 +46,7 @@ def read(path: str | Path) -> Dataset:
             for name, rank in (("trajectories", 3), ("time", 1)):
                 array, link = file.get(name), file.get(name, getlink=True)
                 if not isinstance(array, h5py.Dataset):
-                    raise DataError(f"{path}: contains {sorted(file)}, expected the arrays 'trajectories' and 'time'")
+                    raise DataError(f"{path}: holds {sorted(file)}, expected the arrays 'trajectories' and 'time'")
                 if not isinstance(link, h5py.HardLink) or array.external or array.is_virtual:
                     raise DataError(f"{path}: {name} is kept in another file, expected it in the file itself")
                 if array.ndim != rank or array.dtype.kind not in "fiu":
@@ -54,7 +54,7 @@ def read(path: str | Path) -> Dataset:
                 size, stored = array.size * array.dtype.itemsize, array.id.get_storage_size()
                 if size > MAX_ARRAY_BYTES or size > MAX_COMPRESSION * stored:
                     raise DataError(
-                        f"{path}: {name} claims {size:,} bytes, of which the file contains {stored:,}; at most "
+                        f"{path}: {name} claims {size:,} bytes, of which the file holds {stored:,}; at most "
                         f"{MAX_ARRAY_BYTES:,} are read"
                     )
                 arrays[name] = array[:].astype(np.float32)
@@ -72,7 +72,7 @@ def read(path: str | Path) -> Dataset:
             f"expected finite populations >= 0 ({bad.sum()} are not)"
         )
     if not np.isfinite(time).all():
-        raise DataError(f"{path}: time contains values that are not finite")
+        raise DataError(f"{path}: time holds values that are not finite")
     return Dataset(trajectories, time)
 
 

@@ -221,7 +221,7 @@ def read_metrics(folder: Path) -> dict[str, Metrics]:
     """Read the metrics of an experiment by split; "val" is always there. Raises RunError."""
     metrics = read(folder / "metrics.json", dict[str, Metrics])
     if "val" not in metrics or not metrics.keys() <= {"val", "test"}:
-        raise RunError(f"{folder / 'metrics.json'}: contains {list(metrics)}, expected 'val' and perhaps 'test'")
+        raise RunError(f"{folder / 'metrics.json'}: holds {list(metrics)}, expected 'val' and perhaps 'test'")
     return metrics
 
 
@@ -238,5 +238,5 @@ def read_losses(path: Path, steps: int) -> list[float]:
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise RunError(f"{path}: not a table of losses ({error!r})") from error
     if len(losses) != steps or not np.isfinite(losses).all():
-        raise RunError(f"{path}: contains {len(losses)} losses, expected {steps} finite ones")
+        raise RunError(f"{path}: holds {len(losses)} losses, expected {steps} finite ones")
     return losses

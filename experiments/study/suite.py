@@ -165,7 +165,7 @@ class Suite:
 
         best = self._path(min(experiment.best_of, key=validation_mse))
         if (training := read_settings(best).training) is None:
-            raise RunError(f"{best / 'settings.json'}: contains no training, expected that of a candidate")
+            raise RunError(f"{best / 'settings.json'}: holds no training, expected that of a candidate")
         return fill(experiment.training, training)
 
     def _run_one(self, experiment: Experiment) -> None:
