@@ -332,14 +332,14 @@ class Measurement:
         with torch.device("meta"):
             sizes = {name: p.numel() for name, p in Qwen(self.config).named_parameters()}
         looked_up = 0 if self.config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
-        self.weight_bytes = (sum(sizes.values()) - looked_up) * item  # that each decode step reads
+        self.weight_bytes = (sum(sizes.values()) - looked_up) * item  # each decode step reads them
         heads = self.config.num_key_value_heads * self.config.head_dim
         self.position_bytes = 2 * self.config.num_hidden_layers * heads * item  # of the cache
         reserved = 1 + DECODE_STEPS
         self.contexts = [c for c in GROWN_CONTEXTS if c + reserved <= self.config.max_position_embeddings]
         self.arguments, self.runs, self.sides = (str(folder), device, dtype), runs, sides
         self.machine = Machine(device, dtype)
-        self.limits = []  # of the machine: before each round of the last question
+        self.limits = []  # (matrix rate, bandwidth) before each round of the last `ask`
         self.lines, self.peak = [], {}
 
     def ask(self, processes: Processes, method: str, *values) -> dict[str, list]:

@@ -117,7 +117,7 @@ def read_data(args: argparse.Namespace):
 
 
 class Inputs(NamedTuple):
-    """What a run works on: N trajectories of T time steps and 2 variables."""
+    """The checked inputs of a run: N trajectories of T time steps and 2 variables, checkpoint, encoding."""
 
     plan: plans.Plan
     trajectories: np.ndarray  # (N, T, 2) in populations
@@ -190,19 +190,18 @@ def identity_of(args: argparse.Namespace, inputs: Inputs) -> dict:
 
 
 def record_of(args: argparse.Namespace, inputs: Inputs) -> dict:
-    """What plan.json says besides the identity: how and where the run began."""
+    """The rest of plan.json: how and where the run began."""
     import torch
 
     import flops
 
+    cuda = args.device.startswith("cuda")
     return {
         "command": shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]),
         "model": args.model,
         "data": args.data.name if args.data else "simulated, seed 0",
         "parameters": sum(p.numel() for p in inputs.model.parameters()),
-        "device_name": torch.cuda.get_device_name(args.device)
-        if args.device.startswith("cuda")
-        else platform.machine(),
+        "device_name": torch.cuda.get_device_name(args.device) if cuda else platform.machine(),
         "conventions": flops.CONVENTIONS,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

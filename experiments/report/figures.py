@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from experiments.storage.files import write_whole
 
 PREY, PREDATOR, TEXT, GRID = "#1f6fb4", "#d1602b", "#333333", "#dddddd"
-MAX_SERIES = 5  # in one figure
+MAX_SERIES = 5  # per figure
 CURVES = ("#1f6fb4", "#d1602b", "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
 STYLE = {  # the functions draw with it and leave the caller's settings alone
     "figure.figsize": (7, 3.4),

@@ -15,7 +15,7 @@ from experiments.forecasting.tables import DataError
 from experiments.storage.files import write_whole
 
 NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # as in the report's data set
-MAX_ARRAY_BYTES = 2**30  # that an array in a file may have
+MAX_ARRAY_BYTES = 2**30  # limit for an array in a file
 MAX_COMPRESSION = 1100  # bytes of an array per byte in the file; deflate reaches 1032
 
 
