@@ -189,51 +189,59 @@ class Suite:
         if training is None:
             yield 0.0
             return
-        path = self._path(name)
-        tokens = [self.tokenizer.encode(self.encoding.encode(one)) for one in self.series["train"]]
-        ids, lengths = window_tensors(tokens, training, self.tokenizer.pad_id)
-        cost = self.step_flops(training)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
             inject(self.model, training.lora)
         try:
-            with tqdm(total=training.steps, desc=name, mininterval=_interval()) as bar:
-
-                def after_step(step: int, loss: float) -> None:
-                    share = self.ledger.spent / self.ledger.budget
-                    if not bar.n:  # steps of earlier processes are not part of the speed
-                        bar.initial = bar.n = bar.last_print_n = step
-                    bar.set_postfix(loss=f"{loss:.3f}", budget=f"{share:.2%}", refresh=False)
-                    bar.update(step + 1 - bar.n)
-
-                def before_step(step: int) -> None:
-                    self.interruption.check()
-                    self.ledger.debit(name, step, cost)
-
-                with self.interruption.held():
-                    trained = train(
-                        self.model,
-                        ids,
-                        lengths,
-                        training,
-                        torch.tensor(sorted(self.grammar.ids.values())) if training.numeric_head else None,
-                        path / "state.safetensors",
-                        before_step,
-                        after_step,
-                    )
-            rows = "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(trained.losses))
-            write_whole(path / "losses.csv", "step,loss\n" + rows)
-            partial = path / "adapter.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            save_adapter(self.model, partial, self.checkpoint[0])
-            write_trained(partial, self.encoding, *self.checkpoint)
-            for file in (*partial.iterdir(), partial):
-                sync(file)
-            shutil.rmtree(path / "adapter", ignore_errors=True)
-            partial.rename(path / "adapter")
-            yield trained.seconds
+            seconds = self._train(name, training)
+            self._write_adapter(self._path(name))
+            yield seconds
         finally:
             remove(self.model)
+
+    def _train(self, name: str, training: Training) -> float:
+        """Train the injected adapter and write the loss of each step; return the seconds."""
+        path, cost = self._path(name), self.step_flops(training)
+        tokens = [self.tokenizer.encode(self.encoding.encode(one)) for one in self.series["train"]]
+        ids, lengths = window_tensors(tokens, training, self.tokenizer.pad_id)
+        with tqdm(total=training.steps, desc=name, mininterval=_interval()) as bar:
+
+            def after_step(step: int, loss: float) -> None:
+                share = self.ledger.spent / self.ledger.budget
+                if not bar.n:  # steps of earlier processes are not part of the speed
+                    bar.initial = bar.n = bar.last_print_n = step
+                bar.set_postfix(loss=f"{loss:.3f}", budget=f"{share:.2%}", refresh=False)
+                bar.update(step + 1 - bar.n)
+
+            def before_step(step: int) -> None:
+                self.interruption.check()
+                self.ledger.debit(name, step, cost)
+
+            with self.interruption.held():
+                trained = train(
+                    self.model,
+                    ids,
+                    lengths,
+                    training,
+                    torch.tensor(sorted(self.grammar.ids.values())) if training.numeric_head else None,
+                    path / "state.safetensors",
+                    before_step,
+                    after_step,
+                )
+        rows = "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(trained.losses))
+        write_whole(path / "losses.csv", "step,loss\n" + rows)
+        return trained.seconds
+
+    def _write_adapter(self, path: Path) -> None:
+        """Write the adapter into the folder of its experiment; a kill leaves it whole or absent."""
+        partial = path / "adapter.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        save_adapter(self.model, partial, self.checkpoint[0])
+        write_trained(partial, self.encoding, *self.checkpoint)
+        for file in (*partial.iterdir(), partial):
+            sync(file)
+        shutil.rmtree(path / "adapter", ignore_errors=True)
+        partial.rename(path / "adapter")
 
     def _evaluate(self, experiment: Experiment, split: str) -> dict:
         """Forecast a split, write a line for each trajectory and return the metrics."""
