@@ -1,11 +1,11 @@
-"""Time and memory of this project and of transformers + peft, side by side on the same weights.
+"""Compare time and memory of this project with those of transformers + peft on the same weights.
 
     python -m experiments.benchmark --model FOLDER --dtype bfloat16
 
-Each side runs in processes of its own, and the two take turns, so that both meet the same state of the machine.
-Each line gives the median of several runs, their spread, the ratio, and what share of the machine's own limit, its
-matrix rate or its memory bandwidth measured in turn with them, this project reaches. Prompts are random numbers.
-Decode steps are timed over a cache filled with random keys and values.
+Each side runs in its own processes. The two take turns, so that both meet the same state of the machine. Each line
+gives the median of several runs, their spread, the ratio, and which share of a limit of the machine this project
+reaches. The limit is the matrix rate or the memory bandwidth; both are measured between the runs. Prompts are random
+numbers. Decode steps are timed with a cache full of random keys and values.
 """
 
 import argparse
@@ -22,20 +22,20 @@ from experiments import cli
 from experiments.cli import CommandError
 from experiments.storage.files import to_json, write_whole
 
-CONTEXT = 699  # tokens of a forecasting prompt
-CONTEXTS = 10  # prompts forecast together
-TOKENS_PER_STEP = 10  # of a time step of two values, `1.23,4.56;`
+CONTEXT = 699  # tokens in a forecasting prompt
+CONTEXTS = 10  # prompts in a batch of forecasts
+TOKENS_PER_STEP = 10  # a time step of two values is `1.23,4.56;`
 FORECAST_STEPS = (10, 30)
 DECODE_STEPS = 8
-BATCHES = (1, 10, 64)
-GROWN_CONTEXTS = (128, 512, 2048, 8192)
+BATCHES = (1, 10, 64)  # of decode steps
+GROWN_CONTEXTS = (128, 512, 2048, 8192)  # filled positions of decode steps
 TRAINED_BATCHES = (1, 2, 4)
 PEER = "transformers"
 OURS = "qwen-min"
 
 
 class Side:
-    """What both sides share: where and in which precision, timing, peak memory."""
+    """The code that both sides share: device and precision, timing, peak memory."""
 
     def __init__(self, source: str, device: str, dtype: str):
         import torch
@@ -43,7 +43,7 @@ class Side:
         self.torch, self.source, self.device, self.dtype = torch, source, device, getattr(torch, dtype)
 
     def timed(self, function) -> float:
-        """Seconds of a call, its work on the device included."""
+        """Seconds that a call takes, including its work on the device."""
         self.wait()
         started = time.perf_counter()
         function()
@@ -51,7 +51,7 @@ class Side:
         return time.perf_counter() - started
 
     def wait(self) -> None:
-        """Until the device has done all it was given."""
+        """Wait until the device has finished all its work."""
         if self.device.startswith("cuda"):
             self.torch.cuda.synchronize(self.device)
 
@@ -64,7 +64,7 @@ class Side:
         return ids.to(self.device)
 
     def peak(self) -> int:
-        """Bytes at the highest: of the device where there is one, else of the process."""
+        """Largest number of bytes in use so far: on the GPU if there is one, else in the process."""
         if self.device.startswith("cuda"):
             return self.torch.cuda.max_memory_allocated(self.device)
         import resource
@@ -72,25 +72,25 @@ class Side:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def prefill(self, length: int) -> float:
-        """Seconds to run a prompt of one row into a cache."""
+        """Seconds to prefill a cache with one prompt of `length` tokens."""
         ids = self.ids(1, length)
         return self.timed(lambda: self.run_prompt(ids))
 
     def decode(self, batch: int, context: int) -> float:
-        """Seconds of a greedy decode step over `context` filled positions, mean of DECODE_STEPS."""
+        """Seconds of a greedy decode step after `context` filled positions, mean of DECODE_STEPS."""
         cache, tokens = self.filled_cache(batch, context), self.ids(batch, 1)
         self.decode_steps(tokens, cache, 1)
         return self.timed(lambda: self.decode_steps(tokens, cache, DECODE_STEPS)) / DECODE_STEPS
 
     def forecast(self, steps: int) -> dict[str, float]:
-        """Seconds to forecast `steps` time steps of ten tokens behind CONTEXTS prompts of CONTEXT tokens.
+        """Seconds to forecast `steps` time steps of ten tokens after CONTEXTS prompts of CONTEXT tokens.
 
-        "prefill", and behind it "free" greedy decoding and decoding "constrained" to numbers.
+        The keys are "prefill" and the two ways to decode after it: "free" (greedy), "constrained" (numbers only).
         """
-        return self.timed_forecast(self.ids(CONTEXTS, CONTEXT + 1), steps)  # the `;` behind it included
+        return self.timed_forecast(self.ids(CONTEXTS, CONTEXT + 1), steps)  # + 1: the `;` after the context
 
     def lora_step(self, batch: int, context: int) -> float:
-        """Seconds of an optimizer step, rank 8 on q_proj and v_proj."""
+        """Seconds of an optimizer step with rank 8 on q_proj and v_proj."""
         ids = self.ids(batch, context)
 
         def step():
@@ -105,10 +105,10 @@ class Ours(Side):
     """This project."""
 
     def load(self) -> float:
-        """Seconds until tokenizer and model are there and the first token has logits."""
+        """Seconds to load tokenizer and model and to compute the logits of a first token."""
         from qwen_min import load
 
-        self.model = None  # never two at a time
+        self.model = None  # so that two models are never in memory
 
         def run():
             self.model, _ = load(self.source, self.device, self.dtype)
@@ -145,21 +145,21 @@ class Ours(Side):
         from qwen_min import Tokenizer
         from qwen_min.generation import greedy_steps, prefill
 
-        found, tokens = {}, steps * TOKENS_PER_STEP
+        state, tokens = {}, steps * TOKENS_PER_STEP
         grammar = Grammar(Tokenizer(Path(self.source) / "tokenizer.json"), decimals=2, num_variables=2)
         room = max(tokens, grammar.columns(2 * steps))
 
         def run():
-            found["cache"], found["hidden"] = prefill(self.model, ids, room)
+            state["cache"], state["hidden"] = prefill(self.model, ids, room)
 
         def free():
-            for _ in greedy_steps(self.model, found["cache"], found["hidden"], tokens):
+            for _ in greedy_steps(self.model, state["cache"], state["hidden"], tokens):
                 pass
 
         seconds = {"prefill": self.timed(run), "free": self.timed(free)}
-        found["cache"].truncate(ids.shape[1])
+        state["cache"].truncate(ids.shape[1])
         return seconds | {
-            "constrained": self.timed(lambda: decode(self.model, grammar, found["cache"], found["hidden"], 2 * steps))
+            "constrained": self.timed(lambda: decode(self.model, grammar, state["cache"], state["hidden"], 2 * steps))
         }
 
     def prepare_training(self):
@@ -175,15 +175,15 @@ class Ours(Side):
 
 
 class Peer(Side):
-    """transformers and peft, with sdpa attention and the weights' own precision as their manuals advise."""
+    """transformers and peft with sdpa attention, in the precision of --dtype."""
 
     def load(self) -> float:
-        """Seconds until tokenizer and model are there and the first token has logits."""
+        """Seconds to load tokenizer and model and to compute the logits of a first token."""
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        self.model = None  # never two at a time
+        self.model = None  # so that two models are never in memory
 
         def run():
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -233,7 +233,7 @@ class Peer(Side):
 
         prefill = self.timed(lambda: generate(1))
         decoding = self.timed(lambda: generate(steps * TOKENS_PER_STEP)) - prefill
-        return {"prefill": prefill, "free": decoding, "constrained": decoding}  # it has but one way
+        return {"prefill": prefill, "free": decoding, "constrained": decoding}  # transformers has no grammar of numbers
 
     def prepare_training(self):
         import peft
@@ -248,7 +248,7 @@ class Peer(Side):
 
 
 def serve(side: type[Side], arguments: tuple, connection) -> None:
-    """Answer (method, arguments) with what the method returns, until the connection closes."""
+    """Call the method that each message (name, arguments) asks for and send its result, until the connection closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     worker = side(*arguments)
     while True:
@@ -260,7 +260,7 @@ def serve(side: type[Side], arguments: tuple, connection) -> None:
 
 
 class Processes:
-    """One process of each side; `ask` lets them take turns."""
+    """One process for each side; in `ask` they take turns."""
 
     def __init__(self, arguments: tuple, sides: dict[str, type[Side]]):
         context = multiprocessing.get_context("spawn")
@@ -272,7 +272,7 @@ class Processes:
             theirs.close()
 
     def ask(self, method: str, *values, runs: int = 1, warm_up: int = 0, between=lambda: None) -> dict[str, list]:
-        """What each side answers, `runs` times in turn, behind warm_up runs that do not count.
+        """Ask all sides in turn, `runs` times; return the answers by side. The answers of `warm_up` runs are dropped.
 
         `between` is called once before each round.
         """
@@ -285,7 +285,7 @@ class Processes:
                     answers[name].append(connection.recv())
                 except EOFError:
                     raise CommandError(f"the process of {name} died in {method}{values}, see above") from None
-        return {name: found[warm_up:] for name, found in answers.items()}
+        return {name: each[warm_up:] for name, each in answers.items()}
 
     def close(self) -> None:
         """End the processes and free their memory."""
@@ -296,7 +296,7 @@ class Processes:
 
 
 class Machine(Side):
-    """The machine's own limits."""
+    """Measures the limits of the machine."""
 
     def __init__(self, device: str, dtype: str):
         super().__init__("", device, dtype)
@@ -304,63 +304,89 @@ class Machine(Side):
         self.block = self.torch.ones(2**28, device=device)  # 1 GiB, beyond any cache
 
     def limits(self) -> tuple[float, float]:
-        """Matrix rate in FLOP/s and read bandwidth in bytes/s as they are now, each the best of three."""
+        """Matrix rate in FLOP/s and read bandwidth in bytes/s at this moment, each the best of three runs."""
         multiply = min(self.timed(lambda: self.torch.mm(*self.factors)) for _ in range(3))
         read = min(self.timed(self.block.sum) for _ in range(3))
         return 2 * 4096**3 / multiply, self.block.nbytes / read
 
 
 def growth(sizes: Sequence[int], seconds: list[float]) -> dict[str, float]:
-    """Least squares of seconds over sizes: what a unit adds, the start, and the exponent of a power law."""
+    """Least-squares line of seconds over sizes (seconds_per_unit, start), and the exponent of a power law."""
     import numpy as np
 
     slope, start = np.polyfit(sizes, seconds, 1)
     return {"seconds_per_unit": slope, "start": start, "exponent": np.polyfit(np.log(sizes), np.log(seconds), 1)[0]}
 
 
-def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, type[Side]]) -> dict:
-    """Every measurement: lines (seconds of each run by side, with what limits them), growth, memory, limits."""
-    import torch
+class Measurement:
+    """The lines of a benchmark as they are measured, and what limits them."""
 
-    import flops
-    from flops.model import total
-    from qwen_min import Qwen, QwenConfig
-    from qwen_min.weights import checkpoint_folder
+    def __init__(self, model: str, device: str, dtype: str, runs: int, sides: dict[str, type[Side]]):
+        import torch
 
-    folder = checkpoint_folder(model)
-    config, item = QwenConfig.from_file(folder / "config.json"), getattr(torch, dtype).itemsize
-    with torch.device("meta"):
-        sizes = {name: p.numel() for name, p in Qwen(config).named_parameters()}
-    looked_up = 0 if config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
-    weights = (sum(sizes.values()) - looked_up) * item  # read by each decode step
-    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
-    found = {"lines": [], "growth": {}, "peak": {}}
-    machine, met = Machine(device, dtype), []
+        from qwen_min import Qwen, QwenConfig
+        from qwen_min.weights import checkpoint_folder
 
-    def ask(method: str, *values) -> dict[str, list]:
-        met.clear()
-        return processes.ask(method, *values, runs=runs, warm_up=1, between=lambda: met.append(machine.limits()))
+        folder = checkpoint_folder(model)
+        self.config, item = QwenConfig.from_file(folder / "config.json"), getattr(torch, dtype).itemsize
+        with torch.device("meta"):
+            sizes = {name: p.numel() for name, p in Qwen(self.config).named_parameters()}
+        looked_up = 0 if self.config.tie_word_embeddings else sizes["model.embed_tokens.weight"]
+        self.weight_bytes = (sum(sizes.values()) - looked_up) * item  # each decode step reads them
+        heads = self.config.num_key_value_heads * self.config.head_dim
+        self.position_bytes = 2 * self.config.num_hidden_layers * heads * item  # of the cache
+        reserved = 1 + DECODE_STEPS
+        self.contexts = [c for c in GROWN_CONTEXTS if c + reserved <= self.config.max_position_embeddings]
+        self.arguments, self.runs, self.sides = (str(folder), device, dtype), runs, sides
+        self.machine = Machine(device, dtype)
+        self.limits = []  # (matrix rate, bandwidth) before each round of the last `ask`
+        self.lines, self.peak = [], {}
 
-    def line(name: str, seconds: dict, work: int, unit: str, *, flop: int = 0, read: int = 0) -> None:
-        rate, bandwidth = (statistics.median(values) for values in zip(*met, strict=True))
-        found["lines"].append(
+    def ask(self, processes: Processes, method: str, *values) -> dict[str, list]:
+        """The answers of each side in each run; the machine's limits are measured before each round."""
+        self.limits.clear()
+        return processes.ask(
+            method, *values, runs=self.runs, warm_up=1, between=lambda: self.limits.append(self.machine.limits())
+        )
+
+    def line(self, name: str, seconds: dict, work: int, unit: str, *, flop: int = 0, read: int = 0) -> None:
+        """Add a line: seconds of each run by side, the work of a run, and the FLOPs or bytes that limit it."""
+        rate, bandwidth = (statistics.median(values) for values in zip(*self.limits, strict=True))
+        self.lines.append(
             {"name": name, "work": work, "unit": unit, "seconds": seconds, "flops": flop, "bytes": read}
             | {"matrix_flops": rate, "bandwidth": bandwidth}
         )
         medians = ", ".join(f"{side} {statistics.median(times):.3f} s" for side, times in seconds.items())
         print(f"{name}: {medians}", file=sys.stderr, flush=True)
 
-    arguments = (str(folder), device, dtype)
-    processes = Processes(arguments, sides)
-    line("load, to the first logits", ask("load"), 1, "loads")
-    cost = total(flops.forward(config, 1, CONTEXT, head="last"))
-    line(f"prefill, {CONTEXT} tokens", ask("prefill", CONTEXT), CONTEXT, "tokens", flop=cost)
-    for batch in BATCHES:
-        read = weights + batch * CONTEXT * per_position
-        line(f"decode step, batch {batch}", ask("decode", batch, CONTEXT), batch, "tokens", read=read)
-    for steps in FORECAST_STEPS:
-        answers = ask("forecast", steps)
-        free = f" ({PEER}: free)" if PEER in sides else ""  # it has no decoding under a grammar
+    def generation(self) -> None:
+        """Loading, prefill, decode steps and forecasts."""
+        processes = Processes(self.arguments, self.sides)
+        self.line("load, to the first logits", self.ask(processes, "load"), 1, "loads")
+        self._prefill(processes)
+        for batch in BATCHES:
+            self._decode_step(processes, f"batch {batch}", batch, CONTEXT)
+        for steps in FORECAST_STEPS:
+            self._forecast(processes, steps)
+        for context in self.contexts:
+            self._decode_step(processes, f"context {context}", 1, context)
+        self.peak["generation"] = processes.ask("peak")
+        processes.close()
+
+    def _prefill(self, processes: Processes) -> None:
+        import flops
+        from flops.model import total
+
+        cost = total(flops.forward(self.config, 1, CONTEXT, head="last"))
+        self.line(f"prefill, {CONTEXT} tokens", self.ask(processes, "prefill", CONTEXT), CONTEXT, "tokens", flop=cost)
+
+    def _decode_step(self, processes: Processes, label: str, batch: int, context: int) -> None:
+        read = self.weight_bytes + batch * context * self.position_bytes
+        self.line(f"decode step, {label}", self.ask(processes, "decode", batch, context), batch, "tokens", read=read)
+
+    def _forecast(self, processes: Processes, steps: int) -> None:
+        answers = self.ask(processes, "forecast", steps)
+        free = f" ({PEER}: free)" if PEER in self.sides else ""  # it has no decoding under a grammar
         for name, parts in {
             "prefill": ["prefill"],
             "free decoding": ["free"],
@@ -368,47 +394,57 @@ def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, typ
             "whole, free": ["prefill", "free"],
             f"whole, constrained{free}": ["prefill", "constrained"],
         }.items():
-            times = {side: [sum(found[part] for part in parts) for found in each] for side, each in answers.items()}
-            line(f"{CONTEXTS} contexts + {steps} time steps, {name}", times, CONTEXTS * steps, "time steps")
-    contexts = [context for context in GROWN_CONTEXTS if context + 1 + DECODE_STEPS <= config.max_position_embeddings]
-    for context in contexts:
-        read = weights + context * per_position
-        line(f"decode step, context {context}", ask("decode", 1, context), 1, "tokens", read=read)
-    found["peak"]["generation"] = processes.ask("peak")
-    processes.close()
+            times = {side: [sum(answer[part] for part in parts) for answer in each] for side, each in answers.items()}
+            self.line(f"{CONTEXTS} contexts + {steps} time steps, {name}", times, CONTEXTS * steps, "time steps")
 
-    processes = Processes(arguments, sides)
-    processes.ask("load")
-    processes.ask("prepare_training")
-    ranks = {"q_proj": 8, "v_proj": 8}
-    for context, batches in ((512, TRAINED_BATCHES), (768, (4,))):
-        for batch in batches:
-            cost = flops.training_step(config, batch, context, ranks=ranks)
-            tokens = batch * context
-            line(f"LoRA step, {batch} x {context}", ask("lora_step", batch, context), tokens, "tokens", flop=cost)
-        if context == 512:
-            found["peak"]["LoRA step, 4 x 512"] = processes.ask("peak")
-    processes.close()
+    def training(self) -> None:
+        """LoRA steps."""
+        import flops
 
-    for side in sides:
-        seconds = {one["name"]: statistics.median(one["seconds"][side]) for one in found["lines"]}
-        found["growth"][side] = {
+        processes = Processes(self.arguments, self.sides)
+        processes.ask("load")
+        processes.ask("prepare_training")
+        ranks = {"q_proj": 8, "v_proj": 8}
+        for context, batches in ((512, TRAINED_BATCHES), (768, (4,))):
+            for batch in batches:
+                cost = flops.training_step(self.config, batch, context, ranks=ranks)
+                answers = self.ask(processes, "lora_step", batch, context)
+                self.line(f"LoRA step, {batch} x {context}", answers, batch * context, "tokens", flop=cost)
+            if context == 512:
+                self.peak["LoRA step, 4 x 512"] = processes.ask("peak")
+        processes.close()
+
+    def growth_of(self, side: str) -> dict[str, dict[str, float]]:
+        """How the median seconds of a side grow with the filled positions and with the rows."""
+        seconds = {line["name"]: statistics.median(line["seconds"][side]) for line in self.lines}
+        return {
             "decode step by filled position": growth(
-                contexts, [seconds[f"decode step, context {c}"] for c in contexts]
+                self.contexts, [seconds[f"decode step, context {c}"] for c in self.contexts]
             ),
             "decode step by row": growth(BATCHES, [seconds[f"decode step, batch {b}"] for b in BATCHES]),
             "LoRA step by row": growth(TRAINED_BATCHES, [seconds[f"LoRA step, {b} x 512"] for b in TRAINED_BATCHES]),
         }
-    bandwidth = statistics.median(one["bandwidth"] for one in found["lines"])
-    found["cache_read_seconds_per_position"] = per_position / bandwidth
-    return found
 
 
-def table(found: dict) -> str:
+def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, type[Side]]) -> dict:
+    """Measure everything: lines (seconds of each run by side, and what limits them), growth, memory, limits."""
+    measurement = Measurement(model, device, dtype, runs, sides)
+    measurement.generation()
+    measurement.training()
+    bandwidth = statistics.median(line["bandwidth"] for line in measurement.lines)
+    return {
+        "lines": measurement.lines,
+        "growth": {side: measurement.growth_of(side) for side in sides},
+        "peak": measurement.peak,
+        "cache_read_seconds_per_position": measurement.position_bytes / bandwidth,
+    }
+
+
+def table(measured: dict) -> str:
     """The measurements as Markdown."""
-    sides = list(found["lines"][0]["seconds"])
+    sides = list(measured["lines"][0]["seconds"])
     rows = [["", *(f"{side}, median [spread]" for side in sides), "ratio", "work/s", "share of the limit"]]
-    for line in found["lines"]:
+    for line in measured["lines"]:
         medians = {side: statistics.median(s) for side, s in line["seconds"].items()}
         cells = [f"{medians[s]:.4g} s [{min(line['seconds'][s]):.4g}, {max(line['seconds'][s]):.4g}]" for s in sides]
         ratio = f"{medians[PEER] / medians[OURS]:.2f} x" if PEER in medians else "-"
@@ -418,26 +454,26 @@ def table(found: dict) -> str:
         elif line["bytes"]:
             share = f"{line['bytes'] / medians[OURS] / line['bandwidth']:.0%} of bandwidth"
         rows.append([line["name"], *cells, ratio, f"{line['work'] / medians[OURS]:.4g} {line['unit']}", share])
-    for name, peak in found["peak"].items():
+    for name, peak in measured["peak"].items():
         cells = [f"{peak[side][0] / 1e9:.2f} GB" for side in sides]
         ratio = f"{peak[PEER][0] / peak[OURS][0]:.2f} x" if PEER in peak else "-"
         rows.append([f"peak memory, {name}", *cells, ratio, "-", "-"])
     rows.insert(1, ["---"] * len(rows[0]))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    rates, reads = ([line[limit] / 1e9 for line in found["lines"]] for limit in ("matrix_flops", "bandwidth"))
+    rates, reads = ([line[limit] / 1e9 for line in measured["lines"]] for limit in ("matrix_flops", "bandwidth"))
     spread = f"{min(rates):.0f} to {max(rates):.0f} GFLOP/s in matrix products, {min(reads):.1f} to {max(reads):.1f}"
-    lines += ["", f"Limits, from line to line: {spread} GB/s read."]
-    for side, fits in found["growth"].items():
+    lines += ["", f"Limits of the machine over all lines: {spread} GB/s read."]
+    for side, fits in measured["growth"].items():
         for name, fit in fits.items():
             line = f"{fit['start']:.4g} s + {fit['seconds_per_unit']:.3g} s each; exponent {fit['exponent']:.2f}"
             lines.append(f"- {side}, {name}: {line}")
-    reading = found["cache_read_seconds_per_position"]
-    lines.append(f"- reading the cache at that bandwidth: {reading:.3g} s a position")
+    reading = measured["cache_read_seconds_per_position"]
+    lines.append(f"- reading the cache at that bandwidth: {reading:.3g} s per position")
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Exit statuses as in `cli.exit_status`; peers that are not installed are bad input."""
+    """Return the exit status, as `cli.exit_status` does; packages that are not installed count as bad input."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmark",
         description=__doc__,
@@ -454,10 +490,10 @@ def main() -> int:
         if args.runs < 1:
             raise CommandError(f"--runs is {args.runs}, expected at least 1")
         sides = {OURS: Ours} if args.alone else {OURS: Ours, PEER: Peer}
-        found = measure(args.model, cli.checked_device(args.device), args.dtype, args.runs, sides)
+        measured = measure(args.model, cli.checked_device(args.device), args.dtype, args.runs, sides)
         if args.json:
-            write_whole(args.json, to_json(json.loads(json.dumps(found, default=float))))
-        print(table(found))
+            write_whole(args.json, to_json(json.loads(json.dumps(measured, default=float))))
+        print(table(measured))
         return 0
 
     return cli.exit_status(work)

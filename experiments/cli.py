@@ -1,4 +1,4 @@
-"""What the commands share: device and precision, and how they end. Imports no torch, so that --help is quick."""
+"""Code that all commands share: device, precision, exit status. It imports no torch, so that --help is quick."""
 
 import argparse
 import sys
@@ -16,13 +16,13 @@ class CommandError(ValueError):
 
 
 def add_device(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
-    """The options --device and --dtype."""
+    """Add the options --device and --dtype."""
     parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1, ... (default %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="of the weights (default %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="type of the weights (default %(default)s)")
 
 
 def checked_device(name: str) -> str:
-    """The name of a device, after a number was put on it. Raises CommandError when that fails."""
+    """Put a number on a device and return the name of the device. Raises CommandError if that fails."""
     import torch
 
     try:
@@ -34,7 +34,7 @@ def checked_device(name: str) -> str:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turns torch's out-of-memory errors into MemoryError; on a CPU only the message identifies them."""
+    """Convert torch's out-of-memory errors to MemoryError; on a CPU only the message identifies them."""
     try:
         yield
     except RuntimeError as error:
@@ -46,18 +46,19 @@ def memory_errors() -> Iterator[None]:
 
 
 def is_meant(error: Exception) -> bool:
-    """Whether an error tells the user something: one of the system's, or of a class that a package here defines.
+    """Return True if an error is a message to the user: a system error, or of a class that a package here defines.
 
-    Any other, such as a plain ValueError or one of torch's, is a bug and keeps its traceback.
+    Any other error, such as a plain ValueError or an error of torch, is a bug and keeps its traceback.
     """
     return isinstance(error, OSError | MemoryError) or type(error).__module__.partition(".")[0] in PACKAGES
 
 
 def exit_status(work: Callable[[Interruption], int], resume: str = "") -> int:
-    """The exit status of a command: what work gives, or after one line on stderr 2 for bad input, 1 when the memory
-    does not suffice, 128 + the signal's number when it was asked to stop.
+    """Run a command and return its exit status.
 
-    `resume` is a command that continues what was stopped.
+    The status is the result of `work`. After an error, which is one line on stderr, it is 2 for bad input, 1 if the
+    memory does not suffice, 128 + the signal's number if the process was asked to stop. `resume` is the command that
+    continues a stopped one.
     """
     try:
         with Interruption() as interruption, memory_errors():

@@ -1,8 +1,8 @@
-"""Runs beside each other, with what the report published and the baselines, from their folders alone.
+"""Compare runs with each other, with the numbers that the report published and with the baselines.
 
     python -m experiments.comparison results
 
-reads every run folder in `results` and writes comparison.md and its figures there; no model is loaded.
+reads all run folders in `results` and writes comparison.md and its figures there. It loads no model.
 """
 
 import argparse
@@ -14,13 +14,13 @@ from experiments.report.comparison import write_comparison
 
 
 def main() -> int:
-    """Write the comparison; exit statuses as in `cli.exit_status`."""
+    """Write the comparison; return the exit status, as `cli.exit_status` does."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.comparison",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="folder of run folders")
+    parser.add_argument("folder", type=Path, help="folder that contains run folders")
     folder = parser.parse_args().folder
 
     def work(_) -> int:

@@ -1,11 +1,11 @@
-"""Forecast series of your own: CSV or HDF5 in, CSV and a figure out.
+"""Forecast your own series: read CSV or HDF5, write CSV and a figure.
 
     python -m experiments.forecast series.csv --horizon 10 --plot forecast.png
     python -m experiments.forecast series.csv --adapter runs/quick/experiments/final/adapter
 
-A CSV file is one series: a row for each time step, a column for each variable. The first row holds names where one of
-its cells is no number (so a row of years is data); a column without a name, as pandas writes its index, is left out.
-An HDF5 file holds many series, as the report's data set does.
+A CSV file is one series, with a row for each time step and a column for each variable. The first row contains names if
+one of its cells is not a number (so a row of years is data). A column without a name, such as the index that pandas
+writes, is ignored. An HDF5 file contains many series, like the report's data set.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from experiments import cli
 
 
 def fractions(text: str) -> list[float]:
-    """Numbers between 0 and 1, joined by commas."""
+    """Parse numbers between 0 and 1, separated by commas."""
     try:
-        found = sorted(float(part) for part in text.split(","))
+        values = sorted(float(part) for part in text.split(","))
     except ValueError:
-        found = []
-    if not found or not all(0 < value < 1 for value in found):
+        values = []
+    if not values or not all(0 < value < 1 for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers between 0 and 1, such as 0.1,0.9")
-    return found
+    return values
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,14 +42,14 @@ def parser() -> argparse.ArgumentParser:
         "--samples",
         type=int,
         default=20,
-        help="paths to draw; 0: only the likeliest, no interval (default %(default)s)",
+        help="paths to draw; 0: only the likeliest path, without an interval (default %(default)s)",
     )
-    p.add_argument("--quantiles", type=fractions, default=list(BAND), help="of the paths (default "
-                   f"{','.join(map(str, BAND))}); 0.1 takes at least 9 samples, 0.01 takes 99")  # fmt: skip
-    p.add_argument("--scale", type=float, help="what values are divided by (default: the adapter's, else so that 9.99 "
-                   "is the largest of each variable)")  # fmt: skip
+    p.add_argument("--quantiles", type=fractions, default=list(BAND), help="quantiles of the paths (default "
+                   f"{','.join(map(str, BAND))}); 0.1 needs at least 9 samples, 0.01 needs 99")  # fmt: skip
+    p.add_argument("--scale", type=float, help="divisor of the values (default: the adapter's, else such that 9.99 "
+                   "is the largest value of each variable)")  # fmt: skip
     p.add_argument("--decimals", type=int, help="places after the point (default: the adapter's, else 2)")
-    p.add_argument("--seed", type=int, default=0, help="of the paths (default %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the paths (default %(default)s)")
     cli.add_device(p)
     p.add_argument("--out", type=Path, help="CSV to write (default: NAME.forecast.csv next to the series NAME.csv)")
     p.add_argument("--plot", type=Path, help="figure to write, a PNG")
@@ -57,8 +57,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> list[Path]:
-    """Read, forecast, write; the files written. Raises an error that `cli.is_meant` for the user, with nothing written,
-    for bad input.
+    """Read, forecast, write; return the paths of the files written.
+
+    For bad input it writes nothing and raises an error that `cli.is_meant` for the user.
     """
     import torch
 
@@ -81,28 +82,28 @@ def run(args: argparse.Namespace) -> list[Path]:
             raise cli.CommandError(f"{args.series}: --columns is for CSV files")
         names, series = ["prey", "predator"], list(data.read(args.series).trajectories)
     else:
-        names, one = read_csv(args.series, args.columns)
-        series = [one]
+        names, table = read_csv(args.series, args.columns)
+        series = [table]
     out = args.out or args.series.with_suffix(".forecast.csv")
     for option, path in (("--out", out), ("--plot", args.plot)):
         if path and path.exists() and path.samefile(args.series):
-            raise cli.CommandError(f"{option} {path} is the series itself; name another file")
+            raise cli.CommandError(f"{option} {path} is the file of the series; name another file")
     if args.plot and args.plot.absolute() == out.absolute():
         raise cli.CommandError(f"--out and --plot are both {out}; name two files")
     forecaster = Forecaster.load(
         args.model, args.adapter, device, getattr(torch, args.dtype), scale=args.scale, decimals=args.decimals
     )
-    found = forecaster.forecast(series, args.horizon, args.samples, quantiles, args.seed)
+    forecast = forecaster.forecast(series, args.horizon, args.samples, quantiles, args.seed)
     written = [out]
-    write_whole(out, to_csv(names, found, quantiles))
+    write_whole(out, to_csv(names, forecast, quantiles))
     if args.plot:
-        figures.fan(names, series, found.values, found.quantiles, args.plot)
+        figures.fan(names, series, forecast.values, forecast.quantiles, args.plot)
         written.append(args.plot)
     return written
 
 
 def main() -> int:
-    """Exit statuses as in `cli.exit_status`."""
+    """Return the exit status, as `cli.exit_status` does."""
     args = parser().parse_args()
 
     def work(_) -> int:

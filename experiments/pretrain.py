@@ -1,9 +1,9 @@
-"""Pretrain the embedded checkpoint: a small Qwen2.5 that has read many series, but no predator and no prey.
+"""Pretrain the embedded checkpoint: a small Qwen2.5 that has read many series, but none of predators and prey.
 
     python -m experiments.pretrain --out FOLDER
 
-The series are oscillators, van der Pol cycles, sums of sines, logistic growth, AR(2) and random walks, written in
-the text encoding of the report. n series, T = 100 time steps, 2 variables.
+The series are oscillators, van der Pol cycles, sums of sines, logistic growth, AR(2) and random walks, in the text
+encoding of the report. Shapes: n series, T = 100 time steps, 2 variables.
 """
 
 import argparse
@@ -43,12 +43,12 @@ HELD_OUT = 256  # series whose loss the card reports
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float, size) -> np.ndarray:
-    """Numbers whose logarithm is uniform."""
+    """Random numbers whose logarithm is uniform."""
     return np.exp(rng.uniform(np.log(low), np.log(high), size))
 
 
 def integrate(rates, state: np.ndarray, burn_in: int) -> np.ndarray:
-    """Fourth-order Runge-Kutta of n systems (2, n) over unit time steps: (n, T, 2), after burn_in steps."""
+    """Integrate n systems with state (2, n) by fourth-order Runge-Kutta: (n, T, 2), the time steps after burn_in."""
     path, h = [], 1 / SUBSTEPS
     for step in range(burn_in + NUM_STEPS):
         path.append(state)
@@ -76,7 +76,7 @@ def oscillators(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def van_der_pol(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Relaxation oscillators from near a sine to sharp spikes: position and velocity."""
+    """Relaxation oscillators, from almost a sine to sharp spikes: position and velocity."""
     mu = log_uniform(rng, 0.05, 4, n)
     speed = (2 * np.pi + 1.6 * mu) / log_uniform(rng, 8, 60, n)  # the cycle takes about 2 pi + 1.6 mu
 
@@ -88,7 +88,7 @@ def van_der_pol(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def sums_of_sines(rng: np.random.Generator, n: int) -> np.ndarray:
-    """One to three sines of the same periods in both variables, at other phases and strengths."""
+    """One to three sines, with the same periods in both variables but different phases and strengths."""
     t = np.arange(NUM_STEPS)[None, :, None, None]
     omega = 2 * np.pi / log_uniform(rng, 5, 60, (n, 1, 1, 3))
     strength = rng.uniform(0.2, 1, (n, 1, 2, 3)) * (np.arange(3) < rng.integers(1, 4, (n, 1, 1, 1)))
@@ -96,14 +96,14 @@ def sums_of_sines(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def logistic_growth(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Growth to a capacity of 1, or decline from it, each variable for itself."""
+    """Growth to a capacity of 1, or decline from it; the variables are independent."""
     t = np.arange(NUM_STEPS)[None, :, None]
     rate = log_uniform(rng, 0.03, 0.5, (n, 1, 2)) * rng.choice([-1, 1], (n, 1, 2))
     return 1 / (1 + np.exp(-rate * (t - rng.uniform(0, NUM_STEPS, (n, 1, 2)))))
 
 
 def ar2(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Noisy second-order autoregressions with complex roots, each variable for itself."""
+    """Noisy second-order autoregressions with complex roots; the variables are independent."""
     radius, angle = rng.uniform(0.8, 1, (n, 2)), 2 * np.pi / log_uniform(rng, 5, 60, (n, 2))
     noise = log_uniform(rng, 1e-3, 0.3, (n, 1))
     path = [rng.normal(size=(n, 2)), rng.normal(size=(n, 2))]
@@ -114,7 +114,7 @@ def ar2(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def random_walks(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Gaussian random walks, each variable for itself."""
+    """Gaussian random walks; the variables are independent."""
     return rng.normal(size=(n, NUM_STEPS, 2)).cumsum(axis=1)
 
 
@@ -129,7 +129,7 @@ FAMILIES = {
 
 
 def series(seed: int, n: int) -> np.ndarray:
-    """n series (n, T, 2) of all families, shuffled; each variable moved to a random range within 0 to 9.99."""
+    """n series (n, T, 2) of all families, shuffled; each variable is scaled to a random range within 0 to 9.99."""
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n, list(FAMILIES.values()))
     raw = np.concatenate([family(rng, count) for family, count in zip(FAMILIES, counts, strict=True)])
@@ -140,7 +140,7 @@ def series(seed: int, n: int) -> np.ndarray:
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
-    """The 256 bytes in GPT-2's order and the end of text: the ids that Qwen2.5 gives to numeric text."""
+    """A tokenizer of the 256 bytes in GPT-2's order and the end of text; numeric text gets the ids of Qwen2.5."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -159,9 +159,9 @@ def learning_rate(step: int, num_steps: int, peak: float) -> float:
 
 
 def pretrain(ids: torch.Tensor, num_steps: int, batch: int, peak_rate: float, seed: int) -> Qwen:
-    """A model trained on ids (n, T), each row read once in order: num_steps * batch <= n.
+    """Train a model on ids (n, T); each row is read once, in order, so num_steps * batch <= n is needed.
 
-    Muon for the matrices of the layers, AdamW for the rest; bf16 products by autocast, fp32 weights.
+    Muon trains the matrices of the layers, AdamW the rest. Weights are fp32, products bf16 by autocast.
     """
     torch.manual_seed(seed)
     model = Qwen(CONFIG)
@@ -193,12 +193,13 @@ def pretrain(ids: torch.Tensor, num_steps: int, batch: int, peak_rate: float, se
 
 
 def main() -> None:
+    """Pretrain, and write the checkpoint with a README."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="series a step (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="series per step (default %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-2, help="peak rate (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of data and weights (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data and weights (default %(default)s)")
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)

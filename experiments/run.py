@@ -7,10 +7,15 @@ A folder that holds the same run is continued; finished experiments are not run 
 """
 
 import argparse
+import hashlib
+import json
+import platform
 import shlex
 import sys
-from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from experiments import cli
 from experiments.storage.files import RunError
@@ -18,9 +23,14 @@ from experiments.storage.interruption import Interrupted, Interruption
 from experiments.storage.runfolder import open_run
 from experiments.study import plans
 
+if TYPE_CHECKING:  # --help need not wait for torch
+    from experiments.forecasting.encoding import Encoding
+    from experiments.study.suite import Suite
+    from qwen_min import Qwen, Tokenizer
+
 
 def sequences(text: str) -> int | None:
-    """A number of sequences, or None for "all"."""
+    """Parse a number of sequences; None for "all"."""
     if text == "all":
         return None
     try:
@@ -30,15 +40,17 @@ def sequences(text: str) -> int | None:
 
 
 def budget(text: str) -> int:
-    """A number of FLOPs such as 1e17."""
+    """Parse a number of FLOPs such as 1e17."""
     try:
         return positive(int(float(text)))
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of FLOPs of at least 1, such as 1e17") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of FLOPs, expected one of at least 1, such as 1e17"
+        ) from None
 
 
 def positive(number: int) -> int:
-    """The number. Raises ValueError below 1."""
+    """Return the number. Raises ValueError if it is below 1."""
     if number < 1:
         raise ValueError(f"{number} is not positive")
     return number
@@ -57,28 +69,30 @@ def parser() -> argparse.ArgumentParser:
         "--sequences", type=sequences, metavar="N|all", help="evaluate the first N of each split (default all)"
     )
     p.add_argument(
-        "--decoding", choices=("constrained", "free"), default="constrained", help="of forecasts: to well-formed "
-        "numbers (default), or raw argmax as in the report",
+        "--decoding", choices=("constrained", "free"), default="constrained", help="how forecasts are decoded: "
+        "constrained to well-formed numbers (default), or free, by raw argmax, as in the report",
     )  # fmt: skip
     p.add_argument(
-        "--samples", type=int, default=20, help="paths that the last model draws for each sequence, 0 for none "
+        "--samples", type=int, default=20, help="paths that the last model draws for each sequence; 0: none "
         "(default %(default)s)",
     )  # fmt: skip
     p.add_argument("--numeric-head", action="store_true", help="train with a softmax over the tokens of numbers only")
     p.add_argument(
-        "--seed", type=int, default=0, help="of adapters, batches, samples and the GRU (default %(default)s)"
+        "--seed", type=int, default=0, help="seed of adapters, batches, samples and the GRU (default %(default)s)"
     )
-    p.add_argument("--budget", type=budget, default=10**17, help="FLOPs of all training (default 1e17)")
+    p.add_argument(
+        "--budget", type=budget, default=10**17, help="FLOPs that all trainings may cost together (default 1e17)"
+    )
     p.add_argument(
         "--convention", default="sheet", choices=("exact", "sheet", "report"),
-        help="how the budget counts (default %(default)s, the strictest)",
+        help="how FLOPs are counted (default %(default)s, the strictest)",
     )  # fmt: skip
     p.add_argument("--out", type=Path, help="run folder (default runs/PLAN)")
     return p
 
 
 def read_data(args: argparse.Namespace):
-    """The trajectories (N, T, 2) in populations, their split, and the encoding that the training part gives.
+    """Return the trajectories (N, T, 2) in populations, their split, and the encoding fitted to the training part.
 
     Raises DataError for trajectories that are too short, or too large for the encoding.
     """
@@ -96,30 +110,36 @@ def read_data(args: argparse.Namespace):
     encoding = Encoding.fit(trajectories[parts.train])
     if (largest := encoding.scaled(trajectories).max()) >= BEYOND - 0.5:
         raise data.DataError(
-            f"{args.data}: a population is {largest:.4g} times the scale, {encoding.scale:g}, that the training "
-            f"trajectories give; expected less than {BEYOND:g}"
+            f"{args.data}: a population is {largest:.4g} times the scale of the training trajectories, "
+            f"{encoding.scale:g}; expected less than {BEYOND:g}"
         )
     return trajectories, parts, encoding
 
 
-def prepare(args: argparse.Namespace, stack: ExitStack, interruption: Interruption):
-    """Read and check everything a run needs, then open its folder for as long as the stack is: (suite, whether it is
-    continued).
+class Inputs(NamedTuple):
+    """The checked inputs of a run: N trajectories of T time steps and 2 variables, checkpoint, encoding."""
 
-    Raises an error that `cli.is_meant` for the user, before anything is written.
+    plan: plans.Plan
+    trajectories: np.ndarray  # (N, T, 2) in populations
+    ids: dict[str, np.ndarray]  # rows of the trajectories, by split
+    encoding: "Encoding"
+    folder: Path  # of the checkpoint
+    model: "Qwen"
+    tokenizer: "Tokenizer"
+
+
+def check_inputs(args: argparse.Namespace) -> Inputs:
+    """Read and check everything that a run needs. Write nothing.
+
+    Raises an error that `cli.is_meant` for the user.
     """
-    import hashlib
-    import platform
-
     import torch
 
-    import flops
     from experiments.forecasting.grammar import Grammar
     from experiments.forecasting.training import window_tensors
-    from experiments.study.evaluation import most_positions
-    from experiments.study.suite import Suite
+    from experiments.study.evaluation import max_positions
     from qwen_min import load
-    from qwen_min.weights import checkpoint_folder, checkpoint_hash
+    from qwen_min.weights import checkpoint_folder
 
     for name in ("seed", "samples"):
         if getattr(args, name) < 0:
@@ -132,10 +152,9 @@ def prepare(args: argparse.Namespace, stack: ExitStack, interruption: Interrupti
     ids = {"train": parts.train, "val": parts.val[: args.sequences], "test": parts.test[: args.sequences]}
     folder = checkpoint_folder(args.model)
     model, tokenizer = load(folder, device, getattr(torch, args.dtype))
-    series = {name: trajectories[rows] for name, rows in ids.items()}
-    sample = [tokenizer.encode(encoding.encode(series["train"][0]))]
+    sample = [tokenizer.encode(encoding.encode(trajectories[parts.train[0]]))]
     grammar = Grammar(tokenizer, encoding.decimals, num_variables=2)
-    lengths = [most_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)]
+    lengths = [max_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)]
     for experiment in plan.experiments:
         for training in plans.candidates(plan, experiment):
             window_tensors(sample, training, tokenizer.pad_id)  # refuses a context longer than a trajectory
@@ -144,87 +163,101 @@ def prepare(args: argparse.Namespace, stack: ExitStack, interruption: Interrupti
         raise cli.CommandError(
             f"{args.model}: has {model.config.max_position_embeddings} positions, plan {plan.name} needs {max(lengths)}"
         )
+    return Inputs(plan, trajectories, ids, encoding, folder, model, tokenizer)
+
+
+def identity_of(args: argparse.Namespace, inputs: Inputs) -> dict:
+    """Everything that decides the results of a run, as JSON can hold it."""
+    import torch
+
+    from qwen_min.weights import checkpoint_hash
+
     identity = {
         "plan": args.plan,
-        "experiments": plans.as_record(plan),
+        "experiments": plans.as_record(inputs.plan),
         "seed": args.seed,
         "sequences": args.sequences,
         "decoding": args.decoding,
         "samples": args.samples,
-        "checkpoint_sha256": checkpoint_hash(folder),
-        "data_sha256": hashlib.sha256(trajectories.tobytes()).hexdigest(),
-        "encoding": {"scale": encoding.scale, "decimals": encoding.decimals},
+        "checkpoint_sha256": checkpoint_hash(inputs.folder),
+        "data_sha256": hashlib.sha256(inputs.trajectories.tobytes()).hexdigest(),
+        "encoding": {"scale": inputs.encoding.scale, "decimals": inputs.encoding.decimals},
         "convention": args.convention,
-        "device": torch.device(device).type,
+        "device": torch.device(args.device).type,
         "dtype": args.dtype,
     }
-    record = {
+    return json.loads(json.dumps(identity))  # tuples become lists, as they are when the file is read again
+
+
+def record_of(args: argparse.Namespace, inputs: Inputs) -> dict:
+    """The rest of plan.json: how and where the run began."""
+    import torch
+
+    import flops
+
+    cuda = args.device.startswith("cuda")
+    return {
         "command": shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]),
         "model": args.model,
         "data": args.data.name if args.data else "simulated, seed 0",
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device_name": torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine(),
+        "parameters": sum(p.numel() for p in inputs.model.parameters()),
+        "device_name": torch.cuda.get_device_name(args.device) if cuda else platform.machine(),
         "conventions": flops.CONVENTIONS,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    out = args.out or Path("runs") / args.plan
-    continued = stack.enter_context(open_run(out, json_plain(identity), record))
-    ledger = flops.Ledger(out / "ledger.jsonl", args.budget)
-    suite = Suite(
-        plan,
-        out,
-        model,
-        tokenizer,
-        encoding,
-        series,
-        ids,
-        ledger,
-        args.convention,
-        checkpoint=(args.model, identity["checkpoint_sha256"]),
-        decoding=args.decoding,
-        samples=args.samples,
-        seed=args.seed,
-        interruption=interruption,
-    )
-    return suite, continued
-
-
-def json_plain(value):
-    """The value as JSON would give it back: tuples become lists."""
-    import json
-
-    return json.loads(json.dumps(value))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 when the plan is finished, 1 when it ended early (budget, loss, disk, memory), 2 when it could not
-    begin (bad input, no place to write), and 128 + the signal's number when it was asked to stop."""
+    """Return the exit status: 0 when the plan is finished, 1 when it ended early (budget, loss, disk, memory), 2 when
+    it could not begin (bad input, no place to write), 128 + the signal's number when it was asked to stop.
+    """
     args = parser().parse_args(argv)
     resume = shlex.join(["python", "-m", "experiments.run", *(sys.argv[1:] if argv is None else argv)])
-
-    def work_in(interruption: Interruption) -> int:
-        with ExitStack() as stack:
-            return work(args, stack, interruption)
-
-    return cli.exit_status(work_in, resume)
+    return cli.exit_status(lambda interruption: work(args, interruption), resume)
 
 
-def work(args: argparse.Namespace, stack: ExitStack, interruption: Interruption) -> int:
-    """`main` without its handling of signals and of input that cannot be used."""
-    suite, continued = prepare(args, stack, interruption)
-    import flops  # after parsing: --help need not wait for torch
+def work(args: argparse.Namespace, interruption: Interruption) -> int:
+    """Check the inputs, open the run folder and run the plan in it; the exit status, as in `main`."""
+    inputs = check_inputs(args)
+    import flops
+    from experiments.study.suite import Suite
+
+    out, identity = args.out or Path("runs") / args.plan, identity_of(args, inputs)
+    with open_run(out, identity, record_of(args, inputs)) as continued:
+        suite = Suite(
+            inputs.plan,
+            out,
+            inputs.model,
+            inputs.tokenizer,
+            inputs.encoding,
+            {name: inputs.trajectories[rows] for name, rows in inputs.ids.items()},
+            inputs.ids,
+            flops.Ledger(out / "ledger.jsonl", args.budget),
+            args.convention,
+            checkpoint=(args.model, identity["checkpoint_sha256"]),
+            decoding=args.decoding,
+            samples=args.samples,
+            seed=args.seed,
+            interruption=interruption,
+        )
+        if continued:
+            print(f"continuing {suite.folder}")
+        return finish(suite)
+
+
+def finish(suite: "Suite") -> int:
+    """Run what is not finished yet and write the report; the exit status, as in `main`."""
+    import flops
     from experiments.forecasting.training import TrainingError
     from experiments.report.build import write_report
     from experiments.study.evaluation import ForecastError
 
-    if continued:
-        print(f"continuing {suite.folder}")
     if warning := suite.budget_warning():
         print(f"warning: {warning}", file=sys.stderr)
     stopped = None
     try:
-        suite.write_status(None)  # what stopped an earlier process, and its budget, are no longer true
+        suite.write_status(None)  # the old one has the reason and the budget of an earlier process
         try:
             with cli.memory_errors():
                 suite.run()

@@ -1,4 +1,4 @@
-"""Small random models, the embedded checkpoint, and real inputs if environment variables name them."""
+"""Small random models, the embedded checkpoint, and the real inputs if the environment names them."""
 
 import os
 from dataclasses import asdict, replace
@@ -30,7 +30,7 @@ CONFIGS = {
 
 
 def random_model(config: QwenConfig, seed: int = 0) -> Qwen:
-    """A model with weights large enough that every operator matters."""
+    """A model with weights so large that each operator changes the result."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen(config)
@@ -41,12 +41,12 @@ def random_model(config: QwenConfig, seed: int = 0) -> Qwen:
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference divided by the largest magnitude of `theirs`."""
+    """The largest absolute difference, divided by the largest absolute value of `theirs`."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def config_fields(config: QwenConfig) -> dict:
-    """The config as in a `config.json`."""
+    """The config as the fields of a `config.json`."""
     return {"model_type": "qwen2", "hidden_act": "silu", **asdict(config)}
 
 

@@ -1,9 +1,10 @@
-"""Runs that are killed, and runs that cannot write: what is left behind, and whether they end as if undisturbed.
+"""Checks runs that are killed and runs that cannot write: the files they leave, and the files after a continuation.
 
     python -m tests.faults --kills 100
 
-Every run is a forked process on a plan of seconds, its budget exactly what the plan costs. After each fault no finished
-file differs from the undisturbed run's, and the ledger holds every step that was taken; in the end all files are equal.
+Each run is a forked process on a plan that takes seconds, with a budget that the plan uses up exactly. After each fault
+no finished file differs from that of the undisturbed run, and the ledger contains each step that was taken. At the end
+all files are equal.
 """
 
 import argparse
@@ -41,23 +42,23 @@ FINAL = (
     "*.jsonl",
     "*.json",
 )
-CHANGING = ("status.json", "ledger.jsonl", "seconds.json")  # grow, or hold a time or the budget
+CHANGING = ("status.json", "ledger.jsonl", "seconds.json")  # these grow, or contain a time or the budget
 TIMED = ("status.json", "seconds.json")
 WRITING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
 
 class Fault(AssertionError):
-    """A promise that was not kept."""
+    """A guarantee was broken."""
 
 
 def plan(seed: int) -> plans.Plan:
-    """Five experiments in seconds."""
+    """Five experiments that take seconds."""
     trial, cell = (Training(rank, 1e-3, 64, 3, seed=seed) for rank in (4, 2))
     return plans._chain("quick", trial, [cell], [96], 3, 5)
 
 
 def child(folder: Path, source: Path, budget: int, log: Path, prepare=lambda: None) -> int:
-    """A process that runs or continues the small plan in a folder; its id."""
+    """Start a process that runs or continues the small plan in a folder; return its id."""
     if pid := os.fork():
         return pid
     status = 70
@@ -76,16 +77,16 @@ def child(folder: Path, source: Path, budget: int, log: Path, prepare=lambda: No
     except BaseException:
         traceback.print_exc()
     finally:
-        os._exit(status)  # whatever happens, the parent's code is not the child's
+        os._exit(status)  # the child must never run the code of the parent
 
 
 def wait(pid: int) -> int:
-    """Exit status of a child; below 0 the signal that ended it."""
+    """Wait for a child; return its exit status, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
-    """The files of a folder by relative path."""
+    """The contents of the files in a folder, by relative path."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return {
         str(path.relative_to(folder)): path.read_bytes() for path in sorted(found) if path.name not in (LOCK, WRITER)
@@ -93,7 +94,7 @@ def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
 
 
 class Campaign:
-    """Faults on runs of one plan, and the undisturbed run they are held against."""
+    """Faults on runs of one plan, and the undisturbed run with which they are compared."""
 
     def __init__(self, work: Path, seed: int = 0):
         self.work, self.random = work, random.Random(seed)
@@ -109,14 +110,14 @@ class Campaign:
         self.tally = Counter()
 
     def start(self, folder: Path, prepare=lambda: None) -> int:
-        """Run or continue in a folder, with not a FLOP more than the plan costs."""
+        """Run or continue in a folder, with exactly the FLOPs of the plan as budget."""
         return child(folder, self.source, self.budget, self.log, prepare)
 
     def check(self, folder: Path) -> None:
-        """What must hold at any instant."""
+        """Check what must be true at any moment."""
         for name, content in contents(folder, *FINAL).items():
             if Path(name).name not in CHANGING and "state" not in name and content != self.final.get(name):
-                raise Fault(f"{folder / name} is not what the undisturbed run wrote")
+                raise Fault(f"{folder / name} differs from the file of the undisturbed run")
         booked, spent = Counter(), 0
         ledger = folder / "ledger.jsonl"
         for line in ledger.read_bytes().split(b"\n")[:-1] if ledger.exists() else []:
@@ -131,7 +132,7 @@ class Campaign:
                 raise Fault(f"{ledger}: holds {booked[state.parent.name]} of the {taken} steps of {state.parent.name}")
 
     def finish(self, folder: Path) -> None:
-        """Continue undisturbed and compare every byte, the report's once the times that it tells are the same."""
+        """Continue undisturbed and compare all bytes, those of the reports after the times in them are made equal."""
         if status := wait(self.start(folder)):
             raise Fault(f"the last run in {folder} ended with {status}, see {self.log}")
         self.check(folder)
@@ -144,14 +145,14 @@ class Campaign:
         shutil.rmtree(folder)
 
     def compare(self, folder: Path, without: tuple[str, ...] = ()) -> None:
-        """The same files, with the same bytes but for those of some names."""
+        """Compare all files with those of the undisturbed run; in files named `without` the bytes may differ."""
         ours, theirs = contents(folder, "**/*"), contents(self.reference, "**/*")
         differing = [n for n in ours | theirs if ours.get(n) != theirs.get(n) and Path(n).name not in without]
         if differing or ours.keys() != theirs.keys():
-            raise Fault(f"{folder}: {differing or ours.keys() ^ theirs.keys()} differ from the undisturbed run's")
+            raise Fault(f"{folder}: {differing or ours.keys() ^ theirs.keys()} differ from the undisturbed run")
 
     def phase(self, folder: Path, started: float) -> str:
-        """What a process that began at `started` and left the folder so was doing."""
+        """The phase in which a process was that began at `started` and left the folder in its present state."""
         written = [p for p in folder.rglob("*") if p.is_file() and p.name not in (LOCK, WRITER)]
         new = {p.name for p in written if p.stat().st_mtime >= started}
         if not (folder / "baselines.json").exists():
@@ -165,7 +166,7 @@ class Campaign:
         return "evaluation" if evaluating else "training"
 
     def kill(self, kills: int) -> None:
-        """SIGKILL at random instants, and where a random file has just appeared, until a run finishes; and again."""
+        """Kill runs at random moments or right after a random file appears, and continue each until it finishes."""
         number = 0
         while kills > 0:
             folder, number = self.work / f"killed-{number}", number + 1
@@ -196,14 +197,14 @@ class Campaign:
             print(f"{kills} kills to go", file=sys.stderr)
 
     def refuse_writes(self, most: int) -> None:
-        """A full disk at each place in turn where a run opens a file to write, makes, moves or deletes one."""
+        """Simulate a full disk at each place in turn where a run opens a file to write, makes, moves or deletes one."""
         folder, refused = self.work / "refused", []
         sites = self.work / "sites"
         while len(refused) < most:
             status = wait(self.start(folder, lambda refused=refused: refuse_the_next(folder, refused, sites)))
             found = sites.read_text().splitlines() if sites.exists() else []
             if found == refused:
-                break  # the whole run went through
+                break  # nothing was refused
             refused = found
             last = self.log.read_text().splitlines()[-1]
             if status not in (1, 2) or "No space left" not in last:
@@ -213,13 +214,13 @@ class Campaign:
         self.finish(folder)
 
     def cut_writes(self, times: int) -> None:
-        """Files that cannot grow beyond a random size: writes end in their middle."""
+        """Limit the size of files to a random number of bytes, so that writes end in the middle."""
         sizes = sorted(len(content) for content in contents(self.reference, "**/*").values())
         for number in range(times):
             folder = self.work / f"cut-{number}"
             size = max(1, self.random.choice(sizes) - self.random.randint(1, 200))
             limit = (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-            log, self.log = self.log, Path(os.devnull)  # a log would be cut as well
+            log, self.log = self.log, Path(os.devnull)  # the limit would cut the log too
             status = wait(self.start(folder, lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, limit)))
             self.log = log
             if status not in (1, 2):
@@ -230,9 +231,9 @@ class Campaign:
 
 
 def refuse_the_next(folder: Path, refused: list[str], sites: Path) -> None:
-    """From now on the first write to the folder that is not in `refused` fails as on a full disk, and those behind it.
+    """Make the first write to the folder that is not in `refused` fail as on a full disk, and all writes after it.
 
-    What was refused is written to `sites`, together with what was before.
+    The file `sites` gets the names in `refused` and that of the new refused write.
     """
     full = False
 
@@ -248,7 +249,7 @@ def refuse_the_next(folder: Path, refused: list[str], sites: Path) -> None:
         if not full and site not in refused:
             full = True
             sites.write_text("\n".join([*refused, site]))
-        if full and event in ("open", "os.mkdir", "os.rename"):  # a full disk lets files go
+        if full and event in ("open", "os.mkdir", "os.rename"):  # deleting works on a full disk
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         if site not in refused and event in ("os.remove", "os.rmdir", "os.truncate"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -257,10 +258,10 @@ def refuse_the_next(folder: Path, refused: list[str], sites: Path) -> None:
 
 
 def main() -> None:
-    """Print the tally."""
+    """Run the campaign and print its tally."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--refusals", type=int, default=10**6, help="at most so many writes refused (default all)")
+    parser.add_argument("--refusals", type=int, default=10**6, help="refuse at most this many writes (default all)")
     parser.add_argument("--cuts", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

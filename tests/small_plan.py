@@ -1,4 +1,4 @@
-"""The quick plan with a few steps, saved after each."""
+"""A quick plan with few steps, whose state is saved after each step."""
 
 from experiments.forecasting import gru, training
 from experiments.forecasting.settings import Training
@@ -6,13 +6,13 @@ from experiments.study import plans
 
 
 def quick(seed: int) -> plans.Plan:
-    """Seven experiments in seconds."""
+    """Seven experiments that take seconds."""
     grid = [Training(2, rate, 64, 2, seed=seed) for rate in (1e-3, 1e-2)]
     return plans._chain("quick", Training(4, 1e-3, 64, 2, seed=seed), grid, [32, 96], 2, 6)
 
 
 def install() -> None:
-    """Take the place of the quick plan, in a process of its own."""
+    """Replace the quick plan in this process."""
     plans.PLANS["quick"] = quick
     training.SAVE_SECONDS = 0
     gru.STEPS = 3

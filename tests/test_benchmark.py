@@ -13,7 +13,7 @@ def test_growth_finds_line_and_exponent():
 
 @pytest.fixture
 def small(monkeypatch):
-    """Sizes of seconds, on the embedded checkpoint."""
+    """Sizes that take seconds on the embedded checkpoint."""
     monkeypatch.setattr(benchmark, "BATCHES", (1, 2))
     monkeypatch.setattr(benchmark, "GROWN_CONTEXTS", (32, 64, 8192))
     monkeypatch.setattr(benchmark, "TRAINED_BATCHES", (1, 4))
@@ -39,7 +39,7 @@ def test_one_run_measures_this_project(small, monkeypatch, capsys, tmp_path):
     assert "decode step, batch 2" in names
     assert "LoRA step, 4 x 768" in names
     assert "10 contexts + 2 time steps, whole, constrained" in names
-    assert "decode step, context 8192" not in names  # beyond the model's positions
+    assert "decode step, context 8192" not in names  # more than the model's positions
     assert all(seconds > 0 for line in found["lines"] for seconds in line["seconds"]["qwen-min"])
     assert found["peak"]["LoRA step, 4 x 512"]["qwen-min"][0] > 1e8
     for name in names:

@@ -19,21 +19,21 @@ RUNS = sorted(plan.parent.name for plan in RESULTS.glob("*/plan.json"))
 
 @pytest.fixture
 def results(tmp_path) -> Path:
-    """The runs that come with the project, without what is drawn from them."""
+    """The committed runs, without their figures and pages."""
     drawn = shutil.ignore_patterns("*.png", "*.md", "*.html")
     shutil.copytree(RESULTS, tmp_path / "results", ignore=drawn)
     return tmp_path / "results"
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_reports_that_come_with_the_project_are_those_of_their_files(results, name):
+def test_the_reports_that_come_with_the_project_match_their_files(results, name):
     page = write_report(results / name)
     markdown = page.with_suffix(".md").read_text()
     assert markdown == (RESULTS / name / "report.md").read_text()
     assert markdown.count("![") == len(list((results / name / "figures").glob("*.png"))) > 0
 
 
-def test_the_comparison_that_comes_with_the_project_is_that_of_its_runs(results):
+def test_the_comparison_that_comes_with_the_project_matches_its_runs(results):
     markdown = write_comparison(results).read_text()
     assert markdown == (RESULTS / "comparison.md").read_text()
     assert markdown.count("![") == len(list(results.glob("*.png"))) == 3
@@ -52,9 +52,9 @@ def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
         points, levels, _, hollow = drawn[f"{name}-by-flops"]
         assert set(points) == names
         assert len(levels) == 7  # six baselines and the untrained model
-        found, mean = metrics[split][part], metrics[split]["mean_of_samples"][part]
-        bars = [of["mse_interval"] if part == "all" else [] for of in (found, mean)]
-        assert points["frontier"] == (flops, found["mse_filled"], *bars[0])
+        likeliest, mean = metrics[split][part], metrics[split]["mean_of_samples"][part]
+        bars = [errors["mse_interval"] if part == "all" else [] for errors in (likeliest, mean)]
+        assert points["frontier"] == (flops, likeliest["mse_filled"], *bars[0])
         assert points["frontier, mean of 20 samples"] == (flops, mean["mse_filled"], *bars[1])
         assert len(hollow) == (14 if part == "first" else 0)
     hollow = drawn["val-first-by-flops"][3]
@@ -72,7 +72,7 @@ def test_runs_on_other_sequences_are_not_compared(results):
     assert not (results / "comparison.md").exists()
 
 
-def test_a_bug_in_a_report_is_no_damaged_file(results, monkeypatch):
+def test_a_bug_in_a_report_is_not_reported_as_a_damaged_file(results, monkeypatch):
     def bug(*_):
         raise KeyError("a bug")
 
@@ -84,7 +84,7 @@ def test_a_bug_in_a_report_is_no_damaged_file(results, monkeypatch):
         write_comparison(results)
 
 
-def test_a_cell_may_hold_the_mark_between_cells():
+def test_a_cell_may_contain_the_separator_of_cells():
     blocks = Blocks()
     blocks.table("a table", ["a|b", "c"], [["1|2", "3"]])
     assert to_markdown(blocks, Path()).splitlines()[2:] == ["| a\\|b | c |", "| --- | --- |", "| 1\\|2 | 3 |"]
@@ -102,7 +102,7 @@ def test_figures_leave_the_caller_s_settings_alone(tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 5000
 
 
-def test_an_error_of_0_has_no_place_on_a_logarithmic_axis(tmp_path):
+def test_an_error_of_0_is_left_out_of_a_logarithmic_axis(tmp_path):
     figures.against_flops({"exact": (1.0, 0.0), "near": (2.0, 0.1)}, {"level": 0.2}, tmp_path / "errors.png")
     assert (tmp_path / "errors.png").stat().st_size > 5000
 

@@ -6,7 +6,7 @@ from experiments.study import data
 from experiments.study.data import DataError, Dataset
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_reading_returns_the_dataset_that_was_written(tmp_path):
     written = data.simulate(seed=3, num_systems=4)
     data.write(tmp_path / "a.h5", written)
     read = data.read(tmp_path / "a.h5")
@@ -16,7 +16,7 @@ def test_what_is_written_is_read_back(tmp_path):
     assert (read.time[0], read.time[-1]) == (0, 200)
 
 
-def test_seeds_give_other_systems_and_the_same_seed_the_same(simulated):
+def test_a_seed_decides_the_systems(simulated):
     assert np.array_equal(data.simulate(seed=0).trajectories, simulated.trajectories)
     assert not np.array_equal(data.simulate(seed=1, num_systems=5).trajectories, simulated.trajectories[:5])
 
@@ -26,14 +26,14 @@ def test_seed_0_regenerates_the_report_s_file(simulated, report_file):
     assert np.array_equal(simulated.time, published.time)
     assert (simulated.trajectories == published.trajectories).all(axis=(1, 2)).mean() >= 0.99
     ulp = np.spacing(np.maximum(simulated.trajectories, published.trajectories))
-    assert (np.abs(simulated.trajectories - published.trajectories) <= 2 * ulp).all()  # 1 but for one trajectory
+    assert (np.abs(simulated.trajectories - published.trajectories) <= 2 * ulp).all()  # 1 except in one trajectory
 
 
 def test_the_split_is_the_report_s():
     parts = data.split(1000)
     assert [len(part) for part in parts] == [700, 150, 150]
     assert sorted(np.concatenate(parts)) == list(range(1000))
-    assert parts.val[2] == 759  # the limit cycle that carries most of the error of the first ten
+    assert parts.val[2] == 759  # a limit cycle with most of the error of the first ten
     with pytest.raises(DataError, match="cannot be split"):
         data.split(6)
 
@@ -63,7 +63,7 @@ def with_value(value):
         ({"trajectories": GOOD.trajectories, "time": GOOD.time * np.nan}, "time holds values that are not finite"),
     ],
 )
-def test_refuses_other_files(tmp_path, arrays, message):
+def test_refuses_a_file_with_other_contents(tmp_path, arrays, message):
     with h5py.File(tmp_path / "bad.h5", "w") as file:
         for name, array in arrays.items():
             file[name] = array
@@ -71,7 +71,7 @@ def test_refuses_other_files(tmp_path, arrays, message):
         data.read(tmp_path / "bad.h5")
 
 
-def test_refuses_what_is_no_hdf5_and_a_truncated_file(tmp_path):
+def test_refuses_a_file_that_is_not_hdf5_or_is_truncated(tmp_path):
     path = tmp_path / "bad.h5"
     with pytest.raises(DataError, match="not a readable HDF5 file"):
         data.read(path)

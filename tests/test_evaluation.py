@@ -7,7 +7,7 @@ import torch
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import Forecaster
 from experiments.study import evaluation
-from experiments.study.evaluation import ForecastError, Forecasts, forecast, metrics
+from experiments.study.evaluation import Evaluation, ForecastError, evaluate, metrics
 from qwen_min import generate
 
 ENCODING = Encoding(scale=1.1)
@@ -23,20 +23,21 @@ def series(simulated):
 
 
 @pytest.fixture(scope="module")
-def found(tiny, series):
-    return forecast(*tiny, ENCODING, series, context_steps=20, horizon=3, decoding="free")
+def free(tiny, series):
+    """The evaluation with free decoding."""
+    return evaluate(*tiny, ENCODING, series, context_steps=20, horizon=3, decoding="free")
 
 
-def test_text_and_values_are_those_of_plain_greedy_generation(tiny, series, found):
+def test_text_and_values_equal_plain_greedy_generation(tiny, series, free):
     model, tokenizer = tiny
     for row, one in enumerate(series):
         prompt = tokenizer.encode(ENCODING.encode(one[:20]))
         text = tokenizer.decode(generate(model, [prompt], 40).tokens[0])
-        assert found.texts[row].split(";")[:3] == text.removeprefix(";").split(";")[:3]
-        np.testing.assert_array_equal(found.values[row], ENCODING.decode(text.removeprefix(";"), 3, 2))
+        assert free.texts[row].split(";")[:3] == text.removeprefix(";").split(";")[:3]
+        np.testing.assert_array_equal(free.values[row], ENCODING.decode(text.removeprefix(";"), 3, 2))
 
 
-def test_losses_equal_the_plain_ones(tiny, series, found):
+def test_losses_equal_those_of_plain_cross_entropy(tiny, series, free):
     model, tokenizer = tiny
     for row, one in enumerate(series):
         context = tokenizer.encode(ENCODING.encode(one[:20]))
@@ -44,30 +45,30 @@ def test_losses_equal_the_plain_ones(tiny, series, found):
         assert len(target) == (31 if row == 4 else 30)
         logits = model(torch.tensor([context + target]))[0, len(context) - 1 : -1]
         forced = torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none")
-        got = found.forced_losses[row]
+        got = free.forced_losses[row]
         np.testing.assert_allclose(got[: len(target)], forced.detach(), rtol=1e-4, atol=1e-5)
         assert np.isnan(got[len(target) :]).all()
         steps = generate(model, [context], len(target), return_logits=True).logits[0]
-        free = torch.nn.functional.cross_entropy(steps, torch.tensor(target), reduction="none")
-        np.testing.assert_allclose(found.free_losses[row, : len(target)], free.detach(), rtol=1e-4, atol=1e-5)
+        free_loss = torch.nn.functional.cross_entropy(steps, torch.tensor(target), reduction="none")
+        np.testing.assert_allclose(free.free_losses[row, : len(target)], free_loss.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_batches_change_nothing(monkeypatch, tiny, series, found):
+def test_the_batch_size_does_not_change_the_results(monkeypatch, tiny, series, free):
     monkeypatch.setattr(evaluation, "BATCH", 2)
     counts = []
-    parts = forecast(*tiny, ENCODING, series, context_steps=20, horizon=3, decoding="free", progress=counts.append)
+    parts = evaluate(*tiny, ENCODING, series, context_steps=20, horizon=3, decoding="free", progress=counts.append)
     assert counts == [2, 2, 2, 1]
-    np.testing.assert_array_equal(parts.values, found.values)
-    np.testing.assert_allclose(parts.free_losses, found.free_losses, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(parts.values, free.values)
+    np.testing.assert_allclose(parts.free_losses, free.free_losses, rtol=1e-4, atol=1e-5)
 
 
 def test_a_context_that_leaves_no_target_is_refused(tiny, series):
     with pytest.raises(ValueError, match="20 context \\+ 11 forecast steps do not fit a series of 30"):
-        forecast(*tiny, ENCODING, series, context_steps=20, horizon=11)
+        evaluate(*tiny, ENCODING, series, context_steps=20, horizon=11)
 
 
-def test_a_row_is_cut_where_it_is_complete_whatever_its_neighbours_need(monkeypatch, tiny, series):
-    """The first row is complete at 30 tokens and then writes a digit too many; the second needs 31."""
+def test_a_row_is_cut_where_it_is_complete_whatever_other_rows_need(monkeypatch, tiny, series):
+    """The first row is complete after 30 tokens and then writes one digit too many; the second needs 31 tokens."""
     tokenizer = tiny[1]
     texts = {0: ";1.00,2.00;3.00,4.00;5.00,4.567", 1: ";1.00,2.00;3.00,4.00;5.00,14.56"}
 
@@ -78,9 +79,9 @@ def test_a_row_is_cut_where_it_is_complete_whatever_its_neighbours_need(monkeypa
                 yield tokens[:, step], hidden @ model.head_weight.T, torch.ones(len(rows), dtype=torch.bool)
 
         monkeypatch.setattr(evaluation, "greedy_steps", scripted)
-        return forecast(*tiny, ENCODING, series[rows], context_steps=20, horizon=3, decoding="free")
+        return evaluate(*tiny, ENCODING, series[rows], context_steps=20, horizon=3, decoding="free")
 
-    texts[4] = texts[1]  # the fifth target is a token longer
+    texts[4] = texts[1]  # the fifth target is longer by one token
     both, alone = forecast_rows([0, 1]), forecast_rows([0])
     assert forecast_rows([0, 4]).texts == both.texts
     assert both.texts == [texts[0][1:-1], texts[1][1:]]
@@ -93,30 +94,30 @@ def test_logits_that_are_not_finite_are_an_error(tiny, series):
     damaged = copy.deepcopy(model)
     damaged.model.norm.weight[0] = torch.nan
     with pytest.raises(ForecastError, match="logits are not finite"):
-        forecast(damaged, tokenizer, ENCODING, series[:1], context_steps=20, horizon=3)
+        evaluate(damaged, tokenizer, ENCODING, series[:1], context_steps=20, horizon=3)
 
 
-def test_constrained_forecasts_are_whole_and_have_the_same_losses(tiny, series, found):
-    constrained = forecast(*tiny, ENCODING, series, context_steps=20, horizon=3, steps=7)
+def test_constrained_forecasts_are_whole_and_have_the_same_losses(tiny, series, free):
+    constrained = evaluate(*tiny, ENCODING, series, context_steps=20, horizon=3, steps=7)
     assert constrained.values.shape == (7, 7, 2)
     assert np.isfinite(constrained.values).all()
     assert np.isnan(constrained.free_losses).all()
-    np.testing.assert_allclose(constrained.forced_losses, found.forced_losses, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(constrained.nats, found.nats, rtol=1e-4)
+    np.testing.assert_allclose(constrained.forced_losses, free.forced_losses, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(constrained.nats, free.nats, rtol=1e-4)
     forecaster = Forecaster(*tiny, scale=ENCODING.scale)
     alone = forecaster.forecast(series[:, :20], 7)
     np.testing.assert_allclose(alone.values / ENCODING.scale, constrained.values, rtol=1e-6)
-    np.testing.assert_allclose(forecaster.nats_per_value(series[:, :20], series[:, 20:23]), found.nats, rtol=1e-4)
+    np.testing.assert_allclose(forecaster.nats_per_value(series[:, :20], series[:, 20:23]), free.nats, rtol=1e-4)
     truth = ENCODING.scaled(series)[:, 20:27].astype(float)
     found_metrics = metrics(constrained, truth, truth[:, 0], ENCODING.scale, horizon=3)
     assert len(found_metrics["all"]["mse_by_horizon"]) == 3
     assert len(found_metrics["long"]["mse_by_horizon"]) == 7
     assert "free_loss" not in found_metrics["all"]
-    assert found_metrics["all"]["nats_per_value"] == pytest.approx(found.nats.mean(), rel=1e-4)
+    assert found_metrics["all"]["nats_per_value"] == pytest.approx(free.nats.mean(), rel=1e-4)
 
 
-def test_a_bug_while_evaluating_is_no_damaged_state(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluation, "_batch", lambda *_: Forecasts(["1.00"], *(np.ones((1, 10, 2)),) * 3, None))
+def test_a_bug_in_the_evaluation_is_not_reported_as_a_damaged_state(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "_batch", lambda *_: Evaluation(["1.00"], *(np.ones((1, 10, 2)),) * 3, None))
     for state in (None, tmp_path / "state.json"):
         with pytest.raises((AttributeError, TypeError)):
-            forecast(None, None, Encoding(1.0), np.ones((1, 80, 2)), 70, 10, state=state)
+            evaluate(None, None, Encoding(1.0), np.ones((1, 80, 2)), 70, 10, state=state)

@@ -1,4 +1,4 @@
-"""A short form of `tests/faults.py`, in a process of its own: it forks."""
+"""A short run of `tests/faults.py`, in its own process because it forks."""
 
 import re
 import subprocess

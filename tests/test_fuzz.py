@@ -1,7 +1,7 @@
-"""Whatever stands in a file, a reader gives back what it promises or raises what it documents: no other error, no
-memory beyond the file's own measure.
+"""Malformed files: a reader returns a valid result or raises an error that it documents.
 
-Each reader gets a good file with bytes changed, and, where the file is JSON, with values replaced. For a long search:
+It raises no other error, and it takes little more memory than the size of the file. Each reader gets a good file with
+changed bytes and, if the file is JSON, with replaced values. For a long search:
 `FUZZ_EXAMPLES=20000 python -m pytest tests/test_fuzz.py`.
 """
 
@@ -32,7 +32,7 @@ from experiments.report import comparison, sections
 from experiments.storage.files import RunError, read_json
 from experiments.storage.runfolder import open_run
 from experiments.study import data
-from experiments.study.evaluation import Forecasts, forecast
+from experiments.study.evaluation import Evaluation, evaluate
 from flops import Ledger
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, load_adapter, remove, save_adapter
 from qwen_min import Qwen, QwenConfig, Tokenizer
@@ -40,12 +40,12 @@ from qwen_min.config import CheckpointError
 from qwen_min.weights import TINY, load, load_weights, weight_files
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 40))
-MEMORY = 2 * 2**30  # bytes beyond what the process has already
+MEMORY = 2 * 2**30  # bytes, in addition to those that the process has already
 fuzz = settings(
     max_examples=EXAMPLES,
     deadline=None,
     suppress_health_check=[*HealthCheck],
-    derandomize="FUZZ_EXAMPLES" not in os.environ,  # the suite tries the same each time
+    derandomize="FUZZ_EXAMPLES" not in os.environ,  # the test suite tries the same examples each time
 )
 DEEP = json.loads("[" * 900 + "]" * 900)
 VALUES = st.one_of(
@@ -61,7 +61,7 @@ VALUES = st.one_of(
 
 @pytest.fixture(autouse=True, scope="module")
 def little_memory():
-    """A reader that believes a header's claim of terabytes fails with MemoryError."""
+    """Limit the memory: a reader that believes a header's claim of terabytes fails with MemoryError."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
@@ -71,12 +71,12 @@ def little_memory():
 
 @st.composite
 def changed_bytes(draw, good: bytes) -> bytes:
-    """A good file with some bytes overwritten, put in, taken out, or with its end cut off; seldom any bytes at all."""
+    """A good file with some bytes overwritten, inserted or removed, or with its end cut off; rarely random bytes."""
     if draw(st.integers(0, 19)) == 0:
         return draw(st.binary(max_size=200))
     content = bytearray(good)
     for _ in range(draw(st.integers(1, 4))):
-        # headers stand in front, and what they say is worth more changes
+        # headers are at the beginning, and they are changed more often
         front = draw(st.booleans())
         at = draw(st.integers(0, min(len(content), 256) if front else len(content)))
         piece = draw(st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([b"\xff" * 8, b"\0" * 8, b"9" * 12])))
@@ -105,7 +105,7 @@ def _paths(value, path=()) -> list[tuple]:
 
 @st.composite
 def changed_json(draw, good) -> bytes:
-    """A good document with some values replaced or taken out, or changed as bytes."""
+    """A good document with some values replaced or removed, or with changed bytes."""
     document = copy.deepcopy(good)
     if draw(st.integers(0, 3)) == 0:
         return draw(changed_bytes(json.dumps(good).encode()))
@@ -148,7 +148,7 @@ def test_weights(content, tmp_path_factory):
         load_weights(model, folder)
         assert not model.head_weight.is_meta
     except CheckpointError:
-        assert model.head_weight.is_meta  # as it was
+        assert model.head_weight.is_meta  # unchanged
 
 
 @fuzz
@@ -164,7 +164,7 @@ def test_index(content, tmp_path_factory):
 @fuzz
 @given(content=changed_json(json.loads((TINY / "config.json").read_text())))
 def test_checkpoint_with_another_config(content, tmp_path_factory):
-    """A config of any sizes over a checkpoint: refused before memory is taken for it."""
+    """A config with arbitrary sizes is refused before any memory is taken for them."""
     folder = tmp_path_factory.mktemp("checkpoint")
     for name in ("model.safetensors", "tokenizer.json"):
         (folder / name).symlink_to(TINY / name)
@@ -222,7 +222,7 @@ def test_adapter(source, adapter, tmp_path_factory):
 
 @fuzz
 @given(content=changed_json({"scale": 0.5, "decimals": 2, "checkpoint": "tiny", "checkpoint_sha256": "0" * 64}))
-def test_what_an_adapter_was_trained_with(content, tmp_path_factory):
+def test_training_record_of_an_adapter(content, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "encoding.json").write_bytes(content)
     with suppress(AdapterError):
@@ -305,7 +305,7 @@ def run_folder(request) -> Path:
 @fuzz
 @given(source=st.data())
 def test_run_folder(source, run_folder, tmp_path_factory):
-    """Any file that a report is drawn from."""
+    """Change any file from which a report is drawn."""
     files = [*run_folder.rglob("*.json*"), *run_folder.rglob("*.csv")]
     names = [path.relative_to(run_folder) for path in sorted(files) if path.parent.name != "adapter"]
     changed = source.draw(st.sampled_from(names))
@@ -320,7 +320,7 @@ def test_run_folder(source, run_folder, tmp_path_factory):
     (folder / "figures").symlink_to(run_folder / "figures")
     with pytest.MonkeyPatch.context() as patch:
         for module in (comparison, report, sections):
-            patch.setattr(module, "figures", Mock())  # they stand there, drawn from the good files
+            patch.setattr(module, "figures", Mock())  # the figures are there already, drawn from the good files
         with suppress(RunError):
             comparison.write_comparison(folder.parent)
         with suppress(RunError):
@@ -362,14 +362,14 @@ def test_state_of_training(source, adapter, tmp_path_factory):
         remove(model)
 
 
-FORECASTS = Forecasts(["1.00"] * 2, np.ones((2, 10, 2)), np.ones((2, 7)), np.ones((2, 7)), np.ones(2))
+EVALUATION = Evaluation(["1.00"] * 2, np.ones((2, 10, 2)), np.ones((2, 7)), np.ones((2, 7)), np.ones(2))
 
 
 @fuzz
-@given(content=changed_json([FORECASTS.plain()]))
+@given(content=changed_json([EVALUATION.plain()]))
 def test_state_of_an_evaluation(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "part.state.json"
     path.write_bytes(content)
     with suppress(RunError):
-        assume(read_json(path) != [])  # then nothing is done yet, and the model would be asked
-        assert forecast(None, None, Encoding(1.0), np.ones((2, 80, 2)), 70, 10, state=path).values.shape == (2, 10, 2)
+        assume(read_json(path) != [])  # an empty state is valid, and the evaluation would use the model
+        assert evaluate(None, None, Encoding(1.0), np.ones((2, 80, 2)), 70, 10, state=path).values.shape == (2, 10, 2)

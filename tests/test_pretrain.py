@@ -18,7 +18,7 @@ def test_each_family_gives_finite_varied_series(family):
     assert (series.std(axis=1) > 0).all()
 
 
-def test_the_mixture_fits_the_encoding_and_comes_from_its_seed():
+def test_the_mixture_fits_the_encoding_and_is_decided_by_its_seed():
     series = pretrain.series(3, 60)
     assert series.shape == (60, 100, 2)
     assert series.min() >= 0
@@ -41,7 +41,7 @@ def test_learning_rate_rises_then_falls_to_zero():
     assert rates[-1] < 0.01
 
 
-def test_the_command_gives_a_checkpoint_twice_the_same(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_the_same_checkpoint_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "HELD_OUT", 4)
     for name in ("a", "b"):
         arguments = ["pretrain", "--out", str(tmp_path / name), "--steps", "2", "--batch", "2", "--seed", "7"]

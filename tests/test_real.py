@@ -1,4 +1,4 @@
-"""The experiments on real weights and the report's file: untrained forecasts, a short training, forecasts again."""
+"""The experiments on real weights and the report's file: forecasts before and after a short training."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from experiments.forecasting.grammar import Grammar, may_be_wide
 from experiments.forecasting.settings import Training
 from experiments.forecasting.training import train, window_tensors
 from experiments.study import data
-from experiments.study.evaluation import forecast, metrics
+from experiments.study.evaluation import evaluate, metrics
 from lora import inject
 from qwen_min import load
 
@@ -21,7 +21,7 @@ def loaded(real_checkpoint):
 
 @pytest.fixture(scope="module")
 def parts(report_file):
-    """Encoding, training trajectories and the first ten of validation."""
+    """Encoding, training trajectories, and the first ten validation trajectories."""
     trajectories = data.read(report_file).trajectories
     rows = data.split(len(trajectories))
     train_part = trajectories[rows.train]
@@ -31,7 +31,7 @@ def parts(report_file):
 def judged(loaded, encoding, series):
     truth = encoding.scaled(series)[:, 70:80].astype(np.float64)
     fallback = encoding.scaled(series)[:, :70].mean(axis=1)
-    return metrics(forecast(*loaded, encoding, series, 70, 10), truth, fallback, encoding.scale, 10)["first"]
+    return metrics(evaluate(*loaded, encoding, series, 70, 10), truth, fallback, encoding.scale, 10)["first"]
 
 
 def test_the_untrained_model_forecasts_and_a_few_steps_improve_it(tmp_path, loaded, parts):
@@ -54,11 +54,11 @@ def test_the_untrained_model_forecasts_and_a_few_steps_improve_it(tmp_path, load
 
 
 def test_constrained_text_is_the_masked_argmax_of_the_full_logits(real_checkpoint, parts):
-    """Ten validation contexts, fp32: each token is the largest of those that may follow, by one pass over the whole."""
+    """Ten validation contexts in fp32: one pass over the whole text finds each token as the largest allowed logit."""
     encoding, _, validation = parts
     model, tokenizer = load(real_checkpoint)
     grammar = Grammar(tokenizer, encoding.decimals, 2)
-    for one, text in zip(validation, forecast(model, tokenizer, encoding, validation, 70, 10).texts, strict=True):
+    for one, text in zip(validation, evaluate(model, tokenizer, encoding, validation, 70, 10).texts, strict=True):
         prompt = tokenizer.encode(encoding.encode(one[:70]) + ";")
         with torch.inference_mode():
             logits = model(torch.tensor([prompt + tokenizer.encode(text)]))[0, len(prompt) - 1 : -1]

@@ -1,4 +1,4 @@
-"""The command line from end to end, on a plan of seconds."""
+"""The command line from end to end, on a plan that takes seconds."""
 
 import json
 import os
@@ -40,13 +40,13 @@ def data_file(tmp_path_factory):
 
 @pytest.fixture
 def small_plan(monkeypatch):
-    """The quick plan with a few steps, in this process."""
+    """Replace the quick plan by one with a few steps, in this process."""
     monkeypatch.setitem(plans.PLANS, "quick", quick)
     monkeypatch.setattr(gru, "STEPS", 3)
 
 
 def start(*arguments, before=""):
-    """A fresh process with the small plan."""
+    """Run the small plan in a new process."""
     code = f"import sys, small_plan\nsmall_plan.install()\n{before}\nfrom experiments import run\n"
     command = [sys.executable, "-c", code + "sys.exit(run.main(sys.argv[1:]))", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": PATH})
@@ -59,7 +59,7 @@ def contents(folder: Path, *patterns) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def finished(data_file, tmp_path_factory):
-    """A whole run in a process of its own: (folder, process)."""
+    """A complete run in its own process: (folder, process)."""
     out = tmp_path_factory.mktemp("runs") / "finished"
     return out, start("--data", data_file, "--out", out)
 
@@ -85,8 +85,8 @@ def test_one_command_gives_a_finished_report(finished):
     for name in ("by-horizon", "first", "worst", "error-by-flops"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 5000
     assert page.count("data:image/png;base64,") == 11 + 4
-    assert "0.2702" in markdown  # published, beside ours
-    assert markdown.count("| final, mean of 20 samples |") == 2  # among the results, and against which `final` stands
+    assert "0.2702" in markdown  # published, next to ours
+    assert markdown.count("| final, mean of 20 samples |") == 2  # in the results, and in the comparison with `final`
     assert "final, mean of 20 samples against the others, paired" in markdown
     assert "final against the others, paired" in markdown
     assert not list(out.rglob("*.partial"))
@@ -100,20 +100,23 @@ def test_the_ledger_holds_what_the_settings_promise(finished):
         assert spent[name] == json.loads((out / "experiments" / name / "settings.json").read_text())["flops"]["sheet"]
 
 
-def test_the_best_by_validation_is_taken_on(finished):
+def test_the_best_settings_by_validation_are_taken_over(finished):
     out, _ = finished
 
-    def of(name):
+    def mse_and_training(name):
         path = out / "experiments" / name
         mse = json.loads((path / "metrics.json").read_text())["val"]["all"]["mse"]
         return mse, json.loads((path / "settings.json").read_text())["training"]
 
-    best_cell = min(NAMES[2:4], key=lambda name: of(name)[0])
+    best_cell = min(NAMES[2:4], key=lambda name: mse_and_training(name)[0])
     for name in ("context-32", "context-96"):
-        assert (of(name)[1]["rank"], of(name)[1]["learning_rate"]) == (2, of(best_cell)[1]["learning_rate"])
-    best = min(NAMES[2:6], key=lambda name: of(name)[0])
-    assert {k: of("final")[1][k] for k in ("rank", "learning_rate", "context")} == {
-        k: of(best)[1][k] for k in ("rank", "learning_rate", "context")
+        assert (mse_and_training(name)[1]["rank"], mse_and_training(name)[1]["learning_rate"]) == (
+            2,
+            mse_and_training(best_cell)[1]["learning_rate"],
+        )
+    best = min(NAMES[2:6], key=lambda name: mse_and_training(name)[0])
+    assert {k: mse_and_training("final")[1][k] for k in ("rank", "learning_rate", "context")} == {
+        k: mse_and_training(best)[1][k] for k in ("rank", "learning_rate", "context")
     }
 
 
@@ -131,7 +134,7 @@ def test_forecast_lines_hold_what_the_metrics_say(finished):
         assert np.array(line["quantiles"]).shape == (5, 10, 2)
 
 
-def test_samples_are_kept_and_give_the_scores_again(finished):
+def test_samples_are_kept_and_their_scores_can_be_recomputed(finished):
     path = finished[0] / "experiments" / "final"
     metrics = json.loads((path / "metrics.json").read_text())
     for split in ("val", "test"):
@@ -166,7 +169,7 @@ def test_the_seed_of_a_run_reaches_its_samples_and_the_gru(small_plan, data_file
     trajectories = data.read(data_file).trajectories
     scale = Encoding.fit(trajectories[data.split(20).train]).scale
     drawn = Forecaster.load("tiny", scale=scale).forecast(trajectories[[row], :70], 10, samples=2).samples[0]
-    np.testing.assert_allclose(drawn / scale, samples)  # a run's seed 0 is that of a forecaster
+    np.testing.assert_allclose(drawn / scale, samples)  # seed 0 of a run gives the samples of a forecaster with seed 0
 
 
 def test_the_report_is_redrawn_from_files_alone(finished):
@@ -251,20 +254,20 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it(finished, da
 
 @pytest.fixture
 def default_sigint():
-    """A background job may have been started with Ctrl-C ignored."""
+    """Handle Ctrl-C even if the tests run as a background job that ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_stop_is_at_once_where_no_step_is_taken(default_sigint):
+def test_a_stop_is_immediate_outside_a_step(default_sigint):
     before, done = signal.getsignal(signal.SIGINT), []
 
     def work(hold: bool) -> None:
         with Interruption() as interruption, interruption.held() if hold else nullcontext():
             signal.raise_signal(signal.SIGINT)
             done.append("a step")
-            signal.raise_signal(signal.SIGINT)  # a second one is not held back
+            signal.raise_signal(signal.SIGINT)  # a second signal is never delayed
             done.append("more")
 
     with pytest.raises(Interrupted, match="SIGINT"):
@@ -276,7 +279,7 @@ def test_a_stop_is_at_once_where_no_step_is_taken(default_sigint):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_other_threads_than_the_main_one_work_without_signals():
+def test_threads_other_than_the_main_one_work_without_signals():
     found = []
 
     def work():
@@ -290,7 +293,7 @@ def test_other_threads_than_the_main_one_work_without_signals():
     assert found == ["done"]
 
 
-def test_a_folder_in_which_another_process_is_at_work_is_refused(small_plan, data_file, tmp_path, capsys):
+def test_a_folder_that_another_process_uses_is_refused(small_plan, data_file, tmp_path, capsys):
     out = tmp_path / "out"
     code = "import sys, time\nfrom pathlib import Path\nfrom experiments.storage.runfolder import only_writer\n"
     code += "with only_writer(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()"
@@ -323,7 +326,7 @@ def test_too_little_memory_ends_in_one_message_and_other_failures_are_not_hidden
         fails("a bug")
 
 
-def test_a_bug_in_the_preparation_is_no_bad_input(monkeypatch, tmp_path):
+def test_a_bug_in_the_preparation_is_not_reported_as_bad_input(monkeypatch, tmp_path):
     def bug(*_):
         raise ValueError("a bug")
 
@@ -332,7 +335,7 @@ def test_a_bug_in_the_preparation_is_no_bad_input(monkeypatch, tmp_path):
         run.main(["--numeric-head", "--out", str(tmp_path / "out")])
 
 
-def test_what_stopped_an_earlier_process_is_forgotten(small_plan, monkeypatch, data_file, tmp_path):
+def test_the_reason_of_an_earlier_stop_is_forgotten(small_plan, monkeypatch, data_file, tmp_path):
     arguments = ["--data", str(data_file), "--out", str(tmp_path / "out")]
     assert run.main([*arguments, "--budget", "7e9"]) == 1
     monkeypatch.setattr("experiments.study.suite.Suite.run", lambda self: 1 / 0)
@@ -392,7 +395,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(finished, small_plan,
 
 
 def damaged(tmp_path, name):
-    """A bad data file."""
+    """Write a data file with one fault; return its path."""
     path = tmp_path / f"{name}.h5"
     good = data.simulate(seed=0, num_systems=8)
     with h5py.File(path, "w") as file:
@@ -457,7 +460,7 @@ def test_a_plan_of_one_experiment_gives_its_part_of_the_report(small_plan, data_
     assert Ledger(tmp_path / "out" / "ledger.jsonl", budget=1).spent == 0
 
 
-def test_what_goes_beyond_the_report_is_shown(monkeypatch, data_file, tmp_path):
+def test_experiments_beyond_the_report_are_shown(monkeypatch, data_file, tmp_path):
     settings = Training(2, 1e-3, 768, 2, stride=10, numeric_head=True, whole_windows=True, cosine=True)
     beyond = plans.Plan("frontier", (plans.Experiment("frontier", "frontier", settings, splits=("val", "test")),))
     monkeypatch.setitem(plans.PLANS, "frontier", lambda seed: beyond)
@@ -466,9 +469,9 @@ def test_what_goes_beyond_the_report_is_shown(monkeypatch, data_file, tmp_path):
     assert run.main(arguments) == 0
     markdown = (tmp_path / "report.md").read_text()
     assert "frontier: rank 2, learning_rate 0.001, context 768" in markdown
-    assert "10^16.91" not in markdown  # what the report's whole suite cost
+    assert "10^16.91" not in markdown  # the cost of the report's whole suite
     assert (tmp_path / "figures" / "frontier-losses.png").exists()
-    # two samples reach neither interval
+    # two samples are too few for both intervals
     row = next(line for line in markdown.splitlines() if line.startswith("| frontier | val | 2 |"))
     assert row.endswith("| - | - |")
     assert "with the central 80 % of its samples" not in markdown
@@ -499,8 +502,8 @@ def test_a_damaged_state_stops_the_run_with_one_message(data_file, tmp_path):
     assert (out / "report.html").exists()
 
 
-def test_the_report_plan_says_what_does_not_fit_the_budget(monkeypatch, tmp_path):
-    """With the real model's sizes, before anything runs."""
+def test_the_report_plan_names_experiments_that_do_not_fit_the_budget(monkeypatch, tmp_path):
+    """The sizes are those of the real model; nothing runs."""
     from types import SimpleNamespace
 
     from experiments.study.suite import Suite
@@ -520,7 +523,7 @@ def test_the_report_plan_says_what_does_not_fit_the_budget(monkeypatch, tmp_path
     assert warning("sheet", budget=2 * 10**17) is None
 
 
-def test_plans_are_those_of_the_report():
+def test_the_report_plan_has_the_experiments_of_the_report():
     plan = plans.report(seed=0)
     assert [e.training.steps for e in plan.experiments if e.training] == [500, *[1000] * 12, 3000]
     assert {e.training.batch for e in plan.experiments if e.training} == {4}

@@ -1,4 +1,4 @@
-"""The walkthrough runs from top to bottom, and what is committed is such a run."""
+"""The walkthrough runs from top to bottom, and its committed outputs come from such a run."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def notebook():
 
 
 def outputs(cell) -> str:
-    """What a cell printed, and how many pictures it shows."""
+    """The text that a cell printed, and a word for each picture that it shows."""
     printed = "".join(output.get("text", "") for output in cell.outputs)
     return printed + "picture " * sum("image/png" in output.get("data", {}) for output in cell.outputs)
 

@@ -1,8 +1,8 @@
-"""The report of a run folder, `report.md` and `report.html`, from its files alone.
+"""Write the report of a run folder, `report.md` and `report.html`, from its files alone.
 
     python -m experiments.report runs/quick
 
-draws figures and tables again; no model is loaded.
+draws all figures and tables anew. It loads no model.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from experiments.storage.runfolder import only_writer
 
 
 def main() -> int:
-    """Write the report again; exit statuses as in `cli.exit_status`."""
+    """Write the report anew; return the exit status, as `cli.exit_status` does."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Figures of a report, drawn from numbers alone; each function writes one PNG."""
+"""The figures of a report. Each function draws numbers and writes one PNG."""
 
 import io
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from experiments.storage.files import write_whole
 
 PREY, PREDATOR, TEXT, GRID = "#1f6fb4", "#d1602b", "#333333", "#dddddd"
-FANS = 5  # series in one figure
+MAX_SERIES = 5  # per figure
 CURVES = ("#1f6fb4", "#d1602b", "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
-STYLE = {  # each function draws in it; the caller's own settings stay as they are
+STYLE = {  # the functions draw with it and leave the caller's settings alone
     "figure.figsize": (7, 3.4),
     "figure.dpi": 120,
     "font.size": 9,
@@ -28,7 +28,7 @@ STYLE = {  # each function draws in it; the caller's own settings stay as they a
 
 
 def smoothed(values: list[float], window: int = 10) -> np.ndarray:
-    """Moving average over `window` steps, (len - window + 1); shorter input gives its mean."""
+    """Moving average over `window` steps, (len - window + 1) values; for shorter input one value, the mean."""
     window = min(window, len(values))
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
@@ -48,7 +48,7 @@ def _write(figure, path: Path) -> None:
 
 @rc_context(STYLE)
 def loss_by_step(losses: list[float | None], path: Path) -> None:
-    """Cross-entropy of each target token."""
+    """Draw the cross-entropy of each target token."""
     figure = Figure()
     axes = figure.subplots()
     axes.plot([np.nan if loss is None else loss for loss in losses], color=PREY, linewidth=1)
@@ -58,7 +58,7 @@ def loss_by_step(losses: list[float | None], path: Path) -> None:
 
 @rc_context(STYLE)
 def trajectory(context: list, truth: list, forecast: list, path: Path) -> None:
-    """One series: context and truth as lines, the forecast dashed; (C, 2), (h, 2), (h, 2) in scaled units."""
+    """Draw one series: context (C, 2) and truth (h, 2) as lines, forecast (h, 2) dashed; in scaled units."""
     context, truth = np.array(context), np.array(truth)
     forecast = np.array(forecast, dtype=float)
     figure = Figure()
@@ -84,12 +84,12 @@ def fan(
     truths: list | None = None,
     titles: list[str] | None = None,
 ) -> None:
-    """Forecasts behind their contexts, a row for each of the first FANS series, a column for each variable.
+    """Draw forecasts after their contexts: a row for each of the first MAX_SERIES series, a column for each variable.
 
-    contexts: N arrays (T, D); values and truths: N of (h, D); quantiles: N of (Q, q, D), the band from the lowest to
-    the highest, over the first q steps.
+    contexts: N arrays (T, D); values and truths: N arrays (h, D); quantiles: N arrays (Q, q, D), drawn as a band from
+    the lowest to the highest over the first q steps.
     """
-    rows, columns = min(len(contexts), FANS), len(names)
+    rows, columns = min(len(contexts), MAX_SERIES), len(names)
     figure = Figure(figsize=(max(7, 4.6 * columns), 2.6 * rows))
     axes = figure.subplots(rows, columns, squeeze=False)
     for row, column in np.ndindex(rows, columns):
@@ -115,7 +115,7 @@ def fan(
 
 @rc_context(STYLE)
 def by_horizon(curves: dict[str, list[float | None]], solid: set[str], path: Path) -> None:
-    """MSE of each forecast step by method, on a logarithmic scale; those not in `solid` dashed."""
+    """Draw the MSE at each forecast step by method, on a logarithmic scale; methods not in `solid` are dashed."""
     figure = Figure(figsize=(9, 4))
     axes = figure.subplots()
     for index, (name, curve) in enumerate(curves.items()):
@@ -132,10 +132,10 @@ def by_horizon(curves: dict[str, list[float | None]], solid: set[str], path: Pat
 def against_flops(
     points: dict[str, tuple], levels: dict[str, float | None], path: Path, hollow: dict[str, tuple] | None = None
 ) -> None:
-    """Error against the FLOPs of a training, both logarithmic: a point for each, lines for what needs none.
+    """Draw error against the FLOPs of a training on logarithmic axes: points for trainings, lines for `levels`.
 
-    points and hollow: (FLOPs, error) or (FLOPs, error, low, high) by name. Where names would stand upon each other
-    points go before hollow ones, and better ones before worse.
+    points and hollow: (FLOPs, error) or (FLOPs, error, low, high) by name. Where labels would overlap, `points` come
+    before `hollow`, and smaller errors before larger ones.
     """
     figure = Figure(figsize=(9, 4.5))
     axes = figure.subplots()
@@ -146,7 +146,7 @@ def against_flops(
     labelled: list[tuple[int, float]] = []
     for group, fill in ((points, TEXT), (hollow or {}, "none")):
         for name, (flops, error, *interval) in sorted(group.items(), key=lambda named: named[1][1]):
-            if not error > 0:  # which a logarithmic axis does not have
+            if not error > 0:  # a logarithmic axis has no 0
                 continue
             axes.plot(flops, error, "o", color=TEXT, markerfacecolor=fill, markersize=4)
             if interval:
@@ -162,7 +162,7 @@ def against_flops(
 
 @rc_context(STYLE)
 def training_loss(losses: list[float], path: Path) -> None:
-    """Raw loss of each step, and its average over 10 steps."""
+    """Draw the loss of each step and its average over 10 steps."""
     figure = Figure()
     axes = figure.subplots()
     axes.plot(losses, color=PREY, alpha=0.35, linewidth=0.8, label="each step")
@@ -175,7 +175,7 @@ def training_loss(losses: list[float], path: Path) -> None:
 
 @rc_context(STYLE)
 def loss_curves(curves: dict[str, list[float]], path: Path, highlight: str | None = None) -> None:
-    """10-step averages of several runs by label; with `highlight` all others in grey."""
+    """Draw 10-step averages of several losses by label; with `highlight`, all others are grey."""
     figure = Figure(figsize=(9, 4))
     axes = figure.subplots()
     for index, (label, losses) in enumerate(curves.items()):

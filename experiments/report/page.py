@@ -1,4 +1,4 @@
-"""A document as a list of blocks, written as Markdown and as one self-contained page."""
+"""A document as a list of blocks, which can be written as Markdown or as one self-contained HTML page."""
 
 import base64
 import html
@@ -25,7 +25,7 @@ class Blocks(list):
 
 
 def to_markdown(blocks: Blocks, folder: Path) -> str:
-    """Markdown with figures by relative path."""
+    """Markdown that links the figures by paths relative to the folder."""
     parts = []
     for kind, content in blocks:
         if kind == "heading":
@@ -39,7 +39,7 @@ def to_markdown(blocks: Blocks, folder: Path) -> str:
         else:
             caption, header, rows = content
             lines = [header, ["---"] * len(header), *rows]
-            lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]  # else it would end the cell
+            lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]  # a bare | would end the cell
             parts.append(f"*{caption}*\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(parts) + "\n"
 
@@ -57,7 +57,7 @@ pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; }
 
 
 def to_html(blocks: Blocks, title: str) -> str:
-    """One self-contained page, figures included."""
+    """One self-contained HTML page that includes the figures."""
 
     def cells(tag: str, row: list[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"

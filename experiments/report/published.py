@@ -1,6 +1,7 @@
-"""What the report published, to stand beside ours: errors on its ten sequences, log10 of FLOPs by its own count.
+"""The numbers that the report published: errors on its ten sequences, and log10 of FLOPs as it counts them.
 
-It chose on the same ten, decoded with a repetition penalty of 1.1 and trained with unmasked padding.
+The report chose its models on the same ten sequences, decoded with a repetition penalty of 1.1 and trained with
+unmasked padding.
 """
 
 VALIDATION = {  # experiment: MSE, free-running loss
@@ -13,7 +14,7 @@ VALIDATION = {  # experiment: MSE, free-running loss
 }
 TEST = {"final": (0.0071, 1.9080)}
 RATES = (1e-5, 5e-5, 1e-4)
-GRID = {  # rank: the same at each of the rates
+GRID = {  # rank: MSE and free-running loss at each of RATES
     2: ((0.0561, 1.7700), (0.0100, 1.4630), (0.0148, 1.6718)),
     4: ((0.0375, 1.6040), (0.0251, 1.7418), (0.0133, 1.8379)),
     8: ((0.0328, 1.6141), (0.0256, 1.9905), (0.0071, 1.6746)),

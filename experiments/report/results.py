@@ -1,4 +1,4 @@
-"""A run folder read back from its files, and how its numbers are written."""
+"""Reads a run folder from its files and formats its numbers."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from experiments.study.records import (
     read_settings,
 )
 
-NONE = "-"
+NO_VALUE = "-"  # a cell without a value
 SPLITS = ("val", "test")
 MSE_COLUMNS = ["method", "val, first ten", "val, all", "interval", "median", "test, first ten", "test, all",
                "interval", "median"]  # fmt: skip
@@ -33,24 +33,24 @@ MSE_COLUMNS = ["method", "val, first ten", "val, all", "interval", "median", "te
 class Result(Settings):
     """A finished experiment."""
 
-    metrics: dict[str, Metrics]  # by split, "val" among them
+    metrics: dict[str, Metrics]  # by split; "val" is always there
     seconds: Seconds
-    forecasts: dict[str, list[ForecastLine]]  # of the same splits, a line for each sequence
-    losses: list[float] | None  # of each step, where it was trained
+    forecasts: dict[str, list[ForecastLine]]  # by split, a line for each sequence
+    losses: list[float] | None  # of each step; None without a training
 
 
 @dataclass
 class Run:
-    """What a run folder holds."""
+    """The contents of a run folder."""
 
     folder: Path
     plan: PlanRecord
     example: Example
     baselines: dict[str, dict[str, Scores]]  # by name and split
     contexts: dict[str, list[Context]]  # by split
-    spent: int  # FLOPs, as the ledger has them
+    spent: int  # FLOPs, from the ledger
     status: Status | None  # None: the run was killed before it wrote one
-    experiments: dict[str, Result] = field(default_factory=dict)  # finished ones, in the order of the plan
+    experiments: dict[str, Result] = field(default_factory=dict)  # the finished ones, in the order of the plan
 
     @property
     def unfinished(self) -> list[str]:
@@ -90,7 +90,7 @@ def load_run(folder: Path) -> Run:
 
 
 def _spent(ledger: Path) -> int:
-    """The FLOPs that a ledger holds; a last line without its end, which a kill left, does not count."""
+    """The sum of the FLOPs in a ledger; an incomplete last line, which a kill leaves, does not count."""
     whole = read_text(ledger).rpartition("\n")[0] if ledger.exists() else ""
     lines = [build(Debit, line, f"{ledger}, line {i}") for i, line in enumerate(parse_json_lines(ledger, whole), 1)]
     return sum({(line.experiment, line.step): line.flops for line in lines}.values())
@@ -116,7 +116,7 @@ def _read_result(path: Path, counts: dict[str, int], conventions: dict[str, str]
 
 
 def methods_of(name: str, result: Result) -> dict[str, dict[str, Scores]]:
-    """The forecasts of an experiment, scores by split: the likeliest digits and, where it drew samples, their mean."""
+    """Scores by method and split: the likeliest digits of an experiment and, if it drew samples, their mean."""
     methods: dict[str, dict[str, Scores]] = {name: dict(result.metrics)}
     for split, metrics in result.metrics.items():
         if metrics.mean_of_samples:
@@ -126,29 +126,29 @@ def methods_of(name: str, result: Result) -> dict[str, dict[str, Scores]]:
 
 
 def number(value: float | None) -> str:
-    """Four decimals, or two digits and an exponent where that would show nothing."""
+    """The value with four decimals, or with two digits and an exponent if it is too small for that."""
     if value is None:
-        return NONE
+        return NO_VALUE
     return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
 
 
 def log10(flops: int | float) -> str:
-    """10^x as the report writes FLOPs."""
+    """FLOPs as 10^x, as the report writes them."""
     return f"10^{math.log10(flops):.3f}" if flops else "0"
 
 
 def bracket(interval: tuple[float, float] | list[float] | None, write: Callable[[float], str] = number) -> str:
-    """An interval as a cell of a table."""
-    return f"[{write(interval[0])}, {write(interval[1])}]" if interval else NONE
+    """An interval as a table cell."""
+    return f"[{write(interval[0])}, {write(interval[1])}]" if interval else NO_VALUE
 
 
 def mse_row(name: str, by_split: dict[str, Scores]) -> list[str]:
-    """The MSE of a method under MSE_COLUMNS, from its scores by split."""
+    """The cells of a method under MSE_COLUMNS, from its scores by split."""
     cells = [name]
     for split in SPLITS:
         if scores := by_split.get(split):
-            first, every = scores.first, scores.all
-            cells += [number(first.mse), number(every.mse), bracket(every.mse_interval), number(every.mse_median)]
+            first, all_ = scores.first, scores.all
+            cells += [number(first.mse), number(all_.mse), bracket(all_.mse_interval), number(all_.mse_median)]
         else:
-            cells += [NONE] * 4
+            cells += [NO_VALUE] * 4
     return cells

@@ -1,14 +1,14 @@
-"""The sections on the report's own experiments, 5.4 to 6.5, and on what goes beyond them."""
+"""The sections about the report's own experiments, 5.4 to 6.5, and about experiments beyond them."""
 
 from experiments.forecasting.settings import Training
 from experiments.report import figures, published
 from experiments.report.page import Blocks
-from experiments.report.results import NONE, Run, number
+from experiments.report.results import NO_VALUE, Run, number
 from experiments.study.plans import HORIZON
 
 
 def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> None:
-    """A figure of one validation sequence, counted from 0, or the last one there is."""
+    """Draw validation sequence `wanted`, counted from 0, or the last one if there are fewer."""
     lines = run.experiments[name].forecasts["val"]
     row = min(wanted, len(lines) - 1)
     line, path = lines[row], run.folder / "figures" / f"figure-{figure:02d}.png"
@@ -17,21 +17,21 @@ def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> 
 
 
 def _compare(run: Run, names: list[str], split: str = "val", theirs: dict = published.VALIDATION) -> list[list[str]]:
-    """Rows of MSE and losses, ours (first ten, all) and published."""
+    """Rows under COMPARED_COLUMNS: our MSE and losses (first ten, all) and the published ones."""
     rows = []
     for name in names:
         mse, loss = theirs.get(name, (None, None))
         cells = [None, None, mse, None, None, loss, None]
         if name in run.experiments and split in run.experiments[name].metrics:
-            found = run.experiments[name].metrics[split]
-            first, every = found.first, found.all
-            cells = [first.mse, every.mse, mse, first.free_loss, every.free_loss, loss, every.forced_loss]
+            metrics = run.experiments[name].metrics[split]
+            first, all_ = metrics.first, metrics.all
+            cells = [first.mse, all_.mse, mse, first.free_loss, all_.free_loss, loss, all_.forced_loss]
         rows.append([name, *map(number, cells)])
     return rows
 
 
-COMPARED = ["experiment", "MSE, first ten", "MSE, all", "MSE, published", "free loss, first ten", "free loss, all",
-            "free loss, published", "forced loss, all"]  # fmt: skip
+COMPARED_COLUMNS = ["experiment", "MSE, first ten", "MSE, all", "MSE, published", "free loss, first ten",
+                    "free loss, all", "free loss, published", "forced loss, all"]  # fmt: skip
 
 
 def _untrained(run: Run, blocks: Blocks) -> None:
@@ -54,7 +54,7 @@ def _untrained(run: Run, blocks: Blocks) -> None:
 def _trial(run: Run, blocks: Blocks) -> None:
     drawn = run.folder / "figures"
     blocks.heading(2, "Trial (section 6.2)")
-    blocks.table("Table 2: validation, untrained and trial", COMPARED, _compare(run, ["untrained", "trial"]))
+    blocks.table("Table 2: validation, untrained and trial", COMPARED_COLUMNS, _compare(run, ["untrained", "trial"]))
     if "trial" in run.trained:
         figures.training_loss(run.trained["trial"].losses, drawn / "figure-05.png")
         blocks.figure(drawn / "figure-05.png", "Figure 5: training loss of the trial")
@@ -75,11 +75,11 @@ def _grid(run: Run, blocks: Blocks) -> None:
         for rank in ranks:
             row = [str(rank)]
             for index, rate in enumerate(rates):
-                found = run.experiments.get(planned.get((rank, rate)))
-                parts = (found.metrics["val"].first, found.metrics["val"].all) if found else ()
-                ours = [number(getattr(part, key)) for part in parts] or [NONE, NONE]
+                cell = run.experiments.get(planned.get((rank, rate)))
+                parts = (cell.metrics["val"].first, cell.metrics["val"].all) if cell else ()
+                ours = [number(getattr(part, key)) for part in parts] or [NO_VALUE, NO_VALUE]
                 theirs = published.GRID.get(rank, [])[index : index + 1]
-                row.append(" / ".join([*ours, number(theirs[0][column]) if theirs else NONE]))
+                row.append(" / ".join([*ours, number(theirs[0][column]) if theirs else NO_VALUE]))
             rows.append(row)
         header = ["rank", *(f"rate {rate:g}" for rate in rates)]
         rule = " (published at 1e-5, 5e-5, 1e-4)" if rates != list(published.RATES) else ""
@@ -106,7 +106,7 @@ def _contexts(run: Run, blocks: Blocks) -> None:
     done = [run.trained[name] for name in names if name in run.trained]
     drawn = run.folder / "figures"
     blocks.heading(2, "Context lengths (section 6.4)")
-    blocks.table("Table 5: validation by context length", COMPARED, _compare(run, names))
+    blocks.table("Table 5: validation by context length", COMPARED_COLUMNS, _compare(run, names))
     if done:
         figures.loss_curves({_label(e.training): e.losses for e in done}, drawn / "figure-11.png")
         blocks.figure(drawn / "figure-11.png", "Figure 11: training loss by context length")
@@ -118,7 +118,7 @@ def _final(run: Run, blocks: Blocks) -> None:
     rows = _compare(run, ["final"]) + _compare(run, ["final"], "test", published.TEST)
     for row, split in zip(rows, ("validation", "test"), strict=True):
         row[0] = split
-    blocks.table("Table 6: the final model", COMPARED, rows)
+    blocks.table("Table 6: the final model", COMPARED_COLUMNS, rows)
     if final := run.trained.get("final"):
         blocks.text(f"Settings: {_label(final.training)}, {final.training.steps} steps.")
         figures.training_loss(final.losses, drawn / "figure-12.png")
@@ -141,7 +141,7 @@ def _setting(value) -> str:
     return " + ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-WRITERS = {  # by section; each draws into the run folder and writes to the blocks
+WRITERS = {  # by section; each draws figures into the run folder and appends to the blocks
     "5.4": _untrained,
     "6.2": _trial,
     "6.3": _grid,

@@ -1,1 +1,1 @@
-"""The published study: its data, its plans, and what runs and evaluates them."""
+"""The published study: its data, its plans, and the code that runs and evaluates them."""

@@ -1,6 +1,6 @@
-"""Predator-prey trajectories: HDF5 files to arrays and back, the simulator, the split.
+"""Predator-prey trajectories: reading and writing HDF5 files, the simulator, the split.
 
-N trajectories, T time steps, 2 variables: prey, predator. Populations in the file's own units.
+Shapes: N trajectories, T time steps, 2 variables (prey, predator). Populations have the units of the file.
 """
 
 import io
@@ -14,20 +14,20 @@ from scipy.integrate import solve_ivp
 from experiments.forecasting.tables import DataError
 from experiments.storage.files import write_whole
 
-NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # of the report's data set
-MOST_BYTES = 2**30  # of an array in a file
-DEFLATED = 1100  # times that a compressed array may grow; deflate reaches 1032
+NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # as in the report's data set
+MAX_ARRAY_BYTES = 2**30  # limit for an array in a file
+MAX_COMPRESSION = 1100  # bytes of an array per byte in the file; deflate reaches 1032
 
 
 class Dataset(NamedTuple):
-    """What a data file holds."""
+    """The contents of a data file."""
 
     trajectories: np.ndarray  # (N, T, 2) float32, populations, finite and not negative
     time: np.ndarray  # (T) float32
 
 
 class Split(NamedTuple):
-    """Indices of the trajectories in each part."""
+    """The indices of the trajectories in each part."""
 
     train: np.ndarray
     val: np.ndarray
@@ -35,10 +35,10 @@ class Split(NamedTuple):
 
 
 def read(path: str | Path) -> Dataset:
-    """Read `/trajectories` (N, T, 2) and `/time` (T) of an HDF5 file.
+    """Read `/trajectories` (N, T, 2) and `/time` (T) from an HDF5 file.
 
-    Raises DataError when either is missing, of another rank or length, larger than MOST_BYTES or kept in another
-    file, or when a value is not finite or negative.
+    Raises DataError when one of them is missing, has a wrong shape, is larger than MAX_ARRAY_BYTES or is kept in
+    another file, or when a value is not finite or is negative.
     """
     try:
         with h5py.File(path, "r") as file:
@@ -52,19 +52,19 @@ def read(path: str | Path) -> Dataset:
                 if array.ndim != rank or array.dtype.kind not in "fiu":
                     raise DataError(f"{path}: {name} is {array.dtype} {array.shape}, expected numbers of rank {rank}")
                 size, stored = array.size * array.dtype.itemsize, array.id.get_storage_size()
-                if size > MOST_BYTES or size > DEFLATED * stored:
+                if size > MAX_ARRAY_BYTES or size > MAX_COMPRESSION * stored:
                     raise DataError(
-                        f"{path}: {name} claims {size:,} bytes of which the file holds {stored:,}; at most "
-                        f"{MOST_BYTES:,} are read"
+                        f"{path}: {name} claims {size:,} bytes, of which the file holds {stored:,}; at most "
+                        f"{MAX_ARRAY_BYTES:,} are read"
                     )
                 arrays[name] = array[:].astype(np.float32)
     except (DataError, MemoryError):
         raise
     except Exception as error:  # the library raises nothing narrower
         raise DataError(f"{path}: not a readable HDF5 file ({error})") from error
-    trajectories, time = arrays["trajectories"] + np.float32(0), arrays["time"]  # 0 for -0
+    trajectories, time = arrays["trajectories"] + np.float32(0), arrays["time"]  # + 0 turns -0 into 0
     if trajectories.shape[1:] != (len(time), 2) or trajectories.size == 0:
-        raise DataError(f"{path}: trajectories are {trajectories.shape}, expected (N, {len(time)}, 2) as time is long")
+        raise DataError(f"{path}: trajectories are {trajectories.shape}, expected (N, {len(time)}, 2) like time")
     if (bad := ~(np.isfinite(trajectories) & (trajectories >= 0))).any():
         n, t, variable = np.argwhere(bad)[0]
         raise DataError(
@@ -86,10 +86,11 @@ def write(path: str | Path, dataset: Dataset) -> None:
 
 
 def simulate(seed: int = 0, num_systems: int = NUM_SYSTEMS) -> Dataset:
-    """Rosenzweig-MacArthur systems drawn as the report's data set was; seed 0 regenerates that set.
+    """Simulate Rosenzweig-MacArthur systems, drawn like those of the report's data set; seed 0 regenerates that set.
 
-    dx/dt = a x (1 - x/K) - b x y / (1 + h x),  dy/dt = e b x y / (1 + h x) - c y, in fp64 by LSODA at
-    default tolerances, 100 times on [0, 200]. Not Lotka-Volterra: growth and appetite saturate.
+    dx/dt = a x (1 - x/K) - b x y / (1 + h x),  dy/dt = e b x y / (1 + h x) - c y, in fp64 by LSODA
+    with default tolerances, at 100 times in [0, 200]. These are not Lotka-Volterra systems, because growth and appetite
+    saturate.
     """
     draw = np.random.RandomState(seed).random_sample
     bounds = [(0.1, 0.3), (0.2, 0.5), (0.1, 0.3), (0.05, 0.2), (0.3, 0.7), (5, 15), (0.8, 1.2), (0.8, 1.2)]
@@ -109,7 +110,7 @@ def simulate(seed: int = 0, num_systems: int = NUM_SYSTEMS) -> Dataset:
 
 
 def split(num_trajectories: int) -> Split:
-    """70 % train, 15 % validation, 15 % test by trajectory, shuffled with the report's seed 42.
+    """Split the trajectories: 70 % training, 15 % validation, 15 % test, shuffled with the report's seed 42.
 
     Raises DataError when a part would be empty.
     """

@@ -1,6 +1,6 @@
-"""A model's forecasts of held-out series: its texts and values, and the losses of the truth.
+"""Evaluates a model on held-out series: its forecasts as text and values, and the losses of the truth.
 
-N sequences, h forecast steps, D variables, L target tokens, C hidden size.
+Shapes: N sequences, h forecast steps, D variables, L target tokens, C hidden size.
 """
 
 from collections.abc import Callable
@@ -29,25 +29,25 @@ DECODINGS = ("constrained", "free")
 
 
 class ForecastError(ValueError):
-    """A model's output is no forecast at all."""
+    """The output of a model is not a forecast."""
 
 
 @dataclass(frozen=True)
-class Forecasts:
-    """What a model wrote after each context."""
+class Evaluation:
+    """Forecasts of N sequences, and the losses of the truth."""
 
     texts: list[str]
     values: Tensor3  # (N, h, D) scaled; NaN where the text has no well-formed value
-    free_losses: Matrix  # (N, L) nats of the target token under the free-running logits; NaN past either's end
-    forced_losses: Matrix  # (N, L) the same with the true tokens before it
-    nats: Vector  # (N) of a target value, among what the grammar allows, a second digit always
+    free_losses: Matrix  # (N, L) nats of each target token given the model's own text; NaN after the end of either
+    forced_losses: Matrix  # (N, L) nats of each target token given the true tokens before it; NaN on padding
+    nats: Vector  # (N) per target value, among the tokens that the grammar allows (always two digits)
 
     def plain(self) -> dict:
         """The fields as JSON can hold them."""
         return {name: value if name == "texts" else plain(value) for name, value in vars(self).items()}
 
     @staticmethod
-    def join(parts: list["Forecasts"]) -> "Forecasts":
+    def join(parts: list["Evaluation"]) -> "Evaluation":
         """The sequences of all parts; shorter loss rows are filled with NaN."""
 
         def arrays(name: str) -> list[np.ndarray]:
@@ -61,20 +61,20 @@ class Forecasts:
 
         texts = [text for part in parts for text in part.texts]
         values, nats = (np.concatenate(arrays(name)) for name in ("values", "nats"))
-        return Forecasts(texts, values, padded("free_losses"), padded("forced_losses"), nats)
+        return Evaluation(texts, values, padded("free_losses"), padded("forced_losses"), nats)
 
 
-def most_positions(grammar: Grammar, encoding: Encoding, context_steps: int, steps: int) -> int:
-    """Positions that a context and the forecast of `steps` steps behind it may take, with values up to 99."""
+def max_positions(grammar: Grammar, encoding: Encoding, context_steps: int, steps: int) -> int:
+    """Positions that a context and a forecast of `steps` steps after it can need, with values up to 99."""
     most = encoding.tokens_per_step(grammar.num_variables) + grammar.num_variables
     return context_steps * most + 1 + grammar.columns(steps * grammar.num_variables)
 
 
 class _Targets(NamedTuple):
-    """What is to be forecast, as tokens behind the context."""
+    """The true continuation of each context, as tokens."""
 
     texts: list[str]
-    ids: Tensor  # (N, L), padded behind
+    ids: Tensor  # (N, L), padded at the end
     real: Tensor  # (N, L) bool, False on padding
 
 
@@ -96,23 +96,23 @@ def _batch(
     steps: int,
     decoding: str,
     reused: ReusedCache,
-) -> Forecasts:
+) -> Evaluation:
     device, num_variables = model.head_weight.device, series.shape[2]
     ids, mask = pad_left([tokenizer.encode(encoding.encode(one[:context_steps])) for one in series], tokenizer.pad_id)
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
     targets = _targets(tokenizer, encoding, series, context_steps, context_steps + horizon, device)
     grammar, num_values = Grammar(tokenizer, encoding.decimals, num_variables), steps * num_variables
     usual, length = steps * encoding.tokens_per_step(num_variables), targets.ids.shape[1]
-    room = max(usual, length) + num_values  # values of 10 and more take a token more
+    room = max(usual, length) + num_values  # a value of 10 or more takes one token more
     if decoding == "constrained":
         room = max(length, 1 + grammar.columns(num_values))
     cache, last = prefill(model, ids, room, mask, reused)
 
     with torch.inference_mode():
-        # teacher-forced: the targets in one pass behind the context, then forgotten
+        # teacher forcing: one pass over the targets after the context; the cache is truncated afterwards
         grown = None if mask is None else torch.nn.functional.pad(mask, (0, length - 1), value=1)
         hidden = model.model(targets.ids[:, :-1], cache, grown)
-        hidden = torch.cat((last[:, None], hidden), dim=1)  # (N, L, C): each stands before its target
+        hidden = torch.cat((last[:, None], hidden), dim=1)  # (N, L, C): each predicts its target
         forced = token_losses(hidden.flatten(0, 1), model.head_weight, targets.ids.flatten()).view(len(series), -1)
     rows = zip(hidden, targets.texts, strict=True)
     nats = [nats_of(model, grammar, row[1 : len(text)], text[1:]) / (horizon * num_variables) for row, text in rows]
@@ -125,7 +125,7 @@ def _batch(
 
         texts, free = _free(model, tokenizer, cache, last, mask, targets, usual, room, complete)
     else:
-        cache.truncate(ids.shape[1] + 1)  # the target's first token is the `;` behind the context
+        cache.truncate(ids.shape[1] + 1)  # the first target token is the `;` after the context
         mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
         wide = [may_be_wide(encoding.scaled(one[:context_steps])) for one in series]
         texts = decode(model, grammar, cache, hidden[:, 1], num_values, mask, wide=wide)
@@ -133,7 +133,7 @@ def _batch(
         raise ForecastError("the model's logits are not finite: the weights or the adapter are damaged")
     values = np.stack([encoding.decode(text, steps, num_variables) for text in texts])
     forced = forced.masked_fill(~targets.real, torch.nan)
-    return Forecasts(texts, values, free.cpu().numpy(), forced.cpu().numpy(), np.array(nats))
+    return Evaluation(texts, values, free.cpu().numpy(), forced.cpu().numpy(), np.array(nats))
 
 
 def _free(
@@ -147,7 +147,7 @@ def _free(
     most: int,
     complete: Callable[[str], bool],
 ) -> tuple[list[str], Tensor]:
-    """Texts of raw-argmax tokens behind a context, and the loss of each target token under their logits (N, L)."""
+    """Texts of raw-argmax tokens after each context, and the loss of each target token under their logits (N, L)."""
     free = torch.full(targets.ids.shape, torch.nan, device=last.device)
     length, tokens, texts = targets.ids.shape[1], [], [None] * len(last)
     steps = greedy_steps(model, cache, last, most, mask, tokenizer.end_ids, tokenizer.pad_id)
@@ -157,7 +157,7 @@ def _free(
             losses = torch.nn.functional.cross_entropy(logits.float(), targets.ids[:, step], reduction="none")
             free[:, step] = losses.masked_fill(~(running & targets.real[:, step]), torch.nan)
         if step + 1 >= usual:
-            # each row is cut where it is complete itself, so that rows which need more change nothing in it
+            # each row is cut where it is complete, so that its text does not depend on rows that need more tokens
             for row, text in enumerate(_texts(tokenizer, tokens)):
                 if texts[row] is None and complete(text):
                     texts[row] = text
@@ -167,11 +167,11 @@ def _free(
 
 
 def _texts(tokenizer: Tokenizer, tokens: list[Tensor]) -> list[str]:
-    """What each row has written, without the `;` that ends the context's last step."""
+    """The text of each row, without the `;` that ends the last step of the context."""
     return [tokenizer.decode(row).removeprefix(";") for row in torch.stack(tokens, 1).tolist()]
 
 
-def forecast(
+def evaluate(
     model: Qwen,
     tokenizer: Tokenizer,
     encoding: Encoding,
@@ -182,13 +182,13 @@ def forecast(
     decoding: str = "constrained",
     state: Path | None = None,
     progress: Callable[[int], None] = lambda count: None,
-) -> Forecasts:
-    """Show a model the first context_steps of each of series (N, T, D), in populations, and let it write on.
+) -> Evaluation:
+    """Let a model forecast series (N, T, D), in populations, from their first `context_steps` steps.
 
-    It writes `steps` time steps (None: `horizon`). Losses are of the tokens of the first `horizon` true steps.
-    decoding: "constrained" to the grammar, every value well-formed, or "free", the report's protocol: raw argmax over
-    the whole vocabulary, until every row has all its values. Only free decoding has free losses. `state` is a file to
-    continue from and to save to after each batch.
+    The forecast has `steps` time steps (None: `horizon`). The losses cover the tokens of the first `horizon` true
+    steps. decoding "constrained" follows the grammar, so every value is well-formed. "free" is the report's protocol:
+    raw argmax over the whole vocabulary, until every row has all its values; only it has free losses. The file `state`
+    is written after each batch, and an interrupted evaluation continues from it.
     Raises ValueError when a series is too short, ForecastError when logits are not finite.
     """
     steps = steps or horizon
@@ -202,39 +202,39 @@ def forecast(
 
     reused = ReusedCache(model)
 
-    def make(start: int) -> Forecasts:
+    def make(start: int) -> Evaluation:
         batch = series[start : start + BATCH]
-        found = _batch(model, tokenizer, encoding, batch, context_steps, horizon, steps, decoding, reused)
+        evaluated = _batch(model, tokenizer, encoding, batch, context_steps, horizon, steps, decoding, reused)
         progress(len(batch))
-        return found
+        return evaluated
 
-    def read(kept: object, start: int) -> Forecasts:
-        found, count = build(Forecasts, kept, str(state)), len(series[start : start + BATCH])
-        rows = {len(value) for value in vars(found).values()}
-        if rows != {count} or found.values.shape[1:] != (steps, series.shape[2]):
+    def read(kept: object, start: int) -> Evaluation:
+        evaluated, count = build(Evaluation, kept, str(state)), len(series[start : start + BATCH])
+        rows = {len(value) for value in vars(evaluated).values()}
+        if rows != {count} or evaluated.values.shape[1:] != (steps, series.shape[2]):
             raise RunError(f"{state}: not a state of this evaluation; delete it to begin this part anew")
-        return found
+        return evaluated
 
-    return Forecasts.join(resumable(state, range(0, len(series), BATCH), make, Forecasts.plain, read))
+    return Evaluation.join(resumable(state, range(0, len(series), BATCH), make, Evaluation.plain, read))
 
 
-def metrics(forecasts: Forecasts, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:
-    """`errors` over the first `horizon` steps and the losses, of the first ten sequences and of all.
+def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:
+    """Return `errors` over the first `horizon` steps and the losses, for the first ten sequences and for all.
 
-    truth (N, h, D) and fallback (N, D) as in `errors`. Where more steps than `horizon` were forecast, `long` holds the
-    errors of them all. `unscored_tokens` counts target tokens without a free-running loss, because the text had ended.
+    truth (N, h, D) and fallback (N, D) are as in `errors`. If the forecasts have more than `horizon` steps, `long` has
+    the errors over all steps. `unscored_tokens` counts the target tokens without a free loss: the text ended earlier.
     """
 
-    def of(rows: slice) -> dict:
-        free, forced = forecasts.free_losses[rows], forecasts.forced_losses[rows]
-        found = errors(forecasts.values[rows, :horizon], truth[rows, :horizon], fallback[rows], scale)
-        found |= {"forced_loss": float(np.nanmean(forced)), "nats_per_value": float(forecasts.nats[rows].mean())}
+    def part_metrics(rows: slice) -> dict:
+        free, forced = evaluation.free_losses[rows], evaluation.forced_losses[rows]
+        part = errors(evaluation.values[rows, :horizon], truth[rows, :horizon], fallback[rows], scale)
+        part |= {"forced_loss": float(np.nanmean(forced)), "nats_per_value": float(evaluation.nats[rows].mean())}
         if np.isnan(free).all():
-            return found
+            return part
         unscored = int((np.isfinite(forced) & np.isnan(free)).sum())
-        return found | {"free_loss": float(np.nanmean(free)), "unscored_tokens": unscored}
+        return part | {"free_loss": float(np.nanmean(free)), "unscored_tokens": unscored}
 
-    result = {part: of(rows) for part, rows in PARTS.items()}
+    result = {name: part_metrics(rows) for name, rows in PARTS.items()}
     if truth.shape[1] > horizon:
-        result["long"] = errors(forecasts.values, truth, fallback, scale)
+        result["long"] = errors(evaluation.values, truth, fallback, scale)
     return result

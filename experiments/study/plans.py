@@ -1,4 +1,4 @@
-"""Named plans: which experiments, with which settings, in which order. Imports no torch."""
+"""Named plans: the experiments, their settings and their order. This module imports no torch."""
 
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -6,22 +6,22 @@ from itertools import product
 from experiments.forecasting.settings import Training
 
 CONTEXT_STEPS, HORIZON = 70, 10  # the report's 699 context tokens and 100 target tokens, as time steps
-LONG_HORIZON = 30  # of the models that the test set judges
+LONG_HORIZON = 30  # for models that are evaluated on the test set
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A training, or none, and what it is evaluated on.
+    """A training, or none, and the splits on which the model is evaluated.
 
-    Settings that are None come from the best, by validation MSE, of the experiments in `best_of`. Raises ValueError
-    when there are such settings and no such experiments.
+    Settings that are None are taken from the experiment of `best_of` with the smallest validation MSE. Raises
+    ValueError if there are such settings and `best_of` is empty.
     """
 
     name: str
-    section: str  # of the report
-    training: Training | None = None  # None: the model as it is
+    section: str  # in the report
+    training: Training | None = None  # None: the model is evaluated as it is
     best_of: tuple[str, ...] = ()
-    splits: tuple[str, ...] = ("val",)  # evaluated on; never on the test set to choose
+    splits: tuple[str, ...] = ("val",)  # the test set is never used to choose
 
     def __post_init__(self):
         if self.training and self.training.unset and not self.best_of:
@@ -29,25 +29,25 @@ class Experiment:
 
     @property
     def judged(self) -> bool:
-        """Whether it is a result, not a candidate: on the test set, and over the long horizon."""
+        """True for a result, which is evaluated on the test set over the long horizon; False for a candidate."""
         return "test" in self.splits
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Experiments in the order they run."""
+    """Experiments in the order in which they run."""
 
     name: str
     experiments: tuple[Experiment, ...]
 
 
 def fill(training: Training, best: Training) -> Training:
-    """Settings with every None taken from `best`."""
+    """The settings, with each None replaced by the value of `best`."""
     return replace(training, **{name: getattr(best, name) for name in training.unset})
 
 
 def candidates(plan: Plan, experiment: Experiment) -> list[Training]:
-    """All settings it could run with: its own, or one for each earlier experiment whose settings it may take over."""
+    """All settings an experiment may run with: its own, or one for each earlier experiment in its `best_of`."""
     if experiment.training is None:
         return []
     if not experiment.best_of:
@@ -57,10 +57,10 @@ def candidates(plan: Plan, experiment: Experiment) -> list[Training]:
 
 
 def _chain(name: str, trial: Training, grid: list[Training], contexts: list[int], steps: int, final: int) -> Plan:
-    """Sections 5.4 to 6.5: untrained, trial, grid, the best cell at each context, the best of all for longer.
+    """Sections 5.4 to 6.5: untrained, trial, grid, the best cell at each context length, the best of all for longer.
 
-    The cells of the grid share a seed, so that only rank and rate differ; what follows uses seeds of its own, so
-    that the context run at the grid's own length repeats the best cell independently, as in the report.
+    The cells of the grid share a seed, so that only rank and rate differ. The later trainings use other seeds. The
+    context run at the length of the grid therefore repeats the best cell independently, as in the report.
     """
     seed = trial.seed
     cells = [Experiment(f"grid-r{t.rank}-lr{t.learning_rate:g}", "6.3", t) for t in grid]
@@ -83,7 +83,7 @@ def _chain(name: str, trial: Training, grid: list[Training], contexts: list[int]
 
 
 def report(seed: int) -> Plan:
-    """The report's experiments with the report's settings."""
+    """The experiments of the report with its settings."""
     grid = [Training(rank, rate, 512, 1000, seed=seed) for rank, rate in product((2, 4, 8), (1e-5, 5e-5, 1e-4))]
     return _chain("report", Training(4, 1e-5, 512, 500, seed=seed), grid, [128, 512, 768], 1000, 3000)
 
@@ -95,17 +95,17 @@ def quick(seed: int) -> Plan:
 
 
 def untrained(seed: int) -> Plan:
-    """The model as it is, on validation and test."""
+    """The model without training, evaluated on validation and test."""
     return Plan("untrained", (Experiment("untrained", "5.4", splits=("val", "test")),))
 
 
 def trial(seed: int) -> Plan:
-    """The report's trial alone, judged on both splits."""
+    """Only the trial of the report, evaluated on both splits."""
     return Plan("trial", (Experiment("trial", "6.2", Training(4, 1e-5, 512, 500, seed=seed), splits=("val", "test")),))
 
 
 def frontier(seed: int) -> Plan:
-    """The least error for few FLOPs: windows at every time step, a numeric head, a cosine schedule."""
+    """A small error for few FLOPs: windows at every time step, a numeric head, a cosine schedule."""
     settings = Training(8, 1e-3, 768, 300, stride=10, seed=seed, numeric_head=True, whole_windows=True, cosine=True)
     return Plan("frontier", (Experiment("frontier", "frontier", settings, splits=("val", "test")),))
 
@@ -114,7 +114,7 @@ PLANS = {"quick": quick, "report": report, "untrained": untrained, "trial": tria
 
 
 def with_numeric_head(plan: Plan) -> Plan:
-    """The plan with the softmax of every training over the tokens of numbers alone."""
+    """The plan, but each training has a softmax over the tokens of numbers only."""
 
     def changed(experiment: Experiment) -> Experiment:
         training = experiment.training and replace(experiment.training, numeric_head=True)

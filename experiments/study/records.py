@@ -1,6 +1,6 @@
-"""What the files of a run hold, as types. Imports no torch, so that a report is drawn without it.
+"""The contents of a run's files, as types. This module imports no torch, so that reports are drawn without it.
 
-N sequences, h forecast steps, 2 variables.
+Shapes: h forecast steps, 2 variables.
 """
 
 import csv
@@ -15,12 +15,12 @@ from experiments.storage.files import RunError, read_text
 from experiments.storage.records import Interval, Matrix, Vector, read
 from experiments.study.plans import Experiment
 
-PUBLISHED = "report"  # the convention of FLOPs that the report's own figures are in
+PUBLISHED = "report"  # the convention in which the report counts FLOPs
 
 
 @dataclass(frozen=True)
 class TextEncoding:
-    """How numbers became text."""
+    """How numbers are written as text."""
 
     scale: float
     decimals: int
@@ -28,7 +28,7 @@ class TextEncoding:
 
 @dataclass(frozen=True)
 class Identity:
-    """What decides the results of a run."""
+    """Everything that decides the results of a run."""
 
     plan: str
     experiments: list[Experiment]
@@ -38,7 +38,7 @@ class Identity:
     checkpoint_sha256: str
     data_sha256: str
     encoding: TextEncoding
-    convention: str  # of FLOPs, in which the budget counts
+    convention: str  # how the budget counts FLOPs
     device: str
     dtype: str
 
@@ -60,19 +60,19 @@ class PlanRecord:
     data: str
     parameters: int
     device_name: str
-    conventions: dict[str, str]  # of FLOPs: name and meaning
+    conventions: dict[str, str]  # for FLOPs: name and meaning
     threads: int
     versions: Versions
 
     def __post_init__(self):
         for name in (self.identity.convention, PUBLISHED):
             if name not in self.conventions:
-                raise ValueError(f"the convention {name!r} is not among {list(self.conventions)}")
+                raise ValueError(f"convention {name!r} is not one of {list(self.conventions)}")
 
 
 @dataclass(frozen=True)
 class Status:
-    """status.json: the budget in FLOPs, and why the run stopped, if it did so in order."""
+    """status.json: the budget in FLOPs, and the reason why the run stopped, or None."""
 
     budget: int
     stopped: str | None
@@ -84,7 +84,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Debit:
-    """A line of ledger.jsonl: what a step cost."""
+    """A line of ledger.jsonl: the cost of a step."""
 
     experiment: str
     step: int
@@ -97,7 +97,7 @@ class Debit:
 
 @dataclass(frozen=True)
 class Example:
-    """example.json: how a series begins as text and as tokens."""
+    """example.json: the beginning of a series, as text and as tokens."""
 
     text: str
     tokens: list[int]
@@ -127,7 +127,7 @@ class ForecastLine:
     mse: float | None
     forced_losses: Vector
     free_losses: Vector | None = None
-    quantiles: list[Matrix | None] | None = None  # (steps, 2) at each of QUANTILES; None where samples were too few
+    quantiles: list[Matrix | None] | None = None  # (steps, 2) at each of QUANTILES; None if there are too few samples
 
     def __post_init__(self):
         if self.forecast.shape != self.truth.shape or self.truth.shape[1] != 2:
@@ -142,7 +142,7 @@ class ForecastLine:
 
 @dataclass(frozen=True)
 class Errors:
-    """What `scores.errors` gives, and the losses of a language model, of a part of a split."""
+    """The result of `scores.errors` on a part of a split, and the losses if the method is a language model."""
 
     mse_filled: float
     sequences: int
@@ -165,15 +165,15 @@ class Errors:
 class Scores:
     """The errors of a method on a split."""
 
-    first: Errors  # of the ten sequences that the report judged by
+    first: Errors  # on the ten sequences by which the report judged
     all: Errors
-    long: Errors | None = None  # of all sequences over the long horizon
+    long: Errors | None = None  # on all sequences, over the long horizon
     mse_each: list[float | None] | None = None  # by sequence
 
 
 @dataclass(frozen=True)
 class Probabilistic:
-    """What `scores.probabilistic` gives: scores of sampled paths."""
+    """The result of `scores.probabilistic`: scores of sampled paths."""
 
     samples: int
     crps: float
@@ -184,7 +184,7 @@ class Probabilistic:
 
 @dataclass(frozen=True)
 class Metrics(Scores):
-    """The scores of an experiment on a split; with samples also theirs, and those of their mean."""
+    """The scores of an experiment on a split, and of its samples and their mean if it drew samples."""
 
     probabilistic: Probabilistic | None = None
     mean_of_samples: Scores | None = None
@@ -196,9 +196,9 @@ class Metrics(Scores):
 
 @dataclass(frozen=True)
 class Settings:
-    """settings.json: how an experiment was trained, or not, and what that cost by convention of FLOPs."""
+    """settings.json: the training of an experiment, or None, and its FLOPs by convention."""
 
-    section: str  # of the report
+    section: str  # in the report
     training: Training | None
     flops: dict[str, int]
 
@@ -211,14 +211,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Seconds:
-    """seconds.json: what an experiment took."""
+    """seconds.json: the time that an experiment took."""
 
     training: float
     evaluation: float
 
 
 def read_metrics(folder: Path) -> dict[str, Metrics]:
-    """The metrics of an experiment by split; "val" is among them. Raises RunError."""
+    """Read the metrics of an experiment by split; "val" is always there. Raises RunError."""
     metrics = read(folder / "metrics.json", dict[str, Metrics])
     if "val" not in metrics or not metrics.keys() <= {"val", "test"}:
         raise RunError(f"{folder / 'metrics.json'}: holds {list(metrics)}, expected 'val' and perhaps 'test'")
@@ -226,12 +226,12 @@ def read_metrics(folder: Path) -> dict[str, Metrics]:
 
 
 def read_settings(folder: Path) -> Settings:
-    """The settings of an experiment. Raises RunError."""
+    """Read the settings of an experiment. Raises RunError."""
     return read(folder / "settings.json", Settings)
 
 
 def read_losses(path: Path, steps: int) -> list[float]:
-    """The loss of each step of a training. Raises RunError."""
+    """Read the loss of each step of a training. Raises RunError."""
     lines = read_text(path).splitlines()
     try:
         losses = [float(row["loss"]) for row in csv.DictReader(lines, strict=True)]

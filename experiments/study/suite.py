@@ -1,4 +1,4 @@
-"""Runs the experiments of a plan, one after the other, into a run folder."""
+"""Runs the experiments of a plan one after the other and writes their results into a run folder."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ from experiments.storage.files import RunError, plain, sync, to_json, to_json_li
 from experiments.storage.interruption import Interruption
 from experiments.storage.records import Tensor4, build
 from experiments.storage.runfolder import resumable
-from experiments.study.evaluation import BATCH, Forecasts, forecast, metrics
+from experiments.study.evaluation import BATCH, Evaluation, evaluate, metrics
 from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import read_metrics, read_settings
 from lora import inject, remove, save_adapter
@@ -43,7 +43,7 @@ from qwen_min import Qwen, Tokenizer
 
 @dataclass
 class Suite:
-    """A plan with everything it runs on. series (N, T, 2) in populations, by split name."""
+    """A plan and everything it needs to run. series: (N, T, 2) in populations, by split."""
 
     plan: Plan
     folder: Path
@@ -51,13 +51,13 @@ class Suite:
     tokenizer: Tokenizer
     encoding: Encoding
     series: dict[str, np.ndarray]
-    ids: dict[str, np.ndarray]  # of the trajectories in the data file, by split name
+    ids: dict[str, np.ndarray]  # rows of the trajectories in the data file, by split
     ledger: flops.Ledger
     convention: str
-    checkpoint: tuple[str, str]  # as the user named it, and its sha256
+    checkpoint: tuple[str, str]  # name from the command line, sha256
     decoding: str
-    samples: int  # paths drawn for each held-out sequence by the last experiment
-    seed: int  # of those paths and of the GRU; each training has its own
+    samples: int  # paths that the last experiment draws for each held-out sequence
+    seed: int  # of the samples and the GRU; each training has its own seed
     interruption: Interruption
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
@@ -73,11 +73,11 @@ class Suite:
 
     @property
     def grammar(self) -> Grammar:
-        """Of the text that all forecasts are."""
+        """The grammar of the forecast text."""
         return Grammar(self.tokenizer, self.encoding.decimals, num_variables=2)
 
     def largest_costs(self) -> dict[str, int]:
-        """The most that each experiment may cost, in FLOPs of the ledger's convention."""
+        """The largest cost that each experiment can have, in FLOPs of the ledger's convention."""
         costs = {}
         for experiment in self.plan.experiments:
             possible = [t.steps * self.step_flops(t) for t in candidates(self.plan, experiment)]
@@ -85,7 +85,7 @@ class Suite:
         return costs
 
     def budget_warning(self) -> str | None:
-        """What does not fit the budget, in a sentence, before anything runs; None when all fits."""
+        """A message about experiments that do not fit the budget; None if all fit."""
         costs, left, fits = self.largest_costs(), self.ledger.budget, []
         for name, cost in costs.items():
             if cost > left:
@@ -93,7 +93,7 @@ class Suite:
                 return (
                     f"plan {self.plan.name} needs up to {sum(costs.values()):.3e} FLOPs ({self.convention}), the "
                     f"budget is {self.ledger.budget:.3e}. Fits: {', '.join(fits) or 'nothing'}. Does not fit: "
-                    f"{', '.join(misfits)}. Raise --budget, or count by another --convention, to run it whole"
+                    f"{', '.join(misfits)}. Raise --budget, or choose another --convention, to run the whole plan"
                 )
             left -= cost
             fits.append(name)
@@ -102,8 +102,8 @@ class Suite:
     def run(self) -> None:
         """Run every experiment that is not finished yet.
 
-        Raises flops.BudgetExceeded at the first one that does not fit whole, TrainingError when a loss is not
-        finite, Interrupted when asked to stop; all that came before is kept.
+        Raises flops.BudgetExceeded at the first experiment that does not fit the budget, TrainingError if a loss is
+        not finite, Interrupted if the process was asked to stop. All earlier results are kept.
         """
         shared = ("example.json", "val.jsonl", "test.jsonl", "baselines.json")
         if not all((self.folder / name).exists() for name in shared):
@@ -114,13 +114,13 @@ class Suite:
                 self._run_one(experiment)
             elif training := self._settings(experiment):
                 cost = self.step_flops(training)
-                for step in range(training.steps):  # in case the ledger was lost
+                for step in range(training.steps):  # books the steps again if the ledger was lost
                     self.ledger.debit(experiment.name, step, cost)
             for state in path.glob("*state.*"):
                 state.unlink()
 
     def write_status(self, stopped: str | None) -> None:
-        """What the run has spent by now, and why it stopped if it did."""
+        """Write the FLOPs spent so far, and the reason why the run stopped, or None."""
         spent = {"budget": self.ledger.budget, "spent": self.ledger.spent, "by_experiment": self.ledger.by_experiment()}
         write_whole(self.folder / "status.json", to_json(spent | {"stopped": stopped}))
 
@@ -128,7 +128,7 @@ class Suite:
         return self.folder / "experiments" / name
 
     def _write_data(self) -> None:
-        """What every experiment shares: the example of section 3.2.5, contexts with truth, the baselines."""
+        """Write the files that all experiments share: an example (section 3.2.5), contexts with truth, baselines."""
         text = self.encoding.encode(self.series["train"][1])
         tokens = self.tokenizer.encode(text)
         example = {"text": text[:40], "tokens": tokens[:20], "num_characters": len(text), "num_tokens": len(tokens)}
@@ -143,16 +143,16 @@ class Suite:
                 for i, c, t in zip(self.ids[split], context, truth, strict=True)
             ]
             write_whole(self.folder / f"{split}.jsonl", to_json_lines(lines))
-            rounded = context.round(self.encoding.decimals)  # what the model is shown
+            rounded = context.round(self.encoding.decimals)  # the context that the model sees
             fallback, scale = context.mean(axis=1), self.encoding.scale
             for name, baseline in baselines.items():
                 long = baseline(rounded, truth.shape[1])
-                found = of_method(long[:, :HORIZON], truth[:, :HORIZON], fallback, scale)
-                results.setdefault(name, {})[split] = found | {"long": errors(long, truth, fallback, scale)}
+                scores = of_method(long[:, :HORIZON], truth[:, :HORIZON], fallback, scale)
+                results.setdefault(name, {})[split] = scores | {"long": errors(long, truth, fallback, scale)}
         write_whole(self.folder / "baselines.json", to_json(results))
 
     def _context_and_truth(self, split: str, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-        """What is shown and what is to be forecast, (N, 70, 2) and (N, horizon or what there is, 2), scaled."""
+        """Contexts (N, 70, 2) and their true continuations (N, at most horizon, 2), scaled."""
         scaled = self.encoding.scaled(self.series[split]).astype(np.float64)
         return scaled[:, :CONTEXT_STEPS], scaled[:, CONTEXT_STEPS : CONTEXT_STEPS + horizon]
 
@@ -181,66 +181,74 @@ class Suite:
             results = {split: self._evaluate(experiment, split) for split in experiment.splits}
             seconds = {"training": training_seconds, "evaluation": time.monotonic() - started}
         write_whole(path / "seconds.json", to_json({name: round(value, 1) for name, value in seconds.items()}))
-        write_whole(path / "metrics.json", to_json(results))  # last: it says that the experiment is finished
+        write_whole(path / "metrics.json", to_json(results))  # last, because it marks the experiment as finished
 
     @contextmanager
     def _adapted(self, name: str, training: Training | None) -> Iterator[float]:
-        """The model with the trained adapter of an experiment, and without it afterwards; yields what it took."""
+        """Train the adapter of an experiment and remove it at the end; yields the seconds of the training."""
         if training is None:
             yield 0.0
             return
-        path = self._path(name)
-        tokens = [self.tokenizer.encode(self.encoding.encode(one)) for one in self.series["train"]]
-        ids, lengths = window_tensors(tokens, training, self.tokenizer.pad_id)
-        cost = self.step_flops(training)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
             inject(self.model, training.lora)
         try:
-            with tqdm(total=training.steps, desc=name, mininterval=_interval()) as bar:
-
-                def after_step(step: int, loss: float) -> None:
-                    share = self.ledger.spent / self.ledger.budget
-                    if not bar.n:  # steps of earlier processes took no time of this one
-                        bar.initial = bar.n = bar.last_print_n = step
-                    bar.set_postfix(loss=f"{loss:.3f}", budget=f"{share:.2%}", refresh=False)
-                    bar.update(step + 1 - bar.n)
-
-                def before_step(step: int) -> None:
-                    self.interruption.check()
-                    self.ledger.debit(name, step, cost)
-
-                with self.interruption.held():
-                    trained = train(
-                        self.model,
-                        ids,
-                        lengths,
-                        training,
-                        torch.tensor(sorted(self.grammar.ids.values())) if training.numeric_head else None,
-                        path / "state.safetensors",
-                        before_step,
-                        after_step,
-                    )
-            rows = "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(trained.losses))
-            write_whole(path / "losses.csv", "step,loss\n" + rows)
-            partial = path / "adapter.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            save_adapter(self.model, partial, self.checkpoint[0])
-            write_trained(partial, self.encoding, *self.checkpoint)
-            for file in (*partial.iterdir(), partial):
-                sync(file)
-            shutil.rmtree(path / "adapter", ignore_errors=True)
-            partial.rename(path / "adapter")
-            yield trained.seconds
+            seconds = self._train(name, training)
+            self._write_adapter(self._path(name))
+            yield seconds
         finally:
             remove(self.model)
 
+    def _train(self, name: str, training: Training) -> float:
+        """Train the injected adapter and write the loss of each step; return the seconds."""
+        path, cost = self._path(name), self.step_flops(training)
+        tokens = [self.tokenizer.encode(self.encoding.encode(one)) for one in self.series["train"]]
+        ids, lengths = window_tensors(tokens, training, self.tokenizer.pad_id)
+        with tqdm(total=training.steps, desc=name, mininterval=_interval()) as bar:
+
+            def after_step(step: int, loss: float) -> None:
+                share = self.ledger.spent / self.ledger.budget
+                if not bar.n:  # steps of earlier processes are not part of the speed
+                    bar.initial = bar.n = bar.last_print_n = step
+                bar.set_postfix(loss=f"{loss:.3f}", budget=f"{share:.2%}", refresh=False)
+                bar.update(step + 1 - bar.n)
+
+            def before_step(step: int) -> None:
+                self.interruption.check()
+                self.ledger.debit(name, step, cost)
+
+            with self.interruption.held():
+                trained = train(
+                    self.model,
+                    ids,
+                    lengths,
+                    training,
+                    torch.tensor(sorted(self.grammar.ids.values())) if training.numeric_head else None,
+                    path / "state.safetensors",
+                    before_step,
+                    after_step,
+                )
+        rows = "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(trained.losses))
+        write_whole(path / "losses.csv", "step,loss\n" + rows)
+        return trained.seconds
+
+    def _write_adapter(self, path: Path) -> None:
+        """Write the adapter into the folder of its experiment; a kill leaves it whole or absent."""
+        partial = path / "adapter.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        save_adapter(self.model, partial, self.checkpoint[0])
+        write_trained(partial, self.encoding, *self.checkpoint)
+        for file in (*partial.iterdir(), partial):
+            sync(file)
+        shutil.rmtree(path / "adapter", ignore_errors=True)
+        partial.rename(path / "adapter")
+
     def _evaluate(self, experiment: Experiment, split: str) -> dict:
-        """Forecast a split; write a line for each trajectory, return the metrics."""
+        """Forecast a split, write a line for each trajectory and return the metrics."""
         series, name = self.series[split], experiment.name
         context, truth = self._context_and_truth(split, LONG_HORIZON if experiment.judged else HORIZON)
         with tqdm(total=len(series), desc=f"{name}, {split}", mininterval=_interval()) as bar:
-            found = forecast(
+            evaluation = evaluate(
                 self.model,
                 self.tokenizer,
                 self.encoding,
@@ -252,15 +260,15 @@ class Suite:
                 state=self._path(name) / f"forecasts.{split}.state.json",
                 progress=bar.update,
             )
-        lines = [self._line(self.ids[split][i], i, found, truth) for i in range(len(series))]
+        lines = [self._line(self.ids[split][i], i, evaluation, truth) for i in range(len(series))]
         fallback, scale = context.mean(axis=1), self.encoding.scale
-        results = metrics(found, truth, fallback, scale, HORIZON)
+        results = metrics(evaluation, truth, fallback, scale, HORIZON)
         if self.samples and experiment == self.plan.experiments[-1]:
             drawn = self._draw(series[:, :CONTEXT_STEPS], self._path(name) / f"samples.{split}.state.json")
             results["probabilistic"] = probabilistic(drawn, truth[:, :HORIZON])
             results["mean_of_samples"] = of_method(drawn.mean(axis=1), truth[:, :HORIZON], fallback, scale)
             for line, paths in zip(lines, drawn, strict=True):
-                line["quantiles"] = [  # None where the samples are too few
+                line["quantiles"] = [  # None if there are too few samples
                     quantiles(paths, [level], axis=0)[0].round(4).tolist()
                     if self.samples >= samples_needed(level)
                     else None
@@ -271,7 +279,7 @@ class Suite:
         return results
 
     def _draw(self, contexts: np.ndarray, state: Path) -> np.ndarray:
-        """Sampled paths (N, S, h, D), scaled: the very numbers of the texts."""
+        """Draw paths (N, S, h, D), scaled: exactly the numbers in the texts."""
         forecaster = Forecaster(self.model, self.tokenizer, self.encoding.scale, self.encoding.decimals)
 
         def draw(start: int) -> np.ndarray:
@@ -287,30 +295,30 @@ class Suite:
         return (np.concatenate(parts) / self.encoding.scale).round(self.encoding.decimals)
 
     def _write_samples(self, name: str, split: str, drawn: np.ndarray) -> None:
-        """Keep sampled paths (N, S, h, D), a line for each trajectory, so that they can be scored without a model."""
+        """Write sampled paths (N, S, h, D), a line for each trajectory, so that they can be scored without a model."""
         lines = [
             json.dumps({"id": int(trajectory), "samples": paths.tolist()}, separators=(",", ":"), allow_nan=False)
             for trajectory, paths in zip(self.ids[split], drawn, strict=True)
         ]
         write_whole(self._path(name) / f"samples.{split}.jsonl", "\n".join(lines) + "\n")
 
-    def _line(self, trajectory: int, row: int, found: Forecasts, truth: np.ndarray) -> dict:
-        values, true = found.values[row, :HORIZON], truth[row, :HORIZON]
+    def _line(self, trajectory: int, row: int, evaluation: Evaluation, truth: np.ndarray) -> dict:
+        values, true = evaluation.values[row, :HORIZON], truth[row, :HORIZON]
         line = {
             "id": int(trajectory),
-            "text": found.texts[row],
-            "forecast": plain(found.values[row]),
+            "text": evaluation.texts[row],
+            "forecast": plain(evaluation.values[row]),
             "truth": plain(truth[row].round(6)),
             "mse": plain(squared_errors(values[None], true[None]))[0],
             "malformed_values": int(np.isnan(values).sum()),
-            "forced_losses": plain(found.forced_losses[row].round(4)),
-            "nats_per_value": round(float(found.nats[row]), 6),
+            "forced_losses": plain(evaluation.forced_losses[row].round(4)),
+            "nats_per_value": round(float(evaluation.nats[row]), 6),
         }
         if self.decoding == "free":
-            line["free_losses"] = plain(found.free_losses[row].round(4))
+            line["free_losses"] = plain(evaluation.free_losses[row].round(4))
         return line
 
 
 def _interval() -> float:
-    """Seconds between redraws of a progress line: rare where it goes to a file."""
+    """Seconds between updates of a progress bar: rare if it is written to a file."""
     return 0.1 if sys.stderr.isatty() else 30.0
