@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     out = args.out or args.series.with_suffix(".forecast.csv")
     for option, path in (("--out", out), ("--plot", args.plot)):
         if path and path.exists() and path.samefile(args.series):
-            raise cli.CommandError(f"{option} {path} is the file of the series; name another file")
+            raise cli.CommandError(f"{option} {path} is the series itself; name another file")
     if args.plot and args.plot.absolute() == out.absolute():
         raise cli.CommandError(f"--out and --plot are both {out}; name two files")
     forecaster = Forecaster.load(

@@ -67,7 +67,7 @@ class PlanRecord:
     def __post_init__(self):
         for name in (self.identity.convention, PUBLISHED):
             if name not in self.conventions:
-                raise ValueError(f"convention {name!r} is not one of {list(self.conventions)}")
+                raise ValueError(f"the convention {name!r} is not among {list(self.conventions)}")
 
 
 @dataclass(frozen=True)
