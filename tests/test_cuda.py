@@ -15,7 +15,7 @@ from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import Forecaster
 from experiments.forecasting.settings import Training
 from experiments.forecasting.training import train, window_tensors
-from experiments.study.evaluation import forecast
+from experiments.study.evaluation import evaluate
 from lora import LoraConfig, adapter_parameters, inject
 from qwen_min import KVCache, QwenConfig, generate, load
 from qwen_min.continuation import GraphContinuation, ReusedCache, continuation
@@ -184,7 +184,7 @@ def test_evaluations_in_several_batches_agree(monkeypatch, checkpoint, precision
     monkeypatch.setattr("experiments.study.evaluation.BATCH", 2)
     values = np.stack([values[:17] for values in series() if len(values) > 9])
     wanted, found = (
-        forecast(*load(checkpoint, *where), Encoding(1.0), values, 13, 3, decoding=decoding)
+        evaluate(*load(checkpoint, *where), Encoding(1.0), values, 13, 3, decoding=decoding)
         for where in (("cpu",), ("cuda", precision[0]))
     )
     np.testing.assert_allclose(found.nats, wanted.nats, rtol=2 * precision[1])

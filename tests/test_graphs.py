@@ -11,7 +11,7 @@ import recorded
 from conftest import random_model
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import Forecaster
-from experiments.study.evaluation import forecast
+from experiments.study.evaluation import evaluate
 from lora import LoraConfig, adapter_parameters, inject, merge, remove, unmerge
 from qwen_min import KVCache
 from qwen_min import continuation as module
@@ -103,9 +103,9 @@ def test_an_evaluation_captures_each_pass_once(monkeypatch, tiny, simulated, dec
     series[[0, 3, 4], 4, 0] = 11.5
     monkeypatch.setattr("experiments.study.evaluation.BATCH", 2)
     arguments = (*tiny, Encoding(scale=1.1), series, 20, 3)
-    wanted = forecast(*arguments, decoding=decoding)
+    wanted = evaluate(*arguments, decoding=decoding)
     recorded.install(monkeypatch)
-    found = forecast(*arguments, decoding=decoding)
+    found = evaluate(*arguments, decoding=decoding)
     assert found.texts == wanted.texts
     np.testing.assert_allclose(found.free_losses, wanted.free_losses, rtol=1e-4, atol=1e-5)
     assert recorded.Graph.captured == passes
