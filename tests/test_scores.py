@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from experiments.forecasting.scores import (
-    ROUNDING,
+    ROUNDING_MSE,
     crps,
     errors,
     mean_interval,
-    of_method,
+    method_errors,
     paired,
     probabilistic,
     quantiles,
@@ -110,7 +110,7 @@ def test_the_mean_of_samples_errs_less_than_one_of_them():
     center = rng.normal(size=(60, 1, 10, 2))
     samples, truth = center + rng.normal(size=(60, 100, 10, 2)), center[:, 0] + rng.normal(size=(60, 10, 2))
     fallback = np.zeros((60, 2))
-    one, mean = (of_method(found, truth, fallback, scale=2.0) for found in (samples[:, 0], samples.mean(axis=1)))
+    one, mean = (method_errors(found, truth, fallback, scale=2.0) for found in (samples[:, 0], samples.mean(axis=1)))
     assert one["all"]["mse"] == pytest.approx(2, rel=0.1)  # the spread of both
     assert mean["all"]["mse"] == pytest.approx(1, rel=0.1)  # of the truth alone
     assert np.mean(mean["mse_each"]) == pytest.approx(mean["all"]["mse"])
@@ -142,6 +142,6 @@ def test_pairs_that_lack_an_error_are_left_out_and_errors_below_rounding_are_equ
     assert (found["difference"], found["ratio"], found["better"]) == (-1, 0.5, 1)
     assert found["interval"] is found["ratio_interval"] is None  # of a single pair
     assert paired([None], [1.0]) is None
-    equal = paired([0.0, ROUNDING / 9, 1e-3], [ROUNDING, 0.0, 1e-3])
+    equal = paired([0.0, ROUNDING_MSE / 9, 1e-3], [ROUNDING_MSE, 0.0, 1e-3])
     assert equal["ratio"] == 1
     assert equal["ratio_interval"] == [1, 1]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.forecasting.scores import BAND, COVERED, QUANTILES, paired
+from experiments.forecasting.scores import BAND, COVERAGE_LEVELS, QUANTILES, paired
 from experiments.report import figures, published
 from experiments.report.page import Blocks, to_html, to_markdown
 from experiments.report.results import (
@@ -131,14 +131,14 @@ def _trust(run: Run, blocks: Blocks) -> None:
     ]  # fmt: skip
     if rows:
         rows += [
-            [name, split, "point", number(found.all.mae), NONE, *(NONE for _ in COVERED)]
+            [name, split, "point", number(found.all.mae), NONE, *(NONE for _ in COVERAGE_LEVELS)]
             for name, by_split in run.baselines.items()
             for split, found in by_split.items()
         ]
         blocks.table(
             "Samples: CRPS (of a point forecast the absolute error), and how much of the truth the central intervals "
             "cover",
-            ["method", "split", "samples", "CRPS", "interval", *(f"{share:.0%} interval" for share in COVERED)],
+            ["method", "split", "samples", "CRPS", "interval", *(f"{share:.0%} interval" for share in COVERAGE_LEVELS)],
             rows,
         )
     _sequences_drawn(run, blocks, list(judged)[-1])
