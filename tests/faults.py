@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from experiments import run
 from experiments.forecasting.settings import Training
 from experiments.report.build import write_report
-from experiments.storage.runfolder import LOCK, WRITER
+from experiments.storage.runfolder import LOCK_FILE, WRITER_FILE
 from experiments.study import data, evaluation, plans, suite
 from tests import small_plan
 
@@ -88,7 +88,9 @@ def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
     """The files of a folder by relative path."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(found) if path.name not in (LOCK, WRITER)
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(found)
+        if path.name not in (LOCK_FILE, WRITER_FILE)
     }
 
 
@@ -152,7 +154,7 @@ class Campaign:
 
     def phase(self, folder: Path, started: float) -> str:
         """What a process that began at `started` and left the folder so was doing."""
-        written = [p for p in folder.rglob("*") if p.is_file() and p.name not in (LOCK, WRITER)]
+        written = [p for p in folder.rglob("*") if p.is_file() and p.name not in (LOCK_FILE, WRITER_FILE)]
         new = {p.name for p in written if p.stat().st_mtime >= started}
         if not (folder / "baselines.json").exists():
             return "start and baselines"

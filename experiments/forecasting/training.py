@@ -53,7 +53,7 @@ def window_tensors(token_lists: list[list[int]], settings: Training, pad_id: int
 def batch_rows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
     """The indices (B) of the windows of a step, which depend on the arguments alone.
 
-    Each epoch shuffles the windows anew. Every batch is full: the windows left over at the end of an epoch are skipped.
+    Each epoch has a new order of the windows. Every batch is full: the windows left over at its end are skipped.
     """
     epoch, index = divmod(step, num_windows // batch)
     order = np.random.default_rng([seed, epoch]).permutation(num_windows)
