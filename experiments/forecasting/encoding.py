@@ -18,7 +18,7 @@ class EncodingError(ValueError):
 
 @dataclass(frozen=True)
 class Encoding:
-    """How numbers become text: they are divided by `scale` and written with `decimals` places.
+    """The text form of numbers: they are divided by `scale` and written with `decimals` places.
 
     `encode` takes populations to text, `decode` takes text to scaled values, `scaled` takes populations to scaled
     values. Raises EncodingError for a scale that is not positive or decimals that are not 1 to 6.

@@ -42,7 +42,7 @@ class Forecast(NamedTuple):
 
 
 def rows_at_once(model: Qwen, num_columns: int) -> int:
-    """How many rows of a cache of num_columns fit in CACHE_BYTES, or on CUDA in CUDA_CACHE_BYTES; at least 1."""
+    """The number of rows of num_columns columns that fit in CACHE_BYTES (on CUDA in CUDA_CACHE_BYTES); at least 1."""
     config, item_bytes = model.config, model.head_weight.dtype.itemsize
     row_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item_bytes * num_columns
     return max(1, (CUDA_CACHE_BYTES if model.head_weight.is_cuda else CACHE_BYTES) // row_bytes)

@@ -94,7 +94,7 @@ class _Row:
         self.word, self.index = "", 0  # the written part of the present value, and its number
         self.num_chosen = 0  # choices made so far; the next choice uses the random number with this index
         self.pending = ""  # the characters that the next pass has to read
-        self.guessed = False  # whether pending ends in a guessed point, which is not in the text yet
+        self.guessed = False  # True if pending ends in a guessed point, which is not in the text yet
 
     def following(self) -> str:
         """The characters that may come next; empty after the last value."""
@@ -106,7 +106,7 @@ class _Row:
         return self.pending if self.following() else ""
 
     def rejects(self, first: str) -> bool:
-        """Whether a pass chose `first`, a second digit, in place of the guessed point."""
+        """True if the pass chose `first`, a second digit, in place of the guessed point."""
         return self.guessed and first != "."
 
     def advance(self, first: str, last: str) -> None:
@@ -161,7 +161,7 @@ class _Reading(NamedTuple):
     ids: Tensor  # (B, T), padded at the end
     real: Tensor | None  # (B, T), 0 on padding; None if there is no padding
     last: Tensor  # (B), the index of the last real token
-    guessed: Tensor  # (B) bool, whether the last real token is a guessed point
+    guessed: Tensor  # (B) bool, True if the last real token is a guessed point
     draw_indices: Tensor  # (B, 2), the random numbers for the choices after the first and after the last token
 
     @classmethod
