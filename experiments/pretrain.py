@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import trange
 
-from experiments.forecasting.encoding import LARGEST, Encoding
+from experiments.forecasting.encoding import SCALED_MAX, Encoding
 from qwen_min.config import QwenConfig
 from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
@@ -134,7 +134,7 @@ def series(seed: int, n: int) -> np.ndarray:
     counts = rng.multinomial(n, list(FAMILIES.values()))
     raw = np.concatenate([family(rng, count) for family, count in zip(FAMILIES, counts, strict=True)])
     low, high = raw.min(axis=1, keepdims=True), raw.max(axis=1, keepdims=True)
-    top = log_uniform(rng, 0.2, LARGEST, (n, 1, 2))
+    top = log_uniform(rng, 0.2, SCALED_MAX, (n, 1, 2))
     bottom = top * rng.uniform(0, 0.8, (n, 1, 2)) * rng.integers(0, 2, (n, 1, 2))
     return rng.permutation(bottom + (top - bottom) * (raw - low) / (high - low))
 

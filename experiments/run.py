@@ -97,7 +97,7 @@ def read_data(args: argparse.Namespace):
     Raises DataError for trajectories that are too short, or too large for the encoding.
     """
     from experiments.forecasting.encoding import Encoding
-    from experiments.forecasting.grammar import BEYOND
+    from experiments.forecasting.grammar import SCALED_LIMIT
     from experiments.study import data
 
     trajectories = (data.read(args.data) if args.data else data.simulate()).trajectories
@@ -108,10 +108,10 @@ def read_data(args: argparse.Namespace):
         )
     parts = data.split(len(trajectories))
     encoding = Encoding.fit(trajectories[parts.train])
-    if (largest := encoding.scaled(trajectories).max()) >= BEYOND - 0.5:
+    if (largest := encoding.scaled(trajectories).max()) >= SCALED_LIMIT - 0.5:
         raise data.DataError(
             f"{args.data}: a population is {largest:.4g} times the scale of the training trajectories, "
-            f"{encoding.scale:g}; expected less than {BEYOND:g}"
+            f"{encoding.scale:g}; expected less than {SCALED_LIMIT:g}"
         )
     return trajectories, parts, encoding
 

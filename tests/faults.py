@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from experiments import run
 from experiments.forecasting.settings import Training
 from experiments.report.build import write_report
-from experiments.storage.runfolder import LOCK, WRITER
+from experiments.storage.runfolder import LOCK_FILE, WRITER_FILE
 from experiments.study import data, evaluation, plans, suite
 from tests import small_plan
 
@@ -89,7 +89,9 @@ def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
     """The contents of the files in a folder, by relative path."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(found) if path.name not in (LOCK, WRITER)
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(found)
+        if path.name not in (LOCK_FILE, WRITER_FILE)
     }
 
 
@@ -153,7 +155,7 @@ class Campaign:
 
     def phase(self, folder: Path, started: float) -> str:
         """The phase in which a process was that began at `started` and left the folder in its present state."""
-        written = [p for p in folder.rglob("*") if p.is_file() and p.name not in (LOCK, WRITER)]
+        written = [p for p in folder.rglob("*") if p.is_file() and p.name not in (LOCK_FILE, WRITER_FILE)]
         new = {p.name for p in written if p.stat().st_mtime >= started}
         if not (folder / "baselines.json").exists():
             return "start and baselines"

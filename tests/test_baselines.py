@@ -9,7 +9,7 @@ from experiments.study import data
 
 @pytest.fixture(scope="module")
 def split_errors(simulated):
-    """MSE of each sequence by a baseline, (150), on validation and test, as the models are judged."""
+    """A function of a baseline: its MSE of each sequence, (150), on validation and on test, scored like the models."""
     trajectories = simulated.trajectories
     parts = data.split(len(trajectories))
     scaled = Encoding.fit(trajectories[parts.train]).scaled(trajectories).astype(np.float64)
@@ -24,7 +24,7 @@ def split_errors(simulated):
 
 
 @pytest.mark.parametrize(
-    ("baseline", "first_ten", "every", "median"),
+    ("baseline", "first_ten", "mean", "median"),
     [
         (persistence, (0.622, 0.258), (0.384, 0.467), (0.127, 0.165)),
         (context_mean, (0.256, 0.191), (0.231, 0.270), (0.079, 0.094)),
@@ -32,21 +32,21 @@ def split_errors(simulated):
         (var, (0.0061, 0.0018), (0.0048, 0.017), (1.6e-4, 2.6e-4)),
     ],
 )
-def test_known_values_come_out(split_errors, baseline, first_ten, every, median):
+def test_baselines_have_the_known_errors(split_errors, baseline, first_ten, mean, median):
     val, test = split_errors(baseline)
     assert [val[:10].mean(), test[:10].mean()] == pytest.approx(first_ten, rel=0.1)
-    assert [val.mean(), test.mean()] == pytest.approx(every, rel=0.1)
+    assert [val.mean(), test.mean()] == pytest.approx(mean, rel=0.1)
     assert [np.median(val), np.median(test)] == pytest.approx(median, rel=0.12)
 
 
-def test_autoregressions_continue_what_is_autoregressive():
+def test_autoregressions_continue_autoregressive_series():
     t = np.arange(60)
     wave = np.stack([2 + np.sin(t / 3), 2 + np.cos(t / 5)], axis=1)[None]
     for baseline in (ar, var):
         np.testing.assert_allclose(baseline(wave[:, :50], 10), wave[:, 50:], atol=0.02)
 
 
-def test_forecasts_stay_within_zero_and_one_and_a_half_times_the_largest():
+def test_autoregressions_stay_between_zero_and_one_and_a_half_times_the_maximum():
     growing = np.stack([np.exp(np.arange(50) / 5), np.arange(50.0)[::-1]], axis=1)[None]
     for baseline in (ar, var):
         forecast = baseline(growing, 30)
@@ -55,19 +55,19 @@ def test_forecasts_stay_within_zero_and_one_and_a_half_times_the_largest():
         assert (forecast <= 1.5 * growing.max(axis=1)).all()
 
 
-def test_the_seasonal_baseline_repeats_a_period_that_is_no_whole_number():
+def test_the_seasonal_baseline_repeats_a_fractional_period():
     t = np.arange(90)
     wave = np.stack([2 + np.sin(2 * np.pi * t / 12.3), 2 + np.cos(2 * np.pi * t / 12.3)], axis=1)[None]
     np.testing.assert_allclose(seasonal(wave[:, :60], 30), wave[:, 60:], atol=0.08)
 
 
-def test_seasons_beat_the_mean_on_the_report_s_data(split_errors):
-    for found, known in zip(split_errors(seasonal), (0.037, 0.063), strict=True):
-        assert found.mean() < known  # of a lag fitted to the whole context; the end of it is the better guide
+def test_a_lag_fitted_to_the_end_beats_one_fitted_to_the_whole_context(split_errors):
+    for squared, whole_context_mse in zip(split_errors(seasonal), (0.037, 0.063), strict=True):
+        assert squared.mean() < whole_context_mse
 
 
-def test_the_network_learns_what_the_mean_cannot_tell(monkeypatch, simulated):
-    monkeypatch.setattr(gru, "STEPS", 150)  # of 2000
+def test_the_network_beats_the_context_mean(monkeypatch, simulated):
+    monkeypatch.setattr(gru, "STEPS", 150)  # instead of 2000
     parts = data.split(len(simulated.trajectories))
     scaled = Encoding.fit(simulated.trajectories[parts.train]).scaled(simulated.trajectories).astype(np.float64)
     forecast = gru.fit(scaled[parts.train].round(2))
@@ -80,7 +80,7 @@ def test_the_network_learns_what_the_mean_cannot_tell(monkeypatch, simulated):
     assert np.median(squared) < 0.006
 
 
-def test_the_network_is_the_same_for_the_same_seed_and_no_other(monkeypatch):
+def test_the_network_depends_on_the_seed_alone(monkeypatch):
     monkeypatch.setattr(gru, "STEPS", 3)
     train = np.random.default_rng(0).uniform(0, 9, size=(5, 60, 2))
     first, again, other = (gru.fit(train, seed)(train[:, :40], 4) for seed in (0, 0, 1))

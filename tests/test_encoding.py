@@ -21,14 +21,16 @@ def check_published(trajectories, tokenizer):
     assert len(text) == len(tokens) == 999
     assert tokens[: len(PUBLISHED_TOKENS)] == PUBLISHED_TOKENS
     long = [row for row in [*parts.val, *parts.test] if len(encoding.encode(trajectories[row])) != 999]
-    assert [list(parts.val).index(row) for row in long] == [24, 38]  # they exceed 9.99 in their context
+    assert [list(parts.val).index(row) for row in long] == [24, 38]  # their contexts exceed 9.99
 
 
-def test_the_published_example_comes_out(simulated, tiny):
+def test_the_published_example_is_reproduced(simulated, tiny):
     check_published(simulated.trajectories, tiny[1])
 
 
-def test_the_published_example_comes_out_of_the_report_s_file_with_the_real_tokenizer(report_file, real_checkpoint):
+def test_the_published_example_is_reproduced_from_the_report_s_file_with_the_real_tokenizer(
+    report_file, real_checkpoint
+):
     from qwen_min import Tokenizer
 
     check_published(data.read(report_file).trajectories, Tokenizer(real_checkpoint / "tokenizer.json"))
@@ -42,7 +44,7 @@ finite = st.floats(-1e12, 1e12)
     st.floats(1e-2, 1e3),
     st.integers(1, 6),
 )
-def test_decoding_gives_back_the_rounded_series(series, scale, decimals):
+def test_decoding_returns_the_rounded_series(series, scale, decimals):
     encoding = Encoding(scale, decimals)
     values = encoding.decode(encoding.encode(series), *series.shape)
     exact = series / scale
@@ -50,7 +52,7 @@ def test_decoding_gives_back_the_rounded_series(series, scale, decimals):
 
 
 @given(
-    st.text() | st.text(alphabet="0123456789.,;- e") | st.binary().map(lambda some: some.decode("latin-1")),
+    st.text() | st.text(alphabet="0123456789.,;- e") | st.binary().map(lambda raw: raw.decode("latin-1")),
     st.integers(1, 4),
     st.integers(1, 3),
 )
@@ -58,7 +60,7 @@ def test_any_text_decodes_and_no_value_is_invented(text, num_steps, num_variable
     values = Encoding(1.0).decode(text, num_steps, num_variables)
     assert values.shape == (num_steps, num_variables)
     for value in values[np.isfinite(values)]:
-        assert any(float(word) == value for part in text.split(";") for word in part.split(",") if "." in word)
+        assert any(float(word) == value for step in text.split(";") for word in step.split(",") if "." in word)
 
 
 @given(hnp.arrays(np.float64, (2, 2), elements=st.floats(0, 99)), st.integers(0, 25))
@@ -73,7 +75,7 @@ def test_a_text_cut_anywhere_gives_whole_values_or_none(series, length):
     ("text", "values"),
     [
         ("1.23,4.56;0.10,0.20", [[1.23, 4.56], [0.1, 0.2]]),
-        ("1.23,4.56;0.10,0.2", [[1.23, 4.56], [0.1, None]]),  # cut off: not 0.2
+        ("1.23,4.56;0.10,0.2", [[1.23, 4.56], [0.1, None]]),  # cut off, so not read as 0.2
         ("12.34,4.56;", [[12.34, 4.56], [None, None]]),
         ("1.23;0.10,0.20", [[None, None], [0.1, 0.2]]),  # a missing variable does not shift the others
         ("1.23,4.56,7.89;0.10,0.20", [[None, None], [0.1, 0.2]]),
@@ -86,12 +88,12 @@ def test_malformed_values_are_nan(text, values):
     np.testing.assert_array_equal(Encoding(1.0).decode(text, 2, 2), np.array(values, dtype=float))
 
 
-def test_windows_start_every_stride_and_the_last_are_shorter():
+def test_windows_start_every_stride_tokens_and_the_last_are_shorter():
     pieces = windows(list(range(999)), length=512, stride=256)
     assert [(piece[0], len(piece)) for piece in pieces] == [(0, 512), (256, 512), (512, 487), (768, 231)]
 
 
 @pytest.mark.parametrize("bad", [{"scale": 0.0}, {"scale": float("nan")}, {"scale": 1.0, "decimals": 0}])
-def test_refuses_bad_settings(bad):
+def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError, match="expected"):
         Encoding(**bad)

@@ -27,17 +27,17 @@ def forecaster(tiny):
 @pytest.mark.parametrize("samples", [0, 3])
 def test_a_forecast_depends_on_its_series_alone(monkeypatch, forecaster, samples):
     series = waves()
-    together = forecaster.forecast(series, 5, samples)
-    alone = [forecaster.forecast([one], 5, samples) for one in series]
-    turned = forecaster.forecast(series[::-1], 5, samples)
-    monkeypatch.setattr("experiments.forecasting.forecaster.CACHE_BYTES", 1)  # a row at a time
+    in_batch = forecaster.forecast(series, 5, samples)
+    alone = [forecaster.forecast([context], 5, samples) for context in series]
+    reverse = forecaster.forecast(series[::-1], 5, samples)
+    monkeypatch.setattr("experiments.forecasting.forecaster.CACHE_BYTES", 1)  # one row at a time
     one_by_one = forecaster.forecast(series, 5, samples)
     for row in range(len(series)):
-        for other in (alone[row].values[0], turned.values[::-1][row], one_by_one.values[row]):
-            np.testing.assert_array_equal(together.values[row], other)
+        for other in (alone[row].values[0], reverse.values[::-1][row], one_by_one.values[row]):
+            np.testing.assert_array_equal(in_batch.values[row], other)
         if samples:
-            np.testing.assert_array_equal(together.samples[row], alone[row].samples[0])
-            np.testing.assert_array_equal(together.samples[row], turned.samples[::-1][row])
+            np.testing.assert_array_equal(in_batch.samples[row], alone[row].samples[0])
+            np.testing.assert_array_equal(in_batch.samples[row], reverse.samples[::-1][row])
 
 
 def test_a_gpu_takes_more_rows_at_once(forecaster):
@@ -50,27 +50,29 @@ def test_a_gpu_takes_more_rows_at_once(forecaster):
 
 def test_samples_differ_by_path_and_seed_and_give_median_and_quantiles(forecaster):
     series = waves()[:2]
-    found = forecaster.forecast(series, 6, samples=9, quantiles=(0.1, 0.5, 0.9))
-    assert found.values.shape == (2, 6, 2)
-    assert found.samples.shape == (2, 9, 6, 2)
-    assert found.quantiles.shape == (2, 3, 6, 2)
-    assert len({path.tobytes() for path in found.samples[0]}) > 4
-    np.testing.assert_array_equal(found.values, np.median(found.samples, axis=1))
-    np.testing.assert_allclose(found.quantiles[:, 1], found.values)
-    np.testing.assert_allclose(found.quantiles[:, 0], found.samples.min(axis=1))  # of nine, the least is the 10 %
-    assert (np.diff(found.quantiles, axis=1) >= 0).all()
-    assert not np.array_equal(forecaster.forecast(series, 6, samples=9, seed=1).samples, found.samples)
+    forecast = forecaster.forecast(series, 6, samples=9, quantiles=(0.1, 0.5, 0.9))
+    assert forecast.values.shape == (2, 6, 2)
+    assert forecast.samples.shape == (2, 9, 6, 2)
+    assert forecast.quantiles.shape == (2, 3, 6, 2)
+    assert len({path.tobytes() for path in forecast.samples[0]}) > 4
+    np.testing.assert_array_equal(forecast.values, np.median(forecast.samples, axis=1))
+    np.testing.assert_allclose(forecast.quantiles[:, 1], forecast.values)
+    # the minimum of nine samples is their 10 % quantile
+    np.testing.assert_allclose(forecast.quantiles[:, 0], forecast.samples.min(axis=1))
+    assert (np.diff(forecast.quantiles, axis=1) >= 0).all()
+    assert not np.array_equal(forecaster.forecast(series, 6, samples=9, seed=1).samples, forecast.samples)
     assert forecaster.forecast(series, 6).samples is None
 
 
 @pytest.mark.parametrize("num_variables", [1, 3])
-def test_any_number_of_variables_in_the_units_of_the_context(tiny, num_variables):
+def test_any_number_of_variables_is_forecast_in_the_units_of_the_context(tiny, num_variables):
     series = waves(num_variables)
     for scale in (None, 3.0):
         small = Forecaster(*tiny, scale=scale).forecast(series, 4).values
         assert small.shape == (4, 4, num_variables)
         factor = 1024.0  # exact in binary, so that the text is the same
-        large = Forecaster(*tiny, scale=scale and scale * factor).forecast([one * factor for one in series], 4).values
+        scaled_up = [context * factor for context in series]
+        large = Forecaster(*tiny, scale=scale and scale * factor).forecast(scaled_up, 4).values
         np.testing.assert_allclose(large, small * factor)
 
 
@@ -78,7 +80,7 @@ def test_series_of_zeros_are_forecast(forecaster):
     assert forecaster.forecast(np.zeros((1, 12, 2)), 3).values.shape == (1, 3, 2)
 
 
-def test_an_adapter_s_folder_is_enough_to_forecast_as_it_was_trained(tmp_path, tiny):
+def test_an_adapter_s_folder_restores_the_encoding_of_its_training(tmp_path, tiny):
     model, tokenizer = tiny
     config = LoraConfig(rank=4, alpha=4, targets=("q_proj", "v_proj"))
     torch.manual_seed(0)
@@ -97,7 +99,7 @@ def test_an_adapter_s_folder_is_enough_to_forecast_as_it_was_trained(tmp_path, t
     np.testing.assert_array_equal(Forecaster.load(adapter=tmp_path).forecast(waves(), 5).values, wanted)
     assert not np.array_equal(Forecaster(*tiny, scale=2.5, decimals=1).forecast(waves(), 5).values, wanted)
     write_trained(tmp_path, Encoding(2.5, 1), "other/model", "0" * 64)
-    with pytest.raises(AdapterError, match=r"trained on other/model, which .*tiny is not"):
+    with pytest.raises(AdapterError, match=r"was trained on other/model, but .*tiny has other files"):
         Forecaster.load("tiny", tmp_path)
 
 
@@ -117,7 +119,9 @@ def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories
         assert Forecaster.load(adapter=adapter).encoding.decimals == 1
         assert Forecaster.load(adapter=os.path.relpath(adapter)).encoding.decimals == 1
     (home / "models").rename(home / "moved")
-    with pytest.raises(AdapterError, match=r"adapter: its checkpoint is not here, name it with --model \(models/small"):
+    with pytest.raises(
+        AdapterError, match=r"adapter: its checkpoint was not found; name it with --model \(models/small"
+    ):
         Forecaster.load(adapter=adapter)
     assert Forecaster.load(home / "moved" / "small", adapter).encoding.decimals == 1
 
@@ -136,7 +140,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("contexts", "horizon", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_refused_by_name(forecaster, contexts, horizon, message):
+def test_bad_input_is_refused_and_named(forecaster, contexts, horizon, message):
     with pytest.raises(SeriesError, match=message):
         forecaster.forecast(contexts, horizon)
 
@@ -150,14 +154,16 @@ def test_values_beyond_the_encoding_and_quantiles_without_samples_are_refused(ti
         forecaster.forecast(waves(), 3, samples=20, quantiles=(0.5, 0.04))
 
 
-def test_minus_zero_is_zero_and_the_smallest_number_a_number(forecaster):
-    found = [forecaster.forecast([np.array([[1.0, 2.0], [zero, 3.0], [2.0, 4.0]])], 3).values for zero in (0.0, -0.0)]
-    np.testing.assert_array_equal(*found)
+def test_minus_zero_is_forecast_as_zero_and_the_smallest_float_is_accepted(forecaster):
+    forecasts = [
+        forecaster.forecast([np.array([[1.0, 2.0], [zero, 3.0], [2.0, 4.0]])], 3).values for zero in (0.0, -0.0)
+    ]
+    np.testing.assert_array_equal(*forecasts)
     assert np.isfinite(forecaster.forecast([np.array([[5e-324], [0.0]])], 2).values).all()
 
 
-def test_continuations_of_another_shape_are_refused(forecaster):
-    with pytest.raises(SeriesError, match="another number of variables"):
+def test_continuations_of_the_wrong_shape_or_sign_are_refused(forecaster):
+    with pytest.raises(SeriesError, match="continuation 0 has 1 variables, expected 2 as in its context"):
         forecaster.nats_per_value(waves()[:1], [np.ones((2, 1))])
     with pytest.raises(SeriesError, match="is negative"):
         forecaster.nats_per_value(waves()[:1], [-np.ones((2, 2))])

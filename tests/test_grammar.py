@@ -19,13 +19,13 @@ HORIZON = 3
 
 @pytest.fixture(scope="module", params=["embedded", "random"])
 def models(request, tiny):
-    """The embedded checkpoint, and one that writes anything: second digits everywhere."""
+    """The embedded checkpoint, and one with random weights, which writes second digits everywhere."""
     model, tokenizer = tiny
     return (random_model(model.config) if request.param == "random" else model), tokenizer
 
 
 def allowed_next(text: str, num_values: int) -> set[str]:
-    """What may follow, found by trial: the text and the character must begin a forecast."""
+    """The characters that may follow, found by trial: the text with the character must be the start of a forecast."""
     value, begun = r"(0|[1-9][0-9]?)\.[0-9]{2}", r"|[0-9]|[1-9][0-9]|(0|[1-9][0-9]?)\.[0-9]{0,2}"
     pattern = re.compile(rf"(?:{value},{value};)*(?:{begun}|{value},(?:{begun}))")
     limit = num_values - 1
@@ -33,7 +33,7 @@ def allowed_next(text: str, num_values: int) -> set[str]:
 
 
 def masked_argmax(model, tokenizer, context: str, num_values: int) -> str:
-    """The oracle: full logits of the whole text, anew for each token, and the largest of those that may follow."""
+    """The oracle: recompute the full logits of the whole text for each token, and take the largest that is allowed."""
     text = ""
     while allowed := allowed_next(text, num_values):
         logits = model(torch.tensor([tokenizer.encode(context + text)]))[0, -1]
@@ -54,7 +54,7 @@ def test_equals_the_masked_argmax_token_for_token_in_an_uneven_batch(models):
     assert [decoded(*models, [context])[0] for context in CONTEXTS] == wanted
 
 
-def test_a_second_digit_is_for_variables_that_may_need_it(models):
+def test_only_wide_variables_get_a_second_digit(models):
     model, tokenizer = models
     grammar = Grammar(tokenizer, 2, 2)
     ids, mask = pad_left([tokenizer.encode(context) for context in CONTEXTS], tokenizer.pad_id)
@@ -76,7 +76,7 @@ def test_the_random_model_writes_second_digits_and_single_ones(tiny, models):
         assert {len(word) for word in words} == {4, 5}
 
 
-def test_a_gpu_s_way_gives_the_same_text(monkeypatch, models):
+def test_the_gpu_implementation_gives_the_same_text(monkeypatch, models):
     wanted = decoded(*models, CONTEXTS)
     monkeypatch.setattr("experiments.forecasting.grammar.continuation", GraphContinuation)
     assert decoded(*models, CONTEXTS) == wanted
@@ -90,12 +90,12 @@ def test_a_time_step_of_ten_tokens_costs_six_passes(tiny):
     hook.remove()
     assert max(map(len, re.findall("[0-9.]+", texts[0]))) == 4
     prompt = len(tokenizer.encode(CONTEXTS[0]))
-    assert widths == [prompt] + [2, 1, 2] * 5 + [2, 1]  # nothing is read behind the last digit
+    assert widths == [prompt] + [2, 1, 2] * 5 + [2, 1]  # no pass after the last digit
 
 
 @pytest.mark.parametrize("sampling", [False, True])
 def test_a_pass_sends_once_and_reads_once(monkeypatch, models, sampling):
-    """Each exchange beyond these would make a GPU wait."""
+    """Every further transfer would make a GPU wait."""
     uniforms = torch.from_numpy(np.random.default_rng(0).random((len(CONTEXTS), 100))) if sampling else None
     counts, passes = Counter(), []
     monkeypatch.setattr(Decoder, "forward", _counted(Decoder.forward, lambda: passes.append(1)))
@@ -116,8 +116,8 @@ def _counted(function, count):
     return counting
 
 
-def test_samples_fall_as_the_model_s_probabilities(models):
-    """The first digit of many samples against the softmax over the digits."""
+def test_samples_follow_the_model_s_probabilities(models):
+    """The shares of the first digit in many samples are the softmax over the digits."""
     model, tokenizer = models
     count = 2000
     uniforms = torch.from_numpy(np.random.default_rng(0).random((count, 100)))
@@ -132,7 +132,7 @@ def test_samples_fall_as_the_model_s_probabilities(models):
     assert (shares - wanted).abs().max() < 4 * (0.25 / count) ** 0.5
 
 
-def test_nats_are_those_of_the_choices(models):
+def test_nats_are_summed_over_the_choices(models):
     model, tokenizer = models
     grammar = Grammar(tokenizer, 2, 2)
     prompt = tokenizer.encode(CONTEXTS[1])
@@ -151,7 +151,7 @@ def test_nats_are_those_of_the_choices(models):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(alphabet=DIGITS + ".,;", max_size=25))
-def test_the_grammar_allows_what_a_trial_allows(tiny, text):
+def test_the_grammar_allows_the_characters_found_by_trial(tiny, text):
     grammar = Grammar(tiny[1], 2, 2)
     try:
         choices = grammar.choices(text)

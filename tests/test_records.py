@@ -1,4 +1,4 @@
-"""Typed readers of a run's files: damage is named by file and field, and found before anything is drawn."""
+"""Typed readers of a run's files: errors name the file and the field, and come before any figure is drawn."""
 
 import json
 import shutil
@@ -41,12 +41,12 @@ GOOD = {"count": 1, "inners": {"a": {"share": None}, "b": {"share": 2, "label": 
 
 
 def test_a_dataclass_is_built_from_json():
-    found = build(
+    record = build(
         Outer, GOOD | {"pair": [1, 2.5], "names": ["x"], "matrix": [[1, None]], "50%": 0.5, "new": {}}, "file"
     )
-    assert found.inners == {"a": Inner(None), "b": Inner(2.0, "x")}
-    assert (found.count, found.pair, found.names, found.half) == (1, (1.0, 2.5), ("x",), 0.5)
-    np.testing.assert_array_equal(found.matrix, [[1.0, np.nan]])
+    assert record.inners == {"a": Inner(None), "b": Inner(2.0, "x")}
+    assert (record.count, record.pair, record.names, record.half) == (1, (1.0, 2.5), ("x",), 0.5)
+    np.testing.assert_array_equal(record.matrix, [[1.0, np.nan]])
     assert build(Outer, GOOD, "file").matrix is None
 
 
@@ -77,7 +77,7 @@ def test_damage_is_named(change, message):
         build(Outer, 1, "file")
 
 
-def test_losses_are_one_for_each_step(tmp_path):
+def test_losses_need_one_row_for_each_step(tmp_path):
     path = tmp_path / "losses.csv"
     path.write_text("step,loss\n0,1.5\n1,0.5\n")
     assert read_losses(path, 2) == [1.5, 0.5]
@@ -146,7 +146,7 @@ def test_a_damaged_ledger_is_found_and_a_torn_line_does_not_count(frontier):
         load_run(frontier)
 
 
-def test_scores_that_few_samples_do_not_give_are_left_open(frontier):
+def test_scores_that_need_more_samples_appear_as_a_dash(frontier):
     for split in ("val", "test"):
         changed(frontier / METRICS, split, "probabilistic", "coverage_80%", value=None)
         path = frontier / "experiments" / "frontier" / f"forecasts.{split}.jsonl"
@@ -157,7 +157,7 @@ def test_scores_that_few_samples_do_not_give_are_left_open(frontier):
     assert "with the central 80 % of its samples" not in markdown
 
 
-def test_a_model_without_any_forecast_has_a_report_too(frontier):
+def test_a_model_without_any_forecast_has_a_report(frontier):
     path = frontier / "experiments" / "frontier" / "forecasts.test.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:

@@ -254,20 +254,20 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_saves_it(finished, da
 
 @pytest.fixture
 def default_sigint():
-    """Handle Ctrl-C even if the tests run as a background job that ignores it."""
+    """The default handler of Ctrl-C, also where the tests run in a background job that ignores Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_stop_is_immediate_outside_a_step(default_sigint):
+def test_a_stop_is_immediate_outside_a_step_and_waits_for_the_end_of_a_step(default_sigint):
     before, done = signal.getsignal(signal.SIGINT), []
 
     def work(hold: bool) -> None:
         with Interruption() as interruption, interruption.held() if hold else nullcontext():
             signal.raise_signal(signal.SIGINT)
             done.append("a step")
-            signal.raise_signal(signal.SIGINT)  # a second signal is never delayed
+            signal.raise_signal(signal.SIGINT)  # a second signal stops at once
             done.append("more")
 
     with pytest.raises(Interrupted, match="SIGINT"):
@@ -279,7 +279,7 @@ def test_a_stop_is_immediate_outside_a_step(default_sigint):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_threads_other_than_the_main_one_work_without_signals():
+def test_interruption_does_nothing_outside_the_main_thread():
     found = []
 
     def work():
@@ -293,7 +293,7 @@ def test_threads_other_than_the_main_one_work_without_signals():
     assert found == ["done"]
 
 
-def test_a_folder_that_another_process_uses_is_refused(small_plan, data_file, tmp_path, capsys):
+def test_a_folder_that_another_process_writes_to_is_refused(small_plan, data_file, tmp_path, capsys):
     out = tmp_path / "out"
     code = "import sys, time\nfrom pathlib import Path\nfrom experiments.storage.runfolder import only_writer\n"
     code += "with only_writer(Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()"
@@ -304,7 +304,7 @@ def test_a_folder_that_another_process_uses_is_refused(small_plan, data_file, tm
     ) as other:
         assert other.stdout.readline() == "in\n"
         assert run.main(["--data", str(data_file), "--out", str(out)]) == 2
-        assert f"process {other.pid} is at work in it" in capsys.readouterr().err
+        assert f"process {other.pid} is writing to it" in capsys.readouterr().err
         assert sorted(path.name for path in out.iterdir()) == [".lock", ".writer"]
         other.stdin.close()
     assert run.main(["--data", str(data_file), "--out", str(out)]) == 0
@@ -389,7 +389,7 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(finished, small_plan,
         assert "choose another --out" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("mine")
     assert run.main(["--data", str(data_file), "--out", str(tmp_path)]) == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "exists but has no run" in capsys.readouterr().err
     assert contents(out, "**/*") == before
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 

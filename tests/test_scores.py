@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from experiments.forecasting.scores import (
-    ROUNDING,
+    ROUNDING_MSE,
     crps,
     errors,
     mean_interval,
-    of_method,
+    method_errors,
     paired,
     probabilistic,
     quantiles,
@@ -29,29 +29,28 @@ def test_errors_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("draw", "mean", "least"),
+    ("draw", "mean", "min_coverage"),
     [
         (lambda rng: rng.normal(size=150), 0, 0.93),
         (lambda rng: rng.exponential(size=150), 1, 0.93),
-        (
-            lambda rng: np.exp(2.04 * rng.normal(size=150)),
-            np.exp(2.04**2 / 2),
-            0.88,
-        ),  # mean / median 8; percentiles 0.80
+        # mean / median is 8; a percentile bootstrap covers 0.80
+        (lambda rng: np.exp(2.04 * rng.normal(size=150)), np.exp(2.04**2 / 2), 0.88),
     ],
     ids=["normal", "exponential", "as skewed as our errors"],
 )
-def test_the_interval_covers_the_mean_of_skewed_values(draw, mean, least):
+def test_the_interval_covers_the_mean_of_skewed_values(draw, mean, min_coverage):
     rng = np.random.default_rng(1)
     low, high = np.array([mean_interval(draw(rng)) for _ in range(1000)]).T
-    assert least <= ((low <= mean) & (mean <= high)).mean() <= 0.97
+    assert min_coverage <= ((low <= mean) & (mean <= high)).mean() <= 0.97
 
 
 def test_the_bounds_of_the_interval_are_where_the_transformed_t_is_student_s():
     values = np.random.default_rng(0).exponential(size=20) ** 2
     deviations = values - values.mean()
     skewness = (deviations**3).mean() / values.std() ** 3
-    for bound, quantile in zip(mean_interval(values), (2.0930241, -2.0930241), strict=True):  # t of 19 degrees
+    for bound, quantile in zip(
+        mean_interval(values), (2.0930241, -2.0930241), strict=True
+    ):  # t with 19 degrees of freedom
         t = (values.mean() - bound) / values.std(ddof=1)
         transformed = t + skewness * t**2 / 3 + skewness**2 * t**3 / 27 + skewness / (6 * 20)
         assert transformed * 20**0.5 == pytest.approx(quantile)
@@ -62,7 +61,7 @@ def test_intervals_of_few_or_equal_values():
     assert mean_interval(np.array([3.0])) is None
     assert mean_interval(np.full(9, 0.25)) == [0.25, 0.25]
     half = 12.706205 / 2**0.5 * np.std([1.0, 3.0], ddof=1)
-    assert mean_interval(np.array([1.0, 3.0])) == pytest.approx([2 - half, 2 + half])  # symmetric: Student's
+    assert mean_interval(np.array([1.0, 3.0])) == pytest.approx([2 - half, 2 + half])  # no skewness: Student's interval
 
 
 def test_crps_by_its_definition():
@@ -77,19 +76,19 @@ def test_crps_by_its_definition():
 
 def test_intervals_of_the_true_distribution_cover_their_share():
     rng = np.random.default_rng(0)
-    found = probabilistic(rng.normal(size=(400, 200, 5, 2)), rng.normal(size=(400, 5, 2)))
-    assert found["coverage_50%"] == pytest.approx(0.5, abs=0.03)
-    assert found["coverage_80%"] == pytest.approx(0.8, abs=0.03)
-    assert found["crps"] == pytest.approx(1 / np.pi**0.5, rel=0.03)  # of a standard normal under itself
-    assert found["crps_interval"][0] < found["crps"] < found["crps_interval"][1]
+    result = probabilistic(rng.normal(size=(400, 200, 5, 2)), rng.normal(size=(400, 5, 2)))
+    assert result["coverage_50%"] == pytest.approx(0.5, abs=0.03)
+    assert result["coverage_80%"] == pytest.approx(0.8, abs=0.03)
+    assert result["crps"] == pytest.approx(1 / np.pi**0.5, rel=0.03)  # the CRPS of a standard normal under itself
+    assert result["crps_interval"][0] < result["crps"] < result["crps_interval"][1]
 
 
-def test_few_samples_cover_as_much_as_many():
-    """By numpy's default quantiles 20 samples would cover 72.4 % and 45.2 %."""
+def test_the_coverage_does_not_depend_on_the_number_of_samples():
+    """With numpy's default quantiles, 20 samples would cover 72.4 % and 45.2 %."""
     rng = np.random.default_rng(0)
-    found = probabilistic(rng.normal(size=(4000, 20, 10, 2)), rng.normal(size=(4000, 10, 2)))
-    assert found["coverage_80%"] == pytest.approx(0.8, abs=0.01)
-    assert found["coverage_50%"] == pytest.approx(0.5, abs=0.01)
+    result = probabilistic(rng.normal(size=(4000, 20, 10, 2)), rng.normal(size=(4000, 10, 2)))
+    assert result["coverage_80%"] == pytest.approx(0.8, abs=0.01)
+    assert result["coverage_50%"] == pytest.approx(0.5, abs=0.01)
 
 
 def test_quantiles_beyond_the_samples_are_refused_and_coverages_left_out():
@@ -105,43 +104,45 @@ def test_quantiles_beyond_the_samples_are_refused_and_coverages_left_out():
     assert (few["coverage_50%"], few["coverage_80%"]) == (0, None)
 
 
-def test_the_mean_of_samples_errs_less_than_one_of_them():
+def test_the_mean_of_samples_has_a_smaller_error_than_one_sample():
     rng = np.random.default_rng(0)
     center = rng.normal(size=(60, 1, 10, 2))
     samples, truth = center + rng.normal(size=(60, 100, 10, 2)), center[:, 0] + rng.normal(size=(60, 10, 2))
     fallback = np.zeros((60, 2))
-    one, mean = (of_method(found, truth, fallback, scale=2.0) for found in (samples[:, 0], samples.mean(axis=1)))
-    assert one["all"]["mse"] == pytest.approx(2, rel=0.1)  # the spread of both
-    assert mean["all"]["mse"] == pytest.approx(1, rel=0.1)  # of the truth alone
+    single, mean = (
+        method_errors(values, truth, fallback, scale=2.0) for values in (samples[:, 0], samples.mean(axis=1))
+    )
+    assert single["all"]["mse"] == pytest.approx(2, rel=0.1)  # the variances of the sample and of the truth
+    assert mean["all"]["mse"] == pytest.approx(1, rel=0.1)  # the variance of the truth alone
     assert np.mean(mean["mse_each"]) == pytest.approx(mean["all"]["mse"])
     assert np.mean(mean["mse_each"][:10]) == pytest.approx(mean["first"]["mse"])
     assert mean["all"]["mse_populations"] == pytest.approx(4 * mean["all"]["mse"])
 
 
-def test_a_paired_comparison_sees_what_two_means_hide():
+def test_a_paired_comparison_finds_a_small_difference():
     rng = np.random.default_rng(0)
-    hard = rng.exponential(10, size=150)  # most of an error is the sequence's
-    found = paired(hard, hard + rng.normal(0.1, 0.2, size=150))
-    assert found["interval"][0] < found["difference"] < found["interval"][1] < 0
-    assert 0.6 < found["better"] < 0.8
+    hard = rng.exponential(10, size=150)  # the sequence decides most of an error, not the model
+    comparison = paired(hard, hard + rng.normal(0.1, 0.2, size=150))
+    assert comparison["interval"][0] < comparison["difference"] < comparison["interval"][1] < 0
+    assert 0.6 < comparison["better"] < 0.8
 
 
-def test_the_ratio_of_geometric_means_is_not_one_sequence_s():
+def test_one_sequence_does_not_decide_the_ratio_of_geometric_means():
     rng = np.random.default_rng(0)
     theirs = np.exp(2 * rng.normal(size=150)) / 1000
     ours = theirs / 2 * np.exp(rng.normal(size=150) / 2)
     ours[0] = 1  # one sequence decides the difference of means
-    found = paired(ours, theirs)
-    assert found["interval"][0] < 0 < found["difference"]
-    assert found["ratio"] == pytest.approx(0.5, rel=0.2)
-    assert found["ratio_interval"][0] < found["ratio"] < found["ratio_interval"][1] < 0.9
+    comparison = paired(ours, theirs)
+    assert comparison["interval"][0] < 0 < comparison["difference"]
+    assert comparison["ratio"] == pytest.approx(0.5, rel=0.2)
+    assert comparison["ratio_interval"][0] < comparison["ratio"] < comparison["ratio_interval"][1] < 0.9
 
 
 def test_pairs_that_lack_an_error_are_left_out_and_errors_below_rounding_are_equal():
-    found = paired([1.0, None, 3.0, np.nan], [2.0, 5.0, None, 1.0])
-    assert (found["difference"], found["ratio"], found["better"]) == (-1, 0.5, 1)
-    assert found["interval"] is found["ratio_interval"] is None  # of a single pair
+    comparison = paired([1.0, None, 3.0, np.nan], [2.0, 5.0, None, 1.0])
+    assert (comparison["difference"], comparison["ratio"], comparison["better"]) == (-1, 0.5, 1)
+    assert comparison["interval"] is comparison["ratio_interval"] is None  # a single pair has no interval
     assert paired([None], [1.0]) is None
-    equal = paired([0.0, ROUNDING / 9, 1e-3], [ROUNDING, 0.0, 1e-3])
+    equal = paired([0.0, ROUNDING_MSE / 9, 1e-3], [ROUNDING_MSE, 0.0, 1e-3])
     assert equal["ratio"] == 1
     assert equal["ratio_interval"] == [1, 1]

@@ -26,7 +26,7 @@ def token_lists(tiny):
 
 
 def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None, vocabulary=None):
-    """Train in a fresh adapter; (losses, adapter). stop_before interrupts like a signal would."""
+    """Train a fresh adapter: (losses, adapter). Like a signal, stop_before interrupts before that step."""
     model, tokenizer = tiny
     ids, lengths = window_tensors(token_lists, settings, tokenizer.pad_id)
     torch.manual_seed(settings.seed)
@@ -37,7 +37,7 @@ def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None, vocabular
             raise KeyboardInterrupt
 
     try:
-        trained = train(model, ids, lengths, settings, vocabulary, state, before_step, lambda step, loss: None)
+        trained = train(model, ids, lengths, settings, vocabulary, state, before_step)
         return trained.losses, {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     finally:
         remove(model)
@@ -59,12 +59,12 @@ def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None, vocabular
         ({"targets": ()}, r"targets are \(\), expected names"),
     ],
 )
-def test_settings_that_no_training_can_have_are_refused(change, message):
+def test_settings_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SETTINGS, **change)
 
 
-def test_settings_that_a_plan_fills_in_may_be_open_where_it_says_from_what():
+def test_a_setting_may_be_none_if_the_plan_says_where_it_comes_from():
     open_ones = Training(None, None, None, 1)
     assert open_ones.unset == ["rank", "learning_rate", "context"]
     assert plans.fill(open_ones, SETTINGS) == replace(SETTINGS, steps=1, batch=4, stride=256, seed=0)
@@ -73,7 +73,7 @@ def test_settings_that_a_plan_fills_in_may_be_open_where_it_says_from_what():
         plans.Experiment("a", "6.5", open_ones)
 
 
-def test_windows_are_padded_behind(tiny, token_lists):
+def test_windows_are_padded_at_the_end(tiny, token_lists):
     ids, lengths = window_tensors(token_lists, SETTINGS, tiny[1].pad_id)
     assert ids.shape == (6 * 4, 24)  # 34 tokens: starts 0, 10, 20, 30
     assert lengths.tolist() == [24, 24, 14, 4] * 6
@@ -82,14 +82,14 @@ def test_windows_are_padded_behind(tiny, token_lists):
         window_tensors(token_lists, Training(2, 1e-3, context=35, steps=1), 0)
 
 
-def test_whole_windows_leave_out_what_ends_early(tiny, token_lists):
+def test_whole_windows_leave_out_windows_that_end_early(tiny, token_lists):
     ids, lengths = window_tensors(token_lists, replace(SETTINGS, whole_windows=True), tiny[1].pad_id)
     assert ids.shape == (6 * 2, 24)
     assert set(lengths.tolist()) == {24}
     assert ids[1].tolist() == token_lists[0][10:34]
 
 
-def test_a_cosine_rises_over_a_twentieth_and_falls_to_nothing():
+def test_a_cosine_rises_over_a_twentieth_of_the_steps_and_falls_to_zero():
     settings = replace(SETTINGS, steps=100, learning_rate=1.0, cosine=True)
     rates = [settings.rate(step) for step in range(101)]
     assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
@@ -111,7 +111,7 @@ def test_every_named_linear_is_adapted_and_counted(tiny):
     assert sum(trace_training_step(config, 3, 24, settings.ranks)) == training_step(config, 3, 24, ranks=settings.ranks)
 
 
-def test_an_epoch_takes_each_window_once_and_the_next_is_shuffled_anew():
+def test_an_epoch_takes_each_window_once_and_the_next_epoch_has_another_order():
     epochs = [[batch_rows(12, 4, seed=1, step=step) for step in range(start, start + 3)] for start in (0, 3)]
     for epoch in epochs:
         assert sorted(np.concatenate(epoch)) == list(range(12))
@@ -128,6 +128,21 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path, tiny, token_list
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
+def test_without_a_state_file_a_training_takes_the_same_steps(tmp_path, tiny, token_lists):
+    wanted, _ = run(tiny, token_lists, tmp_path / "state")
+    model, tokenizer = tiny
+    ids, lengths = window_tensors(token_lists, SETTINGS, tokenizer.pad_id)
+    torch.manual_seed(SETTINGS.seed)
+    inject(model, SETTINGS.lora)
+    try:
+        trained = train(model, ids, lengths, SETTINGS)
+    finally:
+        remove(model)
+    assert trained.losses == wanted
+    assert trained.seconds > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
 @pytest.mark.parametrize(("stop_before", "save_seconds"), [(1, 0), (4, 0), (6, 0), (4, 1000)])
 @pytest.mark.parametrize("cosine", [False, True])
 def test_an_interrupted_training_ends_with_the_same_bits(
@@ -142,11 +157,11 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     losses, adapter = run(tiny, token_lists, tmp_path / "state", settings)
     assert losses == wanted[0]
     assert all(torch.equal(adapter[name], tensor) for name, tensor in wanted[1].items())
-    again, _ = run(tiny, token_lists, tmp_path / "state", settings)  # finished: no further step
+    again, _ = run(tiny, token_lists, tmp_path / "state", settings)  # already finished, so no further step
     assert again == losses
 
 
-def test_the_first_step_is_adam_s(tmp_path, tiny, token_lists):
+def test_the_first_step_is_a_step_of_adam(tmp_path, tiny, token_lists):
     """Adam's first step moves every number with a gradient by the learning rate."""
     settings = Training(rank=2, learning_rate=1e-3, context=24, steps=1, batch=3, stride=10, seed=5)
     _, adapter = run(tiny, token_lists, tmp_path / "state", settings)
@@ -161,14 +176,14 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, tiny, toke
     assert not (tmp_path / "state").exists()
 
 
-def test_a_loss_that_is_not_finite_leaves_the_adapter(tmp_path, tiny, token_lists):
+def test_a_loss_that_is_not_finite_leaves_the_adapter(tiny, token_lists):
     model, settings = copy.deepcopy(tiny[0]), replace(SETTINGS, steps=1)
     model.model.norm.weight.data[0] = torch.nan
     ids, lengths = window_tensors(token_lists, settings, tiny[1].pad_id)
     inject(model, settings.lora)
     before = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
     with pytest.raises(TrainingError, match="step 0: the loss is nan"):
-        train(model, ids, lengths, settings, None, tmp_path / "state", lambda step: None, lambda step, loss: None)
+        train(model, ids, lengths, settings)
     assert all(torch.equal(parameter, before[name]) for name, parameter in adapter_parameters(model).items())
 
 
@@ -180,7 +195,7 @@ def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path, tiny, token_list
 
 
 @pytest.mark.parametrize("damage", [lambda whole: b"{", lambda whole: whole[:-100], "other rank"])
-def test_a_damaged_or_foreign_state_is_refused_by_name(tmp_path, tiny, token_lists, damage):
+def test_a_damaged_or_foreign_state_is_refused_and_named(tmp_path, tiny, token_lists, damage):
     state = tmp_path / "state"
     run(tiny, token_lists, state)
     settings = SETTINGS
@@ -202,17 +217,17 @@ def test_training_on_numbers_alone_lowers_the_loss_over_them(tmp_path, tiny, tok
     vocabulary = torch.tensor(sorted({token for tokens in token_lists for token in tokens}))
     losses, _ = run(tiny, token_lists, tmp_path / "numbers", settings, vocabulary=vocabulary)
     over_all, _ = run(tiny, token_lists, tmp_path / "all", replace(settings, steps=1))
-    assert losses[0] < over_all[0]  # the same batch and adapter, fewer rivals
+    assert losses[0] < over_all[0]  # the same batch and adapter, but fewer competing tokens
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
 
-def test_a_vocabulary_has_to_hold_what_is_predicted(tmp_path, tiny, token_lists):
+def test_a_vocabulary_must_contain_the_predicted_tokens(tmp_path, tiny, token_lists):
     with pytest.raises(ValueError, match=r"token \d+ is to be predicted"):
         run(tiny, token_lists, tmp_path / "state", SETTINGS, vocabulary=torch.tensor([15, 16]))
 
 
 def test_training_frees_packed_weights(tmp_path, token_lists):
-    """A run must not hold the weights twice."""
+    """Otherwise a run would hold the weights twice."""
     model, tokenizer = load("tiny", dtype=torch.bfloat16)
     pack(model)
     run((model, tokenizer), token_lists, tmp_path / "state")

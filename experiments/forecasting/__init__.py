@@ -1,4 +1,4 @@
-"""Forecasting of series with a language model: for users."""
+"""Forecast series with a language model. `Forecaster` is the class for users."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ __all__ = ["Forecast", "Forecaster"]
 
 
 def __getattr__(name: str):
-    """`Forecaster` and `Forecast`, on demand: they import torch, which a report and --help need not wait for."""
+    """Import `Forecaster` and `Forecast` on first use: they import torch, which a report and --help do not need."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from experiments.forecasting import forecaster

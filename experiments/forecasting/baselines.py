@@ -1,51 +1,58 @@
-"""Forecasts that need no language model, to stand beside every number.
+"""Baseline forecasts that need no language model.
 
-N contexts of C time steps and D variables in, h forecast steps out, in the units of the context.
+Every baseline takes N contexts (N, C, D) of C time steps and D variables, and a horizon of h steps. It returns the
+forecasts (N, h, D) in the units of the contexts.
 """
 
 import numpy as np
 
-RIDGE = 1e-3
-MATCHED = 10  # steps of the context's end that a season must explain
-LAGS = 0.1  # between the seasons that are tried
+RIDGE_PENALTY = 1e-3
+MATCHED_STEPS = 10  # steps at the end of the context that a season must explain
+LAG_SPACING = 0.1  # distance between two candidate lags, in steps
 
 
 def persistence(contexts: np.ndarray, horizon: int) -> np.ndarray:
-    """The last value of each context (N, C, D), held: (N, h, D)."""
+    """Repeat the last value of each context (N, C, D): (N, h, D)."""
     return np.repeat(contexts[:, -1:], horizon, axis=1)
 
 
 def context_mean(contexts: np.ndarray, horizon: int) -> np.ndarray:
-    """The mean of each context (N, C, D), held: (N, h, D)."""
+    """Repeat the mean of each context (N, C, D): (N, h, D)."""
     return np.repeat(contexts.mean(axis=1, keepdims=True), horizon, axis=1)
 
 
-def _at(context: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Values of one context (C, D) at fractional positions (n), linear in between: (n, D)."""
+def _interpolate(context: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Linear interpolation of one context (C, D) at fractional positions (n): (n, D)."""
     below = np.clip(np.floor(positions).astype(int), 0, len(context) - 2)
     share = (positions - below)[:, None]
     return context[below] * (1 - share) + context[below + 1] * share
 
 
 def seasonal(contexts: np.ndarray, horizon: int) -> np.ndarray:
-    """Each context (N, C, D) repeats itself with the lag, of 2 to C/2 steps, that best explains its end: (N, h, D)."""
+    """Repeat each context (N, C, D) with the lag, from 2 to C/2 steps, that best explains its end: (N, h, D)."""
     length = contexts.shape[1]
-    end, behind = np.arange(max(length - MATCHED, length // 2), length), length + np.arange(horizon)
+    end, future = np.arange(max(length - MATCHED_STEPS, length // 2), length), length + np.arange(horizon)
 
-    def one(context: np.ndarray) -> np.ndarray:
-        lag = min(np.arange(2, length / 2, LAGS), key=lambda lag: ((context[end] - _at(context, end - lag)) ** 2).sum())
-        seasons = np.ceil((behind - length + 1) / lag)  # back into the context
-        return _at(context, behind - seasons * lag)
+    def forecast(context: np.ndarray) -> np.ndarray:
+        def misfit(lag: float) -> float:
+            return ((context[end] - _interpolate(context, end - lag)) ** 2).sum()
 
-    return np.stack([one(context) for context in contexts])
+        lag = min(np.arange(2, length / 2, LAG_SPACING), key=misfit)
+        num_seasons = np.ceil((future - length + 1) / lag)  # how many seasons to go back to reach the context
+        return _interpolate(context, future - num_seasons * lag)
+
+    return np.stack([forecast(context) for context in contexts])
 
 
 def _autoregression(context: np.ndarray, horizon: int, order: int) -> np.ndarray:
-    """A ridge regression of each step of one context (C, D) on its last `order` steps, rolled out: (h, D)."""
+    """Roll out a ridge regression of each step of one context (C, D) on the `order` steps before it: (h, D).
+
+    The forecasts are clipped to the range from 0 to 1.5 times the largest value of each variable in the context.
+    """
     lags = np.stack([context[t - order : t].ravel() for t in range(order, len(context))])
     inputs = np.hstack([lags, np.ones((len(lags), 1))])
-    penalty = RIDGE * np.eye(inputs.shape[1])
-    penalty[-1, -1] = 0  # not on the intercept
+    penalty = RIDGE_PENALTY * np.eye(inputs.shape[1])
+    penalty[-1, -1] = 0  # the intercept is not penalised
     weights = np.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ context[order:])
     path = list(context)
     for _ in range(horizon):
@@ -54,7 +61,7 @@ def _autoregression(context: np.ndarray, horizon: int, order: int) -> np.ndarray
 
 
 def ar(contexts: np.ndarray, horizon: int, order: int = 20) -> np.ndarray:
-    """Each variable regressed on its own past, fitted to each context (N, C, D) alone: (N, h, D)."""
+    """Regress each variable on its own past, with a separate fit for each context (N, C, D): (N, h, D)."""
     columns = [
         [_autoregression(context[:, [d]], horizon, order) for d in range(context.shape[1])] for context in contexts
     ]
@@ -62,7 +69,7 @@ def ar(contexts: np.ndarray, horizon: int, order: int = 20) -> np.ndarray:
 
 
 def var(contexts: np.ndarray, horizon: int, order: int = 18) -> np.ndarray:
-    """All variables regressed on the past of all, fitted to each context (N, C, D) alone: (N, h, D)."""
+    """Regress all variables on the past of all variables, with a separate fit for each context (N, C, D): (N, h, D)."""
     return np.stack([_autoregression(context, horizon, order) for context in contexts])
 
 

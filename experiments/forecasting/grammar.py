@@ -1,7 +1,7 @@
-"""Decoding under the grammar of the encoding: every forecast is well-formed, and what is forced costs no pass.
+"""Decoding under the grammar of the encoding: every forecast is well-formed, and forced characters cost no model pass.
 
-A value is one or two digits, a point and `decimals` digits; `,` joins the variables of a time step, `;` the steps.
-B rows, T tokens of a pass, C hidden size, D variables.
+A value is one or two digits, a point and `decimals` digits. `,` separates the variables of a time step, `;` the steps.
+B rows (one forecast each), T tokens in a pass, C hidden size, D variables.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,21 @@ from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer
 
 DIGITS = "0123456789"
-CHOICES = DIGITS + "."  # all that is ever chosen between
+CHOICES = DIGITS + "."  # the model only ever chooses among these
 SEPARATORS = ",;"
 ALPHABET = CHOICES + SEPARATORS
-BEYOND = 100.0  # scaled values have at most two digits before the point
+SCALED_LIMIT = 100.0  # scaled values are smaller: they have at most two digits before the point
 
 
 def may_be_wide(context: np.ndarray) -> np.ndarray:
-    """Which variables of a scaled context (T, D) might need a second digit: those that reach 10 when doubled, (D)."""
+    """The variables of a scaled context (T, D) that may need a second digit, (D): twice their maximum reaches 10."""
     return 2 * context.max(axis=0) >= 10
 
 
 class Grammar:
-    """Which characters may follow in a forecast of num_variables with `decimals` places, and their tokens.
+    """The characters that may follow in a forecast of num_variables with `decimals` places, and their token ids.
 
-    Raises CheckpointError when the tokenizer does not give each character a token of its own.
+    Raises CheckpointError when the tokenizer does not have one token for each character.
     """
 
     def __init__(self, tokenizer: Tokenizer, decimals: int, num_variables: int):
@@ -40,73 +40,77 @@ class Grammar:
         encoded = [tokenizer.encode(character) for character in ALPHABET]
         if any(len(ids) != 1 for ids in encoded):
             raise CheckpointError(
-                f"the tokenizer splits {ALPHABET!r} into {encoded}, expected a token for each character"
+                f"the tokenizer splits {ALPHABET!r} into {encoded}, expected one token for each character"
             )
         self.ids = {character: ids[0] for character, ids in zip(ALPHABET, encoded, strict=True)}
         self.pad_id = tokenizer.pad_id
 
     def follow(self, word: str, index: int, wide: Sequence[bool] | None = None) -> str:
-        """The characters that may come behind `word`, what is written of value number `index`.
+        """The characters that may come after `word`, the written part of value number `index` (from 0).
 
-        wide (D): whether a variable may have a second digit before the point; None allows it to all. A number never
-        begins with 0 before another digit.
+        wide (D) says which variables may have a second digit before the point; None means all. The first of two digits
+        is never 0.
         """
         whole, point, places = word.partition(".")
         if point and len(places) == self.decimals:
             return "," if (index + 1) % self.num_variables else ";"
         if point or not whole:
             return DIGITS
-        second = wide is None or wide[index % self.num_variables]
-        return CHOICES if second and len(whole) == 1 and whole != "0" else "."
+        may_have_second = wide is None or wide[index % self.num_variables]
+        return CHOICES if may_have_second and len(whole) == 1 and whole != "0" else "."
 
     def choices(self, text: str, wide: Sequence[bool] | None = None) -> list[str]:
-        """For each character of a well-formed text, the characters it was chosen from; wide as in `follow`."""
-        found, word, index = [], "", 0
+        """For each character of a text, the characters that the grammar allows there; wide as in `follow`.
+
+        Raises ValueError when the text is not well-formed.
+        """
+        allowed, word, index = [], "", 0
         for character in text:
-            found.append(self.follow(word, index, wide))
-            if character not in found[-1]:
+            allowed.append(self.follow(word, index, wide))
+            if character not in allowed[-1]:
                 raise ValueError(f"{text!r} is not a forecast of {self.num_variables} variables")
             index, word = (index + 1, "") if character in SEPARATORS else (index, word + character)
-        return found
+        return allowed
 
     def most_choices(self, num_values: int) -> int:
-        """The most choices a forecast can need: for each value two digits, or one and the point, and the decimals."""
+        """The most choices in a forecast: for each value two digits (or a digit and the point), and the decimals."""
         return num_values * (2 + self.decimals)
 
     def columns(self, num_values: int) -> int:
-        """Columns of a cache that `decode` may fill: a pass for each choice, each of at most two tokens."""
+        """The most cache columns that `decode` can fill: one pass for each choice, with at most two tokens."""
         return 2 * self.most_choices(num_values)
 
     def head(self, model: Qwen) -> Tensor:
-        """The rows of the head that CHOICES need, (11, C)."""
+        """The rows of the model's head for CHOICES, (11, C)."""
         return model.head_weight[[self.ids[character] for character in CHOICES]]
 
 
 class _Row:
-    """A forecast as it grows."""
+    """The text of one forecast while it grows."""
 
     def __init__(self, grammar: Grammar, num_values: int, wide: Sequence[bool] | None):
         self.grammar, self.num_values, self.wide = grammar, num_values, wide
-        self.text, self.word, self.index = "", "", 0  # all, of the present value, number of the present value
-        self.chosen = 0  # choices made, which says whose random number is next
-        self.pending = ""  # what the next pass has to read
-        self.guessed = False  # pending ends in a point that is not written yet
+        self.text = ""
+        self.word, self.index = "", 0  # the written part of the present value, and its number
+        self.num_chosen = 0  # choices made so far; the next choice uses the random number with this index
+        self.pending = ""  # the characters that the next pass has to read
+        self.guessed = False  # True if pending ends in a guessed point, which is not in the text yet
 
     def following(self) -> str:
-        """The characters that may come next; none after the last value."""
+        """The characters that may come next; empty after the last value."""
         following = self.grammar.follow(self.word, self.index, self.wide)
         return "" if following in SEPARATORS and self.index + 1 == self.num_values else following
 
     def unread(self) -> str:
-        """What the next pass has to read: nothing once the forecast is whole."""
+        """The characters that the next pass has to read; empty if the forecast is complete."""
         return self.pending if self.following() else ""
 
     def rejects(self, first: str) -> bool:
-        """Whether a pass that chose `first` where the guessed point is wants a second digit instead."""
+        """True if the pass chose `first`, a second digit, in place of the guessed point."""
         return self.guessed and first != "."
 
     def advance(self, first: str, last: str) -> None:
-        """Write what a pass chose: `first` where the guessed point is, `last` after all that it read."""
+        """Write the choices of a pass: `first` in place of the guessed point, `last` after all that it read."""
         if self.rejects(first):
             self.choose(first)
         elif self.following():
@@ -115,8 +119,8 @@ class _Row:
             self.choose(last)
 
     def choose(self, character: str) -> None:
-        """Write a chosen character and what it forces; guess the point where a second digit could stand."""
-        self.chosen += 1
+        """Write a chosen character and the one it forces; guess the point if a second digit would be possible."""
+        self.num_chosen += 1
         self.pending, self.guessed = "", False
         self._write(character)
         following = self.following()
@@ -126,8 +130,8 @@ class _Row:
             self.pending, self.guessed = self.pending + ".", True
 
     def accept(self) -> None:
-        """The guessed point was chosen."""
-        self.chosen += 1
+        """Write the guessed point, which the model has chosen."""
+        self.num_chosen += 1
         self.guessed = False
         self.text, self.word = self.text + ".", self.word + "."
 
@@ -141,25 +145,28 @@ class _Row:
 
 
 def _choose(logits: Tensor, uniforms: Tensor | None) -> Tensor:
-    """The largest of logits (B, n) in each row, or with uniforms (B) in [0, 1) the outcome that each falls on."""
+    """The index of a choice in each row of logits (B, n), (B).
+
+    It is the index of the largest logit, or with uniforms (B) in [0, 1) a sample of the softmax.
+    """
     if uniforms is None:
         return logits.argmax(-1)
-    shares = logits.double().softmax(-1).cumsum(-1)
-    return (shares[:, :-1] <= uniforms[:, None]).sum(-1)
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    return (cumulative[:, :-1] <= uniforms[:, None]).sum(-1)
 
 
 class _Reading(NamedTuple):
-    """What a pass reads, and what its choices take, (B, ...)."""
+    """The input of one pass, as tensors on the device."""
 
-    ids: Tensor  # (B, T), padded behind
-    real: Tensor | None  # (B, T), 0 on padding; None where there is none
-    last: Tensor  # (B) of the T tokens, the last that is real
-    guessed: Tensor  # (B) bool, whether that is a guessed point
-    turns: Tensor  # (B, 2) which random numbers are for the choice after the first token and after the last
+    ids: Tensor  # (B, T), padded at the end
+    real: Tensor | None  # (B, T), 0 on padding; None if there is no padding
+    last: Tensor  # (B), the index of the last real token
+    guessed: Tensor  # (B) bool, True if the last real token is a guessed point
+    draw_indices: Tensor  # (B, 2), the random numbers for the choices after the first and after the last token
 
     @classmethod
-    def of(cls, grammar: Grammar, rows: list[_Row], device: torch.device) -> "_Reading":
-        """All in a single copy to the device, which a GPU need not be waited for."""
+    def from_rows(cls, grammar: Grammar, rows: list[_Row], device: torch.device) -> "_Reading":
+        """Pack everything into a single copy to the device, so that a GPU does not have to wait."""
         unread = [row.unread() for row in rows]
         width = max(map(len, unread))
         packed = torch.tensor(
@@ -168,13 +175,13 @@ class _Reading(NamedTuple):
                 + [grammar.pad_id] * (width - len(text))
                 + [1] * len(text)
                 + [0] * (width - len(text))
-                + [max(len(text) - 1, 0), row.guessed, row.chosen, row.chosen + row.guessed]
+                + [max(len(text) - 1, 0), row.guessed, row.num_chosen, row.num_chosen + row.guessed]
                 for text, row in zip(unread, rows, strict=True)
             ]
         ).to(device, non_blocking=True)
-        ids, real, last, guessed, turns = packed.split([width, width, 1, 1, 2], dim=1)
-        full = all(len(text) == width for text in unread)
-        return cls(ids, None if full else real, last[:, 0], guessed[:, 0].bool(), turns)
+        ids, real, last, guessed, draw_indices = packed.split([width, width, 1, 1, 2], dim=1)
+        is_full = all(len(text) == width for text in unread)
+        return cls(ids, None if is_full else real, last[:, 0], guessed[:, 0].bool(), draw_indices)
 
 
 @torch.inference_mode()
@@ -188,29 +195,33 @@ def decode(
     uniforms: Tensor | None = None,
     wide: Sequence[Sequence[bool]] | None = None,
 ) -> list[str]:
-    """Texts of num_values values after a prefilled cache, the same as the argmax under the grammar token for token.
+    """Continue a prefilled cache by num_values values. Returns B texts.
 
-    hidden (B, C): of the last token in the cache, a `;`. attention_mask (B, filled) is 0 on padding in the cache.
-    uniforms (B, n) in [0, 1), one for each choice in turn, samples instead; n is `Grammar.most_choices`. wide (B, D) as
-    in `Grammar.follow`. The cache needs room for `Grammar.columns`.
+    Each token is the allowed character with the largest logit, or a sample among the allowed ones if uniforms are
+    given.
 
-    Forced characters are read in the pass of the digit before them. So is the point after a first digit, which
-    is only likely: where the model wants a second digit instead, the point is taken back.
+    hidden (B, C) is the hidden state of the last token in the cache, a `;`. attention_mask (B, length) is 0 on padding
+    in the cache, which holds `length` tokens. uniforms (B, n) in [0, 1) has a number for each choice in turn; n is
+    `Grammar.most_choices`. wide (B, D) is as in `Grammar.follow`. The cache needs room for `Grammar.columns` more
+    tokens.
+
+    A pass reads a chosen digit together with the character that it forces. It also reads a guessed point after a first
+    digit, because a point is likely there. If the model chooses a second digit instead, the point is taken back.
     """
     head, append = grammar.head(model), continuation(model, cache, attention_mask)
     rows = [_Row(grammar, num_values, None if wide is None else wide[row]) for row in range(len(hidden))]
-    every = torch.arange(len(rows), device=hidden.device)
+    row_indices = torch.arange(len(rows), device=hidden.device)
     chosen = _choose((hidden @ head.T)[:, : len(DIGITS)], None if uniforms is None else uniforms[:, 0])
     for row, choice in zip(rows, chosen.tolist(), strict=True):
         row.choose(CHOICES[choice])
     while any(row.unread() for row in rows):
-        reading = _Reading.of(grammar, rows, hidden.device)
+        reading = _Reading.from_rows(grammar, rows, hidden.device)
         logits = append(reading.ids, reading.real) @ head.T  # (B, T, 11)
         draws = (None, None)
         if uniforms is not None:
-            draws = uniforms.gather(1, reading.turns.clamp(max=uniforms.shape[1] - 1)).unbind(1)
+            draws = uniforms.gather(1, reading.draw_indices.clamp(max=uniforms.shape[1] - 1)).unbind(1)
         first = _choose(logits[:, 0], draws[0])
-        last = _choose(logits[every, reading.last, : len(DIGITS)], draws[1])
+        last = _choose(logits[row_indices, reading.last, : len(DIGITS)], draws[1])
         choices = [[CHOICES[choice] for choice in column] for column in torch.stack([first, last]).tolist()]
         if any(row.rejects(point) for row, point in zip(rows, choices[0], strict=True)):
             append.take_back(reading.guessed & (first != CHOICES.index(".")))
@@ -221,14 +232,15 @@ def decode(
 
 @torch.inference_mode()
 def nats_of(model: Qwen, grammar: Grammar, hidden: Tensor, text: str) -> float:
-    """-log p of a well-formed text, each character among those it was chosen from.
+    """-log p of a well-formed text in nats, where each character competes with those that the grammar allows there.
 
-    hidden (T, C): of the token before each character.
+    hidden (T, C) is the hidden state of the token before each of the T characters. Raises ValueError when the text is
+    not well-formed.
     """
     allowed = grammar.choices(text)
-    chosen = [place for place, characters in enumerate(allowed) if len(characters) > 1]
-    logits = (hidden[chosen] @ grammar.head(model).T).float()  # (n, 11)
-    digits_only = torch.tensor([allowed[place] == DIGITS for place in chosen], device=hidden.device)
+    positions = [position for position, characters in enumerate(allowed) if len(characters) > 1]
+    logits = (hidden[positions] @ grammar.head(model).T).float()  # (n, 11)
+    digits_only = torch.tensor([allowed[position] == DIGITS for position in positions], device=hidden.device)
     logits[:, -1].masked_fill_(digits_only, -torch.inf)
-    targets = torch.tensor([CHOICES.index(text[place]) for place in chosen], device=hidden.device)
+    targets = torch.tensor([CHOICES.index(text[position]) for position in positions], device=hidden.device)
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()

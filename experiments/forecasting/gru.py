@@ -1,6 +1,6 @@
-"""A small recurrent network trained on the training trajectories: what forecasting costs without a language model.
+"""A small recurrent network, trained on the training trajectories, as a baseline without a language model.
 
-N series, T time steps, C context steps, D variables, h forecast steps, B rows, in scaled units.
+N series, T time steps, C context steps, D variables, h forecast steps, B rows. All values are in scaled units.
 """
 
 from collections.abc import Callable
@@ -9,18 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-HIDDEN, STEPS, BATCH, RATE = 64, 2000, 32, 2e-2
-ROLLED = 10  # steps that training rolls out on the network's own forecasts
-FIRST, EVERY = 30, 10  # roll-outs begin after so many steps, and every so many
-LEAST = 0.05  # added to values before their logarithm
-FLAT = 1e-4  # squared error, in units of the data's variance, below which the loss hardly falls
+HIDDEN, STEPS, BATCH, LEARNING_RATE = 64, 2000, 32, 2e-2
+ROLLOUT_STEPS = 10  # training rolls out so many steps on the network's own forecasts
+FIRST_ROLLOUT, ROLLOUT_SPACING = 30, 10  # roll-outs start after at least so many steps, and then every so many steps
+LOG_OFFSET = 0.05  # added to values before their logarithm
+LOSS_OFFSET = 1e-4  # added to squared errors, in units of the data's variance: the loss hardly rewards smaller errors
 
 
 class _Network(nn.Module):
-    """Each step is the one before it plus a linear map of the state. Logarithms tell low populations apart."""
+    """A GRU. The next step is the present one plus a linear map of the state.
+
+    The inputs include logarithms, because these tell low populations apart.
+    """
 
     def __init__(self, series: Tensor):
-        """A network for data like series (N, T, D), which give the mean and the spread of its inputs."""
+        """The mean and the spread of series (N, T, D) normalise the inputs."""
         super().__init__()
         num_variables = series.shape[2]
         self.mean, self.spread = series.mean((0, 1)), series.std((0, 1)) + 1e-6
@@ -28,17 +31,17 @@ class _Network(nn.Module):
         self.change = nn.Linear(HIDDEN, num_variables)
 
     def read(self, series: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The state after each step of series (B, T, D), and the step expected next: (B, T, HIDDEN), (B, T, D).
+        """The state after each step of series (B, T, D), and the forecast of the next step: (B, T, HIDDEN), (B, T, D).
 
-        state (B, HIDDEN) is that before the first step; None: nothing was read yet.
+        state (B, HIDDEN) is the state before the first step, or None at the start of a series.
         """
-        logarithms = torch.log(series.clamp(min=0) + LEAST)
+        logarithms = torch.log(series.clamp(min=0) + LOG_OFFSET)
         inputs = torch.cat(((series - self.mean) / self.spread, logarithms), dim=-1)
         states, _ = self.gru(inputs, None if state is None else state[None].contiguous())
         return states, series + self.change(states) * self.spread
 
     def roll(self, state: Tensor, step: Tensor, horizon: int) -> Tensor:
-        """The path (B, h, D) that begins with the expected step (B, D), from the state (B, HIDDEN) before it."""
+        """The path (B, h, D) that begins with the forecast step (B, D), from the state (B, HIDDEN) before that step."""
         path = [step]
         while len(path) < horizon:
             states, following = self.read(path[-1][:, None], state)
@@ -48,29 +51,25 @@ class _Network(nn.Module):
 
 
 def fit(train: np.ndarray, seed: int = 0) -> Callable[[np.ndarray, int], np.ndarray]:
-    """Train on series (N, T, D); the forecaster of contexts (N, C, D) by a horizon, (N, h, D). Seeded, on the CPU.
+    """Train on series (N, T, D), on the CPU. Returns a function of contexts (N, C, D) and a horizon: (N, h, D).
 
-    The loss is the mean fourth root of the squared error of each rolled-out path: a few trajectories with sharp peaks
-    have errors a thousand times the median, and would decide a mean of squares alone. The number of steps is fixed and
-    the rate falls to zero at its end, so no validation data choose when to stop. Half as many steps again lower the
-    median error by two fifths, and change the mean no more than another seed does.
+    The result depends on train and seed alone.
+
+    The loss is the mean of the fourth root of the squared error of each rolled-out path. A few trajectories with sharp
+    peaks have errors a thousand times the median; they would dominate a plain mean of squares. The number of steps is
+    fixed and the learning rate falls to zero at the end, so no validation data decide when to stop. Training half as
+    many steps more lowers the median error by two fifths, and changes the mean no more than another seed does.
     """
     series, generator = torch.from_numpy(train).float(), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _Network(series)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS)
     for _ in range(STEPS):
         batch = series[torch.randint(0, len(series), (BATCH,), generator=generator)]
-        states, following = network.read(batch[:, :-ROLLED])
-        begin = FIRST + int(torch.randint(0, EVERY, (), generator=generator))
-        starts = torch.arange(begin, batch.shape[1] - ROLLED, EVERY)
-        truth = batch[:, starts[:, None] + 1 + torch.arange(ROLLED)].flatten(0, 1)
-        path = network.roll(states[:, starts].flatten(0, 1), following[:, starts].flatten(0, 1), ROLLED)
-        squared = ((path - truth) / network.spread).pow(2).mean((1, 2))
         optimizer.zero_grad()
-        (squared + FLAT).pow(0.25).mean().backward()
+        _loss(network, batch, generator).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -81,3 +80,14 @@ def fit(train: np.ndarray, seed: int = 0) -> Callable[[np.ndarray, int], np.ndar
         return network.roll(states[:, -1], following[:, -1], horizon).clamp(min=0).double().numpy()
 
     return forecast
+
+
+def _loss(network: _Network, batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean fourth root of the squared errors of the paths rolled out in a batch (B, T, D)."""
+    states, following = network.read(batch[:, :-ROLLOUT_STEPS])
+    first = FIRST_ROLLOUT + int(torch.randint(0, ROLLOUT_SPACING, (), generator=generator))
+    starts = torch.arange(first, batch.shape[1] - ROLLOUT_STEPS, ROLLOUT_SPACING)
+    truth = batch[:, starts[:, None] + 1 + torch.arange(ROLLOUT_STEPS)].flatten(0, 1)
+    path = network.roll(states[:, starts].flatten(0, 1), following[:, starts].flatten(0, 1), ROLLOUT_STEPS)
+    squared = ((path - truth) / network.spread).pow(2).mean((1, 2))
+    return (squared + LOSS_OFFSET).pow(0.25).mean()

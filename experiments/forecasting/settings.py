@@ -1,4 +1,4 @@
-"""The settings of a fine-tuning. Imports no torch."""
+"""The settings of a fine-tuning run. This module imports no torch."""
 
 import math
 from dataclasses import dataclass, fields
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of one fine-tuning. None marks a value that a plan fills in from an earlier experiment.
+    """Settings of one fine-tuning run. None marks a setting that a plan fills in from an earlier experiment.
 
-    Raises ValueError for a setting that no training can have.
+    Raises ValueError for a setting that is out of range.
     """
 
     rank: int | None
@@ -21,20 +21,20 @@ class Training:
     steps: int
     batch: int = 4
     stride: int = 256  # tokens between the starts of a trajectory's windows
-    seed: int = 0  # of the adapter's start and of the order of windows
-    numeric_head: bool = False  # softmax over the tokens of numbers only
-    targets: tuple[str, ...] = ("q_proj", "v_proj")  # what gets an adapter
-    whole_windows: bool = False  # none that ends early because its trajectory does
+    seed: int = 0  # decides the initial adapter and the order of the windows
+    numeric_head: bool = False  # the softmax runs over the tokens of numbers only
+    targets: tuple[str, ...] = ("q_proj", "v_proj")  # the modules that get an adapter
+    whole_windows: bool = False  # leave out windows that the end of a trajectory cuts short
     cosine: bool = False  # the rate rises over the first twentieth of the steps, then falls to 0 along a cosine
 
     def __post_init__(self):
-        # a window of one token has no next token to learn
-        for name, least in (("rank", 1), ("context", 2), ("steps", 1), ("batch", 1), ("stride", 1), ("seed", 0)):
+        # a context of one token has no next token to learn
+        for name, minimum in (("rank", 1), ("context", 2), ("steps", 1), ("batch", 1), ("stride", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is None and name in ("rank", "context"):
                 continue
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+            if type(value) is not int or value < minimum:
+                raise ValueError(f"{name} is {value!r}, expected an integer of at least {minimum}")
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate!r}, expected a positive number")
         if isinstance(self.targets, str) or not self.targets:
@@ -47,21 +47,21 @@ class Training:
 
     @property
     def lora(self) -> "LoraConfig":
-        """The adapters, scaled by 1 (alpha = rank) as in the report."""
-        from lora import LoraConfig  # imports torch, which a report and --help need not wait for
+        """The configuration of the adapters. Their update is scaled by 1 (alpha = rank), as in the report."""
+        from lora import LoraConfig  # here, because it imports torch, which a report and --help do not need
 
         return LoraConfig(rank=self.rank, alpha=self.rank, targets=tuple(self.targets))
 
     @property
     def ranks(self) -> dict[str, int]:
-        """LoRA rank by module name, as the FLOPs counter takes it."""
+        """The LoRA rank by module name, the form that the FLOPs counter takes."""
         return dict.fromkeys(self.targets, self.rank)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        rising = max(1, self.steps // 20)
+        """The learning rate of a step, counted from 0."""
         if not self.cosine:
             return self.learning_rate
-        if step < rising:
-            return self.learning_rate * (step + 1) / rising
-        return self.learning_rate * (1 + math.cos(math.pi * (step - rising) / (self.steps - rising))) / 2
+        warmup = max(1, self.steps // 20)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        return self.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (self.steps - warmup))) / 2

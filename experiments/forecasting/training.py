@@ -1,9 +1,9 @@
-"""LoRA training on windows of text: batches, steps, and a state that continues to the same bytes.
+"""LoRA training on windows of text, with a state from which an interrupted training continues to the same bytes.
 
-The bytes are the same on a CPU of the same kind with the same number of threads and the same torch. On a GPU a repeated
-training agrees only up to rounding, as the backward pass of attention adds up in no fixed order.
+The bytes agree between CPUs of the same kind, with the same number of threads and the same torch. On a GPU they agree
+only up to rounding, because the backward pass of attention sums in no fixed order.
 
-n windows, B batch, T context length in tokens.
+n windows, B batch size, T context length in tokens.
 """
 
 import math
@@ -27,33 +27,33 @@ from qwen_min.linear import unpack
 from qwen_min.loss import check_targets, next_token_loss
 from qwen_min.model import Qwen
 
-SAVE_SECONDS = 30.0  # how much work a kill may cost
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+SAVE_SECONDS = 30.0  # seconds between two saves: the most work that a kill can cost
+MOMENTS = ("exp_avg", "exp_avg_sq")  # the names of Adam's moments in the optimizer
 
 
 class TrainingError(ValueError):
-    """Training cannot go on; the last saved state stands."""
+    """Training cannot continue. The last saved state remains."""
 
 
 def window_tensors(token_lists: list[list[int]], settings: Training, pad_id: int) -> tuple[Tensor, Tensor]:
-    """All windows of all trajectories: ids (n, T), padded behind, and how many tokens each has, (n).
+    """All windows of all trajectories: their token ids (n, T), padded at the end, and their lengths (n).
 
     Raises TrainingError when the context is longer than every trajectory.
     """
     longest = max(map(len, token_lists))
     if settings.context > longest:
         raise TrainingError(f"context {settings.context} is longer than a trajectory of {longest} tokens; shorten it")
-    pieces = [piece for tokens in token_lists for piece in windows(tokens, settings.context, settings.stride)]
+    cut = [window for tokens in token_lists for window in windows(tokens, settings.context, settings.stride)]
     if settings.whole_windows:
-        pieces = [piece for piece in pieces if len(piece) == settings.context]
-    ids = pad_sequence([torch.tensor(piece) for piece in pieces], batch_first=True, padding_value=pad_id)
-    return ids, torch.tensor([len(piece) for piece in pieces])
+        cut = [window for window in cut if len(window) == settings.context]
+    ids = pad_sequence([torch.tensor(window) for window in cut], batch_first=True, padding_value=pad_id)
+    return ids, torch.tensor([len(window) for window in cut])
 
 
 def batch_rows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """Rows of the windows in a step: each epoch is a fresh shuffle, a pure function of seed and step.
+    """The indices (B) of the windows of a step, which depend on the arguments alone.
 
-    What is left over at an epoch's end is skipped, as every batch is full.
+    Each epoch has a new order of the windows. Every batch is full: the windows left over at its end are skipped.
     """
     epoch, index = divmod(step, num_windows // batch)
     order = np.random.default_rng([seed, epoch]).permutation(num_windows)
@@ -61,16 +61,13 @@ def batch_rows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray
 
 
 class Trained(NamedTuple):
-    """How a training went."""
+    """The record of a training."""
 
-    losses: list[float]  # of each step, in nats per token
-    seconds: float  # spent on steps, over all processes that had a part
+    losses: list[float]  # the loss of each step, in nats per token
+    seconds: float  # the time spent on steps, summed over all processes that took part
 
 
 def _save_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, trained: Trained) -> None:
-    step = len(trained.losses)
-    if not all(parameter.isfinite().all() for parameter in parameters.values()):
-        raise TrainingError(f"the adapter is not finite after step {step - 1}; lower the learning rate")
     tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in trained._asdict().items()}
     for name, parameter in parameters.items():
         tensors |= {name: parameter} | {f"{name}.{moment}": optimizer.state[parameter][moment] for moment in MOMENTS}
@@ -84,13 +81,13 @@ def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.opti
         saved = load_file(path)
         losses, seconds = saved.pop("losses"), saved.pop("seconds")
         if {name: (t.dtype, t.shape) for name, t in saved.items()} != kinds:
-            raise ValueError("other tensors than the adapter's and their moments")
+            raise ValueError("its tensors are not those of the adapter and their moments")
         if {losses.dtype, seconds.dtype} != {torch.float64} or seconds.ndim or losses.ndim != 1 or len(losses) > steps:
-            raise ValueError("other losses than this training's")
+            raise ValueError("its losses are not those of this training")
         if not all(t.isfinite().all() for t in (*saved.values(), losses, seconds)):
-            raise ValueError("holds values that are not finite numbers")
+            raise ValueError("it has values that are not finite")
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise TrainingError(f"{path}: not a state of this training ({error}); delete it to begin anew") from error
+        raise TrainingError(f"{path}: not a state of this training ({error}); delete it to start again") from error
     for name, parameter in parameters.items():
         parameter.data.copy_(saved[name])
         optimizer.state[parameter] = {"step": torch.tensor(float(len(losses)))} | {
@@ -99,66 +96,97 @@ def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.opti
     return Trained(losses.tolist(), seconds.item())
 
 
+class _Progress:
+    """The steps that a training has done, and the file that saves them."""
+
+    def __init__(
+        self, path: Path | None, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, settings: Training
+    ):
+        """Continue from the file at path if it exists. With path None nothing is saved."""
+        self.path, self.parameters, self.optimizer = path, parameters, optimizer
+        self.losses, self.earlier_seconds = [], 0.0
+        if path is not None and path.exists():
+            self.losses, self.earlier_seconds = _load_state(path, parameters, optimizer, settings.steps)
+        self.num_saved = len(self.losses)
+        self.started = self.saved_at = time.monotonic()
+
+    @property
+    def trained(self) -> Trained:
+        """The losses so far, and the time of the steps until the last save."""
+        return Trained(self.losses, self.earlier_seconds + self.saved_at - self.started)
+
+    def save(self) -> None:
+        """Save all steps so far. Raises TrainingError when the adapter is not finite."""
+        if not all(parameter.isfinite().all() for parameter in self.parameters.values()):
+            raise TrainingError(f"the adapter is not finite after step {len(self.losses) - 1}; lower the learning rate")
+        self.saved_at, self.num_saved = time.monotonic(), len(self.losses)
+        if self.path is not None:
+            _save_state(self.path, self.parameters, self.optimizer, self.trained)
+
+
+def _batch_loss(model: Qwen, ids: Tensor, lengths: Tensor, vocabulary: Tensor | None, rows: Tensor) -> Tensor:
+    """The mean loss of the windows in rows (B). ids is on the model's device, lengths and rows are on the CPU."""
+    batch_lengths = lengths[rows]
+    is_padded = bool((batch_lengths < ids.shape[1]).any())
+    batch = ids[rows.to(ids.device, non_blocking=True)]
+    return next_token_loss(model, batch, batch_lengths if is_padded else None, vocabulary)
+
+
+def _do_nothing(*_) -> None:
+    """The default of train's callbacks."""
+
+
 @torch.enable_grad()
 def train(
     model: Qwen,
     ids: Tensor,
     lengths: Tensor,
     settings: Training,
-    vocabulary: Tensor | None,
-    state: Path,
-    before_step: Callable[[int], None],
-    after_step: Callable[[int, float], None],
+    vocabulary: Tensor | None = None,
+    state: Path | None = None,
+    before_step: Callable[[int], None] = _do_nothing,
+    after_step: Callable[[int, float], None] = _do_nothing,
 ) -> Trained:
     """Train the injected adapter with Adam.
 
-    ids (n, T) and lengths (n) from `window_tensors`; vocabulary as in `next_token_loss`. `state` is the file to
-    continue from and to save to, every SAVE_SECONDS and at the end. before_step(step) is called for every step, those
-    of the state included; it may refuse one by raising, after which what was done is saved. after_step(step, loss)
-    reports.
-    Raises TrainingError when a loss or the adapter is not finite, the state is not of this training, or there are
-    fewer windows than a batch takes; ValueError when a window has tokens outside the vocabulary.
+    ids (n, T) and lengths (n) come from `window_tensors`; vocabulary is as in `next_token_loss`. `state` is the file to
+    continue from. It is saved every SAVE_SECONDS and at the end; with None nothing is saved. before_step(step) is
+    called before every step, and also for the steps that the state already has. If it raises, the steps done so far are
+    saved and the training ends with that error. after_step(step, loss) is called after every step.
+
+    Raises TrainingError when a loss or the adapter is not finite, when the state does not belong to this training, or
+    when the windows do not fill a batch; ValueError when a window has tokens outside the vocabulary.
     """
     if len(ids) < settings.batch:
         raise TrainingError(f"{len(ids)} windows cannot fill a batch of {settings.batch}; use more trajectories")
-    if vocabulary is not None:  # before the windows go to a GPU, which would be waited for
+    if vocabulary is not None:  # checked on the CPU, because a check on a GPU would wait for it
         check_targets(ids[torch.arange(ids.shape[1]) < lengths[:, None]], vocabulary)
-    unpack(model)  # a training has no use for packed copies of the weights
+    unpack(model)  # training does not use packed copies of the weights
     parameters = adapter_parameters(model)
     optimizer = torch.optim.Adam(parameters.values())
-    losses, seconds = _load_state(state, parameters, optimizer, settings.steps) if state.exists() else Trained([], 0.0)
     device = model.head_weight.device
     ids, vocabulary = ids.to(device), None if vocabulary is None else vocabulary.to(device)
-    started = saved = time.monotonic()
-    num_saved = len(losses)
-
-    def save_all() -> None:
-        nonlocal saved, num_saved
-        saved, num_saved = time.monotonic(), len(losses)
-        _save_state(state, parameters, optimizer, Trained(losses, seconds + saved - started))
-
-    for step in range(num_saved):  # of earlier processes
+    progress = _Progress(state, parameters, optimizer, settings)
+    for step in range(progress.num_saved):
         before_step(step)
-    for step in range(num_saved, settings.steps):
+    for step in range(progress.num_saved, settings.steps):
         try:
             before_step(step)
-        except BaseException:  # no budget is left, or the process is to end
-            if len(losses) > num_saved:
-                save_all()
+        except BaseException:  # the budget is spent, or the process was asked to stop
+            if len(progress.losses) > progress.num_saved:
+                progress.save()
             raise
         rows = torch.from_numpy(batch_rows(len(ids), settings.batch, settings.seed, step))
-        full = bool((lengths[rows] == ids.shape[1]).all())
-        of_rows = None if full else lengths[rows]
-        loss = next_token_loss(model, ids[rows.to(device, non_blocking=True)], of_rows, vocabulary)
+        loss = _batch_loss(model, ids, lengths, vocabulary, rows)
         optimizer.param_groups[0]["lr"] = settings.rate(step)
         optimizer.zero_grad()
         loss.backward()
-        value = loss.item()  # the only wait for a GPU in a step, which has all but the update to do by now
+        value = loss.item()  # the only point in a step that waits for a GPU; only the update is still to do
         if not math.isfinite(value):
             raise TrainingError(f"step {step}: the loss is {value} (windows {rows.tolist()}); lower the learning rate")
         optimizer.step()
-        losses.append(value)
+        progress.losses.append(value)
         after_step(step, value)
-        if step + 1 == settings.steps or time.monotonic() - saved > SAVE_SECONDS:
-            save_all()
-    return Trained(losses, seconds + saved - started)
+        if step + 1 == settings.steps or time.monotonic() - progress.saved_at > SAVE_SECONDS:
+            progress.save()
+    return progress.trained

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.forecasting.scores import BAND, COVERED, QUANTILES, paired
+from experiments.forecasting.scores import BAND, COVERAGE_LEVELS, QUANTILES, paired
 from experiments.report import figures, published
 from experiments.report.page import Blocks, to_html, to_markdown
 from experiments.report.results import (
@@ -146,14 +146,14 @@ def _samples(run: Run, blocks: Blocks) -> None:
     if not rows:
         return
     rows += [
-        [name, split, "point", number(scores.all.mae), NO_VALUE, *(NO_VALUE for _ in COVERED)]
+        [name, split, "point", number(scores.all.mae), NO_VALUE, *(NO_VALUE for _ in COVERAGE_LEVELS)]
         for name, by_split in run.baselines.items()
         for split, scores in by_split.items()
     ]
     blocks.table(
         "Samples: CRPS (for a point forecast it is the absolute error), and the share of true values that the central "
         "intervals contain",
-        ["method", "split", "samples", "CRPS", "interval", *(f"{share:.0%} interval" for share in COVERED)],
+        ["method", "split", "samples", "CRPS", "interval", *(f"{share:.0%} interval" for share in COVERAGE_LEVELS)],
         rows,
     )
 

@@ -1,1 +1,1 @@
-"""What keeps a run's files whole: files, run folders, records, interruption. Imports nothing of ours."""
+"""Storage that survives interruptions: files, run folders, typed records, signals. Imports nothing else of ours."""

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and JSON read strictly."""
+"""Write files completely or not at all, and read JSON strictly."""
 
 import json
 import os
@@ -8,16 +8,16 @@ import numpy as np
 
 
 class RunError(ValueError):
-    """A run folder cannot be used for this run."""
+    """A file or a folder of a run that is missing, damaged, or in use by another run."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Put content at path in one step: readers see the old file or the new one, also after a kill or a power cut."""
+    """Replace the file at path in one step: readers see the old or the new content, even after a power cut."""
     make_folder(path.parent)
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            # names of files need not be text
+            # the content may name files, and file names may contain bytes that are not valid text
             file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -29,7 +29,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """A folder and those it lies in, on the disk."""
+    """Create a folder and its parents, and wait until they are on the disk."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -37,8 +37,8 @@ def make_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name != "posix":  # elsewhere folders cannot be opened
+    """Wait until the content of a file, or the list of names in a folder, is on the disk."""
+    if os.name != "posix":  # other systems cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -48,29 +48,29 @@ def sync(path: Path) -> None:
 
 
 def to_json(value) -> str:
-    """Readable JSON with a final newline; NaN is refused, as JSON has none."""
+    """Indented JSON with a final newline. Raises ValueError for NaN, which JSON does not allow."""
     return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def to_json_lines(rows: list[dict]) -> str:
-    """One JSON object a line."""
+    """One JSON object per line. Raises ValueError for NaN, which JSON does not allow."""
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def plain(values: np.ndarray) -> list:
-    """Nested lists of an array of floats, with None for NaN, as JSON has none."""
+    """An array of floats as nested lists, with None in place of NaN, which JSON does not allow."""
     return np.where(np.isnan(values), None, values.astype(float)).tolist()
 
 
 def _parse(text: str):
     def refuse(name: str):
-        raise ValueError(f"holds {name}, which JSON has not")
+        raise ValueError(f"contains {name}, which JSON does not allow")
 
     return json.loads(text, parse_constant=refuse)
 
 
 def read_text(path: Path) -> str:
-    """A text file. Raises RunError when it is missing or no text."""
+    """The content of a text file. Raises RunError when it is missing or not text."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -78,7 +78,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path):
-    """A JSON file. Raises RunError when it is missing or damaged."""
+    """The value in a JSON file. Raises RunError when it is missing or damaged."""
     try:
         return _parse(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -86,12 +86,12 @@ def read_json(path: Path):
 
 
 def read_json_lines(path: Path) -> list[dict]:
-    """The objects of a JSON lines file. Raises RunError when it is missing or damaged."""
+    """The objects in a JSON lines file. Raises RunError when it is missing or damaged."""
     return parse_json_lines(path, read_text(path))
 
 
 def parse_json_lines(path: Path, text: str) -> list[dict]:
-    """The objects of the text of a JSON lines file. Raises RunError when it is damaged."""
+    """The objects in the text of a JSON lines file; path is for messages. Raises RunError when the text is damaged."""
     try:
         return [_parse(line) for line in text.splitlines()]
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, the signal of cluster schedulers, as an exception."""
+"""Turn Ctrl-C and SIGTERM (the signal of cluster schedulers) into an exception."""
 
 import os
 import signal
@@ -6,11 +6,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-HELD = b"\nstopping after this step is saved; press Ctrl-C again to stop now\n"
+STOP_NOTICE = b"\nstopping after this step is saved; press Ctrl-C again to stop now\n"
 
 
 class Interrupted(KeyboardInterrupt):
-    """The process was asked to stop; `exit_status` is what shells expect then."""
+    """The process was asked to stop. `exit_status` is the status that shells expect for the signal."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -18,20 +18,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """While entered, a request to stop raises Interrupted: at once, or within `held` when `check` is next called.
+    """A context in which a request to stop raises Interrupted.
 
-    A second request is never held back. Only the main thread can handle signals: in another one this does nothing.
+    It is raised at once, or inside `held` at the next call of `check`. A second request always raises at once. Only the
+    main thread can handle signals: in another thread the context does nothing.
     """
 
     def __init__(self):
-        self.asked: int | None = None  # the signal's number
+        self.asked: int | None = None  # the number of the signal that asked to stop
         self._holding = False
 
     def __enter__(self) -> "Interruption":
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            asked = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._ask) for number in asked}
+            handled = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._ask) for number in handled}
         return self
 
     def __exit__(self, *_) -> None:
@@ -39,19 +40,19 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, _) -> None:
-        again, self.asked = self.asked, number
-        if again or not self._holding:
+        asked_before, self.asked = self.asked, number
+        if asked_before or not self._holding:
             raise Interrupted(number)
-        os.write(2, HELD)  # print may be what is interrupted
+        os.write(2, STOP_NOTICE)  # not print, because the signal may have interrupted a print
 
     def check(self) -> None:
-        """Raise Interrupted when a stop was asked for."""
+        """Raise Interrupted if the process was asked to stop."""
         if self.asked:
             raise Interrupted(self.asked)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Work whose pieces are to be finished: it calls `check` between them."""
+        """A context for work that must not stop in the middle of a piece; the work calls `check` between its pieces."""
         self._holding = True
         try:
             yield

@@ -1,7 +1,8 @@
-"""JSON files as typed records: the one place where a damaged file is found. Imports no torch.
+"""Read JSON files as typed records. This module finds damage in a file, and imports no torch.
 
-`build` makes dataclasses from JSON. It raises RunError, which names the file and the field. Code that works with the
-records need not expect damage, and its own errors are not hidden. Fields that only the file has are ignored.
+`build` makes dataclasses from JSON. It raises RunError, which names the file and the field. Code that uses the records
+does not have to expect damage, so a bug in it is not mistaken for a damaged file. `build` ignores fields of the file
+that the dataclass does not have.
 """
 
 from dataclasses import MISSING, fields, is_dataclass
@@ -14,9 +15,9 @@ import numpy as np
 
 from experiments.storage.files import RunError, read_json, read_json_lines
 
-MAX_NUMBER = 1e300  # that a number may be, so that sums and ratios of such numbers are numbers too
+MAX_NUMBER = 1e300  # the largest number accepted, so that sums of numbers in a file stay finite
 
-Vector = Annotated[np.ndarray, 1]  # floats, by rank; None in a file is NaN here
+Vector = Annotated[np.ndarray, 1]  # arrays of floats by rank; None in a file becomes NaN
 Matrix = Annotated[np.ndarray, 2]
 Tensor3 = Annotated[np.ndarray, 3]
 Tensor4 = Annotated[np.ndarray, 4]
@@ -26,24 +27,24 @@ _hints = lru_cache(lambda record: get_type_hints(record, include_extras=True))
 
 
 def build(kind: Any, value: Any, where: str) -> Any:
-    """A value that JSON gave, as `kind`: a dataclass, list, tuple, dict with text keys, array, `... | None` or scalar.
+    """Convert a value from JSON to `kind`: a dataclass, list, tuple, dict with str keys, array, `... | None` or scalar.
 
-    A field of a dataclass has the name of its key, or metadata {"key": ...}. Raises RunError that begins with `where`
-    when the value does not fit, or when the dataclass refuses it with ValueError.
+    The key of a dataclass field is its name, or the `key` in its metadata. Raises RunError when the value does not fit,
+    or when the dataclass raises ValueError. The message begins with `where`.
     """
-    origin, inner = get_origin(kind), get_args(kind)
+    origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return None if value is None else build(inner[0], value, where)
+        return None if value is None else build(arguments[0], value, where)
     if origin is Annotated:
-        return _array(inner[1], value, where)
+        return _array(arguments[1], value, where)
     if is_dataclass(kind):
         _require(isinstance(value, dict), where, "an object", value)
         given = {}
-        for each in fields(kind):
-            key = each.metadata.get("key", each.name)
+        for field in fields(kind):
+            key = field.metadata.get("key", field.name)
             if key in value:
-                given[each.name] = build(_hints(kind)[each.name], value[key], f"{where}, {key}")
-            elif each.default is MISSING:
+                given[field.name] = build(_hints(kind)[field.name], value[key], f"{where}, {key}")
+            elif field.default is MISSING:
                 raise RunError(f"{where}: has no {key!r}")
         try:
             return kind(**given)
@@ -51,13 +52,13 @@ def build(kind: Any, value: Any, where: str) -> Any:
             raise RunError(f"{where}: {error}") from error
     if origin is dict:
         _require(isinstance(value, dict), where, "an object", value)
-        return {key: build(inner[1], each, f"{where}, {key}") for key, each in value.items()}
+        return {key: build(arguments[1], item, f"{where}, {key}") for key, item in value.items()}
     if origin in (list, tuple):
         _require(isinstance(value, list), where, "a list", value)
-        if origin is list or inner[1:] == (...,):
-            inner = (inner[0],) * len(value)
-        _require(len(value) == len(inner), where, f"{len(inner)} values", value)
-        return origin(build(*pair, f"{where}[{i}]") for i, pair in enumerate(zip(inner, value, strict=True)))
+        if origin is list or arguments[1:] == (...,):
+            arguments = (arguments[0],) * len(value)
+        _require(len(value) == len(arguments), where, f"{len(arguments)} values", value)
+        return origin(build(*pair, f"{where}[{i}]") for i, pair in enumerate(zip(arguments, value, strict=True)))
     fits = _is_number(value) if kind is float else type(value) is kind and (kind is not int or _is_number(value))
     _require(fits, where, f"{kind.__name__}", value)
     return kind(value)
@@ -65,7 +66,7 @@ def build(kind: Any, value: Any, where: str) -> Any:
 
 def _array(rank: int, value: Any, where: str) -> np.ndarray:
     array = np.array(value, dtype=object)
-    fits = array.ndim == rank and all(each is None or _is_number(each) for each in array.flat)
+    fits = array.ndim == rank and all(item is None or _is_number(item) for item in array.flat)
     _require(fits, where, f"numbers of rank {rank}", value)
     return array.astype(float)
 
@@ -81,10 +82,10 @@ def _require(fits: bool, where: str, expected: str, value: Any) -> None:
 
 
 def read(path: Path, kind: Any) -> Any:
-    """A JSON file as `kind`. Raises RunError when it is missing or damaged."""
+    """Read a JSON file as `kind`. Raises RunError when it is missing or damaged."""
     return build(kind, read_json(path), str(path))
 
 
 def read_lines(path: Path, kind: Any) -> list:
-    """A JSON lines file as a list of `kind`. Raises RunError when it is missing or damaged."""
+    """Read a JSON lines file as a list of `kind`. Raises RunError when it is missing or damaged."""
     return [build(kind, line, f"{path}, line {number}") for number, line in enumerate(read_json_lines(path), start=1)]

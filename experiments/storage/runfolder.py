@@ -1,4 +1,4 @@
-"""A run's folder: it belongs to one plan and to one process at a time, and its parts can be resumed."""
+"""The folder of a run. It belongs to one run and to one process at a time, and a killed run can continue in it."""
 
 import json
 import os
@@ -10,18 +10,19 @@ from filelock import FileLock, Timeout
 
 from experiments.storage.files import RunError, make_folder, read_json, to_json, write_whole
 
-LOCK, WRITER = ".lock", ".writer"  # what is locked; the id of the process that writes, or of the last that did
+LOCK_FILE, WRITER_FILE = ".lock", ".writer"  # the locked file; the id of the process that writes, or last wrote
 
 
 def resumable(state: Path | None, pieces: Sequence, make: Callable, to_plain: Callable, read: Callable) -> list:
-    """make(piece) of each of pieces in turn.
+    """The list of make(piece) for all pieces, in order.
 
-    The file `state` keeps to_plain(result), which JSON can hold, of each, so that a killed run resumes after the last
-    complete piece; read(kept, piece) gives the result again. Raises RunError, as `read` may, when the state is damaged.
+    The file `state` keeps to_plain(result), a JSON value, for each result, so that a killed run resumes after the last
+    complete piece. read(kept value, piece) must give the same result again. With state None nothing is kept. Raises
+    RunError when the state is damaged; `read` may raise it too.
     """
     kept = read_json(state) if state and state.exists() else []
     if not isinstance(kept, list) or len(kept) > len(pieces):
-        raise RunError(f"{state}: not a state of this run; delete it to begin this part anew")
+        raise RunError(f"{state}: not a state of this run; delete it to start this part again")
     results = [read(*pair) for pair in zip(kept, pieces, strict=False)]
     for piece in pieces[len(kept) :]:
         results.append(make(piece))
@@ -33,18 +34,20 @@ def resumable(state: Path | None, pieces: Sequence, make: Callable, to_plain: Ca
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """A folder that no other process writes to meanwhile.
+    """A context in which no other process can write to the folder.
 
-    Raises RunError that names the process which does, or when there is no such folder.
+    Raises RunError when another process is writing to it (the message names the process), or when it does not exist.
     """
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder")
-    writer, lock = folder / WRITER, FileLock(folder / LOCK)
+    writer, lock = folder / WRITER_FILE, FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         holder = writer.read_text(encoding="utf-8") if writer.exists() else "unknown"
-        raise RunError(f"{folder}: process {holder} is at work in it; wait for it, or choose another folder") from None
+        raise RunError(
+            f"{folder}: process {holder} is writing to it; wait until it ends, or choose another folder"
+        ) from None
     try:
         writer.write_text(str(os.getpid()), encoding="utf-8")
         yield
@@ -54,13 +57,13 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def open_run(folder: Path, identity: dict, record: dict) -> Iterator[bool]:
-    """Begin a run in an empty or new folder, or continue the same run in its own; gives True if continued.
+    """A context that starts a run in a new or empty folder, or continues the same run in its own folder.
 
-    identity decides what the results are (plan, checkpoint, data, seed, ...); record is written beside it. No other
-    process can open the run meanwhile. Raises RunError, and writes nothing, when the folder belongs to another run, to
-    something else, or to a process at work.
+    It gives True if the run continues. identity is all that decides the results (plan, checkpoint, data, seed, ...);
+    record is written next to it. No other process can open the run inside the context. Raises RunError, and writes
+    nothing, when the folder belongs to another run, has other files, or another process is writing to it.
     """
-    _holds(folder, identity)  # before a lock is put into what may be somebody's folder
+    _holds(folder, identity)  # once before the lock, so that no lock file is written to a foreign folder
     make_folder(folder)
     with only_writer(folder):
         continued = _holds(folder, identity)
@@ -70,23 +73,23 @@ def open_run(folder: Path, identity: dict, record: dict) -> Iterator[bool]:
 
 
 def _holds(folder: Path, identity: dict) -> bool:
-    """Whether the folder holds this run; False for a new or an empty one. Raises RunError for any other."""
+    """True if the folder has this run, False if it is new or empty. Raises RunError for any other folder."""
     plan = folder / "plan.json"
     if plan.exists():
-        held = read_json(plan)
-        held = held.get("identity") if isinstance(held, dict) else None
-        if not isinstance(held, dict):
-            raise RunError(f"{plan}: names no run; choose another --out")
-        for name in identity | held:
-            if held.get(name) != identity.get(name):
+        document = read_json(plan)
+        stored = document.get("identity") if isinstance(document, dict) else None
+        if not isinstance(stored, dict):
+            raise RunError(f"{plan}: describes no run; choose another --out")
+        for name in identity | stored:
+            if stored.get(name) != identity.get(name):
                 raise RunError(
-                    f"{folder}: holds a run with {name} {_short(held.get(name))}, this one has "
+                    f"{folder}: has a run with {name} {_short(stored.get(name))}, this run has "
                     f"{_short(identity.get(name))}; choose another --out"
                 )
         return True
-    begun = {"plan.json.partial", LOCK, WRITER}  # of a run killed at once
-    if folder.exists() and (not folder.is_dir() or any(p.name not in begun for p in folder.iterdir())):
-        raise RunError(f"{folder}: exists and holds no run; choose an empty or new --out")
+    leftovers = {"plan.json.partial", LOCK_FILE, WRITER_FILE}  # of a run that was killed before it had a plan
+    if folder.exists() and (not folder.is_dir() or any(p.name not in leftovers for p in folder.iterdir())):
+        raise RunError(f"{folder}: exists but has no run; choose a new or empty --out")
     return False
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
-from experiments.forecasting.scores import PARTS, errors
+from experiments.forecasting.scores import SPLIT_PARTS, errors
 from experiments.storage.files import RunError, plain
 from experiments.storage.records import Matrix, Tensor3, Vector, build
 from experiments.storage.runfolder import resumable
@@ -234,7 +234,7 @@ def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, sca
         unscored = int((np.isfinite(forced) & np.isnan(free)).sum())
         return part | {"free_loss": float(np.nanmean(free)), "unscored_tokens": unscored}
 
-    result = {name: part_metrics(rows) for name, rows in PARTS.items()}
+    result = {name: part_metrics(rows) for name, rows in SPLIT_PARTS.items()}
     if truth.shape[1] > horizon:
         result["long"] = errors(evaluation.values, truth, fallback, scale)
     return result

@@ -22,7 +22,7 @@ from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import (
     QUANTILES,
     errors,
-    of_method,
+    method_errors,
     probabilistic,
     quantiles,
     samples_needed,
@@ -147,7 +147,7 @@ class Suite:
             fallback, scale = context.mean(axis=1), self.encoding.scale
             for name, baseline in baselines.items():
                 long = baseline(rounded, truth.shape[1])
-                scores = of_method(long[:, :HORIZON], truth[:, :HORIZON], fallback, scale)
+                scores = method_errors(long[:, :HORIZON], truth[:, :HORIZON], fallback, scale)
                 results.setdefault(name, {})[split] = scores | {"long": errors(long, truth, fallback, scale)}
         write_whole(self.folder / "baselines.json", to_json(results))
 
@@ -266,7 +266,7 @@ class Suite:
         if self.samples and experiment == self.plan.experiments[-1]:
             drawn = self._draw(series[:, :CONTEXT_STEPS], self._path(name) / f"samples.{split}.state.json")
             results["probabilistic"] = probabilistic(drawn, truth[:, :HORIZON])
-            results["mean_of_samples"] = of_method(drawn.mean(axis=1), truth[:, :HORIZON], fallback, scale)
+            results["mean_of_samples"] = method_errors(drawn.mean(axis=1), truth[:, :HORIZON], fallback, scale)
             for line, paths in zip(lines, drawn, strict=True):
                 line["quantiles"] = [  # None if there are too few samples
                     quantiles(paths, [level], axis=0)[0].round(4).tolist()
