@@ -66,13 +66,18 @@ def fit(train: np.ndarray, seed: int = 0) -> Callable[[np.ndarray, int], np.ndar
         network = _Network(series)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS)
-    for _ in range(STEPS):
-        batch = series[torch.randint(0, len(series), (BATCH,), generator=generator)]
-        optimizer.zero_grad()
-        _loss(network, batch, generator).backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the matrices are so small that a second thread costs more time than it saves
+    try:
+        for _ in range(STEPS):
+            batch = series[torch.randint(0, len(series), (BATCH,), generator=generator)]
+            optimizer.zero_grad()
+            _loss(network, batch, generator).backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    finally:
+        torch.set_num_threads(threads)
 
     @torch.no_grad()
     def forecast(contexts: np.ndarray, horizon: int) -> np.ndarray:
