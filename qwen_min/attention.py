@@ -62,6 +62,47 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
 
+def attention_after_prefix(
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Attention, (B n, H, T, D), of q (B n, H, T, D) over a prefix and then k, v (B n, K, S, D).
+
+    prefix_k and prefix_v are (B, K, P, D): rows i n to i n + n - 1 share row i. The n rows read it in one matrix
+    product. mask is as in `attention`, over P + S columns.
+    """
+    (batch, kv_heads, prefix, size), (num_rows, heads, num_new, _) = prefix_k.shape, q.shape
+    times, groups, total = num_rows // batch, heads // kv_heads, prefix + k.shape[2]
+    at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
+    if mask is None and num_new > 1:
+        mask = causal_mask(num_new, total, q.device)[None, None]
+    if mask is not None:  # (B or 1, 1, n or 1, G or 1, T, P + S)
+        mask = mask.reshape(-1, 1, times if len(mask) > 1 else 1, mask.shape[2] // num_new, num_new, total)
+
+    def by_prefix(x: Tensor) -> Tensor:  # (b n, K, G T, ...) to (b, K, n G T, ...)
+        return x.unflatten(0, (-1, times)).transpose(1, 2).flatten(2, 3)
+
+    def by_row(x: Tensor) -> Tensor:  # and back
+        return x.unflatten(2, (times, -1)).transpose(1, 2).flatten(0, 1)
+
+    out = torch.empty_like(q)
+    at_once = max(1, SCORES_PER_BLOCK // (times * heads * num_new * total)) if q.device.type == "cpu" else batch
+    for first in range(0, batch, at_once):
+        shared, rows = slice(first, first + at_once), slice(first * times, (first + at_once) * times)
+        queries = q[rows].reshape(-1, kv_heads, groups * num_new, size).to(at_least_fp32) * size**-0.5
+        of_prefix = by_prefix(queries) @ prefix_k[shared].to(at_least_fp32).mT
+        scores = torch.cat(
+            (of_prefix, by_prefix(queries @ k[rows].to(at_least_fp32).mT)), dim=-1
+        )  # (b, K, n G T, P + S)
+        if mask is not None:
+            by_query = scores.view(-1, kv_heads, times, groups, num_new, total)
+            visible = mask[shared] if len(mask) > 1 else mask
+            by_query.masked_fill_(~visible, -torch.inf) if mask.dtype == torch.bool else by_query.add_(visible)
+        weights = scores.softmax(-1).to(q.dtype)  # (b, K, n G T, P + S)
+        part = by_row(weights[..., :prefix] @ prefix_v[shared]) + by_row(weights[..., prefix:]) @ v[rows]
+        out[rows] = part.reshape(out[rows].shape)
+    return out
+
+
 def grouped_bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """Convert a boolean mask (B or 1, 1, T, S) to the bias (B or 1, 1, G T, S) of grouped queries: 0 or -inf.
 

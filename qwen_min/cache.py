@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qwen_min.attention import attention, attention_after_prefix
 from qwen_min.config import QwenConfig
 
 if TYPE_CHECKING:
@@ -14,10 +15,10 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of up to `capacity` tokens in each of `batch_size` rows, for every layer.
 
-    In a pass, the model reserves space, each layer writes its keys and values, and the model advances `length`.
-    `length` is the number of filled columns. It is the same for every row: rows of unequal length are padded on the
-    left. `truncate` forgets tokens; `rows` and `repeat` return caches of some rows. A cache records no gradients: fill
-    it under `torch.no_grad()`.
+    In a pass, the model reserves space, each layer writes its keys and values and attends to them, and the model
+    advances `length`. `length` is the number of filled columns. It is the same for every row: rows of unequal length
+    are padded on the left. `truncate` forgets tokens; `rows` returns a view of some rows. A cache records no gradients:
+    fill it under `torch.no_grad()`.
 
     B batch, K kv heads, S filled tokens, T new tokens, D head size. `keys` and `values` are
     (layers, B, K, capacity, D). device and dtype None mean torch's defaults; `KVCache.for_model` takes them from a
@@ -31,6 +32,7 @@ class KVCache:
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.batch_size, self.capacity = batch_size, capacity
         self.length = 0
+        self.first = 0  # the column that `keys` and `values` begin with
         self.captured = None  # the graphs that `GraphContinuation` captured for this memory
 
     @classmethod
@@ -60,10 +62,17 @@ class KVCache:
             raise ValueError(
                 "a KVCache cannot record gradients: run the model under torch.no_grad(), or without a cache"
             )
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
+        start = self.length - self.first
+        end = start + k.shape[2]
+        self.keys[layer, :, :, start:end] = k
+        self.values[layer, :, :, start:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention (B, H, T, D) of q (B, H, T, D) over the k, v that `write` returned; mask as in `attention`."""
+        return attention(q, k, v, mask)
 
     def advance(self, num_tokens: int) -> None:
         """Mark the next `num_tokens` columns as filled."""
@@ -76,26 +85,46 @@ class KVCache:
         part.batch_size, part.captured = part.keys.shape[1], None
         return part
 
-    @torch.inference_mode()
-    def repeat(self, times: torch.Tensor, into: "KVCache | None" = None) -> "KVCache":
-        """A cache with row i repeated times[i] times; times (B) is on the CPU.
-
-        It is a new cache, or `into`: a cache of the same capacity with sum(times) rows, whose content is replaced.
-        """
-        rows = torch.arange(self.batch_size).repeat_interleave(times).to(self.keys.device, non_blocking=True)
-        if into is None:
-            into = copy.copy(self)
-            into.batch_size, into.captured = len(rows), None
-            shape = (len(self.keys), len(rows), *self.keys.shape[2:])
-            into.keys, into.values = self.keys.new_empty(shape), self.values.new_empty(shape)
-        for new, stored in ((into.keys, self.keys), (into.values, self.values)):
-            for layer in range(len(stored)):  # one at a time: a copy of all layers may not fit the memory
-                new[layer, :, :, : self.length] = stored[layer, :, :, : self.length].index_select(0, rows)
-        into.length = self.length
-        return into
-
     def truncate(self, length: int) -> None:
-        """Forget every token from column `length` on. Raises ValueError unless 0 <= length <= the filled columns."""
-        if not 0 <= length <= self.length:
+        """Forget every token from column `length` on. Raises ValueError unless first <= length <= filled columns."""
+        if not self.first <= length <= self.length:
             raise ValueError(f"cache holds {self.length} tokens and cannot be truncated to {length}")
         self.length = length
+
+
+class ForkedCache(KVCache):
+    """Several continuations of each row of a filled cache, `prefix`. They share its memory and store only new tokens.
+
+    Rows i n to i n + n - 1 continue row i, where n is `times`. The columns begin with the whole capacity of the prefix;
+    those that are not filled count as padding, see `mask`.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, prefix: KVCache, times: int, num_new_tokens: int):
+        layers, batch_size, heads, capacity, size = prefix.keys.shape
+        self.prefix, self.times = prefix, times
+        self.batch_size, self.capacity = batch_size * times, capacity + num_new_tokens
+        self.keys, self.values = (
+            stored.new_empty(layers, self.batch_size, heads, num_new_tokens, size)
+            for stored in (prefix.keys, prefix.values)
+        )
+        self.first = self.length = capacity
+        self.captured = None
+        for stored in (prefix.keys, prefix.values):
+            stored[:, :, :, prefix.length :] = 0  # masked, but a NaN in uninitialised memory would still spread
+
+    def mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The mask (B n, first) of this cache for the mask (B, filled) of the prefix; None means no padding."""
+        unused = self.first - self.prefix.length
+        if attention_mask is None and unused == 0:
+            return None
+        if attention_mask is None:
+            shape = (self.prefix.batch_size, self.prefix.length)
+            attention_mask = torch.ones(shape, dtype=torch.long, device=self.keys.device)
+        mask = torch.nn.functional.pad(attention_mask, (0, unused))
+        return mask.repeat_interleave(self.times, 0, output_size=self.batch_size)
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return attention_after_prefix(q, self.prefix.keys[layer], self.prefix.values[layer], k, v, mask)

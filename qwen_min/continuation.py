@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qwen_min.cache import KVCache
+from qwen_min.cache import ForkedCache, KVCache
 from qwen_min.model import Decoder, Qwen
 
 # on a GPU, the capacity of a cache is a multiple of this: kernels need aligned rows, and batches share captured shapes
@@ -101,7 +101,9 @@ class GraphContinuation(Continuation):
             cache.captured = _Captured(self.decoder, cache)
         self.mask, self.passes = cache.captured.mask, cache.captured.passes
         for stored in (cache.keys, cache.values):
-            stored[:, :, :, cache.length :] = 0  # masked, but a NaN in uninitialised memory would still spread
+            stored[:, :, :, cache.length - cache.first :] = (
+                0  # masked, but a NaN in uninitialised memory would still spread
+            )
         self.mask[:, : cache.length] = 1 if attention_mask is None else attention_mask  # passes write the other columns
 
     @torch.inference_mode()
@@ -174,8 +176,11 @@ class _Columns:
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) as `KVCache.write` does; return all S columns of the capacity, (B, K, S, D)."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        return keys.index_copy_(2, self.columns, k), values.index_copy_(2, self.columns, v)
+        keys, values, columns = self.cache.keys[layer], self.cache.values[layer], self.columns - self.cache.first
+        return keys.index_copy_(2, columns, k), values.index_copy_(2, columns, v)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return self.cache.attend(layer, q, k, v, mask)
 
 
 def continuation(model: Qwen, cache: KVCache, attention_mask: Tensor | None = None) -> Continuation:
@@ -191,17 +196,34 @@ class ReusedCache:
     """
 
     def __init__(self, model: Qwen):
-        self.model, self.cache = model, None
+        self.model, self.cache, self.forked = model, None, None
 
     def take(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache: the last one if its shape is the same, otherwise a new one.
 
         The content of the last cache is no longer valid. On a GPU the capacity is rounded up.
         """
-        if self.model.head_weight.is_cuda:
-            capacity = -(-capacity // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        capacity = self._rounded(capacity)
         if self.cache is None or (self.cache.batch_size, self.cache.capacity) != (batch_size, capacity):
-            self.cache = None  # release it first: the memory may not hold two
+            self.cache = self.forked = None  # release them first: the memory may not hold two of each
             self.cache = KVCache.for_model(self.model, batch_size, capacity)
         self.cache.truncate(0)
         return self.cache
+
+    def fork(self, times: int, num_new_tokens: int) -> ForkedCache:
+        """A cache with `times` continuations of each row of the last cache that `take` returned, now filled.
+
+        It is the last fork if its shape is the same, otherwise a new one. The content of the last fork is no longer
+        valid.
+        """
+        num_new_tokens = self._rounded(num_new_tokens)
+        shape = (times, self.cache.capacity + num_new_tokens)
+        if self.forked is None or (self.forked.times, self.forked.capacity) != shape:
+            self.forked = None
+            self.forked = ForkedCache(self.cache, times, num_new_tokens)
+        self.forked.truncate(self.forked.first)
+        return self.forked
+
+    def _rounded(self, capacity: int) -> int:
+        multiple = CAPACITY_MULTIPLE if self.model.head_weight.is_cuda else 1
+        return -(-capacity // multiple) * multiple

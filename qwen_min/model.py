@@ -96,9 +96,11 @@ class Attention(nn.Module):
         q = rotate(heads(self.q_proj(x)), cos, sin)  # (B, H, T, D)
         k = rotate(heads(self.k_proj(x)), cos, sin)  # (B, K, T, D)
         v = heads(self.v_proj(x))  # (B, K, T, D)
-        if cache is not None:
-            k, v = cache.write(self.layer, k, v)  # (B, K, S, D)
-        out = attention(q, k, v, mask)  # (B, H, T, D)
+        if cache is None:
+            out = attention(q, k, v, mask)  # (B, H, T, D)
+        else:
+            k, v = cache.write(self.layer, k, v)  # (B, K, S, D), with the tokens before
+            out = cache.attend(self.layer, q, k, v, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, C)
 
 

@@ -5,7 +5,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwen_min import attention as module
-from qwen_min.attention import BIAS_ALIGNMENT, attention, grouped_bias, reference_attention
+from qwen_min.attention import (
+    BIAS_ALIGNMENT,
+    attention,
+    attention_after_prefix,
+    grouped_bias,
+    reference_attention,
+)
 from qwen_min.model import attention_mask_and_positions
 
 
@@ -50,6 +56,35 @@ def test_without_a_mask_the_new_tokens_are_the_last_ones(num_cached, num_new):
     with torch.autocast("cpu", torch.bfloat16):  # takes the code path of a GPU
         found = attention(q, k, v, None)
     torch.testing.assert_close(found.float(), reference_attention(q, k, v, mask), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("num_new", [1, 2])
+@pytest.mark.parametrize("masked", ["not", "alike", "by row", "biased"])
+@pytest.mark.parametrize("scores_at_once", [1, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_share_a_prefix_get_what_copies_of_it_give(monkeypatch, num_new, masked, scores_at_once, dtype):
+    monkeypatch.setattr(module, "SCORES_PER_BLOCK", scores_at_once)
+    generator = torch.Generator().manual_seed(0)
+    batch, times, heads, groups, prefix, own, size = 3, 4, 2, 7, 9, 5, 8
+    q = torch.randn(batch * times, num_new, heads * groups, size, generator=generator).to(dtype).transpose(1, 2)
+    shared = torch.randn(2, batch, heads, prefix, size, generator=generator).to(dtype)
+    k, v = torch.randn(2, batch * times, heads, own, size, generator=generator).to(dtype)
+    mask = None
+    if masked != "not" or num_new > 1:
+        mask = torch.ones(prefix + own, prefix + own).tril()[None, None, -num_new:].bool()
+    if masked in ("by row", "biased"):
+        mask = mask.repeat(batch * times, 1, 1, 1)
+        mask[:times, :, :, :3] = mask[5, :, :, 10] = False
+    whole_k, whole_v = (
+        torch.cat((before.repeat_interleave(times, 0), after), 2) for before, after in zip(shared, (k, v), strict=True)
+    )
+    wanted = reference_attention(q, whole_k, whole_v, mask)
+    given = grouped_bias(mask, groups, dtype) if masked == "biased" else mask
+    if masked == "not":
+        given = None
+    found = attention_after_prefix(q, *shared, k, v, given)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)])

@@ -3,7 +3,8 @@ import torch
 
 from lora import LoraConfig, inject
 from qwen_min import KVCache, generate, generation
-from qwen_min.continuation import GraphContinuation, continuation
+from qwen_min.cache import ForkedCache
+from qwen_min.continuation import Continuation, GraphContinuation, continuation
 from qwen_min.generation import pad_left
 
 
@@ -101,6 +102,37 @@ def test_passes_of_fixed_shape_equal_the_simple_ones(model, ids, padded):
         before = fixed(ids[:, 5:6]).clone()
         caches[1].truncate(13)
         torch.testing.assert_close(fixed(ids[:, 5:6]), before)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind", [Continuation, GraphContinuation])
+@pytest.mark.parametrize("unused", [0, 4])
+def test_forked_rows_continue_as_copies_of_their_context(model, ids, padded, kind, unused):
+    """Three continuations of each of two rows; a GPU rounds capacities up, so columns of the context may be unused."""
+    mask = None
+    if padded:
+        mask = torch.ones_like(ids[:, :5])
+        mask[0, :3] = 0
+    with torch.inference_mode():
+        context = KVCache.for_model(model, 2, 5 + unused)
+        context.keys[:], context.values[:] = torch.nan, torch.nan
+        model(ids[:, :5], context, mask)
+        copies = KVCache.for_model(model, 6, 20)
+        copied_mask = None if mask is None else mask.repeat_interleave(3, 0)
+        model(ids[:, :5].repeat_interleave(3, 0), copies, copied_mask)
+    forked = ForkedCache(context, 3, 9)
+    append, simple = kind(model, forked, forked.mask(mask)), Continuation(model, copies, copied_mask)
+    pieces = ids[:, :9].repeat_interleave(3, 0) + torch.arange(6)[:, None]  # every row continues in its own way
+    real = torch.ones_like(pieces[:, :2])
+    real[4, 1:] = 0
+    for piece, holes in ((pieces[:, :2], real), (pieces[:, 2:3], None), (pieces[:, 3:5], None)):
+        torch.testing.assert_close(append(piece, holes), simple(piece, holes), rtol=1e-5, atol=1e-5)
+        for one in (append, simple):
+            one.take_back(torch.tensor([True, False, False, True, False, True]))
+    with pytest.raises(ValueError, match="cache full"):
+        append(pieces[:, :5])
+    with pytest.raises(ValueError, match="cannot be truncated"):
+        forked.truncate(4)
 
 
 def test_a_pass_that_does_not_fit_leaves_a_continuation_usable(model, ids):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from conftest import random_model
 from experiments.forecasting.grammar import DIGITS, Grammar, decode, may_be_wide, nats_of
+from qwen_min.cache import ForkedCache
 from qwen_min.continuation import GraphContinuation
 from qwen_min.generation import pad_left, prefill
 from qwen_min.model import Decoder
@@ -123,10 +124,9 @@ def test_samples_follow_the_model_s_probabilities(models):
     uniforms = torch.from_numpy(np.random.default_rng(0).random((count, 100)))
     grammar = Grammar(tokenizer, 2, 2)
     ids = torch.tensor([tokenizer.encode(CONTEXTS[0])])
-    cache, hidden = prefill(model, ids, grammar.columns(1), None)
-    texts = decode(
-        model, grammar, cache.repeat(torch.tensor([count])), hidden.repeat_interleave(count, 0), 1, None, uniforms
-    )
+    cache, hidden = prefill(model, ids, 0)
+    forked = ForkedCache(cache, count, grammar.columns(1))
+    texts = decode(model, grammar, forked, hidden.repeat_interleave(count, 0), 1, None, uniforms)
     shares = torch.tensor([sum(text[0] == digit for text in texts) / count for digit in DIGITS])
     wanted = model(ids)[0, -1, [tokenizer.encode(digit)[0] for digit in DIGITS]].softmax(-1)
     assert (shares - wanted).abs().max() < 4 * (0.25 / count) ** 0.5

@@ -4,8 +4,7 @@ N series, T time steps (which may differ between series), D variables, h forecas
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from qwen_min import Qwen, Tokenizer, load
 from qwen_min.config import CheckpointError
 from qwen_min.continuation import ReusedCache
 from qwen_min.generation import pad_left, prefill
+from qwen_min.linear import pack
 from qwen_min.weights import checkpoint_folder, checkpoint_hash
 
 TRAINED_FILE = "encoding.json"  # in an adapter's folder, next to peft's files
@@ -46,6 +46,14 @@ def rows_at_once(model: Qwen, num_columns: int) -> int:
     config, item_bytes = model.config, model.head_weight.dtype.itemsize
     row_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item_bytes * num_columns
     return max(1, (CUDA_CACHE_BYTES if model.head_weight.is_cuda else CACHE_BYTES) // row_bytes)
+
+
+class _Prompt(NamedTuple):
+    """A context as the model reads it."""
+
+    tokens: list[int]  # with a final `;`
+    scale: np.ndarray  # (D)
+    wide: np.ndarray  # (D) bool: the variables that may need a second digit
 
 
 class Forecaster:
@@ -111,29 +119,26 @@ class Forecaster:
         scores.require_samples(quantiles, samples)
         if horizon < 1:
             raise SeriesError(f"horizon is {horizon}, expected at least 1")
-        scales, prompts, wide = self._prompts(contexts)
-        num_variables = len(scales[0])
+        prompts = self._prompts(contexts)
+        num_variables = len(prompts[0].scale)
         num_values = horizon * num_variables
         grammar = Grammar(self.tokenizer, self.encoding.decimals, num_variables)
-        columns = max(map(len, prompts)) + grammar.columns(num_values)
+        columns = _longest(prompts) + grammar.columns(num_values)
         if columns > self.model.config.max_position_embeddings:
             raise SeriesError(
                 f"a horizon of {horizon} takes up to {columns} positions together with the longest context, the model "
                 f"has {self.model.config.max_position_embeddings}; shorten either"
             )
-        paths = max(samples, 1)
-        rows = [(series, sample) for series in range(len(prompts)) for sample in range(paths)]
-        batch_size = rows_at_once(self.model, columns)
-        texts, reused = [], ReusedCache(self.model)
-        for start in range(0, len(rows), batch_size):
-            texts += self._texts(
-                grammar, prompts, wide, rows[start : start + batch_size], num_values, seed if samples else None, reused
-            )
-        decoded = [
-            self.encoding.decode(text, horizon, num_variables) * scales[series]
-            for (series, _), text in zip(rows, texts, strict=True)
-        ]
-        values = np.stack(decoded).reshape(len(prompts), paths, horizon, num_variables)
+        if samples:
+            texts = self._sample(grammar, prompts, num_values, samples, seed)
+        else:
+            texts = [[text] for text in self._most_likely(grammar, prompts, num_values)]
+        values = np.stack(
+            [
+                [self.encoding.decode(path, horizon, num_variables) * prompt.scale for path in paths]
+                for prompt, paths in zip(prompts, texts, strict=True)
+            ]
+        )
         if not samples:
             return Forecast(values[:, 0], None, None)
         bounds = scores.quantiles(values, quantiles, axis=1).swapaxes(0, 1) if quantiles else None
@@ -145,30 +150,31 @@ class Forecaster:
         Each character competes with those that the grammar allows there. The end after the last value has no cost.
         Errors as in `forecast`, and SeriesError for a continuation with another number of variables than its context.
         """
-        scales, prompts, _ = self._prompts(contexts)
+        prompts = self._prompts(contexts)
         truths = [_checked(continuation, number, min_steps=1) for number, continuation in enumerate(continuations)]
-        for number, (truth, scale) in enumerate(zip(truths, scales, strict=True)):
-            if truth.shape[1] != len(scale):
+        for number, (truth, prompt) in enumerate(zip(truths, prompts, strict=True)):
+            if truth.shape[1] != len(prompt.scale):
                 raise SeriesError(
-                    f"continuation {number} has {truth.shape[1]} variables, expected {len(scale)} as in its context"
+                    f"continuation {number} has {truth.shape[1]} variables, expected {len(prompt.scale)} as in its "
+                    "context"
                 )
-        texts = [self.encoding.encode(truth / scale) for truth, scale in zip(truths, scales, strict=True)]
-        grammar = Grammar(self.tokenizer, self.encoding.decimals, len(scales[0]))
+        texts = [self.encoding.encode(truth / prompt.scale) for truth, prompt in zip(truths, prompts, strict=True)]
+        grammar = Grammar(self.tokenizer, self.encoding.decimals, len(prompts[0].scale))
         nats = []
         for prompt, text in zip(prompts, texts, strict=True):
-            ids = torch.tensor([prompt + self.tokenizer.encode(text)], device=self.model.head_weight.device)
+            ids = torch.tensor([prompt.tokens + self.tokenizer.encode(text)], device=self.model.head_weight.device)
             with torch.inference_mode():
-                hidden = self.model.model(ids)[0, len(prompt) - 1 : -1]
+                hidden = self.model.model(ids)[0, len(prompt.tokens) - 1 : -1]
             nats.append(nats_of(self.model, grammar, hidden, text))
         return np.array(nats) / [truth.size for truth in truths]
 
-    def _prompts(self, contexts) -> tuple[list[np.ndarray], list[list[int]], list[np.ndarray]]:
-        """For each series: the scales (D) of its variables, its tokens with a final `;`, its wide variables (D)."""
+    def _prompts(self, contexts) -> list[_Prompt]:
+        """Check the contexts, scale and encode them. Raises SeriesError."""
         arrays = [_checked(context, number) for number, context in enumerate(contexts)]
         widths = {array.shape[1] for array in arrays}
         if len(widths) != 1:
             raise SeriesError(f"the series have {sorted(widths) or 'no'} variables, expected the same number for all")
-        scales, prompts, wide = [], [], []
+        prompts = []
         for number, array in enumerate(arrays):
             largest = array.max(axis=0)
             scale = np.maximum(np.where(largest > 0, largest, 1.0) / SCALED_MAX, np.finfo(float).tiny)
@@ -179,45 +185,66 @@ class Forecaster:
                     f"series {number}: {array.max():g} is {array.max() / self.scale:.4g} when divided by the scale "
                     f"{self.scale:g}, expected less than {SCALED_LIMIT:g}; give another scale"
                 )
-            scales.append(scale)
-            wide.append(may_be_wide(array / scale))
-            prompts.append(self.tokenizer.encode(self.encoding.encode(array / scale) + ";"))
-        return scales, prompts, wide
+            tokens = self.tokenizer.encode(self.encoding.encode(array / scale) + ";")
+            prompts.append(_Prompt(tokens, scale, may_be_wide(array / scale)))
+        return prompts
 
-    def _texts(
-        self,
-        grammar: Grammar,
-        prompts: list[list[int]],
-        wide: list[np.ndarray],
-        rows: list[tuple[int, int]],
-        num_values: int,
-        seed: int | None,
-        reused: ReusedCache,
-    ) -> list[str]:
-        """A text after prompts[series] for each (series, sample) of rows.
+    def _most_likely(self, grammar: Grammar, prompts: list[_Prompt], num_values: int) -> list[str]:
+        """The text of the most likely characters after each prompt."""
+        room, reused, texts = grammar.columns(num_values), ReusedCache(self.model), []
+        for batch in _batches(prompts, rows_at_once(self.model, _longest(prompts) + room)):
+            ids, mask = self._padded(batch)
+            cache, hidden = prefill(self.model, ids, room, mask, reused)
+            texts += decode(
+                self.model, grammar, cache, hidden, num_values, mask, wide=[prompt.wide for prompt in batch]
+            )
+        return texts
 
-        It is a sample, or with seed None the text of the most likely characters.
-        """
+    def _sample(
+        self, grammar: Grammar, prompts: list[_Prompt], num_values: int, samples: int, seed: int
+    ) -> list[list[str]]:
+        """Texts drawn from the model after each prompt; its paths share the keys and values of the context."""
+        room, count = grammar.columns(num_values), grammar.most_choices(num_values)
+        reused, texts = ReusedCache(self.model), []
+        at_once = min(samples, rows_at_once(self.model, room))
+        pack(self.model)
+        for batch in _batches(prompts, rows_at_once(self.model, _longest(prompts) + at_once * room)):
+            ids, context_mask = self._padded(batch)
+            _, last = prefill(self.model, ids, 0, context_mask, reused)
+            drawn = [[] for _ in batch]
+            for first in range(0, samples, at_once):
+                paths = range(first, min(first + at_once, samples))
+                draws = [_uniforms(seed, prompt.tokens, path, count) for prompt in batch for path in paths]
+                cache = reused.fork(len(paths), room)
+                found = decode(
+                    self.model,
+                    grammar,
+                    cache,
+                    last.repeat_interleave(len(paths), 0),
+                    num_values,
+                    cache.mask(context_mask),
+                    torch.from_numpy(np.stack(draws)).to(last.device),
+                    [prompt.wide for prompt in batch for _ in paths],
+                )
+                for number, one in enumerate(drawn):
+                    one += found[number * len(paths) : (number + 1) * len(paths)]
+            texts += drawn
+        return texts
+
+    def _padded(self, batch: list[_Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """ids (B, T) of prompts and their mask on the model's device; see `pad_left`."""
+        ids, mask = pad_left([prompt.tokens for prompt in batch], self.tokenizer.pad_id)
         device = self.model.head_weight.device
-        numbers = sorted({number for number, _ in rows})  # of the series in this batch
-        ids, mask = pad_left([prompts[number] for number in numbers], self.tokenizer.pad_id)
-        ids, mask = ids.to(device), None if mask is None else mask.to(device)
-        cache, hidden = prefill(self.model, ids, grammar.columns(num_values), mask, reused if seed is None else None)
-        uniforms = None
-        if seed is not None:
-            counts = Counter(number for number, _ in rows)
-            repeats = torch.tensor([counts[number] for number in numbers])
-            cache = cache.repeat(repeats, reused.take(len(rows), cache.capacity))
-            repeats = repeats.to(device)
-            hidden = hidden.repeat_interleave(repeats, 0, output_size=len(rows))
-            mask = None if mask is None else mask.repeat_interleave(repeats, 0, output_size=len(rows))
-            draws = [
-                _uniforms(seed, prompts[number], sample, grammar.most_choices(num_values)) for number, sample in rows
-            ]
-            uniforms = torch.from_numpy(np.stack(draws)).to(device)
-        return decode(
-            self.model, grammar, cache, hidden, num_values, mask, uniforms, [wide[number] for number, _ in rows]
-        )
+        return ids.to(device), None if mask is None else mask.to(device)
+
+
+def _longest(prompts: list[_Prompt]) -> int:
+    return max(len(prompt.tokens) for prompt in prompts)
+
+
+def _batches(prompts: list[_Prompt], size: int) -> Iterator[list[_Prompt]]:
+    for start in range(0, len(prompts), size):
+        yield prompts[start : start + size]
 
 
 def _checked(context, number: int, min_steps: int = 2) -> np.ndarray:
