@@ -1,4 +1,4 @@
-"""Compare runs with each other, with the numbers that the report published and with the baselines.
+"""Compare runs with each other, with the numbers that the study published and with the baselines.
 
     python -m experiments.comparison results
 

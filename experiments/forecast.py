@@ -5,7 +5,7 @@
 
 A CSV file is one series, with a row for each time step and a column for each variable. The first row contains names if
 one of its cells is not a number (so a row of years is data). A column without a name, such as the index that pandas
-writes, is ignored. An HDF5 file contains many series, like the report's data set.
+writes, is ignored. An HDF5 file contains many series, like the study's data set.
 """
 
 import argparse

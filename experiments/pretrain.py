@@ -3,7 +3,7 @@
     python -m experiments.pretrain --out FOLDER
 
 The series are oscillators, van der Pol cycles, sums of sines, logistic growth, AR(2) and random walks, in the text
-encoding of the report. Shapes: n series, T = 100 time steps, 2 variables.
+encoding of the study. Shapes: n series, T = 100 time steps, 2 variables.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CONFIG = QwenConfig(
 )
 NUM_STEPS = 100
 SUBSTEPS = 10  # Runge-Kutta steps between two time steps
-HELD_OUT = 256  # series whose loss the card reports
+HELD_OUT = 256  # series whose loss the card names
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float, size) -> np.ndarray:
@@ -221,9 +221,9 @@ def main() -> None:
     (args.out / "README.md").write_text(
         f"""# The embedded checkpoint
 
-A Qwen2.5 decoder of {sum(p.numel() for p in model.parameters()):,} parameters, pretrained from scratch on series
-that are not predator-prey, written as text. It plays the part of the pretrained model where the real one is not at
-hand.
+A Qwen2.5 decoder of {sum(p.numel() for p in model.parameters()):,} parameters. It was pretrained from scratch on series
+that are not predator-prey, written as text. Tests, examples and the default run use it in place of the real weights,
+which have to be downloaded.
 
 | | |
 |---|---|

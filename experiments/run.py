@@ -1,7 +1,7 @@
 """Run a plan of experiments into a folder and write its report.
 
     python -m experiments.run                                   # minutes, on the embedded checkpoint and data
-    python -m experiments.run --plan report --model Qwen/Qwen2.5-0.5B-Instruct --data lotka_volterra_data.h5
+    python -m experiments.run --plan study --model Qwen/Qwen2.5-0.5B-Instruct --data lotka_volterra_data.h5
 
 A folder that holds the same run is continued; finished experiments are not run again.
 """
@@ -27,6 +27,10 @@ if TYPE_CHECKING:  # --help need not wait for torch
     from experiments.forecasting.encoding import Encoding
     from experiments.study.suite import Suite
     from qwen_min import Qwen, Tokenizer
+
+
+# names of earlier versions, still accepted
+OLD_PLANS, OLD_CONVENTIONS = {"report": "study"}, {"sheet": "study", "report": "published"}
 
 
 def sequences(text: str) -> int | None:
@@ -61,7 +65,10 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m experiments.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--plan", choices=plans.PLANS, default="quick", help="which experiments (default %(default)s)")
+    p.add_argument(
+        "--plan", type=lambda name: OLD_PLANS.get(name, name), choices=plans.PLANS, default="quick",
+        help="which experiments (default %(default)s)",
+    )  # fmt: skip
     p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
     p.add_argument("--data", type=Path, help="HDF5 file with /trajectories and /time (default: simulated, seed 0)")
     cli.add_device(p)
@@ -70,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--decoding", choices=("constrained", "free"), default="constrained", help="how forecasts are decoded: "
-        "constrained to well-formed numbers (default), or free, by raw argmax, as in the report",
+        "constrained to well-formed numbers (default), or free, by raw argmax, as in the study",
     )  # fmt: skip
     p.add_argument(
         "--samples", type=int, default=20, help="paths that the last model draws for each sequence; 0: none "
@@ -84,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
         "--budget", type=budget, default=10**17, help="FLOPs that all trainings may cost together (default 1e17)"
     )
     p.add_argument(
-        "--convention", default="sheet", choices=("exact", "sheet", "report"),
-        help="how FLOPs are counted (default %(default)s, the strictest)",
+        "--convention", type=lambda name: OLD_CONVENTIONS.get(name, name), choices=("exact", "study", "published"),
+        default="study", help="how FLOPs are counted (default %(default)s, the strictest)",
     )  # fmt: skip
     p.add_argument("--out", type=Path, help="run folder (default runs/PLAN)")
     return p

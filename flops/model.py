@@ -17,11 +17,12 @@ CONVENTIONS = {
     "queries, and a training step is the forward and the backward pass that run, without gradients of frozen weights; "
     "flops.trace runs the real code and finds the same integers; a fused kernel of attention, as in decoding and on "
     "CUDA, counts every pair of a query and a key",
-    "sheet": "the report's section 4.3: a training step is 3 x forward, grouped queries counted as full multi-head "
-    "attention, rotary positions free but their adding to the embeddings counted, RMSNorm 4 d + 11, the loss a full "
-    "softmax of every position",
-    "report": "what reproduces the report's published figures: as sheet, but a feed-forward of two matrices of width "
-    "4 x hidden in place of three of the real width, and neither LoRA nor the 1 / sqrt(D) of attention counted",
+    "study": "the rules of the study, section 4.3, with the model's real sizes: a training step is 3 x forward, "
+    "grouped queries counted as full multi-head attention, rotary positions free but their adding to the embeddings "
+    "counted, RMSNorm 4 d + 11, the loss a full softmax of every position",
+    "published": "what reproduces the figures that the study published: as study, but a feed-forward of two matrices "
+    "of width 4 x hidden in place of three of the real width, and neither LoRA nor the 1 / sqrt(D) of attention "
+    "counted",
 }
 
 
@@ -108,13 +109,13 @@ def block(
         pairs = attention(config, batch, new, cached, padded)
     else:
         pairs = p.attention(batch, heads, new, cached + new, size)
-    ops += [Op(name, flops) for name, flops in pairs.items() if convention != "report" or name != "scale"]
+    ops += [Op(name, flops) for name, flops in pairs.items() if convention != "published" or name != "scale"]
     ops += [
         projection("o_proj", heads * size, hidden),
         Op("attention residual", rows * hidden * ADD),
         Op("post_attention_layernorm", rms_norm(rows, hidden, convention)),
     ]
-    if convention == "report":
+    if convention == "published":
         width = 4 * hidden
         ops += [Op("up_proj", linear(rows, hidden, width)), Op("SwiGLU", rows * width * p.SWIGLU)]
     else:
@@ -176,7 +177,7 @@ def forward(
         if padded:
             ops.append(Op("positions", positions_from_mask(batch, cached + new)))
         ops.append(Op("rotary tables", rotary_tables(rows if padded else new, config.head_dim)))
-    layer = block(config, batch, new, cached, convention, {} if convention == "report" else ranks or {}, padded)
+    layer = block(config, batch, new, cached, convention, {} if convention == "published" else ranks or {}, padded)
     ops += [Op(op.name, op.flops * config.num_hidden_layers) for op in layer]
     ops.append(Op("norm", rms_norm(rows, hidden, convention)))
     # the last token of a row has no next token, so the code computes no logits for it

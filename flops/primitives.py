@@ -1,4 +1,4 @@
-"""Table 1 of the report as constants, and the FLOPs of larger operators that follow from it. Integers only.
+"""Table 1 of the study as constants, and the FLOPs of larger operators that follow from it. Integers only.
 
 Comparisons, selections, copies and look-ups are not in Table 1 and count as 0.
 """

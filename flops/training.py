@@ -9,7 +9,7 @@ from flops.primitives import ADD, EXP, MUL, matmul
 from qwen_min.config import QwenConfig
 from qwen_min.loss import CHUNK
 
-BACKWARD_PER_FORWARD = 2  # the rule of "sheet" and "report", not a measurement
+BACKWARD_PER_FORWARD = 2  # the rule of "study" and "published", not a measurement
 
 
 def rms_norm_backward(rows: int, size: int, trains: bool) -> int:

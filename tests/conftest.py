@@ -92,5 +92,5 @@ def real_checkpoint() -> Path:
 
 @pytest.fixture(scope="session")
 def report_file() -> Path:
-    """The report's HDF5 file."""
+    """The study's HDF5 file."""
     return _path_from("LOTKA_VOLTERRA_H5")

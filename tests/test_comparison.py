@@ -45,7 +45,7 @@ def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
     shutil.copytree(results / "frontier", results / "zzz")
     build(results, load_runs(results))
     path = results / "frontier" / "experiments" / "frontier"
-    flops = json.loads((path / "settings.json").read_text())["flops"]["report"]
+    flops = json.loads((path / "settings.json").read_text())["flops"]["published"]
     metrics = json.loads((path / "metrics.json").read_text())
     names = {"frontier", "frontier, mean of 20 samples", "trial", "zzz: frontier", "zzz: frontier, mean of 20 samples"}
     for name, split, part in (("val-first", "val", "first"), ("val-all", "val", "all"), ("test-all", "test", "all")):

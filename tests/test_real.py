@@ -1,4 +1,4 @@
-"""The experiments on real weights and the report's file: forecasts before and after a short training."""
+"""The experiments on real weights and the study's file: forecasts before and after a short training."""
 
 import numpy as np
 import pytest

@@ -97,7 +97,7 @@ def test_the_ledger_holds_what_the_settings_promise(finished):
     out, _ = finished
     spent = Ledger(out / "ledger.jsonl", budget=10**17).by_experiment()
     for name in NAMES[1:]:
-        assert spent[name] == json.loads((out / "experiments" / name / "settings.json").read_text())["flops"]["sheet"]
+        assert spent[name] == json.loads((out / "experiments" / name / "settings.json").read_text())["flops"]["study"]
 
 
 def test_the_best_settings_by_validation_are_taken_over(finished):
@@ -469,7 +469,7 @@ def test_experiments_beyond_the_report_are_shown(monkeypatch, data_file, tmp_pat
     assert run.main(arguments) == 0
     markdown = (tmp_path / "report.md").read_text()
     assert "frontier: rank 2, learning_rate 0.001, context 768" in markdown
-    assert "10^16.91" not in markdown  # the cost of the report's whole suite
+    assert "10^16.91" not in markdown  # the cost of the study's whole suite
     assert (tmp_path / "figures" / "frontier-losses.png").exists()
     # two samples are too few for both intervals
     row = next(line for line in markdown.splitlines() if line.startswith("| frontier | val | 2 |"))
@@ -514,17 +514,17 @@ def test_the_report_plan_names_experiments_that_do_not_fit_the_budget(monkeypatc
     def warning(convention, budget=10**17):
         ledger = Ledger(tmp_path / "ledger.jsonl", budget)
         return Suite(
-            plans.report(0), tmp_path, sizes, None, None, {}, {}, ledger, convention, ("", ""), "", 0, 0, None
+            plans.study(0), tmp_path, sizes, None, None, {}, {}, ledger, convention, ("", ""), "", 0, 0, None
         ).budget_warning()
 
-    assert "Does not fit: final." in warning("sheet")
-    assert "needs up to 1.145e+17 FLOPs" in warning("sheet")
-    assert warning("report") is None
-    assert warning("sheet", budget=2 * 10**17) is None
+    assert "Does not fit: final." in warning("study")
+    assert "needs up to 1.145e+17 FLOPs" in warning("study")
+    assert warning("published") is None
+    assert warning("study", budget=2 * 10**17) is None
 
 
 def test_the_report_plan_has_the_experiments_of_the_report():
-    plan = plans.report(seed=0)
+    plan = plans.study(seed=0)
     assert [e.training.steps for e in plan.experiments if e.training] == [500, *[1000] * 12, 3000]
     assert {e.training.batch for e in plan.experiments if e.training} == {4}
     assert len({(e.training.rank, e.training.learning_rate) for e in plan.experiments if e.section == "6.3"}) == 9

@@ -67,7 +67,7 @@ class Encoding:
 
 
 def windows(tokens: list[int], length: int, stride: int) -> list[list[int]]:
-    """Overlapping windows that start every `stride` tokens (report, section 6.1.1).
+    """Overlapping windows that start every `stride` tokens (the study, section 6.1.1).
 
     Each has `length` tokens, or fewer where the tokens end.
     """

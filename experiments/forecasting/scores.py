@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import stdtrit
 
-SPLIT_PARTS = {"first": slice(10), "all": slice(None)}  # the report used only the first ten sequences of a split
+SPLIT_PARTS = {"first": slice(10), "all": slice(None)}  # the study used only the first ten sequences of a split
 COVERAGE_LEVELS = (0.5, 0.8)  # central intervals whose coverage is measured
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)  # the bounds of these intervals, and the median
 BAND = (0.1, 0.9)  # the bounds that figures show

@@ -47,7 +47,7 @@ class Training:
 
     @property
     def lora(self) -> "LoraConfig":
-        """The configuration of the adapters. Their update is scaled by 1 (alpha = rank), as in the report."""
+        """The configuration of the adapters. Their update is scaled by 1 (alpha = rank), as in the study."""
         from lora import LoraConfig  # here, because it imports torch, which a report and --help do not need
 
         return LoraConfig(rank=self.rank, alpha=self.rank, targets=tuple(self.targets))

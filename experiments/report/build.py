@@ -52,8 +52,8 @@ def _overview(run: Run, blocks: Blocks) -> None:
         blocks.text(f"Not finished, and shown as {NO_VALUE}: {', '.join(run.unfinished)}. {reason}")
     blocks.text(
         "Errors are in scaled units (population / scale). They are measured against the exact truth over the 10 time "
-        "steps after a context of 70. First ten: the ten sequences by which the report judged. Brackets: 95 % interval "
-        "of the mean. Free loss: cross-entropy of the target given the model's own text, as in the report; only free "
+        "steps after a context of 70. First ten: the ten sequences by which the study judged. Brackets: 95 % interval "
+        "of the mean. Free loss: cross-entropy of the target given the model's own text, as in the study; only free "
         "decoding has it. Forced loss: cross-entropy of the target given the true text. Nats per value: the forced "
         "loss of a whole value among the tokens that the grammar of numbers allows. Models are chosen by their "
         "validation MSE over all sequences; the mean of the context replaces malformed values. "

@@ -53,7 +53,7 @@ def experiments_of(runs: list[Run]) -> dict[str, Result]:
 
 
 def published_errors() -> dict[str, dict[str, float]]:
-    """All errors that the report published: the MSE of the first ten sequences, by method and split."""
+    """All errors that the study published: the MSE of the first ten sequences, by method and split."""
     validation = {name: error for name, (error, _) in published.VALIDATION.items()}
     for rank, row in published.GRID.items():
         validation |= {f"grid r{rank} lr{rate:g}": error for rate, (error, _) in zip(published.RATES, row, strict=True)}
@@ -67,9 +67,9 @@ def _overview(runs: list[Run], blocks: Blocks) -> None:
     blocks.heading(1, "Comparison of runs")
     blocks.text(
         "MSE is in scaled units, over the 10 time steps after a context of 70. The published numbers are for ten "
-        "sequences of each split; the report also chose its models on these ten. It trained Qwen2.5-0.5B-Instruct "
+        "sequences of each split; the study also chose its models on these ten. It trained Qwen2.5-0.5B-Instruct "
         "with unmasked padding and decoded with a repetition penalty of 1.1. Our runs mask the padding and have no "
-        "penalty; each run below names the weights it started from. Ten sequences measure little: the report's grid "
+        "penalty; each run below names the weights it started from. Ten sequences measure little: the study's grid "
         "cell r8 lr0.0001 and its context-512 have the same settings. Mean of samples: the mean of paths drawn from "
         "the model, which is the best forecast under a squared error."
     )
@@ -145,7 +145,7 @@ def build(folder: Path, runs: list[Run]) -> Blocks:
         for name, by_split in published_errors().items()
         if (key := name.split()[1]) in published.TRAINING_FLOPS
     }
-    against = "against the FLOPs of each training as the report counts them; dashed: baselines and untrained models"
+    against = "against the FLOPs of each training as the study counts them; dashed: baselines and untrained models"
     for split, part, hollow, caption in (
         ("val", "first", trained, f"Validation MSE on the first ten sequences, {against}; hollow: published"),
         ("val", "all", {}, f"Validation MSE on all sequences, {against}; bars: 95 % interval"),

@@ -1,6 +1,6 @@
-"""The numbers that the report published: errors on its ten sequences, and log10 of FLOPs as it counts them.
+"""The numbers that the study published: errors on its ten sequences, and log10 of FLOPs as it counts them.
 
-The report chose its models on the same ten sequences, decoded with a repetition penalty of 1.1 and trained with
+The study chose its models on the same ten sequences, decoded with a repetition penalty of 1.1 and trained with
 unmasked padding.
 """
 

@@ -133,7 +133,7 @@ def number(value: float | None) -> str:
 
 
 def log10(flops: int | float) -> str:
-    """FLOPs as 10^x, as the report writes them."""
+    """FLOPs as 10^x, as the study writes them."""
     return f"10^{math.log10(flops):.3f}" if flops else "0"
 
 

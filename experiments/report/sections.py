@@ -1,4 +1,4 @@
-"""The sections about the report's own experiments, 5.4 to 6.5, and about experiments beyond them."""
+"""The sections about the study's own experiments, 5.4 to 6.5, and about experiments beyond them."""
 
 from experiments.forecasting.settings import Training
 from experiments.report import figures, published
@@ -127,14 +127,14 @@ def _final(run: Run, blocks: Blocks) -> None:
 
 def _frontier(run: Run, blocks: Blocks) -> None:
     done = {name: e for name, e in run.trained.items() if e.section == "frontier"}
-    blocks.heading(2, "Beyond the report")
+    blocks.heading(2, "Beyond the study")
     for name, experiment in done.items():
         different = {key: value for key, value in vars(experiment.training).items() if key != "seed"}
         blocks.text(f"{name}: " + ", ".join(f"{key} {_setting(value)}" for key, value in different.items()) + ".")
     if done:
         path = run.folder / "figures" / "frontier-losses.png"
         figures.loss_curves({name: e.losses for name, e in done.items()}, path)
-        blocks.figure(path, "Training loss beyond the report")
+        blocks.figure(path, "Training loss beyond the study")
 
 
 def _setting(value) -> str:

@@ -14,7 +14,7 @@ from scipy.integrate import solve_ivp
 from experiments.forecasting.tables import DataError
 from experiments.storage.files import write_whole
 
-NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # as in the report's data set
+NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # as in the study's data set
 MAX_ARRAY_BYTES = 2**30  # limit for an array in a file
 MAX_COMPRESSION = 1100  # bytes of an array per byte in the file; deflate reaches 1032
 
@@ -86,7 +86,7 @@ def write(path: str | Path, dataset: Dataset) -> None:
 
 
 def simulate(seed: int = 0, num_systems: int = NUM_SYSTEMS) -> Dataset:
-    """Simulate Rosenzweig-MacArthur systems, drawn like those of the report's data set; seed 0 regenerates that set.
+    """Simulate Rosenzweig-MacArthur systems, drawn like those of the study's data set; seed 0 regenerates that set.
 
     dx/dt = a x (1 - x/K) - b x y / (1 + h x),  dy/dt = e b x y / (1 + h x) - c y, in fp64 by LSODA
     with default tolerances, at 100 times in [0, 200]. These are not Lotka-Volterra systems, because growth and appetite
@@ -110,7 +110,7 @@ def simulate(seed: int = 0, num_systems: int = NUM_SYSTEMS) -> Dataset:
 
 
 def split(num_trajectories: int) -> Split:
-    """Split the trajectories: 70 % training, 15 % validation, 15 % test, shuffled with the report's seed 42.
+    """Split the trajectories: 70 % training, 15 % validation, 15 % test, shuffled with the study's seed 42.
 
     Raises DataError when a part would be empty.
     """

@@ -18,6 +18,7 @@ from experiments.forecasting.scores import SPLIT_PARTS, errors
 from experiments.storage.files import RunError, plain
 from experiments.storage.records import Matrix, Tensor3, Vector, build
 from experiments.storage.runfolder import resumable
+from qwen_min.cache import KVCache
 from qwen_min.continuation import ReusedCache
 from qwen_min.generation import greedy_steps, pad_left, prefill
 from qwen_min.loss import token_losses
@@ -107,15 +108,7 @@ def _batch(
     if decoding == "constrained":
         room = max(length, 1 + grammar.columns(num_values))
     cache, last = prefill(model, ids, room, mask, reused)
-
-    with torch.inference_mode():
-        # teacher forcing: one pass over the targets after the context; the cache is truncated afterwards
-        grown = None if mask is None else torch.nn.functional.pad(mask, (0, length - 1), value=1)
-        hidden = model.model(targets.ids[:, :-1], cache, grown)
-        hidden = torch.cat((last[:, None], hidden), dim=1)  # (N, L, C): each predicts its target
-        forced = token_losses(hidden.flatten(0, 1), model.head_weight, targets.ids.flatten()).view(len(series), -1)
-    rows = zip(hidden, targets.texts, strict=True)
-    nats = [nats_of(model, grammar, row[1 : len(text)], text[1:]) / (horizon * num_variables) for row, text in rows]
+    hidden, forced, nats = _losses_of_truth(model, grammar, cache, last, mask, targets)
     free = torch.full_like(forced, torch.nan)
     if decoding == "free":
         cache.truncate(ids.shape[1])
@@ -133,13 +126,30 @@ def _batch(
         raise ForecastError("the model's logits are not finite: the weights or the adapter are damaged")
     values = np.stack([encoding.decode(text, steps, num_variables) for text in texts])
     forced = forced.masked_fill(~targets.real, torch.nan)
-    return Evaluation(texts, values, free.cpu().numpy(), forced.cpu().numpy(), np.array(nats))
+    return Evaluation(texts, values, free.cpu().numpy(), forced.cpu().numpy(), nats / (horizon * num_variables))
+
+
+@torch.inference_mode()
+def _losses_of_truth(
+    model: Qwen, grammar: Grammar, cache: KVCache, last: Tensor, mask: Tensor | None, targets: _Targets
+) -> tuple[Tensor, Tensor, np.ndarray]:
+    """One pass over the targets, after the contexts in the cache: how unlikely the model finds the truth.
+
+    Returns the hidden states (N, L, C) that predict the targets, the loss of each target (N, L) over the whole
+    vocabulary, and the nats of each continuation (N) among the tokens that the grammar allows.
+    """
+    grown = None if mask is None else torch.nn.functional.pad(mask, (0, targets.ids.shape[1] - 1), value=1)
+    hidden = model.model(targets.ids[:, :-1], cache, grown)
+    hidden = torch.cat((last[:, None], hidden), dim=1)
+    forced = token_losses(hidden.flatten(0, 1), model.head_weight, targets.ids.flatten()).view(targets.ids.shape)
+    rows = zip(hidden, targets.texts, strict=True)
+    return hidden, forced, np.array([nats_of(model, grammar, row[1 : len(text)], text[1:]) for row, text in rows])
 
 
 def _free(
     model: Qwen,
     tokenizer: Tokenizer,
-    cache,
+    cache: KVCache,
     last: Tensor,
     mask: Tensor | None,
     targets: _Targets,
@@ -186,9 +196,9 @@ def evaluate(
     """Let a model forecast series (N, T, D), in populations, from their first `context_steps` steps.
 
     The forecast has `steps` time steps (None: `horizon`). The losses cover the tokens of the first `horizon` true
-    steps. decoding "constrained" follows the grammar, so every value is well-formed. "free" is the report's protocol:
-    raw argmax over the whole vocabulary, until every row has all its values; only it has free losses. The file `state`
-    is written after each batch, and an interrupted evaluation continues from it.
+    steps. decoding "constrained" follows the grammar, so every value is well-formed. "free" is the protocol of the
+    study: raw argmax over the whole vocabulary, until every row has all its values; only it has free losses. The file
+    `state` is written after each batch, and an interrupted evaluation continues from it.
     Raises ValueError when a series is too short, ForecastError when logits are not finite.
     """
     steps = steps or horizon

@@ -5,7 +5,7 @@ from itertools import product
 
 from experiments.forecasting.settings import Training
 
-CONTEXT_STEPS, HORIZON = 70, 10  # the report's 699 context tokens and 100 target tokens, as time steps
+CONTEXT_STEPS, HORIZON = 70, 10  # the study's 699 context tokens and 100 target tokens, as time steps
 LONG_HORIZON = 30  # for models that are evaluated on the test set
 
 
@@ -18,7 +18,7 @@ class Experiment:
     """
 
     name: str
-    section: str  # in the report
+    section: str  # of the study
     training: Training | None = None  # None: the model is evaluated as it is
     best_of: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("val",)  # the test set is never used to choose
@@ -60,7 +60,7 @@ def _chain(name: str, trial: Training, grid: list[Training], contexts: list[int]
     """Sections 5.4 to 6.5: untrained, trial, grid, the best cell at each context length, the best of all for longer.
 
     The cells of the grid share a seed, so that only rank and rate differ. The later trainings use other seeds. The
-    context run at the length of the grid therefore repeats the best cell independently, as in the report.
+    context run at the length of the grid therefore repeats the best cell independently, as in the study.
     """
     seed = trial.seed
     cells = [Experiment(f"grid-r{t.rank}-lr{t.learning_rate:g}", "6.3", t) for t in grid]
@@ -82,10 +82,10 @@ def _chain(name: str, trial: Training, grid: list[Training], contexts: list[int]
     )
 
 
-def report(seed: int) -> Plan:
-    """The experiments of the report with its settings."""
+def study(seed: int) -> Plan:
+    """The experiments of the study with its settings."""
     grid = [Training(rank, rate, 512, 1000, seed=seed) for rank, rate in product((2, 4, 8), (1e-5, 5e-5, 1e-4))]
-    return _chain("report", Training(4, 1e-5, 512, 500, seed=seed), grid, [128, 512, 768], 1000, 3000)
+    return _chain("study", Training(4, 1e-5, 512, 500, seed=seed), grid, [128, 512, 768], 1000, 3000)
 
 
 def quick(seed: int) -> Plan:
@@ -100,7 +100,7 @@ def untrained(seed: int) -> Plan:
 
 
 def trial(seed: int) -> Plan:
-    """Only the trial of the report, evaluated on both splits."""
+    """Only the trial of the study, evaluated on both splits."""
     return Plan("trial", (Experiment("trial", "6.2", Training(4, 1e-5, 512, 500, seed=seed), splits=("val", "test")),))
 
 
@@ -110,7 +110,7 @@ def frontier(seed: int) -> Plan:
     return Plan("frontier", (Experiment("frontier", "frontier", settings, splits=("val", "test")),))
 
 
-PLANS = {"quick": quick, "report": report, "untrained": untrained, "trial": trial, "frontier": frontier}
+PLANS = {"quick": quick, "study": study, "untrained": untrained, "trial": trial, "frontier": frontier}
 
 
 def with_numeric_head(plan: Plan) -> Plan:

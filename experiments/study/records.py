@@ -15,7 +15,7 @@ from experiments.storage.files import RunError, read_text
 from experiments.storage.records import Interval, Matrix, Vector, read
 from experiments.study.plans import Experiment
 
-PUBLISHED = "report"  # the convention in which the report counts FLOPs
+PUBLISHED = "published"  # the convention that reproduces the FLOPs of the study
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class Errors:
 class Scores:
     """The errors of a method on a split."""
 
-    first: Errors  # on the ten sequences by which the report judged
+    first: Errors  # on the ten sequences by which the study judged
     all: Errors
     long: Errors | None = None  # on all sequences, over the long horizon
     mse_each: list[float | None] | None = None  # by sequence
@@ -198,7 +198,7 @@ class Metrics(Scores):
 class Settings:
     """settings.json: the training of an experiment, or None, and its FLOPs by convention."""
 
-    section: str  # in the report
+    section: str  # of the study
     training: Training | None
     flops: dict[str, int]
 

@@ -132,7 +132,7 @@ def real_models(real_checkpoint):
 
 @pytest.fixture(scope="module")
 def validation_texts(report_file):
-    """The first ten validation trajectories of the report's file as text: whole, and only their contexts."""
+    """The first ten validation trajectories of the study's file as text: whole, and only their contexts."""
     from experiments.forecasting.encoding import Encoding
     from experiments.study import data
 
