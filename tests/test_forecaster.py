@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import Forecaster, SeriesError, rows_at_once, write_trained
+from experiments.forecasting.forecaster import (
+    Forecaster,
+    SeriesError,
+    SeriesWarning,
+    Trained,
+    rows_at_once,
+    write_trained,
+)
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, remove, save_adapter
 from qwen_min.weights import TINY, checkpoint_hash
 
@@ -93,12 +100,14 @@ def test_an_adapter_s_folder_restores_the_encoding_of_its_training(tmp_path, tin
         wanted = Forecaster(model, tokenizer, scale=2.5, decimals=1).forecast(waves(), 5).values
     finally:
         remove(model)
-    with pytest.raises(AdapterError, match=r"encoding.json: not the record of an adapter"):
+    with pytest.raises(AdapterError, match=r"has no encoding.json, so its checkpoint is unknown; name it with --model"):
         Forecaster.load(adapter=tmp_path)
-    write_trained(tmp_path, Encoding(2.5, 1), "tiny", checkpoint_hash(TINY))
+    plain = Forecaster.load("tiny", tmp_path, scale=2.5, decimals=1)  # peft's files suffice then
+    np.testing.assert_array_equal(plain.forecast(waves(), 5).values, wanted)
+    write_trained(tmp_path, Trained(Encoding(2.5, 1), "tiny", checkpoint_hash(TINY)))
     np.testing.assert_array_equal(Forecaster.load(adapter=tmp_path).forecast(waves(), 5).values, wanted)
     assert not np.array_equal(Forecaster(*tiny, scale=2.5, decimals=1).forecast(waves(), 5).values, wanted)
-    write_trained(tmp_path, Encoding(2.5, 1), "other/model", "0" * 64)
+    write_trained(tmp_path, Trained(Encoding(2.5, 1), "other/model", "0" * 64))
     with pytest.raises(AdapterError, match=r"was trained on other/model, but .*tiny has other files"):
         Forecaster.load("tiny", tmp_path)
 
@@ -112,7 +121,7 @@ def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories
         save_adapter(model, adapter, "models/small")
     finally:
         remove(model)
-    write_trained(adapter, Encoding(2.5, 1), "models/small", checkpoint_hash(TINY))
+    write_trained(adapter, Trained(Encoding(2.5, 1), "models/small", checkpoint_hash(TINY)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for directory in (home, tmp_path, adapter):
         monkeypatch.chdir(directory)
@@ -127,14 +136,14 @@ def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories
 
 
 BAD = {
-    "missing": ([np.array([[1.0], [np.nan]])], 3, "series 0, step 1, variable 0: nan is missing"),
-    "negative": ([np.array([[1.0], [-2.0]])], 3, "-2 is negative"),
+    "missing": ([np.array([[1.0], [np.nan]])], 3, "series 0, step 1, variable 0: nan, expected finite numbers"),
+    "huge": ([np.array([[1.0], [-2e300]])], 3, r"-2e\+300, expected finite numbers of at most 1e\+300"),
     "one row": ([np.ones((1, 2))], 3, "1 time step, expected at least 2"),
     "different columns": ([np.ones((4, 2)), np.ones((4, 1))], 3, r"have \[1, 2\] variables"),
     "no numbers": ([np.array([["a"], ["b"]])], 3, "expected numbers"),
-    "flat": ([np.ones(5)], 3, "expected numbers"),
+    "not in a list": (np.ones(5), 3, "expected numbers .*put a single series into a list"),
     "nothing": ([], 3, "have no variables"),
-    "too long": ([np.ones((4, 2))], 300, "a horizon of 300 takes up to .* positions"),
+    "too long": ([np.ones((4, 2))], 300, "a horizon of 300 leaves no room for a context"),
     "no horizon": ([np.ones((4, 2))], 0, "horizon is 0"),
 }
 
@@ -146,10 +155,11 @@ def test_bad_input_is_refused_and_named(forecaster, contexts, horizon, message):
 
 
 def test_values_beyond_the_encoding_and_quantiles_without_samples_are_refused(tiny, forecaster):
-    with pytest.raises(SeriesError, match="series 0: 500 is 250 when divided by the scale 2, expected less than 100"):
+    with pytest.raises(SeriesError, match="step 1, variable 0: 500 cannot be written, expected values from 0 to less than 200"):
         Forecaster(*tiny, scale=2.0).forecast([np.array([[1.0], [500.0]])], 3)
     with pytest.raises(ValueError, match=r"0 samples do not reach the quantile 0.5, expected 1 or more"):
-        forecaster.forecast(waves(), 3, quantiles=(0.5,))
+        forecaster.forecast(waves(), 3, 0, quantiles=(0.5,))
+    assert forecaster.forecast(waves(), 3, quantiles=(0.5,)).samples.shape[1] == 20
     with pytest.raises(ValueError, match=r"20 samples do not reach the quantile 0.04, expected 24 or more"):
         forecaster.forecast(waves(), 3, samples=20, quantiles=(0.5, 0.04))
 
@@ -165,5 +175,5 @@ def test_minus_zero_is_forecast_as_zero_and_the_smallest_float_is_accepted(forec
 def test_continuations_of_the_wrong_shape_or_sign_are_refused(forecaster):
     with pytest.raises(SeriesError, match="continuation 0 has 1 variables, expected 2 as in its context"):
         forecaster.nats_per_value(waves()[:1], [np.ones((2, 1))])
-    with pytest.raises(SeriesError, match="is negative"):
+    with pytest.raises(SeriesError, match="continuation 0, step 0, variable 0: -1 cannot be written"):
         forecaster.nats_per_value(waves()[:1], [-np.ones((2, 2))])

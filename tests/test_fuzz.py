@@ -24,9 +24,9 @@ from safetensors.torch import save
 
 from conftest import GROUPED, config_fields, random_model
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import read_trained, write_trained
+from experiments.forecasting.forecaster import Trained, read_trained, write_trained
 from experiments.forecasting.tables import read_csv
-from experiments.forecasting.training import Trained, TrainingError, _load_state, _save_state
+from experiments.forecasting.training import Steps, TrainingError, _load_state, _save_state
 from experiments.report import build as report
 from experiments.report import comparison, sections
 from experiments.storage.files import RunError, read_json
@@ -195,7 +195,7 @@ def adapter(tmp_path_factory):
     inject(model, LoraConfig(rank=2, alpha=2))
     save_adapter(model, folder)
     remove(model)
-    write_trained(folder, Encoding(0.5), "tiny", "0" * 64)
+    write_trained(folder, Trained(Encoding(0.5), "tiny", "0" * 64))
     return model, folder
 
 
@@ -221,14 +221,26 @@ def test_adapter(source, adapter, tmp_path_factory):
 
 
 @fuzz
-@given(content=changed_json({"scale": 0.5, "decimals": 2, "checkpoint": "tiny", "checkpoint_sha256": "0" * 64}))
+@given(
+    content=changed_json(
+        {
+            "scale": [0.5, 2.0],
+            "decimals": 2,
+            "offset": [-1.0, 0.0],
+            "checkpoint": "tiny",
+            "checkpoint_sha256": "0" * 64,
+            "variables": ["a", "b"],
+            "tokens": 768,
+        }
+    )
+)
 def test_training_record_of_an_adapter(content, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "encoding.json").write_bytes(content)
     with suppress(AdapterError):
-        found = read_trained(folder)
-        Encoding(found["scale"], found["decimals"])
-        assert isinstance(found["checkpoint"], str)
+        trained = read_trained(folder)
+        assert isinstance(trained.checkpoint, str)
+        assert (trained.encoding.scaled(np.ones((3, np.size(trained.encoding.scale)))) < np.inf).all()
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +362,7 @@ def test_state_of_training(source, adapter, tmp_path_factory):
         sum(p.sum() for p in parameters.values()).backward()
         optimizer.step()
         path = tmp_path_factory.mktemp("state") / "state.safetensors"
-        _save_state(path, parameters, optimizer, Trained([1.0, 2.0], 3.0))
+        _save_state(path, parameters, optimizer, Steps([1.0, 2.0], 3.0))
         before = {name: p.detach().clone() for name, p in parameters.items()}
         path.write_bytes(source.draw(changed_bytes(path.read_bytes())))
         try:

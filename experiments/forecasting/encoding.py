@@ -5,45 +5,90 @@ separates the time steps, and there is no `;` at the end.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 SCALED_MAX = 9.99  # the scaled value of the largest training value
+SHIFTED_RANGE = (2.0, 8.0)  # the scaled values of the smallest and the largest value of a shifted variable
 
 
 class EncodingError(ValueError):
-    """A scale or a number of decimals that no encoding can have."""
+    """A scale, an offset or a number of decimals that no encoding can have."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """The text form of numbers: they are divided by `scale` and written with `decimals` places.
+    """The text form of numbers: (x - offset) / scale, written with `decimals` places.
 
-    `encode` takes populations to text, `decode` takes text to scaled values, `scaled` takes populations to scaled
-    values. Raises EncodingError for a scale that is not positive or decimals that are not 1 to 6.
+    scale and offset are numbers for all variables, or tuples with a number for each of D variables. `encode` takes
+    values in the units of the data to text, `decode` takes text to scaled values, `scaled` and `restored` convert
+    between the two units. Raises EncodingError for a scale that is not positive, an offset that is not finite, or
+    decimals that are not 1 to 6.
     """
 
-    scale: float
+    scale: float | tuple[float, ...]
     decimals: int = 2
+    offset: float | tuple[float, ...] = 0.0
 
     def __post_init__(self):
-        if not (np.isfinite(self.scale) and self.scale > 0):
-            raise EncodingError(f"scale is {self.scale}, expected a positive number")
+        if not (np.size(self.scale) and np.isfinite(self.scale).all() and np.all(np.asarray(self.scale) > 0)):
+            raise EncodingError(f"scale is {self.scale}, expected a positive number, or one for each variable")
+        if not (np.size(self.offset) in (1, np.size(self.scale)) and np.isfinite(self.offset).all()):
+            raise EncodingError(f"offset is {self.offset}, expected a finite number, or as many as scales")
         if not (isinstance(self.decimals, int) and 1 <= self.decimals <= 6):
             raise EncodingError(f"decimals is {self.decimals!r}, expected 1 to 6")
 
     @classmethod
     def fit(cls, train: np.ndarray, decimals: int = 2) -> "Encoding":
-        """The encoding that scales the largest value of train (any shape) to 9.99, computed in the dtype of train."""
+        """The study's encoding: the largest value of train (any shape) becomes 9.99. Computed in the dtype of train."""
         return cls(float(train.max() / train.dtype.type(SCALED_MAX)), decimals)
 
+    @classmethod
+    def fit_each(cls, series: Sequence[np.ndarray], decimals: int = 2) -> "Encoding":
+        """An encoding for each variable of N series (T, D) of finite numbers of at most 1e300.
+
+        A variable that begins near 0 keeps its 0, and its largest value becomes 9.99. A variable with negative values,
+        or whose smallest value is more than half its largest, is shifted: its range becomes SHIFTED_RANGE, so that it
+        uses the digits and a forecast has room above and below.
+        """
+        low = np.min([one.min(axis=0) for one in series], axis=0)
+        high = np.max([one.max(axis=0) for one in series], axis=0)
+        shifted = (low < 0) | ((low > high / 2) & (low < high))
+        bottom, top = SHIFTED_RANGE
+        scale = np.where(shifted, (high - low) / (top - bottom), np.where(high > 0, high, 1.0) / SCALED_MAX)
+        # numbers that are no multiples of this cannot be told apart at that level
+        smallest = 4 * 10**decimals * np.spacing(np.maximum(np.abs(low), np.abs(high)))
+        scale = np.maximum(scale, np.where(shifted, smallest, np.finfo(float).tiny))
+        offset = np.where(shifted, low - bottom * scale, 0.0)
+        return cls(tuple(scale.tolist()), decimals, tuple(offset.tolist()))
+
+    @classmethod
+    def from_record(cls, record: dict) -> "Encoding":
+        """The encoding that `record` describes. Raises KeyError, TypeError or EncodingError for a damaged record."""
+        scale, offset = (
+            tuple(value) if isinstance(value, list) else value for value in (record["scale"], record.get("offset", 0.0))
+        )
+        return cls(scale, record["decimals"], offset)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The fields as JSON can hold them; an offset of 0 is left out."""
+        fields = asdict(self)
+        return fields if np.any(self.offset) else {name: fields[name] for name in ("scale", "decimals")}
+
     def scaled(self, series: np.ndarray) -> np.ndarray:
-        """Populations (any shape) in scaled units, in the dtype of series."""
-        return series / series.dtype.type(self.scale)
+        """Values (..., D) in scaled units, in the dtype of series."""
+        return (series - np.asarray(self.offset, series.dtype)) / np.asarray(self.scale, series.dtype)
+
+    def restored(self, scaled: np.ndarray) -> np.ndarray:
+        """Scaled values (..., D) in the units of the data."""
+        return scaled * np.asarray(self.scale) + np.asarray(self.offset)
 
     def encode(self, series: np.ndarray) -> str:
-        """The text of a series (T, D) of finite populations."""
+        """The text of a series (T, D) of finite values."""
         steps = self.scaled(series)
         return ";".join(",".join(f"{value:.{self.decimals}f}" for value in step) for step in steps.tolist())
 

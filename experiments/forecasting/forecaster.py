@@ -4,8 +4,8 @@ N series, T time steps (which may differ between series), D variables, h forecas
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from experiments.forecasting import scores
-from experiments.forecasting.encoding import SCALED_MAX, Encoding
+from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import SCALED_LIMIT, Grammar, decode, may_be_wide, nats_of
+from experiments.forecasting.tables import from_frame, is_frame, to_frame
 from experiments.storage.files import read_json, to_json, write_whole
 from lora import AdapterError, load_adapter
 from qwen_min import Qwen, Tokenizer, load
@@ -22,23 +23,42 @@ from qwen_min.config import CheckpointError
 from qwen_min.continuation import ReusedCache
 from qwen_min.generation import pad_left, prefill
 from qwen_min.linear import pack
-from qwen_min.weights import checkpoint_folder, checkpoint_hash
+from qwen_min.weights import TINY, checkpoint_folder, checkpoint_hash
 
 TRAINED_FILE = "encoding.json"  # in an adapter's folder, next to peft's files
 # the most bytes of keys and values at a time; a constant and not the free memory, as the batch size affects rounding
 CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**34
+TINY_TOKENS, TINY_DECIMALS = 999, 2  # what the embedded checkpoint was pretrained on, see its card
+DEFAULT_SAMPLES = 20
+POINTS = {"median": np.median, "mean": np.mean}  # what a forecast makes of its samples
+MAX_VALUE = 1e300  # so that differences of two values are finite
+MIN_DISTINCT = 20  # a series should keep so many different values as text
 
 
 class SeriesError(ValueError):
     """A series that cannot be forecast, or a request that cannot be met."""
 
 
+class SeriesWarning(UserWarning):
+    """A forecast that is possible, but that the user should not trust without a look at the reason."""
+
+
 class Forecast(NamedTuple):
     """The result of `Forecaster.forecast`, in the units of the contexts."""
 
-    values: np.ndarray  # (N, h, D): by the most likely characters, or the median of the samples if there are any
+    values: np.ndarray  # (N, h, D): by the most likely characters, or the median or the mean of the samples
     samples: np.ndarray | None  # (N, S, h, D)
     quantiles: np.ndarray | None  # (N, Q, h, D)
+
+
+class Trained(NamedTuple):
+    """What an adapter was trained with. `encoding.json` in its folder holds it, next to peft's files."""
+
+    encoding: Encoding
+    checkpoint: str  # name or folder
+    checkpoint_sha256: str
+    variables: list[str] | None = None  # names, in order; None: not recorded
+    tokens: int | None = None  # the longest text that the training read; None: not recorded
 
 
 def rows_at_once(model: Qwen, num_columns: int) -> int:
@@ -52,21 +72,33 @@ class _Prompt(NamedTuple):
     """A context as the model reads it."""
 
     tokens: list[int]  # with a final `;`
-    scale: np.ndarray  # (D)
+    encoding: Encoding
     wide: np.ndarray  # (D) bool: the variables that may need a second digit
 
 
 class Forecaster:
-    """Forecasts series with a model that continues their text. Every forecast is well-formed."""
+    """Forecasts series with a model that continues their text. Every forecast is well-formed.
 
-    def __init__(self, model: Qwen, tokenizer: Tokenizer, scale: float | None = None, decimals: int = 2):
-        """Values are divided by `scale`. If it is None, each variable of each series is scaled to a maximum of 9.99.
+    `fit` fine-tunes it on series, see `experiments.forecasting.finetuning`.
+    """
 
-        Raises EncodingError for a scale that is not positive or decimals that are not 1 to 6.
+    def __init__(
+        self,
+        model: Qwen,
+        tokenizer: Tokenizer,
+        scale: float | tuple[float, ...] | None = None,
+        decimals: int = 2,
+        offset: float | tuple[float, ...] = 0.0,
+        tokens: int | None = None,
+    ):
+        """Values are written as (x - offset) / scale. If scale is None, both are fitted to each series and variable.
+
+        tokens: the longest text, context and forecast, that the model can make sense of; None: as long as it has
+        positions. Raises EncodingError for a bad scale, offset or number of decimals.
         """
-        Encoding(1.0 if scale is None else scale, decimals)  # raises for bad arguments
-        self.model, self.tokenizer, self.scale = model, tokenizer, scale
-        self.encoding = Encoding(1.0, decimals)  # of values that are already scaled
+        self.encoding = None if scale is None else Encoding(scale, decimals, offset)
+        self.digits = Encoding(1.0, decimals)  # of values that are already scaled
+        self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
 
     @classmethod
     def load(
@@ -78,71 +110,104 @@ class Forecaster:
         scale: float | None = None,
         decimals: int | None = None,
     ) -> "Forecaster":
-        """Load a checkpoint (folder, hub id or "tiny"), with or without an adapter that `experiments.run` trained.
+        """Load a checkpoint (folder, hub id or "tiny"), with or without an adapter in peft's format.
 
-        With an adapter, checkpoint, scale and decimals default to those of its training, which its folder records.
-        Without one they default to "tiny", a scale fitted to each series, and 2. Raises CheckpointError or AdapterError
-        when one of the two cannot be read or the adapter was trained on another checkpoint.
+        An adapter that this project trained records its checkpoint and its encoding, which are the defaults. For any
+        other adapter, name the checkpoint. Without an adapter the defaults are "tiny", a scale and an offset fitted to
+        each series, and 2 decimals. Raises CheckpointError or AdapterError when one of the two cannot be read or the
+        adapter was trained on another checkpoint.
         """
-        trained = {} if adapter is None else read_trained(adapter)
-        if trained and checkpoint is None:
-            folder = _find_checkpoint(trained["checkpoint"], Path(adapter))
+        trained = None if adapter is None else read_trained(adapter)
+        if adapter is not None and trained is None and checkpoint is None:
+            raise AdapterError(f"{adapter}: has no {TRAINED_FILE}, so its checkpoint is unknown; name it with --model")
+        if adapter is not None and trained and checkpoint is None:
+            folder = _find_checkpoint(trained.checkpoint, Path(adapter))
         else:
             folder = checkpoint_folder(checkpoint or "tiny")
-        if trained and checkpoint_hash(folder) != trained["checkpoint_sha256"]:
-            raise AdapterError(f"{adapter}: was trained on {trained['checkpoint']}, but {folder} has other files")
+        if trained and checkpoint_hash(folder) != trained.checkpoint_sha256:
+            raise AdapterError(f"{adapter}: was trained on {trained.checkpoint}, but {folder} has other files")
         model, tokenizer = load(folder, device, dtype)
         if adapter is not None:
             load_adapter(model, adapter)
-        scale = trained.get("scale") if scale is None else scale
-        return cls(model, tokenizer, scale, trained.get("decimals", 2) if decimals is None else decimals)
+        known = trained.encoding.decimals if trained else TINY_DECIMALS if folder == TINY else None
+        if decimals is not None and known is not None and decimals != known:
+            _warn(f"the model was trained on numbers with {known} decimals, not {decimals}: expect nonsense")
+        tokens = trained.tokens if trained else TINY_TOKENS if folder == TINY else None
+        if trained and scale is None:
+            return cls(model, tokenizer, trained.encoding.scale, decimals or known, trained.encoding.offset, tokens)
+        return cls(model, tokenizer, scale, decimals or known or 2, tokens=tokens)
 
     def forecast(
         self,
-        contexts: np.ndarray | Sequence[np.ndarray],
+        contexts,
         horizon: int,
-        samples: int = 0,
+        samples: int | None = None,
         quantiles: Sequence[float] = (),
         seed: int = 0,
-    ) -> Forecast:
-        """Continue each of contexts, an array (N, T, D) or N arrays (T, D), by `horizon` steps.
+        point: str = "median",
+        context: int | None = None,
+        progress: Callable[[int], None] = lambda count: None,
+    ):
+        """Continue series by `horizon` steps: a `Forecast`, or a DataFrame for a DataFrame.
 
-        samples > 0 draws so many paths from the model. quantiles are levels between 0 and 1; `scores.quantiles`
-        estimates them from the paths. The result for a series depends on the seed and the series, not on the other
-        series (in bf16, their rounding can change a digit).
+        contexts: an array (N, T, D), a list of N arrays (T, D) or (T) or DataFrames, or a single DataFrame (its index
+        of times is continued).
+        samples: so many paths are drawn from the model; None means 20 if there are quantiles to estimate, else 0.
+        quantiles: levels between 0 and 1; `scores.quantiles` estimates them from the paths.
+        point: what `values` are if there are samples: their "median", which is best for the absolute error, or their
+        "mean", which is best for the squared error.
+        context: the model reads so many of the newest time steps. None means all, or as many as it can make sense of;
+        a SeriesWarning says so.
+        progress is called with a number of paths whenever they are done.
 
-        Raises before any forecast: SeriesError for values that are missing, negative or too large for the encoding, and
-        for a text longer than the model has positions; SamplesError for quantiles that need more samples.
+        The result for a series depends on the seed and the series, not on the other series (in bf16, their rounding can
+        change a digit).
+
+        Raises before any forecast: SeriesError for values that are missing or that the encoding cannot write, and for
+        a text longer than the model has positions; SamplesError for quantiles that need more samples.
         """
+        if is_frame(contexts):
+            table = from_frame(contexts)
+            found = self.forecast([table.values], horizon, samples, quantiles, seed, point, context, progress)
+            return to_frame(table, found.values[0], found.quantiles[0] if len(quantiles) else None, quantiles)
+        if samples is None:
+            samples = DEFAULT_SAMPLES if len(quantiles) else 0
         if samples < 0:
             raise SeriesError(f"samples is {samples}, expected 0 or more")
+        if point not in POINTS:
+            raise SeriesError(f"point is {point!r}, expected one of {', '.join(POINTS)}")
         scores.require_samples(quantiles, samples)
         if horizon < 1:
             raise SeriesError(f"horizon is {horizon}, expected at least 1")
-        prompts = self._prompts(contexts)
-        num_variables = len(prompts[0].scale)
+        prompts = self._prompts(contexts, horizon, context)
+        num_variables = len(prompts[0].wide)
         num_values = horizon * num_variables
-        grammar = Grammar(self.tokenizer, self.encoding.decimals, num_variables)
-        columns = _longest(prompts) + grammar.columns(num_values)
-        if columns > self.model.config.max_position_embeddings:
-            raise SeriesError(
-                f"a horizon of {horizon} takes up to {columns} positions together with the longest context, the model "
-                f"has {self.model.config.max_position_embeddings}; shorten either"
-            )
+        grammar = Grammar(self.tokenizer, self.digits.decimals, num_variables)
         if samples:
-            texts = self._sample(grammar, prompts, num_values, samples, seed)
+            texts = self._sample(grammar, prompts, num_values, samples, seed, progress)
         else:
-            texts = [[text] for text in self._most_likely(grammar, prompts, num_values)]
+            texts = [[text] for text in self._most_likely(grammar, prompts, num_values, progress)]
         values = np.stack(
             [
-                [self.encoding.decode(path, horizon, num_variables) * prompt.scale for path in paths]
+                [prompt.encoding.restored(self.digits.decode(path, horizon, num_variables)) for path in paths]
                 for prompt, paths in zip(prompts, texts, strict=True)
             ]
         )
         if not samples:
             return Forecast(values[:, 0], None, None)
-        bounds = scores.quantiles(values, quantiles, axis=1).swapaxes(0, 1) if quantiles else None
-        return Forecast(np.median(values, axis=1), values, bounds)
+        bounds = scores.quantiles(values, quantiles, axis=1).swapaxes(0, 1) if len(quantiles) else None
+        return Forecast(POINTS[point](values, axis=1), values, bounds)
+
+    def use(self, encoding: Encoding, tokens: int | None) -> None:
+        """Take the encoding and the longest text of a training."""
+        self.encoding, self.digits, self.tokens = encoding, Encoding(1.0, encoding.decimals), tokens
+
+    def fit(self, series, horizon: int, budget: float | None = None, **settings) -> "Forecaster":
+        """Fine-tune the model on series with LoRA and return self; arguments as in `finetuning.fit`."""
+        from experiments.forecasting import finetuning
+
+        finetuning.fit(self, series, horizon, budget, **settings)
+        return self
 
     def nats_per_value(self, contexts, continuations) -> np.ndarray:
         """-log p of each of continuations (N, h, D) after its context, in nats and divided by h D: (N).
@@ -150,16 +215,17 @@ class Forecaster:
         Each character competes with those that the grammar allows there. The end after the last value has no cost.
         Errors as in `forecast`, and SeriesError for a continuation with another number of variables than its context.
         """
-        prompts = self._prompts(contexts)
         truths = [_checked(continuation, number, min_steps=1) for number, continuation in enumerate(continuations)]
+        prompts = self._prompts(contexts, max((len(truth) for truth in truths), default=1))
         for number, (truth, prompt) in enumerate(zip(truths, prompts, strict=True)):
-            if truth.shape[1] != len(prompt.scale):
+            if truth.shape[1] != len(prompt.wide):
                 raise SeriesError(
-                    f"continuation {number} has {truth.shape[1]} variables, expected {len(prompt.scale)} as in its "
+                    f"continuation {number} has {truth.shape[1]} variables, expected {len(prompt.wide)} as in its "
                     "context"
                 )
-        texts = [self.encoding.encode(truth / prompt.scale) for truth, prompt in zip(truths, prompts, strict=True)]
-        grammar = Grammar(self.tokenizer, self.encoding.decimals, len(prompts[0].scale))
+            _require_writable(truth, prompt.encoding, f"continuation {number}")
+        texts = [prompt.encoding.encode(truth) for truth, prompt in zip(truths, prompts, strict=True)]
+        grammar = Grammar(self.tokenizer, self.digits.decimals, len(prompts[0].wide))
         nats = []
         for prompt, text in zip(prompts, texts, strict=True):
             ids = torch.tensor([prompt.tokens + self.tokenizer.encode(text)], device=self.model.head_weight.device)
@@ -168,28 +234,67 @@ class Forecaster:
             nats.append(nats_of(self.model, grammar, hidden, text))
         return np.array(nats) / [truth.size for truth in truths]
 
-    def _prompts(self, contexts) -> list[_Prompt]:
-        """Check the contexts, scale and encode them. Raises SeriesError."""
-        arrays = [_checked(context, number) for number, context in enumerate(contexts)]
-        widths = {array.shape[1] for array in arrays}
-        if len(widths) != 1:
-            raise SeriesError(f"the series have {sorted(widths) or 'no'} variables, expected the same number for all")
-        prompts = []
-        for number, array in enumerate(arrays):
-            largest = array.max(axis=0)
-            scale = np.maximum(np.where(largest > 0, largest, 1.0) / SCALED_MAX, np.finfo(float).tiny)
-            if self.scale is not None:
-                scale = np.full_like(largest, self.scale)
-            if (np.round(array / scale, self.encoding.decimals) >= SCALED_LIMIT).any():
-                raise SeriesError(
-                    f"series {number}: {array.max():g} is {array.max() / self.scale:.4g} when divided by the scale "
-                    f"{self.scale:g}, expected less than {SCALED_LIMIT:g}; give another scale"
-                )
-            tokens = self.tokenizer.encode(self.encoding.encode(array / scale) + ";")
-            prompts.append(_Prompt(tokens, scale, may_be_wide(array / scale)))
+    def _prompts(self, contexts, horizon: int, context: int | None = None) -> list[_Prompt]:
+        """Check the contexts, cut them to what the model reads, scale and encode them. Raises SeriesError."""
+        if context is not None and context < 2:
+            raise SeriesError(f"context is {context}, expected at least 2 time steps")
+        arrays = checked_series(contexts)
+        num_variables = arrays[0].shape[1]
+        if self.encoding and np.size(self.encoding.scale) not in (1, num_variables):
+            raise SeriesError(
+                f"the series have {num_variables} variables, the model was trained on {np.size(self.encoding.scale)}"
+            )
+        concerns: dict[str, list[str]] = {}
+        prompts = [self._prompt(array, number, horizon, context, concerns) for number, array in enumerate(arrays)]
+        for messages in concerns.values():
+            _warn(messages[0] + (f" ({len(messages) - 1} more like it)" if len(messages) > 1 else ""))
         return prompts
 
-    def _most_likely(self, grammar: Grammar, prompts: list[_Prompt], num_values: int) -> list[str]:
+    def _prompt(
+        self, array: np.ndarray, number: int, horizon: int, context: int | None, concerns: dict[str, list[str]]
+    ) -> _Prompt:
+        """The prompt of one series; what the user should know about it is added to `concerns`, by kind."""
+        num_steps, per_step = len(array), self.digits.tokens_per_step(array.shape[1])
+        grammar = Grammar(self.tokenizer, self.digits.decimals, array.shape[1])
+        room = self.model.config.max_position_embeddings - grammar.columns(horizon * array.shape[1])
+        if self.tokens is not None and context is None:
+            room = min(room, self.tokens - horizon * per_step)
+        kept = min(num_steps, room // per_step, context or num_steps)
+        while kept >= 2:
+            array = array[-kept:]
+            encoding = self.encoding or Encoding.fit_each([array], self.digits.decimals)
+            _require_writable(array, encoding, f"series {number}")
+            tokens = self.tokenizer.encode(encoding.encode(array) + ";")
+            if len(tokens) <= room:
+                break
+            kept -= -(-(len(tokens) - room) // per_step)  # values with two digits before the point take more tokens
+        else:
+            raise SeriesError(
+                f"a horizon of {horizon} leaves no room for a context: the model reads "
+                f"{self.tokens or self.model.config.max_position_embeddings} tokens and a time step takes {per_step}; "
+                "shorten the horizon"
+            )
+        if kept < min(num_steps, context or num_steps):
+            concerns.setdefault("cut", []).append(
+                f"series {number}: only the newest {kept} of {num_steps} time steps are read; with a horizon of "
+                f"{horizon} the model has room for no more"
+            )
+        if self.tokens is not None and len(tokens) + horizon * per_step > self.tokens:
+            concerns.setdefault("long", []).append(
+                f"series {number}: context and forecast take {len(tokens) + horizon * per_step} tokens, the model was "
+                f"trained on {self.tokens}; expect jumps after that"
+            )
+        for variable, (before, after) in enumerate(_distinct(array, encoding)):
+            if after < min(MIN_DISTINCT, before / 2):
+                concerns.setdefault("coarse", []).append(
+                    f"series {number}, variable {variable}: {before} different values become {after} when written with "
+                    f"{encoding.decimals} decimals; remove outliers, or use a model for more decimals or these units"
+                )
+        return _Prompt(tokens, encoding, may_be_wide(encoding.scaled(array)))
+
+    def _most_likely(
+        self, grammar: Grammar, prompts: list[_Prompt], num_values: int, progress: Callable[[int], None]
+    ) -> list[str]:
         """The text of the most likely characters after each prompt."""
         room, reused, texts = grammar.columns(num_values), ReusedCache(self.model), []
         for batch in _batches(prompts, rows_at_once(self.model, _longest(prompts) + room)):
@@ -198,10 +303,17 @@ class Forecaster:
             texts += decode(
                 self.model, grammar, cache, hidden, num_values, mask, wide=[prompt.wide for prompt in batch]
             )
+            progress(len(batch))
         return texts
 
     def _sample(
-        self, grammar: Grammar, prompts: list[_Prompt], num_values: int, samples: int, seed: int
+        self,
+        grammar: Grammar,
+        prompts: list[_Prompt],
+        num_values: int,
+        samples: int,
+        seed: int,
+        progress: Callable[[int], None],
     ) -> list[list[str]]:
         """Texts drawn from the model after each prompt; its paths share the keys and values of the context."""
         room, count = grammar.columns(num_values), grammar.most_choices(num_values)
@@ -228,6 +340,7 @@ class Forecaster:
                 )
                 for number, one in enumerate(drawn):
                     one += found[number * len(paths) : (number + 1) * len(paths)]
+                progress(len(batch) * len(paths))
             texts += drawn
         return texts
 
@@ -247,24 +360,56 @@ def _batches(prompts: list[_Prompt], size: int) -> Iterator[list[_Prompt]]:
         yield prompts[start : start + size]
 
 
-def _checked(context, number: int, min_steps: int = 2) -> np.ndarray:
+def _warn(message: str) -> None:
+    warnings.warn(message, SeriesWarning, stacklevel=4)
+
+
+def checked_series(series) -> list[np.ndarray]:
+    """N series (T, D), (T) or DataFrames as float64 arrays (T, D). Raises SeriesError for a bad one, and for none."""
+    arrays = [_checked(one, number) for number, one in enumerate(series)]
+    widths = {array.shape[1] for array in arrays}
+    if len(widths) != 1:
+        raise SeriesError(f"the series have {sorted(widths) or 'no'} variables, expected the same number for all")
+    return arrays
+
+
+def _checked(series, number: int, min_steps: int = 2) -> np.ndarray:
     """A series as a float64 array (T, D). Raises SeriesError, which names the series by its number, for a bad one."""
-    array = np.asarray(context)
+    array = from_frame(series).values if is_frame(series) else np.asarray(series)
+    array = array[:, None] if array.ndim == 1 else array
     if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
         raise SeriesError(
-            f"series {number}: got an array of {array.dtype} {array.shape}, expected numbers (time steps, variables)"
+            f"series {number}: got an array of {array.dtype} {array.shape}, expected numbers (time steps, variables); "
+            "put a single series into a list"
         )
     if len(array) < min_steps:
         raise SeriesError(f"series {number}: has 1 time step, expected at least {min_steps}")
     array = array.astype(np.float64) + 0.0  # + 0.0 turns -0 into 0
-    for problem, where in (("missing", ~np.isfinite(array)), ("negative", array < 0)):
-        if where.any():
-            step, variable = np.argwhere(where)[0]
-            raise SeriesError(
-                f"series {number}, step {step}, variable {variable}: {array[step, variable]:g} is {problem}; "
-                "expected finite numbers of at least 0"
-            )
+    if (bad := ~(np.abs(array) <= MAX_VALUE)).any():
+        step, variable = np.argwhere(bad)[0]
+        raise SeriesError(
+            f"series {number}, step {step}, variable {variable}: {array[step, variable]:g}, expected finite numbers of "
+            f"at most {MAX_VALUE:g}"
+        )
     return array
+
+
+def _require_writable(array: np.ndarray, encoding: Encoding, name: str) -> None:
+    """Raise SeriesError for a value of a series (T, D) that is too small or too large for its encoding."""
+    scaled = np.round(encoding.scaled(array), encoding.decimals)
+    if (bad := (scaled < 0) | (scaled >= SCALED_LIMIT)).any():
+        step, variable = np.argwhere(bad)[0]
+        low, high = (encoding.restored(np.full(array.shape[1], end))[variable] for end in (0.0, SCALED_LIMIT))
+        raise SeriesError(
+            f"{name}, step {step}, variable {variable}: {array[step, variable]:g} cannot be written, expected values "
+            f"from {low:g} to less than {high:g}; give another --scale, or fine-tune on data in these units"
+        )
+
+
+def _distinct(array: np.ndarray, encoding: Encoding) -> list[tuple[int, int]]:
+    """The numbers of different values of each variable of a series (T, D), and of different texts for them."""
+    texts = np.round(encoding.scaled(array), encoding.decimals)
+    return [(len(np.unique(a)), len(np.unique(b))) for a, b in zip(array.T, texts.T, strict=True)]
 
 
 def _uniforms(seed: int, prompt: list[int], sample: int, count: int) -> np.ndarray:
@@ -288,23 +433,31 @@ def _find_checkpoint(checkpoint: str, adapter: Path) -> Path:
         raise AdapterError(f"{adapter}: its checkpoint was not found; name it with --model ({error})") from error
 
 
-def write_trained(folder: Path, encoding: Encoding, checkpoint: str, checkpoint_sha256: str) -> None:
-    """Write the encoding and the checkpoint of a training next to its adapter; `Forecaster.load` reads them."""
-    fields = asdict(encoding) | {"checkpoint": checkpoint, "checkpoint_sha256": checkpoint_sha256}
-    write_whole(folder / TRAINED_FILE, to_json(fields))
+def write_trained(folder: Path, trained: Trained) -> None:
+    """Write the record of a training next to its adapter; `Forecaster.load` reads it."""
+    fields = {name: value for name, value in trained._asdict().items() if name != "encoding" and value is not None}
+    write_whole(folder / TRAINED_FILE, to_json(trained.encoding.record | fields))
 
 
-def read_trained(folder: str | Path) -> dict:
-    """Read what `write_trained` wrote: scale, decimals, checkpoint, checkpoint_sha256.
+def read_trained(folder: str | Path) -> Trained | None:
+    """Read what `write_trained` wrote; None if the folder has a plain peft adapter.
 
-    Raises AdapterError when it is missing or damaged.
+    Raises AdapterError when the record is damaged or the folder has no adapter.
     """
     path = Path(folder) / TRAINED_FILE
+    if not path.exists() and (Path(folder) / "adapter_config.json").exists():
+        return None
     try:
         fields = read_json(path)
-        Encoding(fields["scale"], fields["decimals"])
-        if not all(isinstance(fields[name], str) for name in ("checkpoint", "checkpoint_sha256")):
+        encoding = Encoding.from_record(fields)
+        optional = {name: fields[name] for name in ("variables", "tokens") if name in fields}
+        trained = Trained(encoding, fields["checkpoint"], fields["checkpoint_sha256"], **optional)
+        if not all(isinstance(text, str) for text in (trained.checkpoint, trained.checkpoint_sha256)):
             raise ValueError("checkpoint and checkpoint_sha256 must be strings")
-        return {name: fields[name] for name in ("scale", "decimals", "checkpoint", "checkpoint_sha256")}
+        if trained.tokens is not None and not (type(trained.tokens) is int and trained.tokens > 0):
+            raise ValueError("tokens must be a positive integer")
+        if trained.variables is not None and not all(isinstance(name, str) for name in trained.variables):
+            raise ValueError("variables must be names")
+        return trained
     except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path}: not the record of an adapter that experiments.run trained ({error})") from error
+        raise AdapterError(f"{path}: not the record of an adapter that this project trained ({error})") from error

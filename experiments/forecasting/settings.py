@@ -1,7 +1,7 @@
 """The settings of a fine-tuning run. This module imports no torch."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,31 +26,38 @@ class Training:
     targets: tuple[str, ...] = ("q_proj", "v_proj")  # the modules that get an adapter
     whole_windows: bool = False  # leave out windows that the end of a trajectory cuts short
     cosine: bool = False  # the rate rises over the first twentieth of the steps, then falls to 0 along a cosine
+    alpha: float | None = None  # the adapters' update is scaled by alpha / rank; None: by 1, as in the study
+    clip: float | None = None  # gradients with a larger norm are scaled down to it
+    accumulate: int = 1  # a batch is read in so many parts, which takes less memory
 
     def __post_init__(self):
         # a context of one token has no next token to learn
-        for name, minimum in (("rank", 1), ("context", 2), ("steps", 1), ("batch", 1), ("stride", 1), ("seed", 0)):
+        for name, minimum in (("rank", 1), ("context", 2), ("steps", 1), ("batch", 1), ("stride", 1), ("seed", 0),
+                              ("accumulate", 1)):  # fmt: skip
             value = getattr(self, name)
             if value is None and name in ("rank", "context"):
                 continue
             if type(value) is not int or value < minimum:
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least {minimum}")
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate!r}, expected a positive number")
+        for name in ("learning_rate", "alpha", "clip"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} is {value!r}, expected a positive number")
+        if self.batch % self.accumulate:
+            raise ValueError(f"a batch of {self.batch} cannot be read in {self.accumulate} equal parts")
         if isinstance(self.targets, str) or not self.targets:
             raise ValueError(f"targets are {self.targets!r}, expected names of modules such as ('q_proj', 'v_proj')")
 
     @property
     def unset(self) -> list[str]:
         """The names of the settings that are still None."""
-        return [field.name for field in fields(self) if getattr(self, field.name) is None]
+        return [name for name in ("rank", "learning_rate", "context") if getattr(self, name) is None]
 
     @property
     def lora(self) -> "LoraConfig":
-        """The configuration of the adapters. Their update is scaled by 1 (alpha = rank), as in the study."""
+        """The configuration of the adapters."""
         from lora import LoraConfig  # here, because it imports torch, which a report and --help do not need
 
-        return LoraConfig(rank=self.rank, alpha=self.rank, targets=tuple(self.targets))
+        return LoraConfig(rank=self.rank, alpha=self.alpha or self.rank, targets=tuple(self.targets))
 
     @property
     def ranks(self) -> dict[str, int]:

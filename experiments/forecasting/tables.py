@@ -83,3 +83,11 @@ def to_csv(names: list[str], forecast: "Forecast", quantiles: list[float]) -> st
             bounds = forecast.quantiles[number, :, step].ravel() if quantiles else []
             writer.writerow([number, step + 1, *(f"{value:.6g}" for value in (*row, *bounds))])
     return table.getvalue()
+
+
+def is_frame(data) -> bool:
+    return False
+
+
+def from_frame(frame): ...
+def to_frame(*_): ...

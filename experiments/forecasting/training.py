@@ -7,6 +7,8 @@ n windows, B batch size, T context length in tokens.
 """
 
 import math
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
+import flops
 from experiments.forecasting.encoding import windows
+from experiments.forecasting.forecaster import Trained, write_trained
 from experiments.forecasting.settings import Training
-from experiments.storage.files import write_whole
-from lora import adapter_parameters
+from experiments.storage.files import sync, write_whole
+from experiments.storage.interruption import Interruption
+from lora import adapter_parameters, save_adapter
+from qwen_min.config import QwenConfig
 from qwen_min.linear import unpack
 from qwen_min.loss import check_targets, next_token_loss
 from qwen_min.model import Qwen
@@ -60,21 +67,25 @@ def batch_rows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray
     return order[index * batch : (index + 1) * batch]
 
 
-class Trained(NamedTuple):
-    """The record of a training."""
+class EnoughTrained(Exception):
+    """Raised by before_step to end a training early; what was trained so far counts."""
+
+
+class Steps(NamedTuple):
+    """The steps that a training has done."""
 
     losses: list[float]  # the loss of each step, in nats per token
     seconds: float  # the time spent on steps, summed over all processes that took part
 
 
-def _save_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, trained: Trained) -> None:
-    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in trained._asdict().items()}
+def _save_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, steps_done: Steps) -> None:
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in steps_done._asdict().items()}
     for name, parameter in parameters.items():
         tensors |= {name: parameter} | {f"{name}.{moment}": optimizer.state[parameter][moment] for moment in MOMENTS}
     write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
-def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, steps: int) -> Trained:
+def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, steps: int) -> Steps:
     kinds = {name: (p.dtype, p.shape) for name, p in parameters.items()}
     kinds |= {f"{name}.{moment}": kind for name, kind in kinds.items() for moment in MOMENTS}
     try:
@@ -93,7 +104,7 @@ def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.opti
         optimizer.state[parameter] = {"step": torch.tensor(float(len(losses)))} | {
             moment: saved[f"{name}.{moment}"].to(parameter) for moment in MOMENTS
         }
-    return Trained(losses.tolist(), seconds.item())
+    return Steps(losses.tolist(), seconds.item())
 
 
 class _Progress:
@@ -111,9 +122,9 @@ class _Progress:
         self.started = self.saved_at = time.monotonic()
 
     @property
-    def trained(self) -> Trained:
+    def steps_done(self) -> Steps:
         """The losses so far, and the time of the steps until the last save."""
-        return Trained(self.losses, self.earlier_seconds + self.saved_at - self.started)
+        return Steps(self.losses, self.earlier_seconds + self.saved_at - self.started)
 
     def save(self) -> None:
         """Save all steps so far. Raises TrainingError when the adapter is not finite."""
@@ -121,7 +132,7 @@ class _Progress:
             raise TrainingError(f"the adapter is not finite after step {len(self.losses) - 1}; lower the learning rate")
         self.saved_at, self.num_saved = time.monotonic(), len(self.losses)
         if self.path is not None:
-            _save_state(self.path, self.parameters, self.optimizer, self.trained)
+            _save_state(self.path, self.parameters, self.optimizer, self.steps_done)
 
 
 def _batch_loss(model: Qwen, ids: Tensor, lengths: Tensor, vocabulary: Tensor | None, rows: Tensor) -> Tensor:
@@ -130,6 +141,23 @@ def _batch_loss(model: Qwen, ids: Tensor, lengths: Tensor, vocabulary: Tensor | 
     is_padded = bool((batch_lengths < ids.shape[1]).any())
     batch = ids[rows.to(ids.device, non_blocking=True)]
     return next_token_loss(model, batch, batch_lengths if is_padded else None, vocabulary)
+
+
+def _backward(
+    model: Qwen, ids: Tensor, lengths: Tensor, vocabulary: Tensor | None, rows: Tensor, accumulate: int
+) -> float:
+    """Compute the gradients of the mean loss of the windows in rows (B), in `accumulate` parts; return the loss.
+
+    A part counts by its number of target tokens, so that the gradients are those of the whole batch.
+    """
+    targets, losses = lengths[rows] - 1, []
+    for part, count in zip(rows.chunk(accumulate), targets.chunk(accumulate), strict=True):
+        loss = _batch_loss(model, ids, lengths, vocabulary, part)
+        if accumulate > 1:
+            loss = loss * (count.sum() / targets.sum()).item()
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum().item()  # the only point in a step that waits for a GPU; the update is still to do
 
 
 def _do_nothing(*_) -> None:
@@ -146,13 +174,14 @@ def train(
     state: Path | None = None,
     before_step: Callable[[int], None] = _do_nothing,
     after_step: Callable[[int, float], None] = _do_nothing,
-) -> Trained:
+) -> Steps:
     """Train the injected adapter with Adam.
 
     ids (n, T) and lengths (n) come from `window_tensors`; vocabulary is as in `next_token_loss`. `state` is the file to
     continue from. It is saved every SAVE_SECONDS and at the end; with None nothing is saved. before_step(step) is
     called before every step, and also for the steps that the state already has. If it raises, the steps done so far are
-    saved and the training ends with that error. after_step(step, loss) is called after every step.
+    saved and the training ends with that error; EnoughTrained ends it without an error. after_step(step, loss) is
+    called after every step.
 
     Raises TrainingError when a loss or the adapter is not finite, when the state does not belong to this training, or
     when the windows do not fill a batch; ValueError when a window has tokens outside the vocabulary.
@@ -172,21 +201,101 @@ def train(
     for step in range(progress.num_saved, settings.steps):
         try:
             before_step(step)
-        except BaseException:  # the budget is spent, or the process was asked to stop
+        except BaseException as reason:  # the budget is spent, or the process was asked to stop
             if len(progress.losses) > progress.num_saved:
                 progress.save()
+            if isinstance(reason, EnoughTrained):
+                break
             raise
         rows = torch.from_numpy(batch_rows(len(ids), settings.batch, settings.seed, step))
-        loss = _batch_loss(model, ids, lengths, vocabulary, rows)
         optimizer.param_groups[0]["lr"] = settings.rate(step)
         optimizer.zero_grad()
-        loss.backward()
-        value = loss.item()  # the only point in a step that waits for a GPU; only the update is still to do
+        value = _backward(model, ids, lengths, vocabulary, rows, settings.accumulate)
         if not math.isfinite(value):
             raise TrainingError(f"step {step}: the loss is {value} (windows {rows.tolist()}); lower the learning rate")
+        if settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
         optimizer.step()
         progress.losses.append(value)
         after_step(step, value)
         if step + 1 == settings.steps or time.monotonic() - progress.saved_at > SAVE_SECONDS:
             progress.save()
-    return progress.trained
+    return progress.steps_done
+
+
+def step_flops(config: QwenConfig, settings: Training, vocabulary: int | None, convention: str = "exact") -> int:
+    """FLOPs of one optimizer step; vocabulary: the number of tokens that the softmax runs over, None for all."""
+    part = flops.training_step(
+        config,
+        settings.batch // settings.accumulate,
+        settings.context,
+        convention=convention,
+        ranks=settings.ranks,
+        vocabulary=vocabulary,
+    )
+    return part * settings.accumulate
+
+
+class Account(NamedTuple):
+    """What pays for a training: each step costs `cost` FLOPs, which the ledger debits from its budget."""
+
+    name: str  # of the training, in the ledger
+    ledger: flops.Ledger
+    cost: int
+    interruption: Interruption  # asks the training to stop between two steps
+
+
+def train_on_account(
+    account: Account,
+    model: Qwen,
+    ids: Tensor,
+    lengths: Tensor,
+    settings: Training,
+    vocabulary: Tensor | None,
+    state: Path,
+    before_step: Callable[[int], None] = _do_nothing,
+    after_step: Callable[[int, float], None] = _do_nothing,
+) -> Steps:
+    """`train` with a progress bar. Each step is debited before it runs, and a signal stops between two steps.
+
+    Also raises flops.BudgetExceeded and Interrupted; the steps done so far are saved.
+    """
+    ledger = account.ledger
+    with progress_bar(settings.steps, account.name) as bar:
+
+        def before(step: int) -> None:
+            account.interruption.check()
+            before_step(step)
+            ledger.debit(account.name, step, account.cost)
+
+        def after(step: int, loss: float) -> None:
+            if not bar.n:  # steps of earlier processes are not part of the speed
+                bar.initial = bar.n = bar.last_print_n = step
+            bar.set_postfix(loss=f"{loss:.3f}", budget=f"{ledger.spent / ledger.budget:.2%}", refresh=False)
+            bar.update(step + 1 - bar.n)
+            after_step(step, loss)
+
+        with account.interruption.held():
+            return train(model, ids, lengths, settings, vocabulary, state, before, after)
+
+
+def progress_bar(total: int, name: str) -> tqdm:
+    """A progress bar on stderr that is updated rarely if it is written to a file."""
+    return tqdm(total=total, desc=name, mininterval=0.1 if sys.stderr.isatty() else 30.0)
+
+
+def write_losses(path: Path, losses: list[float]) -> None:
+    """Write the loss of each step as CSV."""
+    write_whole(path, "step,loss\n" + "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(losses)))
+
+
+def write_adapter(model: Qwen, path: Path, trained: Trained) -> None:
+    """Write the model's adapter and its record into path/adapter; a kill leaves the folder whole or absent."""
+    partial = path / "adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_adapter(model, partial, trained.checkpoint)
+    write_trained(partial, trained)
+    for file in (*partial.iterdir(), partial):
+        sync(file)
+    shutil.rmtree(path / "adapter", ignore_errors=True)
+    partial.rename(path / "adapter")

@@ -1,8 +1,6 @@
 """Runs the experiments of a plan one after the other and writes their results into a run folder."""
 
 import json
-import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import flops
 from experiments.forecasting import gru
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import Forecaster, write_trained
+from experiments.forecasting.forecaster import Forecaster, Trained
 from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import (
     QUANTILES,
@@ -29,15 +26,23 @@ from experiments.forecasting.scores import (
     squared_errors,
 )
 from experiments.forecasting.settings import Training
-from experiments.forecasting.training import train, window_tensors
-from experiments.storage.files import RunError, plain, sync, to_json, to_json_lines, write_whole
+from experiments.forecasting.training import (
+    Account,
+    progress_bar,
+    step_flops,
+    train_on_account,
+    window_tensors,
+    write_adapter,
+    write_losses,
+)
+from experiments.storage.files import RunError, plain, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.storage.records import Tensor4, build
 from experiments.storage.runfolder import resumable
 from experiments.study.evaluation import BATCH, Evaluation, evaluate, metrics
 from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import read_metrics, read_settings
-from lora import inject, remove, save_adapter
+from lora import inject, remove
 from qwen_min import Qwen, Tokenizer
 
 
@@ -62,14 +67,8 @@ class Suite:
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
         """FLOPs of one optimizer step."""
-        return flops.training_step(
-            self.model.config,
-            training.batch,
-            training.context,
-            convention=convention or self.convention,
-            ranks=training.ranks,
-            vocabulary=len(self.grammar.ids) if training.numeric_head else None,
-        )
+        vocabulary = len(self.grammar.ids) if training.numeric_head else None
+        return step_flops(self.model.config, training, vocabulary, convention or self.convention)
 
     @property
     def grammar(self) -> Grammar:
@@ -194,60 +193,27 @@ class Suite:
             inject(self.model, training.lora)
         try:
             seconds = self._train(name, training)
-            self._write_adapter(self._path(name))
+            write_adapter(self.model, self._path(name), Trained(self.encoding, *self.checkpoint))
             yield seconds
         finally:
             remove(self.model)
 
     def _train(self, name: str, training: Training) -> float:
         """Train the injected adapter and write the loss of each step; return the seconds."""
-        path, cost = self._path(name), self.step_flops(training)
+        path = self._path(name)
         tokens = [self.tokenizer.encode(self.encoding.encode(one)) for one in self.series["train"]]
         ids, lengths = window_tensors(tokens, training, self.tokenizer.pad_id)
-        with tqdm(total=training.steps, desc=name, mininterval=_interval()) as bar:
-
-            def after_step(step: int, loss: float) -> None:
-                share = self.ledger.spent / self.ledger.budget
-                if not bar.n:  # steps of earlier processes are not part of the speed
-                    bar.initial = bar.n = bar.last_print_n = step
-                bar.set_postfix(loss=f"{loss:.3f}", budget=f"{share:.2%}", refresh=False)
-                bar.update(step + 1 - bar.n)
-
-            def before_step(step: int) -> None:
-                self.interruption.check()
-                self.ledger.debit(name, step, cost)
-
-            with self.interruption.held():
-                trained = train(
-                    self.model,
-                    ids,
-                    lengths,
-                    training,
-                    torch.tensor(sorted(self.grammar.ids.values())) if training.numeric_head else None,
-                    path / "state.safetensors",
-                    before_step,
-                    after_step,
-                )
-        rows = "".join(f"{step},{loss:.6f}\n" for step, loss in enumerate(trained.losses))
-        write_whole(path / "losses.csv", "step,loss\n" + rows)
+        vocabulary = torch.tensor(sorted(self.grammar.ids.values())) if training.numeric_head else None
+        account = Account(name, self.ledger, self.step_flops(training), self.interruption)
+        trained = train_on_account(account, self.model, ids, lengths, training, vocabulary, path / "state.safetensors")
+        write_losses(path / "losses.csv", trained.losses)
         return trained.seconds
-
-    def _write_adapter(self, path: Path) -> None:
-        """Write the adapter into the folder of its experiment; a kill leaves it whole or absent."""
-        partial = path / "adapter.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        save_adapter(self.model, partial, self.checkpoint[0])
-        write_trained(partial, self.encoding, *self.checkpoint)
-        for file in (*partial.iterdir(), partial):
-            sync(file)
-        shutil.rmtree(path / "adapter", ignore_errors=True)
-        partial.rename(path / "adapter")
 
     def _evaluate(self, experiment: Experiment, split: str) -> dict:
         """Forecast a split, write a line for each trajectory and return the metrics."""
         series, name = self.series[split], experiment.name
         context, truth = self._context_and_truth(split, LONG_HORIZON if experiment.judged else HORIZON)
-        with tqdm(total=len(series), desc=f"{name}, {split}", mininterval=_interval()) as bar:
+        with progress_bar(len(series), f"{name}, {split}") as bar:
             evaluation = evaluate(
                 self.model,
                 self.tokenizer,
@@ -317,8 +283,3 @@ class Suite:
         if self.decoding == "free":
             line["free_losses"] = plain(evaluation.free_losses[row].round(4))
         return line
-
-
-def _interval() -> float:
-    """Seconds between updates of a progress bar: rare if it is written to a file."""
-    return 0.1 if sys.stderr.isatty() else 30.0

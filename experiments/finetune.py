@@ -1,0 +1,154 @@
+"""Fine-tune a model on your own series within a budget of FLOPs, and learn how good it is.
+
+    python -m experiments.finetune series.csv --horizon 20 --budget 1e13 --out runs/mine
+    python -m experiments.finetune data/*.csv --model Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16 --steps 300
+
+Each file is one series (CSV, Parquet) or many (HDF5). Part of the data is held out: the result is the error of forecasts
+of it, before and after the training, next to baselines. The folder then has the adapter and a page with the results. A
+command that was stopped or killed continues where it was.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from experiments import cli
+from experiments.storage.files import read_json
+from experiments.storage.interruption import Interruption
+from experiments.storage.runfolder import open_run
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m experiments.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("series", type=Path, nargs="+", help="files with series: CSV, HDF5, Parquet")
+    cli.add_data(p)
+    p.add_argument("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
+    p.add_argument("--context", type=cli.positive, help="time steps that the model reads before a forecast (default: "
+                   "so many that a window has 768 tokens)")  # fmt: skip
+    p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
+    cli.add_device(p)
+    p.add_argument("--budget", type=cli.flops, help="FLOPs that the training may cost, such as 1e15; it decides the "
+                   "number of steps")  # fmt: skip
+    p.add_argument("--steps", type=cli.positive, help="optimizer steps (default: those that fit the budget, else 300)")
+    p.add_argument("--rank", type=cli.positive, default=8, help="rank of the adapters (default %(default)s)")
+    p.add_argument("--alpha", type=float, help="the adapters' update is scaled by alpha / rank (default: by 1)")
+    p.add_argument("--targets", type=lambda text: tuple(text.split(",")), default=("q_proj", "v_proj"),
+                   help="modules that get an adapter (default q_proj,v_proj)")  # fmt: skip
+    p.add_argument("--rate", type=float, help="peak learning rate (default 1e-3; 5e-3 for tiny)")
+    p.add_argument("--batch", type=cli.positive, default=4, help="windows in a step (default %(default)s)")
+    p.add_argument("--accumulate", type=cli.positive, default=1, help="read a batch in so many parts, which takes less "
+                   "memory (default %(default)s)")  # fmt: skip
+    p.add_argument("--full-head", action="store_true", help="train with a softmax over the whole vocabulary, not only "
+                   "over the tokens of numbers")  # fmt: skip
+    p.add_argument("--decimals", type=int, default=2, choices=range(1, 7), metavar="1-6", help="places after the point "
+                   "(default %(default)s)")  # fmt: skip
+    p.add_argument("--samples", type=int, default=20, help="paths of each held-out forecast, whose mean is judged; 0: "
+                   "the likeliest path (default %(default)s)")  # fmt: skip
+    p.add_argument("--patience", type=cli.positive, help="stop after so many checks of the held-out loss in a row "
+                   "without a better one (default: never)")  # fmt: skip
+    p.add_argument("--seed", type=int, default=0, help="seed of the adapter and the batches (default %(default)s)")
+    p.add_argument("--out", type=Path, help="folder for the results (default runs/NAME of the first file)")
+    return p
+
+
+def work(args: argparse.Namespace, interruption: Interruption) -> int:
+    """Fine-tune and print the result. Raises an error that `cli.is_meant` for the user."""
+    import torch
+
+    from experiments.forecasting import finetuning
+    from experiments.forecasting.forecaster import Forecaster
+    from experiments.forecasting.tables import describe, read_tables
+    from experiments.report.finetuned import write_page
+    from qwen_min.weights import checkpoint_folder, checkpoint_hash
+
+    for name in ("seed", "samples"):
+        if getattr(args, name) < 0:
+            raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
+    device = cli.checked_device(args.device)
+    tables = [table for path in args.series for table in read_tables(path, args.columns, args.missing)]
+    variables = tables[0].variables
+    for table in tables:
+        if table.variables != variables:
+            raise cli.CommandError(
+                f"{table.name} has the variables {', '.join(table.variables)}, {tables[0].name} has "
+                f"{', '.join(variables)}; expected the same in all files, choose with --columns"
+            )
+    print(describe(tables[0]) + (f", and {len(tables) - 1} more series" if len(tables) > 1 else ""))
+    forecaster = Forecaster.load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    series = [table.values for table in tables]
+    data = finetuning.prepare(forecaster, series, args.horizon, args.context, args.decimals)
+    rate = args.rate or (finetuning.TINY_RATE if args.model == "tiny" else finetuning.RATE)
+    try:
+        settings = replace(
+            finetuning.DEFAULTS,
+            rank=args.rank,
+            alpha=args.alpha,
+            targets=args.targets,
+            learning_rate=rate,
+            batch=args.batch,
+            accumulate=args.accumulate,
+            numeric_head=not args.full_head,
+            seed=args.seed,
+        )
+    except ValueError as error:
+        raise cli.CommandError(str(error)) from error
+    settings = finetuning.planned(forecaster, data, settings, args.budget, args.steps)
+    cost = finetuning.cost_of(forecaster, settings)
+    print(f"held out: {data.parts.told}")
+    print(
+        f"{len(data.ids)} windows of {data.tokens} tokens; {cost:.3e} FLOPs a step, {settings.steps} steps "
+        f"({cost * settings.steps:.3e})"
+    )
+    folder = args.out or Path("runs") / args.series[0].stem.split(".")[0]
+    checkpoint = checkpoint_hash(checkpoint_folder(args.model))
+    identity = {
+        "series_sha256": hashlib.sha256(b"".join(one.tobytes() for one in series)).hexdigest(),
+        "variables": variables,
+        "horizon": args.horizon,
+        "context": data.context,
+        "settings": asdict(settings),
+        "decimals": args.decimals,
+        "samples": args.samples,
+        "patience": args.patience,
+        "checkpoint_sha256": checkpoint,
+        "device": torch.device(device).type,
+        "dtype": args.dtype,
+    }
+    record = {
+        "command": shlex.join(["python", "-m", "experiments.finetune", *sys.argv[1:]]),
+        "title": tables[0].name + (f" and {len(tables) - 1} more series" if len(tables) > 1 else ""),
+        "model": args.model,
+    }
+    with open_run(folder, json.loads(json.dumps(identity)), record) as continued:
+        metrics_file = folder / "metrics.json"
+        if continued and metrics_file.exists():
+            metrics = read_json(metrics_file)
+        else:
+            if continued:
+                print(f"continuing {folder}")
+            run = finetuning.Finetuning(
+                forecaster, data, settings, folder, args.budget, interruption, args.samples, args.patience
+            )
+            metrics = run.run((args.model, checkpoint), variables)
+        page = write_page(folder)
+    print("\n".join(finetuning.summary(metrics)))
+    print(f"adapter: {folder / 'adapter'}; results: {page}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit status, as `cli.exit_status` does."""
+    args = parser().parse_args(argv)
+    resume = shlex.join(["python", "-m", "experiments.finetune", *(sys.argv[1:] if argv is None else argv)])
+    return cli.exit_status(lambda interruption: work(args, interruption), resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

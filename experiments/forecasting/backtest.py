@@ -1,0 +1,144 @@
+"""Hold out the end of series, forecast it, and compare with baselines.
+
+N series, T time steps (which may differ between series), D variables, M forecasts, h forecast steps, S samples.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.forecasting import baselines
+from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.scores import BAND, mean_interval, quantiles
+
+MIN_CONTEXT = 8  # time steps before a forecast; with fewer the baselines cannot be fitted
+MIN_SERIES = 5  # with so many series, whole series are held out; with fewer, the end of each
+MAX_ORIGINS, MAX_FORECASTS = 5, 40  # held-out forecasts in a series, and in all series together
+HELD_OUT_SHARE = 0.15  # of the series, for validation and for test each
+
+
+class BacktestError(ValueError):
+    """Series that are too short for a held-out forecast."""
+
+
+class Origin(NamedTuple):
+    """The place of a forecast in a series: what lies before it, and what follows."""
+
+    context: np.ndarray  # (T, D)
+    truth: np.ndarray  # (h, D)
+
+
+class Parts(NamedTuple):
+    """Series split into a part to train on and held-out forecasts."""
+
+    train: list[np.ndarray]
+    val: list[Origin]  # for choices, such as the best step of a training
+    test: list[Origin]  # for the result
+    told: str  # the split, in words
+
+
+def origins(series: np.ndarray, horizon: int, count: int) -> list[Origin]:
+    """Up to `count` forecasts of the last steps of a series (T, D), one after the other, in the order of time."""
+    fits = max(0, (len(series) - max(MIN_CONTEXT, horizon)) // horizon)
+    starts = [len(series) - horizon * (back + 1) for back in range(min(count, fits))]
+    return [Origin(series[:start], series[start : start + horizon]) for start in reversed(starts)]
+
+
+def held_out(series: Sequence[np.ndarray], horizon: int, count: int) -> list[Origin]:
+    """`origins` of N series. Raises BacktestError when no series is long enough for one."""
+    found = [origin for one in series for origin in origins(one, horizon, count)]
+    if not found:
+        raise BacktestError(
+            f"the longest series has {max(map(len, series))} time steps, expected at least "
+            f"{max(MIN_CONTEXT, horizon) + horizon} to hold out a horizon of {horizon}; shorten the horizon"
+        )
+    return found
+
+
+def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
+    """Split N series: whole series are held out if there are at least MIN_SERIES, else the end of each series.
+
+    Raises BacktestError when they are too short or too few.
+    """
+    if len(series) >= MIN_SERIES:
+        order = np.random.default_rng(0).permutation(len(series))
+        count = max(1, round(HELD_OUT_SHARE * len(series)))
+        test, val, train = ([series[i] for i in rows] for rows in np.split(order, (count, 2 * count)))
+        each = max(1, min(MAX_ORIGINS, MAX_FORECASTS // count))
+        told = f"{len(train)} series to train on, {count} for validation, {count} for the test"
+        return Parts(train, held_out(val, horizon, each), held_out(test, horizon, each), told)
+    # the newest fifth of each series, but at least one forecast, is the test; as much before it is the validation
+    shortest = min(map(len, series))
+    count = int(np.clip(0.2 * shortest // horizon, 1, MAX_ORIGINS))
+    steps = count * horizon
+    if shortest < 2 * steps + max(MIN_CONTEXT, horizon):
+        raise BacktestError(
+            f"a series has {shortest} time steps, expected at least {2 * horizon + max(MIN_CONTEXT, horizon)} to train "
+            f"on, validate and test forecasts of {horizon} steps; shorten the horizon"
+        )
+    test = [origin for one in series for origin in origins(one, horizon, count)]
+    val = [origin for one in series for origin in origins(one[:-steps], horizon, count)]
+    lengths = sorted({len(one) - 2 * steps for one in series})
+    first = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
+    told = f"the first {first} time steps to train on, {steps} for validation, the newest {steps} for the test"
+    return Parts([one[: -2 * steps] for one in series], val, test, told)
+
+
+def _orders(num_steps: int, num_variables: int) -> dict[str, Callable]:
+    """The baselines for a context of num_steps; the regressions read fewer steps where the context is short."""
+    ar, var = min(20, num_steps // 3), max(1, min(18, num_steps // (2 * num_variables + 2)))
+    return {
+        "persistence": baselines.persistence,
+        "context mean": baselines.context_mean,
+        "seasonal naive": baselines.seasonal,
+        "AR": lambda contexts, horizon: baselines.ar(contexts, horizon, ar),
+        "VAR": lambda contexts, horizon: baselines.var(contexts, horizon, var),
+    }
+
+
+def baseline_forecasts(places: Sequence[Origin], context: int | None = None) -> dict[str, np.ndarray]:
+    """The forecasts (M, h, D) of each baseline; `context`: the number of newest time steps that they read."""
+    found: dict[str, list[np.ndarray]] = {}
+    for before, truth in places:
+        read = before[-(context or len(before)) :]
+        encoding = Encoding.fit_each([read])  # the regressions expect values of about 0 to 10
+        for name, baseline in _orders(*read.shape).items():
+            if read.shape[1] == 1 and name == "VAR":
+                continue  # it is AR then
+            path = baseline(encoding.scaled(read)[None], len(truth))[0]
+            found.setdefault(name, []).append(encoding.restored(path))
+    return {name: np.stack(paths) for name, paths in found.items()}
+
+
+def scores(forecast: np.ndarray, places: Sequence[Origin], spread: np.ndarray) -> dict:
+    """The errors of forecasts (M, h, D), as JSON can hold them.
+
+    `rmse` and its 95 % interval are in units of `spread` (D), which is usually the standard deviation of each variable;
+    `each` has the mean squared error of each forecast in these units, `mae` the mean absolute error of each variable in
+    the units of the data.
+    """
+    error = forecast - np.stack([place.truth for place in places])
+    each = ((error / spread) ** 2).mean((1, 2))
+    interval = mean_interval(each)
+    return {
+        "rmse": float(np.sqrt(each.mean())),
+        "interval": interval and np.sqrt(np.maximum(interval, 0)).tolist(),
+        "mae": np.abs(error).mean((0, 1)).tolist(),
+        "each": each.tolist(),
+    }
+
+
+def coverage(paths: np.ndarray, places: Sequence[Origin]) -> float | None:
+    """The share of true values inside the central 80 % of paths (M, S, h, D); None for fewer than 9 samples."""
+    if paths.shape[1] < 9:
+        return None
+    low, high = quantiles(paths, BAND, axis=1)
+    truth = np.stack([place.truth for place in places])
+    return float(((low <= truth) & (truth <= high)).mean())
+
+
+def spread_of(series: Sequence[np.ndarray]) -> np.ndarray:
+    """The standard deviation of each variable over N series (T, D), (D); 1 for a constant."""
+    spread = np.concatenate(series).std(axis=0)
+    return np.where(spread > 0, spread, 1.0)
