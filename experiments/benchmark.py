@@ -15,12 +15,22 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from experiments import cli
 from experiments.cli import CommandError
 from experiments.storage.files import to_json, write_whole
+
+if TYPE_CHECKING:  # --help need not wait for torch
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from qwen_min.continuation import Continuation
 
 CONTEXT = 699  # tokens in a forecasting prompt
 CONTEXTS = 10  # prompts in a batch of forecasts
@@ -34,15 +44,15 @@ PEER = "transformers"
 OURS = "qwen-min"
 
 
-class Side:
-    """The code that both sides share: device and precision, timing, peak memory."""
+class Timer:
+    """Times work in one precision on a device."""
 
-    def __init__(self, source: str, device: str, dtype: str):
+    def __init__(self, device: str, dtype: str):
         import torch
 
-        self.torch, self.source, self.device, self.dtype = torch, source, device, getattr(torch, dtype)
+        self.torch, self.device, self.dtype = torch, device, getattr(torch, dtype)
 
-    def timed(self, function) -> float:
+    def timed(self, function: Callable[[], object]) -> float:
         """Seconds that a call takes, including its work on the device."""
         self.wait()
         started = time.perf_counter()
@@ -55,7 +65,46 @@ class Side:
         if self.device.startswith("cuda"):
             self.torch.cuda.synchronize(self.device)
 
-    def ids(self, batch: int, length: int):
+
+class Side(Timer, ABC):
+    """What both sides measure. A side holds one model at a time, the one that it loaded last."""
+
+    model: Any = None  # a Qwen, or a model of transformers
+    optimizer: "Optimizer"  # of the adapter, after `prepare_training`
+
+    def __init__(self, source: str, device: str, dtype: str):
+        super().__init__(device, dtype)
+        self.source = source
+
+    @abstractmethod
+    def load(self) -> float:
+        """Seconds to load tokenizer and model and to compute the logits of a first token."""
+
+    @abstractmethod
+    def run_prompt(self, ids: "Tensor") -> None:
+        """Prefill a cache with ids (B, T) and compute the logits of the last token."""
+
+    @abstractmethod
+    def filled_cache(self, batch: int, context: int) -> Any:
+        """A cache of `context` random keys and values in each of `batch` rows, as `decode_steps` takes it."""
+
+    @abstractmethod
+    def decode_steps(self, tokens: "Tensor", cache: Any, count: int) -> None:
+        """Run `count` greedy decode steps, the first with tokens (B, 1)."""
+
+    @abstractmethod
+    def timed_forecast(self, ids: "Tensor", steps: int) -> dict[str, float]:
+        """The result of `forecast` for the prompts ids (B, T)."""
+
+    @abstractmethod
+    def prepare_training(self) -> None:
+        """Put an adapter of rank 8 on q_proj and v_proj, and make its optimizer."""
+
+    @abstractmethod
+    def loss(self, ids: "Tensor") -> "Tensor":
+        """The mean cross-entropy of each token of ids (B, T) given the tokens before it."""
+
+    def ids(self, batch: int, length: int) -> "Tensor":
         """Tokens of random numbers, `1.23,4.56;...`, (batch, length)."""
         generator = self.torch.Generator().manual_seed(0)
         ids = self.torch.randint(15, 25, (batch, length), generator=generator)
@@ -93,7 +142,7 @@ class Side:
         """Seconds of an optimizer step with rank 8 on q_proj and v_proj."""
         ids = self.ids(batch, context)
 
-        def step():
+        def step() -> None:
             self.loss(ids).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -105,24 +154,23 @@ class Ours(Side):
     """This project."""
 
     def load(self) -> float:
-        """Seconds to load tokenizer and model and to compute the logits of a first token."""
         from qwen_min import load
 
         self.model = None  # so that two models are never in memory
 
-        def run():
+        def run() -> None:
             self.model, _ = load(self.source, self.device, self.dtype)
             self.run_prompt(self.ids(1, 1))
 
         return self.timed(run)
 
-    def run_prompt(self, ids):
+    def run_prompt(self, ids: "Tensor") -> None:
         from qwen_min.generation import prefill
         from qwen_min.linear import linear
 
         linear(prefill(self.model, ids, 0)[1], self.model.head_weight)
 
-    def filled_cache(self, batch, context):
+    def filled_cache(self, batch: int, context: int) -> "Continuation":
         from qwen_min.continuation import ReusedCache, continuation
         from qwen_min.linear import pack
 
@@ -133,26 +181,27 @@ class Ours(Side):
         cache.advance(context)
         return continuation(self.model, cache)
 
-    def decode_steps(self, tokens, append, count):
+    def decode_steps(self, tokens: "Tensor", append: "Continuation", count: int) -> None:
         from qwen_min.linear import linear
 
         with self.torch.inference_mode():
             for _ in range(count):
                 tokens = linear(append(tokens)[:, -1], self.model.head_weight).argmax(-1, keepdim=True)
 
-    def timed_forecast(self, ids, steps):
+    def timed_forecast(self, ids: "Tensor", steps: int) -> dict[str, float]:
         from experiments.forecasting.grammar import Grammar, decode
         from qwen_min import Tokenizer
         from qwen_min.generation import greedy_steps, prefill
 
-        state, tokens = {}, steps * TOKENS_PER_STEP
+        state: dict[str, Any] = {}
+        tokens = steps * TOKENS_PER_STEP
         grammar = Grammar(Tokenizer(Path(self.source) / "tokenizer.json"), decimals=2, num_variables=2)
         room = max(tokens, grammar.columns(2 * steps))
 
-        def run():
+        def run() -> None:
             state["cache"], state["hidden"] = prefill(self.model, ids, room)
 
-        def free():
+        def free() -> None:
             for _ in greedy_steps(self.model, state["cache"], state["hidden"], tokens):
                 pass
 
@@ -162,13 +211,13 @@ class Ours(Side):
             "constrained": self.timed(lambda: decode(self.model, grammar, state["cache"], state["hidden"], 2 * steps))
         }
 
-    def prepare_training(self):
+    def prepare_training(self) -> None:
         from lora import LoraConfig, adapter_parameters, inject
 
         inject(self.model, LoraConfig(rank=8, alpha=8))
         self.optimizer = self.torch.optim.Adam(adapter_parameters(self.model).values(), lr=1e-4)
 
-    def loss(self, ids):
+    def loss(self, ids: "Tensor") -> "Tensor":
         from qwen_min.loss import next_token_loss
 
         return next_token_loss(self.model, ids)
@@ -178,14 +227,13 @@ class Peer(Side):
     """transformers and peft with sdpa attention, in the precision of --dtype."""
 
     def load(self) -> float:
-        """Seconds to load tokenizer and model and to compute the logits of a first token."""
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         self.model = None  # so that two models are never in memory
 
-        def run():
+        def run() -> None:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
                 self.source, dtype=self.dtype, attn_implementation="sdpa", device_map=self.device_map()
             ).eval()
@@ -194,14 +242,14 @@ class Peer(Side):
 
         return self.timed(run)
 
-    def device_map(self):
+    def device_map(self) -> str | None:
         return self.device if self.device.startswith("cuda") else None  # device_map needs accelerate
 
-    def run_prompt(self, ids):
+    def run_prompt(self, ids: "Tensor") -> None:
         with self.torch.inference_mode():
             self.model(ids, use_cache=True, logits_to_keep=1)
 
-    def filled_cache(self, batch, context):
+    def filled_cache(self, batch: int, context: int) -> Any:
         import transformers
 
         config = self.model.config
@@ -213,14 +261,14 @@ class Peer(Side):
             cache.update(keys, values, layer)
         return cache
 
-    def decode_steps(self, tokens, cache, count):
+    def decode_steps(self, tokens: "Tensor", cache: Any, count: int) -> None:
         with self.torch.inference_mode():
             for _ in range(count):
                 logits = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
                 tokens = logits[:, -1].argmax(-1, keepdim=True)
 
-    def timed_forecast(self, ids, steps):
-        def generate(num_new_tokens):
+    def timed_forecast(self, ids: "Tensor", steps: int) -> dict[str, float]:
+        def generate(num_new_tokens: int) -> None:
             self.model.generate(
                 ids,
                 attention_mask=self.torch.ones_like(ids),
@@ -235,7 +283,7 @@ class Peer(Side):
         decoding = self.timed(lambda: generate(steps * TOKENS_PER_STEP)) - prefill
         return {"prefill": prefill, "free": decoding, "constrained": decoding}  # transformers has no grammar of numbers
 
-    def prepare_training(self):
+    def prepare_training(self) -> None:
         import peft
 
         settings = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"])
@@ -243,11 +291,11 @@ class Peer(Side):
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = self.torch.optim.Adam(trainable, lr=1e-4)
 
-    def loss(self, ids):
+    def loss(self, ids: "Tensor") -> "Tensor":
         return self.model(ids, labels=ids).loss
 
 
-def serve(side: type[Side], arguments: tuple, connection) -> None:
+def serve(side: type[Side], arguments: tuple[str, str, str], connection: Connection) -> None:
     """Call the method that each message (name, arguments) asks for and send its result, until the connection closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
     worker = side(*arguments)
@@ -262,21 +310,29 @@ def serve(side: type[Side], arguments: tuple, connection) -> None:
 class Processes:
     """One process for each side; in `ask` they take turns."""
 
-    def __init__(self, arguments: tuple, sides: dict[str, type[Side]]):
+    def __init__(self, arguments: tuple[str, str, str], sides: Mapping[str, type[Side]]):
         context = multiprocessing.get_context("spawn")
-        self.connections, self.processes = {}, []
+        self.connections: dict[str, Connection] = {}
+        self.processes: list[BaseProcess] = []
         for name, side in sides.items():
             self.connections[name], theirs = context.Pipe()
             self.processes.append(context.Process(target=serve, args=(side, arguments, theirs), daemon=True))
             self.processes[-1].start()
             theirs.close()
 
-    def ask(self, method: str, *values, runs: int = 1, warm_up: int = 0, between=lambda: None) -> dict[str, list]:
+    def ask(
+        self,
+        method: str,
+        *values: int,
+        runs: int = 1,
+        warm_up: int = 0,
+        between: Callable[[], None] = lambda: None,
+    ) -> dict[str, list]:
         """Ask all sides in turn, `runs` times; return the answers by side. The answers of `warm_up` runs are dropped.
 
         `between` is called once before each round.
         """
-        answers = {name: [] for name in self.connections}
+        answers: dict[str, list] = {name: [] for name in self.connections}
         for _ in range(warm_up + runs):
             between()
             for name, connection in self.connections.items():
@@ -295,11 +351,11 @@ class Processes:
             process.join()
 
 
-class Machine(Side):
+class Machine(Timer):
     """Measures the limits of the machine."""
 
     def __init__(self, device: str, dtype: str):
-        super().__init__("", device, dtype)
+        super().__init__(device, dtype)
         self.factors = [self.torch.randn(4096, 4096, device=device, dtype=self.dtype) for _ in range(2)]
         self.block = self.torch.ones(2**28, device=device)  # 1 GiB, beyond any cache
 
@@ -310,7 +366,7 @@ class Machine(Side):
         return 2 * 4096**3 / multiply, self.block.nbytes / read
 
 
-def growth(sizes: Sequence[int], seconds: list[float]) -> dict[str, float]:
+def growth(sizes: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
     """Least-squares line of seconds over sizes (seconds_per_unit, start), and the exponent of a power law."""
     import numpy as np
 
@@ -321,7 +377,7 @@ def growth(sizes: Sequence[int], seconds: list[float]) -> dict[str, float]:
 class Measurement:
     """The lines of a benchmark as they are measured, and what limits them."""
 
-    def __init__(self, model: str, device: str, dtype: str, runs: int, sides: dict[str, type[Side]]):
+    def __init__(self, model: str, device: str, dtype: str, runs: int, sides: Mapping[str, type[Side]]):
         import torch
 
         from qwen_min import Qwen, QwenConfig
@@ -339,17 +395,20 @@ class Measurement:
         self.contexts = [c for c in GROWN_CONTEXTS if c + reserved <= self.config.max_position_embeddings]
         self.arguments, self.runs, self.sides = (str(folder), device, dtype), runs, sides
         self.machine = Machine(device, dtype)
-        self.limits = []  # (matrix rate, bandwidth) before each round of the last `ask`
-        self.lines, self.peak = [], {}
+        self.limits: list[tuple[float, float]] = []  # (matrix rate, bandwidth) before each round of the last `ask`
+        self.lines: list[dict] = []
+        self.peak: dict[str, dict[str, list]] = {}  # bytes
 
-    def ask(self, processes: Processes, method: str, *values) -> dict[str, list]:
+    def ask(self, processes: Processes, method: str, *values: int) -> dict[str, list]:
         """The answers of each side in each run; the machine's limits are measured before each round."""
         self.limits.clear()
         return processes.ask(
             method, *values, runs=self.runs, warm_up=1, between=lambda: self.limits.append(self.machine.limits())
         )
 
-    def line(self, name: str, seconds: dict, work: int, unit: str, *, flop: int = 0, read: int = 0) -> None:
+    def line(
+        self, name: str, seconds: Mapping[str, list[float]], work: int, unit: str, *, flop: int = 0, read: int = 0
+    ) -> None:
         """Add a line: seconds of each run by side, the work of a run, and the FLOPs or bytes that limit it."""
         rate, bandwidth = (statistics.median(values) for values in zip(*self.limits, strict=True))
         self.lines.append(
@@ -426,7 +485,7 @@ class Measurement:
         }
 
 
-def measure(model: str, device: str, dtype: str, runs: int, sides: dict[str, type[Side]]) -> dict:
+def measure(model: str, device: str, dtype: str, runs: int, sides: Mapping[str, type[Side]]) -> dict:
     """Measure everything: lines (seconds of each run by side, and what limits them), growth, memory, limits."""
     measurement = Measurement(model, device, dtype, runs, sides)
     measurement.generation()
@@ -482,7 +541,7 @@ def main() -> int:
     parser.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
     cli.add_device(parser, dtype="bfloat16")
     parser.add_argument("--runs", type=int, default=5, help="runs of each measurement (default %(default)s)")
-    parser.add_argument("--alone", action="store_true", help="without transformers and peft")
+    parser.add_argument("--alone", action="store_true", help="measure this project only, without transformers and peft")
     parser.add_argument("--json", type=Path, help="also write every number to this file")
     args = parser.parse_args()
 

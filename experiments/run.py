@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--plan", type=lambda name: OLD_PLANS.get(name, name), choices=plans.PLANS, default="quick",
-        help="which experiments (default %(default)s)",
+        help="which experiments to run (default %(default)s)",
     )  # fmt: skip
     p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
     p.add_argument("--data", type=Path, help="HDF5 file with /trajectories and /time (default: simulated, seed 0)")
@@ -165,10 +165,12 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     for experiment in plan.experiments:
         for training in plans.candidates(plan, experiment):
             window_tensors(sample, training, tokenizer.pad_id)  # refuses a context longer than a trajectory
+            assert training.context is not None  # candidates have all their settings
             lengths.append(training.context)
     if max(lengths) > model.config.max_position_embeddings:
         raise cli.CommandError(
-            f"{args.model}: has {model.config.max_position_embeddings} positions, plan {plan.name} needs {max(lengths)}"
+            f"{args.model}: has {model.config.max_position_embeddings} positions, plan {plan.name} needs "
+            f"{max(lengths)}; choose another --model or --plan"
         )
     return Inputs(plan, trajectories, ids, encoding, folder, model, tokenizer)
 

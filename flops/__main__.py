@@ -41,7 +41,8 @@ def counts(args: argparse.Namespace) -> dict:
         )
     config = QwenConfig.from_file(checkpoint_folder(args.model, ("config.json",)) / "config.json")
     ranks = {"q_proj": args.rank, "v_proj": args.rank} if args.rank else {}
-    operators, totals = {}, {}
+    operators: dict[str, dict[str, int]] = {}
+    totals = {}
     for convention in CONVENTIONS:
         ops = forward(config, args.batch, args.context, convention=convention, ranks=ranks, head="loss")
         for op in ops:

@@ -51,7 +51,9 @@ class Ledger:
                 name, step, flops = entry["experiment"], entry["step"], entry["flops"]
                 _check_entry(name, step, flops)
             except (ValueError, RecursionError, KeyError, TypeError) as error:
-                raise LedgerError(f"{self.path}, line {number}: not a ledger entry ({error!r})") from error
+                raise LedgerError(
+                    f"{self.path}, line {number}: not a ledger entry ({error!r}); restore the file or correct the line"
+                ) from error
             self._book(name, step, flops)
         if torn:  # a kill cut this write short, so its step, which runs after the write, did not run
             os.truncate(self.path, len(complete + newline))
@@ -65,7 +67,10 @@ class Ledger:
         return {name: sum(steps.values()) for name, steps in self._steps.items()}
 
     def require(self, experiment: str, flops: int) -> None:
-        """Raise BudgetExceeded unless the rest of an experiment fits: its total, less its booked steps, in FLOPs."""
+        """Raise BudgetExceeded unless the rest of an experiment fits the budget.
+
+        flops is what the whole experiment costs; the steps that are already booked are subtracted from it.
+        """
         self._check(experiment, flops - sum(self._steps.get(experiment, {}).values()))
 
     def _check(self, what: str, flops: int) -> None:
@@ -87,7 +92,10 @@ class Ledger:
         if booked == flops:
             return
         if booked is not None:
-            raise LedgerError(f"{self.path}: step {step} of {experiment} is booked at {booked:,} FLOPs, not {flops:,}")
+            raise LedgerError(
+                f"{self.path}: step {step} of {experiment} is booked at {booked:,} FLOPs, not {flops:,}; "
+                "use the ledger of this run"
+            )
         self._check(f"step {step} of {experiment}", flops)
         new = not self.path.exists()
         with self.path.open("a", encoding="utf-8") as file:

@@ -113,7 +113,7 @@ def _price_embedding_backward(args, _) -> int:
     return args[0].numel() * ADD
 
 
-PRICES = {
+PRICES = {  # the FLOPs as a function of the operator's arguments and its result
     "mm": _price_matmul,
     "bmm": _price_matmul,
     "addmm": _price_addmm,

@@ -66,7 +66,8 @@ def block_backward(
         "o_proj": (q_size, hidden), "gate_proj": (hidden, width), "up_proj": (hidden, width),
         "down_proj": (width, hidden),
     }  # fmt: skip
-    ops, needs = [], {}
+    ops: list[Op] = []
+    needs: dict[str, bool] = {}  # by projection: True if its output needs a gradient
 
     def projection(name: str, needs_input: bool) -> None:
         rank = ranks.get(name, 0)
@@ -139,7 +140,7 @@ def backward(
             ops.append(Op("rows of the head", vocabulary * hidden * ADD))
         if config.tie_word_embeddings:
             ops.append(Op("tied gradients", config.vocab_size * hidden * ADD))
-    sums = {}
+    sums: dict[str, int] = {}
     for op in ops:
         sums[op.name] = sums.get(op.name, 0) + op.flops
     return [Op(name, flops) for name, flops in sums.items()]

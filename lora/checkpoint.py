@@ -24,7 +24,7 @@ ALLOWED_VALUES = {
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 READ_SETTINGS = frozenset(("r", "lora_alpha", "target_modules"))
-UNSET_VALUES = (None, False, [], {})  # every other setting must have one of these values
+UNSET_VALUES: tuple = (None, False, [], {})  # every other setting must have one of these values
 
 
 class AdapterError(ValueError):
@@ -74,8 +74,10 @@ def read_config(folder: str | Path) -> LoraConfig:
         config = LoraConfig(rank=fields["r"], alpha=fields["lora_alpha"], targets=names)
     except AdapterError:
         raise
-    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path}: not a readable adapter config ({error!r})") from error
+    except KeyError as error:
+        raise AdapterError(f"{path}: has no {error}, expected r, lora_alpha and target_modules") from error
+    except (OSError, ValueError, RecursionError, TypeError) as error:
+        raise AdapterError(f"{path}: not a readable adapter config ({error})") from error
     for name, value in fields.items():
         allowed = ALLOWED_VALUES.get(name, UNSET_VALUES)
         if name not in HARMLESS_SETTINGS | READ_SETTINGS and value not in allowed:
@@ -90,7 +92,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
     when the model already has an adapter; the model is then unchanged.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise AdapterError(f"{folder}: the model already has an adapter; remove it first")
+        raise AdapterError(f"{folder}: the model already has an adapter; call remove first")
     config = read_config(folder)
     path = Path(folder) / "adapter_model.safetensors"
     try:
@@ -100,7 +102,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim}
     if ranks != {config.rank}:  # checked before memory of that size is allocated
         raise AdapterError(
-            f"{folder}: adapter_config.json says rank {config.rank}, the tensors have ranks {sorted(ranks)}"
+            f"{folder}: adapter_config.json says rank {config.rank}, the tensors have {sorted(ranks) or 'none'}"
         )
     try:
         inject(model, config)

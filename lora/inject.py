@@ -31,19 +31,19 @@ class LoraConfig:
 
 
 def inject(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Freeze the model and replace each Linear whose last name is a target by a LoRALinear; return their names.
+    """Freeze the model, replace each Linear that is a target by a LoRALinear, and return the names of these modules.
 
-    The weights are drawn from torch's global generator. Raises ValueError, and changes nothing, when a target matches
-    no Linear.
+    The adapter's weights are drawn from torch's global generator. Raises ValueError, and changes nothing, when a target
+    matches no Linear.
     """
-    last_names = {
+    last_parts = {
         name: name.rpartition(".")[2]
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and "lora_" not in name
     }
-    adapted = [name for name, last in last_names.items() if last in config.targets]
-    if unmatched := sorted(set(config.targets) - set(last_names.values())):
-        present = ", ".join(sorted(set(last_names.values()) - {"base_layer"})) or "none"
+    adapted = [name for name, last in last_parts.items() if last in config.targets]
+    if unmatched := sorted(set(config.targets) - set(last_parts.values())):
+        present = ", ".join(sorted(set(last_parts.values()) - {"base_layer"})) or "none"
         raise ValueError(f"no Linear is called {', '.join(unmatched)}: nothing to adapt; the model's are {present}")
     for parameter_name, parameter in model.named_parameters():
         if "lora_" not in parameter_name:

@@ -39,12 +39,12 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         # drawn on the CPU, so that a seed gives the same adapter on every device
-        on_cpu = {"device": "cpu", "dtype": torch.float32}
-        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, **on_cpu)
-        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, **on_cpu)
+        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, device="cpu", dtype=torch.float32)
+        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.to(base_layer.weight.device)
+        self._base_weight: Tensor | None
         self.register_buffer("_base_weight", None, persistent=False)  # the unmerged weight, while merged
 
     @property
@@ -80,5 +80,5 @@ class LoRALinear(nn.Module):
 
     def unmerge(self) -> None:
         """Restore the base weight, bit for bit."""
-        if self.merged:
+        if self._base_weight is not None:
             self.base_layer.weight.data, self._base_weight = self._base_weight, None

@@ -3,6 +3,8 @@
 B batch, T new tokens, S cached + new tokens, H query heads, K key/value heads, G = H / K, D head size.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
     scores = (q @ k.transpose(2, 3)) / q.shape[-1] ** 0.5  # (B, H, T, S)
     if mask is None:
-        mask = causal_mask(*scores.shape[-2:], q.device)
+        mask = causal_mask(q.shape[2], k.shape[2], q.device)
     scores = scores.masked_fill(~mask, float("-inf"))
     return scores.float().softmax(-1).to(q.dtype) @ v  # (B, H, T, D)
 
@@ -65,10 +67,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def attention_after_prefix(
     q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """Attention, (B n, H, T, D), of q (B n, H, T, D) over a prefix and then k, v (B n, K, S, D).
+    """Attention of q (B n, H, T, D) over a shared prefix and then over k, v (B n, K, S, D): (B n, H, T, D).
 
-    prefix_k and prefix_v are (B, K, P, D): rows i n to i n + n - 1 share row i. The n rows read it in one matrix
-    product. mask is as in `attention`, over P + S columns.
+    prefix_k and prefix_v are (B, K, P, D). The n rows from i n to i n + n - 1 of q, k and v continue row i of the
+    prefix and read it in one matrix product. mask is as in `attention`, over P + S columns.
     """
     (batch, kv_heads, prefix, size), (num_rows, heads, num_new, _) = prefix_k.shape, q.shape
     times, groups, total = num_rows // batch, heads // kv_heads, prefix + k.shape[2]
@@ -96,7 +98,10 @@ def attention_after_prefix(
         if mask is not None:
             by_query = scores.view(-1, kv_heads, times, groups, num_new, total)
             visible = mask[shared] if len(mask) > 1 else mask
-            by_query.masked_fill_(~visible, -torch.inf) if mask.dtype == torch.bool else by_query.add_(visible)
+            if mask.dtype == torch.bool:
+                by_query.masked_fill_(~visible, -torch.inf)
+            else:
+                by_query.add_(visible)
         weights = scores.softmax(-1).to(q.dtype)  # (b, K, n G T, P + S)
         part = by_row(weights[..., :prefix] @ prefix_v[shared]) + by_row(weights[..., prefix:]) @ v[rows]
         out[rows] = part.reshape(out[rows].shape)
@@ -147,18 +152,19 @@ class _Blockwise(torch.autograd.Function):
         grad_k, grad_v = (k.new_zeros(k.shape, dtype=at_least_fp32) if need else None for need in (needs_k, needs_v))
         for rows, block, seen, weights, queries in _weights_by_block(q, k, mask):
             grad_out = grad[rows, :, block].reshape(queries.shape)  # (b, K, G n, D)
-            if needs_v:
+            if grad_v is not None:
                 grad_v[rows, :, :seen] += weights.transpose(2, 3) @ grad_out
-            if not (needs_q or needs_k):
+            if grad_q is None and grad_k is None:
                 continue
             grad_weights = grad_out @ v[rows, :, :seen].transpose(2, 3)
             grad_scores = _softmax_backward(grad_weights, weights) * scale
-            if needs_q:
+            if grad_q is not None:
                 part = grad_q[rows, :, block]
                 part.copy_((grad_scores @ k[rows, :, :seen]).view(part.shape))
-            if needs_k:
+            if grad_k is not None:
                 grad_k[rows, :, :seen] += grad_scores.transpose(2, 3) @ queries
-        return grad_q, grad_k.to(k.dtype) if needs_k else None, grad_v.to(v.dtype) if needs_v else None, None
+        grad_k, grad_v = (None if total is None else total.to(k.dtype) for total in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, None
 
 
 def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
@@ -168,7 +174,7 @@ def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
     return weights * (grad - (grad * weights).sum(-1, keepdim=True))
 
 
-def _weights_by_block(q: Tensor, k: Tensor, mask: Tensor | None):
+def _weights_by_block(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice, int, Tensor, Tensor]]:
     """Yield, for each block of b rows and n queries: row slice, query slice, number of visible keys, attention weights
     (b, K, G n, keys), query vectors (b, K, G n, D).
 

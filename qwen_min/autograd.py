@@ -36,9 +36,9 @@ class _RMSNorm(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * normalised.to(x.dtype)).view(-1, len(weight)).sum(0).to(weight.dtype)
-        inner = _at_least_fp32(grad * weight)
-        projection = (inner * normalised).mean(-1, keepdim=True)
-        return ((inner - normalised * projection) * inverse).to(x.dtype), grad_weight, None
+        grad_normalised = _at_least_fp32(grad * weight)
+        projection = (grad_normalised * normalised).mean(-1, keepdim=True)
+        return ((grad_normalised - normalised * projection) * inverse).to(x.dtype), grad_weight, None
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -1,15 +1,25 @@
 """The key/value cache: preallocated memory for the tokens processed so far, owned by the caller."""
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
 from qwen_min.attention import attention, attention_after_prefix
 from qwen_min.config import QwenConfig
 
 if TYPE_CHECKING:
+    from qwen_min.continuation import CapturedPasses
     from qwen_min.model import Qwen
+
+
+class AttentionCache(Protocol):
+    """What a layer's attention uses of a cache. The methods are described in `KVCache`."""
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor: ...
 
 
 class KVCache:
@@ -25,7 +35,14 @@ class KVCache:
     model.
     """
 
-    def __init__(self, config: QwenConfig, batch_size: int, capacity: int, device=None, dtype=None):
+    def __init__(
+        self,
+        config: QwenConfig,
+        batch_size: int,
+        capacity: int,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         shape = (layers, batch_size, heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
@@ -33,7 +50,7 @@ class KVCache:
         self.batch_size, self.capacity = batch_size, capacity
         self.length = 0
         self.first = 0  # the column that `keys` and `values` begin with
-        self.captured = None  # the graphs that `GraphContinuation` captured for this memory
+        self.captured: CapturedPasses | None = None  # by `GraphContinuation`, for this memory
 
     @classmethod
     def for_model(cls, model: "Qwen", batch_size: int, capacity: int) -> "KVCache":
@@ -49,10 +66,11 @@ class KVCache:
             )
         if self.length + num_tokens > self.capacity:
             raise ValueError(
-                f"cache full: {self.length} + {num_tokens} > {self.capacity} tokens; allocate for prompt + new tokens"
+                f"cache full: {self.length} + {num_tokens} > {self.capacity} tokens; "
+                "allocate room for prompt + new tokens"
             )
 
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) of one layer after the filled columns; return all columns, (B, K, S + T, D).
 
         `length` does not change here: the model calls `advance` once every layer has written. Raises ValueError for
@@ -68,9 +86,7 @@ class KVCache:
         self.values[layer, :, :, start:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention (B, H, T, D) of q (B, H, T, D) over the k, v that `write` returned; mask as in `attention`."""
         return attention(q, k, v, mask)
 
@@ -88,7 +104,10 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget every token from column `length` on. Raises ValueError unless first <= length <= filled columns."""
         if not self.first <= length <= self.length:
-            raise ValueError(f"cache holds {self.length} tokens and cannot be truncated to {length}")
+            raise ValueError(
+                f"the cache holds {self.length} tokens and cannot be truncated to {length}, expected "
+                f"{self.first} to {self.length}"
+            )
         self.length = length
 
 
@@ -113,7 +132,7 @@ class ForkedCache(KVCache):
         for stored in (prefix.keys, prefix.values):
             stored[:, :, :, prefix.length :] = 0  # masked, but a NaN in uninitialised memory would still spread
 
-    def mask(self, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    def mask(self, attention_mask: Tensor | None) -> Tensor | None:
         """The mask (B n, first) of this cache for the mask (B, filled) of the prefix; None means no padding."""
         unused = self.first - self.prefix.length
         if attention_mask is None and unused == 0:
@@ -124,7 +143,5 @@ class ForkedCache(KVCache):
         mask = torch.nn.functional.pad(attention_mask, (0, unused))
         return mask.repeat_interleave(self.times, 0, output_size=self.batch_size)
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return attention_after_prefix(q, self.prefix.keys[layer], self.prefix.values[layer], k, v, mask)

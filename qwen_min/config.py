@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 MAX_VALUE = 2**24  # upper limit for any size or constant in a config
 
@@ -32,8 +33,8 @@ class QwenConfig:
     tie_word_embeddings: bool
 
     def __post_init__(self):
-        for field in fields(self):
-            name, kind, value = field.name, field.type, getattr(self, field.name)
+        for name, kind in get_type_hints(QwenConfig).items():
+            value = getattr(self, name)
             right_type = isinstance(value, (int, float) if kind is float else kind)
             if not right_type or (kind is not bool and (isinstance(value, bool) or not 0 < value <= MAX_VALUE)):
                 wanted = "true or false" if kind is bool else f"a positive {kind.__name__} of at most {MAX_VALUE:,}"
@@ -69,7 +70,7 @@ class QwenConfig:
         layers = record.get("layer_types") or []
         if not (isinstance(rope, dict) and isinstance(layers, list)):
             raise CheckpointError(
-                f"config.json: rope_parameters is {rope!r}, layer_types {layers!r}; expected object, list"
+                f"config.json: rope_parameters is {rope!r}, layer_types is {layers!r}; expected an object and a list"
             )
         record.setdefault("rope_theta", rope.get("rope_theta"))
         scaling = record.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}

@@ -62,10 +62,10 @@ class _Pass:
         self.real = torch.ones_like(self.ids)  # 0 on padding
         self.columns = torch.zeros(num_new, dtype=torch.long, device=device)  # those of the cache that it fills
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.hidden: Tensor | None = None  # (B, T, C)
+        self.hidden: Tensor  # (B, T, C), once the pass has run
 
 
-class _Captured:
+class CapturedPasses:
     """The mask and the captured passes of a cache; every batch that uses the cache shares them."""
 
     def __init__(self, decoder: Decoder, cache: KVCache):
@@ -93,17 +93,18 @@ class GraphContinuation(Continuation):
     its graphs for the next batch that uses it. Only the newest continuation of a cache may be used.
     """
 
+    mask: Tensor  # (B, capacity)
+
     @torch.inference_mode()
     def __init__(self, model: Qwen, cache: KVCache, attention_mask: Tensor | None = None):
         super().__init__(model, cache, attention_mask)
         self.captures = cache.keys.is_cuda
         if cache.captured is None or not cache.captured.fits(self.decoder):
-            cache.captured = _Captured(self.decoder, cache)
+            cache.captured = CapturedPasses(self.decoder, cache)
         self.mask, self.passes = cache.captured.mask, cache.captured.passes
         for stored in (cache.keys, cache.values):
-            stored[:, :, :, cache.length - cache.first :] = (
-                0  # masked, but a NaN in uninitialised memory would still spread
-            )
+            # these columns are masked, but a NaN in uninitialised memory would still spread
+            stored[:, :, :, cache.length - cache.first :] = 0
         self.mask[:, : cache.length] = 1 if attention_mask is None else attention_mask  # passes write the other columns
 
     @torch.inference_mode()
@@ -169,7 +170,7 @@ def _capture(run: Callable[[], Tensor], device: torch.device) -> tuple[torch.cud
 
 
 class _Columns:
-    """A cache as attention uses it: writes go to the columns of a pass, reads return the whole capacity."""
+    """The `AttentionCache` of a pass: writes go to the columns of the pass, reads return the whole capacity."""
 
     def __init__(self, cache: KVCache, step: _Pass):
         self.cache, self.columns = cache, step.columns
@@ -196,7 +197,9 @@ class ReusedCache:
     """
 
     def __init__(self, model: Qwen):
-        self.model, self.cache, self.forked = model, None, None
+        self.model = model
+        self.cache: KVCache | None = None
+        self.forked: ForkedCache | None = None
 
     def take(self, batch_size: int, capacity: int) -> KVCache:
         """An empty cache: the last one if its shape is the same, otherwise a new one.
@@ -214,8 +217,10 @@ class ReusedCache:
         """A cache with `times` continuations of each row of the last cache that `take` returned, now filled.
 
         It is the last fork if its shape is the same, otherwise a new one. The content of the last fork is no longer
-        valid.
+        valid. Raises ValueError before the first `take`.
         """
+        if self.cache is None:
+            raise ValueError("there is no cache to fork: call take, and fill the cache that it returns")
         num_new_tokens = self._rounded(num_new_tokens)
         shape = (times, self.cache.capacity + num_new_tokens)
         if self.forked is None or (self.forked.times, self.forked.capacity) != shape:

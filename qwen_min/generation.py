@@ -1,6 +1,6 @@
 """Greedy generation with a cache: n new tokens take 1 prefill and n - 1 decode steps.
 
-B batch, T prompt tokens, V vocabulary.
+B batch, T prompt tokens, C hidden size, V vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -34,7 +34,9 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     """
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
-        raise ValueError(f"got {len(lengths)} prompts of lengths {lengths}, expected at least one token in each")
+        raise ValueError(
+            f"the prompts have {lengths} tokens, expected at least one prompt, and at least one token in each"
+        )
     longest = max(lengths)
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts])
     if min(lengths) == longest:
@@ -119,10 +121,10 @@ def generate(
     """
     if num_new_tokens < 1:
         raise ValueError(f"num_new_tokens is {num_new_tokens}, expected at least 1")
-    prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
-    if len(prompts) and isinstance(prompts[0], int):
-        prompts = [prompts]
-    ids, mask = pad_left(prompts, pad_id)
+    rows: list = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
+    if rows and isinstance(rows[0], int):
+        rows = [rows]
+    ids, mask = pad_left(rows, pad_id)
     if ids.shape[1] + num_new_tokens - 1 > model.config.max_position_embeddings:
         raise ValueError(
             f"{ids.shape[1]} prompt + {num_new_tokens} new tokens exceed the model's "
@@ -131,12 +133,13 @@ def generate(
     device = model.head_weight.device
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
     cache, hidden = prefill(model, ids, num_new_tokens - 1, mask)
-    tokens, lengths, all_logits = [], torch.zeros(len(ids), dtype=torch.long, device=device), []
+    tokens, all_logits = [], []
+    lengths = torch.zeros(len(ids), dtype=torch.long, device=device)
     for step_tokens, step_logits, running in greedy_steps(model, cache, hidden, num_new_tokens, mask, end_ids, pad_id):
         tokens.append(step_tokens)
         lengths += running
         if return_logits:
             all_logits.append(step_logits)
     longest = int(lengths.max())
-    all_logits = torch.stack(all_logits[:longest], 1) if return_logits else None
-    return Generation(torch.stack(tokens[:longest], 1), lengths, all_logits)
+    logits = torch.stack(all_logits[:longest], 1) if return_logits else None
+    return Generation(torch.stack(tokens[:longest], 1), lengths, logits)

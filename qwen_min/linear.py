@@ -4,9 +4,14 @@ Without packed copies oneDNN converts each weight at every product, which double
 take as much memory as the weights: call `pack` before decoding and `unpack` before training.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from qwen_min.model import Qwen
 
 # private operators of torch, so some versions may not have them
 MKLDNN_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
@@ -41,14 +46,14 @@ def _can_pack(weight: Tensor) -> bool:
     )
 
 
-def _matrices(model: nn.Module) -> list[Tensor]:
-    """The weights of all linear layers and of the head of a Qwen."""
+def _matrices(model: "Qwen") -> list[Any]:
+    """The weights of all linear layers and of the head. Any, because `pack` gives these tensors an attribute."""
     return [module.weight for module in model.modules() if isinstance(module, Linear)] + [model.head_weight]
 
 
 @torch.no_grad()
-def pack(model: nn.Module) -> None:
-    """Pack every weight of a Qwen whose packed copy is missing or out of date.
+def pack(model: "Qwen") -> None:
+    """Pack every weight whose packed copy is missing or out of date.
 
     Only bf16 weights on a CPU are packed; other weights lose an earlier copy. The copies are used where no gradient is
     recorded, and ignored once the weight has changed.
@@ -61,8 +66,8 @@ def pack(model: nn.Module) -> None:
             weight.packed = _Packed(weight)
 
 
-def unpack(model: nn.Module) -> None:
-    """Free the packed copies of a Qwen's weights."""
+def unpack(model: "Qwen") -> None:
+    """Free the packed copies of the weights."""
     for weight in _matrices(model):
         weight.packed = None
 

@@ -35,11 +35,11 @@ def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, with_mean: bool) ->
             weights = (logits - higher).exp_()
             shrink = (top[part] - higher).exp_()
             total[part] = total[part] * shrink + weights.sum(-1, keepdim=True)
-            if with_mean:
+            if mean is not None:
                 mean[part] = mean[part] * shrink + weights.to(rows.dtype) @ rows
             top[part] = higher
     log_sums = top + total.log()
-    return (log_sums - target_logits)[:, 0], log_sums[:, 0], mean / total if with_mean else None
+    return (log_sums - target_logits)[:, 0], log_sums[:, 0], None if mean is None else mean / total
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -49,7 +49,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
         needs_hidden, needs_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         losses, log_sums, grad_hidden = _losses(hidden, weight, targets, needs_hidden)
-        if needs_hidden:
+        if grad_hidden is not None:
             grad_hidden = ((grad_hidden - weight[targets]) / len(targets)).to(hidden.dtype)
         ctx.save_for_backward(grad_hidden, *((hidden, weight, targets, log_sums) if needs_weight else ()))
         return losses.mean()
@@ -60,10 +60,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
         grad_hidden, *saved_for_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        return grad_hidden, _grad_weight(*saved_for_weight, grad_loss) if saved_for_weight else None, None, None
+        return grad_hidden, _grad_weight(grad_loss, *saved_for_weight) if saved_for_weight else None, None, None
 
 
-def _grad_weight(hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor, grad_loss: Tensor) -> Tensor:
+def _grad_weight(grad_loss: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor) -> Tensor:
     """grad_loss (softmax - one-hot of the target)^T hidden / N, (V, C), in chunks of the head's rows.
 
     It is computed in at least fp32 and returned in the weight's dtype.
@@ -92,7 +92,8 @@ def check_targets(targets: Tensor, vocabulary: Tensor) -> None:
     """Raise ValueError when a target token is not in the vocabulary; both are token ids, of any length."""
     if len(outside := targets[~torch.isin(targets, vocabulary)]):
         raise ValueError(
-            f"token {outside[0]} is to be predicted, but is not in the vocabulary of {len(vocabulary)} tokens"
+            f"token {outside[0]} is to be predicted, but is not in the vocabulary of {len(vocabulary)} tokens; "
+            "add it, or pass None for all tokens"
         )
 
 

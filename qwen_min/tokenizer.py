@@ -25,9 +25,10 @@ class Tokenizer:
             raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
         ids = [self._tokenizer.token_to_id(token) for token in END_TOKENS]
         self.end_ids = tuple(i for i in ids if i is not None)
-        self.pad_id = self._tokenizer.token_to_id(PAD)
-        if self.pad_id is None:
+        pad_id = self._tokenizer.token_to_id(PAD)
+        if pad_id is None:
             raise CheckpointError(f"{path}: contains no token {PAD!r}; expected a Qwen2.5 tokenizer")
+        self.pad_id = pad_id
 
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()

@@ -73,7 +73,7 @@ def checkpoint_hash(folder: Path) -> str:
 
 
 def tensor_problems(expected: dict[str, torch.Size], got: dict[str, list[int]]) -> list[str]:
-    """One line for each tensor that is missing, unexpected or of the wrong shape; both map names to shapes."""
+    """One line for each tensor that is missing, unexpected or of the wrong shape. The arguments map names to shapes."""
     return (
         [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in got]
         + [f"unexpected {name} {shape}" for name, shape in got.items() if name not in expected]
@@ -96,7 +96,7 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dictionary
                     if name in headers:
-                        raise CheckpointError(f"{folder}: {name} appears in two files")
+                        raise CheckpointError(f"{folder}: {name} appears in two files, expected it in one")
                     header = file.get_slice(name)
                     headers[name] = header.get_dtype(), list(header.get_shape())
         except (SafetensorError, OSError) as error:
@@ -115,7 +115,8 @@ def load_weights(
     model is then unchanged.
     """
     expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
-    headers, tensors = tensor_headers(folder), {}
+    headers = tensor_headers(folder)
+    tensors: dict[str, torch.Tensor] = {}
     tied = HEAD not in expected and HEAD in headers and headers[HEAD] == headers.get(EMBEDDING)
     if tied:
         expected[HEAD] = expected[EMBEDDING]
@@ -134,7 +135,9 @@ def load_weights(
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     if tied and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
-        raise CheckpointError(f"{folder}: config.json ties the head to the embedding, but {HEAD} is not {EMBEDDING}")
+        raise CheckpointError(
+            f"{folder}: config.json ties the head to the embedding, but {HEAD} differs from {EMBEDDING}"
+        )
     model.load_state_dict(tensors, strict=True, assign=True)
     if torch.device(device).type == "cuda":
         # On recent GPUs torch prefers cuDNN's attention for bf16. It takes up to half a second to plan each new shape,

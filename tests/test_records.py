@@ -114,10 +114,15 @@ SETTINGS, METRICS = "experiments/frontier/settings.json", "experiments/frontier/
     [
         ("plan.json", ["identity", "experiments", 0, "training", "batch"], 0, "experiments.0., training: batch is 0"),
         ("plan.json", ["identity", "convention"], "none", "the convention 'none' is not among"),
-        ("baselines.json", ["VAR(18)", "test", "mse_each"], [1.0], r"VAR\(18\): expected mse_each"),
+        (
+            "baselines.json",
+            ["VAR(18)", "test", "mse_each"],
+            [1.0],
+            r"VAR\(18\): has mse_each of .*'test': 1\}, expected",
+        ),
         ("status.json", ["budget"], 0, "the budget is 0"),
-        (SETTINGS, ["training", "rank"], None, "a training needs all its settings"),
-        (SETTINGS, ["flops", "exact"], -1, "and the FLOPs that it costs"),
+        (SETTINGS, ["training", "rank"], None, "the training has no rank, expected all its settings"),
+        (SETTINGS, ["flops", "exact"], -1, "flops are .* expected positive numbers"),
         (METRICS, ["val", "all", "mse_filled"], "low", "val, all, mse_filled: holds 'low', expected float"),
         (METRICS, ["test", "probabilistic"], None, "mean_of_samples needs probabilistic"),
     ],

@@ -19,7 +19,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="run folder")
+    parser.add_argument("folder", type=Path, help="run folder, such as runs/quick")
     folder = parser.parse_args().folder
 
     def work(_) -> int:

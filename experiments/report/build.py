@@ -182,7 +182,7 @@ def _errors_by_flops(run: Run, blocks: Blocks) -> None:
 
 def _paired(run: Run, blocks: Blocks) -> None:
     """Compare the methods of the last judged experiment with all others and the baselines, sequence by sequence."""
-    each = {name: by_split["test"].mse_each for name, by_split in run.baselines.items()}
+    each = {name: by_split["test"].mse_each or [] for name, by_split in run.baselines.items()}
     for name, experiment in _judged(run).items():
         for method, by_split in methods_of(name, experiment).items():
             if "test" in by_split:
@@ -211,8 +211,8 @@ def _paired(run: Run, blocks: Blocks) -> None:
 def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
     """Draw the first test sequences of a model, and the five with the largest errors."""
     lines, drawn = run.experiments[name].forecasts["test"], run.folder / "figures"
-    counted = [row for row, line in enumerate(lines) if line.mse is not None]
-    worst = sorted(counted, key=lambda row: -lines[row].mse)[:5]
+    known = {row: line.mse for row, line in enumerate(lines) if line.mse is not None}
+    worst = sorted(known, key=lambda row: known[row], reverse=True)[:5]
     for rows, file, caption in (
         (range(min(4, len(lines))), "first.png", "the first test sequences"),
         (worst, "worst.png", "the test sequences with the largest errors"),

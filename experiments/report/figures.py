@@ -2,7 +2,9 @@
 
 import io
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -13,7 +15,7 @@ from experiments.storage.files import write_whole
 PREY, PREDATOR, TEXT, GRID = "#1f6fb4", "#d1602b", "#333333", "#dddddd"
 MAX_SERIES = 5  # per figure
 CURVES = ("#1f6fb4", "#d1602b", "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
-STYLE = {  # the functions draw with it and leave the caller's settings alone
+STYLE: dict[Any, Any] = {  # the functions draw with it and leave the caller's settings alone
     "figure.figsize": (7, 3.4),
     "figure.dpi": 120,
     "font.size": 9,
@@ -27,40 +29,38 @@ STYLE = {  # the functions draw with it and leave the caller's settings alone
 }
 
 
-def smoothed(values: list[float], window: int = 10) -> np.ndarray:
+def smoothed(values: Sequence[float], window: int = 10) -> np.ndarray:
     """Moving average over `window` steps, (len - window + 1) values; for shorter input one value, the mean."""
     window = min(window, len(values))
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
-def _save(figure, path: Path) -> None:
-    for axis in figure.axes:
-        axis.xaxis.get_major_locator().set_params(integer=True)  # steps are whole
+def _save(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.locator_params(axis="x", integer=True)  # steps are whole
     figure.tight_layout()
     _write(figure, path)
 
 
-def _write(figure, path: Path) -> None:
+def _write(figure: Figure, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, metadata={"Software": None}, bbox_inches="tight")
     write_whole(path, image.getvalue())
 
 
 @rc_context(STYLE)
-def loss_by_step(losses: list[float | None], path: Path) -> None:
-    """Draw the cross-entropy of each target token."""
+def loss_by_step(losses: np.ndarray, path: Path) -> None:
+    """Draw the cross-entropy (L) of each target token; NaN leaves a gap."""
     figure = Figure()
     axes = figure.subplots()
-    axes.plot([np.nan if loss is None else loss for loss in losses], color=PREY, linewidth=1)
+    axes.plot(losses, color=PREY, linewidth=1)
     axes.set(xlabel="prediction step (token)", ylabel="cross-entropy (nats)")
     _save(figure, path)
 
 
 @rc_context(STYLE)
-def trajectory(context: list, truth: list, forecast: list, path: Path) -> None:
+def trajectory(context: np.ndarray, truth: np.ndarray, forecast: np.ndarray, path: Path) -> None:
     """Draw one series: context (C, 2) and truth (h, 2) as lines, forecast (h, 2) dashed; in scaled units."""
-    context, truth = np.array(context), np.array(truth)
-    forecast = np.array(forecast, dtype=float)
     figure = Figure()
     axes = figure.subplots()
     past, future = np.arange(len(context)), len(context) + np.arange(len(truth))
@@ -79,7 +79,7 @@ def fan(
     names: list[str],
     contexts: list,
     values,
-    quantiles: Sequence[np.ndarray] | None,
+    quantiles: Sequence[np.ndarray] | np.ndarray | None,
     path: Path,
     truths: list | None = None,
     titles: list[str] | None = None,
@@ -92,7 +92,7 @@ def fan(
     rows, columns = min(len(contexts), MAX_SERIES), len(names)
     figure = Figure(figsize=(max(7, 4.6 * columns), 2.6 * rows))
     axes = figure.subplots(rows, columns, squeeze=False)
-    for row, column in np.ndindex(rows, columns):
+    for row, column in product(range(rows), range(columns)):
         one, past, color = axes[row, column], contexts[row][:, column], CURVES[column % len(CURVES)]
         future = len(past) + np.arange(len(values[row]))
         one.plot(past, color=color, linewidth=1.2, alpha=0.55, label="given")

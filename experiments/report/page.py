@@ -3,9 +3,10 @@
 import base64
 import html
 from pathlib import Path
+from typing import Any
 
 
-class Blocks(list):
+class Blocks(list[tuple[str, Any]]):
     """A report as a list of (kind, content): rendered to Markdown and to HTML."""
 
     def heading(self, level: int, text: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from experiments.forecasting.settings import Training
 from experiments.storage.files import RunError, parse_json_lines, read_text
 from experiments.storage.records import build, read, read_lines
 from experiments.study.records import (
@@ -36,7 +37,14 @@ class Result(Settings):
     metrics: dict[str, Metrics]  # by split; "val" is always there
     seconds: Seconds
     forecasts: dict[str, list[ForecastLine]]  # by split, a line for each sequence
-    losses: list[float] | None  # of each step; None without a training
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedResult(Result):
+    """A finished experiment with a training."""
+
+    training: Training
+    losses: list[float]  # of each step
 
 
 @dataclass
@@ -58,9 +66,9 @@ class Run:
         return [e.name for e in self.plan.identity.experiments if e.name not in self.experiments]
 
     @property
-    def trained(self) -> dict[str, Result]:
+    def trained(self) -> dict[str, TrainedResult]:
         """The finished experiments with a training."""
-        return {name: result for name, result in self.experiments.items() if result.training}
+        return {name: result for name, result in self.experiments.items() if isinstance(result, TrainedResult)}
 
 
 def load_run(folder: Path) -> Run:
@@ -80,8 +88,9 @@ def load_run(folder: Path) -> Run:
         if not count:
             raise RunError(f"{folder / split}.jsonl: is empty, expected a line for each sequence")
     for name, by_split in run.baselines.items():
-        if {split: len(scores.mse_each or ()) for split, scores in by_split.items()} != counts:
-            raise RunError(f"{folder / 'baselines.json'}, {name}: expected mse_each of {counts} sequences")
+        scored = {split: len(scores.mse_each or ()) for split, scores in by_split.items()}
+        if scored != counts:
+            raise RunError(f"{folder / 'baselines.json'}, {name}: has mse_each of {scored}, expected {counts}")
     for experiment in run.plan.identity.experiments:
         path = folder / "experiments" / Path(experiment.name).name
         if (path / "metrics.json").exists():
@@ -103,23 +112,20 @@ def _read_result(path: Path, counts: dict[str, int], conventions: dict[str, str]
     forecasts = {split: read_lines(path / f"forecasts.{split}.jsonl", ForecastLine) for split in metrics}
     for split, lines in forecasts.items():
         means = metrics[split].mean_of_samples
-        if {len(lines), len(means.mse_each) if means else len(lines)} != {counts[split]}:
+        if {len(lines), len(means.mse_each or ()) if means else len(lines)} != {counts[split]}:
             raise RunError(f"{path}: has forecasts of {len(lines)} {split} sequences, expected {counts[split]}")
-    losses = read_losses(path / "losses.csv", settings.training.steps) if settings.training else None
-    return Result(
-        **vars(settings),
-        metrics=metrics,
-        seconds=read(path / "seconds.json", Seconds),
-        forecasts=forecasts,
-        losses=losses,
-    )
+    seconds = read(path / "seconds.json", Seconds)
+    result = Result(**vars(settings), metrics=metrics, seconds=seconds, forecasts=forecasts)
+    if settings.training is None:
+        return result
+    return TrainedResult(**vars(result), losses=read_losses(path / "losses.csv", settings.training.steps))
 
 
 def methods_of(name: str, result: Result) -> dict[str, dict[str, Scores]]:
     """Scores by method and split: the likeliest digits of an experiment and, if it drew samples, their mean."""
     methods: dict[str, dict[str, Scores]] = {name: dict(result.metrics)}
     for split, metrics in result.metrics.items():
-        if metrics.mean_of_samples:
+        if metrics.mean_of_samples and metrics.probabilistic:
             drawn = methods.setdefault(f"{name}, mean of {metrics.probabilistic.samples} samples", {})
             drawn[split] = metrics.mean_of_samples
     return methods

@@ -64,21 +64,21 @@ def _trial(run: Run, blocks: Blocks) -> None:
 
 def _grid(run: Run, blocks: Blocks) -> None:
     planned = {
-        (e.training.rank, e.training.learning_rate): e.name
+        (t.rank, t.learning_rate): e.name
         for e in run.plan.identity.experiments
-        if e.section == "6.3" and e.training and not e.best_of
+        if e.section == "6.3" and (t := e.training) and t.rank and t.learning_rate and not e.best_of
     }
-    ranks, rates = (sorted({key[i] for key in planned}) for i in (0, 1))
+    ranks, rates = sorted({rank for rank, _ in planned}), sorted({rate for _, rate in planned})
     blocks.heading(2, "Grid of rank and learning rate (section 6.3)")
     for table, (title, key, column) in enumerate((("MSE", "mse", 0), ("free-running loss", "free_loss", 1)), start=3):
         rows = []
         for rank in ranks:
             row = [str(rank)]
             for index, rate in enumerate(rates):
-                cell = run.experiments.get(planned.get((rank, rate)))
+                cell = run.experiments.get(planned.get((rank, rate), ""))
                 parts = (cell.metrics["val"].first, cell.metrics["val"].all) if cell else ()
                 ours = [number(getattr(part, key)) for part in parts] or [NO_VALUE, NO_VALUE]
-                theirs = published.GRID.get(rank, [])[index : index + 1]
+                theirs = published.GRID.get(rank, ())[index : index + 1]
                 row.append(" / ".join([*ours, number(theirs[0][column]) if theirs else NO_VALUE]))
             rows.append(row)
         header = ["rank", *(f"rate {rate:g}" for rate in rates)]

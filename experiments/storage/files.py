@@ -59,7 +59,9 @@ def to_json_lines(rows: list[dict]) -> str:
 
 def plain(values: np.ndarray) -> list:
     """An array of floats as nested lists, with None in place of NaN, which JSON does not allow."""
-    return np.where(np.isnan(values), None, values.astype(float)).tolist()
+    result = values.astype(float).astype(object)
+    result[np.isnan(values)] = None
+    return result.tolist()
 
 
 def _parse(text: str):

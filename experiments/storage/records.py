@@ -38,18 +38,7 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if origin is Annotated:
         return _array(arguments[1], value, where)
     if is_dataclass(kind):
-        _require(isinstance(value, dict), where, "an object", value)
-        given = {}
-        for field in fields(kind):
-            key = field.metadata.get("key", field.name)
-            if key in value:
-                given[field.name] = build(_hints(kind)[field.name], value[key], f"{where}, {key}")
-            elif field.default is MISSING:
-                raise RunError(f"{where}: has no {key!r}")
-        try:
-            return kind(**given)
-        except ValueError as error:
-            raise RunError(f"{where}: {error}") from error
+        return _record(kind, value, where)
     if origin is dict:
         _require(isinstance(value, dict), where, "an object", value)
         return {key: build(arguments[1], item, f"{where}, {key}") for key, item in value.items()}
@@ -62,6 +51,21 @@ def build(kind: Any, value: Any, where: str) -> Any:
     fits = _is_number(value) if kind is float else type(value) is kind and (kind is not int or _is_number(value))
     _require(fits, where, f"{kind.__name__}", value)
     return kind(value)
+
+
+def _record(kind: Any, value: Any, where: str) -> Any:
+    _require(isinstance(value, dict), where, "an object", value)
+    given = {}
+    for field in fields(kind):
+        key = field.metadata.get("key", field.name)
+        if key in value:
+            given[field.name] = build(_hints(kind)[field.name], value[key], f"{where}, {key}")
+        elif field.default is MISSING:
+            raise RunError(f"{where}: has no {key!r}")
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise RunError(f"{where}: {error}") from error
 
 
 def _array(rank: int, value: Any, where: str) -> np.ndarray:

@@ -52,10 +52,10 @@ def read(path: str | Path) -> Dataset:
                 if array.ndim != rank or array.dtype.kind not in "fiu":
                     raise DataError(f"{path}: {name} is {array.dtype} {array.shape}, expected numbers of rank {rank}")
                 size, stored = array.size * array.dtype.itemsize, array.id.get_storage_size()
-                if size > MAX_ARRAY_BYTES or size > MAX_COMPRESSION * stored:
+                if size > (most := min(MAX_ARRAY_BYTES, MAX_COMPRESSION * stored)):
                     raise DataError(
-                        f"{path}: {name} claims {size:,} bytes, of which the file holds {stored:,}; at most "
-                        f"{MAX_ARRAY_BYTES:,} are read"
+                        f"{path}: {name} claims {size:,} bytes, of which the file holds {stored:,}; "
+                        f"expected at most {most:,}"
                     )
                 arrays[name] = array[:].astype(np.float32)
     except (DataError, MemoryError):
@@ -72,7 +72,7 @@ def read(path: str | Path) -> Dataset:
             f"expected finite populations >= 0 ({bad.sum()} are not)"
         )
     if not np.isfinite(time).all():
-        raise DataError(f"{path}: time holds values that are not finite")
+        raise DataError(f"{path}: time holds values that are not finite, expected finite numbers")
     return Dataset(trajectories, time)
 
 

@@ -120,7 +120,7 @@ def _batch(
     else:
         cache.truncate(ids.shape[1] + 1)  # the first target token is the `;` after the context
         mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
-        wide = [may_be_wide(encoding.scaled(one[:context_steps])) for one in series]
+        wide = [may_be_wide(encoding.scaled(one[:context_steps])).tolist() for one in series]
         texts = decode(model, grammar, cache, hidden[:, 1], num_values, mask, wide=wide)
     if not forced[targets.real].isfinite().all() or free.isinf().any():
         raise ForecastError("the model's logits are not finite: the weights or the adapter are damaged")
@@ -159,7 +159,8 @@ def _free(
 ) -> tuple[list[str], Tensor]:
     """Texts of raw-argmax tokens after each context, and the loss of each target token under their logits (N, L)."""
     free = torch.full(targets.ids.shape, torch.nan, device=last.device)
-    length, tokens, texts = targets.ids.shape[1], [], [None] * len(last)
+    length, tokens = targets.ids.shape[1], []
+    texts: list[str | None] = [None] * len(last)
     steps = greedy_steps(model, cache, last, most, mask, tokenizer.end_ids, tokenizer.pad_id)
     for step, (step_tokens, logits, running) in enumerate(steps):
         tokens.append(step_tokens)
@@ -222,7 +223,7 @@ def evaluate(
         evaluated, count = build(Evaluation, kept, str(state)), len(series[start : start + BATCH])
         rows = {len(value) for value in vars(evaluated).values()}
         if rows != {count} or evaluated.values.shape[1:] != (steps, series.shape[2]):
-            raise RunError(f"{state}: not a state of this evaluation; delete it to begin this part anew")
+            raise RunError(f"{state}: not a state of this evaluation; delete it to start this part again")
         return evaluated
 
     return Evaluation.join(resumable(state, range(0, len(series), BATCH), make, Evaluation.plain, read))

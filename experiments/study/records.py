@@ -191,7 +191,7 @@ class Metrics(Scores):
 
     def __post_init__(self):
         if self.mean_of_samples and not (self.probabilistic and self.mean_of_samples.mse_each):
-            raise ValueError("mean_of_samples needs probabilistic, and its own mse_each")
+            raise ValueError("mean_of_samples needs probabilistic next to it, and mse_each in it")
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,13 @@ class Settings:
     flops: dict[str, int]
 
     def __post_init__(self):
-        if self.training and (self.training.unset or PUBLISHED not in self.flops or min(self.flops.values()) < 1):
-            raise ValueError("a training needs all its settings, and the FLOPs that it costs")
-        if not self.training and self.flops:
-            raise ValueError("flops are given without a training")
+        if self.training is None:
+            if self.flops:
+                raise ValueError(f"flops are {self.flops} without a training, expected none")
+        elif self.training.unset:
+            raise ValueError(f"the training has no {', '.join(self.training.unset)}, expected all its settings")
+        elif PUBLISHED not in self.flops or min(self.flops.values()) < 1:
+            raise ValueError(f"flops are {self.flops}, expected positive numbers, {PUBLISHED!r} among them")
 
 
 @dataclass(frozen=True)

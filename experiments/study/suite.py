@@ -66,7 +66,7 @@ class Suite:
     interruption: Interruption
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
-        """FLOPs of one optimizer step."""
+        """FLOPs of one optimizer step of a training whose settings are all set."""
         vocabulary = len(self.grammar.ids) if training.numeric_head else None
         return step_flops(self.model.config, training, vocabulary, convention or self.convention)
 
@@ -85,7 +85,8 @@ class Suite:
 
     def budget_warning(self) -> str | None:
         """A message about experiments that do not fit the budget; None if all fit."""
-        costs, left, fits = self.largest_costs(), self.ledger.budget, []
+        costs, left = self.largest_costs(), self.ledger.budget
+        fits: list[str] = []
         for name, cost in costs.items():
             if cost > left:
                 misfits = list(costs)[len(fits) :]
@@ -134,7 +135,7 @@ class Suite:
         write_whole(self.folder / "example.json", to_json(example))
         train = self.encoding.scaled(self.series["train"]).astype(np.float64).round(self.encoding.decimals)
         baselines = BASELINES | {f"GRU trained on the {len(train)}": gru.fit(train, self.seed)}
-        results = {}
+        results: dict[str, dict[str, dict]] = {}  # by baseline and split
         for split in ("val", "test"):
             context, truth = self._context_and_truth(split, LONG_HORIZON)
             lines = [
@@ -156,7 +157,7 @@ class Suite:
         return scaled[:, :CONTEXT_STEPS], scaled[:, CONTEXT_STEPS : CONTEXT_STEPS + horizon]
 
     def _settings(self, experiment: Experiment) -> Training | None:
-        if not experiment.best_of:
+        if experiment.training is None or not experiment.best_of:
             return experiment.training
 
         def validation_mse(name: str) -> float:
@@ -249,12 +250,14 @@ class Suite:
         forecaster = Forecaster(self.model, self.tokenizer, self.encoding.scale, self.encoding.decimals)
 
         def draw(start: int) -> np.ndarray:
-            return forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples, seed=self.seed).samples
+            found = forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples, seed=self.seed)
+            assert found.samples is not None  # they are None only where none were asked for
+            return found.samples
 
         def read(kept: object, start: int) -> np.ndarray:
             paths, count = build(Tensor4, kept, str(state)), len(contexts[start : start + BATCH])
             if paths.shape != (count, self.samples, HORIZON, 2):
-                raise RunError(f"{state}: not a state of this run; delete it to begin this part anew")
+                raise RunError(f"{state}: not a state of this run; delete it to start this part again")
             return paths
 
         parts = resumable(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
