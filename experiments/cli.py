@@ -21,6 +21,36 @@ def add_device(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
     parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="type of the weights (default %(default)s)")
 
 
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options --columns and --missing, about files with series."""
+    parser.add_argument("--columns", type=lambda text: text.split(","), help="names of the columns to forecast, "
+                        "separated by commas (default: all but times and an index)")  # fmt: skip
+    parser.add_argument("--missing", choices=("error", "interpolate"), default="error", help="what to do about missing "
+                        "values (default %(default)s)")  # fmt: skip
+
+
+def positive(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def flops(text: str) -> int:
+    """Parse a number of FLOPs such as 1e17."""
+    try:
+        number = int(float(text))
+    except (ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of FLOPs, expected one of at least 1, such as 1e17")
+    return number
+
+
 def checked_device(name: str) -> str:
     """Put a number on a device and return the name of the device. Raises CommandError if that fails."""
     import torch

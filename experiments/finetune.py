@@ -3,9 +3,9 @@
     python -m experiments.finetune series.csv --horizon 20 --budget 1e13 --out runs/mine
     python -m experiments.finetune data/*.csv --model Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16 --steps 300
 
-Each file is one series (CSV, Parquet) or many (HDF5). Part of the data is held out: the result is the error of forecasts
-of it, before and after the training, next to baselines. The folder then has the adapter and a page with the results. A
-command that was stopped or killed continues where it was.
+Each file is one series (CSV, Parquet) or many (HDF5). Part of the data is held out: the result is the error of its
+forecasts, before and after the training, next to baselines. The folder then has the adapter and a page with the
+results. A command that was stopped or killed continues where it was.
 """
 
 import argparse

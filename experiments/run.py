@@ -35,29 +35,7 @@ OLD_PLANS, OLD_CONVENTIONS = {"report": "study"}, {"sheet": "study", "report": "
 
 def sequences(text: str) -> int | None:
     """Parse a number of sequences; None for "all"."""
-    if text == "all":
-        return None
-    try:
-        return positive(int(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor 'all'") from None
-
-
-def budget(text: str) -> int:
-    """Parse a number of FLOPs such as 1e17."""
-    try:
-        return positive(int(float(text)))
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of FLOPs, expected one of at least 1, such as 1e17"
-        ) from None
-
-
-def positive(number: int) -> int:
-    """Return the number. Raises ValueError if it is below 1."""
-    if number < 1:
-        raise ValueError(f"{number} is not positive")
-    return number
+    return None if text == "all" else cli.positive(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, help="seed of adapters, batches, samples and the GRU (default %(default)s)"
     )
     p.add_argument(
-        "--budget", type=budget, default=10**17, help="FLOPs that all trainings may cost together (default 1e17)"
+        "--budget", type=cli.flops, default=10**17, help="FLOPs that all trainings may cost together (default 1e17)"
     )
     p.add_argument(
         "--convention", type=lambda name: OLD_CONVENTIONS.get(name, name), choices=("exact", "study", "published"),

@@ -10,7 +10,6 @@ from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import (
     Forecaster,
     SeriesError,
-    SeriesWarning,
     Trained,
     rows_at_once,
     write_trained,
@@ -155,7 +154,9 @@ def test_bad_input_is_refused_and_named(forecaster, contexts, horizon, message):
 
 
 def test_values_beyond_the_encoding_and_quantiles_without_samples_are_refused(tiny, forecaster):
-    with pytest.raises(SeriesError, match="step 1, variable 0: 500 cannot be written, expected values from 0 to less than 200"):
+    with pytest.raises(
+        SeriesError, match="step 1, variable 0: 500 cannot be written, expected values from 0 to less than 200"
+    ):
         Forecaster(*tiny, scale=2.0).forecast([np.array([[1.0], [500.0]])], 3)
     with pytest.raises(ValueError, match=r"0 samples do not reach the quantile 0.5, expected 1 or more"):
         forecaster.forecast(waves(), 3, 0, quantiles=(0.5,))

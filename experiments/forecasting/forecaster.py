@@ -6,6 +6,7 @@ N series, T time steps (which may differ between series), D variables, h forecas
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ TRAINED_FILE = "encoding.json"  # in an adapter's folder, next to peft's files
 CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**34
 TINY_TOKENS, TINY_DECIMALS = 999, 2  # what the embedded checkpoint was pretrained on, see its card
 DEFAULT_SAMPLES = 20
-POINTS = {"median": np.median, "mean": np.mean}  # what a forecast makes of its samples
+POINTS: dict[str, Callable] = {"median": np.median, "mean": np.mean}  # what a forecast makes of its samples
 MAX_VALUE = 1e300  # so that differences of two values are finite
 MIN_DISTINCT = 20  # a series should keep so many different values as text
 
@@ -73,7 +74,7 @@ class _Prompt(NamedTuple):
 
     tokens: list[int]  # with a final `;`
     encoding: Encoding
-    wide: np.ndarray  # (D) bool: the variables that may need a second digit
+    wide: list[bool]  # (D): the variables that may need a second digit
 
 
 class Forecaster:
@@ -134,7 +135,8 @@ class Forecaster:
             _warn(f"the model was trained on numbers with {known} decimals, not {decimals}: expect nonsense")
         tokens = trained.tokens if trained else TINY_TOKENS if folder == TINY else None
         if trained and scale is None:
-            return cls(model, tokenizer, trained.encoding.scale, decimals or known, trained.encoding.offset, tokens)
+            encoding = replace(trained.encoding, decimals=decimals or trained.encoding.decimals)
+            return cls(model, tokenizer, encoding.scale, encoding.decimals, encoding.offset, tokens)
         return cls(model, tokenizer, scale, decimals or known or 2, tokens=tokens)
 
     def forecast(
@@ -290,7 +292,7 @@ class Forecaster:
                     f"series {number}, variable {variable}: {before} different values become {after} when written with "
                     f"{encoding.decimals} decimals; remove outliers, or use a model for more decimals or these units"
                 )
-        return _Prompt(tokens, encoding, may_be_wide(encoding.scaled(array)))
+        return _Prompt(tokens, encoding, may_be_wide(encoding.scaled(array)).tolist())
 
     def _most_likely(
         self, grammar: Grammar, prompts: list[_Prompt], num_values: int, progress: Callable[[int], None]
@@ -323,7 +325,7 @@ class Forecaster:
         for batch in _batches(prompts, rows_at_once(self.model, _longest(prompts) + at_once * room)):
             ids, context_mask = self._padded(batch)
             _, last = prefill(self.model, ids, 0, context_mask, reused)
-            drawn = [[] for _ in batch]
+            drawn: list[list[str]] = [[] for _ in batch]
             for first in range(0, samples, at_once):
                 paths = range(first, min(first + at_once, samples))
                 draws = [_uniforms(seed, prompt.tokens, path, count) for prompt in batch for path in paths]

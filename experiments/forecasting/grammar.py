@@ -217,7 +217,7 @@ def decode(
     while any(row.unread() for row in rows):
         reading = _Reading.from_rows(grammar, rows, hidden.device)
         logits = append(reading.ids, reading.real) @ head.T  # (B, T, 11)
-        draws = (None, None)
+        draws: Sequence[Tensor | None] = (None, None)
         if uniforms is not None:
             draws = uniforms.gather(1, reading.draw_indices.clamp(max=uniforms.shape[1] - 1)).unbind(1)
         first = _choose(logits[:, 0], draws[0])

@@ -67,9 +67,9 @@ def paired(ours: Sequence[float | None], theirs: Sequence[float | None]) -> dict
     pairs = pairs[np.isfinite(pairs).all(axis=1)]
     if not len(pairs):
         return None
-    ours, theirs = pairs.T
-    difference = ours - theirs
-    log_ratios = np.log(np.maximum(ours, ROUNDING_MSE) / np.maximum(theirs, ROUNDING_MSE))
+    difference = pairs[:, 0] - pairs[:, 1]
+    large_enough = np.maximum(pairs, ROUNDING_MSE)
+    log_ratios = np.log(large_enough[:, 0] / large_enough[:, 1])
     ratio_interval = mean_interval(log_ratios)
     return {
         "difference": float(difference.mean()),

@@ -57,15 +57,18 @@ class Training:
         """The configuration of the adapters."""
         from lora import LoraConfig  # here, because it imports torch, which a report and --help do not need
 
+        assert self.rank is not None  # a plan fills it in before the training
         return LoraConfig(rank=self.rank, alpha=self.alpha or self.rank, targets=tuple(self.targets))
 
     @property
     def ranks(self) -> dict[str, int]:
         """The LoRA rank by module name, the form that the FLOPs counter takes."""
+        assert self.rank is not None
         return dict.fromkeys(self.targets, self.rank)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
+        assert self.learning_rate is not None
         if not self.cosine:
             return self.learning_rate
         warmup = max(1, self.steps // 20)

@@ -10,7 +10,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,7 @@ def window_tensors(token_lists: list[list[int]], settings: Training, pad_id: int
 
     Raises TrainingError when the context is longer than every trajectory.
     """
+    assert settings.context is not None  # a plan fills it in before the training
     longest = max(map(len, token_lists))
     if settings.context > longest:
         raise TrainingError(f"context {settings.context} is longer than a trajectory of {longest} tokens; shorten it")
@@ -78,14 +79,14 @@ class Steps(NamedTuple):
     seconds: float  # the time spent on steps, summed over all processes that took part
 
 
-def _save_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, steps_done: Steps) -> None:
+def _save_state(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam, steps_done: Steps) -> None:
     tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in steps_done._asdict().items()}
     for name, parameter in parameters.items():
         tensors |= {name: parameter} | {f"{name}.{moment}": optimizer.state[parameter][moment] for moment in MOMENTS}
     write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
-def _load_state(path: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, steps: int) -> Steps:
+def _load_state(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam, steps: int) -> Steps:
     kinds = {name: (p.dtype, p.shape) for name, p in parameters.items()}
     kinds |= {f"{name}.{moment}": kind for name, kind in kinds.items() for moment in MOMENTS}
     try:
@@ -111,11 +112,12 @@ class _Progress:
     """The steps that a training has done, and the file that saves them."""
 
     def __init__(
-        self, path: Path | None, parameters: dict[str, Tensor], optimizer: torch.optim.Adam, settings: Training
+        self, path: Path | None, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam, settings: Training
     ):
         """Continue from the file at path if it exists. With path None nothing is saved."""
         self.path, self.parameters, self.optimizer = path, parameters, optimizer
-        self.losses, self.earlier_seconds = [], 0.0
+        self.losses: list[float] = []
+        self.earlier_seconds = 0.0
         if path is not None and path.exists():
             self.losses, self.earlier_seconds = _load_state(path, parameters, optimizer, settings.steps)
         self.num_saved = len(self.losses)
@@ -225,6 +227,7 @@ def train(
 
 def step_flops(config: QwenConfig, settings: Training, vocabulary: int | None, convention: str = "exact") -> int:
     """FLOPs of one optimizer step; vocabulary: the number of tokens that the softmax runs over, None for all."""
+    assert settings.context is not None
     part = flops.training_step(
         config,
         settings.batch // settings.accumulate,

@@ -174,6 +174,20 @@ def training_loss(losses: list[float], path: Path) -> None:
 
 
 @rc_context(STYLE)
+def held_out_loss(checks: Sequence[tuple[int, float]], path: Path) -> None:
+    """Draw the held-out loss by the number of steps done, and mark the smallest."""
+    figure = Figure()
+    axes = figure.subplots()
+    steps, losses = zip(*checks, strict=True)
+    best = int(np.argmin(losses))
+    axes.plot(steps, losses, "o-", color=PREY, markersize=3, linewidth=1.2)
+    axes.plot(steps[best], losses[best], "o", color=PREDATOR, markersize=6, label="the adapter that is kept")
+    axes.set(xlabel="optimizer steps done", ylabel="held-out loss (nats per value)")
+    axes.legend()
+    _save(figure, path)
+
+
+@rc_context(STYLE)
 def loss_curves(curves: dict[str, list[float]], path: Path, highlight: str | None = None) -> None:
     """Draw 10-step averages of several losses by label; with `highlight`, all others are grey."""
     figure = Figure(figsize=(9, 4))

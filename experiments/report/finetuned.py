@@ -52,7 +52,9 @@ class Metrics:
     def __post_init__(self):
         if not self.errors.keys() >= METHODS.keys():
             raise ValueError(f"errors are of {', '.join(self.errors)}, expected 'before' and 'after' among them")
-        if any(len(error.each) != self.forecasts or len(error.mae) != len(self.spread) for error in self.errors.values()):
+        if any(
+            len(error.each) != self.forecasts or len(error.mae) != len(self.spread) for error in self.errors.values()
+        ):
             raise ValueError(f"expected errors of {self.forecasts} forecasts and {len(self.spread)} variables")
 
 
@@ -93,12 +95,13 @@ def verdict(metrics: Metrics) -> str:
     change = 1 - after.rmse / before.rmse
     text = f"The fine-tuning made the error {abs(change):.0%} {'smaller' if change > 0 else 'larger'}. "
     pair = paired(after.each.tolist(), others[best].each.tolist())
+    assert pair is not None  # there is at least one forecast
     ratio, interval = pair["ratio"], pair["ratio_interval"]
     sure = interval is not None and not interval[0] <= 1 <= interval[1]
     text += f"It is {'smaller' if after.rmse < others[best].rmse else 'larger'} than that of the best baseline, {best}"
     text += (
-        f" ({number(after.rmse)} and {number(others[best].rmse)}; forecast by forecast, ratio of geometric means of the "
-        f"squared errors {ratio:.2g} {bracket(interval, '{:.2g}'.format)}). "
+        f" ({number(after.rmse)} and {number(others[best].rmse)}; forecast by forecast, the ratio of the geometric mean "
+        f"squared errors is {ratio:.2g} {bracket(interval, '{:.2g}'.format)}). "
     )
     return text + ("" if sure else "With so few held-out forecasts, that difference may be chance.")
 
@@ -130,8 +133,8 @@ def build(folder: Path) -> Blocks:
         for name, error in sorted(metrics.errors.items(), key=lambda named: named[1].rmse)
     ]
     blocks.table(
-        f"Errors of {metrics.forecasts} held-out forecasts of {metrics.horizon} steps. RMSE is in standard deviations of "
-        "each variable, with a 95 % interval; the mean absolute errors are in the units of the data",
+        f"Errors of {metrics.forecasts} held-out forecasts of {metrics.horizon} steps. RMSE is in standard deviations "
+        "of each variable, with a 95 % interval; the mean absolute errors are in the units of the data",
         ["method", "RMSE", "95 % interval", *(f"MAE, {name}" for name in variables)],
         rows,
     )
@@ -144,8 +147,8 @@ def build(folder: Path) -> Blocks:
     )
     blocks.heading(2, "Training")
     blocks.text(
-        f"{metrics.spent:.3e} of {metrics.budget:.3e} FLOPs were spent in {metrics.steps} steps. The adapter is that of "
-        f"step {metrics.best_step}, which had the smallest held-out loss: {number(metrics.held_out_after)} nats per "
+        f"{metrics.spent:.3e} of {metrics.budget:.3e} FLOPs were spent in {metrics.steps} steps. The adapter is that "
+        f"of step {metrics.best_step}, which had the smallest held-out loss: {number(metrics.held_out_after)} nats per "
         f"value, {number(metrics.held_out_before)} before the training."
     )
     figures.training_loss(read_losses(folder / "losses.csv", metrics.steps), drawn / "losses.png")

@@ -12,11 +12,10 @@ import numpy as np
 from scipy.integrate import solve_ivp
 
 from experiments.forecasting.tables import DataError
+from experiments.forecasting.tables.hdf5 import numbers_in, opened
 from experiments.storage.files import write_whole
 
 NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # as in the study's data set
-MAX_ARRAY_BYTES = 2**30  # limit for an array in a file
-MAX_COMPRESSION = 1100  # bytes of an array per byte in the file; deflate reaches 1032
 
 
 class Dataset(NamedTuple):
@@ -40,28 +39,11 @@ def read(path: str | Path) -> Dataset:
     Raises DataError when one of them is missing, has a wrong shape, is larger than MAX_ARRAY_BYTES or is kept in
     another file, or when a value is not finite or is negative.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            arrays = {}
-            for name, rank in (("trajectories", 3), ("time", 1)):
-                array, link = file.get(name), file.get(name, getlink=True)
-                if not isinstance(array, h5py.Dataset):
-                    raise DataError(f"{path}: holds {sorted(file)}, expected the arrays 'trajectories' and 'time'")
-                if not isinstance(link, h5py.HardLink) or array.external or array.is_virtual:
-                    raise DataError(f"{path}: {name} is kept in another file, expected it in the file itself")
-                if array.ndim != rank or array.dtype.kind not in "fiu":
-                    raise DataError(f"{path}: {name} is {array.dtype} {array.shape}, expected numbers of rank {rank}")
-                size, stored = array.size * array.dtype.itemsize, array.id.get_storage_size()
-                if size > (most := min(MAX_ARRAY_BYTES, MAX_COMPRESSION * stored)):
-                    raise DataError(
-                        f"{path}: {name} claims {size:,} bytes, of which the file holds {stored:,}; "
-                        f"expected at most {most:,}"
-                    )
-                arrays[name] = array[:].astype(np.float32)
-    except (DataError, MemoryError):
-        raise
-    except Exception as error:  # the library raises nothing narrower
-        raise DataError(f"{path}: not a readable HDF5 file ({error})") from error
+    arrays = {}
+    with opened(path) as file:
+        for name, rank in (("trajectories", 3), ("time", 1)):
+            array = numbers_in(path, file, name, (rank,), "the arrays 'trajectories' and 'time'")
+            arrays[name] = array[:].astype(np.float32)
     trajectories, time = arrays["trajectories"] + np.float32(0), arrays["time"]  # + 0 turns -0 into 0
     if trajectories.shape[1:] != (len(time), 2) or trajectories.size == 0:
         raise DataError(f"{path}: trajectories are {trajectories.shape}, expected (N, {len(time)}, 2) like time")

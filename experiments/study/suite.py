@@ -75,6 +75,11 @@ class Suite:
         """The grammar of the forecast text."""
         return Grammar(self.tokenizer, self.encoding.decimals, num_variables=2)
 
+    @property
+    def scale(self) -> float:
+        """The scale of the encoding, which is the same for both variables."""
+        return float(np.asarray(self.encoding.scale))
+
     def largest_costs(self) -> dict[str, int]:
         """The largest cost that each experiment can have, in FLOPs of the ledger's convention."""
         costs = {}
@@ -144,7 +149,7 @@ class Suite:
             ]
             write_whole(self.folder / f"{split}.jsonl", to_json_lines(lines))
             rounded = context.round(self.encoding.decimals)  # the context that the model sees
-            fallback, scale = context.mean(axis=1), self.encoding.scale
+            fallback, scale = context.mean(axis=1), self.scale
             for name, baseline in baselines.items():
                 long = baseline(rounded, truth.shape[1])
                 scores = method_errors(long[:, :HORIZON], truth[:, :HORIZON], fallback, scale)
@@ -228,7 +233,7 @@ class Suite:
                 progress=bar.update,
             )
         lines = [self._line(self.ids[split][i], i, evaluation, truth) for i in range(len(series))]
-        fallback, scale = context.mean(axis=1), self.encoding.scale
+        fallback, scale = context.mean(axis=1), self.scale
         results = metrics(evaluation, truth, fallback, scale, HORIZON)
         if self.samples and experiment == self.plan.experiments[-1]:
             drawn = self._draw(series[:, :CONTEXT_STEPS], self._path(name) / f"samples.{split}.state.json")
@@ -247,7 +252,7 @@ class Suite:
 
     def _draw(self, contexts: np.ndarray, state: Path) -> np.ndarray:
         """Draw paths (N, S, h, D), scaled: exactly the numbers in the texts."""
-        forecaster = Forecaster(self.model, self.tokenizer, self.encoding.scale, self.encoding.decimals)
+        forecaster = Forecaster(self.model, self.tokenizer, self.scale, self.encoding.decimals)
 
         def draw(start: int) -> np.ndarray:
             found = forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples, seed=self.seed)
@@ -261,7 +266,7 @@ class Suite:
             return paths
 
         parts = resumable(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
-        return (np.concatenate(parts) / self.encoding.scale).round(self.encoding.decimals)
+        return (np.concatenate(parts) / self.scale).round(self.encoding.decimals)
 
     def _write_samples(self, name: str, split: str, drawn: np.ndarray) -> None:
         """Write sampled paths (N, S, h, D), a line for each trajectory, so that they can be scored without a model."""
