@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -63,6 +64,15 @@ def checked_device(name: str) -> str:
 
 
 @contextmanager
+def progress(total: int, name: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, if that is a terminal; gives the function that takes the number of pieces done."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=name, disable=not sys.stderr.isatty()) as bar:
+        yield lambda count: bar.update(count) and None
+
+
+@contextmanager
 def memory_errors() -> Iterator[None]:
     """Convert torch's out-of-memory errors to MemoryError; on a CPU only the message identifies them."""
     try:
@@ -83,6 +93,10 @@ def is_meant(error: Exception) -> bool:
     return isinstance(error, OSError | MemoryError) or type(error).__module__.partition(".")[0] in PACKAGES
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *_, **__) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def exit_status(work: Callable[[Interruption], int], resume: str = "") -> int:
     """Run a command and return its exit status.
 
@@ -91,7 +105,8 @@ def exit_status(work: Callable[[Interruption], int], resume: str = "") -> int:
     continues a stopped one.
     """
     try:
-        with Interruption() as interruption, memory_errors():
+        with Interruption() as interruption, memory_errors(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
             return work(interruption)
     except Interrupted as error:
         print(f"stopped by {error}" + (resume and f"; to continue from what is saved: {resume}"), file=sys.stderr)

@@ -1,18 +1,25 @@
-"""Forecast your own series: read CSV or HDF5, write CSV and a figure.
+"""Forecast your own series: read CSV, HDF5 or Parquet, write CSV and a figure.
 
     python -m experiments.forecast series.csv --horizon 10 --plot forecast.png
-    python -m experiments.forecast series.csv --adapter runs/quick/experiments/final/adapter
+    python -m experiments.forecast series.csv --adapter runs/mine/adapter --horizon 20
+    python -m experiments.forecast series.csv --backtest
 
-A CSV file is one series, with a row for each time step and a column for each variable. The first row contains names if
-one of its cells is not a number (so a row of years is data). A column without a name, such as the index that pandas
-writes, is ignored. An HDF5 file contains many series, like the study's data set.
+A CSV file is one series, with a row for each time step and a column for each variable. Dates, or times in the first
+column, are not forecast but continued. An HDF5 file contains many series. --backtest writes nothing: it forecasts the
+newest rows from the older ones and prints the errors next to those of baselines.
 """
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments import cli
+
+if TYPE_CHECKING:  # --help need not wait for torch
+    from experiments.forecasting.forecaster import Forecaster
+    from experiments.forecasting.tables import Table
 
 
 def fractions(text: str) -> list[float]:
@@ -33,27 +40,108 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m experiments.forecast", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("series", type=Path, help="CSV file (one series) or HDF5 file with /trajectories and /time (many)")
-    p.add_argument("--adapter", type=Path, help="folder of an adapter that experiments.run trained")
+    p.add_argument("series", type=Path, help="CSV or Parquet file (one series) or HDF5 file (many)")
+    cli.add_data(p)
+    p.add_argument("--adapter", type=Path, help="folder of an adapter, from experiments.finetune, experiments.run or "
+                   "peft")  # fmt: skip
     p.add_argument("--model", help="checkpoint: a folder, a hub id or tiny (default: the adapter's, else tiny)")
-    p.add_argument("--horizon", type=int, default=10, help="time steps to forecast (default %(default)s)")
-    p.add_argument("--columns", type=lambda text: text.split(","), help="names of the CSV columns to use (default all)")
-    p.add_argument(
-        "--samples",
-        type=int,
-        default=20,
-        help="paths to draw; 0: only the likeliest path, without an interval (default %(default)s)",
-    )
+    p.add_argument("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
+    p.add_argument("--context", type=cli.positive, help="newest time steps that the model reads (default: as many as "
+                   "it was trained to read)")  # fmt: skip
+    p.add_argument("--backtest", action="store_true", help="forecast the newest rows from the older ones, print errors")
+    p.add_argument("--samples", type=int, default=20, help="paths to draw; 0: only the likeliest path, without an "
+                   "interval (default %(default)s)")  # fmt: skip
+    p.add_argument("--point", choices=("median", "mean"), default="median", help="what the forecast is of its samples: "
+                   "the median has the smallest absolute error, the mean the smallest squared error (default "
+                   "%(default)s)")  # fmt: skip
     p.add_argument("--quantiles", type=fractions, default=list(BAND), help="quantiles of the paths (default "
                    f"{','.join(map(str, BAND))}); 0.1 needs at least 9 samples, 0.01 needs 99")  # fmt: skip
-    p.add_argument("--scale", type=float, help="divisor of the values (default: the adapter's, else such that 9.99 "
-                   "is the largest value of each variable)")  # fmt: skip
+    p.add_argument("--scale", type=float, help="divisor of the values (default: the adapter's encoding, else fitted to "
+                   "each variable)")  # fmt: skip
     p.add_argument("--decimals", type=int, help="places after the point (default: the adapter's, else 2)")
     p.add_argument("--seed", type=int, default=0, help="seed of the paths (default %(default)s)")
     cli.add_device(p)
     p.add_argument("--out", type=Path, help="CSV to write (default: NAME.forecast.csv next to the series NAME.csv)")
-    p.add_argument("--plot", type=Path, help="figure to write, a PNG")
+    p.add_argument("--plot", type=Path, help="figure to write: .png, .svg or .pdf")
+    p.add_argument("--force", action="store_true", help="overwrite existing files")
     return p
+
+
+def check_outputs(args: argparse.Namespace, out: Path) -> None:
+    """Raise CommandError for outputs that would overwrite something, or that have no format."""
+    from experiments.report.figures import FORMATS
+
+    for option, path in (("--out", out), ("--plot", args.plot)):
+        if path and path.exists() and path.samefile(args.series):
+            raise cli.CommandError(f"{option} {path} is the series itself; name another file")
+        if path and path.exists() and not args.force:
+            raise cli.CommandError(f"{path} exists; name another file with {option}, or overwrite it with --force")
+    if args.plot and args.plot.suffix.lower() not in FORMATS:
+        raise cli.CommandError(f"--plot {args.plot}: expected a name that ends in {', '.join(FORMATS)}")
+    if args.plot and args.plot.absolute() == out.absolute():
+        raise cli.CommandError(f"--out and --plot are both {out}; name two files")
+
+
+def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
+    """The forecaster; prints what it is, and what a user should know of it."""
+    import torch
+
+    from experiments.forecasting.forecaster import Forecaster, read_trained
+
+    forecaster = Forecaster.load(
+        args.model,
+        args.adapter,
+        cli.checked_device(args.device),
+        getattr(torch, args.dtype),
+        scale=args.scale,
+        decimals=args.decimals,
+    )
+    trained = read_trained(args.adapter) if args.adapter else None
+    name = args.model or (trained.checkpoint if trained else "tiny")
+    print(f"model: {name}" + (f" with the adapter {args.adapter}" if args.adapter else ""))
+    if name == "tiny" and not args.adapter:
+        warnings.warn(
+            "tiny is a demonstration: it is small and was not trained on your data. See --backtest, and "
+            "python -m experiments.finetune",
+            stacklevel=2,
+        )
+    if trained and trained.variables and trained.variables != variables:
+        warnings.warn(
+            f"the adapter was trained on {', '.join(trained.variables)}, the series has {', '.join(variables)}",
+            stacklevel=2,
+        )
+    return forecaster
+
+
+def backtest(args: argparse.Namespace, forecaster: "Forecaster", tables: list["Table"]) -> None:
+    """Print the errors of forecasts of the newest time steps, next to those of baselines."""
+    from experiments.forecasting.backtest import MAX_ORIGINS, baseline_forecasts, coverage, held_out, scores, spread_of
+
+    series = [table.values for table in tables]
+    places = held_out(series, args.horizon, MAX_ORIGINS)
+    spread = spread_of([place.context for place in places])
+    with cli.progress(max(1, args.samples) * len(places), "forecasts") as update:
+        found = forecaster.forecast(
+            [place.context for place in places],
+            args.horizon,
+            args.samples,
+            (),
+            args.seed,
+            args.point,
+            args.context,
+            update,
+        )
+    methods = {"model": found.values} | baseline_forecasts(places, args.context)
+    names = tables[0].variables
+    print(f"\n{len(places)} held-out forecasts of {args.horizon} steps; RMSE in standard deviations of each variable\n")
+    print(f"{'method':<16}{'RMSE':>8}  {'95 % interval':<16}" + "".join(f"  MAE {name}" for name in names))
+    for method, forecast in methods.items():
+        error = scores(forecast, places, spread)
+        interval = "[{:.3f}, {:.3f}]".format(*error["interval"]) if error["interval"] else ""
+        each = "".join(f"{mae:>{len(name) + 6}.4g}" for mae, name in zip(error["mae"], names, strict=True))
+        print(f"{method:<16}{error['rmse']:>8.3f}  {interval:<16}{each}")
+    if found.samples is not None and (share := coverage(found.samples, places)) is not None:
+        print(f"\nThe central 80 % of the samples hold {share:.0%} of the true values.")
 
 
 def run(args: argparse.Namespace) -> list[Path]:
@@ -61,43 +149,46 @@ def run(args: argparse.Namespace) -> list[Path]:
 
     For bad input it writes nothing and raises an error that `cli.is_meant` for the user.
     """
-    import torch
-
-    from experiments.forecasting.forecaster import Forecaster
     from experiments.forecasting.scores import require_samples
-    from experiments.forecasting.tables import read_csv, to_csv
+    from experiments.forecasting.tables import describe, read_tables, to_csv
     from experiments.report import figures
     from experiments.storage.files import write_whole
-    from experiments.study import data
 
     quantiles = args.quantiles if args.samples else []
     require_samples(quantiles, args.samples)
-    if args.plot and args.plot.suffix.lower() != ".png":
-        raise cli.CommandError(f"--plot {args.plot}: expected a name that ends in .png")
     if args.seed < 0:
         raise cli.CommandError(f"--seed is {args.seed}, expected 0 or more")
-    device = cli.checked_device(args.device)
-    if args.series.suffix.lower() in (".h5", ".hdf5"):
-        if args.columns:
-            raise cli.CommandError(f"{args.series}: --columns is for CSV files")
-        names, series = ["prey", "predator"], list(data.read(args.series).trajectories)
-    else:
-        names, table = read_csv(args.series, args.columns)
-        series = [table]
+    tables = read_tables(args.series, args.columns, args.missing)
     out = args.out or args.series.with_suffix(".forecast.csv")
-    for option, path in (("--out", out), ("--plot", args.plot)):
-        if path and path.exists() and path.samefile(args.series):
-            raise cli.CommandError(f"{option} {path} is the series itself; name another file")
-    if args.plot and args.plot.absolute() == out.absolute():
-        raise cli.CommandError(f"--out and --plot are both {out}; name two files")
-    forecaster = Forecaster.load(
-        args.model, args.adapter, device, getattr(torch, args.dtype), scale=args.scale, decimals=args.decimals
-    )
-    forecast = forecaster.forecast(series, args.horizon, args.samples, quantiles, args.seed)
+    if not args.backtest:
+        check_outputs(args, out)
+    print(describe(tables[0]) + (f", and {len(tables) - 1} more series" if len(tables) > 1 else ""))
+    forecaster = load_model(args, tables[0].variables)
+    if args.backtest:
+        backtest(args, forecaster, tables)
+        return []
+    series = [table.values for table in tables]
+    with cli.progress(max(1, args.samples) * len(series), "forecasts") as update:
+        forecast = forecaster.forecast(
+            series, args.horizon, args.samples, quantiles, args.seed, args.point, args.context, update
+        )
+    write_whole(out, to_csv(tables, forecast, quantiles))
     written = [out]
-    write_whole(out, to_csv(names, forecast, quantiles))
     if args.plot:
-        figures.fan(names, series, forecast.values, forecast.quantiles, args.plot)
+        times = None
+        if all(table.times for table in tables):
+            times = [[*table.times.values, *table.times.following(args.horizon)] for table in tables if table.times]
+        label = f"{quantiles[-1] - quantiles[0]:.0%} interval" if quantiles else ""
+        figures.fan(
+            tables[0].variables,
+            series,
+            forecast.values,
+            forecast.quantiles,
+            args.plot,
+            titles=[table.name for table in tables],
+            times=times,
+            band_label=label.replace("%", " %"),
+        )
         written.append(args.plot)
     return written
 
@@ -107,7 +198,8 @@ def main() -> int:
     args = parser().parse_args()
 
     def work(_) -> int:
-        print("\n".join(map(str, run(args))))
+        for path in run(args):
+            print(path)
         return 0
 
     return cli.exit_status(work)

@@ -1,4 +1,4 @@
-"""The figures of a report. Each function draws numbers and writes one PNG."""
+"""The figures of a report. Each function draws numbers and writes one file: PNG, SVG or PDF, by its name."""
 
 import io
 from collections.abc import Sequence
@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from experiments.storage.files import write_whole
 
 PREY, PREDATOR, TEXT, GRID = "#1f6fb4", "#d1602b", "#333333", "#dddddd"
-MAX_SERIES = 5  # per figure
+MAX_SERIES, MAX_COLUMNS = 5, 3  # per figure
+MIN_HISTORY = 50  # time steps of a context that a fan shows, or three times the forecast if that is more
+FORMATS = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # with what is left out
 CURVES = ("#1f6fb4", "#d1602b", "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
 STYLE: dict[Any, Any] = {  # the functions draw with it and leave the caller's settings alone
     "figure.figsize": (7, 3.4),
@@ -26,6 +28,7 @@ STYLE: dict[Any, Any] = {  # the functions draw with it and leave the caller's s
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    "svg.hashsalt": "qwen-min",  # so that the same numbers give the same file
 }
 
 
@@ -44,7 +47,8 @@ def _save(figure: Figure, path: Path) -> None:
 
 def _write(figure: Figure, path: Path) -> None:
     image = io.BytesIO()
-    figure.savefig(image, metadata={"Software": None}, bbox_inches="tight")
+    suffix = path.suffix.lower()
+    figure.savefig(image, format=suffix[1:], metadata=FORMATS[suffix], bbox_inches="tight")
     write_whole(path, image.getvalue())
 
 
@@ -76,41 +80,57 @@ def trajectory(context: np.ndarray, truth: np.ndarray, forecast: np.ndarray, pat
 
 @rc_context(STYLE)
 def fan(
-    names: list[str],
-    contexts: list,
-    values,
-    quantiles: Sequence[np.ndarray] | np.ndarray | None,
+    names: Sequence[str],
+    contexts: Sequence[np.ndarray],
+    values: Sequence[np.ndarray] | np.ndarray,
+    bands: Sequence[np.ndarray] | np.ndarray | None,
     path: Path,
-    truths: list | None = None,
-    titles: list[str] | None = None,
+    truths: Sequence[np.ndarray] | None = None,
+    titles: Sequence[str] | None = None,
+    times: Sequence[Sequence] | None = None,
+    band_label: str = "80 % interval",
 ) -> None:
-    """Draw forecasts after their contexts: a row for each of the first MAX_SERIES series, a column for each variable.
+    """Draw forecasts after the newest part of their contexts: a panel for each of the first MAX_SERIES series and each
+    variable.
 
-    contexts: N arrays (T, D); values and truths: N arrays (h, D); quantiles: N arrays (Q, q, D), drawn as a band from
-    the lowest to the highest over the first q steps.
+    contexts: N arrays (T, D); values and truths: N arrays (h, D); bands: N arrays (Q, q, D), of which the lowest and
+    the highest bound the band over the first q steps; times: for each series, the times of contexts and values (T + h).
     """
-    rows, columns = min(len(contexts), MAX_SERIES), len(names)
+    num_series, num_variables = min(len(contexts), MAX_SERIES), len(names)
+    columns = min(num_variables, MAX_COLUMNS)
+    rows = -(-num_series * num_variables // columns)
     figure = Figure(figsize=(max(7, 4.6 * columns), 2.6 * rows))
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for row, column in product(range(rows), range(columns)):
-        one, past, color = axes[row, column], contexts[row][:, column], CURVES[column % len(CURVES)]
-        future = len(past) + np.arange(len(values[row]))
-        one.plot(past, color=color, linewidth=1.2, alpha=0.55, label="given")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for one in panels[num_series * num_variables :]:
+        one.set_axis_off()
+    for panel, (row, column) in zip(panels, product(range(num_series), range(num_variables)), strict=False):
+        past, following, color = contexts[row][:, column], values[row][:, column], CURVES[column % len(CURVES)]
+        x = np.arange(len(past) + len(following)) if times is None else np.asarray(times[row])
+        now = len(past) - 1  # lines after it begin at the last given value
+        shown = slice(max(0, len(past) - max(MIN_HISTORY, 3 * len(following))), len(past))
+        panel.plot(x[shown], past[shown], color=color, linewidth=1.2, alpha=0.55, label="given")
         if truths is not None:
             joined = np.concatenate((past[-1:], truths[row][:, column]))
-            one.plot(len(past) - 1 + np.arange(len(joined)), joined, color=TEXT, linewidth=1, label="truth")
-        if quantiles is not None:
-            low, high = quantiles[row][:, :, column].min(axis=0), quantiles[row][:, :, column].max(axis=0)
-            band = future[: len(low)]
-            one.fill_between(band, low, high, color=color, alpha=0.2, linewidth=0, label="between the quantiles")
-        one.plot(future, values[row][:, column], "o-", color=color, markersize=3, linewidth=1.2, label="forecast")
-        title = [names[column]] if row == 0 else []
-        if len(contexts) > 1 and column == 0:
+            panel.plot(x[now : now + len(joined)], joined, color=TEXT, linewidth=1, label="truth")
+        if bands is not None:
+            low, high = bands[row][:, :, column].min(axis=0), bands[row][:, :, column].max(axis=0)
+            inside = slice(len(past), len(past) + len(low))
+            panel.fill_between(x[inside], low, high, color=color, alpha=0.25, linewidth=0, label=band_label)
+        panel.plot(x[now:], np.concatenate((past[-1:], following)), color=color, linewidth=1.7, label="forecast")
+        wrapped = num_variables > MAX_COLUMNS
+        title = [names[column]] if row == 0 or wrapped else []
+        if len(contexts) > 1 and (column == 0 or wrapped):
             title.append(f"series {row}" if titles is None else titles[row])
-        one.set(title=", ".join(title), xlabel="time step" if row == rows - 1 else "", ylim=(0, None))
-    legend = axes[0, 0].get_legend_handles_labels()
+        panel.set(title=", ".join(title), xlabel="time step" if times is None and row == num_series - 1 else "")
+        if times is not None:
+            panel.tick_params(axis="x", rotation=30)
+    legend = panels[0].get_legend_handles_labels()
     figure.legend(*legend, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(legend[0]))
-    _save(figure, path)
+    if times is None:
+        _save(figure, path)
+    else:
+        figure.tight_layout()
+        _write(figure, path)
 
 
 @rc_context(STYLE)

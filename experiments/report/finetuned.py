@@ -100,8 +100,8 @@ def verdict(metrics: Metrics) -> str:
     sure = interval is not None and not interval[0] <= 1 <= interval[1]
     text += f"It is {'smaller' if after.rmse < others[best].rmse else 'larger'} than that of the best baseline, {best}"
     text += (
-        f" ({number(after.rmse)} and {number(others[best].rmse)}; forecast by forecast, the ratio of the geometric mean "
-        f"squared errors is {ratio:.2g} {bracket(interval, '{:.2g}'.format)}). "
+        f" ({number(after.rmse)} and {number(others[best].rmse)}; the ratio of the geometric means of the squared "
+        f"errors of each forecast is {ratio:.2g} {bracket(interval, '{:.2g}'.format)}). "
     )
     return text + ("" if sure else "With so few held-out forecasts, that difference may be chance.")
 
