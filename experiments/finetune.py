@@ -103,8 +103,8 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
     cost = finetuning.cost_of(forecaster, settings)
     print(f"held out: {data.parts.told}")
     print(
-        f"{len(data.ids)} windows of {data.tokens} tokens; {cost:.3e} FLOPs a step, {settings.steps} steps "
-        f"({cost * settings.steps:.3e})"
+        f"{len(data.ids)} window{'s' * (len(data.ids) != 1)} of {settings.context} tokens; {cost:.3e} FLOPs a step, "
+        f"{settings.steps} steps ({cost * settings.steps:.3e})"
     )
     folder = args.out or Path("runs") / args.series[0].stem.split(".")[0]
     checkpoint = checkpoint_hash(checkpoint_folder(args.model))

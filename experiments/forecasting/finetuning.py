@@ -61,8 +61,8 @@ class Data:
 
     @property
     def tokens(self) -> int:
-        """The length of a window."""
-        return self.ids.shape[1]
+        """The longest text that the model reads: a context and a forecast. Windows of short series are shorter."""
+        return (self.context + self.horizon) * self.encoding.tokens_per_step(self.parts.test[0].truth.shape[1])
 
 
 def prepare(
@@ -112,7 +112,7 @@ def planned(
     """
     batch = min(settings.batch, len(data.ids))
     accumulate = settings.accumulate if batch % settings.accumulate == 0 else 1
-    settings = replace(settings, context=data.tokens, batch=batch, accumulate=accumulate)
+    settings = replace(settings, context=data.ids.shape[1], batch=batch, accumulate=accumulate)
     cost = cost_of(forecaster, settings)
     if steps is None:
         steps = STEPS if budget is None else int(budget // cost)
@@ -176,7 +176,7 @@ class Finetuning:
         write_whole(self.folder / "forecasts.jsonl", to_json_lines(self._lines(before, after)))
         metrics = self._metrics(before, after)
         write_whole(self.folder / "metrics.json", to_json(metrics))  # the last file, because it marks the end
-        for name in ("state.safetensors", "best.safetensors"):
+        for name in ("state.safetensors", "best.safetensors", "before.npy", "after.npy"):
             (self.folder / name).unlink(missing_ok=True)
         return metrics
 

@@ -92,18 +92,24 @@ def verdict(metrics: Metrics) -> str:
     after, before = metrics.errors["after"], metrics.errors["before"]
     others = {name: error for name, error in metrics.errors.items() if name not in METHODS}
     best = min(others, key=lambda name: others[name].rmse)
-    change = 1 - after.rmse / before.rmse
+    change = 1 - after.rmse / before.rmse if before.rmse else 0.0
     text = f"The fine-tuning made the error {abs(change):.0%} {'smaller' if change > 0 else 'larger'}. "
+    if abs(change) < 0.005:
+        text = "The fine-tuning did not change the error. "
     pair = paired(after.each.tolist(), others[best].each.tolist())
     assert pair is not None  # there is at least one forecast
     ratio, interval = pair["ratio"], pair["ratio_interval"]
     sure = interval is not None and not interval[0] <= 1 <= interval[1]
-    text += f"It is {'smaller' if after.rmse < others[best].rmse else 'larger'} than that of the best baseline, {best}"
     text += (
-        f" ({number(after.rmse)} and {number(others[best].rmse)}; the ratio of the geometric means of the squared "
-        f"errors of each forecast is {ratio:.2g} {bracket(interval, '{:.2g}'.format)}). "
+        f"It is {'smaller' if after.rmse < others[best].rmse else 'larger'} than that of the best baseline, {best}: "
+        f"{number(after.rmse)} and {number(others[best].rmse)} standard deviations. "
     )
-    return text + ("" if sure else "With so few held-out forecasts, that difference may be chance.")
+    if not sure:
+        return text + "With so few held-out forecasts, that difference may be chance."
+    return text + (
+        f"Forecast by forecast, the geometric mean of its squared errors is {ratio:.2g} times "
+        f"{bracket(interval, '{:.2g}'.format)} that of the baseline."
+    )
 
 
 def build(folder: Path) -> Blocks:
