@@ -99,6 +99,8 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
         )
     except ValueError as error:
         raise cli.CommandError(str(error)) from error
+    if absent := set(args.targets) - {name.rpartition(".")[2] for name, _ in forecaster.model.named_modules()}:
+        raise cli.CommandError(f"no Linear is called {', '.join(sorted(absent))}; see --targets")
     settings = finetuning.planned(forecaster, data, settings, args.budget, args.steps)
     cost = finetuning.cost_of(forecaster, settings)
     print(f"held out: {data.parts.told}")

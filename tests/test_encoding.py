@@ -1,10 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from experiments.forecasting.encoding import Encoding, windows
+from experiments.forecasting.encoding import Encoding, EncodingError, windows
 from experiments.study import data
 
 PUBLISHED_TEXT = "0.92,0.74;0.56,0.77;0.34,0.70;0.23,0.59;"
@@ -97,3 +99,38 @@ def test_windows_start_every_stride_tokens_and_the_last_are_shorter():
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ValueError, match="expected"):
         Encoding(**bad)
+
+
+@given(
+    hnp.arrays(float, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.floats(-1e300, 1e300)),
+    st.integers(1, 6),
+)
+def test_any_finite_series_comes_back_within_half_the_last_decimal(series, decimals):
+    series = series + 0.0  # -0 is written as 0
+    encoding = Encoding.fit_each([series], decimals)
+    text = encoding.encode(series)
+    assert "-" not in text
+    found = encoding.restored(encoding.decode(text, *series.shape))
+    half = 0.5 * 10.0**-decimals * np.asarray(encoding.scale)
+    rounding = 4 * np.spacing(np.abs(series).max(axis=0))  # of the differences and sums
+    assert (np.abs(found - series) <= half * (1 + 1e-9) + rounding).all()
+    assert encoding.scaled(series).max() < 9.9901
+
+
+def test_a_shifted_variable_uses_its_digits_and_others_keep_their_zero():
+    steps = np.arange(50.0)
+    series = np.stack([1013 + 5 * np.sin(steps), steps, -steps], 1)
+    encoding = Encoding.fit_each([series])
+    scaled = encoding.scaled(series)
+    np.testing.assert_allclose(scaled.min(axis=0), [2, 0, 2], atol=1e-9)
+    np.testing.assert_allclose(scaled.max(axis=0), [8, 9.99, 8])
+    assert Encoding.from_record(json.loads(json.dumps(encoding.record))) == encoding
+    assert Encoding(0.5).record == {"scale": 0.5, "decimals": 2}
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset"), [((), 0.0), ((1.0, -1.0), 0.0), (1.0, float("nan")), ((1.0, 2.0), (1.0, 2.0, 3.0))]
+)
+def test_scales_and_offsets_that_no_encoding_has_are_refused(scale, offset):
+    with pytest.raises(EncodingError, match="expected"):
+        Encoding(scale, 2, offset)

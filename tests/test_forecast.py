@@ -10,7 +10,6 @@ import torch
 
 from experiments import forecast
 from experiments.forecasting.forecaster import Forecaster
-from experiments.forecasting.tables import read_csv
 from experiments.study import data
 
 
@@ -38,8 +37,14 @@ def sine(path, header="deer,wolves\n", delimiter=","):
 def test_a_csv_file_gives_a_table_with_intervals_and_a_picture(run, tmp_path):
     series = sine(tmp_path / "sine.csv")
     status, out, err, written = run(series, "--horizon", 5, "--samples", 9, "--plot", "picture.png")
-    assert (status, err, written) == (0, "", {"sine.forecast.csv", "picture.png"})
-    assert out.split() == [str(tmp_path / "sine.forecast.csv"), "picture.png"]
+    assert (status, written) == (0, {"sine.forecast.csv", "picture.png"})
+    assert err.startswith("warning: tiny is a demonstration")
+    assert out.splitlines() == [
+        "sine: 40 rows of 2 variables (deer, wolves)",
+        "model: tiny",
+        str(tmp_path / "sine.forecast.csv"),
+        "picture.png",
+    ]
     with (tmp_path / "sine.forecast.csv").open() as file:
         rows = list(csv.DictReader(file))
     columns = ["series", "step", "deer", "wolves", "deer_q0.1", "wolves_q0.1", "deer_q0.9", "wolves_q0.9"]
@@ -59,23 +64,6 @@ def test_headers_delimiters_and_columns_are_the_user_s_choice(run, tmp_path):
     assert run(dated, "--columns", "deer", "--horizon", 2, "--samples", 0, "--out", "b.csv")[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("header", "names", "steps"),
-    [
-        (",deer,wolves", ["deer", "wolves"], 2),  # as pandas writes an index
-        ("year,2019,2020", ["year", "2019", "2020"], 2),
-        ("2018,2019,2020", ["x0", "x1", "x2"], 3),  # years alone are numbers, so data
-    ],
-)
-def test_a_header_is_a_row_with_a_cell_that_is_no_number(tmp_path, header, names, steps):
-    path = tmp_path / "series.csv"
-    path.write_text(f"{header}\n0,1.5,2.5\n1,1.6,2.4\n")
-    found, series = read_csv(path)
-    assert found == names
-    assert series.shape == (steps, len(names))
-    assert series[-1].tolist() == [1.0, 1.6, 2.4][-len(names) :]
-
-
 def test_the_series_is_never_written_over(run, tmp_path):
     series = sine(tmp_path / "forecast.csv")
     os.link(series, tmp_path / "same.png")
@@ -89,6 +77,11 @@ def test_the_series_is_never_written_over(run, tmp_path):
     assert series.read_text() == before
 
 
+def last_line(status, out, err, written):
+    """The exit status and the last message."""
+    return status, err.splitlines()[-1]
+
+
 def raises(error):
     def work(*_):
         raise error
@@ -100,11 +93,11 @@ def test_too_little_memory_and_a_stop_end_in_one_line_and_bugs_in_a_traceback(ru
     series = sine(tmp_path / "sine.csv")
     for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory"), MemoryError()):
         monkeypatch.setattr(Forecaster, "forecast", raises(error))
-        assert run(series)[::2] == (1, f"error: {str(error) or 'MemoryError'}\n")
+        assert last_line(*run(series)) == (1, f"error: {str(error) or 'MemoryError'}")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore Ctrl-C
     try:
         monkeypatch.setattr(Forecaster, "forecast", lambda *_: signal.raise_signal(signal.SIGINT))
-        assert run(series)[::2] == (130, "stopped by SIGINT\n")
+        assert last_line(*run(series)) == (130, "stopped by SIGINT")
     finally:
         signal.signal(signal.SIGINT, before)
     for bug in (ValueError("a bug"), RuntimeError("a bug")):
@@ -120,27 +113,24 @@ def test_an_hdf5_file_gives_every_series(run, tmp_path):
     assert run(path, "--horizon", 2, "--samples", 3, "--quantiles", "0.25,0.75")[0] == 0
     with (tmp_path / "some.forecast.csv").open() as file:
         rows = list(csv.reader(file))
-    assert rows[0][4:] == ["prey_q0.25", "predator_q0.25", "prey_q0.75", "predator_q0.75"]
+    assert rows[0][2:5] == ["time", "prey", "predator"]
+    assert rows[0][5:] == ["prey_q0.25", "predator_q0.25", "prey_q0.75", "predator_q0.75"]
     assert [row[0] for row in rows[1:]] == ["0", "0", "1", "1", "2", "2"]
 
 
 BAD = {
     "text": ("a,b\n1,2\n3,oak\n", [], "line 3, column 'b': holds 'oak', expected a number"),
-    "gap": ("a,b\n1,2\n3,\n", [], "line 3, column 'b': holds nothing"),
-    "not a number": ("a,b\n1,2\n3,nan\n", [], "line 3, column 'b': holds 'nan'"),
-    "gap in the first row": ("1,\n2,3\n4,5\n", [], "line 1, column 'x1': holds nothing"),
-    "blank line": ("1,2\n\n3,4\n", [], "line 2: has 0 columns, the first line has 2"),
+    "gap": ("a,b\n1,2\n3,\n", [], "1 of 4 values is missing, the first in line 3, column 'b'; fill them with"),
     "ragged": ("1,2\n3,4,5\n", [], "line 2: has 3 columns"),
-    "negative": ("1,2\n3,-4\n", [], "series 0, step 1, variable 1: -4 is negative"),
-    "huge": ("1,2\n3,4e9\n", ["--scale", "1"], "is 4e+09 when divided by the scale 1"),
+    "huge": ("1,2\n3,4e9\n", ["--scale", "1"], "4e+09 cannot be written, expected values from 0 to less than 100"),
     "one row": ("a,b\n1,2\n", [], "1 time step, expected at least 2"),
     "header only": ("a,b\n", [], "expected"),
     "empty": ("", [], "is empty"),
     "unknown column": ("a,b\n1,2\n3,4\n", ["--columns", "c"], "has 0 columns 'c'"),
-    "horizon": ("1\n2\n3\n", ["--horizon", "5000"], "a horizon of 5000 takes up to"),
+    "horizon": ("1\n2\n3\n", ["--horizon", "5000"], "a horizon of 5000 leaves no room for a context"),
     "no adapter": ("1\n2\n3\n", ["--adapter", "nowhere"], "encoding.json: not the record of an adapter"),
     "no checkpoint": ("1\n2\n3\n", ["--model", "nowhere"], "nowhere: no such folder"),
-    "no picture": ("1\n2\n3\n", ["--plot", "a.txt"], "expected a name that ends in .png"),
+    "no picture": ("1\n2\n3\n", ["--plot", "a.txt"], "expected a name that ends in .png, .svg, .pdf"),
     "scale": ("1\n2\n3\n", ["--scale", "0"], "scale is 0.0, expected a positive number"),
     "decimals": ("1\n2\n3\n", ["--decimals", "9"], "decimals is 9, expected 1 to 6"),
     "samples": ("1\n2\n3\n", ["--samples", "-1"], "-1 samples"),
@@ -153,11 +143,48 @@ BAD = {
 def test_bad_input_gives_one_clear_line_and_writes_nothing(run, tmp_path, content, arguments, message):
     path = tmp_path / "series.csv"
     path.write_text(content)
-    status, out, err, written = run(path, *arguments)
-    assert (status, out, written) == (2, "", set())
-    assert message in err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
+    status, _, err, written = run(path, *arguments)
+    assert (status, written) == (2, set())
+    errors = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
+
+
+def test_existing_files_are_overwritten_only_by_force(run, tmp_path):
+    series = sine(tmp_path / "sine.csv")
+    few = (series, "--horizon", 1, "--samples", 0, "--plot", "a.svg")
+    assert run(*few)[0] == 0
+    status, _, err, _ = run(*few)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "sine.forecast.csv exists; name another file with --out, or overwrite it with --force" in err
+    assert run(*few, "--force")[0] == 0
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+
+
+def test_a_back_test_prints_the_model_next_to_baselines_and_writes_nothing(run, tmp_path):
+    series = sine(tmp_path / "sine.csv")
+    status, out, _, written = run(series, "--backtest", "--horizon", 5, "--samples", 9)
+    assert (status, written) == (0, set())
+    assert "5 held-out forecasts of 5 steps" in out
+    table = out[out.index("method") :].splitlines()[1:7]
+    rows = {line[:16].strip(): float(line[16:24]) for line in table}
+    assert list(rows) == ["model", "persistence", "context mean", "seasonal naive", "AR", "VAR"]
+    assert rows["AR"] < rows["context mean"]
+    assert "hold" in out.splitlines()[-1]
+    status, _, err, _ = run(series, "--backtest", "--horizon", 30)
+    assert status == 2
+    assert "the longest series has 40 time steps, expected at least 60 to hold out a horizon of 30" in err
+
+
+def test_the_time_axis_of_a_file_is_continued(run, tmp_path):
+    path = tmp_path / "hares.csv"
+    path.write_text("year,hare\n" + "".join(f"{1900 + i},{30 + 5 * (i % 7)}\n" for i in range(21)))
+    status, out, _, _ = run(path, "--horizon", 2, "--samples", 0, "--plot", "hares.pdf")
+    assert (status, out.splitlines()[0]) == (0, "hares: 21 rows of 1 variable (hare), time: year, 1900 to 1920")
+    rows = (tmp_path / "hares.forecast.csv").read_text().splitlines()
+    assert rows[0] == "series,step,year,hare"
+    assert [row.split(",")[2] for row in rows[1:]] == ["1921", "1922"]
 
 
 def test_a_missing_or_binary_file_is_refused(run, tmp_path):

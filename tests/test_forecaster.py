@@ -10,6 +10,7 @@ from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import (
     Forecaster,
     SeriesError,
+    SeriesWarning,
     Trained,
     rows_at_once,
     write_trained,
@@ -178,3 +179,59 @@ def test_continuations_of_the_wrong_shape_or_sign_are_refused(forecaster):
         forecaster.nats_per_value(waves()[:1], [np.ones((2, 1))])
     with pytest.raises(SeriesError, match="continuation 0, step 0, variable 0: -1 cannot be written"):
         forecaster.nats_per_value(waves()[:1], [-np.ones((2, 2))])
+
+
+def test_series_at_a_level_or_below_zero_are_forecast_in_their_range(forecaster):
+    """They use the digits that they have: an error of less than the series' own spread."""
+    steps = np.arange(80)
+    for level in (1013.0, -40.0):
+        series = level + 5 * np.sin(steps / 3)[:, None]
+        found = forecaster.forecast([series[:70]], 10, samples=9).values[0]
+        assert np.abs(found - series[70:]).mean() < 2.5
+        assert np.isfinite(forecaster.nats_per_value([series[:70]], [series[70:]])).all()
+
+
+def test_the_newest_time_steps_are_read_and_it_is_said():
+    forecaster = Forecaster.load("tiny")
+    series = 5 + np.sin(np.arange(500) / 3)[:, None]
+    with pytest.warns(SeriesWarning, match="series 0: only the newest 189 of 500 time steps are read"):
+        found = forecaster.forecast([series], 10)
+    np.testing.assert_array_equal(found.values, forecaster.forecast([series], 10, context=189).values)
+    with pytest.warns(SeriesWarning, match=r"take 1351 tokens, the model was trained on 999; expect jumps"):
+        forecaster.forecast([series], 10, context=260)
+    with pytest.raises(SeriesError, match="context is 1, expected at least 2"):
+        forecaster.forecast([series], 10, context=1)
+
+
+def test_an_outlier_that_takes_all_digits_is_reported_once(forecaster):
+    series = [np.append(1 + np.random.default_rng(i).random(60), 1000.0)[:, None] for i in range(3)]
+    with pytest.warns(SeriesWarning, match=r"series 0, variable 0: 61 different values become 2 .* \(2 more like it\)"):
+        forecaster.forecast(series, 2)
+
+
+def test_decimals_that_the_model_never_saw_are_reported():
+    with pytest.warns(SeriesWarning, match="was trained on numbers with 2 decimals, not 3"):
+        assert Forecaster.load("tiny", decimals=3).digits.decimals == 3
+
+
+def test_values_are_the_median_or_the_mean_of_the_samples(forecaster):
+    found = {point: forecaster.forecast(waves()[:2], 4, 9, point=point) for point in ("median", "mean")}
+    np.testing.assert_array_equal(found["median"].values, np.median(found["mean"].samples, axis=1))
+    np.testing.assert_array_equal(found["mean"].values, found["median"].samples.mean(axis=1))
+    with pytest.raises(SeriesError, match="point is 'mode', expected one of median, mean"):
+        forecaster.forecast(waves(), 4, 9, point="mode")
+
+
+def test_one_variable_needs_no_second_axis_and_a_frame_gives_a_frame(forecaster):
+    series = waves(1)[0]
+    wanted = forecaster.forecast([series], 3, 9, (0.1, 0.9))
+    np.testing.assert_array_equal(
+        forecaster.forecast([series[:, 0]], 3).values, forecaster.forecast([series], 3).values
+    )
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(series, pandas.date_range("2020-01-01", periods=len(series), name="day"), ["height"])
+    found = forecaster.forecast(frame, 3, 9, (0.1, 0.9))
+    assert list(found.columns) == ["height", "height_q0.1", "height_q0.9"]
+    assert found.index[0] == frame.index[-1] + pandas.Timedelta(days=1)
+    np.testing.assert_array_equal(found["height_q0.1"], wanted.quantiles[0, 0, :, 0])
+    np.testing.assert_array_equal(forecaster.forecast([frame], 3, 9).samples, wanted.samples)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.report.build import write_report
+from experiments.report.finetuned import FINETUNED, write_page
 from experiments.storage.runfolder import only_writer
 
 
@@ -24,7 +25,7 @@ def main() -> int:
 
     def work(_) -> int:
         with only_writer(folder):
-            print(write_report(folder))
+            print((write_page if (folder / FINETUNED).exists() else write_report)(folder))
         return 0
 
     return cli.exit_status(work)

@@ -17,6 +17,7 @@ from experiments.storage.files import RunError, read_text, write_whole
 from experiments.storage.records import Interval, Matrix, Vector, read, read_lines
 from experiments.study.records import read_losses
 
+FINETUNED = "held_out.csv"  # the folder of a fine-tuning has this file
 METHODS = {"before": "before the fine-tuning", "after": "after the fine-tuning"}
 
 

@@ -1,0 +1,195 @@
+"""Fine-tuning on a user's series: the split, the budget, the best state, kills, the command and its page."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import finetune
+from experiments.forecasting import backtest, finetuning, training
+from experiments.forecasting.backtest import BacktestError, baseline_forecasts, held_out, scores, split
+from experiments.forecasting.finetuning import Finetuning, FitError, planned, prepare
+from experiments.forecasting.forecaster import Forecaster
+from experiments.report.__main__ import main as redraw
+
+
+def waves(count: int, steps: int = 60) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [
+        np.stack([-2 + np.sin(np.arange(steps) / rate + rng.random()), 9 * np.cos(np.arange(steps) / rate)], 1)
+        for rate in rng.uniform(1, 4, count)
+    ]
+
+
+def test_whole_series_are_held_out_if_there_are_many():
+    series = waves(20)
+    parts = split(series, 5)
+    assert (len(parts.train), len(parts.val), len(parts.test)) == (14, 15, 15)
+    trained = {one.tobytes() for one in parts.train}
+    for place in parts.val + parts.test:
+        (source,) = [one for one in series if np.array_equal(one[: len(place.context)], place.context)]
+        assert source.tobytes() not in trained
+        assert np.array_equal(source[len(place.context) :][:5], place.truth)
+    assert parts.told == "14 series to train on, 3 for validation, 3 for the test"
+
+
+def test_the_end_is_held_out_if_there_are_few():
+    (series,) = waves(1, 100)
+    parts = split([series], 10)
+    assert np.array_equal(parts.train[0], series[:60])
+    assert [len(place.context) for place in parts.val] == [60, 70]
+    assert [len(place.context) for place in parts.test] == [80, 90]
+    assert np.array_equal(parts.test[-1].truth, series[90:])
+    with pytest.raises(BacktestError, match="a series has 17 time steps, expected at least 18"):
+        split([series[:17]], 5)
+
+
+def test_errors_are_in_standard_deviations_and_units():
+    series = waves(3)
+    places = held_out(series, 4, 2)
+    assert len(places) == 6
+    spread = backtest.spread_of(series)
+    truth = np.stack([place.truth for place in places])
+    error = scores(truth + 2 * spread, places, spread)
+    assert error["rmse"] == pytest.approx(2)
+    np.testing.assert_allclose(error["mae"], 2 * spread)
+    found = baseline_forecasts(places)
+    assert {forecast.shape for forecast in found.values()} == {(6, 4, 2)}
+    assert scores(found["AR"], places, spread)["rmse"] < 0.2 < scores(found["persistence"], places, spread)["rmse"]
+
+
+def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path):
+    forecaster = Forecaster.load("tiny")
+    data = prepare(forecaster, waves(6), 5, context=15)
+    assert data.ids.shape[1] == 200
+    cost = finetuning.cost_of(forecaster, planned(forecaster, data, finetuning.DEFAULTS, None, 1))
+    settings = planned(forecaster, data, finetuning.DEFAULTS, 7.9 * cost, None)
+    assert (settings.steps, settings.context) == (7, 200)
+    for budget, steps in ((0.9 * cost, None), (7.9 * cost, 8)):
+        with pytest.raises(FitError, match="do not fit a budget"):
+            planned(forecaster, data, finetuning.DEFAULTS, budget, steps)
+    run = Finetuning(forecaster, data, settings, tmp_path, 7.9 * cost, samples=0)
+    metrics = run.run(("tiny", ""))
+    assert metrics["spent"] == 7 * cost <= metrics["budget"] == int(7.9 * cost)
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert [line["flops"] for line in lines] == [cost] * 7
+
+
+def test_fitting_helps_and_keeps_the_best_state(tmp_path):
+    forecaster = Forecaster.load("tiny")
+    series = waves(8)
+    assert forecaster.fit(series, 5, steps=40, context=20, rank=4, learning_rate=5e-3, samples=0, folder=tmp_path) is (
+        forecaster
+    )
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["held_out_after"] < metrics["held_out_before"]
+    rows = [line.split(",") for line in (tmp_path / "held_out.csv").read_text().splitlines()[1:]]
+    assert min(rows, key=lambda row: float(row[1]))[0] == str(metrics["best_step"])
+
+
+def test_patience_ends_a_training_early(tmp_path, monkeypatch):
+    forecaster = Forecaster.load("tiny")
+    losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
+    monkeypatch.setattr(Forecaster, "nats_per_value", lambda *_: np.array([next(losses)]))
+    metrics = finetuning.fit(forecaster, waves(6), 5, steps=24, context=15, samples=0, patience=2, folder=tmp_path)
+    assert (metrics["steps"], metrics["best_step"]) == (6, 2)  # checks after 0, 2, 4 and 6 steps
+    assert len((tmp_path / "losses.csv").read_text().splitlines()) == 7
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+
+    def run(folder, kill_at=None):
+        """Run in a folder and kill the process, in effect, before its write number kill_at."""
+        folder.mkdir(exist_ok=True)
+        written = []
+
+        def counted(path, content, write=training.write_whole):
+            if len(written) == kill_at:
+                raise Killed
+            written.append(path.name)
+            write(path, content)
+
+        with monkeypatch.context() as patch:
+            for module in (training, finetuning):
+                patch.setattr(module, "write_whole", counted)
+            forecaster = Forecaster.load("tiny")
+            data = prepare(forecaster, waves(6), 5, context=15)
+            settings = planned(forecaster, data, finetuning.DEFAULTS, None, 6)
+            Finetuning(forecaster, data, settings, folder, samples=2).run(("tiny", "0" * 64), ["a", "b"])
+        return written
+
+    writes = run(tmp_path / "whole")
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    assert {"metrics.json", "forecasts.jsonl", "adapter_model.safetensors", "ledger.jsonl"} <= wanted.keys()
+    for kill_at in range(0, len(writes), 3):
+        folder = tmp_path / str(kill_at)
+        with pytest.raises(Killed):
+            run(folder, kill_at)
+        run(folder)
+        assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == wanted
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        status = finetune.main([*map(str, arguments)])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def csv(path, series):
+    path.write_text("u,v\n" + "".join(f"{a:.4f},{b:.4f}\n" for a, b in series))
+    return path
+
+
+def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, tmp_path, monkeypatch, capsys):
+    files = [csv(tmp_path / f"s{i}.csv", one) for i, one in enumerate(waves(6))]
+    few = ("--horizon", 5, "--context", 15, "--samples", 9, "--out", "mine")
+    status, out, _ = command(*files, *few, "--budget", "5e9")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0] == "s0: 60 rows of 2 variables (u, v), and 5 more series"
+    assert lines[1] == "held out: 4 series to train on, 1 for validation, 1 for the test"
+    assert lines[-3].startswith("error ")
+    assert "of 5.000e+09 FLOPs spent in" in lines[-2]
+    assert lines[-1] == "adapter: mine/adapter; results: mine/report.html"
+    page = (tmp_path / "mine" / "report.html").read_text()
+    assert "<h1>Forecasting s0 and 5 more series</h1>" in page
+    before = (tmp_path / "mine" / "report.md").read_bytes()
+    assert command(*files, *few, "--budget", "5e9")[1].splitlines()[-3:] == lines[-3:]
+    monkeypatch.setattr("sys.argv", ["report", "mine"])
+    assert redraw() == 0
+    assert (tmp_path / "mine" / "report.md").read_bytes() == before
+    forecaster = Forecaster.load(adapter=tmp_path / "mine" / "adapter")
+    assert forecaster.encoding.offset[0] < -2
+    assert forecaster.forecast([waves(1)[0][:20]], 5).values.shape == (1, 5, 2)
+    status, _, err = command(*files, *few, "--budget", "9e9")
+    assert status == 2
+    assert "mine: has a run with settings" in err
+
+
+BAD = {
+    "budget": (["--budget", "1e6"], "do not fit a budget of 1.000e+06"),
+    "rank of 0": (["--accumulate", "3"], "a batch of 4 cannot be read in 3 equal parts"),
+    "module": (["--targets", "q"], "no Linear is called q"),
+    "horizon": (["--horizon", "40"], "time steps, expected at least"),
+    "context": (["--context", "500"], "the model has 2048 positions; shorten one of them"),
+    "columns": (["--columns", "w"], "has 0 columns 'w'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_settings_give_one_clear_line_and_write_nothing(command, tmp_path, arguments, message):
+    path = csv(tmp_path / "one.csv", waves(1)[0])
+    status, _, err = command(path, *arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err
+    assert [one.name for one in tmp_path.iterdir()] == ["one.csv"]
