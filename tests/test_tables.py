@@ -167,8 +167,9 @@ def test_numbers_come_back_exactly(delimiter, mark, tmp_path_factory):
         try:
             (found,) = read_tables(path, ["a", "b"])
         except DataError as error:
-            assert "write all numbers with a decimal point" in str(error)  # 1,234 alone is ambiguous
-            return
+            if "write all numbers with a decimal point" in str(error):
+                return  # 1,234 alone can be two numbers
+            raise
         assert found.values.tolist() == [list(row) for row in rows]
 
     check()

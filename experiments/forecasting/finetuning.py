@@ -36,7 +36,7 @@ from lora import adapter_parameters, inject
 
 WINDOW_TOKENS = 768  # the length of a window, if the series are long enough and the horizon leaves a context
 MAX_WINDOWS = 20_000  # windows start at every time step, or more rarely so that there are no more of them
-NUM_CHECKS, MAX_CHECKED = 12, 16  # how often the held-out loss is measured in a training, and over how many forecasts
+NUM_CHECKS, MAX_CHECKED = 8, 8  # how often the held-out loss is measured in a training, and over how many forecasts
 STEPS = 300  # without a budget
 RATE, TINY_RATE = 1e-3, 5e-3  # of the real weights, and of the embedded checkpoint
 # those of the plan frontier, with clipped gradients
