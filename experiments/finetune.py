@@ -15,11 +15,17 @@ import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments import cli
 from experiments.storage.files import read_json
 from experiments.storage.interruption import Interruption
 from experiments.storage.runfolder import open_run
+
+if TYPE_CHECKING:  # --help need not wait for torch
+    from experiments.forecasting.forecaster import Forecaster
+    from experiments.forecasting.settings import Training
+    from experiments.forecasting.tables import Table
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,40 +64,35 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def work(args: argparse.Namespace, interruption: Interruption) -> int:
-    """Fine-tune and print the result. Raises an error that `cli.is_meant` for the user."""
-    import torch
-
-    from experiments.forecasting import finetuning
-    from experiments.forecasting.forecaster import Forecaster
+def read_series(args: argparse.Namespace) -> list["Table"]:
+    """The series of all files. Raises CommandError when they have different variables."""
     from experiments.forecasting.tables import describe, read_tables
-    from experiments.report.finetuned import write_page
-    from qwen_min.weights import checkpoint_folder, checkpoint_hash
 
-    for name in ("seed", "samples"):
-        if getattr(args, name) < 0:
-            raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
-    device = cli.checked_device(args.device)
     tables = [table for path in args.series for table in read_tables(path, args.columns, args.missing)]
-    variables = tables[0].variables
+    first, variables = tables[0], tables[0].variables
     for table in tables:
         if table.variables != variables:
             raise cli.CommandError(
-                f"{table.name} has the variables {', '.join(table.variables)}, {tables[0].name} has "
+                f"{table.name} has the variables {', '.join(table.variables)}, {first.name} has "
                 f"{', '.join(variables)}; expected the same in all files, choose with --columns"
             )
-    print(describe(tables[0]) + (f", and {len(tables) - 1} more series" if len(tables) > 1 else ""))
-    forecaster = Forecaster.load(args.model, device=device, dtype=getattr(torch, args.dtype))
-    series = [table.values for table in tables]
-    data = finetuning.prepare(forecaster, series, args.horizon, args.context, args.decimals)
-    rate = args.rate or (finetuning.TINY_RATE if args.model == "tiny" else finetuning.RATE)
+    print(describe(first) + (f", and {len(tables) - 1} more series" if len(tables) > 1 else ""))
+    return tables
+
+
+def settings_of(args: argparse.Namespace, forecaster: "Forecaster") -> "Training":
+    """The settings that the options give; data and budget decide the others. Raises CommandError for bad ones."""
+    from experiments.forecasting import finetuning
+
+    if absent := set(args.targets) - {name.rpartition(".")[2] for name, _ in forecaster.model.named_modules()}:
+        raise cli.CommandError(f"no Linear is called {', '.join(sorted(absent))}; see --targets")
     try:
-        settings = replace(
+        return replace(
             finetuning.DEFAULTS,
             rank=args.rank,
             alpha=args.alpha,
             targets=args.targets,
-            learning_rate=rate,
+            learning_rate=args.rate or (finetuning.TINY_RATE if args.model == "tiny" else finetuning.RATE),
             batch=args.batch,
             accumulate=args.accumulate,
             numeric_head=not args.full_head,
@@ -99,27 +100,43 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
         )
     except ValueError as error:
         raise cli.CommandError(str(error)) from error
-    if absent := set(args.targets) - {name.rpartition(".")[2] for name, _ in forecaster.model.named_modules()}:
-        raise cli.CommandError(f"no Linear is called {', '.join(sorted(absent))}; see --targets")
-    settings = finetuning.planned(forecaster, data, settings, args.budget, args.steps)
-    cost = finetuning.cost_of(forecaster, settings)
+
+
+def work(args: argparse.Namespace, interruption: Interruption) -> int:
+    """Fine-tune and print the result. Raises an error that `cli.is_meant` for the user."""
+    import torch
+
+    from experiments.forecasting import finetuning
+    from experiments.forecasting.forecaster import Forecaster
+    from experiments.report.finetuned import write_page
+    from qwen_min.weights import checkpoint_folder, checkpoint_hash
+
+    for name in ("seed", "samples"):
+        if getattr(args, name) < 0:
+            raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
+    device, tables = cli.checked_device(args.device), read_series(args)
+    forecaster = Forecaster.load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    series = [table.values for table in tables]
+    data = finetuning.prepare(forecaster, series, args.horizon, args.context, args.decimals)
+    settings = finetuning.planned(forecaster, data, settings_of(args, forecaster), args.budget, args.steps)
+    cost, count = finetuning.cost_of(forecaster, settings), len(data.ids)
     print(f"held out: {data.parts.told}")
     print(
-        f"{len(data.ids)} window{'s' * (len(data.ids) != 1)} of {settings.context} tokens; {cost:.3e} FLOPs a step, "
+        f"{count} window{'s' * (count != 1)} of {settings.context} tokens; {cost:.3e} FLOPs a step, "
         f"{settings.steps} steps ({cost * settings.steps:.3e})"
     )
     folder = args.out or Path("runs") / args.series[0].stem.split(".")[0]
-    checkpoint = checkpoint_hash(checkpoint_folder(args.model))
+    checkpoint = (args.model, checkpoint_hash(checkpoint_folder(args.model)))
     identity = {
         "series_sha256": hashlib.sha256(b"".join(one.tobytes() for one in series)).hexdigest(),
-        "variables": variables,
+        "variables": tables[0].variables,
         "horizon": args.horizon,
         "context": data.context,
         "settings": asdict(settings),
         "decimals": args.decimals,
         "samples": args.samples,
         "patience": args.patience,
-        "checkpoint_sha256": checkpoint,
+        "checkpoint_sha256": checkpoint[1],
         "device": torch.device(device).type,
         "dtype": args.dtype,
     }
@@ -129,18 +146,15 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
         "model": args.model,
     }
     with open_run(folder, json.loads(json.dumps(identity)), record) as continued:
-        metrics_file = folder / "metrics.json"
-        if continued and metrics_file.exists():
-            metrics = read_json(metrics_file)
-        else:
-            if continued:
-                print(f"continuing {folder}")
+        if continued:
+            print(f"continuing {folder}")
+        if not (folder / "metrics.json").exists():
             run = finetuning.Finetuning(
                 forecaster, data, settings, folder, args.budget, interruption, args.samples, args.patience
             )
-            metrics = run.run((args.model, checkpoint), variables)
+            run.run(checkpoint, tables[0].variables)
         page = write_page(folder)
-    print("\n".join(finetuning.summary(metrics)))
+    print("\n".join(finetuning.summary(read_json(folder / "metrics.json"))))
     print(f"adapter: {folder / 'adapter'}; results: {page}")
     return 0
 

@@ -92,8 +92,8 @@ def test_patience_ends_a_training_early(tmp_path, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
     monkeypatch.setattr(Forecaster, "nats_per_value", lambda *_: np.array([next(losses)]))
     metrics = finetuning.fit(forecaster, waves(6), 5, steps=24, context=15, samples=0, patience=2, folder=tmp_path)
-    assert (metrics["steps"], metrics["best_step"]) == (6, 2)  # checks after 0, 2, 4 and 6 steps
-    assert len((tmp_path / "losses.csv").read_text().splitlines()) == 7
+    assert (metrics["steps"], metrics["best_step"]) == (9, 3)  # checks after 0, 3, 6 and 9 steps
+    assert len((tmp_path / "losses.csv").read_text().splitlines()) == 10
 
 
 class Killed(BaseException):
@@ -164,7 +164,8 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, tmp
     page = (tmp_path / "mine" / "report.html").read_text()
     assert "<h1>Forecasting s0 and 5 more series</h1>" in page
     before = (tmp_path / "mine" / "report.md").read_bytes()
-    assert command(*files, *few, "--budget", "5e9")[1].splitlines()[-3:] == lines[-3:]
+    again = command(*files, *few, "--budget", "5e9")[1].splitlines()
+    assert (again[-4], again[-3:]) == ("continuing mine", lines[-3:])
     monkeypatch.setattr("sys.argv", ["report", "mine"])
     assert redraw() == 0
     assert (tmp_path / "mine" / "report.md").read_bytes() == before

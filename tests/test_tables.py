@@ -2,6 +2,7 @@
 
 import gzip
 from datetime import datetime
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -218,7 +219,7 @@ def test_frames_in_and_out(tmp_path):
         from_frame(frame.replace(5, np.nan))
 
 
-def test_a_table_is_described_in_one_line(table):
-    assert describe(table("year,hare,lynx\n1900,30,4\n1901,47.2,6.1\n", name="hares.csv")) == (
-        "hares: 2 rows of 2 variables (hare, lynx), time: year, 1900 to 1901"
-    )
+def test_the_example_is_described_in_one_line():
+    (found,) = read_tables(Path(__file__).parents[1] / "examples" / "hare-lynx.csv")
+    assert describe(found) == "hare-lynx: 21 rows of 2 variables (hare, lynx), time: year, 1900 to 1920"
+    assert found.values.sum(axis=0).tolist() == pytest.approx([715.7, 423.5])

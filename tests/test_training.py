@@ -232,3 +232,36 @@ def test_training_frees_packed_weights(tmp_path, token_lists):
     pack(model)
     run((model, tokenizer), token_lists, tmp_path / "state")
     assert model.head_weight.packed is None
+
+
+def test_a_batch_read_in_parts_gives_the_gradients_of_the_whole(tiny, token_lists):
+    """Windows of unequal length: a part counts by its number of target tokens."""
+    settings = replace(SETTINGS, batch=4, context=30, steps=4)
+    whole, parts = (run(tiny, token_lists, None, replace(settings, accumulate=count)) for count in (1, 2))
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
+    for name, tensor in whole[1].items():
+        torch.testing.assert_close(parts[1][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_are_clipped_to_a_norm(monkeypatch, tiny, token_lists):
+    norms = []
+
+    class Watched(torch.optim.Adam):
+        def step(self):
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            norms.append(torch.cat([g.flatten() for g in gradients]).norm().item())
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    run(tiny, token_lists, None, SETTINGS)
+    clip = min(norms) / 2
+    norms.clear()
+    run(tiny, token_lists, None, replace(SETTINGS, clip=clip))
+    np.testing.assert_allclose(norms, clip, rtol=1e-3)
+
+
+def test_alpha_scales_the_update(tiny):
+    assert SETTINGS.lora.alpha == SETTINGS.rank
+    assert replace(SETTINGS, alpha=32.0).lora.alpha == 32
+    with pytest.raises(ValueError, match="a batch of 3 cannot be read in 2 equal parts"):
+        replace(SETTINGS, accumulate=2)
