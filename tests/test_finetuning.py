@@ -83,6 +83,9 @@ def test_fitting_helps_and_keeps_the_best_state(tmp_path):
     )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["held_out_after"] < metrics["held_out_before"]
+    contexts = [one[:30] for one in series]
+    loaded = Forecaster.load(adapter=tmp_path / "adapter")
+    np.testing.assert_array_equal(loaded.forecast(contexts, 5).values, forecaster.forecast(contexts, 5).values)
     rows = [line.split(",") for line in (tmp_path / "held_out.csv").read_text().splitlines()[1:]]
     assert min(rows, key=lambda row: float(row[1]))[0] == str(metrics["best_step"])
 

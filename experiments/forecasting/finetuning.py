@@ -33,6 +33,7 @@ from experiments.forecasting.training import (
 from experiments.storage.files import RunError, plain, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
 from lora import adapter_parameters, inject
+from qwen_min.weights import checkpoint_hash
 
 WINDOW_TOKENS = 768  # the length of a window, if the series are long enough and the horizon leaves a context
 MAX_WINDOWS = 20_000  # windows start at every time step, or more rarely so that there are no more of them
@@ -319,15 +320,18 @@ def fit(
     samples: int = DEFAULT_SAMPLES,
     patience: int | None = None,
     folder: str | Path | None = None,
-    checkpoint: tuple[str, str] = ("unknown", ""),
     **settings,
 ) -> dict:
     """Fine-tune a forecaster's model on N series (T), (T, D) or DataFrames; return the metrics.
 
-    budget: FLOPs that the training may cost; it decides the number of steps unless `steps` is given. folder: where to
-    write the adapter and the results; None: nowhere. The other settings are those of `Training`, with DEFAULTS.
+    The forecaster is one that `Forecaster.load` made. budget: FLOPs that the training may cost; it decides the number
+    of steps unless `steps` is given. folder: where to write the adapter and the results; None: nowhere. The other
+    settings are those of `Training`, with DEFAULTS.
     Raises SeriesError, BacktestError or FitError for data, settings or a budget that do not allow it.
     """
+    if forecaster.checkpoint is None:
+        raise FitError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
+    name, path = forecaster.checkpoint
     data = prepare(forecaster, series, horizon, context, decimals)
     try:
         chosen = replace(DEFAULTS, **settings)
@@ -338,4 +342,4 @@ def fit(
         run = Finetuning(
             forecaster, data, chosen, Path(folder or temporary), budget, samples=samples, patience=patience
         )
-        return run.run(checkpoint)
+        return run.run((name, checkpoint_hash(path)))

@@ -100,6 +100,7 @@ class Forecaster:
         self.encoding = None if scale is None else Encoding(scale, decimals, offset)
         self.digits = Encoding(1.0, decimals)  # of values that are already scaled
         self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
+        self.checkpoint: tuple[str, Path] | None = None  # name and folder, if `load` made this forecaster
 
     @classmethod
     def load(
@@ -134,10 +135,11 @@ class Forecaster:
         if decimals is not None and known is not None and decimals != known:
             _warn(f"the model was trained on numbers with {known} decimals, not {decimals}: expect nonsense")
         tokens = trained.tokens if trained else TINY_TOKENS if folder == TINY else None
+        forecaster = cls(model, tokenizer, scale, decimals or known or 2, tokens=tokens)
         if trained and scale is None:
-            encoding = replace(trained.encoding, decimals=decimals or trained.encoding.decimals)
-            return cls(model, tokenizer, encoding.scale, encoding.decimals, encoding.offset, tokens)
-        return cls(model, tokenizer, scale, decimals or known or 2, tokens=tokens)
+            forecaster.use(replace(trained.encoding, decimals=forecaster.digits.decimals), tokens)
+        forecaster.checkpoint = (str(checkpoint or (trained.checkpoint if trained else "tiny")), folder)
+        return forecaster
 
     def forecast(
         self,
