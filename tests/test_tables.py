@@ -44,6 +44,12 @@ def test_what_pandas_writes_is_read(table, text):
     assert (found.times is not None) == ("2023" in text)
 
 
+def test_a_header_is_a_row_with_a_cell_that_is_no_number(table):
+    assert table("site,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n").variables == ["site", "2019", "2020"]
+    years = table("2018,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n")  # years alone are numbers, so data
+    assert (years.variables, len(years.values)) == (["x0", "x1", "x2"], 3)
+
+
 STYLES = {
     "commas": "a,b\n1.5,2\n1.6,3\n",
     "semicolons": "a;b\n1.5;2\n1.6;3\n",
