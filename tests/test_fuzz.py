@@ -25,7 +25,7 @@ from safetensors.torch import save
 from conftest import GROUPED, config_fields, random_model
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import Trained, read_trained, write_trained
-from experiments.forecasting.tables import read_csv
+from experiments.forecasting.tables import read_tables
 from experiments.forecasting.training import Steps, TrainingError, _load_state, _save_state
 from experiments.report import build as report
 from experiments.report import comparison, sections
@@ -290,10 +290,22 @@ def test_hdf5_that_claims_terabytes_or_points_elsewhere(tmp_path):
 def test_csv(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "fuzzed.csv"
     path.write_bytes(content)
+    for missing in ("error", "interpolate"):
+        with suppress(data.DataError):
+            (table,) = read_tables(path, missing=missing)
+            assert table.values.shape[1] == len(table.variables)
+            assert np.isfinite(table.values).all()
+
+
+@fuzz
+@given(source=st.data())
+def test_hdf5_series(source, hdf5, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "fuzzed-series.h5"
+    path.write_bytes(source.draw(changed_bytes(hdf5)))
     with suppress(data.DataError):
-        names, values = read_csv(path)
-        assert values.shape[1] == len(names)
-        assert np.isfinite(values).all()
+        for table in read_tables(path):
+            assert table.values.shape[1] == len(table.variables)
+            assert np.isfinite(table.values).all()
 
 
 PLAN = {"identity": {"plan": "quick", "experiments": [{"name": "untrained"}], "seed": 0}, "model": "tiny"}

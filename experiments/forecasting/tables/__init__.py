@@ -75,6 +75,6 @@ def to_csv(tables: Sequence[Table], forecast: "Forecast", quantiles: Sequence[fl
             times = [table.times.text(time) for time in table.times.following(len(values))]
         for step, row in enumerate(values):
             time = [] if clock is None else [times[step]]
-            bounds = [] if forecast.quantiles is None else forecast.quantiles[number, :, step].ravel()
+            bounds = () if forecast.quantiles is None else forecast.quantiles[number, :, step].ravel().tolist()
             writer.writerow([number, step + 1, *time, *(f"{value:.6g}" for value in (*row, *bounds))])
     return text.getvalue()

@@ -44,8 +44,8 @@ def dates_of(cells: Sequence[str], place: str) -> list[datetime] | None:
                 break
             values.append(value)
         else:
-            if (values := with_one_zone(values)) and values not in readings:
-                readings.append(values)
+            if (alike := with_one_zone(values)) and alike not in readings:
+                readings.append(alike)
     for wanted in (lambda values: first_fall(values) is None, lambda values: Times("", values).regular):
         readings = [values for values in readings if wanted(values)] or readings
     if len(readings) == 2 and first_fall(readings[0]) is None:

@@ -96,7 +96,8 @@ def _lines(text: str, numbers: list[int]) -> Iterator[str]:
 
 def _read_cells(path: Path, text: str) -> tuple[list[int], list[str], int, str]:
     """The line numbers of the rows, their cells one after the other, the number of columns, and the delimiter."""
-    delimiter, numbers = _delimiter(text), []
+    delimiter = _delimiter(text)
+    numbers: list[int] = []
     reader = csv.reader(_lines(text, numbers), delimiter=delimiter, skipinitialspace=True, strict=True)
     lines, cells, width = [], [], 0
     for row in reader:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -73,8 +74,8 @@ def read_hdf5(path: Path, wanted: Sequence[str] | None, missing: str) -> list[Ta
                 f"{path}: claims {series:,} series of {size:,} bytes, expected at most {MAX_SERIES:,} and "
                 f"{MAX_ARRAY_BYTES:,}"
             )
-        times = None if time is None else Times("time", time[:].astype(np.float64))
-        if times and not (len(times.values) and rises(times.values)):
+        clock = None if time is None else time[:].astype(np.float64)
+        if clock is not None and not (len(clock) and rises(clock)):
             raise DataError(f"{path}: time is not finite or does not rise, expected the times of the steps")
         found = []
         for name, array in arrays.items():
@@ -83,10 +84,10 @@ def read_hdf5(path: Path, wanted: Sequence[str] | None, missing: str) -> list[Ta
             variables = _variables(path, file, array)
             values = array[:].astype(np.float64)
             for number, one in enumerate(values if together else [values.reshape(len(values), -1)]):
-                axis = times if times and len(times.values) == len(one) else None
+                axis = Times("time", clock) if clock is not None and len(clock) == len(one) else None
                 at = f"{name}[{number}, " if together else f"{name}["
                 title = f"{series_name(path)}[{number}]" if together else name
-                source = Source(str(path), lambda t, d, at=at: f"{at}{t}, {d}]")
+                source = Source(str(path), partial("{}{}, {}]".format, at))
                 found.append(_selected(Table(title, variables, one, axis), wanted, missing, source))
     return found
 

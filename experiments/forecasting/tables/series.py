@@ -87,17 +87,25 @@ def assemble(
                 f"{source.name}, {source.place(row, at)}: holds {content[:40] or 'nothing'!r}, expected a number; "
                 f"{source.leave_out}"
             )
-    at = dated[0] if dated else clock
-    if times is None and at is not None:
-        axis = columns[at].dates or dates_of_numbers(columns[at].numbers) or columns[at].numbers
-        times = Times((names[at] if has_names else "") or UNNAMED_TIME, axis)
-        if (row := first_fall(axis)) is not None:
+    axis_at = dated[0] if dated else clock
+    if times is None and axis_at is not None:
+        times = _axis((names[axis_at] if has_names else "") or UNNAMED_TIME, columns[axis_at])
+        if (fall := first_fall(times.values)) is not None:
             raise DataError(
-                f"{source.name}, {source.place(row, at)}: the time {times.text(axis[row])} comes after "
-                f"{times.text(axis[row - 1])}; sort the rows by time, the oldest first"
+                f"{source.name}, {source.place(fall, axis_at)}: the time {times.text(times.values[fall])} comes after "
+                f"{times.text(times.values[fall - 1])}; sort the rows by time, the oldest first"
             )
-    table = Table(name, chosen, np.stack([columns[at].numbers for at in kept], axis=1), times)
+    values = np.stack([column.numbers for at in kept if (column := columns[at]).numbers is not None], axis=1)
+    table = Table(name, chosen, values, times)
     return complete(table, missing, source._replace(place=lambda row, d: source.place(row, kept[d])))
+
+
+def _axis(name: str, column: Column) -> Times:
+    """The time axis in a column of dates, or of numbers that may be dates such as 20231231."""
+    if column.dates is not None:
+        return Times(name, column.dates)
+    numbers = np.asarray(column.numbers)
+    return Times(name, dates_of_numbers(numbers) or numbers)
 
 
 def _number_axis(columns: list[Column | None], left_out: set[int], has_names: bool) -> int | None:

@@ -70,7 +70,7 @@ class Times:
     @cached_property
     def _places(self) -> int:
         """The decimals of numbers: six digits of the step. What is below them is rounding."""
-        return min(300, max(0, 6 - math.floor(math.log10(_number_step(self.values)[1]))))
+        return min(300, max(0, 6 - math.floor(math.log10(_number_step(np.asarray(self.values))[1]))))
 
     @cached_property
     def _only_dates(self) -> bool:
@@ -82,7 +82,7 @@ class Times:
         return _date_rule(self.values) if isinstance(self.values, list) else _number_rule(self.values)
 
 
-def first_fall(values: Sequence) -> int | None:
+def first_fall(values: Sequence | np.ndarray) -> int | None:
     """The index of the first time that is lower than the one before; None if there is none."""
     return next((at for at, (a, b) in enumerate(pairwise(values), start=1) if b < a), None)
 
