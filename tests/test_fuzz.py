@@ -6,6 +6,7 @@ changed bytes and, if the file is JSON, with replaced values. For a long search:
 """
 
 import copy
+import gzip
 import json
 import os
 import resource
@@ -397,3 +398,19 @@ def test_state_of_an_evaluation(content, tmp_path_factory):
     with suppress(RunError):
         assume(read_json(path) != [])  # an empty state is valid, and the evaluation would use the model
         assert evaluate(None, None, Encoding(1.0), np.ones((2, 80, 2)), 70, 10, state=path).values.shape == (2, 10, 2)
+
+
+DATED = b"date;load\n" + b"".join(b"%02d.01.2023;1.23%d,5\n" % (day, day % 10) for day in range(1, 32))
+
+
+@fuzz
+@given(content=st.one_of(changed_bytes(DATED), changed_bytes(gzip.compress(DATED)), changed_bytes(DATED[:60])))
+def test_csv_with_times(content, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "fuzzed-times.csv"
+    path.write_bytes(content)
+    with suppress(data.DataError):
+        (table,) = read_tables(path, missing="interpolate")
+        assert np.isfinite(table.values).all()
+        if table.times:
+            assert len(table.times.values) == len(table.values)
+            assert all(table.times.text(time) for time in table.times.following(3))

@@ -11,13 +11,13 @@ from experiments.forecasting.tables.times import DataError, Times, first_fall, r
 
 LONGEST = 50  # characters of a date
 _FLAGS = re.ASCII | re.IGNORECASE
+_NUMBER = re.compile(r"\d+(?:[.,e][\d+-]*)?", _FLAGS)  # for datetime, 20231231.10 is ten in the morning
 _CLOCK = r"(?:[T ,]+\d{1,2}(?::\d{2}){1,2}(?:[.,]\d+)?(?: ?[ap]m)?(?: ?(?:Z|UTC|GMT|[+-]\d{2}:?\d{2}))?)?"
 _YEAR_FIRST = re.compile(r"\d{4}(?:[-/]\d{1,2}|([-/.])\d{1,2}\1\d{1,2}" + _CLOCK + ")", _FLAGS)
 _YEAR_LAST = re.compile(r"(\d{1,2})([-/.])(\d{1,2})\2(?:\d{4}|(?<=[/.])\d{2})" + _CLOCK, _FLAGS)
 _MONTH_NAME = re.compile(r"([a-z0-9 ,./'-]+?)" + _CLOCK, _FLAGS)
 _MONTH_AND_YEAR = re.compile(r"([a-z]{3,9})[- '](\d{2})", _FLAGS)  # Jan-23, as Excel writes months
 _QUARTER = re.compile(r"(\d{4})[- ]?Q([1-4])", _FLAGS)  # 2023Q1, as pandas writes quarters
-_MONTH = re.compile(r"(\d{4})M(\d{1,2})", _FLAGS)  # 2023M01, as Eurostat writes months
 _WEEK = re.compile(r"(\d{4}-\d{2}-\d{2})/\d{4}-\d{2}-\d{2}", _FLAGS)  # as pandas writes weeks
 _ZONES = {"Z": UTC, "UTC": UTC, "GMT": UTC}
 _WORDS = parser.parserinfo()
@@ -80,7 +80,7 @@ def _date(cell: str, day_first: bool) -> datetime | None:
 
 
 def _parsed(cell: str, day_first: bool) -> datetime | None:
-    if cell.isdigit() or len(cell) > LONGEST:
+    if _NUMBER.fullmatch(cell) or len(cell) > LONGEST:
         return None
     try:
         return datetime.fromisoformat(cell)
@@ -89,15 +89,14 @@ def _parsed(cell: str, day_first: bool) -> datetime | None:
     try:
         if match := _QUARTER.fullmatch(cell):
             return datetime(int(match[1]), 3 * int(match[2]) - 2, 1)
-        if match := _MONTH.fullmatch(cell):
-            return datetime(int(match[1]), int(match[2]), 1)
         if match := _WEEK.fullmatch(cell):
             return datetime.fromisoformat(match[1])
         if (match := _MONTH_AND_YEAR.fullmatch(cell)) and _WORDS.month(match[1]):
             cell = f"1 {match[1]} {match[2]}"
         elif match := _YEAR_LAST.fullmatch(cell):
-            # dateutil would exchange the two where only one order is a date; points are never between month and day
-            if int(match[1 if not day_first else 3]) > 12 or (match[2] == "." and not day_first):
+            # dateutil would take another order where this one is no date; points are never between month and day
+            month, day = (match[3], match[1]) if day_first else (match[1], match[3])
+            if int(month) > 12 or int(day) > 31 or (match[2] == "." and not day_first):
                 return None
         elif _YEAR_FIRST.fullmatch(cell):
             day_first = False

@@ -54,10 +54,11 @@ def read_delimited(path: Path, wanted: Sequence[str] | None, missing: str) -> Ta
         first = next((cell for cell in part if not _is_missing(cell)), "")
         if is_date(first) and not (wanted and names[at] in wanted):
             found = dates_of(part, f"{path}, column {names[at]!r}")
-            if found is None and at == 0:
+            if found is None and (at == 0 or wanted is None):
                 row = next((row for row, cell in enumerate(part) if not is_date(cell)), 0)
                 raise DataError(
-                    f"{path}, {place(row, at)}: holds {part[row][:40]!r}, expected a date written like the others"
+                    f"{path}, {place(row, at)}: holds {part[row][:40] or 'nothing'!r}, expected a date written like "
+                    "the others"
                 )
         dates.append(found)
     numeric = [(name, part) for name, found, part in zip(names, dates, parts, strict=True) if found is None]
@@ -149,20 +150,13 @@ def _kind(cell: str) -> str:
 def _has_names(cells: list[str], width: int) -> bool:
     """True if the first row holds names.
 
-    It does if a cell is text, if only its first cell is empty and the others differ (so pandas writes an index), or if
-    the first cell of a column is a number and the next one a date, or the other way round.
+    It does if a cell is text, or if only its first cell is empty and the others differ, as pandas writes an index.
     """
     first = cells[:width]
     kinds = [_kind(cell) for cell in first]
     if "text" in kinds:
         return True
-    if width > 1 and not first[0] and "missing" not in kinds[1:] and len(set(first)) == width:
-        return True
-    for at, kind in enumerate(kinds):
-        below = (_kind(cells[place]) for place in range(width + at, len(cells), width))
-        if kind != "missing" and next((one for one in below if one != "missing"), kind) not in (kind, "text"):
-            return True
-    return False
+    return width > 1 and not first[0] and "missing" not in kinds[1:] and len(set(first)) == width
 
 
 def _decimal_mark(path: Path, parts: list[tuple[str, list[str]]], wanted: Sequence[str] | None, delimiter: str) -> str:

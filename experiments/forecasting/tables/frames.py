@@ -94,8 +94,6 @@ def _table(frame, name: str, wanted: Sequence[str] | None, missing: str, source:
 def _index_times(pandas, index, source: Source) -> Times | None:
     """The time axis that an index holds, if it does. Raises DataError for dates that fall or are missing."""
     name = "time" if index.name is None else str(index.name)
-    if isinstance(index, pandas.RangeIndex):
-        return None
     if isinstance(index, pandas.TimedeltaIndex):
         index = pandas.Index(index.total_seconds())
     if pandas.api.types.is_numeric_dtype(index.dtype) and index.dtype.kind in "iuf":

@@ -66,7 +66,8 @@ def assemble(
     free = [at for at, one in enumerate(names) if wanted is None or one not in wanted]
     dated = [at for at in free if columns[at].dates is not None]
     left_out = {at for at in free if not names[at]} | set(dated)
-    clock = _number_axis([columns[at] if at in free else None for at in range(len(names))], left_out, has_names)
+    candidates = [column if at in free else None for at, column in enumerate(columns)]
+    clock = _number_axis(candidates, left_out, has_names, has_dates=bool(dated) or times is not None)
     if clock is not None:
         left_out.add(clock)
     chosen = (
@@ -108,12 +109,12 @@ def _axis(name: str, column: Column) -> Times:
     return Times(name, dates_of_numbers(numbers) or numbers)
 
 
-def _number_axis(columns: list[Column | None], left_out: set[int], has_names: bool) -> int | None:
+def _number_axis(columns: list[Column | None], left_out: set[int], has_names: bool, has_dates: bool) -> int | None:
     """The index of the column whose numbers are a time axis; None if no column is. A column of None cannot be it."""
     for at, column in enumerate(columns):
         if column is not None and column.numbers is not None and len(left_out | {at}) < len(columns):
             counts = not column.name and np.array_equal(column.numbers, np.arange(len(column.numbers)))
-            rising = are_times(column.name if has_names else "", column.numbers)
+            rising = are_times(column.name if has_names else "", column.numbers, has_dates)
             if not counts and (rising or dates_of_numbers(column.numbers)):
                 return at
         if column is None or column.name:
@@ -147,8 +148,8 @@ def complete(table: Table, missing: str, source: Source) -> Table:
     for variable, gap in enumerate(gaps.T):
         if (known := (~gap).sum()) < 2:
             raise DataError(
-                f"{source.name}: {table.variables[variable]!r} has {known} known values, expected at least 2 to "
-                f"interpolate; {source.leave_out}"
+                f"{source.name}: {table.variables[variable]!r} has {known} of {len(values)} values, expected at "
+                f"least 2 to interpolate; {source.leave_out}"
             )
         with np.errstate(over="ignore", invalid="ignore"):
             filled[gap, variable] = np.interp(at[gap], at[~gap], values[~gap, variable])

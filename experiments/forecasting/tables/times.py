@@ -48,7 +48,7 @@ class Times:
             return self.values
         return np.array([(value - self.values[0]).total_seconds() for value in self.values])
 
-    def following(self, count: int) -> list:
+    def following(self, count: int) -> list[datetime | float]:
         """The `count` times after the last one, in the step of the axis, or in its median step if it is not regular.
 
         Raises DataError for times that Python cannot represent, such as dates after the year 9999.
@@ -77,7 +77,7 @@ class Times:
         return all(value.time() == time.min for value in self.values)
 
     @cached_property
-    def _rule(self) -> tuple[bool, Callable]:
+    def _rule(self) -> tuple[bool, Callable[[int], datetime | float]]:
         """Whether the axis is regular, and the function from k = 1, 2, ... to the k-th time after the last one."""
         return _date_rule(self.values) if isinstance(self.values, list) else _number_rule(self.values)
 
@@ -94,11 +94,12 @@ def rises(values: np.ndarray) -> bool:
         return bool(np.isfinite(values).all() and np.isfinite(steps.sum()) and (steps > 0).all())
 
 
-def are_times(name: str, values: np.ndarray) -> bool:
+def are_times(name: str, values: np.ndarray, has_dates: bool = False) -> bool:
     """True if the first column of a table is a time axis, by its name ("" if it has none) and its numbers (T).
 
     They rise. A name of TIME_NAMES suffices then. Otherwise the steps must be equal, and the name is a counter's, or at
-    least three numbers have no name or are whole. A unit in brackets after the name is ignored.
+    least three numbers have no name, or they are whole and the table has no dates. A unit in brackets after the name is
+    ignored.
     """
     if not rises(values):
         return False
@@ -108,7 +109,8 @@ def are_times(name: str, values: np.ndarray) -> bool:
     steps = np.diff(values)
     if len(steps) and np.ptp(steps) > EQUAL_STEPS * steps.mean():
         return False
-    return known in COUNTER_NAMES or (len(values) >= 3 and (not name or bool((values == np.round(values)).all())))
+    whole = bool((values == np.round(values)).all())
+    return known in COUNTER_NAMES or (len(values) >= 3 and (not name or (whole and not has_dates)))
 
 
 def _number_step(values: np.ndarray) -> tuple[bool, float]:
