@@ -209,6 +209,11 @@ def test_an_outlier_that_takes_all_digits_is_reported_once(forecaster):
         forecaster.forecast(series, 2)
 
 
+def test_a_series_of_few_time_steps_is_reported(forecaster):
+    with pytest.warns(SeriesWarning, match="series 0: has only 3 time steps; a forecast from so few is a guess"):
+        forecaster.forecast([np.array([1.0, 2.0, 3.0])], 2)
+
+
 def test_decimals_that_the_model_never_saw_are_reported():
     with pytest.warns(SeriesWarning, match="was trained on numbers with 2 decimals, not 3"):
         assert Forecaster.load("tiny", decimals=3).digits.decimals == 3

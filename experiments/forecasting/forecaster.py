@@ -34,6 +34,7 @@ DEFAULT_SAMPLES = 20
 POINTS: dict[str, Callable] = {"median": np.median, "mean": np.mean}  # what a forecast makes of its samples
 MAX_VALUE = 1e300  # so that differences of two values are finite
 MIN_DISTINCT = 20  # a series should keep so many different values as text
+MIN_STEPS = 8  # and should have so many time steps
 
 
 class SeriesError(ValueError):
@@ -287,6 +288,10 @@ class Forecaster:
             concerns.setdefault("long", []).append(
                 f"series {number}: context and forecast take {len(tokens) + horizon * per_step} tokens, the model was "
                 f"trained on {self.tokens}; expect jumps after that"
+            )
+        if len(array) < MIN_STEPS:
+            concerns.setdefault("short", []).append(
+                f"series {number}: has only {len(array)} time steps; a forecast from so few is a guess"
             )
         for variable, (before, after) in enumerate(_distinct(array, encoding)):
             if after < min(MIN_DISTINCT, before / 2):
