@@ -314,6 +314,7 @@ def test_names_in_hdf5(hdf5, arrays, attributes, names):
         ({"trajectories": np.ones((2, 3))}, [], "expected numbers of rank 3"),
         ({"a": np.array([b"x"])}, [], "expected numbers"),
         ({"a": np.ones((0, 2))}, [], "expected at least one number"),
+        ({"trajectories": THREE, "time": np.arange(3.0)}, [], r"are \(1, 4, 3\) and time \(3,\), expected"),
         ({"a": np.ones(3), "time": np.array([0.0, 2, 1])}, [], "time is not finite or does not rise"),
         ({"a": np.ones(3), "time": np.array([0, 1, np.nan])}, [], "time is not finite or does not rise"),
         ({"a": np.array([1, np.inf])}, [], r"a\[1, 0\]: is infinite"),
@@ -339,6 +340,14 @@ INDEXES = {  # index of three rows: the time after the last, or None if it is no
     "hours in a zone": (
         lambda pandas: pandas.date_range("2023-01-01", periods=3, freq="h", tz="Asia/Tokyo"),
         "2023-01-01 03:00:00+09:00",
+    ),
+    "midnights when clocks change": (
+        lambda pandas: pandas.date_range("2023-03-25", periods=3, tz="Europe/Berlin"),
+        "2023-03-28 00:00:00+02:00",
+    ),
+    "hours when clocks change": (
+        lambda pandas: pandas.date_range("2023-10-29 01:30", periods=3, freq="h", tz="Europe/Berlin"),
+        "2023-10-29 03:30:00+01:00",
     ),
     "months": (lambda pandas: pandas.period_range("2023-01", periods=3, freq="M"), "2023-04-01 00:00:00"),
     "durations": (lambda pandas: pandas.to_timedelta([0, 10, 20], unit="s"), "30.0"),

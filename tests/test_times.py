@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from dateutil import tz
 
 from experiments.forecasting.tables.dates import dates_of, is_date
-from experiments.forecasting.tables.times import DataError, Times, are_times
+from experiments.forecasting.tables.times import DataError, Times, are_times, first_fall
 
 FIFTH = datetime(2020, 3, 5)
 DATES = {
@@ -79,7 +80,22 @@ def test_dates_of_one_column_can_be_compared():
     assert dates_of(["2020-03-05", "oak"], "here") is None
     assert dates_of(["2020-03-05", "2020-03-06T00:00Z"], "here") is None
     summer = dates_of(["2020-03-29T01:00+01:00", "2020-03-29T03:00+02:00"], "here")
-    assert [str(date) for date in summer] == ["2020-03-29 00:00:00+00:00", "2020-03-29 01:00:00+00:00"]
+    assert [str(date) for date in summer] == ["2020-03-29 01:00:00+01:00", "2020-03-29 03:00:00+02:00"]
+    assert Times("", summer).positions.tolist() == [0, 3600]
+    assert dates_of(["2020-03-29T03:00+02:00", "2020-03-29T01:30+01:00"], "here")  # they fall; the reader says where
+
+
+def test_clocks_that_change_are_no_change_of_steps():
+    midnights = dates_of(["2020-03-28T00:00+01:00", "2020-03-29T00:00+01:00", "2020-03-30T00:00+02:00"], "here")
+    times = Times("", midnights)  # the second day has 23 hours
+    assert times.regular
+    assert [times.text(time) for time in times.following(2)] == ["2020-03-31", "2020-04-01"]
+    zone = tz.gettz("Europe/Berlin")
+    hours = [datetime(2020, 10, 24, 23, 30, tzinfo=UTC) + timedelta(hours=hour) for hour in range(3)]
+    hours = [hour.astimezone(zone) for hour in hours]  # 1:30, 2:30 and 2:30 once more
+    assert first_fall(hours) is None
+    assert Times("", hours).positions.tolist() == [0, 3600, 7200]
+    assert [str(time) for time in Times("", hours).following(1)] == ["2020-10-25 03:30:00+01:00"]
 
 
 @pytest.mark.parametrize(

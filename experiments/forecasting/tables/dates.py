@@ -44,8 +44,8 @@ def dates_of(cells: Sequence[str], place: str) -> list[datetime] | None:
                 break
             values.append(value)
         else:
-            if (alike := with_one_zone(values)) and alike not in readings:
-                readings.append(alike)
+            if comparable(values) and values not in readings:
+                readings.append(values)
     for wanted in (lambda values: first_fall(values) is None, lambda values: Times("", values).regular):
         readings = [values for values in readings if wanted(values)] or readings
     if len(readings) == 2 and first_fall(readings[0]) is None:
@@ -65,12 +65,9 @@ def dates_of_numbers(values: np.ndarray) -> list[datetime] | None:
         return None
 
 
-def with_one_zone(values: list[datetime]) -> list[datetime] | None:
-    """Dates that can be compared: those with several offsets from UTC become UTC. None if only some have an offset."""
-    offsets = {value.utcoffset() for value in values}
-    if len(offsets) <= 1:
-        return values
-    return None if None in offsets else [value.astimezone(UTC) for value in values]
+def comparable(values: list[datetime]) -> bool:
+    """True if all dates have an offset from UTC, or none has."""
+    return len({value.utcoffset() is None for value in values}) <= 1
 
 
 def _date(cell: str, day_first: bool) -> datetime | None:

@@ -45,7 +45,7 @@ def read_delimited(path: Path, wanted: Sequence[str] | None, missing: str) -> Ta
         raise DataError(f"{path}: has names but no numbers, expected a row for each time step")
 
     def place(row: int, at: int) -> str:
-        return f"line {lines[row]}, column {names[at]!r}"
+        return f"line {lines[row]}, column {names[at] or at + 1!r}"
 
     parts = [cells[at::width] for at in range(width)]
     dates = []

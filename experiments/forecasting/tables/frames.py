@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.forecasting.tables.dates import dates_of, with_one_zone
+from experiments.forecasting.tables.dates import comparable, dates_of
 from experiments.forecasting.tables.series import Column, Source, Table, assemble, series_name
 from experiments.forecasting.tables.times import DataError, Times, first_fall, rises
 
@@ -122,16 +122,15 @@ def _dates(pandas, column, place: str) -> list[datetime] | None:
         return None
     if missing := int(column.isna().sum()):
         raise DataError(f"{place}: {missing} of {len(values)} dates are missing; leave out their rows, or the column")
-    return with_one_zone(
-        [
-            value.to_pydatetime(warn=False)
-            if isinstance(value, pandas.Timestamp)
-            else value
-            if isinstance(value, datetime)
-            else datetime.combine(value, time.min)
-            for value in values
-        ]
-    )
+    dates = [
+        value.to_pydatetime(warn=False)
+        if isinstance(value, pandas.Timestamp)
+        else value
+        if isinstance(value, datetime)
+        else datetime.combine(value, time.min)
+        for value in values
+    ]
+    return dates if comparable(dates) else None
 
 
 def _numbers(pandas, column) -> tuple[np.ndarray | None, tuple[int, str] | None]:

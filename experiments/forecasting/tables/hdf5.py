@@ -77,6 +77,9 @@ def read_hdf5(path: Path, wanted: Sequence[str] | None, missing: str) -> list[Ta
         clock = None if time is None else time[:].astype(np.float64)
         if clock is not None and not (len(clock) and rises(clock)):
             raise DataError(f"{path}: time is not finite or does not rise, expected the times of the steps")
+        if clock is not None and together and len(clock) != arrays["trajectories"].shape[1]:
+            shapes = f"{arrays['trajectories'].shape} and time {clock.shape}"
+            raise DataError(f"{path}: trajectories are {shapes}, expected (N, T, D) and (T,)")
         found = []
         for name, array in arrays.items():
             if 0 in array.shape:

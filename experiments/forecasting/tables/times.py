@@ -46,7 +46,8 @@ class Times:
         """The times as numbers (T) float64. Dates become seconds after the first one."""
         if isinstance(self.values, np.ndarray):
             return self.values
-        return np.array([(value - self.values[0]).total_seconds() for value in self.values])
+        instants = _instants(self.values)
+        return np.array([(value - instants[0]).total_seconds() for value in instants])
 
     def following(self, count: int) -> list[datetime | float]:
         """The `count` times after the last one, in the step of the axis, or in its median step if it is not regular.
@@ -84,7 +85,13 @@ class Times:
 
 def first_fall(values: Sequence | np.ndarray) -> int | None:
     """The index of the first time that is lower than the one before; None if there is none."""
-    return next((at for at, (a, b) in enumerate(pairwise(values), start=1) if b < a), None)
+    return next((at for at, (a, b) in enumerate(pairwise(_instants(values)), start=1) if b < a), None)
+
+
+def _instants(values: Sequence | np.ndarray) -> Sequence | np.ndarray:
+    """Times that compare and subtract as they pass: clocks that are set back repeat an hour, UTC does not."""
+    aware = len(values) and isinstance(values[0], datetime) and values[0].tzinfo is not None
+    return [value.astimezone(UTC) for value in values] if aware else values
 
 
 def rises(values: np.ndarray) -> bool:
@@ -154,7 +161,7 @@ def _date_rule(values: list[datetime]) -> tuple[bool, Callable[[int], datetime]]
                 return last + DAY * int((np.busday_offset(dates[-1], number) - dates[-1]).astype(int))
 
             return bool(single.all()), weekday_after
-    instants = wall if last.tzinfo is None else [value.astimezone(UTC) for value in values]
+    instants = _instants(values)
     steps = [b - a for a, b in pairwise(instants)]
     step = median_low(steps) or sum(steps, timedelta()) / len(steps) or DAY  # rows may repeat a time
 
