@@ -183,7 +183,7 @@ def test_the_report_is_redrawn_from_files_alone(finished):
 def test_finished_experiments_are_not_run_again(finished, data_file):
     out, _ = finished
     before = contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors")
-    process = start("--data", data_file, "--out", out, before="from experiments.study import suite; del suite.train")
+    process = start("--data", data_file, "--out", out, before="from experiments.study import suite; del suite.train_on_account")
     assert process.returncode == 0, process.stderr
     assert "continuing" in process.stdout
     assert contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors") == before
@@ -217,7 +217,7 @@ def test_a_killed_run_ends_with_the_same_bytes(finished, data_file, tmp_path):
         assert "Not finished, and shown as -: final." in page
         spent = sum(json.loads(line)["flops"] for line in (killed / "ledger.jsonl").read_text().splitlines())
         of_budget = (
-            " of a budget of 1.000e+17 FLOPs" if status == "with" else " FLOPs in the convention sheet; no status"
+            " of a budget of 1.000e+17 FLOPs" if status == "with" else " FLOPs in the convention study; no status"
         )
         assert f"Spent {spent:.3e}{of_budget}" in page
     process = start("--data", data_file, "--out", killed)
