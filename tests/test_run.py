@@ -183,7 +183,9 @@ def test_the_report_is_redrawn_from_files_alone(finished):
 def test_finished_experiments_are_not_run_again(finished, data_file):
     out, _ = finished
     before = contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors")
-    process = start("--data", data_file, "--out", out, before="from experiments.study import suite; del suite.train_on_account")
+    process = start(
+        "--data", data_file, "--out", out, before="from experiments.study import suite; del suite.train_on_account"
+    )
     assert process.returncode == 0, process.stderr
     assert "continuing" in process.stdout
     assert contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors") == before
