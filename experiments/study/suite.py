@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ import flops
 from experiments.forecasting import gru
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import Forecaster, Trained
+from experiments.forecasting.forecaster import Forecaster, SeriesWarning, Trained
 from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import (
     QUANTILES,
@@ -255,7 +256,9 @@ class Suite:
         forecaster = Forecaster(self.model, self.tokenizer, self.scale, self.encoding.decimals)
 
         def draw(start: int) -> np.ndarray:
-            found = forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples, seed=self.seed)
+            with warnings.catch_warnings():  # the study's encoding is given, however few digits a series has in it
+                warnings.simplefilter("ignore", SeriesWarning)
+                found = forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples, seed=self.seed)
             assert found.samples is not None  # they are None only where none were asked for
             return found.samples
 
