@@ -6,6 +6,7 @@ S samples of each.
 
 import io
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 import flops
 from experiments.forecasting.backtest import Parts, baseline_forecasts, coverage, scores, split, spread_of
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import DEFAULT_SAMPLES, Forecaster, Trained, checked_series
+from experiments.forecasting.forecaster import DEFAULT_SAMPLES, Forecaster, SeriesWarning, Trained, checked_series
 from experiments.forecasting.grammar import SCALED_LIMIT, Grammar
 from experiments.forecasting.scores import BAND, quantiles, samples_needed
 from experiments.forecasting.settings import Training
@@ -240,7 +241,9 @@ class Finetuning:
         places = self.data.parts.val
         places = [places[i] for i in np.linspace(0, len(places) - 1, min(len(places), MAX_CHECKED)).round().astype(int)]
         contexts, truths = zip(*((place.context[-self.data.context :], place.truth) for place in places), strict=True)
-        loss = float(np.mean(self.forecaster.nats_per_value(contexts, truths)))
+        with warnings.catch_warnings():  # the test forecasts have given them
+            warnings.simplefilter("ignore", SeriesWarning)
+            loss = float(np.mean(self.forecaster.nats_per_value(contexts, truths)))
         earlier = [value for steps, value in self.checks.items() if steps < done]
         if not earlier or loss < min(earlier):
             tensors = {n: p.detach().cpu().contiguous() for n, p in adapter_parameters(self.forecaster.model).items()}
