@@ -100,7 +100,7 @@ def test_patience_ends_a_training_early(tmp_path, monkeypatch):
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """A kill, in effect: nothing catches it."""
 
 
 def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch):
