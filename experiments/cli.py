@@ -32,23 +32,23 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """Parse a whole number of at least 1."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return number
+    return _at_least_1(text, int, "a whole number of at least 1")
 
 
 def flops(text: str) -> int:
     """Parse a number of FLOPs such as 1e17."""
+    return _at_least_1(
+        text, lambda text: int(float(text)), "a number of FLOPs, expected one of at least 1, such as 1e17"
+    )
+
+
+def _at_least_1(text: str, parse: Callable[[str], int], wanted: str) -> int:
     try:
-        number = int(float(text))
+        number = parse(text)
     except (ValueError, OverflowError):
         number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of FLOPs, expected one of at least 1, such as 1e17")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return number
 
 
@@ -69,7 +69,11 @@ def progress(total: int, name: str) -> Iterator[Callable[[int], None]]:
     from tqdm import tqdm
 
     with tqdm(total=total, desc=name, disable=not sys.stderr.isatty()) as bar:
-        yield lambda count: bar.update(count) and None
+
+        def update(count: int) -> None:
+            bar.update(count)
+
+        yield update
 
 
 @contextmanager

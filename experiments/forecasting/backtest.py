@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.forecasting import baselines
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.scores import BAND, mean_interval, quantiles
+from experiments.forecasting.scores import BAND, mean_interval, quantiles, samples_needed
 
 MIN_CONTEXT = 8  # time steps before a forecast; with fewer the baselines cannot be fitted
 MIN_SERIES = 5  # with so many series, whole series are held out; with fewer, the end of each
@@ -85,7 +85,7 @@ def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
     return Parts([one[: -2 * steps] for one in series], val, test, told)
 
 
-def _orders(num_steps: int, num_variables: int) -> dict[str, Callable]:
+def _baselines_for(num_steps: int, num_variables: int) -> dict[str, Callable]:
     """The baselines for a context of num_steps; the regressions read fewer steps where the context is short."""
     ar, var = min(20, num_steps // 3), max(1, min(18, num_steps // (2 * num_variables + 2)))
     return {
@@ -103,7 +103,7 @@ def baseline_forecasts(places: Sequence[Origin], context: int | None = None) -> 
     for before, truth in places:
         read = before[-(context or len(before)) :]
         encoding = Encoding.fit_each([read])  # the regressions expect values of about 0 to 10
-        for name, baseline in _orders(*read.shape).items():
+        for name, baseline in _baselines_for(*read.shape).items():
             if read.shape[1] == 1 and name == "VAR":
                 continue  # it is AR then
             path = baseline(encoding.scaled(read)[None], len(truth))[0]
@@ -130,8 +130,8 @@ def scores(forecast: np.ndarray, places: Sequence[Origin], spread: np.ndarray) -
 
 
 def coverage(paths: np.ndarray, places: Sequence[Origin]) -> float | None:
-    """The share of true values inside the central 80 % of paths (M, S, h, D); None for fewer than 9 samples."""
-    if paths.shape[1] < 9:
+    """The share of true values inside the central 80 % of paths (M, S, h, D); None for too few samples."""
+    if paths.shape[1] < samples_needed(BAND[0]):
         return None
     low, high = quantiles(paths, BAND, axis=1)
     truth = np.stack([place.truth for place in places])

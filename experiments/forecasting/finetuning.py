@@ -91,17 +91,28 @@ def prepare(
             f"a context of {context} and a horizon of {horizon} time steps take {tokens} tokens, the model has "
             f"{forecaster.model.config.max_position_embeddings} positions; shorten one of them"
         )
-    grammar = Grammar(forecaster.tokenizer, decimals, arrays[0].shape[1])
-    stride = -(-sum(map(len, parts.train)) // MAX_WINDOWS)
+    ids, lengths = _windows(forecaster, encoding, parts.train, tokens)
+    return Data(parts, encoding, horizon, context, ids, lengths)
+
+
+def _windows(
+    forecaster: Forecaster, encoding: Encoding, series: Sequence[np.ndarray], tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Windows of N series (T, D) that start at their time steps: ids (n, tokens), padded at the end, and lengths (n).
+
+    A series that is shorter than a window is one window.
+    """
+    separator = Grammar(forecaster.tokenizer, encoding.decimals, series[0].shape[1]).ids[";"]
+    stride = -(-sum(map(len, series)) // MAX_WINDOWS)
     cut = []
-    for one in parts.train:
+    for one in series:
         ids = np.array(forecaster.tokenizer.encode(encoding.encode(one) + ";"))
-        starts = np.concatenate(([0], np.flatnonzero(ids == grammar.ids[";"])[:-1] + 1))[::stride]
+        starts = np.concatenate(([0], np.flatnonzero(ids == separator)[:-1] + 1))[::stride]
         whole = [ids[start : start + tokens] for start in starts if start + tokens <= len(ids)]
         cut += whole or [ids]
     windows = [torch.from_numpy(window) for window in cut]
     padded = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True, padding_value=forecaster.tokenizer.pad_id)
-    return Data(parts, encoding, horizon, context, padded, torch.tensor([len(window) for window in cut]))
+    return padded, torch.tensor([len(window) for window in cut])
 
 
 def planned(
@@ -254,6 +265,7 @@ class Finetuning:
         write_whole(self.folder / "held_out.csv", "steps,nats_per_value\n" + rows)
 
     def _read_checks(self) -> None:
+        """Read the checks of an earlier process. Raises RunError when their file is damaged."""
         path = self.folder / "held_out.csv"
         if path.exists() and (self.folder / "best.safetensors").exists():
             try:

@@ -101,9 +101,10 @@ def fan(
     rows = -(-num_series * num_variables // columns)
     figure = Figure(figsize=(max(7, 4.6 * columns), 2.6 * rows))
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for one in panels[num_series * num_variables :]:
-        one.set_axis_off()
-    for panel, (row, column) in zip(panels, product(range(num_series), range(num_variables)), strict=False):
+    used = num_series * num_variables
+    for panel in panels[used:]:
+        panel.set_axis_off()
+    for panel, (row, column) in zip(panels[:used], product(range(num_series), range(num_variables)), strict=True):
         past, following, color = contexts[row][:, column], values[row][:, column], CURVES[column % len(CURVES)]
         x = np.arange(len(past) + len(following)) if times is None else np.asarray(times[row])
         now = len(past) - 1  # lines after it begin at the last given value

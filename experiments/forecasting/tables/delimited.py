@@ -6,6 +6,7 @@ import io
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,7 @@ def _delimiter(text: str) -> str:
 
     If there is none, the rows are divided by spaces where they end in a space and a number, or else not at all.
     """
-    sample = [line for line, _ in zip(_lines(text, []), range(SAMPLE), strict=False)]
+    sample = list(islice(_lines(text, []), SAMPLE))
     best, best_share = "", 0.0
     for mark in DELIMITERS:
         widths = []
