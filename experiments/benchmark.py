@@ -191,7 +191,7 @@ class Ours(Side):
     def timed_forecast(self, ids: "Tensor", steps: int) -> dict[str, float]:
         from experiments.forecasting.grammar import Grammar, decode
         from qwen_min import Tokenizer
-        from qwen_min.generation import greedy_steps, prefill
+        from qwen_min.generation import decode_steps, prefill
 
         state: dict[str, Any] = {}
         tokens = steps * TOKENS_PER_STEP
@@ -202,7 +202,7 @@ class Ours(Side):
             state["cache"], state["hidden"] = prefill(self.model, ids, room)
 
         def free() -> None:
-            for _ in greedy_steps(self.model, state["cache"], state["hidden"], tokens):
+            for _ in decode_steps(self.model, state["cache"], state["hidden"], tokens):
                 pass
 
         seconds = {"prefill": self.timed(run), "free": self.timed(free)}
@@ -534,7 +534,7 @@ def table(measured: dict) -> str:
 def main() -> int:
     """Return the exit status, as `cli.exit_status` does; packages that are not installed count as bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmark",
+        prog=cli.called("experiments.benchmark"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -52,6 +52,11 @@ def _at_least_1(text: str, parse: Callable[[str], int], wanted: str) -> int:
     return number
 
 
+def called(module: str) -> str:
+    """What the user called to run a command: `qwen-min VERB`, or `python -m MODULE`."""
+    return sys.argv[0] if sys.argv[0].startswith("qwen-min") else f"python -m {module}"
+
+
 def checked_device(name: str) -> str:
     """Put a number on a device and return the name of the device. Raises CommandError if that fails."""
     import torch

@@ -16,7 +16,7 @@ from experiments.report.comparison import write_comparison
 def main() -> int:
     """Write the comparison; return the exit status, as `cli.exit_status` does."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.comparison",
+        prog=cli.called("experiments.comparison"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -31,7 +31,9 @@ if TYPE_CHECKING:  # --help need not wait for torch
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="python -m experiments.finetune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=cli.called("experiments.finetune"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("series", type=Path, nargs="+", help="files with series: CSV, HDF5, Parquet")
     cli.add_data(p)
@@ -141,7 +143,7 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
         "dtype": args.dtype,
     }
     record = {
-        "command": shlex.join(["python", "-m", "experiments.finetune", *sys.argv[1:]]),
+        "command": f"{cli.called('experiments.finetune')} {shlex.join(sys.argv[1:])}".strip(),
         "title": tables[0].name + (f" and {len(tables) - 1} more series" if len(tables) > 1 else ""),
         "model": args.model,
     }
@@ -162,7 +164,7 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status, as `cli.exit_status` does."""
     args = parser().parse_args(argv)
-    resume = shlex.join(["python", "-m", "experiments.finetune", *(sys.argv[1:] if argv is None else argv)])
+    resume = f"{cli.called('experiments.finetune')} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
     return cli.exit_status(lambda interruption: work(args, interruption), resume)
 
 

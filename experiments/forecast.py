@@ -38,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
     from experiments.forecasting.scores import BAND
 
     p = argparse.ArgumentParser(
-        prog="python -m experiments.forecast", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=cli.called("experiments.forecast"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("series", type=Path, help="CSV or Parquet file (one series) or HDF5 file (many)")
     cli.add_data(p)

@@ -41,7 +41,7 @@ def sequences(text: str) -> int | None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
-        prog="python -m experiments.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=cli.called("experiments.run"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument(
         "--plan", type=lambda name: OLD_PLANS.get(name, name), choices=plans.PLANS, default="quick",
@@ -184,7 +184,7 @@ def record_of(args: argparse.Namespace, inputs: Inputs) -> dict:
 
     cuda = args.device.startswith("cuda")
     return {
-        "command": shlex.join(["python", "-m", "experiments.run", *sys.argv[1:]]),
+        "command": f"{cli.called('experiments.run')} {shlex.join(sys.argv[1:])}".strip(),
         "model": args.model,
         "data": args.data.name if args.data else "simulated, seed 0",
         "parameters": sum(p.numel() for p in inputs.model.parameters()),
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     it could not begin (bad input, no place to write), 128 + the signal's number when it was asked to stop.
     """
     args = parser().parse_args(argv)
-    resume = shlex.join(["python", "-m", "experiments.run", *(sys.argv[1:] if argv is None else argv)])
+    resume = f"{cli.called('experiments.run')} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
     return cli.exit_status(lambda interruption: work(args, interruption), resume)
 
 

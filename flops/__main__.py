@@ -1,22 +1,28 @@
 """Print the FLOPs of a training step, operator by operator, in three conventions.
 
-    python -m flops --model Qwen/Qwen2.5-0.5B-Instruct --batch 4 --context 512 --rank 8
+    python -m flops --model 0.5B --batch 4 --context 512 --rank 8
 
-The command reads only the config.json of the checkpoint.
+The sizes of Qwen2.5 are built in. Of another checkpoint only the config.json is read.
 """
 
 import argparse
 import json
 import math
 import sys
+from pathlib import Path
+
+CONFIGS = Path(__file__).parent / "configs"  # of the dense Qwen2.5 models, base and Instruct
+SIZES = ("0.5B", "1.5B", "3B", "7B")
 
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser of the command."""
-    p = argparse.ArgumentParser(
-        prog="python -m flops", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id, or tiny (default)")
+    called = sys.argv[0] if sys.argv[0].startswith("qwen-min") else "python -m flops"
+    p = argparse.ArgumentParser(prog=called, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--model", default="0.5B", help=f"{', '.join(SIZES)}, tiny, or a checkpoint: a folder or a hub id (default "
+        "%(default)s)",
+    )  # fmt: skip
     p.add_argument("--batch", type=int, default=4, help="rows in a batch (default %(default)s)")
     p.add_argument("--context", type=int, default=512, help="tokens in a row (default %(default)s)")
     p.add_argument(
@@ -39,7 +45,11 @@ def counts(args: argparse.Namespace) -> dict:
             f"got batch {args.batch}, context {args.context}, rank {args.rank}; expected batch >= 1, context >= 2 "
             "(a next token to predict), rank >= 0"
         )
-    config = QwenConfig.from_file(checkpoint_folder(args.model, ("config.json",)) / "config.json")
+    if args.model in SIZES and not Path(args.model).is_dir():
+        path = CONFIGS / f"{args.model}.json"
+    else:
+        path = checkpoint_folder(args.model, ("config.json",)) / "config.json"
+    config = QwenConfig.from_file(path)
     ranks = {"q_proj": args.rank, "v_proj": args.rank} if args.rank else {}
     operators: dict[str, dict[str, int]] = {}
     totals = {}

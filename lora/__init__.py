@@ -1,7 +1,7 @@
 """LoRA, low-rank adaptation (arXiv 2106.09685), for any `torch.nn.Linear`, in peft's file format."""
 
 from lora.checkpoint import AdapterError, load_adapter, read_config, save_adapter
-from lora.inject import LoraConfig, adapter_parameters, config_of, inject, merge, remove, unmerge
+from lora.inject import LoraConfig, adapter_parameters, config_of, inject, merge, merge_and_unload, remove, unmerge
 from lora.layer import LoRALinear
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "merge",
+    "merge_and_unload",
     "read_config",
     "remove",
     "save_adapter",

@@ -109,6 +109,17 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
+def merge_and_unload(model: nn.Module) -> None:
+    """Merge the adapter for good: the model is an ordinary one then, with the merged weights under the usual names.
+
+    Raises ValueError as `merge` does, and changes nothing then.
+    """
+    merge(model)
+    for name, layer in lora_layers(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
 def remove(model: nn.Module) -> None:
     """Remove the LoRA layers. The base weights are those before `inject`, bit for bit, and stay frozen.
 

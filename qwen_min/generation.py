@@ -1,9 +1,9 @@
-"""Greedy generation with a cache: n new tokens take 1 prefill and n - 1 decode steps.
+"""Generation with a cache, greedy or sampled: n new tokens take 1 prefill and n - 1 decode steps.
 
-B batch, T prompt tokens, C hidden size, V vocabulary.
+B batch, T prompt tokens, S samples of each prompt, C hidden size, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from qwen_min.cache import KVCache
 from qwen_min.continuation import ReusedCache, continuation
 from qwen_min.linear import linear, pack
 from qwen_min.model import Qwen
+from qwen_min.sampling import Chooser, Sampling
 
 # size of the feed-forward activations of one prefill chunk on a CPU; larger chunks leave its cache, and the allocator
 # fetches new memory for every operator
@@ -22,9 +23,9 @@ PREFILL_BYTES = 20 * 2**20
 class Generation(NamedTuple):
     """The result of `generate`."""
 
-    tokens: Tensor  # (B, n) new tokens, pad_id after an end token
-    lengths: Tensor  # (B) number of new tokens, up to and including the end token
-    logits: Tensor | None  # (B, n, V) the logits that each token maximises; None unless requested
+    tokens: Tensor  # (B S, n) new tokens, pad_id after an end token; rows i S to i S + S - 1 continue prompt i
+    lengths: Tensor  # (B S) number of new tokens, up to and including the end token
+    logits: Tensor | None  # (B S, n, V) the model's logits for each token; None unless requested
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:
@@ -72,7 +73,12 @@ def prefill(
     return cache, torch.cat(last)
 
 
-def greedy_steps(
+def most_likely(logits: Tensor) -> Tensor:
+    """The tokens with the largest logits, (B), for logits (B, V)."""
+    return logits.argmax(-1)
+
+
+def decode_steps(
     model: Qwen,
     cache: KVCache,
     hidden: Tensor,
@@ -80,12 +86,13 @@ def greedy_steps(
     attention_mask: Tensor | None = None,
     end_ids: Collection[int] = (),
     pad_id: int = 0,
+    choose: Callable[[Tensor], Tensor] = most_likely,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Continue after a prefill: yield (tokens (B), the logits (B, V) that they maximise, running (B) bool) per step.
+    """Continue after a prefill: yield (tokens (B), the model's logits (B, V), running (B) bool) per step.
 
-    cache and hidden (B, C) are the results of `prefill`, attention_mask (B, T) is its mask. `running` is True for the
-    rows that had not ended before this token; the other rows get pad_id. Stops after num_new_tokens, or soon after
-    every row has ended.
+    cache and hidden (B, C) are the results of `prefill`, attention_mask (B, T) is its mask. `choose` takes the logits
+    to the tokens. `running` is True for the rows that had not ended before this token; the other rows get pad_id.
+    Stops after num_new_tokens, or soon after every row has ended.
     """
     # reading `running` synchronises with the GPU, so check every 16 steps only
     check_interval = 16 if hidden.is_cuda else 1
@@ -95,7 +102,7 @@ def greedy_steps(
     for step in range(1, num_new_tokens + 1):
         with torch.inference_mode():
             logits = linear(hidden, model.head_weight)
-        tokens = torch.where(running, logits.argmax(-1), pad_id)
+            tokens = torch.where(running, choose(logits), pad_id)
         yield tokens, logits, running
         if len(ends):
             running = running & ~torch.isin(tokens, ends)
@@ -105,20 +112,10 @@ def greedy_steps(
             hidden = append(tokens[:, None])[:, -1]
 
 
-def generate(
-    model: Qwen,
-    prompts: Sequence[Sequence[int]] | Sequence[int] | Tensor,
-    num_new_tokens: int,
-    end_ids: Collection[int] = (),
-    pad_id: int = 0,
-    return_logits: bool = False,
-) -> Generation:
-    """Continue each prompt greedily by up to num_new_tokens tokens; each is the argmax of the unmodified logits.
-
-    prompts: lists of token ids of any lengths, or a tensor (B, T); a single list, or a tensor (T), is a batch of one.
-    A row stops after any of end_ids and is filled up with pad_id. return_logits keeps the logits of every step.
-    Raises ValueError for an empty prompt, for num_new_tokens < 1, or for more tokens than the model has positions.
-    """
+def _checked_prompts(
+    model: Qwen, prompts: Sequence[Sequence[int]] | Sequence[int] | Tensor, num_new_tokens: int, pad_id: int
+) -> tuple[Tensor, Tensor | None]:
+    """ids (B, T) and mask (B, T) of prompts on the model's device, as from `pad_left`. Errors as in `generate`."""
     if num_new_tokens < 1:
         raise ValueError(f"num_new_tokens is {num_new_tokens}, expected at least 1")
     rows: list = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
@@ -131,11 +128,51 @@ def generate(
             f"{model.config.max_position_embeddings} positions; shorten the prompt or generate fewer"
         )
     device = model.head_weight.device
-    ids, mask = ids.to(device), None if mask is None else mask.to(device)
-    cache, hidden = prefill(model, ids, num_new_tokens - 1, mask)
+    return ids.to(device), None if mask is None else mask.to(device)
+
+
+def generate(
+    model: Qwen,
+    prompts: Sequence[Sequence[int]] | Sequence[int] | Tensor,
+    num_new_tokens: int,
+    end_ids: Collection[int] = (),
+    pad_id: int = 0,
+    return_logits: bool = False,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    num_samples: int = 1,
+    seed: int = 0,
+) -> Generation:
+    """Continue each prompt by up to num_new_tokens tokens: greedily, or with a temperature by draws.
+
+    prompts: lists of token ids of any lengths, or a tensor (B, T); a single list, or a tensor (T), is a batch of one.
+    A row stops after any of end_ids and is filled up with pad_id. return_logits keeps the logits of every step.
+    temperature to repetition_penalty: as in `Sampling`. num_samples: so many continuations of each prompt, which is
+    processed only once. The draws depend on the seed and on the number of rows.
+    Raises ValueError for an empty prompt, for num_new_tokens or num_samples < 1, for rules that `Sampling` refuses, or
+    for more tokens than the model has positions.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}, expected at least 1")
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    ids, mask = _checked_prompts(model, prompts, num_new_tokens, pad_id)
+    chooser = Chooser(sampling, ids, mask, num_samples, model.config.vocab_size, num_new_tokens, seed)
+    room = num_new_tokens - 1
+    if num_samples == 1:
+        cache, hidden = prefill(model, ids, room, mask)
+    else:
+        if room:
+            pack(model)
+        reused = ReusedCache(model)
+        _, hidden = prefill(model, ids, 0, mask, reused)
+        cache, hidden = reused.fork(num_samples, room), hidden.repeat_interleave(num_samples, 0)
+        mask = cache.mask(mask)
     tokens, all_logits = [], []
-    lengths = torch.zeros(len(ids), dtype=torch.long, device=device)
-    for step_tokens, step_logits, running in greedy_steps(model, cache, hidden, num_new_tokens, mask, end_ids, pad_id):
+    lengths = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+    steps = decode_steps(model, cache, hidden, num_new_tokens, mask, end_ids, pad_id, chooser)
+    for step_tokens, step_logits, running in steps:
         tokens.append(step_tokens)
         lengths += running
         if return_logits:
@@ -143,3 +180,24 @@ def generate(
     longest = int(lengths.max())
     logits = torch.stack(all_logits[:longest], 1) if return_logits else None
     return Generation(torch.stack(tokens[:longest], 1), lengths, logits)
+
+
+def stream(
+    model: Qwen,
+    prompt: Sequence[int],
+    num_new_tokens: int,
+    end_ids: Collection[int] = (),
+    sampling: Sampling = Sampling(),  # noqa: B008 - immutable
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield the tokens of one continuation as soon as each is chosen, without the end token; they equal `generate`'s.
+
+    Arguments and errors as in `generate`; the rules are given as a `Sampling`.
+    """
+    ids, _ = _checked_prompts(model, [prompt], num_new_tokens, 0)
+    chooser = Chooser(sampling, ids, None, 1, model.config.vocab_size, num_new_tokens, seed)
+    cache, hidden = prefill(model, ids, num_new_tokens - 1)
+    for tokens, _, _ in decode_steps(model, cache, hidden, num_new_tokens, choose=chooser):
+        if (token := int(tokens)) in end_ids:
+            return
+        yield token

@@ -1,9 +1,10 @@
 """Convert text to token ids and back with a checkpoint's `tokenizer.json`."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import tokenizers
+from tokenizers.decoders import DecodeStream
 
 from qwen_min.config import CheckpointError
 
@@ -40,3 +41,11 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are left out."""
         return self._tokenizer.decode([int(i) for i in ids])
+
+    def stream(self) -> Callable[[int], str]:
+        """A function that takes the token ids of one text in turn and returns the characters that each one completes.
+
+        A character of several tokens comes with its last one; special tokens give none.
+        """
+        decoder = DecodeStream(skip_special_tokens=True)
+        return lambda token: decoder.step(self._tokenizer, int(token)) or ""

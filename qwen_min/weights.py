@@ -1,12 +1,17 @@
-"""Load a checkpoint (a folder, a hub id or the embedded one), strictly; each tensor is copied at most once."""
+"""Load a checkpoint (a folder, a hub id or the embedded one), strictly, and save one.
+
+When loaded, each tensor is copied at most once.
+"""
 
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from qwen_min.config import CheckpointError, QwenConfig
 from qwen_min.model import Qwen
@@ -14,6 +19,10 @@ from qwen_min.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+COMPANIONS = (  # the files of a checkpoint besides its weights and its config.json
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json",
+    "merges.txt", "special_tokens_map.json",
+)  # fmt: skip
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -144,6 +153,33 @@ def load_weights(
         # raises an error where no plan fits instead of falling back to another kernel, and has produced wrong text and
         # NaN gradients (github.com/pytorch/pytorch/issues/193893 and 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def save(model: Qwen, folder: Path, source: Path) -> None:
+    """Write a checkpoint that this project and transformers can load: the model's weights in their dtype.
+
+    The config, the tokenizer and the chat template are those of the checkpoint folder `source`, from which the model
+    came. The folder must not exist; it appears whole or not at all. Raises CheckpointError when it exists, or when the
+    model's tensors are not those of a checkpoint, as under an adapter that was not merged for good.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists already; name another folder")
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in Qwen(model.config).state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if problems := tensor_problems(expected, {name: list(tensor.shape) for name, tensor in tensors.items()}):
+        raise CheckpointError("the model has other tensors than a checkpoint:\n  " + "\n  ".join(problems))
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["torch_dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in COMPANIONS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, partial / name)
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    partial.rename(folder)
 
 
 def load(

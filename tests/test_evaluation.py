@@ -78,7 +78,7 @@ def test_a_row_is_cut_where_it_is_complete_whatever_other_rows_need(monkeypatch,
             for step in range(num_new_tokens):
                 yield tokens[:, step], hidden @ model.head_weight.T, torch.ones(len(rows), dtype=torch.bool)
 
-        monkeypatch.setattr(evaluation, "greedy_steps", scripted)
+        monkeypatch.setattr(evaluation, "decode_steps", scripted)
         return evaluate(*tiny, ENCODING, series[rows], context_steps=20, horizon=3, decoding="free")
 
     texts[4] = texts[1]  # the fifth target is longer by one token

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["run", "forecast", "finetune", "comparison", "benchmark", "pretrain", "report.__main__"]
+COMMANDS = [
+    "run", "forecast", "finetune", "comparison", "benchmark", "pretrain", "report.__main__", "text", "export",
+    "__main__",
+]  # fmt: skip
 PACKAGES = ["forecasting", "study", "report", "storage"]
 ALLOWED = {  # by package: what a module of it may import besides its own package
     "qwen_min": [],

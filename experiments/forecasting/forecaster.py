@@ -115,10 +115,10 @@ class Forecaster:
     ) -> "Forecaster":
         """Load a checkpoint (folder, hub id or "tiny"), with or without an adapter in peft's format.
 
-        An adapter that this project trained records its checkpoint and its encoding, which are the defaults. For any
-        other adapter, name the checkpoint. Without an adapter the defaults are "tiny", a scale and an offset fitted to
-        each series, and 2 decimals. Raises CheckpointError or AdapterError when one of the two cannot be read or the
-        adapter was trained on another checkpoint.
+        An adapter that this project trained records its checkpoint and its encoding, which are the defaults; so does a
+        checkpoint into which one was merged. For any other adapter, name the checkpoint. Without an adapter the
+        defaults are "tiny", a scale and an offset fitted to each series, and 2 decimals. Raises CheckpointError or
+        AdapterError when one of the two cannot be read or the adapter was trained on another checkpoint.
         """
         trained = None if adapter is None else read_trained(adapter)
         if adapter is not None and trained is None and checkpoint is None:
@@ -127,7 +127,9 @@ class Forecaster:
             folder = _find_checkpoint(trained.checkpoint, Path(adapter))
         else:
             folder = checkpoint_folder(checkpoint or "tiny")
-        if trained and checkpoint_hash(folder) != trained.checkpoint_sha256:
+        if adapter is None and (folder / TRAINED_FILE).exists():  # an adapter was merged into this checkpoint
+            trained = read_trained(folder)
+        elif trained and checkpoint_hash(folder) != trained.checkpoint_sha256:
             raise AdapterError(f"{adapter}: was trained on {trained.checkpoint}, but {folder} has other files")
         model, tokenizer = load(folder, device, dtype)
         if adapter is not None:

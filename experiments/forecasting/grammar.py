@@ -15,6 +15,7 @@ from qwen_min.cache import KVCache
 from qwen_min.config import CheckpointError
 from qwen_min.continuation import continuation
 from qwen_min.model import Qwen
+from qwen_min.sampling import choose
 from qwen_min.tokenizer import Tokenizer
 
 DIGITS = "0123456789"
@@ -144,17 +145,6 @@ class _Row:
             self.word += character
 
 
-def _choose(logits: Tensor, uniforms: Tensor | None) -> Tensor:
-    """The index of a choice in each row of logits (B, n), (B).
-
-    It is the index of the largest logit, or with uniforms (B) in [0, 1) a sample of the softmax.
-    """
-    if uniforms is None:
-        return logits.argmax(-1)
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    return (cumulative[:, :-1] <= uniforms[:, None]).sum(-1)
-
-
 class _Reading(NamedTuple):
     """The input of one pass, as tensors on the device."""
 
@@ -211,7 +201,7 @@ def decode(
     head, append = grammar.head(model), continuation(model, cache, attention_mask)
     rows = [_Row(grammar, num_values, None if wide is None else wide[row]) for row in range(len(hidden))]
     row_indices = torch.arange(len(rows), device=hidden.device)
-    chosen = _choose((hidden @ head.T)[:, : len(DIGITS)], None if uniforms is None else uniforms[:, 0])
+    chosen = choose((hidden @ head.T)[:, : len(DIGITS)], None if uniforms is None else uniforms[:, 0])
     for row, choice in zip(rows, chosen.tolist(), strict=True):
         row.choose(CHOICES[choice])
     while any(row.unread() for row in rows):
@@ -220,8 +210,8 @@ def decode(
         draws: Sequence[Tensor | None] = (None, None)
         if uniforms is not None:
             draws = uniforms.gather(1, reading.draw_indices.clamp(max=uniforms.shape[1] - 1)).unbind(1)
-        first = _choose(logits[:, 0], draws[0])
-        last = _choose(logits[row_indices, reading.last, : len(DIGITS)], draws[1])
+        first = choose(logits[:, 0], draws[0])
+        last = choose(logits[row_indices, reading.last, : len(DIGITS)], draws[1])
         choices = [[CHOICES[choice] for choice in column] for column in torch.stack([first, last]).tolist()]
         if any(row.rejects(point) for row, point in zip(rows, choices[0], strict=True)):
             append.take_back(reading.guessed & (first != CHOICES.index(".")))

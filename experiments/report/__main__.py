@@ -18,7 +18,7 @@ from experiments.storage.runfolder import only_writer
 def main() -> int:
     """Write the report anew; return the exit status, as `cli.exit_status` does."""
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=cli.called("experiments.report"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="run folder, such as runs/quick")
     folder = parser.parse_args().folder

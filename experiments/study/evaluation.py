@@ -20,7 +20,7 @@ from experiments.storage.records import Matrix, Tensor3, Vector, build
 from experiments.storage.runfolder import resumable
 from qwen_min.cache import KVCache
 from qwen_min.continuation import ReusedCache
-from qwen_min.generation import greedy_steps, pad_left, prefill
+from qwen_min.generation import decode_steps, pad_left, prefill
 from qwen_min.loss import token_losses
 from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer
@@ -161,7 +161,7 @@ def _free(
     free = torch.full(targets.ids.shape, torch.nan, device=last.device)
     length, tokens = targets.ids.shape[1], []
     texts: list[str | None] = [None] * len(last)
-    steps = greedy_steps(model, cache, last, most, mask, tokenizer.end_ids, tokenizer.pad_id)
+    steps = decode_steps(model, cache, last, most, mask, tokenizer.end_ids, tokenizer.pad_id)
     for step, (step_tokens, logits, running) in enumerate(steps):
         tokens.append(step_tokens)
         if step < length:

@@ -1,4 +1,4 @@
-"""Parity with transformers for the same weights: logits, gradients, greedy text."""
+"""Parity with transformers for the same weights: logits, gradients, greedy text, the rules of sampling."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import transformers
 
 from conftest import config_fields, relative_error
 from qwen_min import KVCache, Qwen, QwenConfig, generate, load
+from qwen_min.sampling import Sampling
 from qwen_min.weights import load_weights
 
 TOLERANCE = 1e-5
@@ -181,3 +182,39 @@ def test_real_tokenizer_agrees(real_checkpoint, validation_texts):
         assert ours.encode(text) == theirs(text).input_ids
     assert set(ours.end_ids) == {151645, 151643}
     assert ours.pad_id == 151643
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_k": 5},
+        {"temperature": 0.7, "top_p": 0.8},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1},
+        {"temperature": 1.0, "top_p": 1e-6},
+    ],
+)
+def test_logits_are_adjusted_as_by_transformers_processors(rules):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(8, 97, generator=generator)
+    ids = torch.randint(0, 97, (8, 30), generator=generator)
+    processors = transformers.LogitsProcessorList()
+    if penalty := rules.get("repetition_penalty"):
+        processors.append(transformers.RepetitionPenaltyLogitsProcessor(penalty))
+    processors.append(transformers.TemperatureLogitsWarper(rules["temperature"]))
+    if "top_k" in rules:
+        processors.append(transformers.TopKLogitsWarper(rules["top_k"]))
+    if "top_p" in rules:
+        processors.append(transformers.TopPLogitsWarper(rules["top_p"]))
+    seen = torch.zeros(8, 97, dtype=torch.bool).scatter_(1, ids, True)
+    torch.testing.assert_close(Sampling(**rules).adjusted(logits, seen), processors(ids, logits.clone()))
+
+
+def test_greedy_text_under_a_repetition_penalty_is_that_of_transformers(models):
+    ours, theirs = models
+    prompt = torch.tensor([[5, 9, 2, 44, 7]])
+    wanted = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False, repetition_penalty=1.3,
+        eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    assert generate(ours, prompt, 40, repetition_penalty=1.3).tokens.tolist() == wanted[:, 5:].tolist()

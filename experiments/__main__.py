@@ -1,0 +1,54 @@
+"""The command `qwen-min`: one verb for each command of this project."""
+
+import sys
+from importlib import import_module, metadata
+
+VERBS = {  # verb: (module with a `main`, what it does)
+    "generate": ("experiments.text", "continue a prompt"),
+    "chat": ("experiments.text", "chat with an instruct checkpoint"),
+    "forecast": ("experiments.forecast", "forecast your own series"),
+    "finetune": ("experiments.finetune", "fine-tune on your own series, within a budget of FLOPs"),
+    "export": ("experiments.export", "merge an adapter into an ordinary checkpoint"),
+    "run": ("experiments.run", "run a plan of experiments into a folder"),
+    "report": ("experiments.report.__main__", "draw the report of a run folder again"),
+    "compare": ("experiments.comparison", "put several runs next to each other"),
+    "flops": ("flops.__main__", "count the FLOPs of a training step, operator by operator"),
+    "benchmark": ("experiments.benchmark", "measure time and memory next to other programs"),
+}
+EXTRA = ("dateutil", "filelock", "h5py", "matplotlib", "scipy", "tqdm")  # the packages of the extra `experiments`
+
+
+def usage() -> str:
+    """The help text."""
+    verbs = "\n".join(f"  {verb:<12}{meaning}" for verb, (_, meaning) in VERBS.items())
+    more = "qwen-min VERB --help explains a verb; qwen-min --version tells the version."
+    return f"usage: qwen-min VERB ...\n\n{verbs}\n\n{more}"
+
+
+def main() -> int:
+    """Run the verb that the command line names; the exit status is that of its command, and 2 for an unknown verb."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("-h", "--help"):
+        print(usage())
+        return 0
+    if verb == "--version":
+        print(metadata.version("qwen-min"))
+        return 0
+    if verb not in VERBS:
+        print(f"error: {verb!r} is no verb\n\n{usage()}", file=sys.stderr)
+        return 2
+    module, _ = VERBS[verb]
+    # this is what a command calls itself in its messages (cli.called); experiments.text reads the verb itself
+    sys.argv[:2] = ["qwen-min", verb] if module == "experiments.text" else [f"qwen-min {verb}"]
+    try:
+        return import_module(module).main()
+    except ModuleNotFoundError as error:
+        if error.name and error.name.partition(".")[0] in EXTRA:
+            needed = "pip install 'qwen-min[experiments]'"
+            print(f"error: {verb} needs the package {error.name}; install what it needs: {needed}", file=sys.stderr)
+            return 2
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Merge an adapter into its checkpoint, and save an ordinary checkpoint that other programs can load.
+
+    python -m experiments.export runs/finetune-lynx/adapter lynx-0.5b
+
+The folder also keeps the encoding of the adapter, so that --model lynx-0.5b forecasts as the adapter did.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from experiments import cli
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog=cli.called("experiments.export"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("adapter", type=Path, help="folder of an adapter in peft's format")
+    p.add_argument("out", type=Path, help="folder to write; it must not exist")
+    p.add_argument("--model", help="checkpoint: a folder, a hub id or tiny (default: the one that the adapter records)")
+    p.add_argument(
+        "--dtype", choices=cli.DTYPES, default="bfloat16", help="type of the written weights (default %(default)s)"
+    )
+    return p
+
+
+def work(args: argparse.Namespace) -> int:
+    """Load, merge and save; the exit status."""
+    import torch
+
+    from experiments.forecasting.forecaster import TRAINED_FILE, Forecaster
+    from lora import merge_and_unload
+    from qwen_min.weights import save
+
+    if args.out.exists():
+        raise cli.CommandError(f"{args.out} exists already; name another folder")
+    forecaster = Forecaster.load(args.model, args.adapter, dtype=getattr(torch, args.dtype))
+    merge_and_unload(forecaster.model)
+    assert forecaster.checkpoint is not None  # `load` sets it
+    save(forecaster.model, args.out, forecaster.checkpoint[1])
+    if (args.adapter / TRAINED_FILE).exists():
+        shutil.copyfile(args.adapter / TRAINED_FILE, args.out / TRAINED_FILE)
+    print(args.out)
+    return 0
+
+
+def main() -> int:
+    """Return the exit status, as `cli.exit_status` does."""
+    args = parser().parse_args()
+    return cli.exit_status(lambda _: work(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

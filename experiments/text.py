@@ -1,0 +1,179 @@
+"""Write text with a checkpoint: continue a prompt, or chat.
+
+    python -m experiments.text generate "Foxes eat hares, and when the hares are gone,"
+    python -m experiments.text chat
+
+Ctrl-C stops an answer; at the prompt of a chat it ends the chat.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from experiments import cli
+from experiments.storage.interruption import Interrupted, Interruption
+
+if TYPE_CHECKING:
+    from qwen_min import Qwen, Tokenizer
+
+INSTRUCT = "Qwen/Qwen2.5-0.5B-Instruct"  # the defaults of the rules are those of its generation_config.json
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog=cli.called("experiments.text"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = p.add_subparsers(dest="verb", required=True)
+    generate = verbs.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    generate.add_argument("prompt", help="the text to continue; - reads it from standard input")
+    generate.add_argument(
+        "--num-samples", type=cli.positive, default=1, help="so many continuations (default %(default)s)"
+    )
+    chat = verbs.add_parser("chat", help="chat with an instruct checkpoint", description="Chat, a line at a time.")
+    chat.add_argument("--system", help="the system message (default: the checkpoint's)")
+    for verb in (generate, chat):
+        verb.add_argument(
+            "--model",
+            default=INSTRUCT,
+            help="checkpoint: a folder, a hub id or the embedded tiny (default %(default)s)",
+        )
+        verb.add_argument("--adapter", help="folder of a LoRA adapter in peft's format")
+        cli.add_device(verb, dtype="bfloat16")
+        verb.add_argument(
+            "--max-tokens", type=cli.positive, default=512, help="most tokens of an answer (default %(default)s)"
+        )
+        verb.add_argument(
+            "--temperature", type=float, default=0.7, help="0: always the likeliest token (default %(default)s)"
+        )
+        verb.add_argument(
+            "--top-k", type=cli.positive, default=20, help="draw among so many tokens (default %(default)s)"
+        )
+        verb.add_argument(
+            "--top-p", type=float, default=0.8, help="draw among the likeliest tokens that together have this "
+            "probability (default %(default)s)",
+        )  # fmt: skip
+        verb.add_argument(
+            "--repetition-penalty", type=float, default=1.1, help="more than 1: tokens that the text already has "
+            "become less likely (default %(default)s)",
+        )  # fmt: skip
+        verb.add_argument("--seed", type=int, default=0, help="seed of the draws (default %(default)s)")
+    return p
+
+
+class Writer:
+    """A model that writes answers to standard output, character by character, by the rules of the command line."""
+
+    def __init__(self, args: argparse.Namespace):
+        """Load the checkpoint, and the adapter if there is one. Raises errors that `cli.is_meant` for the user."""
+        import torch
+
+        from lora import load_adapter, merge
+        from qwen_min import load
+        from qwen_min.sampling import Sampling
+        from qwen_min.weights import checkpoint_folder
+
+        self.args = args
+        self.rules = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
+        device = cli.checked_device(args.device)
+        self.folder = checkpoint_folder(args.model)
+        self.model: Qwen
+        self.tokenizer: Tokenizer
+        self.model, self.tokenizer = load(self.folder, device, getattr(torch, args.dtype))
+        if args.adapter:
+            load_adapter(self.model, args.adapter)
+            merge(self.model)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text. Raises CommandError if it is empty, or too long for the answer to fit."""
+        ids, positions = self.tokenizer.encode(text), self.model.config.max_position_embeddings
+        if not ids:
+            raise cli.CommandError("the prompt is empty, expected a text to continue")
+        if len(ids) + self.args.max_tokens > positions:
+            raise cli.CommandError(
+                f"{len(ids)} tokens of prompt and --max-tokens {self.args.max_tokens} exceed the model's {positions} "
+                "positions; shorten one of them"
+            )
+        return ids
+
+    def write(self, ids: list[int], seed: int) -> Iterator[str]:
+        """Print the continuation of a prompt while it is generated; yield its pieces as well."""
+        from qwen_min.generation import stream
+
+        characters = self.tokenizer.stream()
+        for token in stream(self.model, ids, self.args.max_tokens, self.tokenizer.end_ids, self.rules, seed):
+            piece = characters(token)
+            print(piece, end="", flush=True)
+            yield piece
+
+
+@contextmanager
+def told_speed() -> Iterator[list[str]]:
+    """Tell on stderr how many pieces were added to the list, and how quickly, also after Ctrl-C."""
+    pieces: list[str] = []
+    started = time.monotonic()
+    try:
+        yield pieces
+    finally:
+        seconds = time.monotonic() - started
+        print(flush=True)
+        print(f"[{len(pieces)} tokens in {seconds:.1f} s: {len(pieces) / seconds:.1f} tokens/s]", file=sys.stderr)
+
+
+def generate(args: argparse.Namespace, _: Interruption) -> int:
+    """Print continuations of the prompt; several are separated by empty lines."""
+    writer = Writer(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    ids = writer.encode(prompt)
+    for number in range(args.num_samples):
+        if number:
+            print()
+        print(prompt, end="", flush=True)
+        with told_speed() as pieces:
+            pieces.extend(writer.write(ids, args.seed + number))
+    return 0
+
+
+def chat(args: argparse.Namespace, interruption: Interruption) -> int:
+    """Answer each line of standard input, with all earlier lines and answers in mind."""
+    from qwen_min.chat import ChatTemplate
+
+    writer = Writer(args)
+    template = ChatTemplate(writer.folder)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    print("An empty line or Ctrl-D ends the chat; Ctrl-C stops an answer.", file=sys.stderr)
+    while line := _asked():
+        messages.append({"role": "user", "content": line})
+        ids = writer.encode(template.render(messages))
+        try:
+            with told_speed() as pieces:
+                for piece in writer.write(ids, args.seed + len(messages)):
+                    pieces.append(piece)
+        except Interrupted:
+            interruption.asked = None  # the answer was to stop, not the chat
+        messages.append({"role": "assistant", "content": "".join(pieces)})
+    return 0
+
+
+def _asked() -> str:
+    """The next line of the user; empty at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit status, as `cli.exit_status` does."""
+    args = parser().parse_args(argv)
+    work = {"generate": generate, "chat": chat}[args.verb]
+    return cli.exit_status(lambda interruption: work(args, interruption))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

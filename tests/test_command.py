@@ -1,0 +1,76 @@
+"""The installed command `qwen-min`, its verbs and what a package of this project holds."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from experiments import __main__ as command
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def run(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["qwen-min", *arguments])
+    return command.main()
+
+
+@pytest.mark.parametrize("verb", command.VERBS)
+def test_every_verb_explains_itself_under_its_own_name(monkeypatch, capsys, verb):
+    with pytest.raises(SystemExit, match="0"):
+        run(monkeypatch, verb, "--help")
+    assert capsys.readouterr().out.startswith(f"usage: qwen-min {verb} ")
+
+
+@pytest.mark.parametrize(("arguments", "status"), [([], 0), (["--help"], 0), (["fly"], 2)])
+def test_without_a_known_verb_all_verbs_are_listed(monkeypatch, capsys, arguments, status):
+    assert run(monkeypatch, *arguments) == status
+    out, err = capsys.readouterr()
+    assert all(f"  {verb} " in (err if status else out) for verb in command.VERBS)
+
+
+def test_a_verb_runs_with_its_arguments(monkeypatch, capsys):
+    assert run(monkeypatch, "flops", "--model", "tiny", "--batch", "1", "--context", "8") == 0
+    assert "equals the exact column" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_told_with_what_installs_it(monkeypatch, capsys):
+    def missing(name: str):
+        raise ModuleNotFoundError("No module named 'h5py'", name="h5py")
+
+    monkeypatch.setattr(command, "import_module", missing)
+    assert run(monkeypatch, "run") == 2
+    assert "pip install 'qwen-min[experiments]'" in capsys.readouterr().err
+
+
+def test_text_and_flops_need_no_package_of_the_extra():
+    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in command.EXTRA)
+    code = f"import sys; {blocked}; import experiments.text, flops.trace, qwen_min.chat, lora"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_project_declares_every_package_that_it_imports():
+    declared = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["experiments"]
+    names = {line.split(">")[0].replace("-", "_").removeprefix("python_") for line in declared}
+    found = set()
+    for package in ("qwen_min", "lora", "flops", "experiments"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.partition(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    found.add(str(node.module).partition(".")[0])
+    ours = {"qwen_min", "lora", "flops", "experiments"}
+    optional = {"pandas", "transformers", "peft"}  # imported only where the user has them, or to compare with
+    assert found - ours - optional - set(sys.stdlib_module_names) == names
+    assert {name.replace("python_", "") for name in command.EXTRA} <= names
+
+
+def test_the_entry_point_is_the_function_that_these_tests_call():
+    module, _, function = PROJECT["project"]["scripts"]["qwen-min"].partition(":")
+    assert getattr(import_module(module), function) is command.main
