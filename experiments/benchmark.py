@@ -96,6 +96,9 @@ class Side(Timer, ABC):
     def timed_forecast(self, ids: "Tensor", steps: int) -> dict[str, float]:
         """The result of `forecast` for the prompts ids (B, T)."""
 
+    def prepare_generation(self) -> None:
+        """Do what a program does that only generates."""
+
     @abstractmethod
     def prepare_training(self) -> None:
         """Put an adapter of rank 8 on q_proj and v_proj, and make its optimizer."""
@@ -163,6 +166,11 @@ class Ours(Side):
             self.run_prompt(self.ids(1, 1))
 
         return self.timed(run)
+
+    def prepare_generation(self) -> None:
+        from qwen_min.linear import keep_only_packed
+
+        keep_only_packed(self.model)
 
     def run_prompt(self, ids: "Tensor") -> None:
         from qwen_min.generation import prefill
@@ -422,6 +430,7 @@ class Measurement:
         """Loading, prefill, decode steps and forecasts."""
         processes = Processes(self.arguments, self.sides)
         self.line("load, to the first logits", self.ask(processes, "load"), 1, "loads")
+        processes.ask("prepare_generation")
         self._prefill(processes)
         for batch in BATCHES:
             self._decode_step(processes, f"batch {batch}", batch, CONTEXT)

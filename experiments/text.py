@@ -73,8 +73,9 @@ class Writer:
         """Load the checkpoint, and the adapter if there is one. Raises errors that `cli.is_meant` for the user."""
         import torch
 
-        from lora import load_adapter, merge
+        from lora import load_adapter, merge_and_unload
         from qwen_min import load
+        from qwen_min.linear import keep_only_packed
         from qwen_min.sampling import Sampling
         from qwen_min.weights import checkpoint_folder
 
@@ -87,7 +88,8 @@ class Writer:
         self.model, self.tokenizer = load(self.folder, device, getattr(torch, args.dtype))
         if args.adapter:
             load_adapter(self.model, args.adapter)
-            merge(self.model)
+            merge_and_unload(self.model)
+        keep_only_packed(self.model)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text. Raises CommandError if it is empty, or too long for the answer to fit."""

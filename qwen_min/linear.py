@@ -1,7 +1,8 @@
 """Linear layers. On CPUs, bf16 weights may be packed: copied into the layout that oneDNN multiplies fastest.
 
 Without packed copies oneDNN converts each weight at every product, which doubles the time of a decode step. The copies
-take as much memory as the weights: call `pack` before decoding and `unpack` before training.
+take as much memory as the weights: call `pack` before decoding and `unpack` before training. For a model that only
+infers, `keep_only_packed` frees the weights themselves.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -85,3 +86,33 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class PackedLinear(nn.Module):
+    """A Linear of which only the packed weight is left. It has no `weight`, so nothing can train, merge or save it."""
+
+    def __init__(self, source: Linear):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(source.weight.detach(), None)
+        self.bias = source.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x weight^T + bias, (..., O), for x (..., I). Raises ValueError where a gradient would be recorded."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError("a model of which only packed weights are left cannot train; load it again")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+@torch.no_grad()
+def keep_only_packed(model: "Qwen") -> None:
+    """Replace the Linear layers of a model by packed ones, for inference in the memory of the weights alone.
+
+    An adapter should be put in before; it can no longer be merged or removed. There is no way back: load the model
+    again. Nothing happens where `pack` packs nothing: on a GPU, and for weights that are not bf16.
+    """
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Linear) and _can_pack(child.weight):
+                setattr(parent, name, PackedLinear(child))
+    for parameter in model.parameters():  # `load` maps the file into memory; it stays as long as a tensor refers to it
+        parameter.data = parameter.data.clone()

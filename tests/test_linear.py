@@ -8,9 +8,10 @@ import torch
 
 from conftest import CONFIGS, random_model, relative_error
 from lora import LoraConfig, adapter_parameters, inject, merge, unmerge
-from qwen_min import Qwen
-from qwen_min.linear import MKLDNN_OPERATORS, _can_pack, linear, pack, unpack
+from qwen_min import CheckpointError, Qwen, generate
+from qwen_min.linear import MKLDNN_OPERATORS, PackedLinear, _can_pack, keep_only_packed, linear, pack, unpack
 from qwen_min.loss import next_token_loss
+from qwen_min.weights import TINY, save
 
 
 @pytest.fixture
@@ -139,3 +140,34 @@ def test_fp32_is_left_alone(ids):
     pack(model)
     assert model.head_weight.packed is None
     assert torch.equal(linear(torch.ones(1, 56), model.head_weight), torch.ones(1, 56) @ model.head_weight.T)
+
+
+def test_a_model_of_packed_weights_alone_gives_the_same_text_and_frees_the_weights(model):
+    inject(model, LoraConfig(4, 8))
+    for name, parameter in adapter_parameters(model).items():
+        parameter.data.normal_(0, 0.1 if "lora_B" in name else 1.0)
+    wanted = generate(model, [[5, 9, 2, 44, 7], [8]], 12, return_logits=True)
+    weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    keep_only_packed(model)
+    assert weight() is None
+    found = generate(model, [[5, 9, 2, 44, 7], [8]], 12, return_logits=True)
+    assert torch.equal(found.tokens, wanted.tokens)
+    assert torch.equal(found.logits, wanted.logits)
+
+
+def test_a_model_of_packed_weights_alone_refuses_all_that_needs_weights(tmp_path, model, ids):
+    keep_only_packed(model)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, PackedLinear)
+    with pytest.raises(ValueError, match="no Linear is called"):
+        inject(model, LoraConfig(4, 8))
+    with pytest.raises(CheckpointError, match=r"missing .*q_proj.weight"):
+        save(model, tmp_path / "saved", TINY)
+    model.model.embed_tokens.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="cannot train"):
+        model(ids)
+
+
+def test_fp32_weights_stay():
+    model = random_model(CONFIGS["ratio 2, untied"])
+    keep_only_packed(model)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
