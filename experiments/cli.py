@@ -1,6 +1,7 @@
 """Code that all commands share: device, precision, exit status. It imports no torch, so that --help is quick."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -118,10 +119,27 @@ def exit_status(work: Callable[[Interruption], int], resume: str = "") -> int:
             warnings.showwarning = _show_warning
             return work(interruption)
     except Interrupted as error:
-        print(f"stopped by {error}" + (resume and f"; to continue from what is saved: {resume}"), file=sys.stderr)
+        if leads():
+            print(f"stopped by {error}" + (resume and f"; to continue from what is saved: {resume}"), file=sys.stderr)
         return error.exit_status
     except Exception as error:
         if not is_meant(error):
             raise
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
-        return 1 if isinstance(error, MemoryError) else 2
+        elsewhere = getattr(error, "told_elsewhere", False)
+        if leads() or not elsewhere:
+            print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        return 1 if elsewhere or isinstance(error, MemoryError) else 2
+
+
+def tell(message: str) -> None:
+    """Print a message once, not once for each process of a job."""
+    if leads():
+        print(message)
+
+
+def leads() -> bool:
+    """True in the process that tells the user what happens: the first of those that torchrun started, or the only one.
+
+    The variable is set by torchrun.
+    """
+    return os.environ.get("RANK", "0") == "0"

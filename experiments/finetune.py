@@ -13,9 +13,10 @@ import hashlib
 import json
 import shlex
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from experiments import cli
 from experiments.storage.files import read_json
@@ -23,9 +24,11 @@ from experiments.storage.interruption import Interruption
 from experiments.storage.runfolder import open_run
 
 if TYPE_CHECKING:  # --help need not wait for torch
+    from experiments.forecasting.finetuning import Data
     from experiments.forecasting.forecaster import Forecaster
     from experiments.forecasting.settings import Training
     from experiments.forecasting.tables import Table
+    from experiments.forecasting.team import Team
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,7 +81,7 @@ def read_series(args: argparse.Namespace) -> list["Table"]:
                 f"{table.name} has the variables {', '.join(table.variables)}, {first.name} has "
                 f"{', '.join(variables)}; expected the same in all files, choose with --columns"
             )
-    print(describe(first) + (f", and {len(tables) - 1} more series" if len(tables) > 1 else ""))
+    cli.tell(describe(first) + (f", and {len(tables) - 1} more series" if len(tables) > 1 else ""))
     return tables
 
 
@@ -105,32 +108,63 @@ def settings_of(args: argparse.Namespace, forecaster: "Forecaster") -> "Training
 
 
 def work(args: argparse.Namespace, interruption: Interruption) -> int:
-    """Fine-tune and print the result. Raises an error that `cli.is_meant` for the user."""
+    """Join the processes that torchrun started, if it did; fine-tune and print the result; the exit status.
+
+    Raises an error that `cli.is_meant` for the user.
+    """
+    from experiments.forecasting.team import joined
+
+    with joined(args.device) as (team, device):
+        return finetune(args, interruption, team, device)
+
+
+class Inputs(NamedTuple):
+    """The checked inputs of a fine-tuning."""
+
+    tables: list["Table"]
+    forecaster: "Forecaster"
+    data: "Data"
+    settings: "Training"
+
+
+def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
+    """Read and check everything that a fine-tuning needs, and tell what it will be. Write nothing."""
     import torch
 
     from experiments.forecasting import finetuning
     from experiments.forecasting.forecaster import Forecaster
-    from experiments.report.finetuned import write_page
-    from qwen_min.weights import checkpoint_folder, checkpoint_hash
 
     for name in ("seed", "samples"):
         if getattr(args, name) < 0:
             raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
-    device, tables = cli.checked_device(args.device), read_series(args)
+    cli.checked_device(device)
+    tables = read_series(args)
     forecaster = Forecaster.load(args.model, device=device, dtype=getattr(torch, args.dtype))
     series = [table.values for table in tables]
     data = finetuning.prepare(forecaster, series, args.horizon, args.context, args.decimals)
     settings = finetuning.planned(forecaster, data, settings_of(args, forecaster), args.budget, args.steps)
     cost, count = finetuning.cost_of(forecaster, settings), len(data.ids)
-    print(f"held out: {data.parts.told}")
-    print(
+    cli.tell(f"held out: {data.parts.told}")
+    cli.tell(
         f"{count} window{'s' * (count != 1)} of {settings.context} tokens; {cost:.3e} FLOPs a step, "
         f"{settings.steps} steps ({cost * settings.steps:.3e})"
     )
+    return Inputs(tables, forecaster, data, settings)
+
+
+def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team", device: str) -> int:
+    """Check the inputs, open the folder and fine-tune; the exit status."""
+    import torch
+
+    from experiments.forecasting.finetuning import Finetuning, summary
+    from experiments.report.finetuned import write_page
+    from qwen_min.weights import checkpoint_folder, checkpoint_hash
+
+    tables, forecaster, data, settings = team.agreed(lambda: check_inputs(args, device))
     folder = args.out or Path("runs") / args.series[0].stem.split(".")[0]
     checkpoint = (args.model, checkpoint_hash(checkpoint_folder(args.model)))
     identity = {
-        "series_sha256": hashlib.sha256(b"".join(one.tobytes() for one in series)).hexdigest(),
+        "series_sha256": hashlib.sha256(b"".join(table.values.tobytes() for table in tables)).hexdigest(),
         "variables": tables[0].variables,
         "horizon": args.horizon,
         "context": data.context,
@@ -147,17 +181,17 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
         "title": tables[0].name + (f" and {len(tables) - 1} more series" if len(tables) > 1 else ""),
         "model": args.model,
     }
-    with open_run(folder, json.loads(json.dumps(identity)), record) as continued:
-        if continued:
-            print(f"continuing {folder}")
-        if not (folder / "metrics.json").exists():
-            run = finetuning.Finetuning(
-                forecaster, data, settings, folder, args.budget, interruption, args.samples, args.patience
-            )
-            run.run(checkpoint, tables[0].variables)
-        page = write_page(folder)
-    print("\n".join(finetuning.summary(read_json(folder / "metrics.json"))))
-    print(f"adapter: {folder / 'adapter'}; results: {page}")
+    with ExitStack() as stack:
+        run = open_run(folder, json.loads(json.dumps(identity)), record)
+        if team.told(lambda: stack.enter_context(run)):
+            cli.tell(f"continuing {folder}")
+        if team.told(lambda: not (folder / "metrics.json").exists()):
+            Finetuning(
+                forecaster, data, settings, folder, args.budget, interruption, args.samples, args.patience, team
+            ).run(checkpoint, tables[0].variables)
+        page = team.told(lambda: write_page(folder))
+    cli.tell("\n".join(summary(read_json(folder / "metrics.json"))))
+    cli.tell(f"adapter: {folder / 'adapter'}; results: {page}")
     return 0
 
 

@@ -12,6 +12,7 @@ import json
 import platform
 import shlex
 import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +26,7 @@ from experiments.study import plans
 
 if TYPE_CHECKING:  # --help need not wait for torch
     from experiments.forecasting.encoding import Encoding
+    from experiments.forecasting.team import Team
     from experiments.study.suite import Suite
     from qwen_min import Qwen, Tokenizer
 
@@ -72,7 +74,11 @@ def parser() -> argparse.ArgumentParser:
         "--convention", type=lambda name: OLD_CONVENTIONS.get(name, name), choices=("exact", "study", "published"),
         default="study", help="how FLOPs are counted (default %(default)s, the strictest)",
     )  # fmt: skip
-    p.add_argument("--out", type=Path, help="run folder (default runs/PLAN)")
+    p.add_argument(
+        "--parallel", choices=("experiments", "data"), help="what several processes, started by torchrun, share out: "
+        "independent experiments, or the batches of one after the other (default: experiments, where the plan has any)",
+    )  # fmt: skip
+    p.add_argument("--out", type=Path, help="run folder (default runs/PLAN); all processes must see it")
     return p
 
 
@@ -113,8 +119,8 @@ class Inputs(NamedTuple):
     tokenizer: "Tokenizer"
 
 
-def check_inputs(args: argparse.Namespace) -> Inputs:
-    """Read and check everything that a run needs. Write nothing.
+def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
+    """Read and check everything that a run needs, with the model on the device. Write nothing.
 
     Raises an error that `cli.is_meant` for the user.
     """
@@ -129,7 +135,7 @@ def check_inputs(args: argparse.Namespace) -> Inputs:
     for name in ("seed", "samples"):
         if getattr(args, name) < 0:
             raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
-    device = cli.checked_device(args.device)
+    cli.checked_device(device)
     plan = plans.PLANS[args.plan](args.seed)
     if args.numeric_head:
         plan = plans.with_numeric_head(plan)
@@ -205,13 +211,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def work(args: argparse.Namespace, interruption: Interruption) -> int:
+    """Join the processes that torchrun started, if it did, and do the work together; the exit status, as in `main`."""
+    from experiments.forecasting.team import joined
+
+    with joined(args.device) as (world, device):
+        return run_plan(args, interruption, world, device)
+
+
+def run_plan(args: argparse.Namespace, interruption: Interruption, world: "Team", device: str) -> int:
     """Check the inputs, open the run folder and run the plan in it; the exit status, as in `main`."""
-    inputs = check_inputs(args)
+    inputs = world.agreed(lambda: check_inputs(args, device))
     import flops
     from experiments.study.suite import Suite
 
     out, identity = args.out or Path("runs") / args.plan, identity_of(args, inputs)
-    with open_run(out, identity, record_of(args, inputs)) as continued:
+    side_by_side = world.size > 1 and args.parallel != "data"
+    if side_by_side and args.parallel is None:
+        side_by_side = any(len(stage) > 1 for stage in plans.stages(inputs.plan))
+    with ExitStack() as run:
+        continued = world.told(lambda: run.enter_context(open_run(out, identity, record_of(args, inputs))))
         suite = Suite(
             inputs.plan,
             out,
@@ -227,22 +245,30 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
             samples=args.samples,
             seed=args.seed,
             interruption=interruption,
+            world=world,
+            side_by_side=side_by_side,
         )
         if continued:
-            print(f"continuing {suite.folder}")
+            cli.tell(f"continuing {suite.folder}")
+        if world.size > 1:
+            what = "independent experiments side by side" if side_by_side else "the batches of each experiment"
+            cli.tell(f"{world.size} processes share out {what} (--parallel)")
         return finish(suite)
 
 
 def finish(suite: "Suite") -> int:
     """Run what is not finished yet and write the report; the exit status, as in `main`."""
     import flops
+    from experiments.forecasting.team import PeerLost
     from experiments.forecasting.training import TrainingError
     from experiments.report.build import write_report
     from experiments.study.evaluation import ForecastError
 
+    if not suite.world.leads:
+        return follow(suite)
     if warning := suite.budget_warning():
         print(f"warning: {warning}", file=sys.stderr)
-    stopped = None
+    stopped, all_know = None, True
     try:
         suite.write_status(None)  # the old one has the reason and the budget of an earlier process
         try:
@@ -251,18 +277,42 @@ def finish(suite: "Suite") -> int:
         except Interrupted as error:
             suite.write_status(f"Stopped by {error}.")
             raise
-        except (flops.BudgetExceeded, flops.LedgerError, TrainingError, ForecastError, MemoryError) as error:
-            stopped = str(error)
+        except (
+            flops.BudgetExceeded, flops.LedgerError, TrainingError, ForecastError, MemoryError, PeerLost
+        ) as error:  # fmt: skip
+            stopped, all_know = str(error), isinstance(error, known_to_all(suite))
             print(f"stopped: {stopped}", file=sys.stderr)
         suite.write_status(stopped)
         page = write_report(suite.folder)
     except (RunError, OSError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
+    if all_know:
+        suite.world.wait()
     spent, budget = suite.ledger.spent, suite.ledger.budget
     print(f"spent {spent:.3e} of {budget:.3e} FLOPs ({spent / budget:.2%}, {suite.convention})")
     print(f"report: {page}")
     return 1 if stopped else 0
+
+
+def follow(suite: "Suite") -> int:
+    """Do the part of a process that does not lead; the exit status.
+
+    It ends after the leading process has written everything, because torchrun stops all others once one has failed.
+    """
+    with suppress(*known_to_all(suite)):  # the leading process tells them
+        suite.run()
+    suite.world.wait()
+    return 0
+
+
+def known_to_all(suite: "Suite") -> tuple[type[Exception], ...]:
+    """The errors that all processes meet at the same time; after any other error of one, the others cannot go on."""
+    import flops
+    from experiments.forecasting.team import LeaderStopped
+    from experiments.forecasting.training import TrainingError
+
+    return (flops.BudgetExceeded, LeaderStopped, *(() if suite.side_by_side else (TrainingError,)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 import flops
@@ -23,6 +23,7 @@ from experiments.forecasting.forecaster import DEFAULT_SAMPLES, Forecaster, Seri
 from experiments.forecasting.grammar import SCALED_LIMIT, Grammar
 from experiments.forecasting.scores import BAND, quantiles, samples_needed
 from experiments.forecasting.settings import Training
+from experiments.forecasting.team import ALONE, Team
 from experiments.forecasting.training import (
     Account,
     EnoughTrained,
@@ -161,12 +162,14 @@ class Finetuning:
         interruption: Interruption | None = None,
         samples: int = DEFAULT_SAMPLES,
         patience: int | None = None,
+        team: Team = ALONE,
     ):
         """settings: from `planned`. patience: the training ends after so many checks of the held-out loss in a row that
-        found nothing better; None: never.
+        found nothing better; None: never. The processes of a team share out the batches and the forecasts.
         """
         self.forecaster, self.data, self.settings, self.folder = forecaster, data, settings, folder
         self.interruption, self.samples, self.patience = interruption or Interruption(), samples, patience
+        self.team = team
         self.cost = cost_of(forecaster, settings)
         self.ledger = flops.Ledger(folder / "ledger.jsonl", int(budget or self.cost * settings.steps))
         self.every = max(1, settings.steps // NUM_CHECKS)  # steps from one check to the next
@@ -184,8 +187,13 @@ class Finetuning:
             inject(model, self.settings.lora)
         before = self._paths("before")  # the update of a new adapter is zero
         self._train()
-        write_adapter(model, self.folder, Trained(data.encoding, *checkpoint, variables, data.tokens))
+        trained = Trained(data.encoding, *checkpoint, variables, data.tokens)
+        self.team.told(lambda: write_adapter(model, self.folder, trained))
         after = self._paths("after")
+        return self.team.told(lambda: self._finish(before, after))
+
+    def _finish(self, before: np.ndarray, after: np.ndarray) -> dict:
+        """Write the results and remove the states; return the metrics."""
         write_whole(self.folder / "forecasts.jsonl", to_json_lines(self._lines(before, after)))
         metrics = self._metrics(before, after)
         write_whole(self.folder / "metrics.json", to_json(metrics))  # the last file, because it marks the end
@@ -199,25 +207,33 @@ class Finetuning:
         They are kept in a file, from which a continued fine-tuning reads them.
         """
         file = self.folder / f"{name}.npy"
-        if file.exists():
+
+        def kept() -> np.ndarray | None:
             try:
-                return np.load(file, allow_pickle=False)
+                return np.load(file, allow_pickle=False) if file.exists() else None
             except (ValueError, EOFError) as error:
                 raise RunError(f"{file}: not an array of forecasts ({error}); delete it to make them anew") from error
-        contexts = [place.context for place in self.data.parts.test]
-        found = self.forecaster.forecast(contexts, self.data.horizon, self.samples, context=self.data.context)
-        paths = found.values[:, None] if found.samples is None else found.samples
+
+        if (paths := self.team.told(kept)) is not None:
+            return paths
+        contexts = self.team.share([place.context for place in self.data.parts.test])
+        each: list[np.ndarray] = []
+        if contexts:
+            found = self.forecaster.forecast(contexts, self.data.horizon, self.samples, context=self.data.context)
+            each = list(found.values[:, None] if found.samples is None else found.samples)
+        paths = np.stack(self.team.collect(each))
         content = io.BytesIO()
         np.save(content, paths)
-        write_whole(file, content.getvalue())
+        self.team.told(lambda: write_whole(file, content.getvalue()))
         return paths
 
     def _train(self) -> None:
         """Train, and end with the adapter that had the smallest held-out loss."""
         model, vocabulary = self.forecaster.model, _vocabulary(self.forecaster)
-        account = Account(NAME, self.ledger, self.cost, self.interruption)
-        self.ledger.require(NAME, self.settings.steps * self.cost)
-        self._read_checks()
+        ledger = self.ledger if self.team.leads else None
+        account = Account(NAME, ledger, self.cost, self.interruption, self.team)
+        self.team.told(lambda: self.ledger.require(NAME, self.settings.steps * self.cost))
+        self.checks = self.team.told(self._read_checks)
         if 0 not in self.checks:
             self._check(0)
         steps = train_on_account(
@@ -231,8 +247,8 @@ class Finetuning:
             self._stop_early,
             self._after_step,
         )
-        write_losses(self.folder / "losses.csv", steps.losses)
-        best = load_file(self.folder / "best.safetensors")
+        self.team.told(lambda: write_losses(self.folder / "losses.csv", steps.losses))
+        best = load(self.team.told((self.folder / "best.safetensors").read_bytes))
         for name, parameter in adapter_parameters(model).items():
             parameter.data.copy_(best[name])
 
@@ -251,28 +267,36 @@ class Finetuning:
         """Measure the held-out loss after `done` steps, and keep the adapter if there was no better one before."""
         places = self.data.parts.val
         places = [places[i] for i in np.linspace(0, len(places) - 1, min(len(places), MAX_CHECKED)).round().astype(int)]
-        contexts, truths = zip(*((place.context[-self.data.context :], place.truth) for place in places), strict=True)
-        with warnings.catch_warnings():  # the test forecasts have given them
-            warnings.simplefilter("ignore", SeriesWarning)
-            loss = float(np.mean(self.forecaster.nats_per_value(contexts, truths)))
+        pairs = self.team.share([(place.context[-self.data.context :], place.truth) for place in places])
+        losses: list[float] = []
+        if pairs:
+            with warnings.catch_warnings():  # the test forecasts have given them
+                warnings.simplefilter("ignore", SeriesWarning)
+                losses = self.forecaster.nats_per_value(*zip(*pairs, strict=True)).tolist()
+        loss = float(np.mean(self.team.collect(losses)))
         earlier = [value for steps, value in self.checks.items() if steps < done]
-        if not earlier or loss < min(earlier):
-            tensors = {n: p.detach().cpu().contiguous() for n, p in adapter_parameters(self.forecaster.model).items()}
-            write_whole(self.folder / "best.safetensors", save(tensors))
         # a continued training measures the checks after its state again, and finds the same
         self.checks = {steps: value for steps, value in self.checks.items() if steps < done} | {done: loss}
+        self.team.told(lambda: self._keep(not earlier or loss < min(earlier)))
+
+    def _keep(self, is_best: bool) -> None:
+        """Write the checks, and the adapter if it is the best so far."""
+        if is_best:
+            tensors = {n: p.detach().cpu().contiguous() for n, p in adapter_parameters(self.forecaster.model).items()}
+            write_whole(self.folder / "best.safetensors", save(tensors))
         rows = "".join(f"{steps},{value!r}\n" for steps, value in self.checks.items())
         write_whole(self.folder / "held_out.csv", "steps,nats_per_value\n" + rows)
 
-    def _read_checks(self) -> None:
-        """Read the checks of an earlier process. Raises RunError when their file is damaged."""
+    def _read_checks(self) -> dict[int, float]:
+        """The checks of an earlier process. Raises RunError when their file is damaged."""
         path = self.folder / "held_out.csv"
-        if path.exists() and (self.folder / "best.safetensors").exists():
-            try:
-                rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
-                self.checks = {int(steps): float(loss) for steps, loss in rows}
-            except ValueError as error:
-                raise RunError(f"{path}: not a table of held-out losses ({error}); delete it to start anew") from error
+        if not (path.exists() and (self.folder / "best.safetensors").exists()):
+            return {}
+        try:
+            rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+            return {int(steps): float(loss) for steps, loss in rows}
+        except ValueError as error:
+            raise RunError(f"{path}: not a table of held-out losses ({error}); delete it to start anew") from error
 
     def _metrics(self, before: np.ndarray, after: np.ndarray) -> dict:
         """What metrics.json holds."""

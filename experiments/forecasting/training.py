@@ -8,6 +8,7 @@ n windows, B batch size, T context length in tokens.
 
 import math
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -26,6 +27,7 @@ import flops
 from experiments.forecasting.encoding import windows
 from experiments.forecasting.forecaster import Trained, write_trained
 from experiments.forecasting.settings import Training
+from experiments.forecasting.team import ALONE, Team
 from experiments.storage.files import sync, write_whole
 from experiments.storage.interruption import Interruption
 from lora import adapter_parameters, save_adapter
@@ -86,11 +88,13 @@ def _save_state(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.o
     write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
-def _load_state(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam, steps: int) -> Steps:
+def _load_state(
+    path: Path, content: bytes, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam, steps: int
+) -> Steps:
     kinds = {name: (p.dtype, p.shape) for name, p in parameters.items()}
     kinds |= {f"{name}.{moment}": kind for name, kind in kinds.items() for moment in MOMENTS}
     try:
-        saved = load_file(path)
+        saved = load(content)
         losses, seconds = saved.pop("losses"), saved.pop("seconds")
         if {name: (t.dtype, t.shape) for name, t in saved.items()} != kinds:
             raise ValueError("its tensors are not those of the adapter and their moments")
@@ -98,7 +102,7 @@ def _load_state(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.o
             raise ValueError("its losses are not those of this training")
         if not all(t.isfinite().all() for t in (*saved.values(), losses, seconds)):
             raise ValueError("it has values that are not finite")
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise TrainingError(f"{path}: not a state of this training ({error}); delete it to start again") from error
     for name, parameter in parameters.items():
         parameter.data.copy_(saved[name])
@@ -112,14 +116,20 @@ class _Progress:
     """The steps that a training has done, and the file that saves them."""
 
     def __init__(
-        self, path: Path | None, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam, settings: Training
+        self,
+        path: Path | None,
+        parameters: Mapping[str, Tensor],
+        optimizer: torch.optim.Adam,
+        settings: Training,
+        team: Team,
     ):
         """Continue from the file at path if it exists. With path None nothing is saved."""
-        self.path, self.parameters, self.optimizer = path, parameters, optimizer
+        self.path, self.parameters, self.optimizer, self.team = path, parameters, optimizer, team
         self.losses: list[float] = []
         self.earlier_seconds = 0.0
-        if path is not None and path.exists():
-            self.losses, self.earlier_seconds = _load_state(path, parameters, optimizer, settings.steps)
+        content = team.told(lambda: path.read_bytes() if path is not None and path.exists() else None)
+        if path is not None and content is not None:
+            self.losses, self.earlier_seconds = _load_state(path, content, parameters, optimizer, settings.steps)
         self.num_saved = len(self.losses)
         self.started = self.saved_at = time.monotonic()
 
@@ -133,7 +143,7 @@ class _Progress:
         if not all(parameter.isfinite().all() for parameter in self.parameters.values()):
             raise TrainingError(f"the adapter is not finite after step {len(self.losses) - 1}; lower the learning rate")
         self.saved_at, self.num_saved = time.monotonic(), len(self.losses)
-        if self.path is not None:
+        if self.path is not None and self.team.leads:
             _save_state(self.path, self.parameters, self.optimizer, self.steps_done)
 
 
@@ -146,20 +156,30 @@ def _batch_loss(model: Qwen, ids: Tensor, lengths: Tensor, vocabulary: Tensor | 
 
 
 def _backward(
-    model: Qwen, ids: Tensor, lengths: Tensor, vocabulary: Tensor | None, rows: Tensor, accumulate: int
+    model: Qwen, ids: Tensor, lengths: Tensor, vocabulary: Tensor | None, rows: Tensor, accumulate: int, team: Team
 ) -> float:
     """Compute the gradients of the mean loss of the windows in rows (B), in `accumulate` parts; return the loss.
 
-    A part counts by its number of target tokens, so that the gradients are those of the whole batch.
+    The rows of each part are shared out in the team. A share counts by its number of target tokens, so that the
+    gradients are those of the whole batch in a single pass.
     """
-    targets, losses = lengths[rows] - 1, []
-    for part, count in zip(rows.chunk(accumulate), targets.chunk(accumulate), strict=True):
-        loss = _batch_loss(model, ids, lengths, vocabulary, part)
-        if accumulate > 1:
-            loss = loss * (count.sum() / targets.sum()).item()
-        loss.backward()
-        losses.append(loss.detach())
-    return torch.stack(losses).sum().item()  # the only point in a step that waits for a GPU; the update is still to do
+    targets = int((lengths[rows] - 1).sum())
+    total = torch.zeros((), dtype=torch.float64, device=ids.device)
+    for part in rows.chunk(accumulate):
+        if len(share := team.share(part)):
+            loss = _batch_loss(model, ids, lengths, vocabulary, share)
+            if accumulate > 1 or team.size > 1:
+                loss = loss * (int((lengths[share] - 1).sum()) / targets)
+            loss.backward()
+            total += loss.detach()
+    if team.size > 1:
+        parameters = adapter_parameters(model).values()
+        for parameter in parameters:
+            if parameter.grad is None:  # there were fewer rows than processes
+                parameter.grad = torch.zeros_like(parameter)
+        team.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
+        team.add_up([total])
+    return total.item()  # the only point in a step that waits for a GPU; the update is still to do
 
 
 def _do_nothing(*_) -> None:
@@ -176,6 +196,7 @@ def train(
     state: Path | None = None,
     before_step: Callable[[int], None] = _do_nothing,
     after_step: Callable[[int, float], None] = _do_nothing,
+    team: Team = ALONE,
 ) -> Steps:
     """Train the injected adapter with Adam.
 
@@ -183,7 +204,8 @@ def train(
     continue from. It is saved every SAVE_SECONDS and at the end; with None nothing is saved. before_step(step) is
     called before every step, and also for the steps that the state already has. If it raises, the steps done so far are
     saved and the training ends with that error; EnoughTrained ends it without an error. after_step(step, loss) is
-    called after every step.
+    called after every step. The processes of a team share out the rows of each batch; all end with the same adapter,
+    and the leading one saves the state.
 
     Raises TrainingError when a loss or the adapter is not finite, when the state does not belong to this training, or
     when the windows do not fill a batch; ValueError when a window has tokens outside the vocabulary.
@@ -197,7 +219,7 @@ def train(
     optimizer = torch.optim.Adam(parameters.values())
     device = model.head_weight.device
     ids, vocabulary = ids.to(device), None if vocabulary is None else vocabulary.to(device)
-    progress = _Progress(state, parameters, optimizer, settings)
+    progress = _Progress(state, parameters, optimizer, settings, team)
     for step in range(progress.num_saved):
         before_step(step)
     for step in range(progress.num_saved, settings.steps):
@@ -212,7 +234,7 @@ def train(
         rows = torch.from_numpy(batch_rows(len(ids), settings.batch, settings.seed, step))
         optimizer.param_groups[0]["lr"] = settings.rate(step)
         optimizer.zero_grad()
-        value = _backward(model, ids, lengths, vocabulary, rows, settings.accumulate)
+        value = _backward(model, ids, lengths, vocabulary, rows, settings.accumulate, team)
         if not math.isfinite(value):
             raise TrainingError(f"step {step}: the loss is {value} (windows {rows.tolist()}); lower the learning rate")
         if settings.clip is not None:
@@ -243,9 +265,10 @@ class Account(NamedTuple):
     """What pays for a training: each step costs `cost` FLOPs, which the ledger debits from its budget."""
 
     name: str  # of the training, in the ledger
-    ledger: flops.Ledger
+    ledger: flops.Ledger | None  # None: the whole training is debited already, or by another process
     cost: int
     interruption: Interruption  # asks the training to stop between two steps
+    team: Team = ALONE
 
 
 def train_on_account(
@@ -261,30 +284,35 @@ def train_on_account(
 ) -> Steps:
     """`train` with a progress bar. Each step is debited before it runs, and a signal stops between two steps.
 
-    Also raises flops.BudgetExceeded and Interrupted; the steps done so far are saved.
+    A signal to one process of a team stops all of them after the same step. Also raises flops.BudgetExceeded and
+    Interrupted; the steps done so far are saved.
     """
-    ledger = account.ledger
-    with progress_bar(settings.steps, account.name) as bar:
+    ledger, interruption, team = account.ledger, account.interruption, account.team
+    with progress_bar(settings.steps, account.name, team.leads) as bar:
 
         def before(step: int) -> None:
-            account.interruption.check()
+            if team.any(interruption.asked is not None):
+                interruption.asked = interruption.asked or signal.SIGTERM
+            interruption.check()
             before_step(step)
-            ledger.debit(account.name, step, account.cost)
+            if ledger is not None:
+                ledger.debit(account.name, step, account.cost)
 
         def after(step: int, loss: float) -> None:
             if not bar.n:  # steps of earlier processes are not part of the speed
                 bar.initial = bar.n = bar.last_print_n = step
-            bar.set_postfix(loss=f"{loss:.3f}", budget=f"{ledger.spent / ledger.budget:.2%}", refresh=False)
+            spent = {"budget": f"{ledger.spent / ledger.budget:.2%}"} if ledger else {}
+            bar.set_postfix(loss=f"{loss:.3f}", **spent, refresh=False)
             bar.update(step + 1 - bar.n)
             after_step(step, loss)
 
         with account.interruption.held():
-            return train(model, ids, lengths, settings, vocabulary, state, before, after)
+            return train(model, ids, lengths, settings, vocabulary, state, before, after, team)
 
 
-def progress_bar(total: int, name: str) -> tqdm:
+def progress_bar(total: int, name: str, shown: bool = True) -> tqdm:
     """A progress bar on stderr that is updated rarely if it is written to a file."""
-    return tqdm(total=total, desc=name, mininterval=0.1 if sys.stderr.isatty() else 30.0)
+    return tqdm(total=total, desc=name, mininterval=0.1 if sys.stderr.isatty() else 30.0, disable=not shown)
 
 
 def write_losses(path: Path, losses: list[float]) -> None:

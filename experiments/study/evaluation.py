@@ -15,9 +15,9 @@ from torch import Tensor
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
 from experiments.forecasting.scores import SPLIT_PARTS, errors
+from experiments.forecasting.team import ALONE, Team
 from experiments.storage.files import RunError, plain
 from experiments.storage.records import Matrix, Tensor3, Vector, build
-from experiments.storage.runfolder import resumable
 from qwen_min.cache import KVCache
 from qwen_min.continuation import ReusedCache
 from qwen_min.generation import decode_steps, pad_left, prefill
@@ -193,13 +193,15 @@ def evaluate(
     decoding: str = "constrained",
     state: Path | None = None,
     progress: Callable[[int], None] = lambda count: None,
+    team: Team = ALONE,
 ) -> Evaluation:
     """Let a model forecast series (N, T, D), in populations, from their first `context_steps` steps.
 
     The forecast has `steps` time steps (None: `horizon`). The losses cover the tokens of the first `horizon` true
     steps. decoding "constrained" follows the grammar, so every value is well-formed. "free" is the protocol of the
     study: raw argmax over the whole vocabulary, until every row has all its values; only it has free losses. The file
-    `state` is written after each batch, and an interrupted evaluation continues from it.
+    `state` is written after each batch, and an interrupted evaluation continues from it. The processes of a team share
+    out the batches; each gets the whole result.
     Raises ValueError when a series is too short, ForecastError when logits are not finite.
     """
     steps = steps or horizon
@@ -226,7 +228,7 @@ def evaluate(
             raise RunError(f"{state}: not a state of this evaluation; delete it to start this part again")
         return evaluated
 
-    return Evaluation.join(resumable(state, range(0, len(series), BATCH), make, Evaluation.plain, read))
+    return Evaluation.join(team.worked(state, range(0, len(series), BATCH), make, Evaluation.plain, read))
 
 
 def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:

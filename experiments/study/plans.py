@@ -56,6 +56,17 @@ def candidates(plan: Plan, experiment: Experiment) -> list[Training]:
     return [fill(experiment.training, best) for e in earlier for best in candidates(plan, e)]
 
 
+def stages(plan: Plan) -> list[list[Experiment]]:
+    """The plan in stages, in order: no experiment of a stage takes settings from another one of the same stage."""
+    found: list[list[Experiment]] = []
+    for experiment in plan.experiments:
+        if found and not {one.name for one in found[-1]} & set(experiment.best_of):
+            found[-1].append(experiment)
+        else:
+            found.append([experiment])
+    return found
+
+
 def _chain(name: str, trial: Training, grid: list[Training], contexts: list[int], steps: int, final: int) -> Plan:
     """Sections 5.4 to 6.5: untrained, trial, grid, the best cell at each context length, the best of all for longer.
 

@@ -27,6 +27,7 @@ from experiments.forecasting.scores import (
     squared_errors,
 )
 from experiments.forecasting.settings import Training
+from experiments.forecasting.team import ALONE, Team
 from experiments.forecasting.training import (
     Account,
     progress_bar,
@@ -39,9 +40,8 @@ from experiments.forecasting.training import (
 from experiments.storage.files import RunError, plain, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.storage.records import Tensor4, build
-from experiments.storage.runfolder import resumable
 from experiments.study.evaluation import BATCH, Evaluation, evaluate, metrics
-from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
+from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill, stages
 from experiments.study.records import read_metrics, read_settings
 from lora import inject, remove
 from qwen_min import Qwen, Tokenizer
@@ -65,6 +65,8 @@ class Suite:
     samples: int  # paths that the last experiment draws for each held-out sequence
     seed: int  # of the samples and the GRU; each training has its own seed
     interruption: Interruption
+    world: Team = ALONE  # all processes; its leader writes the ledger and what the experiments share
+    side_by_side: bool = False  # independent experiments run at the same time, in teams of the world
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
         """FLOPs of one optimizer step of a training whose settings are all set."""
@@ -113,17 +115,49 @@ class Suite:
         """
         shared = ("example.json", "val.jsonl", "test.jsonl", "baselines.json")
         if not all((self.folder / name).exists() for name in shared):
-            self._write_data()
-        for experiment in self.plan.experiments:
-            path = self._path(experiment.name)
-            if not (path / "metrics.json").exists():
-                self._run_one(experiment)
-            elif training := self._settings(experiment):
+            self.world.told(self._write_data)
+        for stage in stages(self.plan) if self.side_by_side else [[one] for one in self.plan.experiments]:
+            self._run_stage(stage)
+
+    def _run_stage(self, stage: list[Experiment]) -> None:
+        """Run the unfinished experiments of a stage: one with the whole world, several with a team for each."""
+        names, over_budget = self.world.told(lambda: self._booked(stage))
+        number, teams = self.world.split(len(names))
+        for experiment in [one for one in stage if one.name in names][number :: len(teams)] if number >= 0 else []:
+            self._run_one(experiment, teams[number], debited=self.side_by_side)
+        self.world.wait()
+        if over_budget is not None:
+            raise over_budget
+
+    def _booked(self, stage: list[Experiment]) -> tuple[list[str], flops.BudgetExceeded | None]:
+        """(names of the experiments to run, the error of the one after them if that does not fit the budget).
+
+        Experiments that run side by side are debited whole, so that the budget does not depend on who is faster.
+        """
+        names: list[str] = []
+        for experiment in stage:
+            path, training = self._path(experiment.name), self._settings(experiment)
+            finished = (path / "metrics.json").exists()
+            if training:
                 cost = self.step_flops(training)
-                for step in range(training.steps):  # books the steps again if the ledger was lost
-                    self.ledger.debit(experiment.name, step, cost)
-            for state in path.glob("*state.*"):
-                state.unlink()
+                if not finished:
+                    try:
+                        self.ledger.require(experiment.name, training.steps * cost)
+                    except flops.BudgetExceeded as error:
+                        return names, error
+                for step in range(training.steps) if finished or self.side_by_side else ():
+                    self.ledger.debit(experiment.name, step, cost)  # of a finished one, if the ledger was lost
+            if finished:
+                self._clear(path)
+            else:
+                names.append(experiment.name)
+        return names, None
+
+    @staticmethod
+    def _clear(path: Path) -> None:
+        """Remove the states of a finished experiment."""
+        for state in path.glob("*state.*"):
+            state.unlink()
 
     def write_status(self, stopped: str | None) -> None:
         """Write the FLOPs spent so far, and the reason why the run stopped, or None."""
@@ -174,53 +208,60 @@ class Suite:
             raise RunError(f"{best / 'settings.json'}: holds no training, expected that of a candidate")
         return fill(experiment.training, training)
 
-    def _run_one(self, experiment: Experiment) -> None:
+    def _run_one(self, experiment: Experiment, team: Team, debited: bool) -> None:
         path, training = self._path(experiment.name), self._settings(experiment)
         costs = {}
         if training:
             costs = {c: training.steps * self.step_flops(training, c) for c in flops.CONVENTIONS}
-            self.ledger.require(experiment.name, costs[self.convention])
         record = {"section": experiment.section, "training": training and asdict(training), "flops": costs}
-        write_whole(path / "settings.json", to_json(record))
-        with self._adapted(experiment.name, training) as training_seconds:
+        team.told(lambda: write_whole(path / "settings.json", to_json(record)))
+        account = None
+        if training:
+            ledger = None if debited or not team.leads else self.ledger
+            account = Account(experiment.name, ledger, self.step_flops(training), self.interruption, team)
+        with self._adapted(training, account) as training_seconds:
             started = time.monotonic()
-            results = {split: self._evaluate(experiment, split) for split in experiment.splits}
+            results = {split: self._evaluate(experiment, split, team) for split in experiment.splits}
             seconds = {"training": training_seconds, "evaluation": time.monotonic() - started}
-        write_whole(path / "seconds.json", to_json({name: round(value, 1) for name, value in seconds.items()}))
-        write_whole(path / "metrics.json", to_json(results))  # last, because it marks the experiment as finished
+
+        def finish() -> None:
+            write_whole(path / "seconds.json", to_json({name: round(value, 1) for name, value in seconds.items()}))
+            write_whole(path / "metrics.json", to_json(results))  # last, because it marks the experiment as finished
+            self._clear(path)
+
+        team.told(finish)
 
     @contextmanager
-    def _adapted(self, name: str, training: Training | None) -> Iterator[float]:
+    def _adapted(self, training: Training | None, account: Account | None) -> Iterator[float]:
         """Train the adapter of an experiment and remove it at the end; yields the seconds of the training."""
-        if training is None:
+        if training is None or account is None:
             yield 0.0
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
             inject(self.model, training.lora)
         try:
-            seconds = self._train(name, training)
-            write_adapter(self.model, self._path(name), Trained(self.encoding, *self.checkpoint))
+            seconds, path = self._train(training, account), self._path(account.name)
+            account.team.told(lambda: write_adapter(self.model, path, Trained(self.encoding, *self.checkpoint)))
             yield seconds
         finally:
             remove(self.model)
 
-    def _train(self, name: str, training: Training) -> float:
+    def _train(self, training: Training, account: Account) -> float:
         """Train the injected adapter and write the loss of each step; return the seconds."""
-        path = self._path(name)
+        path = self._path(account.name)
         tokens = [self.tokenizer.encode(self.encoding.encode(one)) for one in self.series["train"]]
         ids, lengths = window_tensors(tokens, training, self.tokenizer.pad_id)
         vocabulary = torch.tensor(sorted(self.grammar.ids.values())) if training.numeric_head else None
-        account = Account(name, self.ledger, self.step_flops(training), self.interruption)
         trained = train_on_account(account, self.model, ids, lengths, training, vocabulary, path / "state.safetensors")
-        write_losses(path / "losses.csv", trained.losses)
+        account.team.told(lambda: write_losses(path / "losses.csv", trained.losses))
         return trained.seconds
 
-    def _evaluate(self, experiment: Experiment, split: str) -> dict:
+    def _evaluate(self, experiment: Experiment, split: str, team: Team) -> dict:
         """Forecast a split, write a line for each trajectory and return the metrics."""
         series, name = self.series[split], experiment.name
         context, truth = self._context_and_truth(split, LONG_HORIZON if experiment.judged else HORIZON)
-        with progress_bar(len(series), f"{name}, {split}") as bar:
+        with progress_bar(len(series), f"{name}, {split}", team.leads) as bar:
             evaluation = evaluate(
                 self.model,
                 self.tokenizer,
@@ -231,13 +272,14 @@ class Suite:
                 steps=truth.shape[1],
                 decoding=self.decoding,
                 state=self._path(name) / f"forecasts.{split}.state.json",
-                progress=bar.update,
+                progress=lambda count: bar.update(min(count * team.size, len(series) - bar.n)) and None,
+                team=team,
             )
         lines = [self._line(self.ids[split][i], i, evaluation, truth) for i in range(len(series))]
         fallback, scale = context.mean(axis=1), self.scale
         results = metrics(evaluation, truth, fallback, scale, HORIZON)
         if self.samples and experiment == self.plan.experiments[-1]:
-            drawn = self._draw(series[:, :CONTEXT_STEPS], self._path(name) / f"samples.{split}.state.json")
+            drawn = self._draw(series[:, :CONTEXT_STEPS], self._path(name) / f"samples.{split}.state.json", team)
             results["probabilistic"] = probabilistic(drawn, truth[:, :HORIZON])
             results["mean_of_samples"] = method_errors(drawn.mean(axis=1), truth[:, :HORIZON], fallback, scale)
             for line, paths in zip(lines, drawn, strict=True):
@@ -247,11 +289,11 @@ class Suite:
                     else None
                     for level in QUANTILES
                 ]
-            self._write_samples(name, split, drawn)
-        write_whole(self._path(name) / f"forecasts.{split}.jsonl", to_json_lines(lines))
+            team.told(lambda: self._write_samples(name, split, drawn))
+        team.told(lambda: write_whole(self._path(name) / f"forecasts.{split}.jsonl", to_json_lines(lines)))
         return results
 
-    def _draw(self, contexts: np.ndarray, state: Path) -> np.ndarray:
+    def _draw(self, contexts: np.ndarray, state: Path, team: Team) -> np.ndarray:
         """Draw paths (N, S, h, D), scaled: exactly the numbers in the texts."""
         forecaster = Forecaster(self.model, self.tokenizer, self.scale, self.encoding.decimals)
 
@@ -268,7 +310,7 @@ class Suite:
                 raise RunError(f"{state}: not a state of this run; delete it to start this part again")
             return paths
 
-        parts = resumable(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
+        parts = team.worked(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
         return (np.concatenate(parts) / self.scale).round(self.encoding.decimals)
 
     def _write_samples(self, name: str, split: str, drawn: np.ndarray) -> None:

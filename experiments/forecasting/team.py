@@ -1,0 +1,188 @@
+"""Several processes that work together: what torchrun started, on torch.distributed (gloo on CPUs, nccl on GPUs).
+
+A process that torchrun did not start is a team of one, for which nothing here communicates.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from experiments.storage.runfolder import resumable
+
+T = TypeVar("T")
+Pieces = TypeVar("Pieces", Sequence, Tensor)
+# a process may wait for another one as long as an experiment lasts; torchrun notices processes that died
+TIMEOUT = timedelta(days=30)
+
+
+class PeerLost(ValueError):
+    """Another process of the job ended, so this one cannot go on."""
+
+    told_elsewhere = True  # that process, or torchrun, says why
+
+
+class LeaderStopped(ValueError):
+    """The leading process found a reason to stop, and says which."""
+
+    told_elsewhere = True
+
+
+class Team:
+    """The processes that share a piece of work, numbered by `rank` from 0; rank 0 leads and writes the files.
+
+    Every method that communicates must be called by all of them, in the same order. It raises PeerLost when one of them
+    has ended.
+    """
+
+    def __init__(self, ranks: Sequence[int] = (0,), group: dist.ProcessGroup | None = None):
+        """ranks: numbers in the world of all processes; group: their group, None for a team of one."""
+        self.ranks, self.group, self.size = list(ranks), group, len(ranks)
+        self.rank = self.ranks.index(dist.get_rank()) if group is not None else 0
+
+    @property
+    def leads(self) -> bool:
+        """True in the process that writes the files."""
+        return self.rank == 0
+
+    def share(self, pieces: Pieces) -> Pieces:
+        """The part of some pieces that this process works on: every size-th."""
+        return pieces[self.rank :: self.size]
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the processes, which is the same to the last bit in all of them."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        with _lost_peers():
+            dist.all_reduce(flat, group=self.group)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def told(self, make: Callable[[], T]) -> T:
+        """The result of make() in the leading process, for all of them.
+
+        If make() raises an error, the leading process raises it after the others have raised LeaderStopped.
+        """
+        if self.size == 1:
+            return make()
+        answer: list = [None]
+        if self.leads:
+            try:
+                answer[0] = ("result", make())
+            except Exception:
+                self._broadcast([("stopped", None)])
+                raise
+        kind, result = self._broadcast(answer)[0]
+        if kind == "stopped":
+            raise LeaderStopped("the leading process stopped")
+        return result
+
+    def _broadcast(self, answer: list) -> list:
+        with _lost_peers():
+            dist.broadcast_object_list(answer, src=self.ranks[0], group=self.group, device=torch.device("cpu"))
+        return answer
+
+    def agreed(self, make: Callable[[], T]) -> T:
+        """The result of make() in this process, if no process raises an error in it.
+
+        If some do, the first of them raises its error and all others raise LeaderStopped, so that it is told once.
+        """
+        if self.size == 1:
+            return make()
+        result, own = None, None
+        try:
+            result = make()
+        except Exception as error:
+            own = error
+        failed = [index for index, bad in enumerate(self.collect([own is not None])) if bad]
+        if own is not None and failed[0] == self.rank:
+            raise own
+        if failed:
+            raise LeaderStopped("another process stopped") from own
+        return result  # type: ignore[return-value]
+
+    def collect(self, own: Sequence[T]) -> list[T]:
+        """The results for all pieces, in their order, from those of each process for its `share`."""
+        if self.size == 1:
+            return list(own)
+        parts: list = [None] * self.size
+        with _lost_peers():
+            dist.all_gather_object(parts, list(own), group=self.group)
+        return [parts[index % self.size][index // self.size] for index in range(sum(map(len, parts)))]
+
+    def any(self, flag: bool) -> bool:
+        """True if the flag is True in any of the processes."""
+        return any(self.collect([bool(flag)]))
+
+    def wait(self) -> None:
+        """Wait until all processes have come here."""
+        self.collect([None])
+
+    def split(self, num_pieces: int) -> tuple[int, list["Team"]]:
+        """(number of this process's team, all teams) for so many independent pieces of work.
+
+        There are as many teams as pieces, or a team for each process if there are more pieces. All teams have the same
+        size; processes that are left over join none, and their number is -1.
+        """
+        count = min(self.size, num_pieces)
+        if count <= 1:
+            return 0, [self]
+        size, number, teams = self.size // count, -1, list[Team]()
+        for first in range(0, count * size, size):
+            ranks = self.ranks[first : first + size]
+            with _lost_peers():
+                group = dist.new_group(ranks, timeout=TIMEOUT)  # a call of all processes, also of those outside
+            if dist.get_rank() in ranks:
+                number = len(teams)
+                teams.append(Team(ranks, group if size > 1 else None))
+            else:
+                teams.append(Team([0]))  # a place holder: this process takes no part in it
+        return number, teams
+
+    def worked(self, state: Path | None, pieces: Sequence, make: Callable, to_plain: Callable, read: Callable) -> list:
+        """`resumable`, with the pieces shared out in the team; each process keeps its results in a file of its own."""
+        if state is not None and self.size > 1:
+            state = state.with_name(f"{state.stem}.{self.rank}of{self.size}.json")
+        return self.collect(resumable(state, self.share(pieces), make, to_plain, read))
+
+
+ALONE = Team()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[Team, str]]:
+    """(the team of all processes that torchrun started, the device of this one) for --device.
+
+    Of several GPUs, `cuda` means the one with the number of the process on its machine.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE, device
+        return
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    with _lost_peers():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    try:
+        yield Team(range(dist.get_world_size()), dist.group.WORLD), device
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_peers() -> Iterator[None]:
+    """Turn the errors of torch.distributed, which come when a process has ended, into PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(
+            "another process of this job ended; see its message, then run the same command again to continue"
+        ) from error
