@@ -113,7 +113,8 @@ class Inputs(NamedTuple):
     plan: plans.Plan
     trajectories: np.ndarray  # (N, T, 2) in populations
     ids: dict[str, np.ndarray]  # rows of the trajectories, by split
-    encoding: "Encoding"
+    encoding: "Encoding"  # of the text
+    units: "Encoding"  # of the scores: the study's
     folder: Path  # of the checkpoint
     model: "Qwen"
     tokenizer: "Tokenizer"
@@ -126,6 +127,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
     """
     import torch
 
+    from experiments.forecasting.encoding import Encoding
     from experiments.forecasting.grammar import Grammar
     from experiments.forecasting.training import window_tensors
     from experiments.study.evaluation import max_positions
@@ -139,12 +141,13 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
     plan = plans.PLANS[args.plan](args.seed)
     if args.numeric_head:
         plan = plans.with_numeric_head(plan)
-    trajectories, parts, encoding = read_data(args)
+    trajectories, parts, units = read_data(args)
+    encoding = Encoding.fit(trajectories[parts.train], compact=True) if plan.compact else units
     ids = {"train": parts.train, "val": parts.val[: args.sequences], "test": parts.test[: args.sequences]}
     folder = checkpoint_folder(args.model)
     model, tokenizer = load(folder, device, getattr(torch, args.dtype))
+    grammar = Grammar(tokenizer, encoding.decimals, 2, encoding.compact)
     sample = [tokenizer.encode(encoding.encode(trajectories[parts.train[0]]))]
-    grammar = Grammar(tokenizer, encoding.decimals, num_variables=2)
     lengths = [max_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)]
     for experiment in plan.experiments:
         for training in plans.candidates(plan, experiment):
@@ -156,7 +159,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
             f"{args.model}: has {model.config.max_position_embeddings} positions, plan {plan.name} needs "
             f"{max(lengths)}; choose another --model or --plan"
         )
-    return Inputs(plan, trajectories, ids, encoding, folder, model, tokenizer)
+    return Inputs(plan, trajectories, ids, encoding, units, folder, model, tokenizer)
 
 
 def identity_of(args: argparse.Namespace, inputs: Inputs) -> dict:
@@ -174,11 +177,13 @@ def identity_of(args: argparse.Namespace, inputs: Inputs) -> dict:
         "samples": args.samples,
         "checkpoint_sha256": checkpoint_hash(inputs.folder),
         "data_sha256": hashlib.sha256(inputs.trajectories.tobytes()).hexdigest(),
-        "encoding": {"scale": inputs.encoding.scale, "decimals": inputs.encoding.decimals},
+        "encoding": inputs.units.record,
         "convention": args.convention,
         "device": torch.device(args.device).type,
         "dtype": args.dtype,
     }
+    if inputs.encoding != inputs.units:
+        identity["text"] = inputs.encoding.record
     return json.loads(json.dumps(identity))  # tuples become lists, as they are when the file is read again
 
 
@@ -236,6 +241,7 @@ def run_plan(args: argparse.Namespace, interruption: Interruption, world: "Team"
             inputs.model,
             inputs.tokenizer,
             inputs.encoding,
+            inputs.units,
             {name: inputs.trajectories[rows] for name, rows in inputs.ids.items()},
             inputs.ids,
             flops.Ledger(out / "ledger.jsonl", args.budget),

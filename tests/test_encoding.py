@@ -134,3 +134,31 @@ def test_a_shifted_variable_uses_its_digits_and_others_keep_their_zero():
 def test_scales_and_offsets_that_no_encoding_has_are_refused(scale, offset):
     with pytest.raises(EncodingError, match="expected"):
         Encoding(scale, 2, offset)
+
+
+def test_compact_text_has_digits_alone():
+    encoding = Encoding(2.0, 2, compact=True)
+    series = np.array([[0.0, 1.0], [19.98, 3.013], [0.07, 8.0]])
+    assert encoding.encode(series) == "000050" + "999151" + "004400"
+    assert encoding.tokens_per_step(2) == 6
+    assert encoding.decode("000050999151004400", 3, 2).tolist() == [[0, 0.5], [9.99, 1.51], [0.04, 4.0]]
+    assert np.array_equal(encoding.decode("00005099x15", 2, 2), [[0, 0.5], [np.nan, np.nan]], equal_nan=True)
+
+
+@given(hnp.arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(1, 4)), elements=finite), st.integers(1, 6))
+def test_compact_text_holds_the_nearest_value_that_it_can_write(series, decimals):
+    encoding = Encoding(3.0, decimals, compact=True)
+    values = encoding.decode(encoding.encode(series), *series.shape)
+    largest = 10 - 10.0**-decimals
+    assert (np.abs(values - np.clip(series / 3, 0, largest)) <= 0.5 * 10.0**-decimals * (1 + 1e-6)).all()
+    nearest = encoding.writable(series)
+    assert encoding.encode(nearest) == encoding.encode(series)
+    np.testing.assert_allclose(nearest, np.clip(series, 0, 3 * largest), rtol=1e-12)
+
+
+def test_compact_text_leaves_room_above_the_training_values(simulated):
+    train = simulated.trajectories[data.split(1000).train]
+    encoding = Encoding.fit(train, compact=True)
+    assert encoding.scaled(train).max() == pytest.approx(7.99)
+    assert Encoding.from_record(json.loads(json.dumps(encoding.record))) == encoding
+    assert encoding.scaled(simulated.trajectories).max() < 9.995

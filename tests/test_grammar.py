@@ -159,3 +159,49 @@ def test_the_grammar_allows_the_characters_found_by_trial(tiny, text):
         assert any(c not in allowed_next(text[:i], 10**9) for i, c in enumerate(text))
     else:
         assert [set(choice) for choice in choices] == [allowed_next(text[:i], 10**9) for i in range(len(text))]
+
+
+COMPACT = ["125050241173", "007981999344031002", "500500", "813090755121"]
+
+
+def compact_masked_argmax(model, tokenizer, context: str) -> str:
+    text = ""
+    while len(text) < 2 * HORIZON * 3:
+        logits = model(torch.tensor([tokenizer.encode(context + text)]))[0, -1]
+        text += max(DIGITS, key=lambda digit: logits[tokenizer.encode(digit)[0]].item())
+    return text
+
+
+def compact_decoded(model, tokenizer, uniforms=None) -> list[str]:
+    grammar = Grammar(tokenizer, 2, 2, compact=True)
+    ids, mask = pad_left([tokenizer.encode(context) for context in COMPACT], tokenizer.pad_id)
+    cache, hidden = prefill(model, ids, grammar.columns(2 * HORIZON), mask)
+    return decode(model, grammar, cache, hidden, 2 * HORIZON, mask, uniforms)
+
+
+def test_compact_text_is_the_likeliest_digits_with_a_pass_for_each(models):
+    widths = []
+    hook = models[0].model.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    texts = compact_decoded(*models)
+    hook.remove()
+    assert widths[-17:] == [1] * 17  # the first of 18 digits follows the prefill
+    assert texts == [compact_masked_argmax(*models, context) for context in COMPACT]
+    many = torch.from_numpy(np.random.default_rng(0).random((len(COMPACT), 18)))
+    drawn = compact_decoded(*models, many)
+    assert {len(text) for text in drawn} == {18}
+    assert set("".join(drawn)) <= set(DIGITS)
+
+
+def test_nats_of_compact_text_are_summed_over_its_digits(models):
+    model, tokenizer = models
+    grammar = Grammar(tokenizer, 2, 2, compact=True)
+    text = "125050001"
+    ids = torch.tensor([tokenizer.encode(COMPACT[1] + text)])
+    hidden = model.model(ids)[0, -len(text) - 1 : -1]
+    digits = [tokenizer.encode(digit)[0] for digit in DIGITS]
+    logs = model(ids)[0, -len(text) - 1 : -1, digits].log_softmax(-1)
+    wanted = -sum(logs[position, int(digit)].item() for position, digit in enumerate(text))
+    assert nats_of(model, grammar, hidden, text) == pytest.approx(wanted, rel=1e-4)
+    assert grammar.vocabulary == sorted(digits)
+    with pytest.raises(ValueError, match="is not a forecast"):
+        grammar.choices("125,")

@@ -103,12 +103,12 @@ def _windows(
 
     A series that is shorter than a window is one window.
     """
-    separator = Grammar(forecaster.tokenizer, encoding.decimals, series[0].shape[1]).ids[";"]
     stride = -(-sum(map(len, series)) // MAX_WINDOWS)
     cut = []
     for one in series:
-        ids = np.array(forecaster.tokenizer.encode(encoding.encode(one) + ";"))
-        starts = np.concatenate(([0], np.flatnonzero(ids == separator)[:-1] + 1))[::stride]
+        steps = [forecaster.tokenizer.encode(encoding.encode(step[None]) + encoding.separator) for step in one]
+        ids = np.concatenate(steps)
+        starts = np.cumsum([0, *map(len, steps[:-1])])[::stride]
         whole = [ids[start : start + tokens] for start in starts if start + tokens <= len(ids)]
         cut += whole or [ids]
     windows = [torch.from_numpy(window) for window in cut]
@@ -146,7 +146,8 @@ def cost_of(forecaster: Forecaster, settings: Training) -> int:
 
 def _vocabulary(forecaster: Forecaster) -> Tensor:
     """The ids of the tokens that the text of numbers uses, in ascending order."""
-    return torch.tensor(sorted(Grammar(forecaster.tokenizer, 2, 1).ids.values()))
+    compact = forecaster.encoding is not None and forecaster.encoding.compact
+    return torch.tensor(Grammar(forecaster.tokenizer, 2, 1, compact).vocabulary)
 
 
 class Finetuning:

@@ -189,7 +189,7 @@ class Forecaster:
         prompts = self._prompts(contexts, horizon, context)
         num_variables = len(prompts[0].wide)
         num_values = horizon * num_variables
-        grammar = Grammar(self.tokenizer, self.digits.decimals, num_variables)
+        grammar = self._grammar(num_variables)
         if samples:
             texts = self._sample(grammar, prompts, num_values, samples, seed, progress)
         else:
@@ -207,7 +207,10 @@ class Forecaster:
 
     def use(self, encoding: Encoding, tokens: int | None) -> None:
         """Take the encoding and the longest text of a training."""
-        self.encoding, self.digits, self.tokens = encoding, Encoding(1.0, encoding.decimals), tokens
+        self.encoding, self.digits, self.tokens = encoding, replace(encoding, scale=1.0, offset=0.0), tokens
+
+    def _grammar(self, num_variables: int) -> Grammar:
+        return Grammar(self.tokenizer, self.digits.decimals, num_variables, self.digits.compact)
 
     def fit(self, series, horizon: int, budget: float | None = None, **settings) -> "Forecaster":
         """Fine-tune the model on series with LoRA and return self; arguments as in `finetuning.fit`."""
@@ -232,7 +235,7 @@ class Forecaster:
                 )
             _require_writable(truth, prompt.encoding, f"continuation {number}")
         texts = [prompt.encoding.encode(truth) for truth, prompt in zip(truths, prompts, strict=True)]
-        grammar = Grammar(self.tokenizer, self.digits.decimals, len(prompts[0].wide))
+        grammar = self._grammar(len(prompts[0].wide))
         nats = []
         for prompt, text in zip(prompts, texts, strict=True):
             ids = torch.tensor([prompt.tokens + self.tokenizer.encode(text)], device=self.model.head_weight.device)
@@ -262,7 +265,7 @@ class Forecaster:
     ) -> _Prompt:
         """The prompt of one series; what the user should know about it is added to `concerns`, by kind."""
         num_steps, per_step = len(array), self.digits.tokens_per_step(array.shape[1])
-        grammar = Grammar(self.tokenizer, self.digits.decimals, array.shape[1])
+        grammar = self._grammar(array.shape[1])
         room = self.model.config.max_position_embeddings - grammar.columns(horizon * array.shape[1])
         if self.tokens is not None and context is None:
             room = min(room, self.tokens - horizon * per_step)
@@ -271,7 +274,7 @@ class Forecaster:
             array = array[-kept:]
             encoding = self.encoding or Encoding.fit_each([array], self.digits.decimals)
             _require_writable(array, encoding, f"series {number}")
-            tokens = self.tokenizer.encode(encoding.encode(array) + ";")
+            tokens = self.tokenizer.encode(encoding.encode(array) + encoding.separator)
             if len(tokens) <= room:
                 break
             kept -= -(-(len(tokens) - room) // per_step)  # values with two digits before the point take more tokens
@@ -407,10 +410,10 @@ def _checked(series, number: int, min_steps: int = 2) -> np.ndarray:
 
 def _require_writable(array: np.ndarray, encoding: Encoding, name: str) -> None:
     """Raise SeriesError for a value of a series (T, D) that is too small or too large for its encoding."""
-    scaled = np.round(encoding.scaled(array), encoding.decimals)
-    if (bad := (scaled < 0) | (scaled >= SCALED_LIMIT)).any():
+    scaled, limit = np.round(encoding.scaled(array), encoding.decimals), 10.0 if encoding.compact else SCALED_LIMIT
+    if (bad := (scaled < 0) | (scaled >= limit)).any():
         step, variable = np.argwhere(bad)[0]
-        low, high = (encoding.restored(np.full(array.shape[1], end))[variable] for end in (0.0, SCALED_LIMIT))
+        low, high = (encoding.restored(np.full(array.shape[1], end))[variable] for end in (0.0, limit))
         raise SeriesError(
             f"{name}, step {step}, variable {variable}: {array[step, variable]:g} cannot be written, expected values "
             f"from {low:g} to less than {high:g}; give another --scale, or fine-tune on data in these units"

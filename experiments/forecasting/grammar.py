@@ -1,6 +1,7 @@
 """Decoding under the grammar of the encoding: every forecast is well-formed, and forced characters cost no model pass.
 
 A value is one or two digits, a point and `decimals` digits. `,` separates the variables of a time step, `;` the steps.
+In compact text (`Encoding.compact`) a value is 1 + `decimals` digits, and there is nothing between values.
 B rows (one forecast each), T tokens in a pass, C hidden size, D variables.
 """
 
@@ -33,17 +34,19 @@ def may_be_wide(context: np.ndarray) -> np.ndarray:
 class Grammar:
     """The characters that may follow in a forecast of num_variables with `decimals` places, and their token ids.
 
+    `ids` has the token id of each character, `vocabulary` the ids of all characters that a text can have, ascending.
     Raises CheckpointError when the tokenizer does not have one token for each character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, decimals: int, num_variables: int):
-        self.decimals, self.num_variables = decimals, num_variables
+    def __init__(self, tokenizer: Tokenizer, decimals: int, num_variables: int, compact: bool = False):
+        self.decimals, self.num_variables, self.compact = decimals, num_variables, compact
         encoded = [tokenizer.encode(character) for character in ALPHABET]
         if any(len(ids) != 1 for ids in encoded):
             raise CheckpointError(
                 f"the tokenizer splits {ALPHABET!r} into {encoded}, expected one token for each character"
             )
         self.ids = {character: ids[0] for character, ids in zip(ALPHABET, encoded, strict=True)}
+        self.vocabulary = sorted(self.ids[character] for character in (DIGITS if compact else ALPHABET))
         self.pad_id = tokenizer.pad_id
 
     def follow(self, word: str, index: int, wide: Sequence[bool] | None = None) -> str:
@@ -52,6 +55,8 @@ class Grammar:
         wide (D) says which variables may have a second digit before the point; None means all. The first of two digits
         is never 0.
         """
+        if self.compact:
+            return DIGITS
         whole, point, places = word.partition(".")
         if point and len(places) == self.decimals:
             return "," if (index + 1) % self.num_variables else ";"
@@ -70,16 +75,26 @@ class Grammar:
             allowed.append(self.follow(word, index, wide))
             if character not in allowed[-1]:
                 raise ValueError(f"{text!r} is not a forecast of {self.num_variables} variables")
-            index, word = (index + 1, "") if character in SEPARATORS else (index, word + character)
+            index, word = (index + 1, "") if self.ends_value(character, word) else (index, word + character)
         return allowed
 
+    def ends_value(self, character: str, word: str) -> bool:
+        """True if the next value begins after `character`, which is written after the part `word` of a value."""
+        return len(word) == self.decimals if self.compact else character in SEPARATORS
+
     def most_choices(self, num_values: int) -> int:
-        """The most choices in a forecast: for each value two digits (or a digit and the point), and the decimals."""
-        return num_values * (2 + self.decimals)
+        """The most choices in a forecast: for each value two digits (or a digit and the point), and the decimals.
+
+        In compact text there is no second choice before the decimals.
+        """
+        return num_values * (1 + self.decimals + (not self.compact))
 
     def columns(self, num_values: int) -> int:
-        """The most cache columns that `decode` can fill: one pass for each choice, with at most two tokens."""
-        return 2 * self.most_choices(num_values)
+        """The most cache columns that `decode` can fill: one pass for each choice, with at most two tokens.
+
+        In compact text each pass has one token.
+        """
+        return (1 if self.compact else 2) * self.most_choices(num_values)
 
     def head(self, model: Qwen) -> Tensor:
         """The rows of the model's head for CHOICES, (11, C)."""
@@ -99,6 +114,8 @@ class _Row:
 
     def following(self) -> str:
         """The characters that may come next; empty after the last value."""
+        if self.index == self.num_values:
+            return ""
         following = self.grammar.follow(self.word, self.index, self.wide)
         return "" if following in SEPARATORS and self.index + 1 == self.num_values else following
 
@@ -139,7 +156,7 @@ class _Row:
     def _write(self, character: str) -> None:
         self.pending += character
         self.text += character
-        if character in SEPARATORS:
+        if self.grammar.ends_value(character, self.word):
             self.index, self.word = self.index + 1, ""
         else:
             self.word += character
@@ -190,10 +207,10 @@ def decode(
     Each token is the allowed character with the largest logit, or a sample among the allowed ones if uniforms are
     given.
 
-    hidden (B, C) is the hidden state of the last token in the cache, a `;`. attention_mask (B, length) is 0 on padding
-    in the cache, which holds `length` tokens. uniforms (B, n) in [0, 1) has a number for each choice in turn; n is
-    `Grammar.most_choices`. wide (B, D) is as in `Grammar.follow`. The cache needs room for `Grammar.columns` more
-    tokens.
+    hidden (B, C) is the hidden state of the last token in the cache, the end of a time step. attention_mask (B, length)
+    is 0 on padding in the cache, which holds `length` tokens. uniforms (B, n) in [0, 1) has a number for each choice in
+    turn; n is `Grammar.most_choices`. wide (B, D) is as in `Grammar.follow`. The cache needs room for `Grammar.columns`
+    more tokens.
 
     A pass reads a chosen digit together with the character that it forces. It also reads a guessed point after a first
     digit, because a point is likely there. If the model chooses a second digit instead, the point is taken back.

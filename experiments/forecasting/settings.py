@@ -28,6 +28,7 @@ class Training:
     cosine: bool = False  # the rate rises over the first twentieth of the steps, then falls to 0 along a cosine
     alpha: float | None = None  # the adapters' update is scaled by alpha / rank; None: by 1, as in the study
     clip: float | None = None  # gradients with a larger norm are scaled down to it
+    beta2: float = 0.999  # Adam's second moments forget so slowly; with small batches a run needs less memory of them
     accumulate: int = 1  # a batch is read in so many parts, which takes less memory
 
     def __post_init__(self):
@@ -42,6 +43,8 @@ class Training:
         for name in ("learning_rate", "alpha", "clip"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} is {value!r}, expected a positive number")
+        if not 0 < self.beta2 < 1:
+            raise ValueError(f"beta2 is {self.beta2!r}, expected a number between 0 and 1")
         if self.batch % self.accumulate:
             raise ValueError(f"a batch of {self.batch} cannot be read in {self.accumulate} equal parts")
         if isinstance(self.targets, str) or not self.targets:

@@ -216,7 +216,7 @@ def train(
         check_targets(ids[torch.arange(ids.shape[1]) < lengths[:, None]], vocabulary)
     unpack(model)  # training does not use packed copies of the weights
     parameters = adapter_parameters(model)
-    optimizer = torch.optim.Adam(parameters.values())
+    optimizer = torch.optim.Adam(parameters.values(), betas=(0.9, settings.beta2))
     device = model.head_weight.device
     ids, vocabulary = ids.to(device), None if vocabulary is None else vocabulary.to(device)
     progress = _Progress(state, parameters, optimizer, settings, team)

@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,8 @@ class Suite:
     folder: Path
     model: Qwen
     tokenizer: Tokenizer
-    encoding: Encoding
+    encoding: Encoding  # of the text that the model reads and writes
+    units: Encoding  # the study's: scores and baselines have its scaled values
     series: dict[str, np.ndarray]
     ids: dict[str, np.ndarray]  # rows of the trajectories in the data file, by split
     ledger: flops.Ledger
@@ -70,18 +71,18 @@ class Suite:
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
         """FLOPs of one optimizer step of a training whose settings are all set."""
-        vocabulary = len(self.grammar.ids) if training.numeric_head else None
+        vocabulary = len(self.grammar.vocabulary) if training.numeric_head else None
         return step_flops(self.model.config, training, vocabulary, convention or self.convention)
 
     @property
     def grammar(self) -> Grammar:
         """The grammar of the forecast text."""
-        return Grammar(self.tokenizer, self.encoding.decimals, num_variables=2)
+        return Grammar(self.tokenizer, self.encoding.decimals, num_variables=2, compact=self.encoding.compact)
 
     @property
     def scale(self) -> float:
-        """The scale of the encoding, which is the same for both variables."""
-        return float(np.asarray(self.encoding.scale))
+        """The scale of the units, which is the same for both variables."""
+        return float(np.asarray(self.units.scale))
 
     def largest_costs(self) -> dict[str, int]:
         """The largest cost that each experiment can have, in FLOPs of the ledger's convention."""
@@ -173,7 +174,7 @@ class Suite:
         tokens = self.tokenizer.encode(text)
         example = {"text": text[:40], "tokens": tokens[:20], "num_characters": len(text), "num_tokens": len(tokens)}
         write_whole(self.folder / "example.json", to_json(example))
-        train = self.encoding.scaled(self.series["train"]).astype(np.float64).round(self.encoding.decimals)
+        train = self.units.scaled(self.series["train"]).astype(np.float64).round(self.units.decimals)
         baselines = BASELINES | {f"GRU trained on the {len(train)}": gru.fit(train, self.seed)}
         results: dict[str, dict[str, dict]] = {}  # by baseline and split
         for split in ("val", "test"):
@@ -183,7 +184,7 @@ class Suite:
                 for i, c, t in zip(self.ids[split], context, truth, strict=True)
             ]
             write_whole(self.folder / f"{split}.jsonl", to_json_lines(lines))
-            rounded = context.round(self.encoding.decimals)  # the context that the model sees
+            rounded = context.round(self.units.decimals)  # the context as the study writes it
             fallback, scale = context.mean(axis=1), self.scale
             for name, baseline in baselines.items():
                 long = baseline(rounded, truth.shape[1])
@@ -193,7 +194,7 @@ class Suite:
 
     def _context_and_truth(self, split: str, horizon: int) -> tuple[np.ndarray, np.ndarray]:
         """Contexts (N, 70, 2) and their true continuations (N, at most horizon, 2), scaled."""
-        scaled = self.encoding.scaled(self.series[split]).astype(np.float64)
+        scaled = self.units.scaled(self.series[split]).astype(np.float64)
         return scaled[:, :CONTEXT_STEPS], scaled[:, CONTEXT_STEPS : CONTEXT_STEPS + horizon]
 
     def _settings(self, experiment: Experiment) -> Training | None:
@@ -252,7 +253,7 @@ class Suite:
         path = self._path(account.name)
         tokens = [self.tokenizer.encode(self.encoding.encode(one)) for one in self.series["train"]]
         ids, lengths = window_tensors(tokens, training, self.tokenizer.pad_id)
-        vocabulary = torch.tensor(sorted(self.grammar.ids.values())) if training.numeric_head else None
+        vocabulary = torch.tensor(self.grammar.vocabulary) if training.numeric_head else None
         trained = train_on_account(account, self.model, ids, lengths, training, vocabulary, path / "state.safetensors")
         account.team.told(lambda: write_losses(path / "losses.csv", trained.losses))
         return trained.seconds
@@ -275,6 +276,11 @@ class Suite:
                 progress=lambda count: bar.update(min(count * team.size, len(series) - bar.n)) and None,
                 team=team,
             )
+        if self.encoding != self.units:
+            # a value in larger digits is known less precisely: the nats are those of the study's digits
+            ratio = float(np.asarray(self.encoding.scale)) / self.scale
+            values = (evaluation.values * ratio).round(6)
+            evaluation = replace(evaluation, values=values, nats=evaluation.nats + np.log(ratio))
         lines = [self._line(self.ids[split][i], i, evaluation, truth) for i in range(len(series))]
         fallback, scale = context.mean(axis=1), self.scale
         results = metrics(evaluation, truth, fallback, scale, HORIZON)
@@ -295,7 +301,9 @@ class Suite:
 
     def _draw(self, contexts: np.ndarray, state: Path, team: Team) -> np.ndarray:
         """Draw paths (N, S, h, D), scaled: exactly the numbers in the texts."""
-        forecaster = Forecaster(self.model, self.tokenizer, self.scale, self.encoding.decimals)
+        forecaster = Forecaster(self.model, self.tokenizer)
+        forecaster.use(self.encoding, None)
+        contexts = self.encoding.writable(contexts)
 
         def draw(start: int) -> np.ndarray:
             with warnings.catch_warnings():  # the study's encoding is given, however few digits a series has in it
@@ -311,7 +319,8 @@ class Suite:
             return paths
 
         parts = team.worked(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
-        return (np.concatenate(parts) / self.scale).round(self.encoding.decimals)
+        scaled = np.concatenate(parts) / self.scale
+        return scaled.round(self.units.decimals if self.encoding == self.units else 6)
 
     def _write_samples(self, name: str, split: str, drawn: np.ndarray) -> None:
         """Write sampled paths (N, S, h, D), a line for each trajectory, so that they can be scored without a model."""
