@@ -540,19 +540,24 @@ def table(measured: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Return the exit status, as `cli.exit_status` does; packages that are not installed count as bad input."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
         prog=cli.called("experiments.benchmark"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
-    cli.add_device(parser, dtype="bfloat16")
-    parser.add_argument("--runs", type=int, default=5, help="runs of each measurement (default %(default)s)")
-    parser.add_argument("--alone", action="store_true", help="measure this project only, without transformers and peft")
-    parser.add_argument("--json", type=Path, help="also write every number to this file")
-    args = parser.parse_args()
+    p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
+    cli.add_device(p, dtype="bfloat16")
+    p.add_argument("--runs", type=int, default=5, help="runs of each measurement (default %(default)s)")
+    p.add_argument("--alone", action="store_true", help="measure this project only, without transformers and peft")
+    p.add_argument("--json", type=Path, help="also write every number to this file")
+    return p
+
+
+def main() -> int:
+    """Return the exit status, as `cli.exit_status` does; packages that are not installed count as bad input."""
+    args = parser().parse_args()
 
     def work(_) -> int:
         if args.runs < 1:

@@ -13,15 +13,20 @@ from experiments import cli
 from experiments.report.comparison import write_comparison
 
 
-def main() -> int:
-    """Write the comparison; return the exit status, as `cli.exit_status` does."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
         prog=cli.called("experiments.comparison"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="folder that contains run folders")
-    folder = parser.parse_args().folder
+    p.add_argument("folder", type=Path, help="folder that contains run folders")
+    return p
+
+
+def main() -> int:
+    """Write the comparison; return the exit status, as `cli.exit_status` does."""
+    folder = parser().parse_args().folder
 
     def work(_) -> int:
         print(write_comparison(folder))

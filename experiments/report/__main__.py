@@ -15,13 +15,18 @@ from experiments.report.finetuned import FINETUNED, write_page
 from experiments.storage.runfolder import only_writer
 
 
-def main() -> int:
-    """Write the report anew; return the exit status, as `cli.exit_status` does."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
         prog=cli.called("experiments.report"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="run folder, such as runs/quick")
-    folder = parser.parse_args().folder
+    p.add_argument("folder", type=Path, help="run folder, such as runs/quick")
+    return p
+
+
+def main() -> int:
+    """Write the report anew; return the exit status, as `cli.exit_status` does."""
+    folder = parser().parse_args().folder
 
     def work(_) -> int:
         with only_writer(folder):
