@@ -94,5 +94,13 @@ def test_links_lead_to_files(page):
             assert (page.parent / target).exists(), target
 
 
+def test_the_example_of_costs_prints_what_the_page_says(capsys):
+    code, printed = re.search(
+        r"```python\n(.*?)```\s+```text\n(.*?)```", (ROOT / "docs/costs.md").read_text(), re.DOTALL
+    ).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed
+
+
 if __name__ == "__main__":
     (ROOT / "docs" / "commands.md").write_text(commands_page())
