@@ -267,7 +267,8 @@ def finish(suite: "Suite") -> int:
     import flops
     from experiments.forecasting.team import PeerLost
     from experiments.forecasting.training import TrainingError
-    from experiments.report.build import write_report
+    from experiments.report.build import verdict, write_report
+    from experiments.report.results import load_run
     from experiments.study.evaluation import ForecastError
 
     if not suite.world.leads:
@@ -297,6 +298,8 @@ def finish(suite: "Suite") -> int:
         suite.world.wait()
     spent, budget = suite.ledger.spent, suite.ledger.budget
     print(f"spent {spent:.3e} of {budget:.3e} FLOPs ({spent / budget:.2%}, {suite.convention})")
+    if result := verdict(load_run(suite.folder)):
+        print(result)
     print(f"report: {page}")
     return 1 if stopped else 0
 

@@ -152,7 +152,7 @@ def test_a_damaged_ledger_is_found_and_a_torn_line_does_not_count(frontier):
         load_run(frontier)
 
 
-def test_scores_that_need_more_samples_appear_as_a_dash(frontier):
+def test_scores_that_need_more_samples_are_left_out(frontier):
     for split in ("val", "test"):
         changed(frontier / METRICS, split, "probabilistic", "coverage_80%", value=None)
         path = frontier / "experiments" / "frontier" / f"forecasts.{split}.jsonl"
@@ -160,7 +160,8 @@ def test_scores_that_need_more_samples_appear_as_a_dash(frontier):
         path.write_text("".join(json.dumps({**line, "quantiles": None, "new": 1}) + "\n" for line in lines))
     markdown = write_report(frontier).with_suffix(".md").read_text()
     covered = json.loads((frontier / METRICS).read_text())["test"]["probabilistic"]["coverage_50%"]
-    assert re.search(rf"\| frontier \| test \| 20 \| .* \| {covered:.1%} \| - \|", markdown)
+    assert re.search(rf"\| frontier \| test \| 20 \| .* \| {covered:.1%} \|\n", markdown)
+    assert "80% interval" not in markdown
     assert "with the central 80 % of its samples" not in markdown
 
 

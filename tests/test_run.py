@@ -71,6 +71,9 @@ def test_one_command_gives_a_finished_report(finished):
     out, process = finished
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip().endswith(f"report: {out / 'report.html'}")
+    assert "Final, mean of 20 samples, has a mean squared error of " in process.stdout
+    assert "experiment 1 of 7: untrained\n" in process.stderr
+    assert "experiment 7 of 7: final, about 1 min left\n" in process.stderr
     for name in NAMES:
         metrics = json.loads((out / "experiments" / name / "metrics.json").read_text())
         assert set(metrics) == ({"val", "test"} if name in ("untrained", "final") else {"val"})
@@ -82,9 +85,9 @@ def test_one_command_gives_a_finished_report(finished):
     for table in (2, 3, 4, 5, 6):
         assert f"Table {table}:" in markdown
         assert f"Table {table}:" in page
-    for name in ("by-horizon", "first", "worst", "error-by-flops"):
+    for name in ("by-horizon", "first", "worst", "errors", "error-by-flops"):
         assert (out / "figures" / f"{name}.png").stat().st_size > 5000
-    assert page.count("data:image/png;base64,") == 11 + 4
+    assert page.count("data:image/png;base64,") == 11 + 5
     assert "0.2702" in markdown  # published, next to ours
     assert markdown.count("| final, mean of 20 samples |") == 2  # in the results, and in the comparison with `final`
     assert "final, mean of 20 samples against the others, paired" in markdown
@@ -473,9 +476,9 @@ def test_experiments_beyond_the_report_are_shown(monkeypatch, data_file, tmp_pat
     assert "frontier: rank 2, learning_rate 0.001, context 768" in markdown
     assert "10^16.91" not in markdown  # the cost of the study's whole suite
     assert (tmp_path / "figures" / "frontier-losses.png").exists()
-    # two samples are too few for both intervals
-    row = next(line for line in markdown.splitlines() if line.startswith("| frontier | val | 2 |"))
-    assert row.endswith("| - | - |")
+    # two samples are too few for both intervals, whose columns are left out
+    header = next(line for line in markdown.splitlines() if line.startswith("| method | split | samples |"))
+    assert header.endswith("| CRPS | interval |")
     assert "with the central 80 % of its samples" not in markdown
     line = json.loads((tmp_path / "experiments" / "frontier" / "forecasts.val.jsonl").read_text().splitlines()[0])
     assert [quantile is None for quantile in line["quantiles"]] == [True, True, False, True, True]

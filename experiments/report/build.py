@@ -1,5 +1,6 @@
 """Writes the report of a run folder, `report.md` and `report.html`, from its files alone; no model is loaded."""
 
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from experiments.report.results import (
     Result,
     Run,
     bracket,
+    duration,
     load_run,
-    log10,
     methods_of,
     mse_row,
     number,
@@ -33,38 +34,96 @@ SUMS = {  # rows with sums of FLOPs, by section
 }
 
 
+def verdict(run: Run) -> str | None:
+    """The result in words: the last judged model next to the best baseline. None if no model is judged."""
+    judged = _judged(run)
+    if not judged:
+        return None
+    name, experiment = list(judged.items())[-1]
+    method, by_split = list(methods_of(name, experiment).items())[-1]
+    ours = by_split["test"]
+    each = ours.mse_each or [line.mse for line in experiment.forecasts["test"]]
+    best = min(run.baselines, key=lambda one: run.baselines[one]["test"].all.mse_filled)
+    theirs = run.baselines[best]["test"]
+    text = (
+        f"{method[0].upper()}{method[1:]}, has a mean squared error of {number(ours.all.mse)} "
+        f"{bracket(ours.all.mse_interval)} on {ours.all.sequences} test sequences. The best baseline, {best}, has "
+        f"{number(theirs.all.mse)} {bracket(theirs.all.mse_interval)}."
+    ).replace(f" {NO_VALUE}", "")
+    pair = paired(each, theirs.mse_each or [])
+    if pair and (interval := pair["ratio_interval"]):
+        ratio, between = f"{pair['ratio']:.2g} times", bracket(interval, "{:.2g}".format)
+        text += f" Sequence by sequence, in the geometric mean, the error is {ratio} {between} that of the baseline."
+    if (drawn := experiment.metrics["test"].probabilistic) and drawn.coverage_80 is not None:
+        text += f" Its 80 % intervals hold {100 * drawn.coverage_80:.0f} % of the true values."
+    return text
+
+
 def _overview(run: Run, blocks: Blocks) -> None:
-    identity, plan = run.plan.identity, run.plan
-    blocks.heading(1, "Forecasting predators and prey with a language model")
-    blocks.text(
-        f"Plan {identity.plan} on the checkpoint {plan.model} ({plan.parameters:,} parameters), data: "
-        f"{plan.data}, seed {identity.seed}; {identity.dtype} on {identity.device} "
-        f"({plan.device_name}, {plan.threads} CPU threads), torch {plan.versions.torch}."
-    )
-    blocks.code(plan.command)
-    if plan.model == "tiny":
+    blocks.heading(1, f"Forecasting {_title(run)}")
+    if run.unfinished:
+        reason = (run.status and run.status.stopped) or ""
+        blocks.text(f"Not finished, and shown as {NO_VALUE}: {', '.join(run.unfinished)}. {reason}")
+    if result := verdict(run):
+        blocks.verdict(result)
+    blocks.text(_spent(run))
+    if run.plan.model == "tiny":
         blocks.text(
             "This is the small embedded checkpoint, not Qwen2.5-0.5B. The published figures are next to ours to show "
             "the shape of the experiment. The numbers themselves are not comparable."
         )
-    if run.unfinished:
-        reason = (run.status and run.status.stopped) or ""
-        blocks.text(f"Not finished, and shown as {NO_VALUE}: {', '.join(run.unfinished)}. {reason}")
+
+
+def _title(run: Run) -> str:
+    """What is forecast: the name of the user's file, or the simulated series."""
+    return "predators and prey" if run.plan.data.startswith("simulated") else Path(run.plan.data).stem
+
+
+def _spent(run: Run) -> str:
+    convention = run.plan.identity.convention
+    if not run.status:
+        return f"Spent {run.spent:.3e} FLOPs in the convention {convention}; no status.json says what the budget was."
+    budget, share = run.status.budget, run.spent / run.status.budget
+    return f"Spent {run.spent:.3e} of a budget of {budget:.3e} FLOPs ({share:.2%}) in the convention {convention}."
+
+
+def _how(run: Run, blocks: Blocks) -> None:
+    """What was run, and what the words mean."""
+    identity, plan = run.plan.identity, run.plan
+    blocks.heading(2, "How this was made")
+    seed = "" if plan.data.endswith(f"seed {identity.seed}") else f", seed {identity.seed}"
     blocks.text(
+        f"Plan {identity.plan} on the checkpoint {plan.model} ({plan.parameters:,} parameters), data: "
+        f"{plan.data}{seed}; {identity.dtype} on {identity.device} "
+        f"({plan.device_name}, {plan.threads} CPU threads), torch {plan.versions.torch}."
+    )
+    blocks.code(plan.command)
+    for text in (
         "Errors are in scaled units (population / scale). They are measured against the exact truth over the 10 time "
         "steps after a context of 70. First ten: the ten sequences by which the study judged. Brackets: 95 % interval "
-        "of the mean. Free loss: cross-entropy of the target given the model's own text, as in the study; only free "
-        "decoding has it. Forced loss: cross-entropy of the target given the true text. Nats per value: the forced "
-        "loss of a whole value among the tokens that the grammar of numbers allows. Models are chosen by their "
-        "validation MSE over all sequences; the mean of the context replaces malformed values. "
-        f"Decoding: {identity.decoding}. Mean of samples: the mean of paths drawn from the model, which is the best "
-        "forecast under a squared error. The likeliest digits are one path only, however uncertain the model is."
-    )
+        "of the mean.",
+        "Mean of samples: the mean of paths drawn from the model, which is the best forecast under a squared error. "
+        "The likeliest digits are one path only, however uncertain the model is. Models are chosen by their validation "
+        "MSE over all sequences; the mean of the context replaces malformed values. "
+        f"Decoding: {identity.decoding}.",
+        "Free loss: cross-entropy of the target given the model's own text, as in the study; only free decoding has "
+        "it. Forced loss: cross-entropy of the target given the true text. Nats per value: the forced loss of a whole "
+        "value among the tokens that the grammar of numbers allows.",
+    ):
+        blocks.text(text)
 
 
 def _results(run: Run, blocks: Blocks) -> None:
-    blocks.heading(2, "Results")
-    rows = [mse_row(name, by_split) for name, by_split in run.baselines.items()]
+    blocks.heading(2, "Errors")
+    methods = {name: by_split for result in _judged(run).items() for name, by_split in methods_of(*result).items()}
+    tests = {name: by_split["test"].all for name, by_split in run.baselines.items()}
+    tests |= {name: by_split["test"].all for name, by_split in methods.items() if "test" in by_split}
+    shown = {name: (e.mse, e.mse_interval) for name, e in tests.items() if e.mse}
+    if shown and methods:
+        path = run.folder / "figures" / "errors.png"
+        figures.errors(shown, set(methods), path)
+        blocks.figure(path, "Mean squared error on the test sequences, with 95 % intervals; language models are blue")
+    rows = [mse_row(name, scores) for name, scores in run.baselines.items()]
     rows += [mse_row(*method) for name, e in run.experiments.items() for method in methods_of(name, e).items()]
     counts = ", ".join(f"{len(lines)} {split}" for split, lines in run.contexts.items())
     blocks.table(f"MSE of every model and baseline ({counts} sequences)", MSE_COLUMNS, rows)
@@ -75,22 +134,26 @@ def _results(run: Run, blocks: Blocks) -> None:
             first_cells = [name, split, str(errors.sequences)]
             unscored = NO_VALUE if errors.unscored_tokens is None else str(errors.unscored_tokens)
             missing = [str(errors.malformed_values), str(errors.sequences_without_forecast), unscored]
-            missing_rows.append([*first_cells, *missing, number(errors.mse_filled)])
+            if errors.malformed_values or errors.unscored_tokens:
+                missing_rows.append([*first_cells, *missing, number(errors.mse_filled)])
             numbers = (errors.mae, errors.mse_populations, errors.mae_populations)
             losses = (errors.free_loss, errors.forced_loss, errors.nats_per_value)
             error_rows.append([*first_cells, *map(number, numbers + losses)])
-    blocks.table(
-        "Malformed or missing values (not in the errors), target tokens after the end of the text (not in the free "
-        "loss), and the MSE with the mean of the context in place of missing values; all sequences",
-        ["experiment", "split", "sequences", "malformed values", "without forecast", "unscored tokens", "MSE, filled"],
-        missing_rows,
-    )
-    blocks.table(
-        "Other errors and losses, all sequences",
-        ["experiment", "split", "sequences", "MAE", "MSE, populations", "MAE, populations", "free loss", "forced loss",
-         "nats per value"],
-        error_rows,
-    )  # fmt: skip
+    if missing_rows:
+        blocks.table(
+            "Malformed or missing values (not in the errors), target tokens after the end of the text (not in the free "
+            "loss), and the MSE with the mean of the context in place of missing values; all sequences",
+            ["experiment", "split", "sequences", "malformed values", "without forecast", "unscored tokens",
+             "MSE, filled"],
+            missing_rows,
+        )  # fmt: skip
+    with blocks.folded("Other errors and losses"):
+        blocks.table(
+            "Other errors and losses, all sequences",
+            ["experiment", "split", "sequences", "MAE", "MSE, populations", "MAE, populations", "free loss",
+             "forced loss", "nats per value"],
+            error_rows,
+        )  # fmt: skip
 
 
 def _judged(run: Run) -> dict[str, Result]:
@@ -99,14 +162,13 @@ def _judged(run: Run) -> dict[str, Result]:
 
 
 def _quality(run: Run, blocks: Blocks) -> None:
-    """The judged models compared with the baselines: by horizon, by sequence, by samples, by FLOPs."""
-    if judged := _judged(run):
+    """The judged models compared with the baselines: by horizon, by samples, by FLOPs, sequence by sequence."""
+    if _judged(run):
         blocks.heading(2, "How good is that?")
         _horizons(run, blocks)
-        _paired(run, blocks)
         _samples(run, blocks)
-        _sequences_drawn(run, blocks, list(judged)[-1])
         _errors_by_flops(run, blocks)
+        _paired(run, blocks)
 
 
 def _horizons(run: Run, blocks: Blocks) -> None:
@@ -146,9 +208,8 @@ def _samples(run: Run, blocks: Blocks) -> None:
     if not rows:
         return
     rows += [
-        [name, split, "point", number(scores.all.mae), NO_VALUE, *(NO_VALUE for _ in COVERAGE_LEVELS)]
+        [name, "test", "point", number(by_split["test"].all.mae), NO_VALUE, *(NO_VALUE for _ in COVERAGE_LEVELS)]
         for name, by_split in run.baselines.items()
-        for split, scores in by_split.items()
     ]
     blocks.table(
         "Samples: CRPS (for a point forecast it is the absolute error), and the share of true values that the central "
@@ -167,8 +228,8 @@ def _errors_by_flops(run: Run, blocks: Blocks) -> None:
         for method, by_split in methods_of(name, experiment).items()
         if "val" in by_split
     }
-    if not spent:
-        return
+    if len(run.trained) < 2:
+        return  # nothing to compare
     levels = {name: by_split["val"].all.mse for name, by_split in run.baselines.items()}
     levels |= {n: e.metrics["val"].all.mse_filled for n, e in run.experiments.items() if not e.training}
     path = run.folder / "figures" / "error-by-flops.png"
@@ -198,14 +259,15 @@ def _paired(run: Run, blocks: Blocks) -> None:
             difference = [signed(pair["difference"]), bracket(pair["interval"], signed)]
             ratio = [relative(pair["ratio"]), bracket(pair["ratio_interval"], relative)]
             rows.append([theirs, *difference, *ratio, f"{pair['better']:.0%}"])
-        blocks.table(
-            f"{ours} against the others, paired by test sequence. A negative difference, or a ratio of geometric means "
-            "below 1, is in its favour. A few sequences with large errors determine the difference; in the ratio all "
-            "sequences have the same weight",
-            ["against", "difference of MSE", "95 % interval", "ratio of geometric mean MSE", "95 % interval",
-             "sequences where it is better"],
-            rows,
-        )  # fmt: skip
+        with blocks.folded(f"{ours} against the others, sequence by sequence"):
+            blocks.table(
+                f"{ours} against the others, paired by test sequence. A negative difference, or a ratio of geometric "
+                "means below 1, is in its favour. A few sequences with large errors determine the difference; in the "
+                "ratio all sequences have the same weight",
+                ["against", "difference of MSE", "95 % interval", "ratio of geometric mean MSE", "95 % interval",
+                 "sequences where it is better"],
+                rows,
+            )  # fmt: skip
 
 
 def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
@@ -227,62 +289,67 @@ def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
         titles = [f"sequence {row}, MSE {number(lines[row].mse)}" for row in rows]
         forecasts, truths = [line.forecast for line in shown], [line.truth for line in shown]
         figures.fan(["prey", "predator"], contexts, forecasts, bands, drawn / file, truths, titles)
-        band = ", with the central 80 % of its samples" if bands is not None else ""
-        blocks.figure(drawn / file, f"{name}: {caption}{band}")
+        band = ", with the central 80 % of its samples over the first 10 steps" if bands is not None else ""
+        fold = blocks.folded("Where it fails: the largest errors") if file == "worst.png" else nullcontext()
+        with fold:
+            blocks.figure(drawn / file, f"{name}: {caption}. The line is the path of the likeliest digits{band}")
 
 
 def _compute(run: Run, blocks: Blocks) -> None:
-    convention = run.plan.identity.convention
-    blocks.heading(2, "Compute (section 8)")
-    spent = f"Spent {run.spent:.3e} FLOPs in the convention {convention}; no status.json says what the budget was."
-    if run.status:
-        budget, share = run.status.budget, run.spent / run.status.budget
-        spent = f"Spent {run.spent:.3e} of a budget of {budget:.3e} FLOPs ({share:.2%}) in the convention {convention}."
-    blocks.text(
-        f"{spent} "
-        "Only training counts. " + " ".join(f"{name}: {meaning}." for name, meaning in run.plan.conventions.items())
-    )
+    blocks.heading(2, "Compute")
+    blocks.text(f"{_spent(run)} Only training counts.")
     names = list(run.plan.conventions)
-    header = ["", "steps", *names, "published", "seconds, training", "seconds, evaluation"]
+    header = ["", "steps", *names, "published by the study", "training", "evaluation"]
     rows = []
     for name, experiment in run.experiments.items():
         seconds = experiment.seconds
         steps, counted = NO_VALUE, [NO_VALUE] * len(names)
         if experiment.training:
-            steps, counted = str(experiment.training.steps), [log10(experiment.flops[c]) for c in names]
-        rows.append([name, steps, *counted, NO_VALUE, f"{seconds.training:.1f}", f"{seconds.evaluation:.1f}"])
+            steps, counted = str(experiment.training.steps), [f"{experiment.flops[c]:.3g}" for c in names]
+        rows.append([name, steps, *counted, NO_VALUE, duration(seconds.training), duration(seconds.evaluation)])
     planned = {e.section for e in run.plan.identity.experiments}
     for section, title in SUMS.items():
         if section not in planned | {"all"}:
             continue
         comparable = section in planned or planned >= SUMS.keys() - {"all"}
         parts = [e for e in run.trained.values() if section in (e.section, "all")]
-        counted = [log10(sum(e.flops[c] for e in parts)) for c in names]
-        theirs = f"10^{published.SECTION_FLOPS[section]}" if comparable else NO_VALUE
+        counted = [f"{sum(e.flops[c] for e in parts):.3g}" for c in names]
+        theirs = f"{10 ** published.SECTION_FLOPS[section]:.3g}" if comparable else NO_VALUE
         rows.append([title, NO_VALUE, *counted, theirs, NO_VALUE, NO_VALUE])
     blocks.table(
-        "FLOPs of the finished experiments; seconds of evaluation: in the process that finished it", header, rows
+        "FLOPs of the finished experiments, and the time that they took (evaluation: in the process that finished it)",
+        header,
+        rows,
     )
+    with blocks.folded("The three conventions of FLOPs"):
+        for name, meaning in run.plan.conventions.items():
+            blocks.text(f"{name}: {meaning}.")
 
 
 def build(run: Run) -> Blocks:
     """The whole report of a run, with the sections that its plan has; draws the figures into the run folder."""
     blocks = Blocks()
     _overview(run, blocks)
+    if judged := _judged(run):
+        blocks.heading(2, "Forecasts")
+        _sequences_drawn(run, blocks, list(judged)[-1])
     _results(run, blocks)
     _quality(run, blocks)
-    blocks.heading(2, "Text and tokens (section 3.2.5)")
-    example = run.example
-    blocks.text(
-        f"This is the beginning of the second training sequence. The whole sequence has {example.num_characters} "
-        f"characters and {example.num_tokens} tokens."
-    )
-    blocks.code(f"{example.text}\n{example.tokens}")
+    blocks.heading(2, "The experiments one by one")
     planned = {experiment.section for experiment in run.plan.identity.experiments}
-    for section, write in WRITERS.items():
+    with blocks.folded("Text and tokens (section 3.2.5 of the study)"):
+        example = run.example
+        blocks.text(
+            f"This is the beginning of the second training sequence. The whole sequence has {example.num_characters} "
+            f"characters and {example.num_tokens} tokens."
+        )
+        blocks.code(f"{example.text}\n{example.tokens}")
+    for section, (title, write) in WRITERS.items():
         if section in planned:
-            write(run, blocks)
+            with blocks.folded(title):
+                write(run, blocks)
     _compute(run, blocks)
+    _how(run, blocks)
     return blocks
 
 

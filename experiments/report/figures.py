@@ -1,7 +1,7 @@
 """The figures of a report. Each function draws numbers and writes one file: PNG, SVG or PDF, by its name."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,25 @@ def fan(
     else:
         figure.tight_layout()
         _write(figure, path)
+
+
+@rc_context(STYLE)
+def errors(values: Mapping[str, tuple[float, Sequence[float] | None]], ours: set[str], path: Path) -> None:
+    """Draw an error with its interval for each method, on a logarithmic axis, the largest on top; `ours` in colour."""
+    ordered = sorted(values, key=lambda name: values[name][0])
+    figure = Figure(figsize=(7.5, 0.6 + 0.32 * len(ordered)))
+    axes = figure.subplots()
+    for row, name in enumerate(ordered):
+        error, interval = values[name]
+        color = PREY if name in ours else "#8c8c8c"
+        if interval:
+            axes.plot(interval, [row, row], color=color, linewidth=2.5, alpha=0.6, solid_capstyle="round")
+        axes.plot(error, row, "o", color=color, markersize=7)
+        axes.annotate(f"{error:.2g}", (error, row), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7)
+    axes.set(xscale="log", xlabel="mean squared error (scaled units)", ylim=(-0.6, len(ordered) - 0.2))
+    axes.set_yticks(range(len(ordered)), ordered)
+    figure.tight_layout()
+    _write(figure, path)
 
 
 @rc_context(STYLE)

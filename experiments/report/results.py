@@ -143,6 +143,14 @@ def log10(flops: int | float) -> str:
     return f"10^{math.log10(flops):.3f}" if flops else "0"
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it: `47 s`, `12 min`, `1 h 59 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def bracket(interval: tuple[float, float] | list[float] | None, write: Callable[[float], str] = number) -> str:
     """An interval as a table cell."""
     return f"[{write(interval[0])}, {write(interval[1])}]" if interval else NO_VALUE

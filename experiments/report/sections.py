@@ -36,7 +36,6 @@ COMPARED_COLUMNS = ["experiment", "MSE, first ten", "MSE, all", "MSE, published"
 
 def _untrained(run: Run, blocks: Blocks) -> None:
     drawn = run.folder / "figures"
-    blocks.heading(2, "Untrained model (section 5.4)")
     if "untrained" not in run.experiments:
         return
     lines = run.experiments["untrained"].forecasts["val"]
@@ -53,7 +52,6 @@ def _untrained(run: Run, blocks: Blocks) -> None:
 
 def _trial(run: Run, blocks: Blocks) -> None:
     drawn = run.folder / "figures"
-    blocks.heading(2, "Trial (section 6.2)")
     blocks.table("Table 2: validation, untrained and trial", COMPARED_COLUMNS, _compare(run, ["untrained", "trial"]))
     if "trial" in run.trained:
         figures.training_loss(run.trained["trial"].losses, drawn / "figure-05.png")
@@ -69,7 +67,6 @@ def _grid(run: Run, blocks: Blocks) -> None:
         if e.section == "6.3" and (t := e.training) and t.rank and t.learning_rate and not e.best_of
     }
     ranks, rates = sorted({rank for rank, _ in planned}), sorted({rate for _, rate in planned})
-    blocks.heading(2, "Grid of rank and learning rate (section 6.3)")
     for table, (title, key, column) in enumerate((("MSE", "mse", 0), ("free-running loss", "free_loss", 1)), start=3):
         rows = []
         for rank in ranks:
@@ -105,7 +102,6 @@ def _contexts(run: Run, blocks: Blocks) -> None:
     names = [e.name for e in run.plan.identity.experiments if e.section == "6.4"]
     done = [run.trained[name] for name in names if name in run.trained]
     drawn = run.folder / "figures"
-    blocks.heading(2, "Context lengths (section 6.4)")
     blocks.table("Table 5: validation by context length", COMPARED_COLUMNS, _compare(run, names))
     if done:
         figures.loss_curves({_label(e.training): e.losses for e in done}, drawn / "figure-11.png")
@@ -114,7 +110,6 @@ def _contexts(run: Run, blocks: Blocks) -> None:
 
 def _final(run: Run, blocks: Blocks) -> None:
     drawn = run.folder / "figures"
-    blocks.heading(2, "Final (section 6.5)")
     rows = _compare(run, ["final"]) + _compare(run, ["final"], "test", published.TEST)
     for row, split in zip(rows, ("validation", "test"), strict=True):
         row[0] = split
@@ -127,7 +122,6 @@ def _final(run: Run, blocks: Blocks) -> None:
 
 def _frontier(run: Run, blocks: Blocks) -> None:
     done = {name: e for name, e in run.trained.items() if e.section == "frontier"}
-    blocks.heading(2, "Beyond the study")
     for name, experiment in done.items():
         different = {key: value for key, value in vars(experiment.training).items() if key != "seed"}
         blocks.text(f"{name}: " + ", ".join(f"{key} {_setting(value)}" for key, value in different.items()) + ".")
@@ -141,11 +135,11 @@ def _setting(value) -> str:
     return " + ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-WRITERS = {  # by section; each draws figures into the run folder and appends to the blocks
-    "5.4": _untrained,
-    "6.2": _trial,
-    "6.3": _grid,
-    "6.4": _contexts,
-    "6.5": _final,
-    "frontier": _frontier,
+WRITERS = {  # by section of the study: title, and the function that draws figures and appends to the blocks
+    "5.4": ("Untrained model (section 5.4)", _untrained),
+    "6.2": ("Trial (section 6.2)", _trial),
+    "6.3": ("Grid of rank and learning rate (section 6.3)", _grid),
+    "6.4": ("Context lengths (section 6.4)", _contexts),
+    "6.5": ("Final (section 6.5)", _final),
+    "frontier": ("Beyond the study", _frontier),
 }

@@ -1,11 +1,12 @@
 """Runs the experiments of a plan one after the other and writes their results into a run folder."""
 
 import json
+import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,8 @@ class Suite:
     interruption: Interruption
     world: Team = ALONE  # all processes; its leader writes the ledger and what the experiments share
     side_by_side: bool = False  # independent experiments run at the same time, in teams of the world
+    started: float = 0.0  # when this process began with the first experiment
+    done_before: set[str] = field(default_factory=set)  # the experiments that were finished then
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
         """FLOPs of one optimizer step of a training whose settings are all set."""
@@ -117,6 +120,10 @@ class Suite:
         shared = ("example.json", "val.jsonl", "test.jsonl", "baselines.json")
         if not all((self.folder / name).exists() for name in shared):
             self.world.told(self._write_data)
+        self.started = time.monotonic()
+        self.done_before = {
+            one.name for one in self.plan.experiments if (self._path(one.name) / "metrics.json").exists()
+        }
         for stage in stages(self.plan) if self.side_by_side else [[one] for one in self.plan.experiments]:
             self._run_stage(stage)
 
@@ -124,11 +131,27 @@ class Suite:
         """Run the unfinished experiments of a stage: one with the whole world, several with a team for each."""
         names, over_budget = self.world.told(lambda: self._booked(stage))
         number, teams = self.world.split(len(names))
+        self._tell_progress(names)
         for experiment in [one for one in stage if one.name in names][number :: len(teams)] if number >= 0 else []:
             self._run_one(experiment, teams[number], debited=self.side_by_side)
         self.world.wait()
         if over_budget is not None:
             raise over_budget
+
+    def _tell_progress(self, names: list[str]) -> None:
+        """Say on stderr which experiments begin, and how long the rest may take at the speed so far."""
+        order, costs = [one.name for one in self.plan.experiments], self.largest_costs()
+        done = [name for name in order if (self._path(name) / "metrics.json").exists()]
+        if not (self.world.leads and names and len(order) > 1):
+            return
+        first, last = order.index(names[0]) + 1, order.index(names[-1]) + 1
+        which = f"experiment {first}" if first == last else f"experiments {first} to {last}"
+        spent = sum(costs[name] for name in done if name not in self.done_before)
+        left = ""
+        if spent:
+            seconds = (time.monotonic() - self.started) / spent * sum(costs[name] for name in order if name not in done)
+            left = f", about {max(1, round(seconds / 60))} min left"
+        print(f"{which} of {len(order)}: {', '.join(names)}{left}", file=sys.stderr)
 
     def _booked(self, stage: list[Experiment]) -> tuple[list[str], flops.BudgetExceeded | None]:
         """(names of the experiments to run, the error of the one after them if that does not fit the budget).
