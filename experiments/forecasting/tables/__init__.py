@@ -24,7 +24,7 @@ HDF5_SUFFIXES, PARQUET_SUFFIXES = (".h5", ".hdf5"), (".parquet",)
 MOST_NAMES = 6  # that a description lists
 
 
-def read_tables(path: Path, columns: Sequence[str] | None = None, missing: str = "error") -> list[Table]:
+def read_tables(path: str | Path, columns: Sequence[str] | None = None, missing: str = "error") -> list[Table]:
     """The series in a file: many in HDF5, one in Parquet, and one in any other file, which is read as a text table.
 
     `columns` names the variables; None takes all columns that are neither an index without a name nor times (see
@@ -37,6 +37,7 @@ def read_tables(path: Path, columns: Sequence[str] | None = None, missing: str =
 
     Raises DataError when the file cannot be read or a value is not a finite number; the message names its place.
     """
+    path = Path(path)
     suffix = path.suffix.lower()
     if suffix in HDF5_SUFFIXES:
         return read_hdf5(path, columns, missing)
