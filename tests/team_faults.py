@@ -21,13 +21,14 @@ SECONDS_TO_END = 45  # torchrun itself waits 30 s before it kills a process that
 
 
 def start(folder: Path, processes: int, log: Path) -> subprocess.Popen:
-    """Start the small plan of the tests under torchrun."""
+    """Start the small plan of the tests under torchrun, with a command that is the same for every folder."""
+    folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    command += [str(ROOT / "tests" / "teamwork.py"), "run", "--data", str(folder.parent / "data.h5"), "--samples", "2"]
+    command += [str(ROOT / "tests" / "teamwork.py"), "run", "--data", "../data.h5", "--samples", "2"]
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     with log.open("ab") as file:
         return subprocess.Popen(
-            [*command, "--out", str(folder)], stdout=file, stderr=file,
+            [*command, "--out", "run"], cwd=folder, stdout=file, stderr=file,
             env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 

@@ -121,7 +121,7 @@ def build(folder: Path) -> Blocks:
     if len(variables) != len(metrics.spread) or any(line.truth.shape[1] != len(variables) for line in lines):
         raise RunError(f"{folder}: its files do not agree on the variables")
     blocks.heading(1, f"Forecasting {plan.title}")
-    blocks.text(verdict(metrics))
+    blocks.verdict(verdict(metrics))
     shown = [lines[i] for i in sorted({0, len(lines) // 2, len(lines) - 1})]
     bands = [np.stack([line.low, line.high]) for line in shown if line.low is not None and line.high is not None]
     figures.fan(
