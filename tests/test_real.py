@@ -54,8 +54,9 @@ def test_the_untrained_model_forecasts_and_a_few_steps_improve_it(loaded, parts)
 
 
 def test_constrained_text_is_the_masked_argmax_of_the_full_logits(real_checkpoint, parts):
-    """Ten validation contexts in fp32: one pass over the whole text finds each token as the largest allowed logit."""
+    """Three validation contexts in fp32: one pass over the whole text finds each token as the largest allowed logit."""
     encoding, _, validation = parts
+    validation = validation[:3]
     model, tokenizer = load(real_checkpoint)
     grammar = Grammar(tokenizer, encoding.decimals, 2)
     for one, text in zip(validation, evaluate(model, tokenizer, encoding, validation, 70, 10).texts, strict=True):

@@ -117,9 +117,7 @@ class Suite:
         Raises flops.BudgetExceeded at the first experiment that does not fit the budget, TrainingError if a loss is
         not finite, Interrupted if the process was asked to stop. All earlier results are kept.
         """
-        shared = ("example.json", "val.jsonl", "test.jsonl", "baselines.json")
-        if not all((self.folder / name).exists() for name in shared):
-            self.world.told(self._write_data)
+        self.world.told(self._write_data)
         self.started = time.monotonic()
         self.done_before = {
             one.name for one in self.plan.experiments if (self._path(one.name) / "metrics.json").exists()
@@ -192,7 +190,12 @@ class Suite:
         return self.folder / "experiments" / name
 
     def _write_data(self) -> None:
-        """Write the files that all experiments share: an example (section 3.2.5), contexts with truth, baselines."""
+        """Write the files that all experiments share, if one is missing: an example (section 3.2.5), contexts with
+        truth, baselines.
+        """
+        shared = ("example.json", "val.jsonl", "test.jsonl", "baselines.json")
+        if all((self.folder / name).exists() for name in shared):
+            return
         text = self.encoding.encode(self.series["train"][1])
         tokens = self.tokenizer.encode(text)
         example = {"text": text[:40], "tokens": tokens[:20], "num_characters": len(text), "num_tokens": len(tokens)}
