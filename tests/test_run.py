@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -482,6 +484,30 @@ def test_experiments_beyond_the_report_are_shown(monkeypatch, data_file, tmp_pat
     assert "with the central 80 % of its samples" not in markdown
     line = json.loads((tmp_path / "experiments" / "frontier" / "forecasts.val.jsonl").read_text().splitlines()[0])
     assert [quantile is None for quantile in line["quantiles"]] == [True, True, False, True, True]
+
+
+def test_arms_at_equal_cost_are_ranked(monkeypatch, data_file, tmp_path):
+    full = plans.ablation(0)
+    assert len({arm.training.steps * arm.training.batch for arm in full.experiments}) == 1
+    short = [replace(arm, training=replace(arm.training, steps=2)) for arm in full.experiments[1:3]]
+    monkeypatch.setitem(plans.PLANS, "ablation", lambda seed: replace(full, experiments=tuple(short)))
+    monkeypatch.setattr(gru, "STEPS", 3)
+    assert run.main(["--plan", "ablation", "--data", str(data_file), "--out", str(tmp_path), "--samples", "0"]) == 0
+    markdown = (tmp_path / "report.md").read_text()
+    table = markdown[markdown.index("| arm | FLOPs |") :].split("\n\n")[0]
+    arms = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert sorted(row[0] for row in arms) == ["| batch-1", "| linear-alpha-32"]
+    assert float(arms[0][2]) <= float(arms[1][2])
+    other = next(row for row in arms if row[0] == "| batch-1")
+    metrics = {name: json.loads((tmp_path / "experiments" / name / "metrics.json").read_text())["val"]["all"]
+               for name in ("batch-1", "linear-alpha-32")}  # fmt: skip
+    gained = metrics["batch-1"]["nats_per_value"] - metrics["linear-alpha-32"]["nats_per_value"]
+    assert float(other[4]) == pytest.approx(gained, abs=1e-3)
+    line = json.loads((tmp_path / "experiments" / "batch-1" / "forecasts.val.jsonl").read_text().splitlines()[0])
+    assert re.fullmatch("[0-9]{60}", line["text"])  # compact: ten steps of six digits
+    plan = json.loads((tmp_path / "plan.json").read_text())["identity"]
+    assert plan["text"]["compact"] is True
+    assert plan["text"]["scale"] == pytest.approx(plan["encoding"]["scale"] * 9.99 / 7.99)
 
 
 def test_a_model_with_too_few_positions_is_refused(small_plan, data_file, tmp_path, capsys):

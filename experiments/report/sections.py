@@ -1,9 +1,12 @@
 """The sections about the study's own experiments, 5.4 to 6.5, and about experiments beyond them."""
 
+import numpy as np
+
+from experiments.forecasting.scores import mean_interval, paired
 from experiments.forecasting.settings import Training
 from experiments.report import figures, published
 from experiments.report.page import Blocks
-from experiments.report.results import NO_VALUE, Run, number
+from experiments.report.results import NO_VALUE, Run, bracket, number
 from experiments.study.plans import HORIZON
 
 
@@ -131,6 +134,39 @@ def _frontier(run: Run, blocks: Blocks) -> None:
         blocks.figure(path, "Training loss beyond the study")
 
 
+def _ablation(run: Run, blocks: Blocks) -> None:
+    """Rank the arms by nats and compare each with the first, sequence by sequence."""
+    done = {name: e for name, e in run.trained.items() if e.section == "ablation"}
+    if not done:
+        return
+    lines = {name: e.forecasts["val"] for name, e in done.items()}
+    first = next(iter(done))
+    rows = []
+    for name in sorted(done, key=lambda name: done[name].metrics["val"].all.nats_per_value or 0):
+        scores = done[name].metrics["val"].all
+        errors = [line.mse for line in lines[name]]
+        pair = paired(errors, [line.mse for line in lines[first]]) if name != first else None
+        nats = [
+            (a.nats_per_value or 0) - (b.nats_per_value or 0) for a, b in zip(lines[name], lines[first], strict=True)
+        ]
+        signed, relative = "{:+.3f}".format, "{:.2f}".format
+        compared = [NO_VALUE] * 4
+        if pair:
+            compared = [signed(np.mean(nats)), bracket(mean_interval(np.array(nats)), signed)]
+            compared += [relative(pair["ratio"]), bracket(pair["ratio_interval"], relative)]
+        flops = f"{done[name].flops[run.plan.identity.convention]:.3g}"
+        rows.append([name, flops, number(scores.nats_per_value), number(scores.mse), *compared])
+    blocks.table(
+        f"The arms on the validation sequences, by nats per value. The last columns compare with {first}",
+        ["arm", "FLOPs", "nats per value", "MSE", "difference of nats", "95 % interval", "ratio of geometric mean MSE",
+         "95 % interval"],
+        rows,
+    )  # fmt: skip
+    for name, experiment in done.items():
+        different = {key: value for key, value in vars(experiment.training).items() if key != "seed"}
+        blocks.text(f"{name}: " + ", ".join(f"{key} {_setting(value)}" for key, value in different.items()) + ".")
+
+
 def _setting(value) -> str:
     return " + ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -142,4 +178,5 @@ WRITERS = {  # by section of the study: title, and the function that draws figur
     "6.4": ("Context lengths (section 6.4)", _contexts),
     "6.5": ("Final (section 6.5)", _final),
     "frontier": ("Beyond the study", _frontier),
+    "ablation": ("Arms at equal cost", _ablation),
 }

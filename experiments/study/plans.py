@@ -129,7 +129,34 @@ def frontier(seed: int) -> Plan:
     return Plan("frontier", (Experiment("frontier", "frontier", settings, splits=("val", "test")),), compact=True)
 
 
-PLANS = {"quick": quick, "study": study, "untrained": untrained, "trial": trial, "frontier": frontier}
+def ablation(seed: int) -> Plan:
+    """Short trainings at equal cost: from the study's kind of update to that of `frontier`, one change at a time.
+
+    All write compact text, so that only the training differs. A step with a batch of four counts as four of one.
+    """
+    base = Training(
+        8, 1e-3, 480, 40, batch=4, stride=6, seed=seed, numeric_head=True, whole_windows=True, cosine=True
+    )  # fmt: skip
+    scaled = replace(base, targets=LINEAR, alpha=32)
+    single = replace(scaled, batch=1, steps=4 * base.steps, beta2=0.997, clip=1.0)
+    arms = {
+        "q-v": base,
+        "linear-alpha-32": scaled,
+        "batch-1": single,
+        "batch-1-half-rate": replace(single, learning_rate=5e-4),
+        "rank-32": replace(single, learning_rate=5e-4, rank=32, alpha=128),
+    }
+    return Plan("ablation", tuple(Experiment(name, "ablation", arm) for name, arm in arms.items()), compact=True)
+
+
+PLANS = {
+    "quick": quick,
+    "study": study,
+    "untrained": untrained,
+    "trial": trial,
+    "frontier": frontier,
+    "ablation": ablation,
+}
 
 
 def with_numeric_head(plan: Plan) -> Plan:

@@ -127,6 +127,7 @@ class ForecastLine:
     mse: float | None
     forced_losses: Vector
     free_losses: Vector | None = None
+    nats_per_value: float | None = None
     quantiles: list[Matrix | None] | None = None  # (steps, 2) at each of QUANTILES; None if there are too few samples
 
     def __post_init__(self):
