@@ -169,8 +169,7 @@ def joined(device: str) -> Iterator[tuple[Team, str]]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    with _lost_peers():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     try:
         yield Team(range(dist.get_world_size()), dist.group.WORLD), device
     finally:
