@@ -545,7 +545,7 @@ def test_the_report_plan_names_experiments_that_do_not_fit_the_budget(monkeypatc
     def warning(convention, budget=10**17):
         ledger = Ledger(tmp_path / "ledger.jsonl", budget)
         return Suite(
-            plans.study(0), tmp_path, sizes, None, None, {}, {}, ledger, convention, ("", ""), "", 0, 0, None
+            plans.study(0), tmp_path, sizes, None, None, None, {}, {}, ledger, convention, ("", ""), "", 0, 0, None
         ).budget_warning()
 
     assert "Does not fit: final." in warning("study")

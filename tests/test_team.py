@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,18 @@ def test_two_processes_share_out_the_experiments_and_give_the_same_results(runs)
             ours, theirs = (read(run / name)["val"]["all"] for run in (one, two))
             assert ours["nats_per_value"] == pytest.approx(theirs["nats_per_value"], abs=1e-4), name
             assert ours["mse"] == theirs["mse"], name
+
+
+def test_the_report_of_two_processes_is_that_of_one_but_for_times_and_the_command(runs):
+    one, two, _ = runs
+
+    def lines(run: Path) -> list[str]:
+        text = (run / "report.md").read_text()
+        text = re.sub(r"\| \d+ (s|min) ", "| time ", text)  # the two columns of the table of costs
+        return [line for line in text.splitlines() if "teamwork.py" not in line and "experiments.run" not in line]
+
+    different = [(a, b) for a, b in zip(lines(one), lines(two), strict=True) if a != b]
+    assert not different
 
 
 def test_an_error_of_all_processes_is_told_once(runs, tmp_path):

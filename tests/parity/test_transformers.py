@@ -154,15 +154,15 @@ def test_real_logits_agree_over_a_whole_trajectory(real_models, validation_texts
     print(f"relative error of the logits over 999 tokens: {error:.2e}")
 
 
-def test_real_greedy_text_agrees_for_six_contexts(real_models, validation_texts):
+def test_real_greedy_text_agrees_for_four_contexts(real_models, validation_texts):
     ours, tokenizer, theirs = real_models
-    prompts = [tokenizer.encode(text) for text in validation_texts[1][:6]]
+    prompts = [tokenizer.encode(text) for text in validation_texts[1][:4]]
     assert {len(prompt) for prompt in prompts} == {699}
     got = generate(ours, prompts, 30)
     # with max_length, penalties and sampling of the hub's generation_config this would not be greedy decoding
     wanted = theirs.generate(
         torch.tensor(prompts),
-        attention_mask=torch.ones(6, 699, dtype=torch.long),
+        attention_mask=torch.ones(4, 699, dtype=torch.long),
         max_new_tokens=30,
         do_sample=False,
         repetition_penalty=1.0,
