@@ -62,6 +62,13 @@ def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
     assert hollow["published: final"] == (10**16.35, 0.0021)
 
 
+def test_fine_tunings_in_the_same_folder_are_left_out(results):
+    (results / "mine").mkdir()
+    (results / "mine" / "plan.json").write_text("{}")
+    (results / "mine" / "held_out.csv").write_text("steps,nats_per_value\n")
+    assert [run.folder.name for run in load_runs(results)] == sorted(RUNS)
+
+
 def test_runs_on_other_sequences_are_not_compared(results):
     plan = shutil.copytree(results / RUNS[0], results / "zzz") / "plan.json"
     held = json.loads(plan.read_text())

@@ -36,11 +36,12 @@ def judged(loaded, encoding, series):
 
 def test_the_untrained_model_forecasts_and_a_few_steps_improve_it(loaded, parts):
     encoding, train_part, validation = parts
+    validation = validation[:5]
     model, tokenizer = loaded
     before = judged(loaded, encoding, validation)
-    print(f"untrained, first ten of validation: {before}")
-    assert before["sequences"] == 10
-    assert 0.1 < before["mse"] < 2  # context mean scores 0.256, persistence 0.622
+    print(f"untrained, first five of validation: {before}")
+    assert before["sequences"] == 5
+    assert 0.02 < before["mse"] < 2  # 0.15 in bf16
     assert before["malformed_values"] == 0
     settings = Training(rank=8, learning_rate=3e-3, context=512, steps=4, batch=2)
     torch.manual_seed(0)

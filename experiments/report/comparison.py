@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from experiments.report import figures, published
+from experiments.report.finetuned import FINETUNED
 from experiments.report.page import Blocks, to_markdown
 from experiments.report.results import (
     MSE_COLUMNS,
@@ -23,11 +24,12 @@ COMPARABLE_FIELDS = ("data_sha256", "sequences", "encoding")  # must be equal in
 
 
 def load_runs(folder: Path) -> list[Run]:
-    """The runs in a folder, by name.
+    """The runs of plans in a folder, by name; fine-tunings on other series are left out.
 
     Raises RunError when there is none, one cannot be read, or they were not evaluated on the same sequences.
     """
-    if not (plans := sorted(folder.glob("*/plan.json"))):
+    plans = [plan for plan in sorted(folder.glob("*/plan.json")) if not (plan.parent / FINETUNED).exists()]
+    if not plans:
         raise RunError(f"{folder}: holds no run folders; name the folder that contains them")
     runs = [load_run(plan.parent) for plan in plans]
     for run in runs:
