@@ -23,7 +23,7 @@ SECONDS_TO_END = 45  # torchrun itself waits 30 s before it kills a process that
 def start(folder: Path, processes: int, log: Path) -> subprocess.Popen:
     """Start the small plan of the tests under torchrun, with a command that is the same for every folder."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += [str(ROOT / "tests" / "teamwork.py"), "run", "--data", "../data.h5", "--samples", "2"]
     paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
     with log.open("ab") as file:

@@ -22,7 +22,15 @@ PATH = os.pathsep.join((str(HERE), str(HERE.parent)))
 
 def together(size: int, *arguments) -> subprocess.CompletedProcess:
     """Run teamwork.py in `size` processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", size, HERE / "teamwork.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        size,
+        HERE / "teamwork.py",
+    ]
     environment = os.environ | {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*map(str, command), *map(str, arguments)], capture_output=True, text=True, env=environment)
 
