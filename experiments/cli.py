@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -56,6 +57,11 @@ def _at_least_1(text: str, parse: Callable[[str], int], wanted: str) -> int:
 def called(module: str) -> str:
     """What the user called to run a command: `qwen-min VERB`, or `python -m MODULE`."""
     return sys.argv[0] if sys.argv[0].startswith("qwen-min") else f"python -m {module}"
+
+
+def command_line(module: str, argv: list[str] | None = None) -> str:
+    """The command as the user could type it again; argv None means the arguments of this process."""
+    return f"{called(module)} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
 
 
 def checked_device(name: str) -> str:

@@ -11,7 +11,6 @@ results. A command that was stopped or killed continues where it was.
 import argparse
 import hashlib
 import json
-import shlex
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -177,7 +176,7 @@ def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team",
         "dtype": args.dtype,
     }
     record = {
-        "command": f"{cli.called('experiments.finetune')} {shlex.join(sys.argv[1:])}".strip(),
+        "command": cli.command_line("experiments.finetune"),
         "title": tables[0].name + (f" and {len(tables) - 1} more series" if len(tables) > 1 else ""),
         "model": args.model,
     }
@@ -198,7 +197,7 @@ def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team",
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status, as `cli.exit_status` does."""
     args = parser().parse_args(argv)
-    resume = f"{cli.called('experiments.finetune')} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
+    resume = cli.command_line("experiments.finetune", argv)
     return cli.exit_status(lambda interruption: work(args, interruption), resume)
 
 

@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import json
 import platform
-import shlex
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -195,7 +194,7 @@ def record_of(args: argparse.Namespace, inputs: Inputs) -> dict:
 
     cuda = args.device.startswith("cuda")
     return {
-        "command": f"{cli.called('experiments.run')} {shlex.join(sys.argv[1:])}".strip(),
+        "command": cli.command_line("experiments.run"),
         "model": args.model,
         "data": args.data.name if args.data else "simulated, seed 0",
         "parameters": sum(p.numel() for p in inputs.model.parameters()),
@@ -211,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     it could not begin (bad input, no place to write), 128 + the signal's number when it was asked to stop.
     """
     args = parser().parse_args(argv)
-    resume = f"{cli.called('experiments.run')} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
+    resume = cli.command_line("experiments.run", argv)
     return cli.exit_status(lambda interruption: work(args, interruption), resume)
 
 
@@ -318,10 +317,10 @@ def follow(suite: "Suite") -> int:
 def known_to_all(suite: "Suite") -> tuple[type[Exception], ...]:
     """The errors that all processes meet at the same time; after any other error of one, the others cannot go on."""
     import flops
-    from experiments.forecasting.team import LeaderStopped
+    from experiments.forecasting.team import StoppedElsewhere
     from experiments.forecasting.training import TrainingError
 
-    return (flops.BudgetExceeded, LeaderStopped, *(() if suite.side_by_side else (TrainingError,)))
+    return (flops.BudgetExceeded, StoppedElsewhere, *(() if suite.side_by_side else (TrainingError,)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from qwen_min.cache import KVCache
 from qwen_min.continuation import ReusedCache, continuation
 from qwen_min.linear import linear, pack
 from qwen_min.model import Qwen
-from qwen_min.sampling import Chooser, Sampling
+from qwen_min.sampling import GREEDY, Chooser, Sampling
 
 # size of the feed-forward activations of one prefill chunk on a CPU; larger chunks leave its cache, and the allocator
 # fetches new memory for every operator
@@ -187,7 +187,7 @@ def stream(
     prompt: Sequence[int],
     num_new_tokens: int,
     end_ids: Collection[int] = (),
-    sampling: Sampling = Sampling(),  # noqa: B008 - immutable
+    sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> Iterator[int]:
     """Yield the tokens of one continuation as soon as each is chosen, without the end token; they equal `generate`'s.

@@ -65,6 +65,9 @@ class Sampling:
         return logits
 
 
+GREEDY = Sampling()
+
+
 class Chooser:
     """Chooses the tokens of R growing texts, one for each row at every call."""
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import teamwork
-from experiments.forecasting.team import ALONE, LeaderStopped
+from experiments.forecasting.team import ALONE, StoppedElsewhere
 from experiments.study import data, plans
 from small_plan import quick
 
@@ -137,6 +137,6 @@ def test_a_team_of_one_only_computes():
     assert ALONE.share([1, 2, 3]) == ALONE.collect([1, 2, 3]) == [1, 2, 3]
     assert ALONE.told(lambda: 5) == ALONE.agreed(lambda: 5) == 5
     assert ALONE.split(7) == (0, [ALONE])
-    assert not issubclass(LeaderStopped, KeyboardInterrupt)
+    assert not issubclass(StoppedElsewhere, KeyboardInterrupt)
     with pytest.raises(ZeroDivisionError):
         ALONE.told(lambda: 1 / 0)

@@ -53,9 +53,8 @@ class Encoding:
 
         Computed in the dtype of train.
         """
-        return cls(
-            float(train.max() / train.dtype.type(COMPACT_MAX if compact else SCALED_MAX)), decimals, 0.0, compact
-        )
+        largest = COMPACT_MAX if compact else SCALED_MAX
+        return cls(float(train.max() / train.dtype.type(largest)), decimals, compact=compact)
 
     @classmethod
     def fit_each(cls, series: Sequence[np.ndarray], decimals: int = 2) -> "Encoding":

@@ -146,8 +146,7 @@ def cost_of(forecaster: Forecaster, settings: Training) -> int:
 
 def _vocabulary(forecaster: Forecaster) -> Tensor:
     """The ids of the tokens that the text of numbers uses, in ascending order."""
-    compact = forecaster.encoding is not None and forecaster.encoding.compact
-    return torch.tensor(Grammar(forecaster.tokenizer, 2, 1, compact).vocabulary)
+    return torch.tensor(Grammar(forecaster.tokenizer, 2, 1).vocabulary)
 
 
 class Finetuning:

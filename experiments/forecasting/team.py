@@ -28,8 +28,8 @@ class PeerLost(ValueError):
     told_elsewhere = True  # that process, or torchrun, says why
 
 
-class LeaderStopped(ValueError):
-    """The leading process found a reason to stop, and says which."""
+class StoppedElsewhere(ValueError):
+    """Another process found a reason to stop, and says which."""
 
     told_elsewhere = True
 
@@ -68,7 +68,7 @@ class Team:
     def told(self, make: Callable[[], T]) -> T:
         """The result of make() in the leading process, for all of them.
 
-        If make() raises an error, the leading process raises it after the others have raised LeaderStopped.
+        If make() raises an error, the leading process raises it after the others have raised StoppedElsewhere.
         """
         if self.size == 1:
             return make()
@@ -76,12 +76,12 @@ class Team:
         if self.leads:
             try:
                 answer[0] = ("result", make())
-            except Exception:
+            except Exception:  # every error: the others wait for word of it
                 self._broadcast([("stopped", None)])
                 raise
         kind, result = self._broadcast(answer)[0]
         if kind == "stopped":
-            raise LeaderStopped("the leading process stopped")
+            raise StoppedElsewhere("the leading process stopped")
         return result
 
     def _broadcast(self, answer: list) -> list:
@@ -92,21 +92,21 @@ class Team:
     def agreed(self, make: Callable[[], T]) -> T:
         """The result of make() in this process, if no process raises an error in it.
 
-        If some do, the first of them raises its error and all others raise LeaderStopped, so that it is told once.
+        If some do, the first of them raises its error and all others raise StoppedElsewhere, so that it is told once.
         """
         if self.size == 1:
             return make()
-        result, own = None, None
+        error: Exception | None = None
         try:
             result = make()
-        except Exception as error:
-            own = error
-        failed = [index for index, bad in enumerate(self.collect([own is not None])) if bad]
-        if own is not None and failed[0] == self.rank:
-            raise own
-        if failed:
-            raise LeaderStopped("another process stopped") from own
-        return result  # type: ignore[return-value]
+        except Exception as raised:  # every error: the others wait for word of it
+            error = raised
+        failed = self.collect([error is not None])
+        if not any(failed):
+            return result
+        if error is not None and not any(failed[: self.rank]):
+            raise error
+        raise StoppedElsewhere("another process stopped") from error
 
     def collect(self, own: Sequence[T]) -> list[T]:
         """The results for all pieces, in their order, from those of each process for its `share`."""

@@ -69,8 +69,8 @@ class Suite:
     interruption: Interruption
     world: Team = ALONE  # all processes; its leader writes the ledger and what the experiments share
     side_by_side: bool = False  # independent experiments run at the same time, in teams of the world
-    started: float = 0.0  # when this process began with the first experiment
-    done_before: set[str] = field(default_factory=set)  # the experiments that were finished then
+    started: float = field(default=0.0, init=False)  # when this process began with the first experiment
+    done_before: set[str] = field(default_factory=set, init=False)  # the experiments that were finished then
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
         """FLOPs of one optimizer step of a training whose settings are all set."""
