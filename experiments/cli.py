@@ -7,8 +7,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from experiments.storage.interruption import Interrupted, Interruption
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("qwen_min", "lora", "flops", "experiments")
 DTYPES = ("float32", "bfloat16")  # fp16 would need its loss scaled to train
@@ -18,10 +22,11 @@ class CommandError(ValueError):
     """A command cannot do what its arguments ask for."""
 
 
-def add_device(parser: argparse.ArgumentParser, dtype: str = "float32") -> None:
-    """Add the options --device and --dtype."""
+def add_device(parser: argparse.ArgumentParser, dtype: str | None = "float32") -> None:
+    """Add the options --device and --dtype; `chosen_dtype` reads the second one. dtype: its default."""
     parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1, ... (default %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help="type of the weights (default %(default)s)")
+    default = dtype or "bfloat16, but float32 on a CPU without instructions for bfloat16"
+    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"type of the weights (default {default})")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +78,21 @@ def checked_device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise CommandError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from error
     return name
+
+
+def chosen_dtype(name: str | None, device: str) -> "torch.dtype":
+    """The type that --dtype names; None: the quicker one on this device. Warns of one that is very slow there."""
+    import torch
+
+    from qwen_min.linear import multiplies_bfloat16
+
+    is_quick = multiplies_bfloat16(device)
+    if name == "bfloat16" and not is_quick:
+        warnings.warn(
+            "this CPU has no instructions for bfloat16, which takes about 100 times as long here; use --dtype float32",
+            stacklevel=2,
+        )
+    return getattr(torch, name or ("bfloat16" if is_quick else "float32"))
 
 
 @contextmanager

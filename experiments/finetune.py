@@ -128,7 +128,6 @@ class Inputs(NamedTuple):
 
 def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
     """Read and check everything that a fine-tuning needs, and tell what it will be. Write nothing."""
-    import torch
 
     from experiments.forecasting import finetuning
     from experiments.forecasting.forecaster import Forecaster
@@ -138,7 +137,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
             raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
     cli.checked_device(device)
     tables = read_series(args)
-    forecaster = Forecaster.load(args.model, device=device, dtype=getattr(torch, args.dtype))
+    forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
     series = [table.values for table in tables]
     data = finetuning.prepare(forecaster, series, args.horizon, args.context, args.decimals)
     settings = finetuning.planned(forecaster, data, settings_of(args, forecaster), args.budget, args.steps)

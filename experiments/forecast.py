@@ -86,7 +86,6 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
 
 def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
     """The forecaster; prints what it is, and what a user should know of it."""
-    import torch
 
     from experiments.forecasting.forecaster import Forecaster, read_trained
 
@@ -94,7 +93,7 @@ def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
         args.model,
         args.adapter,
         cli.checked_device(args.device),
-        getattr(torch, args.dtype),
+        cli.chosen_dtype(args.dtype, args.device),
         scale=args.scale,
         decimals=args.decimals,
     )

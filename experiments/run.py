@@ -124,7 +124,6 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
 
     Raises an error that `cli.is_meant` for the user.
     """
-    import torch
 
     from experiments.forecasting.encoding import Encoding
     from experiments.forecasting.grammar import Grammar
@@ -144,7 +143,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
     encoding = Encoding.fit(trajectories[parts.train], compact=True) if plan.compact else units
     ids = {"train": parts.train, "val": parts.val[: args.sequences], "test": parts.test[: args.sequences]}
     folder = checkpoint_folder(args.model)
-    model, tokenizer = load(folder, device, getattr(torch, args.dtype))
+    model, tokenizer = load(folder, device, cli.chosen_dtype(args.dtype, device))
     grammar = Grammar(tokenizer, encoding.decimals, 2, encoding.compact)
     sample = [tokenizer.encode(encoding.encode(trajectories[parts.train[0]]))]
     lengths = [max_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)]

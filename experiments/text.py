@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
             help="checkpoint: a folder, a hub id or the embedded tiny (default %(default)s)",
         )
         verb.add_argument("--adapter", help="folder of a LoRA adapter in peft's format")
-        cli.add_device(verb, dtype="bfloat16")
+        cli.add_device(verb, dtype=None)
         verb.add_argument(
             "--max-tokens", type=cli.positive, default=512, help="most tokens of an answer (default %(default)s)"
         )
@@ -71,7 +71,6 @@ class Writer:
 
     def __init__(self, args: argparse.Namespace):
         """Load the checkpoint, and the adapter if there is one. Raises errors that `cli.is_meant` for the user."""
-        import torch
 
         from lora import load_adapter, merge_and_unload
         from qwen_min import load
@@ -85,7 +84,7 @@ class Writer:
         self.folder = checkpoint_folder(args.model)
         self.model: Qwen
         self.tokenizer: Tokenizer
-        self.model, self.tokenizer = load(self.folder, device, getattr(torch, args.dtype))
+        self.model, self.tokenizer = load(self.folder, device, cli.chosen_dtype(args.dtype, device))
         if args.adapter:
             load_adapter(self.model, args.adapter)
             merge_and_unload(self.model)

@@ -139,8 +139,12 @@ def load_weights(
         raise CheckpointError(f"{folder}: does not match its config.json:\n  " + "\n  ".join(problems))
     try:
         for path in weight_files(folder):
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                tensors |= {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+            for name in names:
+                # the file is mapped into memory, and all that was read of it counts until it is closed
+                with safe_open(path, framework="pt", device=str(device)) as file:
+                    tensors[name] = file.get_tensor(name).to(dtype, copy=True)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     if tied and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):

@@ -9,6 +9,7 @@ import torch
 
 from experiments.study import data
 from qwen_min import Qwen, QwenConfig, load
+from qwen_min.linear import multiplies_bfloat16
 
 GROUPED = QwenConfig(
     vocab_size=97,
@@ -76,6 +77,12 @@ def tiny():
 def simulated() -> data.Dataset:
     """The embedded data set."""
     return data.simulate()
+
+
+@pytest.fixture(scope="session")
+def quick_dtype() -> torch.dtype:
+    """The type in which this machine's CPU multiplies the real weights quickly."""
+    return torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32
 
 
 def _path_from(variable: str) -> Path:

@@ -8,8 +8,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments import __main__ as command
+from experiments import cli
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -74,3 +76,13 @@ def test_the_project_declares_every_package_that_it_imports():
 def test_the_entry_point_is_the_function_that_these_tests_call():
     module, _, function = PROJECT["project"]["scripts"]["qwen-min"].partition(":")
     assert getattr(import_module(module), function) is command.main
+
+
+@pytest.mark.parametrize(("has_bf16", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_default_type_is_one_that_the_processor_multiplies(monkeypatch, recwarn, has_bf16, chosen):
+    monkeypatch.setattr("qwen_min.linear.multiplies_bfloat16", lambda device: has_bf16)
+    assert cli.chosen_dtype(None, "cpu") == chosen
+    assert cli.chosen_dtype("float32", "cpu") == torch.float32
+    assert not recwarn
+    assert cli.chosen_dtype("bfloat16", "cpu") == torch.bfloat16
+    assert ["--dtype float32" in str(one.message) for one in recwarn] == ([] if has_bf16 else [True])

@@ -9,16 +9,28 @@ import torch
 from conftest import CONFIGS, random_model, relative_error
 from lora import LoraConfig, adapter_parameters, inject, merge, unmerge
 from qwen_min import CheckpointError, Qwen, generate
-from qwen_min.linear import MKLDNN_OPERATORS, PackedLinear, _can_pack, keep_only_packed, linear, pack, unpack
+from qwen_min.linear import (
+    MKLDNN_OPERATORS,
+    PackedLinear,
+    _can_pack,
+    keep_only_packed,
+    linear,
+    multiplies_bfloat16,
+    pack,
+    unpack,
+)
 from qwen_min.loss import next_token_loss
 from qwen_min.weights import TINY, save
 
 
-@pytest.fixture
-def model():
-    model = random_model(CONFIGS["ratio 2, untied"]).to(torch.bfloat16)
+@pytest.fixture(params=["bf16", "fp32"])
+def model(request, monkeypatch):
+    """A model whose weights are packed: bf16 ones where the processor has bf16, and fp32 ones of any size."""
+    monkeypatch.setattr("qwen_min.linear.SMALLEST_PACKED_FP32", 1)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[request.param]
+    model = random_model(CONFIGS["ratio 2, untied"]).to(dtype)
     if not _can_pack(model.head_weight):
-        pytest.skip("oneDNN does not support bf16 on this processor")
+        pytest.skip(f"oneDNN does not support {request.param} on this processor")
     return model
 
 
@@ -60,7 +72,7 @@ def test_a_torch_without_a_private_operator_multiplies_plainly(monkeypatch, mode
 def test_a_packed_product_equals_the_plain_one(model):
     torch.manual_seed(0)
     layer = model.model.layers[0].self_attn.q_proj
-    x = torch.randn(3, 5, 56).bfloat16()
+    x = torch.randn(3, 5, 56).to(layer.weight.dtype)
     pack(model)
     with torch.no_grad():
         got = layer(x)
@@ -95,14 +107,13 @@ def test_a_merged_adapter_is_seen(model, ids):
     assert relative_error(merged, adapted) < 0.3 * relative_error(base, adapted)
 
 
-def test_a_weight_at_a_reused_address_is_not_taken_for_the_old_one():
+def test_a_weight_at_a_reused_address_is_not_taken_for_the_old_one(monkeypatch):
     """After merging, unmerging and merging another adapter, the second weight may have the address of the first."""
-    model = Qwen(replace(CONFIGS["ratio 2, untied"], hidden_size=256)).to(torch.bfloat16).requires_grad_(False)
-    if not _can_pack(model.head_weight):
-        pytest.skip("oneDNN does not support bf16 on this processor")
+    monkeypatch.setattr("qwen_min.linear.SMALLEST_PACKED_FP32", 1)
+    model = Qwen(replace(CONFIGS["ratio 2, untied"], hidden_size=256)).requires_grad_(False)
     inject(model, LoraConfig(rank=2, alpha=2, targets=("q_proj",)))
     layers = [layer.self_attn.q_proj for layer in model.model.layers]
-    x = torch.randn(1, 256).bfloat16()
+    x = torch.randn(1, 256)
     for value in (1.0, -1.0, 2.0, -2.0):
         for layer in layers:
             layer.lora_B.weight.data.fill_(value)
@@ -135,7 +146,7 @@ def test_gradients_ignore_the_packed_copies(model, ids):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-def test_fp32_is_left_alone(ids):
+def test_small_fp32_weights_are_left_alone():
     model = random_model(CONFIGS["ratio 2, untied"])
     pack(model)
     assert model.head_weight.packed is None
@@ -167,7 +178,20 @@ def test_a_model_of_packed_weights_alone_refuses_all_that_needs_weights(tmp_path
         model(ids)
 
 
-def test_fp32_weights_stay():
+def test_small_fp32_weights_stay():
     model = random_model(CONFIGS["ratio 2, untied"])
     keep_only_packed(model)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+def test_a_processor_without_bf16_instructions_is_recognised(monkeypatch):
+    class Operators:
+        def _is_mkldnn_bf16_supported(self):
+            return False
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Operators())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert not multiplies_bfloat16("cpu")
+    assert multiplies_bfloat16("cuda:1")
+    monkeypatch.setattr(torch.ops, "mkldnn", object())  # a torch without that operator
+    assert multiplies_bfloat16("cpu")

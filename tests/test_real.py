@@ -15,8 +15,8 @@ from qwen_min import load
 
 
 @pytest.fixture(scope="module")
-def loaded(real_checkpoint):
-    return load(real_checkpoint, dtype=torch.bfloat16)
+def loaded(real_checkpoint, quick_dtype):
+    return load(real_checkpoint, dtype=quick_dtype)
 
 
 @pytest.fixture(scope="module")
