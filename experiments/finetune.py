@@ -32,6 +32,8 @@ if TYPE_CHECKING:  # --help need not wait for torch
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    from experiments.forecasting.settings import LINEAR
+
     p = argparse.ArgumentParser(
         prog=cli.called("experiments.finetune"),
         description=__doc__,
@@ -48,10 +50,11 @@ def parser() -> argparse.ArgumentParser:
                    "number of steps")  # fmt: skip
     p.add_argument("--steps", type=cli.positive, help="optimizer steps (default: those that fit the budget, else 300)")
     p.add_argument("--rank", type=cli.positive, default=8, help="rank of the adapters (default %(default)s)")
-    p.add_argument("--alpha", type=float, help="the adapters' update is scaled by alpha / rank (default: by 1)")
-    p.add_argument("--targets", type=lambda text: tuple(text.split(",")), default=("q_proj", "v_proj"),
-                   help="modules that get an adapter (default q_proj,v_proj)")  # fmt: skip
-    p.add_argument("--rate", type=float, help="peak learning rate (default 1e-3; 5e-3 for tiny)")
+    p.add_argument("--alpha", type=float, default=32.0, help="the adapters' update is scaled by alpha / rank "
+                   "(default %(default)g)")  # fmt: skip
+    p.add_argument("--targets", type=lambda text: tuple(text.split(",")), default=LINEAR,
+                   help="modules that get an adapter, such as q_proj,v_proj (default: all linear layers)")  # fmt: skip
+    p.add_argument("--rate", type=float, help="peak learning rate (default 5e-4; 5e-3 for tiny)")
     p.add_argument("--batch", type=cli.positive, default=4, help="windows in a step (default %(default)s)")
     p.add_argument("--accumulate", type=cli.positive, default=1, help="read a batch in so many parts, which takes less "
                    "memory (default %(default)s)")  # fmt: skip
@@ -90,13 +93,14 @@ def settings_of(args: argparse.Namespace, forecaster: "Forecaster") -> "Training
 
     if absent := set(args.targets) - {name.rpartition(".")[2] for name, _ in forecaster.model.named_modules()}:
         raise cli.CommandError(f"no Linear is called {', '.join(sorted(absent))}; see --targets")
+    settings = finetuning.defaults(forecaster)
     try:
         return replace(
-            finetuning.DEFAULTS,
+            settings,
             rank=args.rank,
             alpha=args.alpha,
             targets=args.targets,
-            learning_rate=args.rate or (finetuning.TINY_RATE if args.model == "tiny" else finetuning.RATE),
+            learning_rate=args.rate or settings.learning_rate,
             batch=args.batch,
             accumulate=args.accumulate,
             numeric_head=not args.full_head,

@@ -36,14 +36,14 @@ def judged(loaded, encoding, series):
 
 def test_the_untrained_model_forecasts_and_a_few_steps_improve_it(loaded, parts):
     encoding, train_part, validation = parts
-    validation = validation[:5]
+    validation = validation[:3]
     model, tokenizer = loaded
     before = judged(loaded, encoding, validation)
-    print(f"untrained, first five of validation: {before}")
-    assert before["sequences"] == 5
+    print(f"untrained, first three of validation: {before}")
+    assert before["sequences"] == 3
     assert 0.02 < before["mse"] < 2  # 0.15 in bf16
     assert before["malformed_values"] == 0
-    settings = Training(rank=8, learning_rate=3e-3, context=512, steps=4, batch=2)
+    settings = Training(rank=8, learning_rate=3e-3, context=512, steps=4, batch=1)
     torch.manual_seed(0)
     inject(model, settings.lora)
     tokens = [tokenizer.encode(encoding.encode(one)) for one in train_part[:20]]

@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from lora import LoraConfig
 
 
+# all that LoRA can adapt
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 @dataclass(frozen=True)
 class Training:
     """Settings of one fine-tuning run. None marks a setting that a plan fills in from an earlier experiment.

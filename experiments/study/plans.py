@@ -3,10 +3,9 @@
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 
-from experiments.forecasting.settings import Training
+from experiments.forecasting.settings import LINEAR, Training
 
 CONTEXT_STEPS, HORIZON = 70, 10  # the study's 699 context tokens and 100 target tokens, as time steps
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all that LoRA can adapt
 LONG_HORIZON = 30  # for models that are evaluated on the test set
 
 
