@@ -6,8 +6,13 @@
 Each side runs in its own processes. They take turns, so that all meet the same state of the machine. Each line gives
 the median of several runs, how it compares with this project, and which share of a limit of the machine this project
 reaches. The limit is the matrix rate or the memory bandwidth; both are measured between the runs. Forecasts continue
-ten validation series of the simulated data; other prompts are random numbers. Of the others, only transformers and
-litgpt follow --dtype: llama.cpp and OpenVINO run GGUF files of 16 and 8 bits that are made of the same weights.
+ten validation series of the simulated data; other prompts are random numbers. Decode steps follow a cache full of
+random keys and values, those of llama.cpp and OpenVINO a prompt. These two do not follow --dtype: they run files of 16
+and 8 bits a weight that are made of the same checkpoint.
+
+`pip install "qwen-min[peers]"` brings all of them but litgpt, which asks for an older huggingface_hub than transformers
+does. It works with the newer one: `pip install lightning "jsonargparse[signatures]"`, then `pip install --no-deps
+litgpt`. Without transformers, `pip install "qwen-min[litgpt]"` suffices.
 """
 
 import argparse

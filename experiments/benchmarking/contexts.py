@@ -24,11 +24,11 @@ class Score(NamedTuple):
 
 
 class Contexts:
-    """The first validation series of the simulated data set: what the prompts say and what follows."""
+    """The first validation series of a data set: what the prompts say and what follows."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, dataset: data.Dataset):
         """Raises BenchmarkError when the tokenizer needs another number of tokens than CONTEXT and a `;`."""
-        series = data.simulate().trajectories
+        series = dataset.trajectories
         parts, steps = data.split(len(series)), (CONTEXT + 1) // TOKENS_PER_STEP
         self.encoding = Encoding.fit(series[parts.train])
         chosen = series[parts.val[:CONTEXTS]]

@@ -9,6 +9,7 @@ from pathlib import Path
 from experiments.benchmarking.contexts import Contexts
 from experiments.benchmarking.processes import Processes, prepare
 from experiments.benchmarking.side import CONTEXT, CONTEXTS, DECODE_STEPS, FORECAST_STEPS, Setup, Side, seconds_of
+from experiments.study import data
 
 BATCHES = (1, 10, 64)  # of decode steps
 GROWN_CONTEXTS = (128, 512, 2048, 8192)  # filled positions of decode steps
@@ -58,7 +59,7 @@ class Measurement:
         self.position_bytes = 2 * self.config.num_hidden_layers * heads * item  # of the cache
         reserved = 1 + DECODE_STEPS
         self.grown = [c for c in GROWN_CONTEXTS if c + reserved <= self.config.max_position_embeddings]
-        self.contexts = Contexts(Tokenizer(folder / "tokenizer.json"))
+        self.contexts = Contexts(Tokenizer(folder / "tokenizer.json"), data.simulate())
         self.setup, self.runs = setup, runs
         self.generating = {name: side for name, side in sides.items() if side.can("prefill")}
         self.training_sides = {name: side for name, side in sides.items() if side.can("lora_step")}

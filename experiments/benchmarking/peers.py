@@ -19,7 +19,7 @@ class Peer(NamedTuple):
 
 HERE = "experiments.benchmarking"
 PEERS = {
-    "transformers": Peer(("transformers", "peft"), "peers", {"transformers": f"{HERE}.torch_sides:Transformers"}),
+    "transformers": Peer(("transformers", "peft"), "peers", {"transformers": f"{HERE}.transformers:Transformers"}),
     "llama.cpp": Peer(
         ("xllamacpp", "gguf"),
         "peers",
@@ -32,7 +32,7 @@ PEERS = {
         {"OpenVINO fp16": f"{HERE}.openvino:OpenVINOF16", "OpenVINO Q8_0": f"{HERE}.openvino:OpenVINOQ8"},
         cpu_only=True,
     ),
-    "litgpt": Peer(("litgpt",), "litgpt", {"litgpt": f"{HERE}.lit_gpt:LitGPT"}),
+    "litgpt": Peer(("litgpt",), "litgpt", {"litgpt": f"{HERE}.litgpt:LitGPT"}),
 }
 
 
@@ -45,7 +45,7 @@ def chosen(names: str, device: str) -> dict[str, type[Side]]:
     wanted = {"none": [], "all": list(PEERS)}.get(names, names.split(","))
     if strange := [name for name in wanted if name not in PEERS]:
         raise BenchmarkError(f"--peers names {strange[0]!r}, expected all, none, or some of {','.join(PEERS)}")
-    sides = {OURS: _load(f"{HERE}.torch_sides:Ours")}
+    sides = {OURS: _load(f"{HERE}.ours:Ours")}
     for name in wanted:
         if reason := _hindrance(name, device):
             if names != "all":

@@ -24,8 +24,8 @@ def serve(side: type[Side], setup: Setup, connection: Connection) -> None:
 
 def prepare(setup: Setup, sides: Mapping[str, type[Side]]) -> None:
     """Let each side make the files that it reads, in a process whose memory is not measured."""
-    for side in sides.values():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        for side in sides.values():
             pool.submit(side.prepare, setup).result()
 
 

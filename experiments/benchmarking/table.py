@@ -7,7 +7,8 @@ from experiments.benchmarking.side import OURS
 
 LEGEND = (
     f"A cell is the median; in brackets, how many times {OURS}'s. spread: the largest of a side in the line, largest "
-    f"minus smallest run over the median. The last two columns are {OURS}'s. -: this side cannot do that."
+    f"minus smallest run over the median. The last two columns are {OURS}'s. -: not measured, mostly because the side "
+    "cannot do it."
 )
 
 
