@@ -1,14 +1,15 @@
 import json
 
+import numpy as np
 import pytest
 
 from experiments import benchmark
-from experiments.benchmarking import measurement, peers
+from experiments.benchmarking import measurement, peers, processes
 from experiments.benchmarking.litgpt import LitGPT
 from experiments.benchmarking.llama_cpp import LlamaCppBF16
 from experiments.benchmarking.measurement import growth, measure
 from experiments.benchmarking.ours import Ours
-from experiments.benchmarking.side import CONTEXT, OURS, BenchmarkError, Forecast
+from experiments.benchmarking.side import CONTEXT, OURS, BenchmarkError, Forecast, Setup, Side
 from experiments.benchmarking.table import table
 
 
@@ -135,6 +136,13 @@ def test_an_engine_reads_prompts_of_one_length_only():
     assert LlamaCppBF16.can("decode", 1, CONTEXT)
     assert not LlamaCppBF16.can("decode", 1, 8192)
     assert not LlamaCppBF16.can("lora_step", 4, 512)
+
+
+def test_the_peak_is_that_of_the_process_alone():
+    ballast = np.ones(2**26)  # 512 MiB in this process, which starts the other
+    sides = processes.Processes(Setup("", "cpu", "float32", "", 1), {"empty": Side})
+    assert 0 < sides.ask("peak")["empty"][0] < ballast.nbytes
+    sides.close()
 
 
 def test_refuses_bad_input_in_one_line(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 B rows of a batch, T tokens of a prompt, D variables.
 """
 
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -91,9 +92,14 @@ class Side:
 
     def peak(self) -> int:
         """Largest number of bytes that this process had in memory so far."""
+        status = Path("/proc/self/status")
+        if status.exists():
+            # Linux; ru_maxrss, below, also counts the memory of the process that started this one
+            (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+            return int(line.split()[1]) * 1024
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Completion(NamedTuple):
