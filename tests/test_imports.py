@@ -12,7 +12,7 @@ COMMANDS = [
     "run", "forecast", "finetune", "comparison", "benchmark", "pretrain", "report.__main__", "text", "export",
     "__main__",
 ]  # fmt: skip
-PACKAGES = ["forecasting", "study", "report", "storage"]
+PACKAGES = ["forecasting", "study", "report", "storage", "benchmarking"]
 ALLOWED = {  # by package: what a module of it may import besides its own package
     "qwen_min": [],
     "lora": [],
@@ -27,6 +27,7 @@ ALLOWED = {  # by package: what a module of it may import besides its own packag
         "experiments.study.plans",
         "experiments.study.records",
     ],
+    "experiments.benchmarking": ["experiments.forecasting", "experiments.study", "flops", "lora", "qwen_min"],
     "experiments.cli": ["experiments.storage", "qwen_min"],
 }
 EXCEPTIONS = {"experiments.report.__main__": ["experiments.cli"]}
@@ -72,7 +73,10 @@ def test_every_file_has_its_rule_and_commands_do_not_import_each_other():
             assert not [one for one in imported(path) for other in commands - {name} if below(one, other)]
 
 
-@pytest.mark.parametrize("name", ["report", "report.comparison", "study.plans", "study.records", "forecasting", "cli"])
+@pytest.mark.parametrize("name", [
+    "report", "report.comparison", "study.plans", "study.records", "forecasting", "cli",
+    "benchmark", "benchmarking.llama_cpp", "benchmarking.openvino", "benchmarking.processes",
+])  # fmt: skip
 def test_what_draws_reports_and_prints_help_needs_no_torch(name):
     code = f"import sys, experiments.{name}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,98 @@
+"""Write a checkpoint as a GGUF file, which llama.cpp and OpenVINO read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from qwen_min import QwenConfig
+from qwen_min.weights import HEAD, weight_files
+
+END = "<|endoftext|>"
+
+
+def write_gguf(folder: Path, path: Path, weights: str) -> None:
+    """Write the checkpoint in `folder` to `path`. Matrices become `weights`: "BF16", "F16" or "Q8_0".
+
+    Norms and biases become F32, because the readers expect that. Q8_0 has 8 bits a weight and a scale for each 32
+    weights in a row. Raises CheckpointError as `QwenConfig.from_file` and `weight_files` do.
+    """
+    import gguf
+
+    config, kind = QwenConfig.from_file(folder / "config.json"), gguf.GGMLQuantizationType[weights]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN2])
+    writer.add_name("qwen-min")
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{weights}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    _add_tokenizer(writer, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), config.vocab_size)
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
+                if name == HEAD and config.tie_word_embeddings:
+                    continue  # a copy of the embedding
+                tensor = tensors.get_tensor(name)
+                stem, _, suffix = name.rpartition(".")
+                new_name = f"{names.mapping[stem][1]}.{suffix}"
+                if tensor.ndim == 1:
+                    writer.add_tensor(new_name, tensor.float().numpy())
+                else:
+                    writer.add_tensor(new_name, _packed(tensor, weights), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _packed(tensor: torch.Tensor, weights: str) -> np.ndarray:
+    """A matrix (M, N) as the file holds it: bytes (M, bytes of a row), or float16 (M, N)."""
+    import gguf
+
+    if weights == "BF16":  # the bits of torch's bf16: nothing is rounded twice
+        return tensor.bfloat16().view(torch.uint8).numpy()
+    if weights == "F16":
+        return tensor.half().numpy()
+    return gguf.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[weights])
+
+
+def _add_tokenizer(writer: Any, tokenizer: dict, vocab_size: int) -> None:
+    """Add the byte-level BPE of a parsed tokenizer.json. Rows of the embedding without a token get a name."""
+    import gguf
+
+    added = {token["id"]: token for token in tokenizer["added_tokens"]}
+    by_id = {number: text for text, number in tokenizer["model"]["vocab"].items()}
+    by_id |= {number: token["content"] for number, token in added.items()}
+    texts, kinds = [], []
+    for number in range(vocab_size):
+        texts.append(by_id.get(number, f"[PAD{number}]"))
+        if number not in by_id:
+            kind = gguf.TokenType.UNUSED
+        elif number not in added:
+            kind = gguf.TokenType.NORMAL
+        else:
+            kind = gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED
+        kinds.append(kind)
+    merges = tokenizer["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")  # byte-level BPE
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(texts)
+    writer.add_token_types(kinds)
+    # an array cannot be empty; the embedded tokenizer has one token for each byte and merges nothing
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges] or ["! !"])
+    end = texts.index(END)
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    writer.add_pad_token_id(end)
+    writer.add_add_bos_token(False)
