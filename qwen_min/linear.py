@@ -124,7 +124,8 @@ def keep_only_packed(model: "Qwen") -> None:
     An adapter should be put in before; it can no longer be merged or removed. There is no way back: load the model
     again. Weights that `pack` does not pack stay.
     """
-    for parent in list(model.modules()):
+    # this list has no Linear, so that each weight is freed before the next one is packed
+    for parent in [module for module in model.modules() if not isinstance(module, Linear)]:
         for name, child in list(parent.named_children()):
             if isinstance(child, Linear) and _can_pack(child.weight):
                 setattr(parent, name, PackedLinear(child))
