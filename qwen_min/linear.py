@@ -21,7 +21,7 @@ SMALLEST_PACKED_FP32 = 100_000  # elements; products with smaller fp32 weights l
 
 
 def multiplies_bfloat16(device: str | torch.device) -> bool:
-    """Return False for a CPU without instructions for bf16, where products take 100 times as long as in fp32.
+    """Return False for a CPU without instructions for bf16, where products take hundreds of times as long as in fp32.
 
     Where torch cannot tell, the answer is True.
     """
