@@ -1,6 +1,7 @@
 """The installed command `qwen-min`, its verbs and what a package of this project holds."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -56,9 +57,15 @@ def test_text_and_flops_need_no_package_of_the_extra():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def declared(*extras: str) -> set[str]:
+    """The packages that the project needs, or that some of its extras need, by the names that one imports."""
+    lines = [line for extra in extras for line in PROJECT["project"]["optional-dependencies"][extra]]
+    lines = lines or PROJECT["project"]["dependencies"]
+    return {re.split("[>=[]", line)[0].replace("-", "_").removeprefix("python_") for line in lines}
+
+
 def test_the_project_declares_every_package_that_it_imports():
-    declared = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["experiments"]
-    names = {line.split(">")[0].replace("-", "_").removeprefix("python_") for line in declared}
+    names = declared() | declared("experiments")
     found = set()
     for package in ("qwen_min", "lora", "flops", "experiments"):
         for path in (ROOT / package).rglob("*.py"):
@@ -68,7 +75,8 @@ def test_the_project_declares_every_package_that_it_imports():
                 elif isinstance(node, ast.ImportFrom):
                     found.add(str(node.module).partition(".")[0])
     ours = {"qwen_min", "lora", "flops", "experiments"}
-    optional = {"pandas", "transformers", "peft"}  # imported only where the user has them, or to compare with
+    # imported only where the user has them, or to compare with; openvino comes with openvino_genai
+    optional = {"pandas", "openvino"} | declared("peers", "litgpt")
     assert found - ours - optional - set(sys.stdlib_module_names) == names
     assert {name.replace("python_", "") for name in command.EXTRA} <= names
 
