@@ -132,7 +132,6 @@ class Inputs(NamedTuple):
 
 def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
     """Read and check everything that a fine-tuning needs, and tell what it will be. Write nothing."""
-
     from experiments.forecasting import finetuning
     from experiments.forecasting.forecaster import Forecaster
 

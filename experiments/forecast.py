@@ -86,7 +86,6 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
 
 def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
     """The forecaster; prints what it is, and what a user should know of it."""
-
     from experiments.forecasting.forecaster import Forecaster, read_trained
 
     forecaster = Forecaster.load(

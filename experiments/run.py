@@ -124,7 +124,6 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
 
     Raises an error that `cli.is_meant` for the user.
     """
-
     from experiments.forecasting.encoding import Encoding
     from experiments.forecasting.grammar import Grammar
     from experiments.forecasting.training import window_tensors

@@ -71,7 +71,6 @@ class Writer:
 
     def __init__(self, args: argparse.Namespace):
         """Load the checkpoint, and the adapter if there is one. Raises errors that `cli.is_meant` for the user."""
-
         from lora import load_adapter, merge_and_unload
         from qwen_min import load
         from qwen_min.linear import keep_only_packed

@@ -21,13 +21,17 @@ SMALLEST_PACKED_FP32 = 100_000  # elements; products with smaller fp32 weights l
 
 
 def multiplies_bfloat16(device: str | torch.device) -> bool:
-    """Return False for a CPU without instructions for bf16, where products take hundreds of times as long as in fp32.
+    """Return False for a CPU on which oneDNN has no bf16 products; torch's own take hundreds of times as long as fp32.
 
-    Where torch cannot tell, the answer is True.
+    On CPUs with AVX-512 and no instructions for bf16, oneDNN emulates them, and the answer is True. It is True as well
+    where torch cannot tell.
     """
-    if torch.device(device).type != "cpu" or not hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported"):
+    if torch.device(device).type != "cpu":
         return True
-    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not torch.backends.mkldnn.is_available():
+        return False
+    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return is_supported is None or is_supported()
 
 
 class _Packed:
@@ -124,8 +128,8 @@ def keep_only_packed(model: "Qwen") -> None:
     An adapter should be put in before; it can no longer be merged or removed. There is no way back: load the model
     again. Weights that `pack` does not pack stay.
     """
-    # this list has no Linear, so that each weight is freed before the next one is packed
+    # nothing here holds a Linear for long, so that each weight is freed before the next one is packed
     for parent in [module for module in model.modules() if not isinstance(module, Linear)]:
-        for name, child in list(parent.named_children()):
-            if isinstance(child, Linear) and _can_pack(child.weight):
-                setattr(parent, name, PackedLinear(child))
+        for name in [name for name, child in parent.named_children() if isinstance(child, Linear)]:
+            if _can_pack(getattr(parent, name).weight):
+                setattr(parent, name, PackedLinear(getattr(parent, name)))

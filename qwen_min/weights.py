@@ -144,7 +144,8 @@ def load_weights(
             for name in names:
                 # the file is mapped into memory, and all that was read of it counts until it is closed
                 with safe_open(path, framework="pt", device=str(device)) as file:
-                    tensors[name] = file.get_tensor(name).to(dtype, copy=True)
+                    tensor = file.get_tensor(name)
+                    tensors[name] = tensor.to(dtype, copy=tensor.device.type == "cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     if tied and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):

@@ -80,7 +80,10 @@ class Processes:
             texts["constrained"] = texts["free"]
         return Forecast(1.0, dict.fromkeys(texts, 3.0), texts)
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         pass
 
 
@@ -107,12 +110,14 @@ def test_a_side_is_asked_for_what_it_can(measured):
 def test_the_table_names_what_each_side_runs(measured):
     lines = table(measured).splitlines()
     (whole,) = [line for line in lines if line.startswith("| 10 contexts + 10 time steps, whole, constrained")]
-    assert whole.startswith("| 10 contexts + 10 time steps, whole, constrained (others: free) | 4 s | 4 s (1 x) | 0% |")
+    assert whole.startswith(
+        "| 10 contexts + 10 time steps, whole, constrained (others: free) | 4 s | 4 s (1.00 x) | 0% |"
+    )
     (error,) = [line for line in lines if "constrained: validation MSE" in line]
     assert [cell.strip() for cell in error.split("|")][3] == "-"
     (error,) = [line for line in lines if "free: validation MSE" in line]
     assert error.count("0.3437, 19 of 200 malformed") == 2
-    assert "| LoRA step, 4 x 512 | 1 s | 2 s (2 x) | 0% |" in table(measured)
+    assert "| LoRA step, 4 x 512 | 1 s | 2 s (2.00 x) | 0% |" in table(measured)
 
 
 @pytest.mark.parametrize("installed", [True, False])
@@ -141,15 +146,15 @@ def test_an_engine_reads_prompts_of_one_length_only():
 
 def test_the_peak_is_that_of_the_process_alone():
     ballast = np.ones(2**26)  # 512 MiB in this process, which starts the other
-    sides = processes.Processes(Setup("", "cpu", "float32", "", 1), {"empty": Side})
-    assert 0 < sides.ask("peak")["empty"][0] < ballast.nbytes
-    sides.close()
+    with processes.Processes(Setup("", "cpu", "float32", "", 1), {"empty": Side}) as sides:
+        assert 0 < sides.ask("peak")["empty"][0] < ballast.nbytes
 
 
 def test_refuses_bad_input_in_one_line(monkeypatch, capsys):
-    for arguments in (["--runs", "0"], ["--model", "/none"], ["--device", "abacus"], ["--peers", "abacus"]):
-        monkeypatch.setattr("sys.argv", ["benchmark", *arguments])
+    for option, value in (("--runs", "0"), ("--model", "/none"), ("--device", "abacus"), ("--peers", "abacus")):
+        monkeypatch.setattr("sys.argv", ["benchmark", "--peers", "none", option, value])
         assert benchmark.main() == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
+        assert value in error
         assert error.count("\n") == 1

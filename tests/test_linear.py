@@ -195,3 +195,21 @@ def test_a_processor_without_bf16_instructions_is_recognised(monkeypatch):
     assert multiplies_bfloat16("cuda:1")
     monkeypatch.setattr(torch.ops, "mkldnn", object())  # a torch without that operator
     assert multiplies_bfloat16("cpu")
+
+
+def test_a_large_fp32_weight_is_packed_and_its_memory_is_freed_before_the_next_one(monkeypatch):
+    model = Qwen(replace(CONFIGS["ratio 2, untied"], hidden_size=256, intermediate_size=512)).requires_grad_(False)
+    if not _can_pack(model.model.layers[0].mlp.up_proj.weight):
+        pytest.skip("oneDNN cannot pack fp32 weights here")
+    assert not _can_pack(model.model.layers[0].self_attn.k_proj.weight)  # too small to gain by it
+    freed, first = [], weakref.ref(model.model.layers[0].mlp.gate_proj.weight)
+
+    def note(source):
+        freed.append(first() is None)
+        return packed(source)
+
+    packed = PackedLinear
+    monkeypatch.setattr("qwen_min.linear.PackedLinear", note)
+    keep_only_packed(model)
+    assert freed == [False] + [True] * (len(freed) - 1)
+    assert len(freed) == 3 * len(model.model.layers)  # gate, up and down

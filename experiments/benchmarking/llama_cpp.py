@@ -47,6 +47,8 @@ class LlamaCpp(Engine):
         started = time.perf_counter()
         self.server.handle_completions(request, receive)
         whole = time.perf_counter() - started
+        if not all(decoding):
+            raise BenchmarkError(f"llama.cpp told the times of {sum(map(bool, decoding))} prompts, expected {len(ids)}")
         # the prompt that is read last decodes for the shortest time: the others have their first tokens by then
         return Completion(texts, whole - min(decoding), min(decoding))
 

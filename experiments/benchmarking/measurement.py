@@ -90,7 +90,10 @@ class Measurement:
 
     def generation(self) -> None:
         """Loading, prefill, decode steps and forecasts."""
-        processes = Processes(self.setup, self.generating)
+        with Processes(self.setup, self.generating) as processes:
+            self._generation(processes)
+
+    def _generation(self, processes: Processes) -> None:
         self.line("load, to the first logits", self.ask(processes, "load"), 1, "loads")
         processes.ask("prepare_generation")
         self._prefill(processes)
@@ -101,7 +104,6 @@ class Measurement:
         for context in self.grown:
             self._decode_step(processes, f"context {context}", 1, context)
         self.peak["generation"] = processes.ask("peak")
-        processes.close()
 
     def _prefill(self, processes: Processes) -> None:
         import flops
@@ -115,7 +117,7 @@ class Measurement:
         self.line(f"decode step, {label}", self.ask(processes, "decode", batch, context), batch, "tokens", read=read)
 
     def _forecast(self, processes: Processes, steps: int) -> None:
-        # no run to warm up: the lines before have done that, and a run takes a minute
+        # no run to warm up, because a run takes minutes: use several --runs
         answers = self.ask(processes, "forecast", self.contexts.prompts, steps, warm_up=0)
         name, others = f"{CONTEXTS} contexts + {steps} time steps", " (others: free)" if len(answers) > 1 else ""
 
@@ -143,9 +145,12 @@ class Measurement:
 
     def training(self) -> None:
         """LoRA steps."""
+        with Processes(self.setup, self.training_sides) as processes:
+            self._training(processes)
+
+    def _training(self, processes: Processes) -> None:
         import flops
 
-        processes = Processes(self.setup, self.training_sides)
         processes.ask("load")
         processes.ask("prepare_training")
         ranks = {"q_proj": 8, "v_proj": 8}
@@ -156,7 +161,6 @@ class Measurement:
                 self.line(f"LoRA step, {batch} x {context}", answers, batch * context, "tokens", flop=cost)
             if context == 512:
                 self.peak["LoRA step, 4 x 512"] = processes.ask("peak")
-        processes.close()
 
     def growth(self) -> dict[str, dict[str, dict[str, float]]]:
         """How the median seconds of each side grow with filled positions and rows, where it was measured."""

@@ -61,7 +61,8 @@ class Ours(TorchSide):
 
         state: dict[str, Any] = {}
         ids = self.torch.tensor(prompts.ids, device=self.device)
-        grammar, tokens, values = Grammar(self.tokenizer, 2, 2), steps * TOKENS_PER_STEP, 2 * steps
+        grammar = Grammar(self.tokenizer, decimals=2, num_variables=2)
+        tokens, values = steps * TOKENS_PER_STEP, 2 * steps
         room = max(tokens, grammar.columns(values))
 
         def run() -> None:

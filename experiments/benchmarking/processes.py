@@ -68,7 +68,10 @@ class Processes:
                     raise BenchmarkError(f"the process of {name} died in {method}, see above") from None
         return {name: each[warm_up:] for name, each in answers.items()}
 
-    def close(self) -> None:
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End the processes and free their memory."""
         for connection in self.connections.values():
             connection.close()

@@ -8,7 +8,8 @@ from experiments.benchmarking.side import OURS
 LEGEND = (
     f"A cell is the median; in brackets, how many times {OURS}'s. spread: the largest of a side in the line, largest "
     f"minus smallest run over the median. The last two columns are {OURS}'s. -: not measured, mostly because the side "
-    "cannot do it."
+    f"cannot do it. The loading of {OURS} leaves out the packing of its weights. llama.cpp begins to decode a batch "
+    "while it still reads other prompts, so that of its forecasts only the whole can be compared."
 )
 
 
@@ -67,7 +68,7 @@ def _cells(values: Mapping[str, float], sides: Sequence[str], form: str) -> list
         if side not in values:
             cells.append("-")
         else:
-            times = "" if side == OURS else f" ({values[side] / values[OURS]:.2g} x)"
+            times = "" if side == OURS else f" ({values[side] / values[OURS]:.2f} x)"
             cells.append(form.format(values[side]) + times)
     return cells
 

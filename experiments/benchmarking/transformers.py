@@ -56,11 +56,15 @@ class Transformers(TorchSide):
 
     def forecast(self, prompts: Prompts, steps: int) -> Forecast:
         ids, tokens = self.torch.tensor(prompts.ids, device=self.device), steps * TOKENS_PER_STEP
-        moments, found = [], {}  # when each step is done
+        moments: list[float] = []  # the start, and when the first token is chosen
+        found = {}
 
         def note(input_ids: "Tensor", _, **__) -> "Tensor":
             """A rule of when to stop: never. It is asked after each step."""
-            moments.append(time.perf_counter())
+            if len(moments) == 1:
+                if self.device.startswith("cuda"):
+                    self.torch.cuda.synchronize(self.device)
+                moments.append(time.perf_counter())
             return self.torch.zeros(len(input_ids), dtype=self.torch.bool, device=self.device)
 
         def generate() -> None:
