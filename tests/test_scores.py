@@ -146,3 +146,12 @@ def test_pairs_that_lack_an_error_are_left_out_and_errors_below_rounding_are_equ
     equal = paired([0.0, ROUNDING_MSE / 9, 1e-3], [ROUNDING_MSE, 0.0, 1e-3])
     assert equal["ratio"] == 1
     assert equal["ratio_interval"] == [1, 1]
+
+
+def test_the_interval_of_an_error_is_not_negative():
+    forecast = np.full((10, 2, 1), 0.01)
+    forecast[0] = 1.0
+    squared = (forecast**2).mean((1, 2))
+    low, high = mean_interval(squared)
+    assert low < 0  # of ten numbers whose mean could be anything
+    assert errors(forecast, np.zeros_like(forecast), np.zeros((10, 1)), 1.0)["mse_interval"] == [0.0, high]

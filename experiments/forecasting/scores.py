@@ -136,7 +136,7 @@ def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale:
     if not has_forecast.any():
         return result | {"mse": None}
     squared = squared_errors(forecast, truth)[has_forecast]
-    absolute = np.nanmean(np.abs(error[has_forecast]), axis=(1, 2))
+    absolute, interval = np.nanmean(np.abs(error[has_forecast]), axis=(1, 2)), mean_interval(squared)
 
     def mean_squares(axis: tuple[int, int]) -> list[float | None]:
         """The means of the squared errors over two axes, None where no value is well-formed."""
@@ -145,7 +145,7 @@ def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale:
 
     return result | {
         "mse": float(squared.mean()),
-        "mse_interval": mean_interval(squared),
+        "mse_interval": interval and [max(0.0, bound) for bound in interval],  # errors are never negative
         "mse_median": float(np.median(squared)),
         "mae": float(absolute.mean()),
         "mse_populations": float(squared.mean() * scale**2),

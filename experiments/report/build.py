@@ -45,8 +45,9 @@ def verdict(run: Run) -> str | None:
     each = ours.mse_each or [line.mse for line in experiment.forecasts["test"]]
     best = min(run.baselines, key=lambda one: run.baselines[one]["test"].all.mse_filled)
     theirs = run.baselines[best]["test"]
+    subject = f"{method[0].upper()}{method[1:]}" + ("," if "," in method else "")
     text = (
-        f"{method[0].upper()}{method[1:]}, has a mean squared error of {number(ours.all.mse)} "
+        f"{subject} has a mean squared error of {number(ours.all.mse)} "
         f"{bracket(ours.all.mse_interval)} on {ours.all.sequences} test sequences. The best baseline, {best}, has "
         f"{number(theirs.all.mse)} {bracket(theirs.all.mse_interval)}."
     ).replace(f" {NO_VALUE}", "")
