@@ -88,10 +88,7 @@ def chosen_dtype(name: str | None, device: str) -> "torch.dtype":
 
     is_quick = multiplies_bfloat16(device)
     if name == "bfloat16" and not is_quick:
-        warnings.warn(
-            "this CPU has no instructions for bfloat16, which takes hundreds of times longer here; use --dtype float32",
-            stacklevel=2,
-        )
+        warnings.warn("PyTorch multiplies bfloat16 very slowly on this CPU; use --dtype float32", stacklevel=2)
     return getattr(torch, name or ("bfloat16" if is_quick else "float32"))
 
 
