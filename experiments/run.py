@@ -124,6 +124,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
 
     Raises an error that `cli.is_meant` for the user.
     """
+    from experiments.forecasting import direct
     from experiments.forecasting.encoding import Encoding
     from experiments.forecasting.grammar import Grammar
     from experiments.forecasting.training import window_tensors
@@ -148,8 +149,11 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
     lengths = [max_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)]
     for experiment in plan.experiments:
         for training in plans.candidates(plan, experiment):
-            window_tensors(sample, training, tokenizer.pad_id)  # refuses a context longer than a trajectory
             assert training.context is not None  # candidates have all their settings
+            if training.direct_layers:
+                direct.check(model, training, trajectories.shape[1], plans.HORIZON)
+            else:
+                window_tensors(sample, training, tokenizer.pad_id)  # refuses a context longer than a trajectory
             lengths.append(training.context)
     if max(lengths) > model.config.max_position_embeddings:
         raise cli.CommandError(

@@ -24,14 +24,15 @@ from qwen_min.model import Qwen
 MOVING = """
 _to_copy _unsafe_view alias arange cat clone copy_ detach embedding empty empty_like expand fill_ full full_like gather
 index index_select lift_fresh new_empty new_full new_zeros ones ones_like permute promote_types scalar_tensor select
-select_backward slice slice_backward split squeeze stack t transpose tril unsqueeze view zero_ zeros zeros_like
+select_backward slice slice_backward split squeeze stack t transpose tril unbind unsqueeze view zero_ zeros zeros_like
 """
 CHOOSING = """
 amax argmax bitwise_and bitwise_not bitwise_or clamp eq ge isin le logical_not lt masked_fill masked_fill_ maximum
-searchsorted where
+searchsorted sgn where
 """
 FREE = frozenset((MOVING + CHOOSING).split())
 PER_OUTPUT = {  # FLOPs per number of the result
+    "abs": p.ABS,
     "add": ADD,
     "add_": ADD,
     "sub": ADD,

@@ -25,7 +25,7 @@ def train(folder: str) -> int:
         lengths = torch.tensor([24, 11, 24, 7, 24, 24, 18, 24, 3])
         settings = Training(4, 1e-2, 24, 6, batch=3, accumulate=1, clip=0.5)
         state = Path(folder) / f"state-{team.size}"
-        done = training.train(model, ids, lengths, settings, state=state, team=team)
+        done = training.train(training.TextWindows(model, ids, lengths), settings, state=state, team=team)
         tensors = {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
         tensors["losses"] = torch.tensor(done.losses, dtype=torch.float64)
         save_file(tensors, Path(folder) / f"{team.size}-{team.rank}.safetensors")

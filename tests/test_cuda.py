@@ -14,7 +14,7 @@ from conftest import config_fields, random_model, relative_error
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import Forecaster
 from experiments.forecasting.settings import Training
-from experiments.forecasting.training import train, window_tensors
+from experiments.forecasting.training import TextWindows, train, window_tensors
 from experiments.study.evaluation import evaluate
 from lora import LoraConfig, adapter_parameters, inject
 from qwen_min import KVCache, QwenConfig, generate, load
@@ -132,7 +132,9 @@ def test_training_steps_agree(on_cpu, on_gpu, precision, tmp_path):
     for name, model in (("cpu", on_cpu), ("cuda", on_gpu)):
         torch.manual_seed(settings.seed)
         inject(model, settings.lora)
-        losses = train(model, ids, lengths, settings, None, tmp_path / name, lambda _: None, lambda *_: None).losses
+        losses = train(
+            TextWindows(model, ids, lengths), settings, tmp_path / name, lambda _: None, lambda *_: None
+        ).losses
         found.append((losses, {key: p.detach().cpu() for key, p in adapter_parameters(model).items()}))
     assert found[1][0] == pytest.approx(found[0][0], rel=precision[1])
     for key, parameter in found[0][1].items():

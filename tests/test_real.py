@@ -7,7 +7,7 @@ import torch
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar, may_be_wide
 from experiments.forecasting.settings import Training
-from experiments.forecasting.training import train, window_tensors
+from experiments.forecasting.training import TextWindows, train, window_tensors
 from experiments.study import data
 from experiments.study.evaluation import evaluate, metrics
 from lora import inject
@@ -48,7 +48,7 @@ def test_the_untrained_model_forecasts_and_a_few_steps_improve_it(loaded, parts)
     inject(model, settings.lora)
     tokens = [tokenizer.encode(encoding.encode(one)) for one in train_part[:20]]
     ids, lengths = window_tensors(tokens, settings, tokenizer.pad_id)
-    print(train(model, ids, lengths, settings).losses)
+    print(train(TextWindows(model, ids, lengths), settings).losses)
     after = judged(loaded, encoding, validation)
     print(f"after {settings.steps} steps: {after}")
     assert after["forced_loss"] < before["forced_loss"]

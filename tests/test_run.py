@@ -486,6 +486,45 @@ def test_experiments_beyond_the_report_are_shown(monkeypatch, data_file, tmp_pat
     assert [quantile is None for quantile in line["quantiles"]] == [True, True, False, True, True]
 
 
+def test_direct_forecasts_are_trained_and_judged_like_text(monkeypatch, data_file, tmp_path, capsys):
+    full = plans.direct(0)
+    short = [replace(one, training=replace(one.training, steps=steps, direct_layers=2))
+             for one, steps in zip(full.experiments[-2:], (2, 30), strict=True)]  # fmt: skip
+    monkeypatch.setitem(plans.PLANS, "direct", lambda seed: replace(full, experiments=tuple(short)))
+    monkeypatch.setattr(gru, "STEPS", 3)
+    out = tmp_path / "out"
+    arguments = ["--plan", "direct", "--data", str(data_file), "--out", str(out), "--samples", "9"]
+    assert run.main(arguments) == 0
+    assert "Direct has a mean squared error of" in capsys.readouterr().out
+    markdown = (out / "report.md").read_text()
+    assert "direct: rank 8, learning_rate 0.0005, context 90, steps 30" in markdown
+    assert "The line is the median, with the central 80 % of its samples" in markdown
+    assert "likeliest digits" not in markdown.split("How this was made")[0]
+    found = {name: json.loads((out / "experiments" / name / "metrics.json").read_text()) for name in (
+        "direct-4000", "direct")}  # fmt: skip
+    assert found["direct"]["val"]["all"]["nats_per_value"] < found["direct-4000"]["val"]["all"]["nats_per_value"]
+    assert len(found["direct"]["test"]["long"]["mse_by_horizon"]) == 30
+    assert found["direct"]["test"]["probabilistic"]["samples"] == 9
+    line = json.loads((out / "experiments" / "direct" / "forecasts.test.jsonl").read_text().splitlines()[0])
+    assert len(line["forecast"]) == 30
+    assert "forced_losses" not in line
+    settings = json.loads((out / "experiments" / "direct" / "settings.json").read_text())
+    spent = Ledger(out / "ledger.jsonl", budget=10**18).by_experiment()
+    assert spent["direct"] == settings["flops"]["study"]
+    before = {path: path.read_bytes() for path in out.rglob("*.json*")}
+    assert run.main(arguments) == 0  # nothing is left to do
+    assert {path: path.read_bytes() for path in out.rglob("*.json*")} == before
+
+
+def test_a_plan_of_direct_forecasts_needs_enough_layers(monkeypatch, data_file, tmp_path, capsys):
+    settings = replace(plans.direct(0).experiments[-1].training, direct_layers=9)
+    deep = plans.Plan("direct", (plans.Experiment("direct", "frontier", settings),))
+    monkeypatch.setitem(plans.PLANS, "direct", lambda seed: deep)
+    assert run.main(["--plan", "direct", "--data", str(data_file), "--out", str(tmp_path / "out")]) == 2
+    assert "direct_layers is 9, expected 1 to 4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_arms_at_equal_cost_are_ranked(monkeypatch, data_file, tmp_path):
     full = plans.ablation(0)
     assert len({arm.training.steps * arm.training.batch for arm in full.experiments}) == 1

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from experiments.forecasting import training
 from experiments.forecasting.settings import Training
-from experiments.forecasting.training import TrainingError, batch_rows, train, window_tensors
+from experiments.forecasting.training import TextWindows, TrainingError, batch_rows, train, window_tensors
 from experiments.study import plans
 from flops import training_step
 from flops.trace import trace_training_step
@@ -37,7 +37,7 @@ def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None, vocabular
             raise KeyboardInterrupt
 
     try:
-        trained = train(model, ids, lengths, settings, vocabulary, state, before_step)
+        trained = train(TextWindows(model, ids, lengths, vocabulary), settings, state, before_step)
         return trained.losses, {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     finally:
         remove(model)
@@ -135,7 +135,7 @@ def test_without_a_state_file_a_training_takes_the_same_steps(tmp_path, tiny, to
     torch.manual_seed(SETTINGS.seed)
     inject(model, SETTINGS.lora)
     try:
-        trained = train(model, ids, lengths, SETTINGS)
+        trained = train(TextWindows(model, ids, lengths), SETTINGS)
     finally:
         remove(model)
     assert trained.losses == wanted
@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_leaves_the_adapter(tiny, token_lists):
     inject(model, settings.lora)
     before = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
     with pytest.raises(TrainingError, match="step 0: the loss is nan"):
-        train(model, ids, lengths, settings)
+        train(TextWindows(model, ids, lengths), settings)
     assert all(torch.equal(parameter, before[name]) for name, parameter in adapter_parameters(model).items())
 
 

@@ -27,6 +27,7 @@ from experiments.forecasting.team import ALONE, Team
 from experiments.forecasting.training import (
     Account,
     EnoughTrained,
+    TextWindows,
     step_flops,
     train_on_account,
     write_adapter,
@@ -237,7 +238,8 @@ class Finetuning:
 
     def _train(self) -> None:
         """Train, and end with the adapter that had the smallest held-out loss."""
-        model, vocabulary = self.forecaster.model, _vocabulary(self.forecaster)
+        vocabulary = _vocabulary(self.forecaster) if self.settings.numeric_head else None
+        windows = TextWindows(self.forecaster.model, self.data.ids, self.data.lengths, vocabulary)
         ledger = self.ledger if self.team.leads else None
         account = Account(NAME, ledger, self.cost, self.interruption, self.team)
         self.team.told(lambda: self.ledger.require(NAME, self.settings.steps * self.cost))
@@ -246,18 +248,15 @@ class Finetuning:
             self._check(0)
         steps = train_on_account(
             account,
-            model,
-            self.data.ids,
-            self.data.lengths,
+            windows,
             self.settings,
-            vocabulary if self.settings.numeric_head else None,
             self.folder / "state.safetensors",
             self._stop_early,
             self._after_step,
         )
         self.team.told(lambda: write_losses(self.folder / "losses.csv", steps.losses))
         best = load(self.team.told((self.folder / "best.safetensors").read_bytes))
-        for name, parameter in adapter_parameters(model).items():
+        for name, parameter in windows.parameters.items():
             parameter.data.copy_(best[name])
 
     def _after_step(self, step: int, loss: float) -> None:

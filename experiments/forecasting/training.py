@@ -1,4 +1,4 @@
-"""LoRA training on windows of text, with a state from which an interrupted training continues to the same bytes.
+"""LoRA training on windows of series, with a state from which an interrupted training continues to the same bytes.
 
 The bytes agree between CPUs of the same kind, with the same number of threads and the same torch. On a GPU they agree
 only up to rounding, because the backward pass of attention sums in no fixed order.
@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -42,6 +42,56 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # the names of Adam's moments in the optimi
 
 class TrainingError(ValueError):
     """Training cannot continue. The last saved state remains."""
+
+
+class Windows(Protocol):
+    """The windows that a training reads, and the loss of a model on them."""
+
+    parameters: dict[str, nn.Parameter]  # what the training changes, by name
+    device: torch.device
+
+    def __len__(self) -> int:
+        """The number of windows."""
+        ...
+
+    def num_targets(self, rows: Tensor) -> int:
+        """The number of values or tokens that the windows in rows (B) ask for: the weight of their loss."""
+        ...
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """The mean loss, in nats, over the targets of the windows in rows (B, on the CPU)."""
+        ...
+
+
+class TextWindows:
+    """Windows of text, for a model with an injected adapter."""
+
+    def __init__(self, model: Qwen, ids: Tensor, lengths: Tensor, vocabulary: Tensor | None = None):
+        """ids (n, T) and lengths (n) come from `window_tensors`; vocabulary is as in `next_token_loss`.
+
+        Raises ValueError when a window has tokens outside the vocabulary.
+        """
+        if vocabulary is not None:  # checked on the CPU, because a check on a GPU would wait for it
+            check_targets(ids[torch.arange(ids.shape[1]) < lengths[:, None]], vocabulary)
+        unpack(model)  # training does not use packed copies of the weights
+        self.model, self.lengths, self.device = model, lengths, model.head_weight.device
+        self.parameters = adapter_parameters(model)
+        self.ids, self.vocabulary = ids.to(self.device), None if vocabulary is None else vocabulary.to(self.device)
+
+    def __len__(self) -> int:
+        """The number of windows."""
+        return len(self.ids)
+
+    def num_targets(self, rows: Tensor) -> int:
+        """The number of tokens that have a token before them."""
+        return int((self.lengths[rows] - 1).sum())
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """The mean loss of the next token in the windows in rows (B, on the CPU)."""
+        lengths = self.lengths[rows]
+        is_padded = bool((lengths < self.ids.shape[1]).any())
+        batch = self.ids[rows.to(self.device, non_blocking=True)]
+        return next_token_loss(self.model, batch, lengths if is_padded else None, self.vocabulary)
 
 
 def window_tensors(token_lists: list[list[int]], settings: Training, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -147,33 +197,23 @@ class _Progress:
             _save_state(self.path, self.parameters, self.optimizer, self.steps_done)
 
 
-def _batch_loss(model: Qwen, ids: Tensor, lengths: Tensor, vocabulary: Tensor | None, rows: Tensor) -> Tensor:
-    """The mean loss of the windows in rows (B). ids is on the model's device, lengths and rows are on the CPU."""
-    batch_lengths = lengths[rows]
-    is_padded = bool((batch_lengths < ids.shape[1]).any())
-    batch = ids[rows.to(ids.device, non_blocking=True)]
-    return next_token_loss(model, batch, batch_lengths if is_padded else None, vocabulary)
-
-
-def _backward(
-    model: Qwen, ids: Tensor, lengths: Tensor, vocabulary: Tensor | None, rows: Tensor, accumulate: int, team: Team
-) -> float:
+def _backward(windows: Windows, rows: Tensor, accumulate: int, team: Team) -> float:
     """Compute the gradients of the mean loss of the windows in rows (B), in `accumulate` parts; return the loss.
 
-    The rows of each part are shared out in the team. A share counts by its number of target tokens, so that the
+    The rows of each part are shared out in the team. A share counts by its number of targets, so that the
     gradients are those of the whole batch in a single pass.
     """
-    targets = int((lengths[rows] - 1).sum())
-    total = torch.zeros((), dtype=torch.float64, device=ids.device)
+    targets = windows.num_targets(rows)
+    total = torch.zeros((), dtype=torch.float64, device=windows.device)
     for part in rows.chunk(accumulate):
         if len(share := team.share(part)):
-            loss = _batch_loss(model, ids, lengths, vocabulary, share)
+            loss = windows.loss(share)
             if accumulate > 1 or team.size > 1:
-                loss = loss * (int((lengths[share] - 1).sum()) / targets)
+                loss = loss * (windows.num_targets(share) / targets)
             loss.backward()
             total += loss.detach()
     if team.size > 1:
-        parameters = adapter_parameters(model).values()
+        parameters = windows.parameters.values()
         for parameter in parameters:
             if parameter.grad is None:  # there were fewer rows than processes
                 parameter.grad = torch.zeros_like(parameter)
@@ -188,37 +228,28 @@ def _do_nothing(*_) -> None:
 
 @torch.enable_grad()
 def train(
-    model: Qwen,
-    ids: Tensor,
-    lengths: Tensor,
+    windows: Windows,
     settings: Training,
-    vocabulary: Tensor | None = None,
     state: Path | None = None,
     before_step: Callable[[int], None] = _do_nothing,
     after_step: Callable[[int, float], None] = _do_nothing,
     team: Team = ALONE,
 ) -> Steps:
-    """Train the injected adapter with Adam.
+    """Train the parameters of the windows with Adam.
 
-    ids (n, T) and lengths (n) come from `window_tensors`; vocabulary is as in `next_token_loss`. `state` is the file to
-    continue from. It is saved every SAVE_SECONDS and at the end; with None nothing is saved. before_step(step) is
-    called before every step, and also for the steps that the state already has. If it raises, the steps done so far are
-    saved and the training ends with that error; EnoughTrained ends it without an error. after_step(step, loss) is
-    called after every step. The processes of a team share out the rows of each batch; all end with the same adapter,
-    and the leading one saves the state.
+    `state` is the file to continue from. It is saved every SAVE_SECONDS and at the end; with None nothing is saved.
+    before_step(step) is called before every step, and also for the steps that the state already has. If it raises, the
+    steps done so far are saved and the training ends with that error; EnoughTrained ends it without an error.
+    after_step(step, loss) is called after every step. The processes of a team share out the rows of each batch; all end
+    with the same parameters, and the leading one saves the state.
 
-    Raises TrainingError when a loss or the adapter is not finite, when the state does not belong to this training, or
-    when the windows do not fill a batch; ValueError when a window has tokens outside the vocabulary.
+    Raises TrainingError when a loss or a parameter is not finite, when the state does not belong to this training, or
+    when the windows do not fill a batch.
     """
-    if len(ids) < settings.batch:
-        raise TrainingError(f"{len(ids)} windows cannot fill a batch of {settings.batch}; use more trajectories")
-    if vocabulary is not None:  # checked on the CPU, because a check on a GPU would wait for it
-        check_targets(ids[torch.arange(ids.shape[1]) < lengths[:, None]], vocabulary)
-    unpack(model)  # training does not use packed copies of the weights
-    parameters = adapter_parameters(model)
+    if len(windows) < settings.batch:
+        raise TrainingError(f"{len(windows)} windows cannot fill a batch of {settings.batch}; use more trajectories")
+    parameters = windows.parameters
     optimizer = torch.optim.Adam(parameters.values(), betas=(0.9, settings.beta2))
-    device = model.head_weight.device
-    ids, vocabulary = ids.to(device), None if vocabulary is None else vocabulary.to(device)
     progress = _Progress(state, parameters, optimizer, settings, team)
     for step in range(progress.num_saved):
         before_step(step)
@@ -231,10 +262,10 @@ def train(
             if isinstance(reason, EnoughTrained):
                 break
             raise
-        rows = torch.from_numpy(batch_rows(len(ids), settings.batch, settings.seed, step))
+        rows = torch.from_numpy(batch_rows(len(windows), settings.batch, settings.seed, step))
         optimizer.param_groups[0]["lr"] = settings.rate(step)
         optimizer.zero_grad()
-        value = _backward(model, ids, lengths, vocabulary, rows, settings.accumulate, team)
+        value = _backward(windows, rows, settings.accumulate, team)
         if not math.isfinite(value):
             raise TrainingError(f"step {step}: the loss is {value} (windows {rows.tolist()}); lower the learning rate")
         if settings.clip is not None:
@@ -273,11 +304,8 @@ class Account(NamedTuple):
 
 def train_on_account(
     account: Account,
-    model: Qwen,
-    ids: Tensor,
-    lengths: Tensor,
+    windows: Windows,
     settings: Training,
-    vocabulary: Tensor | None,
     state: Path,
     before_step: Callable[[int], None] = _do_nothing,
     after_step: Callable[[int, float], None] = _do_nothing,
@@ -307,7 +335,7 @@ def train_on_account(
             after_step(step, loss)
 
         with account.interruption.held():
-            return train(model, ids, lengths, settings, vocabulary, state, before, after, team)
+            return train(windows, settings, state, before, after, team)
 
 
 def progress_bar(total: int, name: str, shown: bool = True) -> tqdm:

@@ -112,6 +112,11 @@ def _how(run: Run, blocks: Blocks) -> None:
         "value among the tokens that the grammar of numbers allows.",
     ):
         blocks.text(text)
+    if direct := [e.name for e in identity.experiments if e.training and e.training.direct_layers]:
+        blocks.text(
+            f"No text is written by {', '.join(direct)}: numbers go into the model's first layers and come out. "
+            "The forecast is the median of a Laplace distribution. The samples are drawn for each step by itself."
+        )
 
 
 def _results(run: Run, blocks: Blocks) -> None:
@@ -291,9 +296,11 @@ def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
         forecasts, truths = [line.forecast for line in shown], [line.truth for line in shown]
         figures.fan(["prey", "predator"], contexts, forecasts, bands, drawn / file, truths, titles)
         band = ", with the central 80 % of its samples over the first 10 steps" if bands is not None else ""
+        training = run.experiments[name].training
+        line = "the median" if training and training.direct_layers else "the path of the likeliest digits"
         fold = blocks.folded("Where it fails: the largest errors") if file == "worst.png" else nullcontext()
         with fold:
-            blocks.figure(drawn / file, f"{name}: {caption}. The line is the path of the likeliest digits{band}")
+            blocks.figure(drawn / file, f"{name}: {caption}. The line is {line}{band}")
 
 
 def _compute(run: Run, blocks: Blocks) -> None:

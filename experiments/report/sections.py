@@ -46,9 +46,10 @@ def _untrained(run: Run, blocks: Blocks) -> None:
     kind, losses = "free", lines[row].free_losses
     if losses is None:
         kind, losses = "forced", lines[row].forced_losses
-    figures.loss_by_step(losses, drawn / "figure-02.png")
-    caption = f"Figure 2: {kind} loss by prediction step, validation sequence {row}, untrained"
-    blocks.figure(drawn / "figure-02.png", caption)
+    if losses is not None:
+        figures.loss_by_step(losses, drawn / "figure-02.png")
+        caption = f"Figure 2: {kind} loss by prediction step, validation sequence {row}, untrained"
+        blocks.figure(drawn / "figure-02.png", caption)
     _sequence(run, blocks, "untrained", 9, 3)
     _sequence(run, blocks, "untrained", 7, 4)
 
@@ -126,7 +127,9 @@ def _final(run: Run, blocks: Blocks) -> None:
 def _frontier(run: Run, blocks: Blocks) -> None:
     done = {name: e for name, e in run.trained.items() if e.section == "frontier"}
     for name, experiment in done.items():
-        different = {key: value for key, value in vars(experiment.training).items() if key != "seed"}
+        different = {
+            key: value for key, value in vars(experiment.training).items() if key != "seed" and value is not None
+        }
         blocks.text(f"{name}: " + ", ".join(f"{key} {_setting(value)}" for key, value in different.items()) + ".")
     if done:
         path = run.folder / "figures" / "frontier-losses.png"
@@ -163,7 +166,9 @@ def _ablation(run: Run, blocks: Blocks) -> None:
         rows,
     )  # fmt: skip
     for name, experiment in done.items():
-        different = {key: value for key, value in vars(experiment.training).items() if key != "seed"}
+        different = {
+            key: value for key, value in vars(experiment.training).items() if key != "seed" and value is not None
+        }
         blocks.text(f"{name}: " + ", ".join(f"{key} {_setting(value)}" for key, value in different.items()) + ".")
 
 

@@ -37,7 +37,7 @@ class ForecastError(ValueError):
 class Evaluation:
     """Forecasts of N sequences, and the losses of the truth."""
 
-    texts: list[str]
+    texts: list[str]  # empty if the model does not write text; then there are no losses (L = 0)
     values: Tensor3  # (N, h, D) scaled; NaN where the text has no well-formed value
     free_losses: Matrix  # (N, L) nats of each target token given the model's own text; NaN after the end of either
     forced_losses: Matrix  # (N, L) nats of each target token given the true tokens before it; NaN on padding
@@ -244,7 +244,9 @@ def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, sca
     def part_metrics(rows: slice) -> dict:
         free, forced = evaluation.free_losses[rows], evaluation.forced_losses[rows]
         part = errors(evaluation.values[rows, :horizon], truth[rows, :horizon], fallback[rows], scale)
-        part |= {"forced_loss": float(np.nanmean(forced)), "nats_per_value": float(evaluation.nats[rows].mean())}
+        part["nats_per_value"] = float(evaluation.nats[rows].mean())
+        if forced.size:
+            part["forced_loss"] = float(np.nanmean(forced))
         if np.isnan(free).all():
             return part
         unscored = int((np.isfinite(forced) & np.isnan(free)).sum())

@@ -136,6 +136,19 @@ def frontier(seed: int) -> Plan:
     return Plan("frontier", (Experiment("frontier", "frontier", settings, splits=("val", "test")),), compact=True)
 
 
+def direct(seed: int) -> Plan:
+    """Numbers in and out of the first layers: trainings of four lengths, the longest one judged.
+
+    A window is a trajectory: 90 steps are read, and ten are forecast after each.
+    """
+    longest = Training(
+        8, 5e-4, 90, 12_000, batch=1, stride=1, seed=seed, targets=LINEAR, cosine=True, alpha=32, clip=1.0, beta2=0.99,
+        direct_layers=4,
+    )  # fmt: skip
+    short = (Experiment(f"direct-{n}", "frontier", replace(longest, steps=n)) for n in (250, 1000, 4000))
+    return Plan("direct", (*short, Experiment("direct", "frontier", longest, splits=("val", "test"))))
+
+
 def ablation(seed: int) -> Plan:
     """Short trainings at equal cost: from the study's kind of update to that of `frontier`, one change at a time.
 
@@ -162,6 +175,7 @@ PLANS = {
     "untrained": untrained,
     "trial": trial,
     "frontier": frontier,
+    "direct": direct,
     "ablation": ablation,
 }
 

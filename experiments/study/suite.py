@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import flops
-from experiments.forecasting import gru
+from experiments.forecasting import direct, gru
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import Forecaster, SeriesWarning, Trained
@@ -31,6 +31,8 @@ from experiments.forecasting.settings import Training
 from experiments.forecasting.team import ALONE, Team
 from experiments.forecasting.training import (
     Account,
+    TextWindows,
+    Windows,
     progress_bar,
     step_flops,
     train_on_account,
@@ -74,8 +76,11 @@ class Suite:
 
     def step_flops(self, training: Training, convention: str | None = None) -> int:
         """FLOPs of one optimizer step of a training whose settings are all set."""
+        convention = convention or self.convention
+        if training.direct_layers:
+            return direct.step_flops(self.model.config, training, HORIZON, 2, convention)
         vocabulary = len(self.grammar.vocabulary) if training.numeric_head else None
-        return step_flops(self.model.config, training, vocabulary, convention or self.convention)
+        return step_flops(self.model.config, training, vocabulary, convention)
 
     @property
     def grammar(self) -> Grammar:
@@ -246,9 +251,9 @@ class Suite:
         if training:
             ledger = None if debited or not team.leads else self.ledger
             account = Account(experiment.name, ledger, self.step_flops(training), self.interruption, team)
-        with self._adapted(training, account) as training_seconds:
+        with self._adapted(training, account) as (training_seconds, forecaster):
             started = time.monotonic()
-            results = {split: self._evaluate(experiment, split, team) for split in experiment.splits}
+            results = {split: self._evaluate(experiment, split, team, forecaster) for split in experiment.splits}
             seconds = {"training": training_seconds, "evaluation": time.monotonic() - started}
 
         def finish() -> None:
@@ -259,33 +264,63 @@ class Suite:
         team.told(finish)
 
     @contextmanager
-    def _adapted(self, training: Training | None, account: Account | None) -> Iterator[float]:
-        """Train the adapter of an experiment and remove it at the end; yields the seconds of the training."""
+    def _adapted(
+        self, training: Training | None, account: Account | None
+    ) -> Iterator[tuple[float, direct.DirectForecaster | None]]:
+        """Train the adapter of an experiment and remove it at the end.
+
+        Yields the seconds of the training, and the forecaster if it does without text.
+        """
         if training is None or account is None:
-            yield 0.0
+            yield 0.0, None
             return
+        path, forecaster = self._path(account.name), None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
-            inject(self.model, training.lora)
+            if training.direct_layers:
+                forecaster = direct.DirectForecaster(self.model, training, self._exact_and_rounded()[1], HORIZON)
+            else:
+                inject(self.model, training.lora)
         try:
-            seconds, path = self._train(training, account), self._path(account.name)
-            account.team.told(lambda: write_adapter(self.model, path, Trained(self.encoding, *self.checkpoint)))
-            yield seconds
+            seconds = self._train(training, account, forecaster)
+
+            def write() -> None:
+                if forecaster:
+                    forecaster.save(path / "direct.safetensors")
+                else:
+                    write_adapter(self.model, path, Trained(self.encoding, *self.checkpoint))
+
+            account.team.told(write)
+            yield seconds, forecaster
         finally:
             remove(self.model)
 
-    def _train(self, training: Training, account: Account) -> float:
+    def _exact_and_rounded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The training series (N, T, 2), scaled, and the same as the study writes them."""
+        scaled = self.units.scaled(self.series["train"]).astype(np.float64)
+        return torch.from_numpy(scaled).float(), torch.from_numpy(scaled.round(self.units.decimals)).float()
+
+    def _train(self, training: Training, account: Account, forecaster: direct.DirectForecaster | None) -> float:
         """Train the injected adapter and write the loss of each step; return the seconds."""
         path = self._path(account.name)
-        tokens = [self.tokenizer.encode(self.encoding.encode(one)) for one in self.series["train"]]
-        ids, lengths = window_tensors(tokens, training, self.tokenizer.pad_id)
-        vocabulary = torch.tensor(self.grammar.vocabulary) if training.numeric_head else None
-        trained = train_on_account(account, self.model, ids, lengths, training, vocabulary, path / "state.safetensors")
+        windows: Windows
+        if forecaster:
+            windows = direct.DirectWindows(forecaster, *self._exact_and_rounded(), training)
+        else:
+            tokens = [self.tokenizer.encode(self.encoding.encode(one)) for one in self.series["train"]]
+            ids, lengths = window_tensors(tokens, training, self.tokenizer.pad_id)
+            vocabulary = torch.tensor(self.grammar.vocabulary) if training.numeric_head else None
+            windows = TextWindows(self.model, ids, lengths, vocabulary)
+        trained = train_on_account(account, windows, training, path / "state.safetensors")
         account.team.told(lambda: write_losses(path / "losses.csv", trained.losses))
         return trained.seconds
 
-    def _evaluate(self, experiment: Experiment, split: str, team: Team) -> dict:
+    def _evaluate(
+        self, experiment: Experiment, split: str, team: Team, forecaster: direct.DirectForecaster | None
+    ) -> dict:
         """Forecast a split, write a line for each trajectory and return the metrics."""
+        if forecaster:
+            return self._evaluate_direct(experiment, split, team, forecaster)
         series, name = self.series[split], experiment.name
         context, truth = self._context_and_truth(split, LONG_HORIZON if experiment.judged else HORIZON)
         with progress_bar(len(series), f"{name}, {split}", team.leads) as bar:
@@ -314,16 +349,44 @@ class Suite:
             drawn = self._draw(series[:, :CONTEXT_STEPS], self._path(name) / f"samples.{split}.state.json", team)
             results["probabilistic"] = probabilistic(drawn, truth[:, :HORIZON])
             results["mean_of_samples"] = method_errors(drawn.mean(axis=1), truth[:, :HORIZON], fallback, scale)
-            for line, paths in zip(lines, drawn, strict=True):
-                line["quantiles"] = [  # None if there are too few samples
-                    quantiles(paths, [level], axis=0)[0].round(4).tolist()
-                    if self.samples >= samples_needed(level)
-                    else None
-                    for level in QUANTILES
-                ]
+            self._add_quantiles(lines, drawn)
             team.told(lambda: self._write_samples(name, split, drawn))
         team.told(lambda: write_whole(self._path(name) / f"forecasts.{split}.jsonl", to_json_lines(lines)))
         return results
+
+    def _evaluate_direct(
+        self, experiment: Experiment, split: str, team: Team, forecaster: direct.DirectForecaster
+    ) -> dict:
+        """`_evaluate` of a forecaster without text. Its forecast is the median of its distribution.
+
+        The samples are drawn for each step by itself: they give intervals and the CRPS, and are no paths.
+        """
+        context, truth = self._context_and_truth(split, LONG_HORIZON if experiment.judged else HORIZON)
+        medians, scales = forecaster.forecast(context.round(self.units.decimals), truth.shape[1])
+        nats = direct.nats(medians[:, :HORIZON], scales[:, :HORIZON], truth[:, :HORIZON], 10.0**-self.units.decimals)
+        none = np.empty((len(truth), 0))
+        evaluation = Evaluation([""] * len(truth), medians.round(6), none, none, nats)
+        lines = [self._line(self.ids[split][i], i, evaluation, truth) for i in range(len(truth))]
+        results = metrics(evaluation, truth, context.mean(axis=1), self.scale, HORIZON)
+        if self.samples and experiment == self.plan.experiments[-1]:
+            rng = np.random.default_rng(self.seed)
+            shape = (len(truth), self.samples, HORIZON, 2)
+            drawn = rng.laplace(medians[:, None, :HORIZON], scales[:, None, :HORIZON], shape).clip(min=0).round(6)
+            results["probabilistic"] = probabilistic(drawn, truth[:, :HORIZON])
+            self._add_quantiles(lines, drawn)
+        path = self._path(experiment.name) / f"forecasts.{split}.jsonl"
+        team.told(lambda: write_whole(path, to_json_lines(lines)))
+        return results
+
+    def _add_quantiles(self, lines: list[dict], drawn: np.ndarray) -> None:
+        """Add to the line of each sequence the QUANTILES of its samples (N, S, h, D); None if there are too few."""
+        for line, paths in zip(lines, drawn, strict=True):
+            line["quantiles"] = [
+                quantiles(paths, [level], axis=0)[0].round(4).tolist()
+                if self.samples >= samples_needed(level)
+                else None
+                for level in QUANTILES
+            ]
 
     def _draw(self, contexts: np.ndarray, state: Path, team: Team) -> np.ndarray:
         """Draw paths (N, S, h, D), scaled: exactly the numbers in the texts."""
@@ -365,9 +428,10 @@ class Suite:
             "truth": plain(truth[row].round(6)),
             "mse": plain(squared_errors(values[None], true[None]))[0],
             "malformed_values": int(np.isnan(values).sum()),
-            "forced_losses": plain(evaluation.forced_losses[row].round(4)),
             "nats_per_value": round(float(evaluation.nats[row]), 6),
         }
-        if self.decoding == "free":
+        if evaluation.forced_losses.size:
+            line["forced_losses"] = plain(evaluation.forced_losses[row].round(4))
+        if self.decoding == "free" and evaluation.free_losses.size:
             line["free_losses"] = plain(evaluation.free_losses[row].round(4))
         return line

@@ -1,0 +1,216 @@
+"""Numbers in, numbers out: a time step is one position of the decoder, and a linear head forecasts K steps at once.
+
+Text takes ten tokens for a time step, or six, and the model chooses one digit after the other. Here a linear map takes
+the newest values to the decoder's first layer, in place of the embedding. A second one takes the last hidden state
+to the changes of each variable over the next 1 to K steps, and to a scale that says how sure the model is of each. Only
+the first layers of the decoder take part. They are frozen and have LoRA adapters; the two maps are trained.
+
+n windows, B batch size, T time steps, D variables, K forecast steps, F features of a time step, C hidden size.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import flops
+from experiments.forecasting.settings import Training
+from experiments.forecasting.training import TrainingError
+from experiments.storage.files import write_whole
+from flops.model import linear, total
+from flops.primitives import ABS, ADD, EXP, MUL, reduction
+from flops.training import BACKWARD_PER_FORWARD, block_backward, linear_backward, rms_norm_backward
+from lora import inject
+from qwen_min import Qwen
+from qwen_min.config import QwenConfig
+from qwen_min.model import rotary_tables
+
+LAGS = 4  # a position reads so many of the newest time steps
+LOG_OFFSET = 0.05  # added to values before their logarithm
+PERIODS = (10.0, 1.0, 0.1)  # of the sines and cosines of the newest value: they tell close values apart
+FEATURES_PER_VARIABLE = 2 * LAGS + 2 * len(PERIODS)
+
+
+def features(series: Tensor) -> Tensor:
+    """The features (B, T, F) of each step of series (B, T, D).
+
+    They are the newest LAGS values, their logarithms, which tell low populations apart, and sines and cosines of the
+    newest value. Before its first step, a series has the value of that step.
+    """
+    num_steps = series.shape[1]
+    padded = torch.cat((series[:, :1].expand(-1, LAGS - 1, -1), series), dim=1)
+    newest = torch.cat([padded[:, LAGS - 1 - lag :][:, :num_steps] for lag in range(LAGS)], dim=-1)
+    waves = [wave(2 * math.pi / period * series) for period in PERIODS for wave in (torch.sin, torch.cos)]
+    return torch.cat((newest, torch.log(newest.clamp(min=0) + LOG_OFFSET), *waves), dim=-1)
+
+
+def changes(series: Tensor, steps: int) -> Tensor:
+    """How much series (B, T, D) will have changed after 1 to K = `steps` more steps: (B, T - K, K, D)."""
+    return series.unfold(1, steps + 1, 1).movedim(-1, 2)[:, :, 1:] - series[:, :-steps, None]
+
+
+def check(model: Qwen, settings: Training, num_steps: int, steps: int) -> None:
+    """Raise TrainingError when the model has too few layers, or series of num_steps steps are too short for a window
+    and the K = `steps` steps after it.
+    """
+    available = len(model.model.layers)
+    if settings.direct_layers is None or settings.direct_layers > available:
+        raise TrainingError(
+            f"direct_layers is {settings.direct_layers}, expected 1 to {available}, the layers of the model; choose "
+            "another --model or --plan"
+        )
+    if settings.context is None or settings.context + steps > num_steps:
+        raise TrainingError(
+            f"a window of {settings.context} time steps and the {steps} after it do not fit series of {num_steps} steps"
+        )
+
+
+class DirectForecaster(nn.Module):
+    """The first layers of a decoder between two linear maps. Values are in scaled units."""
+
+    mean: Tensor  # (F) of the features
+    spread: Tensor  # (F)
+    change_spread: Tensor  # (K, D)
+
+    def __init__(self, model: Qwen, settings: Training, series: Tensor, steps: int):
+        """Inject adapters into the first `settings.direct_layers` layers of the model, and draw the maps.
+
+        The training series (n, T, D) give the mean and the spread of features and changes. `lora.remove` takes the
+        adapters out again. Raises TrainingError as `check` does.
+        """
+        super().__init__()
+        check(model, settings, series.shape[1], steps)
+        self.config, self.steps, self.num_variables = model.config, steps, series.shape[2]
+        self.layers, self.norm = nn.ModuleList(model.model.layers[: settings.direct_layers]), model.model.norm
+        inject(self, settings.lora)
+        inputs, wanted = features(series), changes(series, steps)
+        self.register_buffer("mean", inputs.mean((0, 1)))
+        self.register_buffer("spread", inputs.std((0, 1)) + 1e-6)
+        self.register_buffer("change_spread", wanted.std((0, 1)) + 1e-6)
+        self.read = nn.Linear(inputs.shape[2], model.config.hidden_size)
+        self.head = nn.Linear(model.config.hidden_size, 2 * steps * self.num_variables)
+        nn.init.normal_(self.read.weight, std=0.02)  # as large as a row of the embedding
+        for zero in (self.read.bias, self.head.weight, self.head.bias):
+            nn.init.zeros_(zero)
+        self.to(model.head_weight.device)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The changes to expect after each step of normalised features (B, T, F), and the logarithm of their scale.
+
+        Both are (B, T, K, D), in units of the spread of each change.
+        """
+        x = self.read(inputs).to(self.norm.weight.dtype)
+        cos, sin = rotary_tables(torch.arange(x.shape[1], device=x.device)[None], self.config, x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin, None, None)
+        out = self.head(self.norm(x).float()).unflatten(-1, (2, self.steps, self.num_variables))
+        location, log_scale = out.unbind(2)
+        return location, log_scale
+
+    def normalised(self, series: Tensor) -> Tensor:
+        """The features (B, T, F) of series (B, T, D), as the decoder reads them."""
+        return (features(series) - self.mean) / self.spread
+
+    def save(self, path: Path) -> None:
+        """Write the maps, the adapters and the normalisation to a file."""
+        base = {name for name, p in self.named_parameters() if not p.requires_grad}
+        kept = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items() if name not in base}
+        write_whole(path, save(kept))
+
+    @torch.inference_mode()
+    def forecast(self, contexts: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+        """Continue contexts (N, T, D): the medians (N, h, D) and the scales (N, h, D) of Laplace distributions.
+
+        A horizon of more than K steps is reached by forecasts that continue the medians of the ones before. Medians
+        below 0 become 0, because populations are not negative.
+        """
+        series = torch.from_numpy(contexts).float().to(self.mean.device)
+        medians, scales = series[:, :0], series[:, :0]
+        while medians.shape[1] < horizon:
+            known = torch.cat((series, medians), dim=1)
+            location, log_scale = (out[:, -1] for out in self(self.normalised(known)))  # (N, K, D)
+            found = (known[:, -1:] + location * self.change_spread).clamp(min=0)
+            medians = torch.cat((medians, found), dim=1)
+            scales = torch.cat((scales, log_scale.exp() * self.change_spread), dim=1)
+        return medians[:, :horizon].double().cpu().numpy(), scales[:, :horizon].double().cpu().numpy()
+
+
+def nats(medians: np.ndarray, scales: np.ndarray, truth: np.ndarray, width: float) -> np.ndarray:
+    """The mean nats of each true series (N, h, D) under Laplace distributions, of values rounded to `width`: (N).
+
+    It is the density times the width, which compares with the nats of digits.
+    """
+    each = np.abs(truth - medians) / scales + np.log(2 * scales) - np.log(width)
+    return each.mean(axis=(1, 2))
+
+
+def laplace_loss(location: Tensor, log_scale: Tensor, target: Tensor) -> Tensor:
+    """The mean nats of targets under Laplace distributions; all three have the same shape."""
+    return ((target - location).abs() * (-log_scale).exp() + log_scale).mean() + math.log(2)
+
+
+class DirectWindows:
+    """Windows of series for `experiments.forecasting.training.train`."""
+
+    def __init__(self, forecaster: DirectForecaster, series: Tensor, rounded: Tensor, settings: Training):
+        """Windows of `settings.context` steps, which begin at every `settings.stride` steps of series (n, T, D).
+
+        The model reads the rounded values, as in the contexts of a test, and learns to forecast the exact ones.
+        """
+        length, steps = settings.context, forecaster.steps
+        assert length is not None  # a plan fills it in before the training
+        starts = range(0, series.shape[1] - length - steps + 1, settings.stride)
+        device = forecaster.mean.device
+        inputs = forecaster.normalised(rounded.to(device))
+        wanted = changes(series, steps) + (series - rounded)[:, :-steps, None]  # from the value that was read
+        wanted = wanted.to(device) / forecaster.change_spread
+        self.inputs = torch.cat([inputs[:, start : start + length] for start in starts])  # (n, T, F)
+        self.targets = torch.cat([wanted[:, start : start + length] for start in starts])  # (n, T, K, D)
+        self.forecaster, self.device = forecaster, device
+        self.parameters = {name: p for name, p in forecaster.named_parameters() if p.requires_grad}
+
+    def __len__(self) -> int:
+        """The number of windows."""
+        return len(self.inputs)
+
+    def num_targets(self, rows: Tensor) -> int:
+        """The number of values that are forecast."""
+        return len(rows) * self.targets[0].numel()
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """The mean nats of the changes in the windows in rows (B, on the CPU)."""
+        rows = rows.to(self.device, non_blocking=True)
+        location, log_scale = self.forecaster(self.inputs[rows])
+        return laplace_loss(location, log_scale, self.targets[rows])
+
+
+def step_flops(
+    config: QwenConfig, settings: Training, steps: int, num_variables: int, convention: str = "exact"
+) -> int:
+    """FLOPs of one optimizer step of a direct forecaster, as `flops.training_step` counts one of text.
+
+    Features and targets are made once, before the training, and do not count.
+    """
+    assert settings.context is not None
+    assert settings.direct_layers is not None
+    config = replace(config, num_hidden_layers=settings.direct_layers)
+    batch, length, ranks = settings.batch // settings.accumulate, settings.context, settings.ranks
+    rows, hidden, outputs = batch * length, config.hidden_size, 2 * steps * num_variables
+    num_features, values = FEATURES_PER_VARIABLE * num_variables, rows * steps * num_variables
+    forward = flops.forward(config, batch, length, convention=convention, ranks=ranks, vocabulary=outputs)
+    part = total(forward) + linear(rows, num_features, hidden, bias=True) + rows * outputs * ADD  # the head's bias
+    part += values * (ADD + ABS + ADD + EXP + MUL + ADD) + reduction(values) + MUL + ADD  # the loss
+    if convention == "exact":
+        part += values * (MUL + 3 * MUL + ADD + MUL + ADD + ADD)  # its gradients, over the number of values
+        part += linear_backward(rows, hidden, outputs, bias=True, rank=0, needs_x=True, trains=True)
+        part += rms_norm_backward(rows, hidden, trains=False)
+        layer, _ = block_backward(config, batch, length, ranks, needs_x=True)
+        part += config.num_hidden_layers * total(layer)
+        part += linear_backward(rows, num_features, hidden, bias=True, rank=0, needs_x=False, trains=True)
+    else:
+        part *= 1 + BACKWARD_PER_FORWARD
+    return part * settings.accumulate

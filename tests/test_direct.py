@@ -1,0 +1,193 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments.forecasting import direct
+from experiments.forecasting.direct import DirectForecaster, DirectWindows, changes, features
+from experiments.forecasting.settings import LINEAR, Training
+from experiments.forecasting.training import TrainingError, train
+from flops.trace import Tracer
+from lora import remove
+from lora.layer import LoRALinear
+from qwen_min import load
+
+SETTINGS = Training(2, 2e-3, 20, 40, batch=2, stride=5, targets=LINEAR, alpha=8, clip=1.0, beta2=0.99, direct_layers=2)
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def series():
+    """Six series (6, 40, 2): waves of different lengths."""
+    t, lengths = torch.arange(40), torch.linspace(9, 20, 6)
+    phase = 2 * torch.pi * t / lengths[:, None]
+    return torch.stack((2 + phase.sin(), 1 + 0.5 * phase.cos()), dim=-1)
+
+
+@pytest.fixture
+def forecaster(tiny, series):
+    torch.manual_seed(0)
+    yield DirectForecaster(tiny[0], SETTINGS, series, STEPS)
+    remove(tiny[0])
+
+
+def windows_of(forecaster, series, settings=SETTINGS):
+    return DirectWindows(forecaster, series, series.mul(100).round() / 100, settings)
+
+
+def test_features_are_those_of_the_newest_steps(series):
+    found = features(series)
+    assert found.shape == (6, 40, 2 * direct.FEATURES_PER_VARIABLE)
+    for lag in range(direct.LAGS):
+        np.testing.assert_array_equal(found[:, 10, 2 * lag : 2 * lag + 2], series[:, 10 - lag])
+        np.testing.assert_array_equal(found[:, 0, 2 * lag : 2 * lag + 2], series[:, 0])  # nothing is before it
+    later = series.clone()
+    later[:, 11:] += 1
+    np.testing.assert_array_equal(features(later)[:, :11], found[:, :11])
+
+
+def test_changes_are_those_from_each_step_to_the_next_ones(series):
+    found = changes(series, 3)
+    assert found.shape == (6, 37, 3, 2)
+    for k in (1, 2, 3):
+        torch.testing.assert_close(found[:, 5, k - 1], series[:, 5 + k] - series[:, 5])
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_counted_flops_are_those_that_run(tiny, series, layers, batch):
+    settings = replace(SETTINGS, direct_layers=layers, batch=batch)
+    model = tiny[0]
+    forecaster = DirectForecaster(model, settings, series, STEPS)
+    try:
+        windows = windows_of(forecaster, series, settings)
+        with Tracer() as tracer:
+            windows.loss(torch.arange(batch)).backward()
+    finally:
+        remove(model)
+    assert direct.step_flops(model.config, settings, STEPS, 2) == tracer.total
+
+
+def test_the_counted_flops_of_other_conventions_are_three_forward_passes(tiny, series, forecaster):
+    windows = windows_of(forecaster, series)
+    with torch.no_grad(), Tracer() as tracer:
+        windows.loss(torch.arange(2))
+    found = [direct.step_flops(tiny[0].config, SETTINGS, STEPS, 2, name) for name in ("study", "published")]
+    assert found == pytest.approx([3 * tracer.total] * 2, rel=0.35)  # other rules for attention, norms and the width
+    parts = replace(SETTINGS, batch=4, accumulate=2)
+    whole = direct.step_flops(tiny[0].config, SETTINGS, STEPS, 2, "study")
+    assert direct.step_flops(tiny[0].config, parts, STEPS, 2, "study") == 2 * whole
+
+
+def test_only_the_maps_and_the_adapters_of_the_first_layers_are_trained(tiny, forecaster, series):
+    adapted = {name for name, module in tiny[0].named_modules() if isinstance(module, LoRALinear)}
+    assert adapted == {
+        f"model.layers.{layer}.{part}.{name}"
+        for layer in range(2)
+        for part, names in (("self_attn", LINEAR[:4]), ("mlp", LINEAR[4:]))
+        for name in names
+    }
+    names = set(windows_of(forecaster, series).parameters)
+    assert {name for name in names if "lora" not in name} == {"read.weight", "read.bias", "head.weight", "head.bias"}
+    assert sum("lora" in name for name in names) == 2 * 2 * len(LINEAR)
+
+
+def test_a_forecast_does_not_see_what_follows_and_starts_from_the_last_value(forecaster, series):
+    with torch.no_grad():
+        location, _ = forecaster(forecaster.normalised(series))
+        part, _ = forecaster(forecaster.normalised(series[:, :20]))
+    torch.testing.assert_close(location[:, :20], part, rtol=1e-4, atol=1e-5)
+    medians, scales = forecaster.forecast(series[:, :20].numpy(), STEPS)
+    # the head begins at zero: no change, with the spread that changes have
+    np.testing.assert_allclose(medians, series[:, 19:20].expand(-1, STEPS, -1), rtol=1e-6)
+    np.testing.assert_allclose(scales, forecaster.change_spread.expand(6, -1, -1), rtol=1e-6)
+
+
+def test_a_long_forecast_continues_the_medians(forecaster, series):
+    torch.nn.init.normal_(forecaster.head.weight, std=0.02)
+    context = series[:, :20].numpy()
+    long, _ = forecaster.forecast(context, 2 * STEPS)
+    first, _ = forecaster.forecast(context, STEPS)
+    second, _ = forecaster.forecast(np.concatenate((context, first), axis=1), STEPS)
+    np.testing.assert_allclose(long, np.concatenate((first, second), axis=1), rtol=1e-4, atol=1e-5)
+    assert forecaster.forecast(context, STEPS + 1)[0].shape == (6, STEPS + 1, 2)
+
+
+def test_a_forecast_is_never_negative(forecaster, series):
+    torch.nn.init.constant_(forecaster.head.bias, -1e3)
+    assert (forecaster.forecast(series[:, :20].numpy(), STEPS)[0] == 0).all()
+
+
+def test_the_loss_is_that_of_laplace_distributions():
+    location, log_scale = torch.randn(3, 5), torch.randn(3, 5)
+    target = torch.randn(3, 5)
+    wanted = -torch.distributions.Laplace(location, log_scale.exp()).log_prob(target).mean()
+    torch.testing.assert_close(direct.laplace_loss(location, log_scale, target), wanted)
+    each = direct.nats(location[:, None].numpy(), log_scale.exp()[:, None].numpy(), target[:, None].numpy(), 0.01)
+    assert each.shape == (3,)
+    assert each.mean() == pytest.approx(wanted.item() - np.log(0.01), rel=1e-5)
+
+
+def test_windows_read_rounded_values_and_ask_for_exact_ones(forecaster, series):
+    windows = windows_of(forecaster, series)
+    assert len(windows) == 6 * 4  # they begin at the steps 0, 5, 10 and 15
+    rounded = series.mul(100).round() / 100
+    row = 6 * 2 + 3  # series 3 from step 10 on
+    torch.testing.assert_close(windows.inputs[row], forecaster.normalised(rounded[3:4])[0, 10:30])
+    reached = rounded[3, 10:30, None] + windows.targets[row] * forecaster.change_spread
+    torch.testing.assert_close(reached, series[3:4].unfold(1, STEPS + 1, 1).movedim(-1, 2)[0, 10:30, 1:])
+    assert windows.num_targets(torch.tensor([0, 5])) == 2 * 20 * STEPS * 2
+
+
+def test_a_training_learns_and_continues_to_the_same_bytes(tiny, series, tmp_path):
+    def run(state, stop=None):
+        torch.manual_seed(0)
+        forecaster = DirectForecaster(tiny[0], SETTINGS, series, STEPS)
+
+        def before(step):
+            if step == stop:
+                raise KeyboardInterrupt
+
+        try:
+            done = train(windows_of(forecaster, series), SETTINGS, state, before)
+            file = tmp_path / "direct.safetensors"
+            forecaster.save(file)
+            return done.losses, file.read_bytes(), forecaster.forecast(series[:, :30].numpy(), STEPS)[0]
+        finally:
+            remove(tiny[0])
+
+    losses, content, medians = run(tmp_path / "whole")
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
+    truth = series[:, 30 : 30 + STEPS].numpy()
+    assert np.square(medians - truth).mean() < np.square(series[:, 29:30].numpy() - truth).mean()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", stop=17)
+    assert run(tmp_path / "parts")[:2] == (losses, content)
+    names = set(load_file(tmp_path / "direct.safetensors"))
+    assert {"mean", "spread", "change_spread", "read.weight", "head.bias"} <= names
+    assert not any("base_layer" in name or "norm" in name for name in names)
+
+
+def test_the_model_is_as_before_once_the_adapters_are_removed(series):
+    model, tokenizer = load("tiny")
+    ids = torch.tensor([tokenizer.encode("1.00,2.00;")])
+    with torch.no_grad():
+        before = model(ids)
+        DirectForecaster(model, SETTINGS, series, STEPS)
+        remove(model)
+        assert torch.equal(model(ids), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"direct_layers": 5}, "direct_layers is 5, expected 1 to 4, the layers of the model"),
+        ({"context": 37}, "a window of 37 time steps and the 4 after it do not fit series of 40 steps"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tiny, series, change, message):
+    with pytest.raises(TrainingError, match=message):
+        DirectForecaster(tiny[0], replace(SETTINGS, **change), series, STEPS)
+    assert not any(isinstance(module, LoRALinear) for module in tiny[0].modules())
