@@ -132,13 +132,24 @@ def test_the_loss_is_that_of_laplace_distributions():
 
 def test_windows_read_rounded_values_and_ask_for_exact_ones(forecaster, series):
     windows = windows_of(forecaster, series)
-    assert len(windows) == 6 * 4  # they begin at the steps 0, 5, 10 and 15
+    assert windows.inputs.shape[:2] == (6 * 4, 20)  # they begin at the steps 0, 5, 10 and 15
     rounded = series.mul(100).round() / 100
     row = 6 * 2 + 3  # series 3 from step 10 on
     torch.testing.assert_close(windows.inputs[row], forecaster.normalised(rounded[3:4])[0, 10:30])
     reached = rounded[3, 10:30, None] + windows.targets[row] * forecaster.change_spread
     torch.testing.assert_close(reached, series[3:4].unfold(1, STEPS + 1, 1).movedim(-1, 2)[0, 10:30, 1:])
+    assert len(windows) == 6 * 4 * direct.REPEATS  # the series vary about equally
     assert windows.num_targets(torch.tensor([0, 5])) == 2 * 20 * STEPS * 2
+
+
+def test_series_that_vary_more_are_read_more_often(forecaster, series):
+    """Of six series, one varies thrice as much as the others: 4 / (8 / 6) = 3 times and 9 times in an epoch."""
+    varied = series.clone()
+    varied[2] = varied[2].mean(0) + 3 * (series[0] - series[0].mean(0))
+    varied[[1, 3, 4, 5]] = series[0]
+    windows = windows_of(forecaster, varied, replace(SETTINGS, stride=50))
+    assert windows.order.tolist() == [0] * 3 + [1] * 3 + [2] * 9 + [3] * 3 + [4] * 3 + [5] * 3
+    torch.testing.assert_close(windows.loss(torch.tensor([6, 14])), windows.loss(torch.tensor([8, 8])))
 
 
 def test_a_training_learns_and_continues_to_the_same_bytes(tiny, series, tmp_path):

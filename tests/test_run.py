@@ -501,8 +501,8 @@ def test_direct_forecasts_are_trained_and_judged_like_text(monkeypatch, data_fil
     assert "The line is the median, with the central 80 % of its samples" in markdown
     assert "likeliest digits" not in markdown.split("How this was made")[0]
     found = {name: json.loads((out / "experiments" / name / "metrics.json").read_text()) for name in (
-        "direct-4000", "direct")}  # fmt: skip
-    assert found["direct"]["val"]["all"]["nats_per_value"] < found["direct-4000"]["val"]["all"]["nats_per_value"]
+        "direct-4800", "direct")}  # fmt: skip
+    assert found["direct"]["val"]["all"]["nats_per_value"] < found["direct-4800"]["val"]["all"]["nats_per_value"]
     assert len(found["direct"]["test"]["long"]["mse_by_horizon"]) == 30
     assert found["direct"]["test"]["probabilistic"]["samples"] == 9
     line = json.loads((out / "experiments" / "direct" / "forecasts.test.jsonl").read_text().splitlines()[0])

@@ -31,6 +31,7 @@ from qwen_min.model import rotary_tables
 
 LAGS = 4  # a position reads so many of the newest time steps
 LOG_OFFSET = 0.05  # added to values before their logarithm
+REPEATS = 4  # how often an epoch reads a window, on average
 PERIODS = (10.0, 1.0, 0.1)  # of the sines and cosines of the newest value: they tell close values apart
 FEATURES_PER_VARIABLE = 2 * LAGS + 2 * len(PERIODS)
 
@@ -159,7 +160,9 @@ class DirectWindows:
     def __init__(self, forecaster: DirectForecaster, series: Tensor, rounded: Tensor, settings: Training):
         """Windows of `settings.context` steps, which begin at every `settings.stride` steps of series (n, T, D).
 
-        The model reads the rounded values, as in the contexts of a test, and learns to forecast the exact ones.
+        The model reads the rounded values, as in the contexts of a test, and learns to forecast the exact ones. An
+        epoch has the windows of a series so much more often as its values vary more, and on average REPEATS times: the
+        series that vary most decide a mean squared error.
         """
         length, steps = settings.context, forecaster.steps
         assert length is not None  # a plan fills it in before the training
@@ -170,12 +173,15 @@ class DirectWindows:
         wanted = wanted.to(device) / forecaster.change_spread
         self.inputs = torch.cat([inputs[:, start : start + length] for start in starts])  # (n, T, F)
         self.targets = torch.cat([wanted[:, start : start + length] for start in starts])  # (n, T, K, D)
+        swing = series.var(1).sum(1).sqrt()  # (n)
+        often = (REPEATS * swing / swing.mean()).round().clamp(min=1).long()
+        self.order = torch.arange(len(self.inputs)).repeat_interleave(often.repeat(len(starts)))
         self.forecaster, self.device = forecaster, device
         self.parameters = {name: p for name, p in forecaster.named_parameters() if p.requires_grad}
 
     def __len__(self) -> int:
-        """The number of windows."""
-        return len(self.inputs)
+        """The number of windows in an epoch."""
+        return len(self.order)
 
     def num_targets(self, rows: Tensor) -> int:
         """The number of values that are forecast."""
@@ -183,7 +189,7 @@ class DirectWindows:
 
     def loss(self, rows: Tensor) -> Tensor:
         """The mean nats of the changes in the windows in rows (B, on the CPU)."""
-        rows = rows.to(self.device, non_blocking=True)
+        rows = self.order[rows].to(self.device, non_blocking=True)
         location, log_scale = self.forecaster(self.inputs[rows])
         return laplace_loss(location, log_scale, self.targets[rows])
 
