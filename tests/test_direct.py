@@ -108,11 +108,13 @@ def test_a_forecast_does_not_see_what_follows_and_starts_from_the_last_value(for
 def test_a_long_forecast_continues_the_medians(forecaster, series):
     torch.nn.init.normal_(forecaster.head.weight, std=0.02)
     context = series[:, :20].numpy()
-    long, _ = forecaster.forecast(context, 2 * STEPS)
-    first, _ = forecaster.forecast(context, STEPS)
-    second, _ = forecaster.forecast(np.concatenate((context, first), axis=1), STEPS)
+    long, scales = forecaster.forecast(context, 2 * direct.AT_ONCE)
+    first, same = forecaster.forecast(context, direct.AT_ONCE)
+    second, _ = forecaster.forecast(np.concatenate((context, first), axis=1), direct.AT_ONCE)
     np.testing.assert_allclose(long, np.concatenate((first, second), axis=1), rtol=1e-4, atol=1e-5)
-    assert forecaster.forecast(context, STEPS + 1)[0].shape == (6, STEPS + 1, 2)
+    np.testing.assert_array_equal(scales, same)
+    assert scales.shape == (6, STEPS, 2)
+    assert forecaster.forecast(context, 1)[0].shape == (6, 1, 2)
 
 
 def test_a_forecast_is_never_negative(forecaster, series):

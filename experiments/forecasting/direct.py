@@ -31,6 +31,7 @@ from qwen_min.model import rotary_tables
 
 LAGS = 4  # a position reads so many of the newest time steps
 LOG_OFFSET = 0.05  # added to values before their logarithm
+AT_ONCE = 3  # of the K steps, a forecast uses so many, and then reads them; chosen on the validation set
 REPEATS = 4  # how often an epoch reads a window, on average
 PERIODS = (10.0, 1.0, 0.1)  # of the sines and cosines of the newest value: they tell close values apart
 FEATURES_PER_VARIABLE = 2 * LAGS + 2 * len(PERIODS)
@@ -124,20 +125,22 @@ class DirectForecaster(nn.Module):
 
     @torch.inference_mode()
     def forecast(self, contexts: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-        """Continue contexts (N, T, D): the medians (N, h, D) and the scales (N, h, D) of Laplace distributions.
+        """Continue contexts (N, T, D): the medians (N, h, D), and the scales (N, K, D) of the first K steps.
 
-        A horizon of more than K steps is reached by forecasts that continue the medians of the ones before. Medians
-        below 0 become 0, because populations are not negative.
+        Each pass gives the next AT_ONCE steps, which the following pass reads. The scales are those that the model has
+        at the end of the contexts. Medians below 0 become 0, because populations are not negative.
         """
-        series = torch.from_numpy(contexts).float().to(self.mean.device)
-        medians, scales = series[:, :0], series[:, :0]
-        while medians.shape[1] < horizon:
-            known = torch.cat((series, medians), dim=1)
+        known = torch.from_numpy(contexts).float().to(self.mean.device)
+        num_known, scales = known.shape[1], None
+        while known.shape[1] < num_known + horizon:
             location, log_scale = (out[:, -1] for out in self(self.normalised(known)))  # (N, K, D)
-            found = (known[:, -1:] + location * self.change_spread).clamp(min=0)
-            medians = torch.cat((medians, found), dim=1)
-            scales = torch.cat((scales, log_scale.exp() * self.change_spread), dim=1)
-        return medians[:, :horizon].double().cpu().numpy(), scales[:, :horizon].double().cpu().numpy()
+            if scales is None:
+                scales = log_scale.exp() * self.change_spread
+            found = known[:, -1:] + location[:, :AT_ONCE] * self.change_spread[:AT_ONCE]
+            known = torch.cat((known, found.clamp(min=0)), dim=1)
+        assert scales is not None  # a horizon is at least 1
+        medians = known[:, num_known : num_known + horizon]
+        return medians.double().cpu().numpy(), scales.double().cpu().numpy()
 
 
 def nats(medians: np.ndarray, scales: np.ndarray, truth: np.ndarray, width: float) -> np.ndarray:
