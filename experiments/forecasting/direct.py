@@ -27,6 +27,7 @@ from flops.training import BACKWARD_PER_FORWARD, block_backward, linear_backward
 from lora import inject
 from qwen_min import Qwen
 from qwen_min.config import QwenConfig
+from qwen_min.linear import unpack
 from qwen_min.model import rotary_tables
 
 LAGS = 4  # a position reads so many of the newest time steps
@@ -86,6 +87,7 @@ class DirectForecaster(nn.Module):
         """
         super().__init__()
         check(model, settings, series.shape[1], steps)
+        unpack(model)  # training does not use packed copies of the weights
         self.config, self.steps, self.num_variables = model.config, steps, series.shape[2]
         self.layers, self.norm = nn.ModuleList(model.model.layers[: settings.direct_layers]), model.model.norm
         inject(self, settings.lora)
