@@ -127,10 +127,7 @@ def _final(run: Run, blocks: Blocks) -> None:
 def _frontier(run: Run, blocks: Blocks) -> None:
     done = {name: e for name, e in run.trained.items() if e.section == "frontier"}
     for name, experiment in done.items():
-        different = {
-            key: value for key, value in vars(experiment.training).items() if key != "seed" and value is not None
-        }
-        blocks.text(f"{name}: " + ", ".join(f"{key} {_setting(value)}" for key, value in different.items()) + ".")
+        blocks.text(f"{name}: {_settings(experiment.training)}.")
     if done:
         path = run.folder / "figures" / "frontier-losses.png"
         figures.loss_curves({name: e.losses for name, e in done.items()}, path)
@@ -166,10 +163,13 @@ def _ablation(run: Run, blocks: Blocks) -> None:
         rows,
     )  # fmt: skip
     for name, experiment in done.items():
-        different = {
-            key: value for key, value in vars(experiment.training).items() if key != "seed" and value is not None
-        }
-        blocks.text(f"{name}: " + ", ".join(f"{key} {_setting(value)}" for key, value in different.items()) + ".")
+        blocks.text(f"{name}: {_settings(experiment.training)}.")
+
+
+def _settings(training: Training) -> str:
+    """The settings of a training, without its seed and those that are not set."""
+    shown = {key: value for key, value in vars(training).items() if key != "seed" and value is not None}
+    return ", ".join(f"{key} {_setting(value)}" for key, value in shown.items())
 
 
 def _setting(value) -> str:
