@@ -137,15 +137,15 @@ def frontier(seed: int) -> Plan:
 
 
 def direct(seed: int) -> Plan:
-    """Numbers in and out of the first layers: trainings of four lengths, the longest one judged.
+    """Numbers in and out of the first layers: trainings of five lengths, the longest one judged.
 
     A window is a trajectory: 90 steps are read, and ten are forecast after each.
     """
     longest = Training(
-        8, 5e-4, 90, 9_600, batch=1, stride=1, seed=seed, targets=LINEAR, cosine=True, alpha=32, clip=1.0, beta2=0.99,
+        8, 5e-4, 90, 38_400, batch=1, stride=1, seed=seed, targets=LINEAR, cosine=True, alpha=32, clip=1.0, beta2=0.99,
         direct_layers=2,
     )  # fmt: skip
-    short = (Experiment(f"direct-{n}", "frontier", replace(longest, steps=n)) for n in (300, 1200, 4800))
+    short = (Experiment(f"direct-{n}", "frontier", replace(longest, steps=n)) for n in (300, 1200, 4800, 9600))
     return Plan("direct", (*short, Experiment("direct", "frontier", longest, splits=("val", "test"))))
 
 
