@@ -151,6 +151,8 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
         for training in plans.candidates(plan, experiment):
             assert training.context is not None  # candidates have all their settings
             if training.direct_layers:
+                if args.numeric_head or args.decoding == "free":
+                    raise cli.CommandError(f"plan {plan.name} writes no text: leave out --numeric-head and --decoding")
                 direct.check(model, training, trajectories.shape[1], plans.HORIZON)
             else:
                 window_tensors(sample, training, tokenizer.pad_id)  # refuses a context longer than a trajectory
@@ -228,6 +230,7 @@ def run_plan(args: argparse.Namespace, interruption: Interruption, world: "Team"
     """Check the inputs, open the run folder and run the plan in it; the exit status, as in `main`."""
     inputs = world.agreed(lambda: check_inputs(args, device))
     import flops
+    from experiments.study.judging import Judge
     from experiments.study.suite import Suite
 
     out, identity = args.out or Path("runs") / args.plan, identity_of(args, inputs)
@@ -239,18 +242,20 @@ def run_plan(args: argparse.Namespace, interruption: Interruption, world: "Team"
         suite = Suite(
             inputs.plan,
             out,
-            inputs.model,
-            inputs.tokenizer,
-            inputs.encoding,
-            inputs.units,
-            {name: inputs.trajectories[rows] for name, rows in inputs.ids.items()},
-            inputs.ids,
+            Judge(
+                inputs.model,
+                inputs.tokenizer,
+                inputs.encoding,
+                inputs.units,
+                {name: inputs.trajectories[rows] for name, rows in inputs.ids.items()},
+                inputs.ids,
+                args.decoding,
+                args.samples,
+                args.seed,
+            ),
             flops.Ledger(out / "ledger.jsonl", args.budget),
             args.convention,
             checkpoint=(args.model, identity["checkpoint_sha256"]),
-            decoding=args.decoding,
-            samples=args.samples,
-            seed=args.seed,
             interruption=interruption,
             world=world,
             side_by_side=side_by_side,

@@ -36,6 +36,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = (grad * normalised.to(x.dtype)).view(-1, len(weight)).sum(0).to(weight.dtype)
+        # with n the normalised x and g the gradient: (w g - n mean(w g n)) / sqrt(mean(x^2) + eps)
         grad_normalised = _at_least_fp32(grad * weight)
         projection = (grad_normalised * normalised).mean(-1, keepdim=True)
         return ((grad_normalised - normalised * projection) * inverse).to(x.dtype), grad_weight, None

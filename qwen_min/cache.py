@@ -30,7 +30,7 @@ class KVCache:
     are padded on the left. `truncate` forgets tokens; `rows` returns a view of some rows. A cache records no gradients:
     fill it under `torch.no_grad()`.
 
-    B batch, K kv heads, S filled tokens, T new tokens, D head size. `keys` and `values` are
+    B batch, K kv heads, T new tokens, S filled + new tokens, D head size. `keys` and `values` are
     (layers, B, K, capacity, D). device and dtype None mean torch's defaults; `KVCache.for_model` takes them from a
     model.
     """
@@ -49,7 +49,7 @@ class KVCache:
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.batch_size, self.capacity = batch_size, capacity
         self.length = 0
-        self.first = 0  # the column that `keys` and `values` begin with
+        self.first = 0  # the column that `keys` and `values` begin with: after the prefix in a fork
         self.captured: CapturedPasses | None = None  # by `GraphContinuation`, for this memory
 
     @classmethod
@@ -71,7 +71,7 @@ class KVCache:
             )
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) of one layer after the filled columns; return all columns, (B, K, S + T, D).
+        """Store k, v (B, K, T, D) of one layer after the filled columns; return all columns, (B, K, S, D).
 
         `length` does not change here: the model calls `advance` once every layer has written. Raises ValueError for
         keys or values that record gradients: their graph would link every pass to all earlier passes.

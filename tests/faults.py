@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from experiments import run
 from experiments.forecasting.settings import Training
 from experiments.report.build import write_report
 from experiments.storage.runfolder import LOCK_FILE, WRITER_FILE
-from experiments.study import data, evaluation, plans, suite
+from experiments.study import data, evaluation, judging, plans, suite
 from tests import small_plan
 
 SYSTEMS = 20  # 3 validation and 3 test trajectories
@@ -52,9 +53,12 @@ class Fault(AssertionError):
 
 
 def plan(seed: int) -> plans.Plan:
-    """Five experiments that take seconds."""
+    """Six experiments that take seconds: one of each kind of the study, and one without text."""
     trial, cell = (Training(rank, 1e-3, 64, 3, seed=seed) for rank in (4, 2))
-    return plans._chain("quick", trial, [cell], [96], 3, Training(None, None, None, 5, seed=seed + 2))
+    study = plans._chain("quick", trial, [cell], [96], 3, Training(None, None, None, 5, seed=seed + 2))
+    numbers = Training(2, 1e-3, 60, 3, batch=1, stride=10, seed=seed, direct_layers=1)
+    *others, final = study.experiments
+    return replace(study, experiments=(*others, plans.Experiment("direct", "frontier", numbers), final))
 
 
 def child(folder: Path, source: Path, budget: int, log: Path, prepare=lambda: None) -> int:
@@ -66,8 +70,8 @@ def child(folder: Path, source: Path, budget: int, log: Path, prepare=lambda: No
         torch.set_num_threads(1)
         small_plan.install()
         plans.PLANS["quick"] = plan
-        evaluation.BATCH = suite.BATCH = 2
-        suite.LONG_HORIZON = 12
+        evaluation.BATCH = judging.BATCH = 2
+        judging.LONG_HORIZON = suite.LONG_HORIZON = 12
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -164,7 +168,7 @@ class Campaign:
         if not new - {"plan.json"}:
             return "start or a first step"
         unfinished = [p for p in folder.glob("experiments/*") if not (p / "metrics.json").exists()]
-        evaluating = any((p / "adapter").exists() or p.name == "untrained" for p in unfinished)
+        evaluating = any((p / "losses.csv").exists() or p.name == "untrained" for p in unfinished)
         return "evaluation" if evaluating else "training"
 
     def kill(self, kills: int) -> None:

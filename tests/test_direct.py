@@ -3,16 +3,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from experiments.forecasting import direct
 from experiments.forecasting.direct import DirectForecaster, DirectWindows, changes, features
 from experiments.forecasting.settings import LINEAR, Training
 from experiments.forecasting.training import TrainingError, train
+from flops.primitives import EXP
 from flops.trace import Tracer
 from lora import remove
 from lora.layer import LoRALinear
 from qwen_min import load
+from qwen_min.linear import pack
 
 SETTINGS = Training(2, 2e-3, 20, 40, batch=2, stride=5, targets=LINEAR, alpha=8, clip=1.0, beta2=0.99, direct_layers=2)
 STEPS = 4
@@ -76,6 +77,11 @@ def test_the_counted_flops_of_other_conventions_are_three_forward_passes(tiny, s
         windows.loss(torch.arange(2))
     found = [direct.step_flops(tiny[0].config, SETTINGS, STEPS, 2, name) for name in ("study", "published")]
     assert found == pytest.approx([3 * tracer.total] * 2, rel=0.35)  # other rules for attention, norms and the width
+    longer = [direct.step_flops(tiny[0].config, SETTINGS, 2 * STEPS, 2, name) for name in ("study", "published")]
+    rows, more = 2 * 20, STEPS * 2  # positions of a step, and values that are forecast in addition
+    hidden = tiny[0].config.hidden_size
+    head, loss = 2 * more * 2 * hidden, more * (EXP + 6)  # with the bias; |t - l| e^-s + s, and their sum
+    assert [b - a for a, b in zip(found, longer, strict=True)] == [3 * rows * (head + loss)] * 2
     parts = replace(SETTINGS, batch=4, accumulate=2)
     whole = direct.step_flops(tiny[0].config, SETTINGS, STEPS, 2, "study")
     assert direct.step_flops(tiny[0].config, parts, STEPS, 2, "study") == 2 * whole
@@ -94,13 +100,18 @@ def test_only_the_maps_and_the_adapters_of_the_first_layers_are_trained(tiny, fo
     assert sum("lora" in name for name in names) == 2 * 2 * len(LINEAR)
 
 
-def test_a_forecast_does_not_see_what_follows_and_starts_from_the_last_value(forecaster, series):
+def test_a_forecast_does_not_see_what_follows(forecaster, series):
+    torch.nn.init.normal_(forecaster.head.weight, std=0.02)  # it begins at zero, which would hide everything
+    later = series.clone()
+    later[:, 20:] += 1
     with torch.no_grad():
-        location, _ = forecaster(forecaster.normalised(series))
-        part, _ = forecaster(forecaster.normalised(series[:, :20]))
-    torch.testing.assert_close(location[:, :20], part, rtol=1e-4, atol=1e-5)
+        found, changed = (forecaster(forecaster.normalised(one))[0] for one in (series, later))
+    torch.testing.assert_close(changed[:, :20], found[:, :20], rtol=1e-4, atol=1e-5)
+    assert (changed[:, 20:] - found[:, 20:]).abs().amin((0, 2, 3)).max() > 1e-3
+
+
+def test_an_untrained_forecast_repeats_the_last_value_with_the_spread_of_changes(forecaster, series):
     medians, scales = forecaster.forecast(series[:, :20].numpy(), STEPS)
-    # the head begins at zero: no change, with the spread that changes have
     np.testing.assert_allclose(medians, series[:, 19:20].expand(-1, STEPS, -1), rtol=1e-6)
     np.testing.assert_allclose(scales, forecaster.change_spread.expand(6, -1, -1), rtol=1e-6)
 
@@ -127,9 +138,20 @@ def test_the_loss_is_that_of_laplace_distributions():
     target = torch.randn(3, 5)
     wanted = -torch.distributions.Laplace(location, log_scale.exp()).log_prob(target).mean()
     torch.testing.assert_close(direct.laplace_loss(location, log_scale, target), wanted)
-    each = direct.nats(location[:, None].numpy(), log_scale.exp()[:, None].numpy(), target[:, None].numpy(), 0.01)
-    assert each.shape == (3,)
-    assert each.mean() == pytest.approx(wanted.item() - np.log(0.01), rel=1e-5)
+
+
+def test_nats_are_those_of_rounded_values():
+    """The values of every two decimals together have the probability 1, whatever the scale."""
+    grid = np.arange(-3000, 3001) / 100
+    for scale in (1e-4, 1e-3, 0.02, 0.7):
+        for median in (0.0, 0.1234):
+            at = np.full((len(grid), 1, 1), median)
+            each = direct.nats(at, np.full_like(at, scale), grid[:, None, None], 0.01)
+            assert each.shape == grid.shape
+            assert (each >= 0).all()
+            assert np.exp(-each).sum() == pytest.approx(1)
+    fine = direct.nats(np.zeros((1, 1, 1)), np.ones((1, 1, 1)), np.full((1, 1, 1), 2.5), 1e-4)  # the density times 1e-4
+    assert fine[0] == pytest.approx(2.5 + np.log(2) - np.log(1e-4), rel=1e-6)
 
 
 def test_windows_read_rounded_values_and_ask_for_exact_ones(forecaster, series):
@@ -164,40 +186,59 @@ def test_a_training_learns_and_continues_to_the_same_bytes(tiny, series, tmp_pat
                 raise KeyboardInterrupt
 
         try:
-            done = train(windows_of(forecaster, series), SETTINGS, state, before)
-            file = tmp_path / "direct.safetensors"
-            forecaster.save(file)
-            return done.losses, file.read_bytes(), forecaster.forecast(series[:, :30].numpy(), STEPS)[0]
+            windows = windows_of(forecaster, series)
+            done = train(windows, SETTINGS, state, before)
+            trained = {name: p.detach().clone() for name, p in windows.parameters.items()}
+            return done.losses, trained, forecaster.forecast(series[:, :30].numpy(), STEPS)[0]
         finally:
             remove(tiny[0])
 
-    losses, content, medians = run(tmp_path / "whole")
+    losses, trained, medians = run(tmp_path / "whole")
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
     truth = series[:, 30 : 30 + STEPS].numpy()
     assert np.square(medians - truth).mean() < np.square(series[:, 29:30].numpy() - truth).mean()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "parts", stop=17)
-    assert run(tmp_path / "parts")[:2] == (losses, content)
-    names = set(load_file(tmp_path / "direct.safetensors"))
-    assert {"mean", "spread", "change_spread", "read.weight", "head.bias"} <= names
-    assert not any("base_layer" in name or "norm" in name for name in names)
+    again = run(tmp_path / "parts")
+    assert again[0] == losses
+    assert all(torch.equal(again[1][name], p) for name, p in trained.items())
+
+
+def test_a_batch_in_parts_trains_as_a_whole_one(tiny, series):
+    def losses(accumulate):
+        settings = replace(SETTINGS, batch=4, accumulate=accumulate, steps=5)
+        torch.manual_seed(0)
+        forecaster = DirectForecaster(tiny[0], settings, series, STEPS)
+        try:
+            return train(windows_of(forecaster, series, settings), settings).losses
+        finally:
+            remove(tiny[0])
+
+    assert losses(2) == pytest.approx(losses(1), rel=1e-4)
 
 
 def test_the_model_is_as_before_once_the_adapters_are_removed(series):
-    model, tokenizer = load("tiny")
+    model, tokenizer = load("tiny", dtype=torch.bfloat16)
     ids = torch.tensor([tokenizer.encode("1.00,2.00;")])
     with torch.no_grad():
         before = model(ids)
-        DirectForecaster(model, SETTINGS, series, STEPS)
+        pack(model)
+        forecaster = DirectForecaster(model, SETTINGS, series, STEPS)
+        assert getattr(model.head_weight, "packed", None) is None  # training would not see its changes
+        for name, parameter in forecaster.named_parameters():
+            if "lora" in name:
+                parameter.normal_()
+        assert not torch.equal(model(ids), before)
         remove(model)
         assert torch.equal(model(ids), before)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"direct_layers": 5}, "direct_layers is 5, expected 1 to 4, the layers of the model"),
-        ({"context": 37}, "a window of 37 time steps and the 4 after it do not fit series of 40 steps"),
+        ({"context": 37}, "the series have 40 time steps, expected at least 41, a window of 37 and the 4"),
     ],
 )
 def test_what_does_not_fit_is_refused(tiny, series, change, message):

@@ -488,7 +488,7 @@ def test_experiments_beyond_the_report_are_shown(monkeypatch, data_file, tmp_pat
 
 def test_direct_forecasts_are_trained_and_judged_like_text(monkeypatch, data_file, tmp_path, capsys):
     full = plans.direct(0)
-    short = [replace(one, training=replace(one.training, steps=steps, direct_layers=2))
+    short = [replace(one, training=replace(one.training, steps=steps))
              for one, steps in zip(full.experiments[-2:], (2, 30), strict=True)]  # fmt: skip
     monkeypatch.setitem(plans.PLANS, "direct", lambda seed: replace(full, experiments=tuple(short)))
     monkeypatch.setattr(gru, "STEPS", 3)
@@ -498,11 +498,10 @@ def test_direct_forecasts_are_trained_and_judged_like_text(monkeypatch, data_fil
     assert "Direct has a mean squared error of" in capsys.readouterr().out
     markdown = (out / "report.md").read_text()
     assert "direct: rank 8, learning_rate 0.0005, context 90, steps 30" in markdown
-    assert "The line is the median, with the central 80 % of its samples" in markdown
+    assert "The forecast is the median, with the central 80 % of its samples" in markdown
     assert "likeliest digits" not in markdown.split("How this was made")[0]
-    found = {name: json.loads((out / "experiments" / name / "metrics.json").read_text()) for name in (
-        "direct-4800", "direct")}  # fmt: skip
-    assert found["direct"]["val"]["all"]["nats_per_value"] < found["direct-4800"]["val"]["all"]["nats_per_value"]
+    found = {one.name: json.loads((out / "experiments" / one.name / "metrics.json").read_text()) for one in short}
+    assert found["direct"]["val"]["all"]["nats_per_value"] < found[short[0].name]["val"]["all"]["nats_per_value"]
     assert len(found["direct"]["test"]["long"]["mse_by_horizon"]) == 30
     assert found["direct"]["test"]["probabilistic"]["samples"] == 9
     line = json.loads((out / "experiments" / "direct" / "forecasts.test.jsonl").read_text().splitlines()[0])
@@ -522,6 +521,25 @@ def test_a_plan_of_direct_forecasts_needs_enough_layers(monkeypatch, data_file, 
     monkeypatch.setitem(plans.PLANS, "direct", lambda seed: deep)
     assert run.main(["--plan", "direct", "--data", str(data_file), "--out", str(tmp_path / "out")]) == 2
     assert "direct_layers is 9, expected 1 to 4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_direct_forecasts_that_are_not_finite_end_the_run_with_one_message(monkeypatch, data_file, tmp_path, capsys):
+    full = plans.direct(0)
+    short = replace(full.experiments[0], training=replace(full.experiments[0].training, steps=2))
+    monkeypatch.setitem(plans.PLANS, "direct", lambda seed: replace(full, experiments=(short,)))
+    monkeypatch.setattr(gru, "STEPS", 3)
+    broken = (np.full((3, 10, 2), np.nan), np.ones((3, 10, 2)))
+    monkeypatch.setattr("experiments.forecasting.direct.DirectForecaster.forecast", lambda *_: broken)
+    assert run.main(["--plan", "direct", "--data", str(data_file), "--out", str(tmp_path / "out")]) == 1
+    assert "the forecasts are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--numeric-head"], ["--decoding", "free"]])
+def test_options_of_text_are_refused_where_none_is_written(data_file, tmp_path, capsys, option):
+    arguments = ["--plan", "direct", "--data", str(data_file), "--out", str(tmp_path / "out"), *option]
+    assert run.main(arguments) == 2
+    assert "plan direct writes no text: leave out --numeric-head and --decoding" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -576,16 +594,16 @@ def test_the_report_plan_names_experiments_that_do_not_fit_the_budget(monkeypatc
     """The sizes are those of the real model; nothing runs."""
     from types import SimpleNamespace
 
+    from experiments.study.judging import Judge
     from experiments.study.suite import Suite
     from qwen_min import QwenConfig
 
     sizes = SimpleNamespace(config=QwenConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True))
+    judge = Judge(sizes, None, None, None, {}, {}, "", 0, 0)
 
     def warning(convention, budget=10**17):
         ledger = Ledger(tmp_path / "ledger.jsonl", budget)
-        return Suite(
-            plans.study(0), tmp_path, sizes, None, None, None, {}, {}, ledger, convention, ("", ""), "", 0, 0, None
-        ).budget_warning()
+        return Suite(plans.study(0), tmp_path, judge, ledger, convention, ("", ""), None).budget_warning()
 
     assert "Does not fit: final." in warning("study")
     assert "needs up to 1.145e+17 FLOPs" in warning("study")

@@ -1,26 +1,25 @@
 """Numbers in, numbers out: a time step is one position of the decoder, and a linear head forecasts K steps at once.
 
-Text takes ten tokens for a time step, or six, and the model chooses one digit after the other. Here a linear map takes
-the newest values to the decoder's first layer, in place of the embedding. A second one takes the last hidden state
-to the changes of each variable over the next 1 to K steps, and to a scale that says how sure the model is of each. Only
-the first layers of the decoder take part. They are frozen and have LoRA adapters; the two maps are trained.
+Text takes ten tokens for a time step, or six, and the model chooses one digit after the other. Here a linear map turns
+the newest values into the input of the decoder's first layer, in place of the embedding. A second one turns the last
+hidden state into the changes of each variable over the next 1 to K steps, and into a scale that says how sure the model
+is of each. Only the first layers of the decoder take part. They are frozen and have LoRA adapters; the two maps are
+trained.
 
-n windows, B batch size, T time steps, D variables, K forecast steps, F features of a time step, C hidden size.
+n series or windows, B batch size, T time steps, D variables, K steps that are forecast at once, F features of a time
+step, C hidden size, N contexts, h steps of a forecast.
 """
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 import flops
 from experiments.forecasting.settings import Training
 from experiments.forecasting.training import TrainingError
-from experiments.storage.files import write_whole
 from flops.model import linear, total
 from flops.primitives import ABS, ADD, EXP, MUL, reduction
 from flops.training import BACKWARD_PER_FORWARD, block_backward, linear_backward, rms_norm_backward
@@ -32,7 +31,7 @@ from qwen_min.model import rotary_tables
 
 LAGS = 4  # a position reads so many of the newest time steps
 LOG_OFFSET = 0.05  # added to values before their logarithm
-AT_ONCE = 3  # of the K steps, a forecast uses so many, and then reads them; chosen on the validation set
+AT_ONCE = 3  # a forecast keeps so many of the K steps and reads them as values; chosen on the validation set
 REPEATS = 4  # how often an epoch reads a window, on average
 PERIODS = (10.0, 1.0, 0.1)  # of the sines and cosines of the newest value: they tell close values apart
 FEATURES_PER_VARIABLE = 2 * LAGS + 2 * len(PERIODS)
@@ -61,14 +60,17 @@ def check(model: Qwen, settings: Training, num_steps: int, steps: int) -> None:
     and the K = `steps` steps after it.
     """
     available = len(model.model.layers)
-    if settings.direct_layers is None or settings.direct_layers > available:
+    assert settings.direct_layers is not None
+    if settings.direct_layers > available:
         raise TrainingError(
             f"direct_layers is {settings.direct_layers}, expected 1 to {available}, the layers of the model; choose "
             "another --model or --plan"
         )
-    if settings.context is None or settings.context + steps > num_steps:
+    assert settings.context is not None
+    if settings.context + steps > num_steps:
         raise TrainingError(
-            f"a window of {settings.context} time steps and the {steps} after it do not fit series of {num_steps} steps"
+            f"the series have {num_steps} time steps, expected at least {settings.context + steps}, a window of "
+            f"{settings.context} and the {steps} after it; use longer series, or choose another --plan"
         )
 
 
@@ -119,12 +121,6 @@ class DirectForecaster(nn.Module):
         """The features (B, T, F) of series (B, T, D), as the decoder reads them."""
         return (features(series) - self.mean) / self.spread
 
-    def save(self, path: Path) -> None:
-        """Write the maps, the adapters and the normalisation to a file."""
-        base = {name for name, p in self.named_parameters() if not p.requires_grad}
-        kept = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items() if name not in base}
-        write_whole(path, save(kept))
-
     @torch.inference_mode()
     def forecast(self, contexts: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
         """Continue contexts (N, T, D): the medians (N, h, D), and the scales (N, K, D) of the first K steps.
@@ -133,25 +129,26 @@ class DirectForecaster(nn.Module):
         at the end of the contexts. Medians below 0 become 0, because populations are not negative.
         """
         known = torch.from_numpy(contexts).float().to(self.mean.device)
-        num_known, scales = known.shape[1], None
+        num_known, scales = known.shape[1], []
         while known.shape[1] < num_known + horizon:
             location, log_scale = (out[:, -1] for out in self(self.normalised(known)))  # (N, K, D)
-            if scales is None:
-                scales = log_scale.exp() * self.change_spread
+            scales.append(log_scale.exp() * self.change_spread)
             found = known[:, -1:] + location[:, :AT_ONCE] * self.change_spread[:AT_ONCE]
             known = torch.cat((known, found.clamp(min=0)), dim=1)
-        assert scales is not None  # a horizon is at least 1
         medians = known[:, num_known : num_known + horizon]
-        return medians.double().cpu().numpy(), scales.double().cpu().numpy()
+        return medians.double().cpu().numpy(), scales[0].double().cpu().numpy()
 
 
 def nats(medians: np.ndarray, scales: np.ndarray, truth: np.ndarray, width: float) -> np.ndarray:
-    """The mean nats of each true series (N, h, D) under Laplace distributions, of values rounded to `width`: (N).
+    """The mean nats of the values of each true series (N, h, D), rounded to `width`, under Laplace distributions: (N).
 
-    It is the density times the width, which compares with the nats of digits.
+    The probability of a rounded value is that of all values that are rounded to it, so the nats are never negative and
+    compare with those of digits.
     """
-    each = np.abs(truth - medians) / scales + np.log(2 * scales) - np.log(width)
-    return each.mean(axis=(1, 2))
+    near, far = np.abs(truth - medians) - width / 2, np.abs(truth - medians) + width / 2  # the sides of that interval
+    outside = near / scales + math.log(2) - np.log1p(-np.exp(-width / scales))  # both on one side of the median
+    around = -np.log1p(-(np.exp(np.minimum(near, 0) / scales) + np.exp(-far / scales)) / 2)
+    return np.where(near > 0, outside, around).mean(axis=(1, 2))
 
 
 def laplace_loss(location: Tensor, log_scale: Tensor, target: Tensor) -> Tensor:
@@ -165,9 +162,9 @@ class DirectWindows:
     def __init__(self, forecaster: DirectForecaster, series: Tensor, rounded: Tensor, settings: Training):
         """Windows of `settings.context` steps, which begin at every `settings.stride` steps of series (n, T, D).
 
-        The model reads the rounded values, as in the contexts of a test, and learns to forecast the exact ones. An
-        epoch has the windows of a series so much more often as its values vary more, and on average REPEATS times: the
-        series that vary most decide a mean squared error.
+        The model reads the rounded values, as in the contexts of a test, and learns to forecast the exact ones. The
+        more the values of a series vary, the more often an epoch has its windows, on average REPEATS times: the series
+        that vary most decide a mean squared error.
         """
         length, steps = settings.context, forecaster.steps
         assert length is not None  # a plan fills it in before the training
@@ -179,7 +176,7 @@ class DirectWindows:
         self.inputs = torch.cat([inputs[:, start : start + length] for start in starts])  # (n, T, F)
         self.targets = torch.cat([wanted[:, start : start + length] for start in starts])  # (n, T, K, D)
         swing = series.var(1).sum(1).sqrt()  # (n)
-        often = (REPEATS * swing / swing.mean()).round().clamp(min=1).long()
+        often = (REPEATS * swing / swing.mean().clamp(min=1e-6)).round().clamp(min=1).long()
         self.order = torch.arange(len(self.inputs)).repeat_interleave(often.repeat(len(starts)))
         self.forecaster, self.device = forecaster, device
         self.parameters = {name: p for name, p in forecaster.named_parameters() if p.requires_grad}
@@ -200,9 +197,9 @@ class DirectWindows:
 
 
 def step_flops(
-    config: QwenConfig, settings: Training, steps: int, num_variables: int, convention: str = "exact"
+    config: QwenConfig, settings: Training, ahead: int, num_variables: int, convention: str = "exact"
 ) -> int:
-    """FLOPs of one optimizer step of a direct forecaster, as `flops.training_step` counts one of text.
+    """FLOPs of one optimizer step of a forecaster of K = `ahead` steps, as `flops.training_step` counts one of text.
 
     Features and targets are made once, before the training, and do not count.
     """
@@ -210,8 +207,8 @@ def step_flops(
     assert settings.direct_layers is not None
     config = replace(config, num_hidden_layers=settings.direct_layers)
     batch, length, ranks = settings.batch // settings.accumulate, settings.context, settings.ranks
-    rows, hidden, outputs = batch * length, config.hidden_size, 2 * steps * num_variables
-    num_features, values = FEATURES_PER_VARIABLE * num_variables, rows * steps * num_variables
+    rows, hidden, outputs = batch * length, config.hidden_size, 2 * ahead * num_variables
+    num_features, values = FEATURES_PER_VARIABLE * num_variables, rows * ahead * num_variables
     forward = flops.forward(config, batch, length, convention=convention, ranks=ranks, vocabulary=outputs)
     part = total(forward) + linear(rows, num_features, hidden, bias=True) + rows * outputs * ADD  # the head's bias
     part += values * (ADD + ABS + ADD + EXP + MUL + ADD) + reduction(values) + MUL + ADD  # the loss

@@ -21,7 +21,7 @@ class Training:
 
     rank: int | None
     learning_rate: float | None
-    context: int | None  # window length in tokens
+    context: int | None  # window length in tokens, with `direct_layers` in time steps
     steps: int
     batch: int = 4
     stride: int = 256  # tokens between the starts of a trajectory's windows

@@ -3,7 +3,7 @@
 The bytes agree between CPUs of the same kind, with the same number of threads and the same torch. On a GPU they agree
 only up to rounding, because the backward pass of attention sums in no fixed order.
 
-n windows, B batch size, T context length in tokens.
+n windows, B batch size, T context length: tokens, or time steps without text.
 """
 
 import math
@@ -127,7 +127,7 @@ class EnoughTrained(Exception):
 class Steps(NamedTuple):
     """The steps that a training has done."""
 
-    losses: list[float]  # the loss of each step, in nats per token
+    losses: list[float]  # the loss of each step, in nats per target
     seconds: float  # the time spent on steps, summed over all processes that took part
 
 
@@ -147,7 +147,7 @@ def _load_state(
         saved = load(content)
         losses, seconds = saved.pop("losses"), saved.pop("seconds")
         if {name: (t.dtype, t.shape) for name, t in saved.items()} != kinds:
-            raise ValueError("its tensors are not those of the adapter and their moments")
+            raise ValueError("its tensors are not those that are trained and their moments")
         if {losses.dtype, seconds.dtype} != {torch.float64} or seconds.ndim or losses.ndim != 1 or len(losses) > steps:
             raise ValueError("its losses are not those of this training")
         if not all(t.isfinite().all() for t in (*saved.values(), losses, seconds)):

@@ -41,7 +41,7 @@ class Evaluation:
     values: Tensor3  # (N, h, D) scaled; NaN where the text has no well-formed value
     free_losses: Matrix  # (N, L) nats of each target token given the model's own text; NaN after the end of either
     forced_losses: Matrix  # (N, L) nats of each target token given the true tokens before it; NaN on padding
-    nats: Vector  # (N) per target value, among the tokens that the grammar allows (always two digits)
+    nats: Vector  # (N) per target value, among the tokens that the grammar allows (always two digits), or `direct.nats`
 
     def plain(self) -> dict:
         """The fields as JSON can hold them."""
