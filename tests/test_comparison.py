@@ -48,7 +48,7 @@ def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
     flops = json.loads((path / "settings.json").read_text())["flops"]["published"]
     metrics = json.loads((path / "metrics.json").read_text())
     text = {"frontier", "frontier, mean of 20 samples", "trial", "zzz: frontier", "zzz: frontier, mean of 20 samples"}
-    short = {f"direct: direct-{steps}" for steps in (300, 1200, 4800)}  # not judged by the test set
+    short = {f"direct: direct-{steps}" for steps in (300, 1200, 4800, 9600)}  # not judged by the test set
     for name, split, part in (("val-first", "val", "first"), ("val-all", "val", "all"), ("test-all", "test", "all")):
         points, levels, _, hollow = drawn[f"{name}-by-flops"]
         assert set(points) == text | {"direct"} | (short if split == "val" else set())
@@ -110,9 +110,30 @@ def test_figures_leave_the_caller_s_settings_alone(tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 5000
 
 
-def test_an_error_of_0_is_left_out_of_a_logarithmic_axis(tmp_path):
-    figures.against_flops({"exact": (1.0, 0.0), "near": (2.0, 0.1)}, {"level": 0.2}, tmp_path / "errors.png")
-    assert (tmp_path / "errors.png").stat().st_size > 5000
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures, in place of files."""
+    found = []
+    monkeypatch.setattr(figures, "_write", lambda figure, path: found.append(figure))
+    return found
+
+
+def test_an_error_of_0_is_left_out_of_a_logarithmic_axis(drawn):
+    figures.against_flops({"exact": (1.0, 0.0), "near": (2.0, 0.1)}, {"level": 0.2}, Path("errors.png"))
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["near"]
+
+
+def test_names_in_a_figure_do_not_cover_each_other_and_stay_inside(drawn):
+    points = {f"one of twenty {i}": (1e10 * (1 + i / 1000), 0.1 * (1 + i / 100)) for i in range(20)}
+    ends = {"first": (1e8, 0.5), "last": (1e13, 0.01)}
+    figures.against_flops(points | ends, {"level": 0.3}, Path("errors.png"))
+    axes = drawn[0].axes[0]
+    names = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert {"first", "last", "one of twenty 0"} <= set(names)
+    assert 4 < len(names) < 22
+    boxes = list(names.values())
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box.p0, box.p1))
 
 
 def test_a_folder_without_runs_is_refused_without_torch(tmp_path):

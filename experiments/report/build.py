@@ -24,6 +24,7 @@ from experiments.report.results import (
 )
 from experiments.report.sections import WRITERS
 from experiments.storage.files import write_whole
+from experiments.study.plans import HORIZON
 
 SUMS = {  # rows with sums of FLOPs, by section
     "6.2": "trial: sum",
@@ -99,24 +100,35 @@ def _how(run: Run, blocks: Blocks) -> None:
         f"({plan.device_name}, {plan.threads} CPU threads), torch {plan.versions.torch}."
     )
     blocks.code(plan.command)
-    for text in (
+    blocks.text(
         "Errors are in scaled units (population / scale). They are measured against the exact truth over the 10 time "
         "steps after a context of 70. First ten: the ten sequences by which the study judged. Brackets: 95 % interval "
-        "of the mean.",
-        "Mean of samples: the mean of paths drawn from the model, which is the best forecast under a squared error. "
-        "The likeliest digits are one path only, however uncertain the model is. Models are chosen by their validation "
-        "MSE over all sequences; the mean of the context replaces malformed values. "
-        f"Decoding: {identity.decoding}.",
-        "Free loss: cross-entropy of the target given the model's own text, as in the study; only free decoding has "
-        "it. Forced loss: cross-entropy of the target given the true text. Nats per value: the forced loss of a whole "
-        "value among the tokens that the grammar of numbers allows.",
-    ):
-        blocks.text(text)
+        "of the mean. Models are chosen by their validation MSE over all sequences."
+    )
+    if _writers(run):
+        blocks.text(
+            "Mean of samples: the mean of paths drawn from the model, which is the best forecast under a squared "
+            "error. The likeliest digits are one path only, however uncertain the model is. The mean of the context "
+            f"replaces malformed values. Decoding: {identity.decoding}."
+        )
+        blocks.text(
+            "Free loss: cross-entropy of the target given the model's own text, as in the study; only free decoding "
+            "has it. Forced loss: cross-entropy of the target given the true text. Nats per value: the forced loss of "
+            "a whole value among the tokens that the grammar of numbers allows."
+        )
     if direct := [e.name for e in identity.experiments if e.training and e.training.direct_layers]:
         blocks.text(
-            f"No text is written by {', '.join(direct)}: numbers go into the model's first layers and come out. "
-            "The forecast is the median of a Laplace distribution. The samples are drawn for each step by itself."
+            f"No text is written by {', '.join(direct)}: numbers go into the model's first layers and come out. The "
+            "model gives a Laplace distribution for each of the next ten steps. A forecast keeps the medians of three "
+            "steps, reads them as values, and goes on. The samples are drawn for each step by itself. The nats per "
+            "value are those of the ten steps, rounded to two decimals, given the context alone; the forced loss of a "
+            "text is given all earlier values too."
         )
+
+
+def _writers(run: Run) -> list[str]:
+    """The experiments whose model writes text."""
+    return [e.name for e in run.plan.identity.experiments if not (e.training and e.training.direct_layers)]
 
 
 def _results(run: Run, blocks: Blocks) -> None:
@@ -128,7 +140,7 @@ def _results(run: Run, blocks: Blocks) -> None:
     if shown and methods:
         path = run.folder / "figures" / "errors.png"
         figures.errors(shown, set(methods), path)
-        blocks.figure(path, "Mean squared error on the test sequences, with 95 % intervals; language models are blue")
+        blocks.figure(path, "Mean squared error on the test sequences, with 95 % intervals; ours are blue")
     rows = [mse_row(name, scores) for name, scores in run.baselines.items()]
     rows += [mse_row(*method) for name, e in run.experiments.items() for method in methods_of(name, e).items()]
     counts = ", ".join(f"{len(lines)} {split}" for split, lines in run.contexts.items())
@@ -295,12 +307,13 @@ def _sequences_drawn(run: Run, blocks: Blocks, name: str) -> None:
         titles = [f"sequence {row}, MSE {number(lines[row].mse)}" for row in rows]
         forecasts, truths = [line.forecast for line in shown], [line.truth for line in shown]
         figures.fan(["prey", "predator"], contexts, forecasts, bands, drawn / file, truths, titles)
-        band = ", with the central 80 % of its samples over the first 10 steps" if bands is not None else ""
+        band = f", with the central 80 % of its samples over the first {HORIZON} steps" if bands is not None else ""
         training = run.experiments[name].training
         line = "the median" if training and training.direct_layers else "the path of the likeliest digits"
         fold = blocks.folded("Where it fails: the largest errors") if file == "worst.png" else nullcontext()
         with fold:
-            blocks.figure(drawn / file, f"{name}: {caption}. The line is {line}{band}")
+            meaning = f"The MSE is over the first {HORIZON} steps. The forecast is {line}{band}"
+            blocks.figure(drawn / file, f"{name}: {caption}, in scaled populations. {meaning}")
 
 
 def _compute(run: Run, blocks: Blocks) -> None:
@@ -345,13 +358,14 @@ def build(run: Run) -> Blocks:
     _quality(run, blocks)
     blocks.heading(2, "The experiments one by one")
     planned = {experiment.section for experiment in run.plan.identity.experiments}
-    with blocks.folded("Text and tokens (section 3.2.5 of the study)"):
-        example = run.example
-        blocks.text(
-            f"This is the beginning of the second training sequence. The whole sequence has {example.num_characters} "
-            f"characters and {example.num_tokens} tokens."
-        )
-        blocks.code(f"{example.text}\n{example.tokens}")
+    if _writers(run):
+        with blocks.folded("Text and tokens (section 3.2.5 of the study)"):
+            example = run.example
+            blocks.text(
+                "This is the beginning of the second training sequence. The whole sequence has "
+                f"{example.num_characters} characters and {example.num_tokens} tokens."
+            )
+            blocks.code(f"{example.text}\n{example.tokens}")
     for section, (title, write) in WRITERS.items():
         if section in planned:
             with blocks.folded(title):

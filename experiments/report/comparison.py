@@ -68,12 +68,13 @@ def published_errors() -> dict[str, dict[str, float]]:
 def _overview(runs: list[Run], blocks: Blocks) -> None:
     blocks.heading(1, "Comparison of runs")
     blocks.text(
-        "MSE is in scaled units, over the 10 time steps after a context of 70. The published numbers are for ten "
-        "sequences of each split; the study also chose its models on these ten. It trained Qwen2.5-0.5B-Instruct "
-        "with unmasked padding and decoded with a repetition penalty of 1.1. Our runs mask the padding and have no "
-        "penalty; each run below names the weights it started from. Ten sequences measure little: the study's grid "
-        "cell r8 lr0.0001 and its context-512 have the same settings. Mean of samples: the mean of paths drawn from "
-        "the model, which is the best forecast under a squared error."
+        "MSE is in scaled units, over the 10 time steps after a context of 70. The published numbers are copied from "
+        "the study's own report. They are for ten sequences of each split, and the study also chose its models on "
+        "these ten. It trained Qwen2.5-0.5B-Instruct with unmasked padding and decoded with a repetition penalty of "
+        "1.1. Our runs mask the padding and have no penalty; each run below names the weights it started from. Ten "
+        "sequences measure little: the study's grid cell r8 lr0.0001 and its context-512 have the same settings. Mean "
+        "of samples: the mean of paths drawn from the model, which is the best forecast under a squared error. Runs "
+        "of plan direct read and write numbers; their line is the median of a distribution."
     )
     for run in runs:
         identity, plan = run.plan.identity, run.plan
@@ -147,7 +148,7 @@ def build(folder: Path, runs: list[Run]) -> Blocks:
         for name, by_split in published_errors().items()
         if (key := name.split()[1]) in published.TRAINING_FLOPS
     }
-    against = "against the FLOPs of each training as the study counts them; dashed: baselines and untrained models"
+    against = f"against the FLOPs of each training (convention {PUBLISHED}); dashed: baselines and untrained models"
     for split, part, hollow, caption in (
         ("val", "first", trained, f"Validation MSE on the first ten sequences, {against}; hollow: published"),
         ("val", "all", {}, f"Validation MSE on all sequences, {against}; bars: 95 % interval"),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from experiments.storage.files import write_whole
 
@@ -174,8 +175,8 @@ def against_flops(
 ) -> None:
     """Draw error against the FLOPs of a training on logarithmic axes: points for trainings, lines for `levels`.
 
-    points and hollow: (FLOPs, error) or (FLOPs, error, low, high) by name. Where labels would overlap, `points` come
-    before `hollow`, and smaller errors before larger ones.
+    points and hollow: (FLOPs, error) or (FLOPs, error, low, high) by name. A name without room is left out: `points`
+    come before `hollow`, and smaller errors before larger ones.
     """
     figure = Figure(figsize=(9, 4.5))
     axes = figure.subplots()
@@ -183,7 +184,7 @@ def against_flops(
         if level is not None:
             color = CURVES[index % len(CURVES)]
             axes.axhline(level, color=color, linestyle="--", linewidth=1, label=name)
-    labelled: list[tuple[int, float]] = []
+    marked: list[tuple[str, int, float]] = []
     for group, fill in ((points, TEXT), (hollow or {}, "none")):
         for name, (flops, error, *interval) in sorted(group.items(), key=lambda named: named[1][1]):
             if not error > 0:  # a logarithmic axis has no 0
@@ -191,12 +192,22 @@ def against_flops(
             axes.plot(flops, error, "o", color=TEXT, markerfacecolor=fill, markersize=4)
             if interval:
                 axes.vlines(flops, *interval, color=TEXT, linewidth=1)
-            if all(abs(np.log(flops / x)) > 0.7 or abs(np.log(error / y)) > 0.12 for x, y in labelled):
-                labelled.append((flops, error))
-                axes.annotate(name, (flops, error), textcoords="offset points", xytext=(5, -3), fontsize=7)
+            marked.append((name, flops, error))
     axes.set(xlabel="FLOPs of the training", ylabel="MSE (scaled units)", xscale="log", yscale="log")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
+    figure.tight_layout()  # names are placed in the final layout
+    centres = [axes.transData.transform((flops, error)) for _, flops, error in marked]
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]  # in pixels
+    for (name, flops, error), own in zip(marked, list(taken), strict=True):
+        for offset, side in (((5, -3), "left"), ((-5, -3), "right"), ((3, 6), "right"), ((3, -11), "right")):
+            label = axes.annotate(name, (flops, error), textcoords="offset points", xytext=offset, ha=side, fontsize=7)
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5})  # over the lines
+            box = label.get_window_extent()
+            inside = all(axes.bbox.contains(*corner) for corner in (box.p0, box.p1))
+            if inside and not any(box.overlaps(other) for other in taken if other is not own):
+                taken.append(box)
+                break
+            label.remove()
     _write(figure, path)
 
 

@@ -122,7 +122,7 @@ def _read_result(path: Path, counts: dict[str, int], conventions: dict[str, str]
 
 
 def methods_of(name: str, result: Result) -> dict[str, dict[str, Scores]]:
-    """Scores by method and split: the likeliest digits of an experiment and, if it drew samples, their mean."""
+    """Scores by method and split: the forecast of an experiment and, if it drew samples, their mean."""
     methods: dict[str, dict[str, Scores]] = {name: dict(result.metrics)}
     for split, metrics in result.metrics.items():
         if metrics.mean_of_samples and metrics.probabilistic:
