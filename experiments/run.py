@@ -137,6 +137,9 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
             raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
     cli.checked_device(device)
     plan = plans.PLANS[args.plan](args.seed)
+    no_text = all(one.training and one.training.direct_layers for one in plan.experiments)
+    if no_text and (args.numeric_head or args.decoding == "free"):
+        raise cli.CommandError(f"plan {plan.name} writes no text: leave out --numeric-head and --decoding")
     if args.numeric_head:
         plan = plans.with_numeric_head(plan)
     trajectories, parts, units = read_data(args)
@@ -151,8 +154,6 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
         for training in plans.candidates(plan, experiment):
             assert training.context is not None  # candidates have all their settings
             if training.direct_layers:
-                if args.numeric_head or args.decoding == "free":
-                    raise cli.CommandError(f"plan {plan.name} writes no text: leave out --numeric-head and --decoding")
                 direct.check(model, training, trajectories.shape[1], plans.HORIZON)
             else:
                 window_tensors(sample, training, tokenizer.pad_id)  # refuses a context longer than a trajectory
