@@ -111,14 +111,15 @@ def test_a_forecast_does_not_see_what_follows(forecaster, series):
 
 
 def test_an_untrained_forecast_repeats_the_last_value_with_the_spread_of_changes(forecaster, series):
-    medians, scales = forecaster.forecast(series[:, :20].numpy(), STEPS)
-    np.testing.assert_allclose(medians, series[:, 19:20].expand(-1, STEPS, -1), rtol=1e-6)
+    contexts = series[:, :20] / 2
+    medians, scales = forecaster.forecast(contexts.numpy(), STEPS)
+    np.testing.assert_allclose(medians, contexts[:, -1:].expand(-1, STEPS, -1), rtol=1e-6)
     np.testing.assert_allclose(scales, forecaster.change_spread.expand(6, -1, -1), rtol=1e-6)
 
 
 def test_a_long_forecast_continues_the_medians(forecaster, series):
     torch.nn.init.normal_(forecaster.head.weight, std=0.02)
-    context = series[:, :20].numpy()
+    context = series[:, :20].numpy() / 2
     long, scales = forecaster.forecast(context, 2 * direct.AT_ONCE)
     first, same = forecaster.forecast(context, direct.AT_ONCE)
     second, _ = forecaster.forecast(np.concatenate((context, first), axis=1), direct.AT_ONCE)
@@ -126,6 +127,20 @@ def test_a_long_forecast_continues_the_medians(forecaster, series):
     np.testing.assert_array_equal(scales, same)
     assert scales.shape == (6, STEPS, 2)
     assert forecaster.forecast(context, 1)[0].shape == (6, 1, 2)
+
+
+def test_values_above_the_usual_ones_are_scaled_into_the_training_range(forecaster, series):
+    torch.nn.init.normal_(forecaster.head.weight, std=0.02)
+    torch.testing.assert_close(forecaster.usual, torch.quantile(series.amax(1), 0.99, dim=0))
+    context = (series[:1, :20] / series[:1, :20].amax(1, keepdim=True) * forecaster.usual).numpy()
+    medians, scales = forecaster.forecast(context, 6)
+    for factors in ([1.0, 3.0], [2.0, 1.0], [5.0, 0.5]):
+        found, wider = forecaster.forecast(context * np.float32(factors), 6)
+        if min(factors) < 1:  # a smaller context is read as it is
+            assert np.abs(found / factors - medians).max() > 1e-3
+        else:
+            np.testing.assert_allclose(found, medians * factors, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(wider, scales * factors, rtol=1e-4)
 
 
 def test_a_forecast_is_never_negative(forecaster, series):

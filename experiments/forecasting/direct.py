@@ -35,6 +35,7 @@ AT_ONCE = 3  # a forecast keeps so many of the K steps and reads them as values;
 REPEATS = 4  # how often an epoch reads a window, on average
 PERIODS = (10.0, 1.0, 0.1)  # of the sines and cosines of the newest value: they tell close values apart
 FEATURES_PER_VARIABLE = 2 * LAGS + 2 * len(PERIODS)
+USUAL = 0.99  # this share of the training series stays below what counts as a usual value; chosen on the validation set
 
 
 def features(series: Tensor) -> Tensor:
@@ -80,6 +81,7 @@ class DirectForecaster(nn.Module):
     mean: Tensor  # (F) of the features
     spread: Tensor  # (F)
     change_spread: Tensor  # (K, D)
+    usual: Tensor  # (D) the largest values of nearly all training series
 
     def __init__(self, model: Qwen, settings: Training, series: Tensor, steps: int):
         """Inject adapters into the first `settings.direct_layers` layers of the model, and draw the maps.
@@ -97,6 +99,7 @@ class DirectForecaster(nn.Module):
         self.register_buffer("mean", inputs.mean((0, 1)))
         self.register_buffer("spread", inputs.std((0, 1)) + 1e-6)
         self.register_buffer("change_spread", wanted.std((0, 1)) + 1e-6)
+        self.register_buffer("usual", series.amax(1).quantile(USUAL, dim=0))
         self.read = nn.Linear(inputs.shape[2], model.config.hidden_size)
         self.head = nn.Linear(model.config.hidden_size, 2 * steps * self.num_variables)
         nn.init.normal_(self.read.weight, std=0.02)  # as large as a row of the embedding
@@ -127,16 +130,22 @@ class DirectForecaster(nn.Module):
 
         Each pass gives the next AT_ONCE steps, which the following pass reads. The scales are those that the model has
         at the end of the contexts. Medians below 0 become 0, because populations are not negative.
+
+        A variable with a value above the usual ones is made smaller for the model, by a factor, and its forecast is
+        made larger again: when a population is multiplied by a factor, the equations of Rosenzweig and MacArthur stay
+        the same, with other constants.
         """
         known = torch.from_numpy(contexts).float().to(self.mean.device)
+        factor = (self.usual / known.amax(1)).clamp(max=1)[:, None]  # (N, 1, D)
+        known = known * factor
         num_known, scales = known.shape[1], []
         while known.shape[1] < num_known + horizon:
             location, log_scale = (out[:, -1] for out in self(self.normalised(known)))  # (N, K, D)
             scales.append(log_scale.exp() * self.change_spread)
             found = known[:, -1:] + location[:, :AT_ONCE] * self.change_spread[:AT_ONCE]
             known = torch.cat((known, found.clamp(min=0)), dim=1)
-        medians = known[:, num_known : num_known + horizon]
-        return medians.double().cpu().numpy(), scales[0].double().cpu().numpy()
+        medians = known[:, num_known : num_known + horizon] / factor
+        return medians.double().cpu().numpy(), (scales[0] / factor).double().cpu().numpy()
 
 
 def nats(medians: np.ndarray, scales: np.ndarray, truth: np.ndarray, width: float) -> np.ndarray:
