@@ -105,7 +105,7 @@ def _how(run: Run, blocks: Blocks) -> None:
         "steps after a context of 70. First ten: the ten sequences by which the study judged. Brackets: 95 % interval "
         "of the mean. Models are chosen by their validation MSE over all sequences."
     )
-    if _writers(run):
+    if _writes_text(run):
         blocks.text(
             "Mean of samples: the mean of paths drawn from the model, which is the best forecast under a squared "
             "error. The likeliest digits are one path only, however uncertain the model is. The mean of the context "
@@ -116,7 +116,7 @@ def _how(run: Run, blocks: Blocks) -> None:
             "has it. Forced loss: cross-entropy of the target given the true text. Nats per value: the forced loss of "
             "a whole value among the tokens that the grammar of numbers allows."
         )
-    if direct := [e.name for e in identity.experiments if e.training and e.training.direct_layers]:
+    if direct := _without_text(run):
         blocks.text(
             f"No text is written by {', '.join(direct)}: numbers go into the model's first layers and come out. The "
             "model gives a Laplace distribution for each of the next ten steps. A forecast keeps the medians of three "
@@ -126,9 +126,14 @@ def _how(run: Run, blocks: Blocks) -> None:
         )
 
 
-def _writers(run: Run) -> list[str]:
-    """The experiments whose model writes text."""
-    return [e.name for e in run.plan.identity.experiments if not (e.training and e.training.direct_layers)]
+def _without_text(run: Run) -> list[str]:
+    """The experiments whose model reads and writes numbers."""
+    return [e.name for e in run.plan.identity.experiments if e.training and e.training.direct_layers]
+
+
+def _writes_text(run: Run) -> bool:
+    """Whether the model of any experiment writes text."""
+    return len(_without_text(run)) < len(run.plan.identity.experiments)
 
 
 def _results(run: Run, blocks: Blocks) -> None:
@@ -358,7 +363,7 @@ def build(run: Run) -> Blocks:
     _quality(run, blocks)
     blocks.heading(2, "The experiments one by one")
     planned = {experiment.section for experiment in run.plan.identity.experiments}
-    if _writers(run):
+    if _writes_text(run):
         with blocks.folded("Text and tokens (section 3.2.5 of the study)"):
             example = run.example
             blocks.text(

@@ -42,7 +42,7 @@ class Judge:
     ids: dict[str, np.ndarray]  # rows of the trajectories in the data file, by split
     decoding: str
     samples: int  # paths that are drawn for each sequence
-    seed: int  # of the samples
+    seed: int  # of the samples and the GRU
 
     @property
     def scale(self) -> float:
