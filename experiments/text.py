@@ -89,9 +89,9 @@ class Writer:
             merge_and_unload(self.model)
         keep_only_packed(self.model)
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text. Raises CommandError if it is empty, or too long for the answer to fit."""
-        ids, positions = self.tokenizer.encode(text), self.model.config.max_position_embeddings
+    def checked(self, ids: list[int]) -> list[int]:
+        """The token ids of a prompt. Raises CommandError if there are none, or too many for the answer to fit."""
+        positions = self.model.config.max_position_embeddings
         if not ids:
             raise cli.CommandError("the prompt is empty, expected a text to continue")
         if len(ids) + self.args.max_tokens > positions:
@@ -129,7 +129,10 @@ def generate(args: argparse.Namespace, _: Interruption) -> int:
     """Print continuations of the prompt; several are separated by empty lines."""
     writer = Writer(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    ids = writer.encode(prompt)
+    try:
+        ids = writer.checked(writer.tokenizer.encode(prompt))
+    except UnicodeError as error:
+        raise cli.CommandError(str(error)) from error
     for number in range(args.num_samples):
         if number:
             print()
@@ -149,7 +152,7 @@ def chat(args: argparse.Namespace, interruption: Interruption) -> int:
     print("An empty line or Ctrl-D ends the chat; Ctrl-C stops an answer.", file=sys.stderr)
     while line := _asked():
         messages.append({"role": "user", "content": line})
-        ids = writer.encode(template.render(messages))
+        ids = writer.checked(template.encode(writer.tokenizer, messages))
         try:
             with told_speed() as pieces:
                 for piece in writer.write(ids, args.seed + len(messages)):

@@ -1,11 +1,13 @@
 """A ledger of the FLOPs that each experiment spent: an append-only file, debited before each step, with a budget."""
 
+import errno
 import json
 import os
 from collections import defaultdict
 from pathlib import Path
 
 MAX_STEP_FLOPS = 10**30  # each step must cost less
+MAX_BUDGET = 10**40
 
 
 class LedgerError(ValueError):
@@ -28,13 +30,15 @@ class Ledger:
     """A file of one JSON line per optimizer step: {"experiment", "step", "flops"}.
 
     A step is debited once, before it runs. A step repeated after an interruption is not booked again. After a kill or a
-    power cut, a step may be debited that did not run, but no step has run that was not debited.
+    power cut, a step may be debited that did not run, but no step has run that was not debited. Reading writes nothing.
     `budget` and `spent`, the sum of all steps, are in FLOPs. The budget holds for a single writer: a second Ledger on
     the same file does not see the later debits of the first, so together they can overspend.
-    Raises LedgerError when the file is damaged.
+    Raises LedgerError when the file is damaged, and ValueError for a budget that is no number from 0 to MAX_BUDGET.
     """
 
     def __init__(self, path: Path, budget: int):
+        if not 0 <= budget <= MAX_BUDGET:
+            raise ValueError(f"the budget is {budget!r} FLOPs, expected 0 to {MAX_BUDGET:.0e}")
         self.path = Path(path)
         self.budget = budget
         self.spent = 0
@@ -43,23 +47,23 @@ class Ledger:
             self._read()
 
     def _read(self) -> None:
-        content = self.path.read_bytes()
-        complete, newline, torn = content.rpartition(b"\n")
+        # a kill cut what follows the last newline, so its step, which runs after the write, did not run
+        complete = self.path.read_bytes().rpartition(b"\n")[0]
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 entry = json.loads(line)
                 name, step, flops = entry["experiment"], entry["step"], entry["flops"]
                 _check_entry(name, step, flops)
+                if step in self._steps[name]:
+                    raise ValueError(f"step {step} of {name} is booked above")
             except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise LedgerError(
                     f"{self.path}, line {number}: not a ledger entry ({error!r}); restore the file or correct the line"
                 ) from error
             self._book(name, step, flops)
-        if torn:  # a kill cut this write short, so its step, which runs after the write, did not run
-            os.truncate(self.path, len(complete + newline))
 
     def _book(self, experiment: str, step: int, flops: int) -> None:
-        self.spent += flops - self._steps[experiment].get(step, 0)
+        self.spent += flops
         self._steps[experiment][step] = flops
 
     def by_experiment(self) -> dict[str, int]:
@@ -97,11 +101,20 @@ class Ledger:
                 "use the ledger of this run"
             )
         self._check(f"step {step} of {experiment}", flops)
-        new = not self.path.exists()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"experiment": experiment, "step": step, "flops": flops}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        new, line = not self.path.exists(), json.dumps({"experiment": experiment, "step": step, "flops": flops}) + "\n"
+        with self.path.open("a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            if size and file.read(1) != b"\n":  # what an interrupted write left
+                size = self.path.read_bytes().rfind(b"\n") + 1
+                file.truncate(size)
+            try:
+                if file.write(line.encode()) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(size)
+                raise
         if new and os.name == "posix":  # the folder stores the name of a new file, so it needs its own fsync
             folder = os.open(self.path.parent, os.O_RDONLY)
             os.fsync(folder)

@@ -25,6 +25,8 @@ CONVENTIONS = {
     "counted",
 }
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 @dataclass(frozen=True)
 class Op:
@@ -145,6 +147,18 @@ def loss(batch: int, new: int, vocabulary: int, convention: str) -> int:
     return batch * new * (p.softmax(vocabulary) + EXP + ADD)
 
 
+def check_pass(ranks: dict[str, int] | None, head: str, continues: bool, vocabulary: int | None) -> None:
+    """Raise ValueError for a pass that the code does not have; arguments of `forward`, continues: cached or padded."""
+    if unknown := set(ranks or {}) - set(PROJECTIONS):
+        raise ValueError(f"ranks names {sorted(unknown)}, expected some of {', '.join(PROJECTIONS)}")
+    if head not in ("all", "last", "loss"):
+        raise ValueError(f"head is {head!r}, expected 'all', 'last' or 'loss'")
+    if head == "loss" and continues:
+        raise ValueError("head is 'loss' with cached tokens or padding; next_token_loss takes neither")
+    if head != "loss" and vocabulary is not None:
+        raise ValueError(f"vocabulary is {vocabulary} with head {head!r}; only a loss runs over some tokens")
+
+
 def forward(
     config: QwenConfig,
     batch: int,
@@ -161,13 +175,12 @@ def forward(
 
     convention: a key of CONVENTIONS. ranks: LoRA rank by module name, such as {"q_proj": 8, "v_proj": 8}. head: "all"
     logits, those of the "last" position only, or the "loss" of all positions. padded: with an attention mask.
-    vocabulary: the number of tokens that the softmax runs over, None for all. A prefill has cached = 0, a decode step
-    has new = 1. Raises ValueError for an unknown convention or head.
+    vocabulary: the number of tokens that the softmax of the loss runs over, None for all. A prefill has cached = 0, a
+    decode step has new = 1. Raises ValueError for an unknown convention or head, or a pass that the code does not have.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention is {convention!r}, expected one of {', '.join(CONVENTIONS)}")
-    if head not in ("all", "last", "loss"):
-        raise ValueError(f"head is {head!r}, expected 'all', 'last' or 'loss'")
+    check_pass(ranks, head, cached > 0 or padded, vocabulary)
     exact = convention == "exact"
     hidden, vocabulary, rows = config.hidden_size, vocabulary or config.vocab_size, batch * new
     ops = []

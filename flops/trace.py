@@ -8,6 +8,7 @@ device.
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flops import primitives as p
+from flops.model import check_pass
 from flops.primitives import ADD, EXP, MUL, SILU_BACKWARD, TRIG, matmul
 from qwen_min.cache import KVCache
 from qwen_min.config import QwenConfig
@@ -22,13 +24,15 @@ from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
 
 MOVING = """
-_to_copy _unsafe_view alias arange cat clone copy_ detach embedding empty empty_like expand fill_ full full_like gather
-index index_select lift_fresh new_empty new_full new_zeros ones ones_like permute promote_types scalar_tensor select
-select_backward slice slice_backward split squeeze stack t transpose tril unbind unsqueeze view zero_ zeros zeros_like
+_to_copy _unsafe_view alias any all arange cat clone constant_pad_nd copy_ detach embedding empty empty_like
+empty_strided expand fill_ full full_like gather index index_copy_ index_select _local_scalar_dense lift_fresh new_empty
+new_full new_zeros nonzero ones ones_like permute promote_types rand repeat repeat_interleave resize_ roll
+scalar_tensor scatter scatter_ select select_backward slice slice_backward split stack t transpose unbind unfold
+unsqueeze view zero_ zeros zeros_like
 """
 CHOOSING = """
-amax argmax bitwise_and bitwise_not bitwise_or clamp eq ge isin le logical_not lt masked_fill masked_fill_ maximum
-searchsorted sgn where
+amax amin aminmax argmax bitwise_and bitwise_not bitwise_or clamp eq ge gt isfinite isin le logical_and logical_not lt
+masked_fill masked_fill_ max maximum min ne searchsorted sgn sort topk where
 """
 FREE = frozenset((MOVING + CHOOSING).split())
 PER_OUTPUT = {  # FLOPs per number of the result
@@ -55,79 +59,49 @@ PER_OUTPUT = {  # FLOPs per number of the result
 }
 
 
-def _price_matmul(args, _) -> int:
-    *batch, rows, inner = args[0].shape
-    return math.prod(batch) * matmul(rows, inner, args[1].shape[-1])
+def _matmul(a: Tensor, b: Tensor) -> int:
+    *batch, rows, inner = a.shape
+    return math.prod(batch) * matmul(rows, inner, b.shape[-1])
 
 
-def _price_addmm(args, out) -> int:
-    return _price_matmul(args[1:], out) + out.numel() * ADD
-
-
-def _price_pow(args, out) -> int:
+def _pow(args, out) -> int:
     exponent = args[1]
     if isinstance(exponent, Tensor):
         return out.numel() * p.POW
     return out.numel() * {1: 0, 2: MUL}.get(exponent, p.POW)
 
 
-def _price_reduction(args, out) -> int:
-    return out.numel() * p.reduction(args[0].numel() // out.numel())
-
-
-def _price_mean(args, out) -> int:
-    return _price_reduction(args, out) + out.numel() * MUL
-
-
-def _price_cumsum(args, out) -> int:
-    length = out.shape[args[1]]
-    return out.numel() // length * p.reduction(length)
-
-
-def _price_softmax(args, out) -> int:
-    length = out.shape[args[1]]
-    return out.numel() // length * p.softmax(length)
-
-
-def _price_softmax_backward(args, out) -> int:
-    length = out.shape[args[2]]
-    return out.numel() // length * p.softmax_backward(length)
-
-
-def _price_packed_linear(args, out) -> int:
+def _packed_linear(args, out) -> int:
     """x (..., I) times a packed weight, plus a bias if there is one."""
     x, _, bias = args[:3]
     return matmul(out.numel() // out.shape[-1], x.shape[-1], out.shape[-1]) + (bias is not None) * out.numel() * ADD
 
 
-def _price_index_add(args, _) -> int:
-    return args[3].numel() * ADD
+def _sum(args, out) -> int:
+    return out.numel() * p.reduction(args[0].numel() // out.numel())
 
 
-def _price_index_put(args, _) -> int:
-    """The backward pass of indexing: each number is added to its element."""
-    return args[2].numel() * ADD
+def _along(out: Tensor, dim: int, price: Callable[[int], int]) -> int:
+    """The price of an operator on each row of numbers along a dimension."""
+    return out.numel() // out.shape[dim] * price(out.shape[dim])
 
 
-def _price_embedding_backward(args, _) -> int:
-    """Each token's gradient is added to its row of the table."""
-    return args[0].numel() * ADD
-
-
-PRICES = {  # the FLOPs as a function of the operator's arguments and its result
-    "mm": _price_matmul,
-    "bmm": _price_matmul,
-    "addmm": _price_addmm,
-    "pow": _price_pow,
-    "sum": _price_reduction,
-    "mean": _price_mean,
-    "cumsum": _price_cumsum,
-    "_softmax": _price_softmax,
-    "_softmax_backward_data": _price_softmax_backward,
-    "_linear_pointwise": _price_packed_linear,
-    "index_add_": _price_index_add,
-    "index_put": _price_index_put,
-    "embedding_dense_backward": _price_embedding_backward,
+PRICES: dict[str, Callable[..., int]] = {  # the FLOPs as a function of the operator's arguments and its result
+    "mm": lambda args, _: _matmul(*args[:2]),
+    "bmm": lambda args, _: _matmul(*args[:2]),
+    "addmm": lambda args, out: _matmul(*args[1:3]) + out.numel() * ADD,
+    "pow": _pow,
+    "sum": _sum,
+    "mean": lambda args, out: _sum(args, out) + out.numel() * MUL,
+    "cumsum": lambda args, out: _along(out, args[1], p.reduction),
+    "_softmax": lambda args, out: _along(out, args[1], p.softmax),
+    "_softmax_backward_data": lambda args, out: _along(out, args[2], p.softmax_backward),
+    "_linear_pointwise": _packed_linear,
+    # sums into the places of an index: each number is added to its element
+    "index_add_": lambda args, _: args[3].numel() * ADD,
+    "scatter_add_": lambda args, _: args[3].numel() * ADD,
+    "index_put": lambda args, _: args[2].numel() * ADD,
+    "embedding_dense_backward": lambda args, _: args[0].numel() * ADD,
 }
 
 
@@ -154,7 +128,7 @@ class _AttentionAsOne(TorchFunctionMode):
 class Tracer(TorchDispatchMode):
     """A context in which every operator runs and is counted; `flops` holds the sums by operator name.
 
-    Raises ValueError for an operator without a price: add it to PER_OUTPUT, PRICES or FREE.
+    Raises ValueError, before it runs, for an operator without a price: add it to PER_OUTPUT, PRICES or FREE.
     """
 
     def __init__(self):
@@ -172,16 +146,17 @@ class Tracer(TorchDispatchMode):
         self._attention.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if self.inside_attention or name in FREE:
+            return func(*args, **kwargs)
+        if name not in PER_OUTPUT and name not in PRICES:
+            with self:  # in inference mode, operators that consist of others arrive whole
+                out = func.decompose(*args, **kwargs)
+            if out is NotImplemented:
+                raise ValueError(f"operator {func} has no price: add it to flops/trace.py, priced by Table 1")
             return out
-        if name in PER_OUTPUT:
-            self.flops[name] += out.numel() * PER_OUTPUT[name]
-        elif name in PRICES:
-            self.flops[name] += PRICES[name](args, out)
-        else:
-            raise ValueError(f"operator {func} has no price: add it to flops/trace.py, priced by Table 1")
+        out = func(*args, **kwargs)
+        self.flops[name] += out.numel() * PER_OUTPUT[name] if name in PER_OUTPUT else PRICES[name](args, out)
         return out
 
     @property
@@ -213,7 +188,8 @@ def trace_forward(
     padded: bool = False,
     vocabulary: int | None = None,
 ) -> Counter:
-    """FLOPs by operator name of one forward pass; arguments as in `flops.model.forward`."""
+    """FLOPs by operator name of one forward pass; arguments and errors as in `flops.model.forward`."""
+    check_pass(ranks, head, cached > 0 or padded, vocabulary)
     model = meta_model(config, ranks)
     ids = torch.empty(batch, new, dtype=torch.long, device="meta")
     mask = torch.empty(batch, cached + new, dtype=torch.long, device="meta") if padded else None

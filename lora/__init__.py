@@ -1,8 +1,8 @@
 """LoRA, low-rank adaptation (arXiv 2106.09685), for any `torch.nn.Linear`, in peft's file format."""
 
-from lora.checkpoint import AdapterError, load_adapter, read_config, save_adapter
+from lora.checkpoint import load_adapter, read_config, save_adapter
 from lora.inject import LoraConfig, adapter_parameters, config_of, inject, merge, merge_and_unload, remove, unmerge
-from lora.layer import LoRALinear
+from lora.layer import AdapterError, LoRALinear
 
 __all__ = [
     "AdapterError",

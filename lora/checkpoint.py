@@ -1,6 +1,7 @@
 """Read and write adapters in peft's file format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -8,9 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from lora.inject import LoraConfig, adapter_parameters, config_of, inject, remove
-from lora.layer import LoRALinear
+from lora.inject import LoraConfig, adapter_parameters, config_of, new_layers, put_in, tensors_of
+from lora.layer import AdapterError, LoRALinear
 
+CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."  # peft wraps the model, so its tensor names begin with this
 # peft settings that do not affect the output of a trained adapter
 HARMLESS_SETTINGS = frozenset(
@@ -27,14 +29,11 @@ READ_SETTINGS = frozenset(("r", "lora_alpha", "target_modules"))
 UNSET_VALUES: tuple = (None, False, [], {})  # every other setting must have one of these values
 
 
-class AdapterError(ValueError):
-    """An adapter folder cannot be used with this model."""
-
-
 def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
     """Write the adapter of the model to a folder; `base` is recorded as the checkpoint that it was trained on.
 
-    Raises ValueError when the model has no LoRA layer, or when the ranks or alphas of its layers differ.
+    Each file is written whole or not at all. Raises ValueError when the model has no LoRA layer, or when the ranks or
+    alphas of its layers differ.
     """
     folder, config = Path(folder), config_of(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,8 +52,12 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    contents = {TENSORS_FILE: save(tensors, metadata={"format": "pt"})}
+    contents[CONFIG_FILE] = (json.dumps(fields, indent=2) + "\n").encode()
+    for name, content in contents.items():
+        (folder / f"{name}.partial").write_bytes(content)
+    for name in contents:
+        os.replace(folder / f"{name}.partial", folder / name)
 
 
 def read_config(folder: str | Path) -> LoraConfig:
@@ -63,15 +66,15 @@ def read_config(folder: str | Path) -> LoraConfig:
     Raises AdapterError when they cannot be read, or when a setting is not known to be harmless: some variants of LoRA
     compute another output, or need a base model that they changed.
     """
-    path = Path(folder) / "adapter_config.json"
+    path = Path(folder) / CONFIG_FILE
+    if not path.exists() and (below := sorted(path.parent.glob(f"*/{CONFIG_FILE}"))):
+        raise AdapterError(f"{path}: no such file; adapters lie in {', '.join(str(one.parent) for one in below)}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         targets = fields["target_modules"]
         if not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
             raise AdapterError(f"{path}: target_modules is {targets!r}, expected a list of module names")
-        # peft shortens many full names to a list of suffixes; here only the last part of a name counts
-        names = tuple(sorted({name.rpartition(".")[2] for name in targets}))
-        config = LoraConfig(rank=fields["r"], alpha=fields["lora_alpha"], targets=names)
+        config = LoraConfig(rank=fields["r"], alpha=fields["lora_alpha"], targets=tuple(sorted(targets)))
     except AdapterError:
         raise
     except KeyError as error:
@@ -88,38 +91,41 @@ def read_config(folder: str | Path) -> LoraConfig:
 def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
     """Inject the adapter of a folder into a model and return its settings.
 
-    Raises AdapterError, which lists every missing, unexpected or misshapen tensor, when the adapter does not fit, and
-    when the model already has an adapter; the model is then unchanged.
+    Raises AdapterError, which lists every missing, unexpected, misshapen or damaged tensor, when the adapter does not
+    fit, and when the model already has an adapter. After any error the model, and torch's generator, are unchanged.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise AdapterError(f"{folder}: the model already has an adapter; call remove first")
     config = read_config(folder)
-    path = Path(folder) / "adapter_model.safetensors"
+    path = Path(folder) / TENSORS_FILE
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: not a readable safetensors file ({error})") from error
+        there = ", ".join(sorted(one.name for one in path.parent.glob("adapter_model*"))) or "nothing of that name"
+        raise AdapterError(f"{path}: not a readable safetensors file ({error}); in the folder: {there}") from error
     ranks = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim}
     if ranks != {config.rank}:  # checked before memory of that size is allocated
         raise AdapterError(
             f"{folder}: adapter_config.json says rank {config.rank}, the tensors have {sorted(ranks) or 'none'}"
         )
     try:
-        inject(model, config)
+        with torch.random.fork_rng(devices=[]):
+            layers = new_layers(model, config)
     except ValueError as error:
-        raise AdapterError(f"{folder}: the adapter was made for another model ({error})") from error
-    wanted = {PEFT_PREFIX + name: parameter for name, parameter in adapter_parameters(model).items()}
+        raise AdapterError(f"{folder}: {error}") from error
+    wanted = {PEFT_PREFIX + name: parameter for name, parameter in tensors_of(layers).items()}
     problems = [f"missing {name}" for name in wanted if name not in tensors]
-    problems += [f"unexpected {name} {list(tensor.shape)}" for name, tensor in tensors.items() if name not in wanted]
-    problems += [
-        f"{name} has shape {list(tensors[name].shape)}, expected {list(parameter.shape)}"
-        for name, parameter in wanted.items()
-        if name in tensors and tensors[name].shape != parameter.shape
-    ]
+    for name, tensor in tensors.items():
+        if name not in wanted:
+            problems.append(f"unexpected {name} {list(tensor.shape)}")
+        elif tensor.shape != wanted[name].shape:
+            problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(wanted[name].shape)}")
+        elif not (tensor.is_floating_point() and tensor.isfinite().all()):
+            problems.append(f"{name} is of {tensor.dtype} or has NaN or infinity, expected finite numbers")
     if problems:
-        remove(model)
         raise AdapterError(f"{path}: does not fit the model:\n  " + "\n  ".join(problems))
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
+    put_in(model, layers)
     return config

@@ -1,5 +1,6 @@
 """Add LoRA layers to a model, merge them and remove them. Only the model's `torch.nn.Linear` modules are used."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,9 +12,9 @@ from lora.layer import LoRALinear
 class LoraConfig:
     """Settings of an adapter.
 
-    rank r; alpha: the update is scaled by alpha / r; targets: the modules to adapt, by the last part of their names.
-    Raises ValueError when rank is not a positive integer, alpha is not a positive number, or targets is not a sequence
-    of names.
+    rank r; alpha: the update is scaled by alpha / r; targets: the modules to adapt, by their names or the last parts of
+    them, as in peft. Raises ValueError when rank is not a positive integer, alpha is not a positive number, or targets
+    is not a sequence of names.
     """
 
     rank: int
@@ -28,31 +29,59 @@ class LoraConfig:
         names = () if isinstance(self.targets, str) else tuple(self.targets)
         if not (names and all(isinstance(name, str) for name in names)):
             raise ValueError(f"LoRA targets are {self.targets!r}, expected names such as ('q_proj', 'v_proj')")
+        object.__setattr__(self, "targets", names)  # a list would be unequal to a tuple, and has no hash
 
 
 def inject(model: nn.Module, config: LoraConfig) -> list[str]:
     """Freeze the model, replace each Linear that is a target by a LoRALinear, and return the names of these modules.
 
-    The adapter's weights are drawn from torch's global generator. Raises ValueError, and changes nothing, when a target
-    matches no Linear.
+    The adapter's weights are drawn from torch's global generator. Raises ValueError as `new_layers` does, and changes
+    nothing then.
     """
-    last_parts = {
-        name: name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and "lora_" not in name
-    }
-    adapted = [name for name, last in last_parts.items() if last in config.targets]
-    if unmatched := sorted(set(config.targets) - set(last_parts.values())):
-        present = ", ".join(sorted(set(last_parts.values()) - {"base_layer"})) or "none"
+    layers = new_layers(model, config)
+    put_in(model, layers)
+    return list(layers)
+
+
+def new_layers(model: nn.Module, config: LoraConfig) -> dict[str, LoRALinear]:
+    """A LoRALinear for each Linear of a model that is a target, by its name; the model stays as it is.
+
+    Raises ValueError when a target matches no Linear, or one whose weight is not a parameter of it alone: merging
+    would lose the update, or change another layer.
+    """
+    linears = _plain_linears(model)
+    matches = {target: [n for n in linears if n == target or n.endswith(f".{target}")] for target in config.targets}
+    if unmatched := sorted(target for target, names in matches.items() if not names):
+        present = ", ".join(sorted(set(map(_last_part, linears)))) or "none"
         raise ValueError(f"no Linear is called {', '.join(unmatched)}: nothing to adapt; the model's are {present}")
-    for parameter_name, parameter in model.named_parameters():
-        if "lora_" not in parameter_name:
-            parameter.requires_grad_(False)
+    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
+    owners = Counter(id(parameter) for module in modules for parameter in module.parameters(recurse=False))
+    adapted = [name for name in linears if any(name in names for names in matches.values())]
     for name in adapted:
-        parent, _, child = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, child, LoRALinear(getattr(owner, child), config.rank, config.alpha))
-    return adapted
+        if owners[id(linears[name]._parameters.get("weight"))] != 1:
+            raise ValueError(f"the weight of {name} is shared or computed from others, so it cannot be adapted")
+    return {name: LoRALinear(linears[name], config.rank, config.alpha) for name in adapted}
+
+
+def _plain_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears of a model by name, without those inside a LoRALinear; one that has two names is there twice."""
+    inside = {part for layer in model.modules() if isinstance(layer, LoRALinear) for part in layer.modules()}
+    named = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in named if isinstance(module, nn.Linear) and module not in inside}
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def put_in(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    """Put the layers of `new_layers` in, and freeze all other parameters but those of earlier adapters."""
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    adapters = set(adapter_parameters(model).values())
+    for parameter in model.parameters():
+        if parameter not in adapters:
+            parameter.requires_grad_(False)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -64,13 +93,15 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's tensors by name, layer by layer: `<module>.lora_A.weight` (r, I), `<module>.lora_B.weight` (O, r).
+    """The adapter's tensors by name, as `tensors_of`. Raises ValueError when the model has no LoRA layer."""
+    return tensors_of(lora_layers(model))
 
-    Raises ValueError when the model has no LoRA layer.
-    """
+
+def tensors_of(layers: dict[str, LoRALinear]) -> dict[str, nn.Parameter]:
+    """By name, layer by layer: `<module>.lora_A.weight` (r, I), `<module>.lora_B.weight` (O, r)."""
     return {
         f"{name}.{part}.weight": getattr(layer, part).weight
-        for name, layer in lora_layers(model).items()
+        for name, layer in layers.items()
         for part in ("lora_A", "lora_B")
     }
 
@@ -84,8 +115,9 @@ def config_of(model: nn.Module) -> LoraConfig:
     settings = {(layer.rank, layer.alpha) for layer in layers.values()}
     if len(settings) > 1:
         raise ValueError(f"the LoRA layers have several (rank, alpha): {sorted(settings)}; expected the same in all")
-    (rank, alpha), names = settings.pop(), {name.rpartition(".")[2] for name in layers}
-    return LoraConfig(rank, alpha, tuple(sorted(names)))
+    others = set(map(_last_part, _plain_linears(model)))  # adapted in some layers only, they need their full names
+    names = {name if _last_part(name) in others else _last_part(name) for name in layers}
+    return LoraConfig(*settings.pop(), tuple(sorted(names)))
 
 
 def merge(model: nn.Module) -> None:
@@ -94,13 +126,13 @@ def merge(model: nn.Module) -> None:
     Raises ValueError when the model has no LoRA layer, or as `LoRALinear.merge` does.
     """
     layers = [layer for layer in lora_layers(model).values() if not layer.merged]
-    for done, layer in enumerate(layers):
-        try:
+    try:
+        for layer in layers:
             layer.merge()
-        except ValueError:
-            for earlier in layers[:done]:
-                earlier.unmerge()
-            raise
+    except BaseException:  # out of memory above all
+        for layer in layers:
+            layer.unmerge()
+        raise
 
 
 def unmerge(model: nn.Module) -> None:
@@ -116,8 +148,7 @@ def merge_and_unload(model: nn.Module) -> None:
     """
     merge(model)
     for name, layer in lora_layers(model).items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base_layer)
+        model.set_submodule(name, layer.base_layer)
 
 
 def remove(model: nn.Module) -> None:
@@ -127,5 +158,4 @@ def remove(model: nn.Module) -> None:
     """
     for name, layer in lora_layers(model).items():
         layer.unmerge()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base_layer)
+        model.set_submodule(name, layer.base_layer)

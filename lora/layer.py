@@ -1,30 +1,42 @@
 """A linear layer with a low-rank update. I, O input and output features, r rank."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
+class AdapterError(ValueError):
+    """An adapter cannot be used with this model."""
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 class _LowRank(torch.autograd.Function):
-    """scale * (x A^T) B^T in fp32. It saves x in its own dtype; autograd would save an fp32 copy."""
+    """scale * (x A^T) B^T in fp32, also under autocast. It saves x itself; autograd would save an fp32 copy."""
 
     @staticmethod
     def forward(ctx, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        inner = x.to(a.dtype) @ a.T  # (..., r)
-        ctx.save_for_backward(x, a, b, inner)
-        ctx.scale = scale
-        return inner @ b.T * scale  # (..., O)
+        with _no_autocast(x):
+            inner = x.to(a.dtype) @ a.T  # (..., r)
+            ctx.save_for_backward(x, a, b, inner)
+            ctx.scale = scale
+            return inner @ b.T * scale  # (..., O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, a, b, inner = ctx.saved_tensors
-        grad_inner = grad @ b * ctx.scale
-        grad_x = (grad_inner @ a).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_a = grad_inner.reshape(-1, len(a)).T @ x.to(a.dtype).reshape(-1, a.shape[1])
-        grad_b = grad.reshape(-1, len(b)).T @ inner.reshape(-1, len(a)) * ctx.scale
+        with _no_autocast(x):
+            grad_inner = grad @ b * ctx.scale
+            grad_x = (grad_inner @ a).to(x.dtype) if ctx.needs_input_grad[0] else None
+            grad_a = grad_inner.reshape(-1, len(a)).T @ x.to(a.dtype).reshape(-1, a.shape[1])
+            grad_b = grad.reshape(-1, len(b)).T @ inner.reshape(-1, len(a)) * ctx.scale
         return grad_x, grad_a, grad_b, None
 
 
@@ -39,13 +51,16 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         # drawn on the CPU, so that a seed gives the same adapter on every device
-        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, device="cpu", dtype=torch.float32)
-        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32)
+        where = {"device": "meta" if base_layer.weight.is_meta else "cpu", "dtype": torch.float32}
+        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, **where)
+        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, **where)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.to(base_layer.weight.device)
         self._base_weight: Tensor | None
         self.register_buffer("_base_weight", None, persistent=False)  # the unmerged weight, while merged
+        self.register_state_dict_pre_hook(_refuse_merged)
+        self.register_load_state_dict_pre_hook(_refuse_merged)
 
     @property
     def merged(self) -> bool:
@@ -68,17 +83,22 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Add the update to the base weight; the sum is computed in fp32.
 
-        Raises ValueError, and changes nothing, when the merged weight is not finite.
+        Raises AdapterError, and changes nothing, when the merged weight is not finite.
         """
         if self.merged:
             return
         weight = self.base_layer.weight
         merged = (weight.float() + self.delta()).to(weight.dtype)
         if not merged.isfinite().all():
-            raise ValueError("the merged weight is not finite: the adapter is damaged, or its training diverged")
+            raise AdapterError("the merged weight is not finite: the adapter is damaged, or its training diverged")
         self._base_weight, self.base_layer.weight.data = weight.data, merged
 
     def unmerge(self) -> None:
         """Restore the base weight, bit for bit."""
         if self._base_weight is not None:
             self.base_layer.weight.data, self._base_weight = self._base_weight, None
+
+
+def _refuse_merged(layer: LoRALinear, *_) -> None:
+    if layer.merged:
+        raise AdapterError("the model is merged, so its weights already hold the adapter; call unmerge first")

@@ -3,6 +3,7 @@
 B batch, T new tokens, S cached + new tokens, H query heads, K key/value heads, G = H / K, D head size.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 # upper limits for one block, so that it fits the cache of a CPU core: queries of a row; scores of all rows and heads
 QUERY_BLOCK, SCORES_PER_BLOCK = 64, 2**20
+SCORES_OF_ROW = 2**21  # a row with more scores in a block is split by heads, so that long texts need little memory
 # each row of a bias starts at a multiple of this many numbers; the memory-efficient kernel copies a bias that does not
 BIAS_ALIGNMENT = 16
 
@@ -21,32 +23,39 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) ->
 
     The mask is boolean or None.
     """
+    if mask is None or mask.shape[2] < q.shape[2]:
+        mask = pairs_mask(q.shape[2], k.shape[2], q.device, mask)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
     scores = (q @ k.transpose(2, 3)) / q.shape[-1] ** 0.5  # (B, H, T, S)
-    if mask is None:
-        mask = causal_mask(q.shape[2], k.shape[2], q.device)
     scores = scores.masked_fill(~mask, float("-inf"))
     return scores.float().softmax(-1).to(q.dtype) @ v  # (B, H, T, D)
 
 
-def causal_mask(num_new: int, total: int, device: torch.device) -> Tensor:
-    """(T, S) bool, True where a query may attend: itself and earlier tokens. The queries are the last T of S tokens."""
-    return torch.ones(num_new, total, dtype=torch.bool, device=device).tril(total - num_new)
+def pairs_mask(num_new: int, total: int, device: torch.device, real: Tensor | None = None) -> Tensor:
+    """(B or 1, 1, T, S) bool, True where a query may attend: to itself, and to the earlier tokens that are real.
+
+    The queries are the last T of S tokens. real (B or 1, 1, 1, S) is False on padding; None means that there is none.
+    A padding token sees itself: a softmax over no key would give NaN, also in rows that nobody reads.
+    """
+    columns = torch.arange(total, device=device)
+    queries = columns[total - num_new :, None]
+    causal = (columns <= queries)[None, None]
+    return causal if real is None else causal & (real | (columns == queries))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D): (B, H, T, D); each kv head serves G query heads.
 
     Attention Is All You Need (arXiv 1706.03762), section 3.2.1; grouped queries: arXiv 2305.13245.
-    The T new tokens are the last of S. mask None means causal: each new token sees itself and all earlier tokens.
-    A mask (B or 1, 1, T, S) is either boolean, True where q may attend, or a bias that is added to the scores. It may
-    only restrict the causal rule further: no token may attend to a later one. A bias from `grouped_bias` is accepted
-    too.
+    The T new tokens are the last of S: each sees itself and all earlier tokens. mask None means just that. A boolean
+    mask is True where q may attend. With shape (B or 1, 1, T, S) it may only restrict the causal rule further; with
+    (B or 1, 1, 1, S) it marks the real tokens, as in `pairs_mask`. A bias (B or 1, 1, T, S), or one from
+    `grouped_bias`, is added to the scores.
     """
     groups, num_new, total = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     by_kernel = q.is_cuda or torch.is_autocast_enabled("cpu") or (mask is not None and mask.dtype != torch.bool)
-    if runs_in_blocks(num_new, mask is not None) and not by_kernel:
+    if runs_in_blocks(num_new, mask is not None or total > num_new) and not by_kernel:
         return _Blockwise.apply(q, k, v, mask)
     if mask is None and num_new > 1:
         if num_new == total:
@@ -55,7 +64,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
                 # support enable_gqa: the only kernel with both writes all scores to memory
                 k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
-        mask = causal_mask(num_new, total, q.device)[None, None]  # is_causal would align it with the first key
+        mask = pairs_mask(num_new, total, q.device)  # is_causal would align it with the first key
+    elif mask is not None and mask.shape[2] == 1 < num_new:
+        mask = pairs_mask(num_new, total, q.device, mask)
     # The query heads of a kv head are treated as further tokens, so that its keys are read only once. It also lets CUDA
     # use a fused kernel: none supports a mask together with enable_gqa.
     grouped = q.reshape(q.shape[0], k.shape[1], groups * num_new, q.shape[3])  # (B, K, G T, D)
@@ -75,8 +86,8 @@ def attention_after_prefix(
     (batch, kv_heads, prefix, size), (num_rows, heads, num_new, _) = prefix_k.shape, q.shape
     times, groups, total = num_rows // batch, heads // kv_heads, prefix + k.shape[2]
     at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
-    if mask is None and num_new > 1:
-        mask = causal_mask(num_new, total, q.device)[None, None]
+    if num_new > 1 and (mask is None or mask.shape[2] == 1):
+        mask = pairs_mask(num_new, total, q.device, mask)
     if mask is not None:  # (B or 1, 1, n or 1, G or 1, T, P + S)
         mask = mask.reshape(-1, 1, times if len(mask) > 1 else 1, mask.shape[2] // num_new, num_new, total)
 
@@ -137,33 +148,39 @@ class _Blockwise(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, k, v, mask)
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # so o_proj needs no copy
-        for rows, block, seen, weights, _ in _weights_by_block(q, k, mask):
-            part = out[rows, :, block]
-            part.copy_((weights @ v[rows, :, :seen]).view(part.shape))
+        for part in _parts(q, k):
+            for block, seen, weights, _ in _weights_by_block(q, k, mask, part):
+                piece = _grouped(out, k)[part][block]
+                piece.copy_((weights @ v[part][:, :, :seen]).view(piece.shape))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v, mask = ctx.saved_tensors
-        needs_q, needs_k, needs_v = ctx.needs_input_grad[:3]
         scale, at_least_fp32 = q.shape[3] ** -0.5, torch.promote_types(q.dtype, torch.float32)
-        grad_q = torch.empty_like(q) if needs_q else None
-        grad_k, grad_v = (k.new_zeros(k.shape, dtype=at_least_fp32) if need else None for need in (needs_k, needs_v))
-        for rows, block, seen, weights, queries in _weights_by_block(q, k, mask):
-            grad_out = grad[rows, :, block].reshape(queries.shape)  # (b, K, G n, D)
-            if grad_v is not None:
-                grad_v[rows, :, :seen] += weights.transpose(2, 3) @ grad_out
-            if grad_q is None and grad_k is None:
-                continue
-            grad_weights = grad_out @ v[rows, :, :seen].transpose(2, 3)
-            grad_scores = _softmax_backward(grad_weights, weights) * scale
-            if grad_q is not None:
-                part = grad_q[rows, :, block]
-                part.copy_((grad_scores @ k[rows, :, :seen]).view(part.shape))
+        needed = zip((q, k, v), ctx.needs_input_grad, strict=False)
+        grad_q, grad_k, grad_v = (torch.empty_like(x) if need else None for x, need in needed)
+        for part in _parts(q, k):
+            keys, values = k[part], v[part]  # (b, j, S, D)
+            sum_k, sum_v = keys.new_zeros(2, *keys.shape, dtype=at_least_fp32)
+            for block, seen, weights, queries in _weights_by_block(q, k, mask, part):
+                grad_out = _grouped(grad, k)[part][block].reshape(queries.shape)  # (b, j, g n, D)
+                if grad_v is not None:
+                    sum_v[:, :, :seen] += weights.transpose(2, 3) @ grad_out
+                if grad_q is None and grad_k is None:
+                    continue
+                grad_weights = grad_out @ values[:, :, :seen].transpose(2, 3)
+                grad_scores = _softmax_backward(grad_weights, weights) * scale
+                if grad_q is not None:
+                    piece = _grouped(grad_q, k)[part][block]
+                    piece.copy_((grad_scores @ keys[:, :, :seen]).view(piece.shape))
+                if grad_k is not None:
+                    sum_k[:, :, :seen] += grad_scores.transpose(2, 3) @ queries
             if grad_k is not None:
-                grad_k[rows, :, :seen] += grad_scores.transpose(2, 3) @ queries
-        grad_k, grad_v = (None if total is None else total.to(k.dtype) for total in (grad_k, grad_v))
+                grad_k[part] = sum_k
+            if grad_v is not None:
+                grad_v[part] = sum_v
         return grad_q, grad_k, grad_v, None
 
 
@@ -174,27 +191,47 @@ def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
     return weights * (grad - (grad * weights).sum(-1, keepdim=True))
 
 
-def _weights_by_block(q: Tensor, k: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, slice, int, Tensor, Tensor]]:
-    """Yield, for each block of b rows and n queries: row slice, query slice, number of visible keys, attention weights
-    (b, K, G n, keys), query vectors (b, K, G n, D).
+def _grouped(x: Tensor, k: Tensor) -> Tensor:
+    """x (B, H, T, D) as (B, K, G, T, D), where k has K heads."""
+    return x.unflatten(1, (k.shape[1], -1))
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    step = max(1, min(step, size))
+    return [slice(first, min(first + step, size)) for first in range(0, size, step)]
+
+
+def _parts(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
+    """(b rows, j kv heads): parts of the work whose keys are read together."""
+    scores = q.shape[1] * QUERY_BLOCK * k.shape[2]  # of a row in a block
+    heads = _slices(k.shape[1], k.shape[1] * SCORES_OF_ROW // scores)
+    return list(itertools.product(_slices(q.shape[0], SCORES_PER_BLOCK // scores), heads))
+
+
+def _weights_by_block(
+    q: Tensor, k: Tensor, mask: Tensor | None, part: tuple[slice, slice]
+) -> Iterator[tuple[tuple[slice, ...], int, Tensor, Tensor]]:
+    """Yield, for each block of g query heads and n queries: its place in (b, j, G, T), number of visible keys,
+    attention weights (b, j, g n, keys), query vectors (b, j, g n, D).
 
     Scores and softmax are computed in at least fp32.
     """
-    (batch, heads, num_new, size), (kv_heads, total) = q.shape, k.shape[1:3]
+    num_new, total, everything = q.shape[2], k.shape[2], slice(None)
     at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
-    future = ~causal_mask(num_new, total, q.device)  # (T, S), True on keys later than the query
-    rows_at_once = max(1, SCORES_PER_BLOCK // (heads * QUERY_BLOCK * total))
-    for rows in (slice(row, row + rows_at_once) for row in range(0, batch, rows_at_once)):
-        keys = k[rows].to(at_least_fp32).transpose(2, 3)  # (b, K, D, S)
-        for start in range(0, num_new, QUERY_BLOCK):
-            block = slice(start, min(start + QUERY_BLOCK, num_new))
-            seen = total - num_new + block.stop
-            queries = q[rows, :, block].reshape(len(keys), kv_heads, -1, size)  # (b, K, G n, D)
-            scores = (queries.to(at_least_fp32) * size**-0.5) @ keys[..., :seen]
-            by_query = scores.view(len(keys), heads, -1, seen)
-            if mask is None:
-                first = total - num_new + start  # every query of the block sees all earlier keys
-                by_query[..., first:].masked_fill_(future[block, first:seen], -torch.inf)
-            else:
-                by_query.masked_fill_(~mask[rows if len(mask) > 1 else slice(1), :, block, :seen], -torch.inf)
-            yield rows, block, seen, scores.softmax(-1).to(q.dtype), queries
+    keys = k[part].to(at_least_fp32).transpose(2, 3)  # (b, j, D, S)
+    mask = mask[part[0]] if mask is not None and len(mask) > 1 else mask
+    for new in _slices(num_new, QUERY_BLOCK):
+        size, seen = new.stop - new.start, total - num_new + new.stop
+        if mask is None:
+            visible, first = pairs_mask(size, size, q.device), seen - size  # every query sees all earlier keys
+        elif mask.shape[2] < num_new:
+            visible, first = pairs_mask(size, seen, q.device, mask[..., :seen]), 0
+        else:
+            visible, first = mask[:, :, new, :seen], 0
+        for heads in _slices(q.shape[1] // k.shape[1], SCORES_OF_ROW // (QUERY_BLOCK * total)):
+            block = everything, everything, heads, new
+            queries = _grouped(q, k)[part][block].flatten(2, 3)  # (b, j, g n, D)
+            scores = (queries.to(at_least_fp32) * q.shape[3] ** -0.5) @ keys[..., :seen]
+            by_query = scores.view(len(keys), -1, size, seen)  # (b, j g, n, keys)
+            by_query[..., first:].masked_fill_(~visible, -torch.inf)
+            yield block, seen, scores.softmax(-1).to(q.dtype), queries

@@ -4,6 +4,8 @@ Autograd saves every intermediate result: for RMSNorm an fp32 copy of its input,
 feed-forward's width. These functions save only their inputs and recompute the rest: a few operations per element.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,12 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which products on x's device keep the dtypes of their factors, also under autocast."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
         normalised = _at_least_fp32(x) * inverse
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * normalised.to(x.dtype)).view(-1, len(weight)).sum(0).to(weight.dtype)
+            grad_weight = (grad * normalised.to(x.dtype)).reshape(-1, len(weight)).sum(0).to(weight.dtype)
         # with n the normalised x and g the gradient: (w g - n mean(w g n)) / sqrt(mean(x^2) + eps)
         grad_normalised = _at_least_fp32(grad * weight)
         projection = (grad_normalised * normalised).mean(-1, keepdim=True)

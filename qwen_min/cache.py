@@ -1,17 +1,13 @@
 """The key/value cache: preallocated memory for the tokens processed so far, owned by the caller."""
 
 import copy
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from qwen_min.attention import attention, attention_after_prefix
 from qwen_min.config import QwenConfig
-
-if TYPE_CHECKING:
-    from qwen_min.continuation import CapturedPasses
-    from qwen_min.model import Qwen
 
 
 class AttentionCache(Protocol):
@@ -28,12 +24,16 @@ class KVCache:
     In a pass, the model reserves space, each layer writes its keys and values and attends to them, and the model
     advances `length`. `length` is the number of filled columns. It is the same for every row: rows of unequal length
     are padded on the left. `truncate` forgets tokens; `rows` returns a view of some rows. A cache records no gradients:
-    fill it under `torch.no_grad()`.
+    fill it under `torch.no_grad()` or `torch.inference_mode()`.
 
     B batch, K kv heads, T new tokens, S filled + new tokens, D head size. `keys` and `values` are
-    (layers, B, K, capacity, D). device and dtype None mean torch's defaults; `KVCache.for_model` takes them from a
-    model.
+    (layers, B, K, capacity, D). device and dtype None mean torch's defaults.
     """
+
+    keys: Tensor
+    values: Tensor
+    first = 0  # the column that `keys` and `values` begin with: after the prefix in a fork
+    captured: Any = None  # what `GraphContinuation` captured for this memory
 
     def __init__(
         self,
@@ -45,18 +45,15 @@ class KVCache:
     ):
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         shape = (layers, batch_size, heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside inference mode
+            self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.batch_size, self.capacity = batch_size, capacity
         self.length = 0
-        self.first = 0  # the column that `keys` and `values` begin with: after the prefix in a fork
-        self.captured: CapturedPasses | None = None  # by `GraphContinuation`, for this memory
 
-    @classmethod
-    def for_model(cls, model: "Qwen", batch_size: int, capacity: int) -> "KVCache":
-        """An empty cache with the device and the dtype of the model's weights."""
-        weight = model.head_weight
-        return cls(model.config, batch_size, capacity, weight.device, weight.dtype)
+    @property
+    def num_tokens(self) -> int:
+        """The filled columns that hold tokens or padding of the caller."""
+        return self.length
 
     def reserve(self, batch_size: int, num_tokens: int) -> None:
         """Raise ValueError unless `batch_size` is the cache's and `num_tokens` more tokens fit."""
@@ -94,7 +91,7 @@ class KVCache:
         """Mark the next `num_tokens` columns as filled."""
         self.length += num_tokens
 
-    def rows(self, rows: slice) -> "KVCache":
+    def rows(self, rows: slice) -> Self:
         """A view of some rows: it shares the memory of this cache and has its own `length`."""
         part = copy.copy(self)
         part.keys, part.values = self.keys[:, rows], self.values[:, rows]
@@ -118,19 +115,31 @@ class ForkedCache(KVCache):
     those that are not filled count as padding, see `mask`.
     """
 
-    @torch.inference_mode()
     def __init__(self, prefix: KVCache, times: int, num_new_tokens: int):
         layers, batch_size, heads, capacity, size = prefix.keys.shape
         self.prefix, self.times = prefix, times
         self.batch_size, self.capacity = batch_size * times, capacity + num_new_tokens
-        self.keys, self.values = (
-            stored.new_empty(layers, self.batch_size, heads, num_new_tokens, size)
-            for stored in (prefix.keys, prefix.values)
-        )
+        shape = (layers, self.batch_size, heads, num_new_tokens, size)
+        with torch.inference_mode(False):
+            self.keys, self.values = prefix.keys.new_empty(shape), prefix.values.new_empty(shape)
         self.first = self.length = capacity
-        self.captured = None
         for stored in (prefix.keys, prefix.values):
             stored[:, :, :, prefix.length :] = 0  # masked, but a NaN in uninitialised memory would still spread
+
+    @property
+    def num_tokens(self) -> int:
+        return self.length - self.first + self.prefix.num_tokens
+
+    def rows(self, rows: slice) -> Self:
+        """As in `KVCache`. Raises ValueError for a slice that holds some but not all continuations of a row."""
+        first, last, step = rows.indices(self.batch_size)
+        if step != 1 or first % self.times or last % self.times:
+            raise ValueError(
+                f"got rows {first} to {last} of a fork; expected all {self.times} of each row of its prefix"
+            )
+        part = super().rows(rows)
+        part.prefix = self.prefix.rows(slice(first // self.times, last // self.times))
+        return part
 
     def mask(self, attention_mask: Tensor | None) -> Tensor | None:
         """The mask (B n, first) of this cache for the mask (B, filled) of the prefix; None means no padding."""

@@ -1,15 +1,19 @@
 """The text that a chat model expects for a conversation, by the checkpoint's own template."""
 
 import json
+import re
+import secrets
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen_min.config import CheckpointError
+from qwen_min.tokenizer import Tokenizer
 
 
 class ChatTemplate:
@@ -20,42 +24,105 @@ class ChatTemplate:
     """
 
     def __init__(self, folder: Path):
-        self.path, source = _read(folder)
+        self.path, self.source, self.special_tokens = _read(Path(folder))
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
+            self._template = environment.from_string(self.source)
+        except Exception as error:  # deep nesting is a RecursionError
             raise CheckpointError(f"{self.path}: not a readable chat template ({error})") from error
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
         """The text of a conversation, up to where the model's answer begins.
 
         messages: dictionaries with a `role` ("system", "user" or "assistant") and a `content`, oldest first. Raises
-        CheckpointError when the template refuses them.
+        CheckpointError when the template refuses them, or fails.
         """
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True)
-        except (TemplateError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: the chat template refuses the conversation ({error})") from error
+            return self._template.render(messages=list(messages), add_generation_prompt=True, **self.special_tokens)
+        except Exception as error:  # a template can raise what any program can
+            reason = str(error) or type(error).__name__
+            raise CheckpointError(f"{self.path}: the chat template refuses the conversation ({reason})") from error
+
+    def encode(
+        self, tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], allow_special: bool = False
+    ) -> list[int]:
+        """The token ids of a conversation, as `render` writes it.
+
+        Control tokens come from the template alone; those in a message are encoded as the characters that they are.
+        With allow_special they stay control tokens, the default of transformers. Raises CheckpointError as `render`,
+        and ValueError as `Tokenizer.encode`.
+        """
+        if allow_special:
+            return tokenizer.encode(self.render(messages))
+        control = tokenizer.control_tokens(self.source)
+        longest_first = sorted(control, key=len, reverse=True)
+        whole = "|".join(map(re.escape, longest_first))
+        begun = "|".join(re.escape(token[:size]) for token in longest_first for size in range(len(token) - 1, 0, -1))
+        start, end = secrets.token_hex(16), secrets.token_hex(16)  # marks that no message contains
+        # the end of a message might become a control token with what follows it
+        quoted = re.compile(rf"{whole}|(?:{begun})(?=\s*\Z)")
+        text = self.render(_each_text(list(messages), lambda found: quoted.sub(rf"{start}\g<0>{end}", found)))
+        if start not in text:
+            return tokenizer.encode(text)
+        ids, plain = [], ""
+        pieces = re.split(rf"{start}({whole}|{begun}){end}|{start}|{end}|({whole})", text) + [None, None]
+        for piece, in_message, token in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
+            plain += piece + (in_message or "")
+            if token:
+                ids += [*tokenizer.encode_plain(plain, control), control[token]]
+                plain = ""
+        return ids + tokenizer.encode_plain(plain, control)
 
 
-def _read(folder: Path) -> tuple[Path, str]:
-    """The file that holds the template of a checkpoint folder, and the template."""
-    alone, config = Path(folder) / "chat_template.jinja", Path(folder) / "tokenizer_config.json"
+class _Generation(Extension):
+    """transformers' tag around what the model wrote; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja's way
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+
+def _read(folder: Path) -> tuple[Path, str, dict[str, str]]:
+    """The file that holds the template of a checkpoint folder, the template, and the special tokens by name."""
+    alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     try:
-        if alone.exists():
-            return alone, alone.read_text(encoding="utf-8")
         record = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        if isinstance(source := record.get("chat_template"), str):
-            return config, source
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{config}: not a readable JSON file ({error})") from error
-    raise CheckpointError(f"{folder}: has no chat template; expected a checkpoint that was trained to chat, 'Instruct'")
+        named = {name: token.get("content") if isinstance(token, dict) else token for name, token in record.items()}
+        special = {name: token for name, token in named.items() if name.endswith("_token") and isinstance(token, str)}
+        if alone.exists():
+            return alone, alone.read_text(encoding="utf-8"), special
+        source = record.get("chat_template")
+        if isinstance(source, list):
+            source = {one["name"]: one["template"] for one in source}
+        if isinstance(source, dict):
+            source = source["default"]
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{config}: not readable, or without a default template ({error!r})") from error
+    if not isinstance(source, str):
+        raise CheckpointError(
+            f"{folder}: has no chat template; expected a checkpoint that was trained to chat, 'Instruct'"
+        )
+    return config, source, special
+
+
+def _each_text(value: Any, change) -> Any:
+    """The value with `change` applied to every text in it; keys of dictionaries stay."""
+    if isinstance(value, dict):
+        return {key: _each_text(part, change) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_text(part, change) for part in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -12,6 +12,10 @@ class CheckpointError(ValueError):
     """A checkpoint folder, its config, its tensors or its tokenizer cannot be used."""
 
 
+class NotFiniteError(ValueError):
+    """A model computed NaN or infinity where a number is needed."""
+
+
 @dataclass(frozen=True)
 class QwenConfig:
     """Sizes and constants of a dense Qwen2.5 decoder, named as in `config.json`.
@@ -61,31 +65,40 @@ class QwenConfig:
     def from_dict(cls, record: dict) -> "QwenConfig":
         """Build the config from a parsed `config.json`; fields that do not affect the computation are ignored.
 
-        Raises CheckpointError, which names the field, for another model type, an enabled sliding window, scaled rotary
-        positions, another activation, or a missing or malformed field.
+        Raises CheckpointError, which names the field, for another model type, an enabled sliding window, attention in
+        both directions, scaled rotary positions, dual-chunk attention, quantised weights, another
+        activation, or a missing or malformed field.
         """
-        record = dict(record)
-        # transformers 5 writes rope_theta inside rope_parameters, earlier versions write it at the top level
-        rope = record.get("rope_parameters") or {}
-        layers = record.get("layer_types") or []
+        # transformers 5 writes rope_theta inside rope_parameters, which it prefers; earlier versions at the top level
+        rope, layers = record.get("rope_parameters") or {}, record.get("layer_types") or []
         if not (isinstance(rope, dict) and isinstance(layers, list)):
             raise CheckpointError(
                 f"config.json: rope_parameters is {rope!r}, layer_types is {layers!r}; expected an object and a list"
             )
-        record.setdefault("rope_theta", rope.get("rope_theta"))
-        scaling = record.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
-        unscaled = not scaling or scaling == {"rope_type": "default"} or scaling == {"type": "default"}
+        defaults = {"tie_word_embeddings": False, "is_causal": True, "hidden_act": "silu"}
+        record = defaults | record | {name: rope[name] for name in ("rope_theta",) if rope.get(name) is not None}
+        if record.get("num_key_value_heads", ...) is None:  # as in transformers; a missing field stays an error
+            record["num_key_value_heads"] = record.get("num_attention_heads")
+        scalings = [record.get("rope_scaling") or {}, {name: rope[name] for name in rope if name != "rope_theta"}]
         sliding = record.get("use_sliding_window", False) or "sliding_attention" in layers
         supported = {
-            "model_type": (record.get("model_type"), record.get("model_type") == "qwen2", "'qwen2'"),
-            "use_sliding_window": (True, not sliding, "false: only full attention is implemented"),
-            "rope_scaling": (scaling, unscaled, "null: only unscaled rotary positions are implemented"),
-            "hidden_act": (record.get("hidden_act"), record.get("hidden_act", "silu") == "silu", "'silu'"),
+            "model_type": (record.get("model_type") == "qwen2", "'qwen2'"),
+            "quantization_config": (not record.get("quantization_config"), "null: the weights are quantised"),
+            "quantization": (not record.get("quantization"), "null: the weights are quantised"),
+            "is_causal": (record["is_causal"] is True, "true: only causal attention is implemented"),
+            "use_sliding_window": (not sliding, "false: only full attention is implemented"),
+            "dual_chunk_attention_config": (
+                not record.get("dual_chunk_attention_config"),
+                "null: it is not implemented; up to its original_max_position_embeddings it changes nothing, so set "
+                "max_position_embeddings to that number and remove it",
+            ),
+            "rope_scaling": (_unscaled(scalings[0]), "null: only unscaled rotary positions are implemented"),
+            "rope_parameters": (_unscaled(scalings[1]), "only rope_theta: only unscaled positions are implemented"),
+            "hidden_act": (record["hidden_act"] == "silu", "'silu'"),
         }
-        for name, (got, right, expected) in supported.items():
+        for name, (right, expected) in supported.items():
             if not right:
-                raise CheckpointError(f"config.json: {name} is {got!r}, expected {expected}")
-        record.setdefault("tie_word_embeddings", False)
+                raise CheckpointError(f"config.json: {name} is {record.get(name)!r}, expected {expected}")
         names = [field.name for field in fields(cls)]
         if missing := [name for name in names if record.get(name) is None]:
             raise CheckpointError(f"config.json: missing {', '.join(missing)}")
@@ -107,3 +120,10 @@ class QwenConfig:
         if not isinstance(record, dict):
             raise CheckpointError(f"{path}: contains a {type(record).__name__}, expected a JSON object")
         return cls.from_dict(record)
+
+
+def _unscaled(scaling: object) -> bool:
+    """Return whether a rope_scaling, or the rest of rope_parameters, leaves the rotary positions as they are."""
+    return isinstance(scaling, dict) and all(
+        name in ("rope_type", "type") and value == "default" for name, value in scaling.items()
+    )

@@ -24,7 +24,13 @@ class Continuation:
     """
 
     def __init__(self, model: Qwen, cache: KVCache, attention_mask: Tensor | None = None):
-        """attention_mask (B, filled) is 0 on the padding in the cache; None means that there is no padding."""
+        """attention_mask (B, filled) is 0 on the padding in the cache; None means that there is no padding.
+
+        Raises ValueError for a mask of another shape.
+        """
+        if attention_mask is not None and attention_mask.shape != (cache.batch_size, cache.length):
+            filled = cache.batch_size, cache.length
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, expected {filled} as the filled cache")
         self.decoder, self.cache, self.mask = model.model, cache, attention_mask
 
     @torch.inference_mode()
@@ -69,20 +75,27 @@ class CapturedPasses:
     """The mask and the captured passes of a cache; every batch that uses the cache shares them."""
 
     def __init__(self, decoder: Decoder, cache: KVCache):
-        self.parameters = list(decoder.parameters())  # these references keep their memory from being reused
-        self.addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.parameters, self.scales = list(decoder.parameters()), _scales(decoder)
+        self.addresses = [parameter.data_ptr() for parameter in self.parameters]  # changed by merging and by `.to`
         self.mask = torch.zeros(cache.batch_size, cache.capacity, dtype=torch.long, device=cache.keys.device)
         self.passes: dict[int, _Pass] = {}
 
     def fits(self, decoder: Decoder) -> bool:
-        """Return whether the decoder's parameters are the same tensors at the same addresses.
+        """Return whether the decoder's parameters are the same tensors at the same addresses, and scaled alike.
 
         They are not after an adapter was added, removed or merged. Training writes into the same memory: the graphs
         read the new values.
         """
         now = list(decoder.parameters())
         same = len(now) == len(self.parameters) and all(map(operator.is_, now, self.parameters))
-        return same and [parameter.data_ptr() for parameter in now] == self.addresses
+        return (
+            same and [parameter.data_ptr() for parameter in now] == self.addresses and _scales(decoder) == self.scales
+        )
+
+
+def _scales(decoder: Decoder) -> list[float | None]:
+    """The factors of the adapters in the decoder: a graph holds them as constants."""
+    return [getattr(module, "scale", None) for module in decoder.modules()]
 
 
 class GraphContinuation(Continuation):
@@ -105,18 +118,20 @@ class GraphContinuation(Continuation):
         for stored in (cache.keys, cache.values):
             # these columns are masked, but a NaN in uninitialised memory would still spread
             stored[:, :, :, cache.length - cache.first :] = 0
-        self.mask[:, : cache.length] = 1 if attention_mask is None else attention_mask  # passes write the other columns
+        self.mask[:, : cache.length] = (
+            1 if attention_mask is None else attention_mask.bool()
+        )  # passes write the other columns
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
         batch_size, num_new = ids.shape
-        self.decoder.check_length(self.cache.length + num_new)
+        self.decoder.check_length(self.cache.num_tokens + num_new)
         self.cache.reserve(batch_size, num_new)
         if num_new not in self.passes:
             self.passes[num_new] = _Pass(batch_size, num_new, ids.device)
         step = self.passes[num_new]
         step.ids.copy_(ids)
-        step.real.fill_(1) if real is None else step.real.copy_(real)
+        step.real.fill_(1) if real is None else step.real.copy_(real.bool())
         torch.arange(self.cache.length, self.cache.length + num_new, out=step.columns)
         if step.graph is None and self.captures:
             step.graph, step.hidden = _capture(lambda: self._run(step), ids.device)
@@ -165,7 +180,8 @@ def _capture(run: Callable[[], Tensor], device: torch.device) -> tuple[torch.cud
                 if isinstance(error.__context__, torch.OutOfMemoryError):
                     raise error.__context__ from None
                 raise
-        before.wait_stream(stream)
+            finally:
+                before.wait_stream(stream)
     return graph, result
 
 
@@ -202,16 +218,17 @@ class ReusedCache:
         self.forked: ForkedCache | None = None
 
     def take(self, batch_size: int, capacity: int) -> KVCache:
-        """An empty cache: the last one if its shape is the same, otherwise a new one.
+        """An empty cache: the last one if its shape, dtype and device are the same, otherwise a new one.
 
         The content of the last cache is no longer valid. On a GPU the capacity is rounded up.
         """
-        capacity = self._rounded(capacity)
-        if self.cache is None or (self.cache.batch_size, self.cache.capacity) != (batch_size, capacity):
-            self.cache = self.forked = None  # release them first: the memory may not hold two of each
-            self.cache = KVCache.for_model(self.model, batch_size, capacity)
-        self.cache.truncate(0)
-        return self.cache
+        capacity, weight, cache = self._rounded(capacity), self.model.head_weight, self.cache
+        wanted = batch_size, capacity, weight.dtype, weight.device
+        if cache is None or (cache.batch_size, cache.capacity, cache.keys.dtype, cache.keys.device) != wanted:
+            cache = self.cache = self.forked = None  # release them first: the memory may not hold two of each
+            cache = self.cache = KVCache(self.model.config, batch_size, capacity, weight.device, weight.dtype)
+        cache.truncate(0)
+        return cache
 
     def fork(self, times: int, num_new_tokens: int) -> ForkedCache:
         """A cache with `times` continuations of each row of the last cache that `take` returned, now filled.

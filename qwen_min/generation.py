@@ -3,6 +3,7 @@
 B batch, T prompt tokens, S samples of each prompt, C hidden size, V vocabulary.
 """
 
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_min.cache import KVCache
+from qwen_min.config import NotFiniteError
 from qwen_min.continuation import ReusedCache, continuation
 from qwen_min.linear import linear, pack
 from qwen_min.model import Qwen
@@ -39,10 +41,10 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
             f"the prompts have {lengths} tokens, expected at least one prompt, and at least one token in each"
         )
     longest = max(lengths)
-    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts])
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + [*map(operator.index, p)] for p in prompts], device="cpu")
     if min(lengths) == longest:
         return ids, None
-    return ids, torch.tensor([[0] * (longest - n) + [1] * n for n in lengths])
+    return ids, torch.tensor([[0] * (longest - n) + [1] * n for n in lengths], device="cpu")
 
 
 @torch.inference_mode()
@@ -92,16 +94,24 @@ def decode_steps(
 
     cache and hidden (B, C) are the results of `prefill`, attention_mask (B, T) is its mask. `choose` takes the logits
     to the tokens. `running` is True for the rows that had not ended before this token; the other rows get pad_id.
-    Stops after num_new_tokens, or soon after every row has ended.
+    Stops after num_new_tokens, or soon after every row has ended. Raises NotFiniteError for logits that are NaN or
+    +infinity, on a GPU up to 16 steps later.
     """
-    # reading `running` synchronises with the GPU, so check every 16 steps only
+    # reading a result synchronises with the GPU, so check every 16 steps only
     check_interval = 16 if hidden.is_cuda else 1
     append = continuation(model, cache, attention_mask)
     ends = torch.tensor(sorted(end_ids), device=hidden.device, dtype=torch.long)
     running = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+    largest = torch.full((len(hidden),), -torch.inf, dtype=hidden.dtype, device=hidden.device)  # logit so far
     for step in range(1, num_new_tokens + 1):
         with torch.inference_mode():
             logits = linear(hidden, model.head_weight)
+            largest = torch.maximum(largest, logits.amax(-1))  # NaN stays
+            if (step % check_interval == 0 or step == num_new_tokens) and not (largest < torch.inf).all():
+                rows = (~(largest < torch.inf)).nonzero()[:, 0].tolist()
+                raise NotFiniteError(
+                    f"new token {step}: the logits of rows {rows} are not finite; check weights and dtype"
+                )
             tokens = torch.where(running, choose(logits), pad_id)
         yield tokens, logits, running
         if len(ends):
@@ -119,9 +129,11 @@ def _checked_prompts(
     if num_new_tokens < 1:
         raise ValueError(f"num_new_tokens is {num_new_tokens}, expected at least 1")
     rows: list = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
-    if rows and isinstance(rows[0], int):
+    if rows and not hasattr(rows[0], "__len__"):
         rows = [rows]
     ids, mask = pad_left(rows, pad_id)
+    if ids.min() < 0 or ids.max() >= (size := model.config.vocab_size):
+        raise ValueError(f"tokens and pad_id are {ids.min()} to {ids.max()}, expected 0 to {size - 1}")
     if ids.shape[1] + num_new_tokens - 1 > model.config.max_position_embeddings:
         raise ValueError(
             f"{ids.shape[1]} prompt + {num_new_tokens} new tokens exceed the model's "
@@ -148,11 +160,11 @@ def generate(
     """Continue each prompt by up to num_new_tokens tokens: greedily, or with a temperature by draws.
 
     prompts: lists of token ids of any lengths, or a tensor (B, T); a single list, or a tensor (T), is a batch of one.
-    A row stops after any of end_ids and is filled up with pad_id. return_logits keeps the logits of every step.
-    temperature to repetition_penalty: as in `Sampling`. num_samples: so many continuations of each prompt, which is
-    processed only once. The draws depend on the seed and on the number of rows.
-    Raises ValueError for an empty prompt, for num_new_tokens or num_samples < 1, for rules that `Sampling` refuses, or
-    for more tokens than the model has positions.
+    A row stops after any of end_ids and is filled up with pad_id, a token of the model. return_logits keeps the logits
+    of every step. temperature to repetition_penalty: as in `Sampling`. num_samples: so many continuations of each
+    prompt, which is processed only once. A draw depends on the seed, the number of rows, its row and its step.
+    Raises ValueError for an empty prompt, an unknown token, num_new_tokens or num_samples < 1, rules that `Sampling`
+    refuses, or more tokens than the model has positions; NotFiniteError as `decode_steps`.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1")

@@ -1,4 +1,4 @@
-"""Linear layers. On CPUs, weights may be packed: copied into the layout that oneDNN multiplies fastest.
+"""Linear layers. On CPUs, frozen weights may be packed: copied into the layout that oneDNN multiplies fastest.
 
 Without packed copies oneDNN converts each bf16 weight at every product, which doubles the time of a decode step; in
 fp32 a decode step takes half as long again, and twice as long with ten rows. The copies take as much memory as the
@@ -6,14 +6,13 @@ weights: call `pack` before decoding and `unpack` before training. For a model t
 frees the weights themselves.
 """
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from qwen_min.model import Qwen
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # private operators of torch, so some versions may not have them
 MKLDNN_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
@@ -35,26 +34,33 @@ def multiplies_bfloat16(device: str | torch.device) -> bool:
 
 
 class _Packed:
-    """A packed copy and its source weight; the reference keeps the source's address from being reused."""
+    """A packed copy, and what identifies its source weight without keeping it alive."""
 
     def __init__(self, weight: Tensor):
-        self.source, self.version = weight.detach(), weight._version
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(self.source, None)
+        self.storage, self.address, self.version = _storage(weight), weight.data_ptr(), weight._version
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
     def matches(self, weight: Tensor) -> bool:
         """Return whether the weight is unchanged since it was packed.
 
-        A write through `weight.data` is not detected: call `unpack` after it.
+        A write past autograd, through `weight.data` or a numpy view, is not detected: call `unpack` after it.
         """
-        return weight.data_ptr() == self.source.data_ptr() and weight._version == self.version
+        now = weight.data_ptr(), weight._version
+        return now == (self.address, self.version) and _storage(weight) == self.storage
 
     def __reduce__(self):
         return type(None), ()  # a pickled model does not contain its packed copies
 
 
+def _storage(weight: Tensor) -> StorageWeakRef:
+    """A weak reference: while it exists no other storage is equal to it, even at the same address."""
+    return StorageWeakRef(weight.untyped_storage())
+
+
 def _can_pack(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
+        and not weight.requires_grad  # fused optimizers write without a new version
         and not weight.is_inference()  # inference tensors have no version counter
         and torch.backends.mkldnn.is_available()
         and all(hasattr(torch.ops.mkldnn, name) for name in MKLDNN_OPERATORS)
@@ -65,38 +71,59 @@ def _can_pack(weight: Tensor) -> bool:
     )
 
 
-def _matrices(model: "Qwen") -> list[Any]:
+def _matrices(model: nn.Module) -> list[Any]:
     """The weights of all linear layers and of the head. Any, because `pack` gives these tensors an attribute."""
     return [module.weight for module in model.modules() if isinstance(module, Linear)] + [model.head_weight]
 
 
 @torch.no_grad()
-def pack(model: "Qwen") -> None:
-    """Pack every weight whose packed copy is missing or out of date.
+def pack(model: nn.Module) -> None:
+    """Pack every weight of a Qwen whose packed copy is missing or out of date; if one fails, there is no copy at all.
 
-    Only bf16 and large fp32 weights on a CPU are packed; other weights lose an earlier copy. The copies are used where
-    no gradient is recorded, and ignored once the weight has changed.
+    Only frozen bf16 and large frozen fp32 weights on a CPU are packed; other weights lose an earlier copy. The copies
+    are used where no gradient is recorded. A weight that has changed, or takes part in training, loses its copy.
     """
-    for weight in _matrices(model):
-        packed = getattr(weight, "packed", None)
-        if not _can_pack(weight):
-            weight.packed = None
-        elif packed is None or not packed.matches(weight):
-            weight.packed = _Packed(weight)
+    try:
+        for weight in _matrices(model):
+            packed = getattr(weight, "packed", None)
+            if packed is None or not packed.matches(weight) or not _can_pack(weight):
+                weight.packed = None  # freed before the new copy is made
+                weight.packed = _Packed(weight) if _can_pack(weight) else None
+    except BaseException:
+        unpack(model)
+        raise
 
 
-def unpack(model: "Qwen") -> None:
+def unpack(model: nn.Module) -> None:
     """Free the packed copies of the weights."""
     for weight in _matrices(model):
         weight.packed = None
 
 
+def unpack_trained(weight: Any) -> None:
+    """Free the packed copy of a weight that requires a gradient: no optimizer has to announce how it writes."""
+    if weight.requires_grad:
+        weight.packed = None
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, (..., O), for x (..., I), weight (O, I), bias (O); from the packed weight if there is one."""
+    unpack_trained(weight)
     packed = getattr(weight, "packed", None)
-    if packed is None or torch.is_grad_enabled() or x.dtype != weight.dtype or not packed.matches(weight):
+    if packed is None or torch.is_grad_enabled() or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    if not packed.matches(weight):
+        weight.packed = None  # type: ignore[attr-defined]
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed.weight, bias, "none", [], "")
+
+
+class Embedding(nn.Embedding):
+    """A torch.nn.Embedding whose weight may also be the head's: in training it loses its packed copy."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        unpack_trained(self.weight)
+        return super().forward(ids)
 
 
 class Linear(nn.Linear):
@@ -107,25 +134,40 @@ class Linear(nn.Linear):
 
 
 class PackedLinear(nn.Module):
-    """A Linear of which only the packed weight is left. It has no `weight`, so nothing can train, merge or save it."""
+    """A Linear of which only the packed weight is left. What needs the weight itself raises ValueError."""
 
     def __init__(self, source: Linear):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(source.weight.detach(), None)
-        self.bias = source.bias
+        self.bias, self.dtype = source.bias, source.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """x weight^T + bias, (..., O), for x (..., I). Raises ValueError where a gradient would be recorded."""
+        """x weight^T + bias, (..., O), in the weight's dtype, for x (..., I)."""
         if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError("a model of which only packed weights are left cannot train; load it again")
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            self._refuse()
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, "none", [], "")
+
+    def _refuse(self, *_) -> NoReturn:
+        raise ValueError(
+            "a model of which only packed weights are left cannot train, be merged, moved, converted, copied or saved; "
+            "load it again"
+        )
+
+    weight = property(_refuse)
+    __getstate__ = _save_to_state_dict = _load_from_state_dict = _refuse  # type: ignore[assignment]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        kept = torch.empty(0, dtype=self.dtype)
+        if (moved := fn(kept)).dtype != kept.dtype or moved.device != kept.device:
+            self._refuse()
+        return self
 
 
 @torch.no_grad()
-def keep_only_packed(model: "Qwen") -> None:
-    """Replace the Linear layers of a model by packed ones, for inference in the memory of the weights alone.
+def keep_only_packed(model: nn.Module) -> None:
+    """Replace the Linear layers of a Qwen by packed ones, for inference in the memory of the weights alone.
 
-    An adapter should be put in before; it can no longer be merged or removed. There is no way back: load the model
+    An adapter should be put in before; it can be removed, but no longer merged. There is no way back: load the model
     again. Weights that `pack` does not pack stay.
     """
     # nothing here holds a Linear for long, so that each weight is freed before the next one is packed

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qwen_min.autograd import no_autocast
+from qwen_min.linear import unpack_trained
 from qwen_min.model import Qwen
 
 # (positions, vocabulary rows of the head) of one chunk: the first fits the cache of a CPU, the second fills a GPU
@@ -33,7 +35,8 @@ def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, with_mean: bool) ->
             row = targets[part, None] - first  # the target's row in this chunk, if it is one of its rows
             at_row = logits.gather(-1, row.clamp(0, len(rows) - 1)).to(at_least_fp32)
             target_logits[part] = torch.where((row >= 0) & (row < len(rows)), at_row, target_logits[part])
-            higher = torch.maximum(top[part], logits.amax(-1, keepdim=True))
+            # all logits of a chunk may be -inf, and -inf - -inf is NaN
+            higher = torch.maximum(top[part], logits.amax(-1, keepdim=True)).clamp(min=torch.finfo(top.dtype).min)
             weights = (logits - higher).exp_()
             shrink = (top[part] - higher).exp_()
             total[part] = total[part] * shrink + weights.sum(-1, keepdim=True)
@@ -50,9 +53,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
         needs_hidden, needs_weight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
-        losses, log_sums, grad_hidden = _losses(hidden, weight, targets, needs_hidden)
+        with no_autocast(hidden):
+            losses, log_sums, grad_hidden = _losses(hidden, weight, targets, needs_hidden)
         if grad_hidden is not None:
-            grad_hidden = ((grad_hidden - weight[targets]) / len(targets)).to(hidden.dtype)
+            grad_hidden = (grad_hidden - weight[targets]) / len(targets)  # fp32: in fp16 it could vanish
+        ctx.dtype = hidden.dtype
         ctx.save_for_backward(grad_hidden, *((hidden, weight, targets, log_sums) if needs_weight else ()))
         return losses.mean()
 
@@ -61,27 +66,34 @@ class _HeadCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor):
         grad_hidden, *saved_for_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        return grad_hidden, _grad_weight(grad_loss, *saved_for_weight) if saved_for_weight else None, None, None
+            grad_hidden = (grad_hidden * grad_loss).to(ctx.dtype)
+        with no_autocast(grad_loss):
+            grad_weight = _grad_weight(grad_loss, *saved_for_weight) if saved_for_weight else None
+        return grad_hidden, grad_weight, None, None
 
 
 def _grad_weight(grad_loss: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, log_sums: Tensor) -> Tensor:
     """grad_loss (softmax - one-hot of the target)^T hidden / N, (V, C), in chunks of the head's rows.
 
-    It is computed in at least fp32 and returned in the weight's dtype.
+    The logits are those of the forward pass, rounded alike: other ones would give a softmax that does not sum to 1. All
+    else is computed in at least fp32; the result has the weight's dtype.
     """
-    hidden = hidden.to(log_sums.dtype)
-    scaled = hidden * (grad_loss / len(targets))
-    grad = [(hidden @ rows.to(hidden.dtype).T - log_sums[:, None]).exp_().T @ scaled for rows in weight.split(CHUNK[1])]
+    scaled = hidden.to(log_sums.dtype) * (grad_loss / len(targets))
+    grad = [(hidden @ rows.T - log_sums[:, None]).exp_().T @ scaled for rows in weight.split(CHUNK[1])]
     return torch.cat(grad).index_add_(0, targets, -scaled).to(weight.dtype)
 
 
 def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean over N positions of -log softmax(hidden weight^T)[target], in nats: a scalar in at least fp32.
 
-    hidden (N, C), weight (V, C), targets (N) integers from 0 to V - 1. A frozen weight gets no gradient.
+    hidden (N, C), weight (V, C), targets (N) integers from 0 to V - 1. A frozen weight gets no gradient. The products
+    have the weight's dtype, also under autocast. Raises ValueError for other targets, but not on a GPU, because the
+    check would synchronise.
     """
-    return _HeadCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
+    unpack_trained(weight)
+    if targets.device.type == "cpu" and ((targets < 0) | (targets >= len(weight))).any():
+        raise ValueError(f"targets are {targets.min()} to {targets.max()}, expected 0 to {len(weight) - 1}")
+    return _HeadCrossEntropy.apply(hidden.to(weight.dtype), weight, targets, torch.is_grad_enabled())
 
 
 @torch.no_grad()
@@ -91,7 +103,9 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def check_targets(targets: Tensor, vocabulary: Tensor) -> None:
-    """Raise ValueError when a target token is not in the vocabulary; both are token ids, of any length."""
+    """Raise ValueError when the vocabulary is not ascending or lacks a target; both are token ids, of any length."""
+    if not (vocabulary[1:] > vocabulary[:-1]).all():
+        raise ValueError(f"the vocabulary is {vocabulary.tolist()}, expected ascending token ids")
     if len(outside := targets[~torch.isin(targets, vocabulary)]):
         raise ValueError(
             f"token {outside[0]} is to be predicted, but is not in the vocabulary of {len(vocabulary)} tokens; "
@@ -108,13 +122,16 @@ def next_token_loss(
     it, because attention is causal. None means that every row is full. Keep lengths on the CPU: reading it from a GPU
     would synchronise. vocabulary (n), ascending token ids: the softmax runs over these tokens only, and every predicted
     token must be one of them. None means all tokens. On a GPU this is not checked, because the check would synchronise.
-    Raises ValueError when there is no token to predict, or when one is not in the vocabulary.
+    Raises ValueError when there is no token to predict, when one is not in the vocabulary, or for other lengths.
     """
     hidden = model.model(ids)  # (B, T, C)
     if lengths is None:
         hidden, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     else:
-        followed = torch.arange(1, ids.shape[1] + 1) < lengths.cpu()[:, None]  # (B, T), True where the next is text
+        lengths, (rows, width) = lengths.cpu(), ids.shape
+        if lengths.shape != (rows,) or not ((lengths >= 0) & (lengths <= width)).all():
+            raise ValueError(f"lengths are {lengths.tolist()}, expected {rows} numbers from 0 to {width}")
+        followed = torch.arange(1, width + 1, device="cpu") < lengths[:, None]  # (B, T), True where the next is text
         positions = followed.flatten().nonzero()[:, 0].to(ids.device, non_blocking=True)
         hidden, targets = hidden.flatten(0, 1).index_select(0, positions), ids.flatten().index_select(0, positions + 1)
     if len(targets) == 0:
@@ -123,5 +140,6 @@ def next_token_loss(
     if vocabulary is not None:
         if targets.device.type == "cpu":
             check_targets(targets, vocabulary)
+        unpack_trained(weight)
         weight, targets = weight[vocabulary], torch.searchsorted(vocabulary, targets)
     return head_cross_entropy(hidden, weight, targets)

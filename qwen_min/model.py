@@ -9,11 +9,11 @@ Where numbers are cast to fp32 and back follows `modeling_qwen2.py` of transform
 import torch
 from torch import Tensor, nn
 
-from qwen_min.attention import attention, grouped_bias
+from qwen_min.attention import attention, grouped_bias, pairs_mask
 from qwen_min.autograd import rms_norm, swiglu
 from qwen_min.cache import AttentionCache, KVCache
 from qwen_min.config import QwenConfig
-from qwen_min.linear import Linear, linear
+from qwen_min.linear import Embedding, Linear, linear
 
 
 class RMSNorm(nn.Module):
@@ -51,27 +51,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_mask_and_positions(
     num_cached: int, num_new: int, attention_mask: Tensor | None, device: torch.device
 ) -> tuple[Tensor | None, Tensor]:
-    """The mask of allowed pairs, (B or 1, 1, T, S) bool, and the position of each new token, (B or 1, T).
+    """The mask for `attention` and the position of each new token, (B or 1, T).
 
-    attention_mask (B, S) is 1 on real tokens and 0 on left padding; None means no padding. The returned mask is None
-    where `attention` needs none: without padding, and with an empty cache (plain causal) or one new token (it sees all
-    tokens).
+    attention_mask (B, S) is not 0 on real tokens and 0 on left padding; None means no padding. The returned mask has a
+    row for each query where it is cheap or each layer would make its own: for one new token, and on CUDA.
     """
-    total = num_cached + num_new
+    total, real = num_cached + num_new, None
     if attention_mask is None:
         positions = torch.arange(num_cached, total, device=device)[None]  # (1, T)
         if num_cached == 0 or num_new == 1:
             return None, positions
     else:
+        real = attention_mask.bool()[:, None, None]  # (B, 1, 1, S)
         # the first real token of a left-padded row has position 0
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, num_cached:]  # (B, T)
-    columns = torch.arange(total, device=device)
-    queries = columns[num_cached:, None]
-    allowed = columns <= queries  # (T, S), causal, aligned to the lower right corner
-    if attention_mask is not None:
-        # a padding token sees itself: a softmax over no key would give NaN, also in rows that nobody reads
-        allowed = allowed & (attention_mask.bool()[:, None, None, :] | (columns == queries))
-    return allowed.expand(attention_mask.shape[0] if attention_mask is not None else 1, 1, num_new, total), positions
+        positions = (real[:, 0, 0].cumsum(-1) - 1).clamp(min=0)[:, num_cached:]  # (B, T)
+    by_query = num_new == 1 or device.type == "cuda"
+    return pairs_mask(num_new, total, device, real) if by_query else real, positions
 
 
 class Attention(nn.Module):
@@ -145,7 +140,7 @@ class Decoder(nn.Module):
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -153,7 +148,7 @@ class Decoder(nn.Module):
         """Hidden states (B, T, C) of ids (B, T); arguments and errors as in `Qwen.forward`."""
         num_cached, num_new = (0 if cache is None else cache.length), ids.shape[1]
         total = num_cached + num_new
-        self.check_length(total)
+        self.check_length(num_new + (0 if cache is None else cache.num_tokens))
         if attention_mask is not None and attention_mask.shape != (ids.shape[0], total):
             raise ValueError(
                 f"attention_mask is {tuple(attention_mask.shape)}, expected {(ids.shape[0], total)}: "
@@ -197,7 +192,7 @@ class Head(nn.Module):
 
     def __init__(self, config: QwenConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.weight = nn.Parameter(0.02 * torch.randn(config.vocab_size, config.hidden_size))
 
 
 class Qwen(nn.Module):

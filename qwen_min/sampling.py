@@ -4,13 +4,20 @@ R rows, V vocabulary. The steps and their order are those of `transformers.gener
 """
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
+LIMIT = 1e10  # rules beyond it, or below 1 / LIMIT, could turn a logit into infinity
+
 
 class SamplingError(ValueError):
     """A rule of choice that is out of range."""
+
+
+def _is_number(value: object, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -31,14 +38,15 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise SamplingError(f"temperature is {self.temperature!r}, expected 0 (greedy) or more")
-        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
+        span = f"{1 / LIMIT} to {LIMIT}"
+        if not _is_number(self.temperature) or (self.temperature and not 1 / LIMIT <= self.temperature <= LIMIT):
+            raise SamplingError(f"temperature is {self.temperature!r}, expected 0 (greedy) or {span}")
+        if self.top_k is not None and not (_is_number(self.top_k, Integral) and self.top_k >= 1):
             raise SamplingError(f"top_k is {self.top_k!r}, expected an integer of at least 1, or None")
-        if not 0 < self.top_p <= 1:
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise SamplingError(f"top_p is {self.top_p!r}, expected more than 0 and at most 1")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise SamplingError(f"repetition_penalty is {self.repetition_penalty!r}, expected a positive number")
+        if not (_is_number(self.repetition_penalty) and 1 / LIMIT <= self.repetition_penalty <= LIMIT):
+            raise SamplingError(f"repetition_penalty is {self.repetition_penalty!r}, expected {span}")
 
     def adjusted(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """The logits (R, V) under these rules, in at least fp32; -inf marks a token that cannot be drawn.
@@ -76,22 +84,25 @@ class Chooser:
     ):
         """Rows i n to i n + n - 1, where n is `times`, continue prompt i of ids (B, T); mask (B, T) is 0 on padding.
 
-        There will be at most `steps` calls. The draws depend on the seed and the number of rows alone.
+        There will be at most `steps` calls. A draw depends on the seed, the number of rows, its row and its step alone.
         """
         self.sampling, self.step = sampling, 0
-        self.uniforms: Tensor | None = None  # (R, steps)
+        self.uniforms: Tensor | None = None  # (steps, R)
         self.seen: Tensor | None = None  # (R, V)
         if sampling.temperature:
-            generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device draws the same numbers
-            self.uniforms = torch.rand(len(ids) * times, steps, generator=generator).to(ids.device)
+            generator = torch.Generator("cpu").manual_seed(
+                seed
+            )  # on the CPU, so that every device draws the same numbers
+            draws = torch.rand(steps, len(ids) * times, generator=generator, dtype=torch.float64, device="cpu")
+            self.uniforms = draws.to(ids.device)
         if sampling.repetition_penalty != 1:
             counts = torch.zeros(len(ids), vocabulary, dtype=torch.long, device=ids.device)
-            counts.scatter_add_(1, ids, torch.ones_like(ids) if mask is None else mask)
+            counts.scatter_add_(1, ids, torch.ones_like(ids) if mask is None else mask.long())
             self.seen = (counts > 0).repeat_interleave(times, 0)
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The next token of each row, (R), for logits (R, V)."""
-        uniforms = None if self.uniforms is None else self.uniforms[:, self.step]
+        uniforms = None if self.uniforms is None else self.uniforms[self.step]
         tokens = choose(self.sampling.adjusted(logits, self.seen), uniforms)
         self.step += 1
         if self.seen is not None:

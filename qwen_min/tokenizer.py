@@ -1,5 +1,6 @@
 """Convert text to token ids and back with a checkpoint's `tokenizer.json`."""
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,18 +14,21 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 class Tokenizer:
-    """A tokenizer, read from the `tokenizer.json` at `path`. It adds no special tokens to a text.
+    """A tokenizer, read from the `tokenizer.json` at `path`. It adds no special tokens to a text and cuts none.
 
-    `pad_id` is the token id for padding; each of `end_ids` ends a text. Raises CheckpointError when the file is
-    missing, damaged, or has no end-of-text token.
+    `pad_id` is the token id for padding; each of `end_ids` ends a text, by default END_TOKENS. Raises CheckpointError
+    when the file is missing, damaged, or has no end-of-text token.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, end_ids: Iterable[int] | None = None):
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+            self._json = Path(path).read_text(encoding="utf-8")
+            self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
         except Exception as error:  # the library raises no narrower type
             raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
-        ids = [self._tokenizer.token_to_id(token) for token in END_TOKENS]
+        self._tokenizer.no_truncation()  # settings of a training that the file may hold
+        self._tokenizer.no_padding()
+        ids = [self._tokenizer.token_to_id(token) for token in END_TOKENS] if end_ids is None else end_ids
         self.end_ids = tuple(i for i in ids if i is not None)
         pad_id = self._tokenizer.token_to_id(PAD)
         if pad_id is None:
@@ -35,8 +39,22 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """The token ids of a text. Raises ValueError for half of a surrogate pair, from input that was no UTF-8."""
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise ValueError(f"the text {text!r} is not Unicode; expected UTF-8") from error
+
+    def control_tokens(self, template: str) -> dict[str, int]:
+        """The tokens that steer a chat, and their ids: all special tokens, and others of its template's text."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {token.content: i for i, token in added if token.special or token.content in template}
+
+    def encode_plain(self, text: str, control: Iterable[str]) -> list[int]:
+        """The token ids of a text in which the tokens of `control` are ordinary characters."""
+        record = json.loads(self._json)
+        record["added_tokens"] = [token for token in record["added_tokens"] if token["content"] not in control]
+        return tokenizers.Tokenizer.from_str(json.dumps(record)).encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are left out."""

@@ -3,10 +3,12 @@
 When loaded, each tensor is copied at most once.
 """
 
+import functools
 import hashlib
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
-FLOAT_DTYPES = ("BF16", "F16", "F32")
+FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 COMPANIONS = (  # the files of a checkpoint besides its weights and its config.json
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.json",
     "merges.txt", "special_tokens_map.json",
@@ -26,7 +28,7 @@ COMPANIONS = (  # the files of a checkpoint besides its weights and its config.j
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def checkpoint_folder(source: str | Path, files: tuple[str, ...] = ("*.safetensors", "*.json")) -> Path:
+def checkpoint_folder(source: str | Path, files: tuple[str, ...] = ("*.safetensors", "*.json", "*.jinja")) -> Path:
     """The folder of a checkpoint. source: an existing folder, "tiny" (the embedded checkpoint), or a hub id such as
     "Qwen/Qwen2.5-0.5B-Instruct".
 
@@ -53,13 +55,17 @@ def checkpoint_folder(source: str | Path, files: tuple[str, ...] = ("*.safetenso
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: those that its index lists, or the single one.
+    """The safetensors files of a checkpoint folder.
 
-    Raises CheckpointError when a file is missing, or when the index is damaged or points outside the folder.
+    They are model.safetensors, which wins over the index of an earlier save as in transformers, or those that the index
+    lists, or without an index all shards. Raises CheckpointError when a file is missing, or when the index is damaged
+    or points outside the folder.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
+    index, shards = folder / "model.safetensors.index.json", sorted(folder.glob("model-*-of-*.safetensors"))
+    if (folder / "model.safetensors").exists() or not (index.exists() or shards):
         names = {"model.safetensors"}
+    elif not index.exists():
+        names = {shard.name for shard in shards}
     else:
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -68,7 +74,9 @@ def weight_files(folder: Path) -> list[Path]:
         if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
             raise CheckpointError(f"{index}: lists {strange[0]!r}, expected files in the same folder")
     if missing := sorted(name for name in names if not (folder / name).is_file()):
-        raise CheckpointError(f"{folder}: missing {', '.join(missing)}")
+        there = "an adapter, which needs its checkpoint" if (folder / "adapter_config.json").exists() else (
+            ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing")  # fmt: skip
+        raise CheckpointError(f"{folder}: missing {', '.join(missing)}; the folder holds {there}")
     return [folder / name for name in sorted(names)]
 
 
@@ -79,6 +87,24 @@ def checkpoint_hash(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def end_ids(folder: Path) -> list[int] | None:
+    """The tokens that end a text: `eos_token_id` of generation_config.json, else of config.json; None if in neither.
+
+    Raises CheckpointError when one of the files cannot be read, or when it has something else than token ids.
+    """
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+        except (OSError, ValueError, RecursionError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
+        if found is not None:
+            ids = found if isinstance(found, list) else [found]
+            if not all(type(i) is int for i in ids):
+                raise CheckpointError(f"{path}: eos_token_id is {found!r}, expected token ids")
+            return ids
+    return None
 
 
 def tensor_problems(expected: dict[str, torch.Size], got: dict[str, list[int]]) -> list[str]:
@@ -118,10 +144,10 @@ def load_weights(
 ) -> None:
     """Replace the (meta) parameters of `model` by the tensors of a checkpoint folder.
 
-    dtype None keeps the checkpoint's dtype. If the config ties the head to the embedding and the checkpoint stores a
-    head nevertheless, it must equal the embedding. On CUDA, cuDNN's attention is turned off for the whole process.
-    Raises CheckpointError, which lists every missing, unexpected or misshapen tensor or names the damaged file; the
-    model is then unchanged.
+    dtype None keeps the checkpoint's dtype, the widest if it has several. If the config ties the head to the embedding
+    and the checkpoint stores a head nevertheless, it must equal the embedding. On CUDA, cuDNN's attention is turned off for the whole process.
+    Raises CheckpointError, which lists every missing, unexpected or misshapen tensor, or names the damaged file or the
+    tensor with NaN or infinity; the model is then unchanged.
     """
     expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
     headers = tensor_headers(folder)
@@ -130,13 +156,14 @@ def load_weights(
     if tied:
         expected[HEAD] = expected[EMBEDDING]
     problems = [
-        f"{name} has dtype {kind}, expected one of {FLOAT_DTYPES}"
+        f"{name} has dtype {kind}, expected one of {', '.join(FLOAT_DTYPES)}"
         for name, (kind, _) in headers.items()
         if kind not in FLOAT_DTYPES
     ]
     problems += tensor_problems(expected, {name: shape for name, (_, shape) in headers.items()})
     if problems:
         raise CheckpointError(f"{folder}: does not match its config.json:\n  " + "\n  ".join(problems))
+    dtype = dtype or functools.reduce(torch.promote_types, {FLOAT_DTYPES[kind] for kind, _ in headers.values()})
     try:
         for path in weight_files(folder):
             with safe_open(path, framework="pt") as file:
@@ -146,6 +173,8 @@ def load_weights(
                 with safe_open(path, framework="pt", device=str(device)) as file:
                     tensor = file.get_tensor(name)
                     tensors[name] = tensor.to(dtype, copy=tensor.device.type == "cpu")
+                if not torch.stack(tensors[name].aminmax()).isfinite().all():
+                    raise CheckpointError(f"{path}: {name} has NaN or infinity in {tensors[name].dtype}")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     if tied and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
@@ -165,26 +194,32 @@ def save(model: Qwen, folder: Path, source: Path) -> None:
 
     The config, the tokenizer and the chat template are those of the checkpoint folder `source`, from which the model
     came. The folder must not exist; it appears whole or not at all. Raises CheckpointError when it exists, or when the
-    model's tensors are not those of a checkpoint, as under an adapter that was not merged for good.
+    model's tensors or their dtype are not those of a checkpoint, as under an adapter that was not merged for good.
     """
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already; name another folder")
     with torch.device("meta"):
         expected = {name: tensor.shape for name, tensor in Qwen(model.config).state_dict().items()}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    if problems := tensor_problems(expected, {name: list(tensor.shape) for name, tensor in tensors.items()}):
+    problems = tensor_problems(expected, {name: list(tensor.shape) for name, tensor in tensors.items()})
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1 or not dtypes <= {*FLOAT_DTYPES.values()}:
+        problems.append(f"their dtypes are {dtypes}, expected one of {', '.join(FLOAT_DTYPES)} for all")
+    if problems:
         raise CheckpointError("the model has other tensors than a checkpoint:\n  " + "\n  ".join(problems))
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["torch_dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in COMPANIONS:
-        if (source / name).exists():
-            shutil.copyfile(source / name, partial / name)
-    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-    partial.rename(folder)
+    config.pop("dtype", None)  # transformers 5 would prefer it
+    config["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        partial = Path(temporary) / "checkpoint"
+        partial.mkdir()
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in COMPANIONS:
+            if (source / name).exists():
+                shutil.copyfile(source / name, partial / name)
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        partial.rename(folder)
 
 
 def load(
@@ -197,15 +232,17 @@ def load(
     """
     folder = checkpoint_folder(source)
     config = QwenConfig.from_file(folder / "config.json")
-    tokenizer = Tokenizer(folder / "tokenizer.json")
+    tokenizer = Tokenizer(folder / "tokenizer.json", end_ids(folder))
     if len(tokenizer) > config.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, more than vocab_size {config.vocab_size}"
         )
-    layers = {name.split(".")[2] for name in tensor_headers(folder) if name.startswith("model.layers.")}
+    names = tensor_headers(folder)
+    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
     if len(layers) != config.num_hidden_layers:  # checked before that many layers are built
         raise CheckpointError(
-            f"{folder}: contains the tensors of {len(layers)} layers, config.json says {config.num_hidden_layers}"
+            f"{folder}: contains the tensors of {len(layers)} layers, config.json says {config.num_hidden_layers}; "
+            f"expected names such as {EMBEDDING}, got such as {min(names, default='none')}"
         )
     with torch.device("meta"):
         model = Qwen(config)

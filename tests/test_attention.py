@@ -10,9 +10,9 @@ from qwen_min.attention import (
     attention,
     attention_after_prefix,
     grouped_bias,
+    pairs_mask,
     reference_attention,
 )
-from qwen_min.model import attention_mask_and_positions
 
 
 @pytest.fixture(params=[2, 4, 64])
@@ -29,7 +29,7 @@ def sample(heads, num_cached, num_new, padded, dtype=torch.float32):
     k, v = torch.randn(2, 2, heads[1], total, 8, dtype=dtype, generator=generator).unbind()
     real = torch.ones(2, total, dtype=torch.long)
     real[1, :3] = 0
-    mask, _ = attention_mask_and_positions(num_cached, num_new, real if padded else None, q.device)
+    mask = pairs_mask(num_new, total, q.device, real.bool()[:, None, None] if padded else None)
     return q, k, v, mask
 
 

@@ -80,7 +80,7 @@ def test_a_real_pass_over_512_tokens_on_the_cpu_dispatches_what_is_counted(dtype
     with torch.no_grad(), Tracer() as tracer:
         model(ids)
     assert tracer.total == total(forward(config, 2, 512))
-    cache = KVCache.for_model(model, 2, 512)
+    cache = KVCache(config, 2, 512, dtype=dtype)
     with torch.no_grad(), Tracer() as tracer:
         model(ids[:, :500], cache, last_only=True)
         model(ids[:, 500:501], cache)

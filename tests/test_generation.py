@@ -114,10 +114,10 @@ def test_forked_rows_continue_as_copies_of_their_context(model, ids, padded, kin
         mask = torch.ones_like(ids[:, :5])
         mask[0, :3] = 0
     with torch.inference_mode():
-        context = KVCache.for_model(model, 2, 5 + unused)
+        context = KVCache(model.config, 2, 5 + unused)
         context.keys[:], context.values[:] = torch.nan, torch.nan
         model(ids[:, :5], context, mask)
-        copies = KVCache.for_model(model, 6, 20)
+        copies = KVCache(model.config, 6, 20)
         copied_mask = None if mask is None else mask.repeat_interleave(3, 0)
         model(ids[:, :5].repeat_interleave(3, 0), copies, copied_mask)
     forked = ForkedCache(context, 3, 9)
@@ -138,7 +138,7 @@ def test_forked_rows_continue_as_copies_of_their_context(model, ids, padded, kin
 def test_a_pass_that_does_not_fit_leaves_a_continuation_usable(model, ids):
     mask = torch.ones_like(ids[:, :5])
     mask[0, :3] = 0
-    cache = KVCache.for_model(model, 2, 7)
+    cache = KVCache(model.config, 2, 7)
     with torch.inference_mode():
         model(ids[:, :5], cache, mask)
     kept = mask.clone()
@@ -154,7 +154,7 @@ def test_a_pass_that_does_not_fit_leaves_a_continuation_usable(model, ids):
 
 
 def test_a_cache_refuses_gradients_and_has_the_dtype_of_its_model(model, ids):
-    cache = KVCache.for_model(model.to(torch.bfloat16), 2, 20)
+    cache = KVCache(model.to(torch.bfloat16).config, 2, 20, dtype=torch.bfloat16)
     assert cache.keys.dtype == torch.bfloat16
     inject(model, LoraConfig(rank=2, alpha=2))
     with pytest.raises(ValueError, match=r"cannot record gradients: run the model under torch\.no_grad"):

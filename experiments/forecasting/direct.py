@@ -218,7 +218,7 @@ def step_flops(
     batch, length, ranks = settings.batch // settings.accumulate, settings.context, settings.ranks
     rows, hidden, outputs = batch * length, config.hidden_size, 2 * ahead * num_variables
     num_features, values = FEATURES_PER_VARIABLE * num_variables, rows * ahead * num_variables
-    forward = flops.forward(config, batch, length, convention=convention, ranks=ranks, vocabulary=outputs)
+    forward = flops.forward(replace(config, vocab_size=outputs), batch, length, convention=convention, ranks=ranks)
     part = total(forward) + linear(rows, num_features, hidden, bias=True) + rows * outputs * ADD  # the head's bias
     part += values * (ADD + ABS + ADD + EXP + MUL + ADD) + reduction(values) + MUL + ADD  # the loss
     if convention == "exact":
