@@ -12,7 +12,7 @@ VERBS = {  # verb: (module with a `main`, what it does)
     "run": ("experiments.run", "run a plan of experiments into a folder"),
     "report": ("experiments.report.__main__", "draw the report of a run folder again"),
     "compare": ("experiments.comparison", "put several runs next to each other"),
-    "flops": ("flops.__main__", "count the FLOPs of a training step, operator by operator"),
+    "flops": ("experiments.costs", "count the FLOPs of a training step, operator by operator"),
     "benchmark": ("experiments.benchmark", "measure time and memory next to other programs"),
 }
 EXTRA = ("dateutil", "filelock", "h5py", "matplotlib", "scipy", "tqdm")  # the packages of the extra `experiments`

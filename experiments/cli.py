@@ -80,11 +80,25 @@ def checked_device(name: str) -> str:
     return name
 
 
+def multiplies_bfloat16(device: "str | torch.device") -> bool:
+    """Return False for a CPU on which oneDNN has no bf16 products; torch's own take hundreds of times as long as fp32.
+
+    On CPUs with AVX-512 and no instructions for bf16, oneDNN emulates them, and the answer is True. It is True as well
+    where torch cannot tell.
+    """
+    import torch
+
+    if torch.device(device).type != "cpu":
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return is_supported is None or is_supported()
+
+
 def chosen_dtype(name: str | None, device: str) -> "torch.dtype":
     """The type that --dtype names; None: the quicker one on this device. Warns of one that is very slow there."""
     import torch
-
-    from qwen_min.linear import multiplies_bfloat16
 
     is_quick = multiplies_bfloat16(device)
     if name == "bfloat16" and not is_quick:

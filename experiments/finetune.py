@@ -158,8 +158,9 @@ def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team",
     import torch
 
     from experiments.forecasting.finetuning import Finetuning, summary
+    from experiments.forecasting.forecaster import checkpoint_hash
     from experiments.report.finetuned import write_page
-    from qwen_min.weights import checkpoint_folder, checkpoint_hash
+    from qwen_min.weights import checkpoint_folder
 
     tables, forecaster, data, settings = team.agreed(lambda: check_inputs(args, device))
     folder = args.out or Path("runs") / args.series[0].stem.split(".")[0]

@@ -170,7 +170,7 @@ def identity_of(args: argparse.Namespace, inputs: Inputs) -> dict:
     """Everything that decides the results of a run, as JSON can hold it."""
     import torch
 
-    from qwen_min.weights import checkpoint_hash
+    from experiments.forecasting.forecaster import checkpoint_hash
 
     identity = {
         "plan": args.plan,

@@ -55,7 +55,7 @@ class Ledger:
                 name, step, flops = entry["experiment"], entry["step"], entry["flops"]
                 _check_entry(name, step, flops)
                 if step in self._steps[name]:
-                    raise ValueError(f"step {step} of {name} is booked above")
+                    raise ValueError("the step is booked above")
             except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise LedgerError(
                     f"{self.path}, line {number}: not a ledger entry ({error!r}); restore the file or correct the line"

@@ -149,8 +149,8 @@ def loss(batch: int, new: int, vocabulary: int, convention: str) -> int:
 
 def check_pass(ranks: dict[str, int] | None, head: str, continues: bool, vocabulary: int | None) -> None:
     """Raise ValueError for a pass that the code does not have; arguments of `forward`, continues: cached or padded."""
-    if unknown := set(ranks or {}) - set(PROJECTIONS):
-        raise ValueError(f"ranks names {sorted(unknown)}, expected some of {', '.join(PROJECTIONS)}")
+    if unknown := sorted(set(ranks or {}) - set(PROJECTIONS)):
+        raise ValueError(f"ranks has {', '.join(unknown)}, expected some of {', '.join(PROJECTIONS)}")
     if head not in ("all", "last", "loss"):
         raise ValueError(f"head is {head!r}, expected 'all', 'last' or 'loss'")
     if head == "loss" and continues:

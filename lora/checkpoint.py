@@ -25,7 +25,7 @@ ALLOWED_VALUES = {
     "bias": ("none", None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
-READ_SETTINGS = frozenset(("r", "lora_alpha", "target_modules"))
+READ_SETTINGS = ("r", "lora_alpha", "target_modules")
 UNSET_VALUES: tuple = (None, False, [], {})  # every other setting must have one of these values
 
 
@@ -37,9 +37,8 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
     """
     folder, config = Path(folder), config_of(model)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        PEFT_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter_parameters(model).items()
-    }
+    named = adapter_parameters(model).items()
+    tensors = {PEFT_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in named}
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -52,11 +51,9 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    contents = {TENSORS_FILE: save(tensors, metadata={"format": "pt"})}
-    contents[CONFIG_FILE] = (json.dumps(fields, indent=2) + "\n").encode()
-    for name, content in contents.items():
+    settings = (json.dumps(fields, indent=2) + "\n").encode()
+    for name, content in ((TENSORS_FILE, save(tensors, metadata={"format": "pt"})), (CONFIG_FILE, settings)):
         (folder / f"{name}.partial").write_bytes(content)
-    for name in contents:
         os.replace(folder / f"{name}.partial", folder / name)
 
 
@@ -71,19 +68,16 @@ def read_config(folder: str | Path) -> LoraConfig:
         raise AdapterError(f"{path}: no such file; adapters lie in {', '.join(str(one.parent) for one in below)}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        targets = fields["target_modules"]
-        if not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
-            raise AdapterError(f"{path}: target_modules is {targets!r}, expected a list of module names")
-        config = LoraConfig(rank=fields["r"], alpha=fields["lora_alpha"], targets=tuple(sorted(targets)))
-    except AdapterError:
-        raise
-    except KeyError as error:
-        raise AdapterError(f"{path}: has no {error}, expected r, lora_alpha and target_modules") from error
-    except (OSError, ValueError, RecursionError, TypeError) as error:
-        raise AdapterError(f"{path}: not a readable adapter config ({error})") from error
+        rank, alpha, targets = (fields[name] for name in READ_SETTINGS)
+        if not isinstance(targets, list):
+            raise TypeError(f"target_modules is {targets!r}, expected a list of module names")
+        config = LoraConfig(rank, alpha, tuple(sorted(targets)))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        wanted = ", ".join(READ_SETTINGS)
+        raise AdapterError(f"{path}: not a readable adapter config ({error!r}), expected {wanted}") from error
     for name, value in fields.items():
         allowed = ALLOWED_VALUES.get(name, UNSET_VALUES)
-        if name not in HARMLESS_SETTINGS | READ_SETTINGS and value not in allowed:
+        if name not in HARMLESS_SETTINGS.union(READ_SETTINGS) and value not in allowed:
             raise AdapterError(f"{path}: {name} is {value!r}; only {allowed[0]!r} is implemented")
     return config
 

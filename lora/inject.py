@@ -50,13 +50,12 @@ def new_layers(model: nn.Module, config: LoraConfig) -> dict[str, LoRALinear]:
     would lose the update, or change another layer.
     """
     linears = _plain_linears(model)
-    matches = {target: [n for n in linears if n == target or n.endswith(f".{target}")] for target in config.targets}
-    if unmatched := sorted(target for target, names in matches.items() if not names):
+    adapted = [name for name in linears if f".{name}".endswith(tuple(f".{target}" for target in config.targets))]
+    if unmatched := sorted(t for t in config.targets if not any(f".{name}".endswith(f".{t}") for name in adapted)):
         present = ", ".join(sorted(set(map(_last_part, linears)))) or "none"
         raise ValueError(f"no Linear is called {', '.join(unmatched)}: nothing to adapt; the model's are {present}")
     modules = [module for _, module in model.named_modules(remove_duplicate=False)]
     owners = Counter(id(parameter) for module in modules for parameter in module.parameters(recurse=False))
-    adapted = [name for name in linears if any(name in names for names in matches.values())]
     for name in adapted:
         if owners[id(linears[name]._parameters.get("weight"))] != 1:
             raise ValueError(f"the weight of {name} is shared or computed from others, so it cannot be adapted")

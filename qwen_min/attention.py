@@ -56,7 +56,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     groups, num_new, total = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     by_kernel = q.is_cuda or torch.is_autocast_enabled("cpu") or (mask is not None and mask.dtype != torch.bool)
     if runs_in_blocks(num_new, mask is not None or total > num_new) and not by_kernel:
-        return _Blockwise.apply(q, k, v, mask)
+        return _Blockwise.apply(q.unflatten(1, (-1, groups)), k, v, mask).flatten(1, 2)
     if mask is None and num_new > 1:
         if num_new == total:
             if q.is_cuda and q.dtype == torch.float32:
@@ -103,9 +103,8 @@ def attention_after_prefix(
         shared, rows = slice(first, first + at_once), slice(first * times, (first + at_once) * times)
         queries = q[rows].reshape(-1, kv_heads, groups * num_new, size).to(at_least_fp32) * size**-0.5
         of_prefix = by_prefix(queries) @ prefix_k[shared].to(at_least_fp32).mT
-        scores = torch.cat(
-            (of_prefix, by_prefix(queries @ k[rows].to(at_least_fp32).mT)), dim=-1
-        )  # (b, K, n G T, P + S)
+        own = by_prefix(queries @ k[rows].to(at_least_fp32).mT)
+        scores = torch.cat((of_prefix, own), dim=-1)  # (b, K, n G T, P + S)
         if mask is not None:
             by_query = scores.view(-1, kv_heads, times, groups, num_new, total)
             visible = mask[shared] if len(mask) > 1 else mask
@@ -146,11 +145,14 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The result (B, K, G, T, D) for q (B, K, G, T, D); the other arguments as in `attention`."""
         ctx.save_for_backward(q, k, v, mask)
-        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)  # so o_proj needs no copy
+        out = torch.empty_like(q.movedim(3, 1), memory_format=torch.contiguous_format).movedim(
+            1, 3
+        )  # as o_proj reads it
         for part in _parts(q, k):
-            for block, seen, weights, _ in _weights_by_block(q, k, mask, part):
-                piece = _grouped(out, k)[part][block]
+            for block, seen, weights, _ in _weights_by_block(q[part], k[part], mask, part[0]):
+                piece = out[part][block]
                 piece.copy_((weights @ v[part][:, :, :seen]).view(piece.shape))
         return out
 
@@ -158,25 +160,27 @@ class _Blockwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v, mask = ctx.saved_tensors
-        scale, at_least_fp32 = q.shape[3] ** -0.5, torch.promote_types(q.dtype, torch.float32)
+        scale, at_least_fp32 = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
         needed = zip((q, k, v), ctx.needs_input_grad, strict=False)
         grad_q, grad_k, grad_v = (torch.empty_like(x) if need else None for x, need in needed)
         for part in _parts(q, k):
             keys, values = k[part], v[part]  # (b, j, S, D)
             sum_k, sum_v = keys.new_zeros(2, *keys.shape, dtype=at_least_fp32)
-            for block, seen, weights, queries in _weights_by_block(q, k, mask, part):
-                grad_out = _grouped(grad, k)[part][block].reshape(queries.shape)  # (b, j, g n, D)
+            for block, seen, weights, queries in _weights_by_block(q[part], keys, mask, part[0]):
+                grad_out = grad[part][block].reshape(queries.shape)  # (b, j, g n, D)
                 if grad_v is not None:
-                    sum_v[:, :, :seen] += weights.transpose(2, 3) @ grad_out
+                    sum_v[:, :, :seen] += weights.mT @ grad_out
                 if grad_q is None and grad_k is None:
                     continue
-                grad_weights = grad_out @ values[:, :, :seen].transpose(2, 3)
-                grad_scores = _softmax_backward(grad_weights, weights) * scale
+                grad_weights = grad_out @ values[:, :, :seen].mT
+                grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(
+                    scale
+                )
                 if grad_q is not None:
-                    piece = _grouped(grad_q, k)[part][block]
+                    piece = grad_q[part][block]
                     piece.copy_((grad_scores @ keys[:, :, :seen]).view(piece.shape))
                 if grad_k is not None:
-                    sum_k[:, :, :seen] += grad_scores.transpose(2, 3) @ queries
+                    sum_k[:, :, :seen] += grad_scores.mT @ queries
             if grad_k is not None:
                 grad_k[part] = sum_k
             if grad_v is not None:
@@ -184,54 +188,43 @@ class _Blockwise(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
 
-def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    """Gradient of the scores; grad is the gradient of `weights`, their softmax."""
-    if hasattr(torch, "_softmax_backward_data"):  # twice as fast, but a private function of torch
-        return torch._softmax_backward_data(grad, weights, -1, weights.dtype)
-    return weights * (grad - (grad * weights).sum(-1, keepdim=True))
-
-
-def _grouped(x: Tensor, k: Tensor) -> Tensor:
-    """x (B, H, T, D) as (B, K, G, T, D), where k has K heads."""
-    return x.unflatten(1, (k.shape[1], -1))
-
-
 def _slices(size: int, step: int) -> list[slice]:
-    step = max(1, min(step, size))
+    step = max(1, step)
     return [slice(first, min(first + step, size)) for first in range(0, size, step)]
 
 
 def _parts(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
     """(b rows, j kv heads): parts of the work whose keys are read together."""
-    scores = q.shape[1] * QUERY_BLOCK * k.shape[2]  # of a row in a block
-    heads = _slices(k.shape[1], k.shape[1] * SCORES_OF_ROW // scores)
-    return list(itertools.product(_slices(q.shape[0], SCORES_PER_BLOCK // scores), heads))
+    (batch, kv_heads, groups), scores_of_head = q.shape[:3], QUERY_BLOCK * k.shape[2]
+    rows = _slices(batch, SCORES_PER_BLOCK // (kv_heads * groups * scores_of_head))
+    return list(itertools.product(rows, _slices(kv_heads, SCORES_OF_ROW // (groups * scores_of_head))))
 
 
 def _weights_by_block(
-    q: Tensor, k: Tensor, mask: Tensor | None, part: tuple[slice, slice]
+    q: Tensor, k: Tensor, mask: Tensor | None, rows: slice
 ) -> Iterator[tuple[tuple[slice, ...], int, Tensor, Tensor]]:
-    """Yield, for each block of g query heads and n queries: its place in (b, j, G, T), number of visible keys,
-    attention weights (b, j, g n, keys), query vectors (b, j, g n, D).
+    """Yield, for each block of g query heads and n queries of a part, q (b, j, G, T, D) and k (b, j, S, D): its place
+    in (b, j, G, T), number of visible keys, attention weights (b, j, g n, keys), queries (b, j, g n, D).
 
-    Scores and softmax are computed in at least fp32.
+    Scores and softmax are computed in at least fp32. The mask is that of all rows.
     """
-    num_new, total, everything = q.shape[2], k.shape[2], slice(None)
+    mask = mask[rows] if mask is not None and len(mask) > 1 else mask
+    (groups, num_new, size), total, everything = q.shape[2:], k.shape[2], slice(None)
     at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
-    keys = k[part].to(at_least_fp32).transpose(2, 3)  # (b, j, D, S)
-    mask = mask[part[0]] if mask is not None and len(mask) > 1 else mask
+    keys = k.to(at_least_fp32).mT  # (b, j, D, S)
     for new in _slices(num_new, QUERY_BLOCK):
-        size, seen = new.stop - new.start, total - num_new + new.stop
+        count, seen, first = new.stop - new.start, total - num_new + new.stop, 0
         if mask is None:
-            visible, first = pairs_mask(size, size, q.device), seen - size  # every query sees all earlier keys
+            visible, first = pairs_mask(count, count, q.device), seen - count  # every query sees all earlier keys
         elif mask.shape[2] < num_new:
-            visible, first = pairs_mask(size, seen, q.device, mask[..., :seen]), 0
+            visible = pairs_mask(count, seen, q.device, mask[..., :seen])
         else:
-            visible, first = mask[:, :, new, :seen], 0
-        for heads in _slices(q.shape[1] // k.shape[1], SCORES_OF_ROW // (QUERY_BLOCK * total)):
+            visible = mask[:, :, new, :seen]
+        for heads in _slices(groups, SCORES_OF_ROW // (QUERY_BLOCK * total)):
             block = everything, everything, heads, new
-            queries = _grouped(q, k)[part][block].flatten(2, 3)  # (b, j, g n, D)
-            scores = (queries.to(at_least_fp32) * q.shape[3] ** -0.5) @ keys[..., :seen]
-            by_query = scores.view(len(keys), -1, size, seen)  # (b, j g, n, keys)
-            by_query[..., first:].masked_fill_(~visible, -torch.inf)
-            yield block, seen, scores.softmax(-1).to(q.dtype), queries
+            queries = q[block].flatten(2, 3)  # (b, j, g n, D)
+            scores = (queries.to(at_least_fp32) * size**-0.5) @ keys[..., :seen]
+            scores.view(len(k), -1, count, seen)[..., first:].masked_fill_(~visible, -torch.inf)  # (b, j g, n, keys)
+            weights = scores.softmax(-1).to(q.dtype)
+            del scores  # memory
+            yield block, seen, weights, queries

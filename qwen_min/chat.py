@@ -12,7 +12,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qwen_min.config import CheckpointError
+from qwen_min.config import CheckpointError, read_json
 from qwen_min.tokenizer import Tokenizer
 
 
@@ -53,9 +53,8 @@ class ChatTemplate:
     ) -> list[int]:
         """The token ids of a conversation, as `render` writes it.
 
-        Control tokens come from the template alone; those in a message are encoded as the characters that they are.
-        With allow_special they stay control tokens, the default of transformers. Raises CheckpointError as `render`,
-        and ValueError as `Tokenizer.encode`.
+        Control tokens come from the template alone: in a message they are the characters that they consist of. With
+        allow_special they stay control tokens, the default of transformers. Errors as in `render` and of the tokenizer.
         """
         if allow_special:
             return tokenizer.encode(self.render(messages))
@@ -69,14 +68,14 @@ class ChatTemplate:
         text = self.render(_each_text(list(messages), lambda found: quoted.sub(rf"{start}\g<0>{end}", found)))
         if start not in text:
             return tokenizer.encode(text)
-        ids, plain = [], ""
+        ids: list[int] = []
+        encode, plain = tokenizer.without(control), ""
         pieces = re.split(rf"{start}({whole}|{begun}){end}|{start}|{end}|({whole})", text) + [None, None]
         for piece, in_message, token in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
             plain += piece + (in_message or "")
             if token:
-                ids += [*tokenizer.encode_plain(plain, control), control[token]]
-                plain = ""
-        return ids + tokenizer.encode_plain(plain, control)
+                ids, plain = [*ids, *encode(plain), control[token]], ""
+        return ids + encode(plain)
 
 
 class _Generation(Extension):
@@ -92,23 +91,19 @@ class _Generation(Extension):
 def _read(folder: Path) -> tuple[Path, str, dict[str, str]]:
     """The file that holds the template of a checkpoint folder, the template, and the special tokens by name."""
     alone, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    record = read_json(config) if config.exists() else {}
+    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in record.items()}
+    special = {name: token for name, token in named.items() if name.endswith("_token") and isinstance(token, str)}
     try:
-        record = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        named = {name: token.get("content") if isinstance(token, dict) else token for name, token in record.items()}
-        special = {name: token for name, token in named.items() if name.endswith("_token") and isinstance(token, str)}
         if alone.exists():
             return alone, alone.read_text(encoding="utf-8"), special
         source = record.get("chat_template")
-        if isinstance(source, list):
-            source = {one["name"]: one["template"] for one in source}
-        if isinstance(source, dict):
-            source = source["default"]
-    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{config}: not readable, or without a default template ({error!r})") from error
+        if isinstance(source, list):  # named templates
+            source = {one["name"]: one["template"] for one in source}["default"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: has no readable chat template called default ({error!r})") from error
     if not isinstance(source, str):
-        raise CheckpointError(
-            f"{folder}: has no chat template; expected a checkpoint that was trained to chat, 'Instruct'"
-        )
+        raise CheckpointError(f"{folder}: has no chat template; expected a checkpoint trained to chat, 'Instruct'")
     return config, source, special
 
 
@@ -121,9 +116,9 @@ def _each_text(value: Any, change) -> Any:
     return change(value) if isinstance(value, str) else value
 
 
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

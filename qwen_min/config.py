@@ -43,16 +43,11 @@ class QwenConfig:
             if not right_type or (kind is not bool and (isinstance(value, bool) or not 0 < value <= MAX_VALUE)):
                 wanted = "true or false" if kind is bool else f"a positive {kind.__name__} of at most {MAX_VALUE:,}"
                 raise CheckpointError(f"config.json: {name} is {value!r}, expected {wanted}")
-        if self.hidden_size % self.num_attention_heads:
-            raise CheckpointError(
-                f"config.json: hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise CheckpointError(
-                f"config.json: num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+        for size, divisor in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+            if getattr(self, size) % getattr(self, divisor):
+                raise CheckpointError(
+                    f"config.json: {size} {getattr(self, size)} is not a multiple of {divisor} {getattr(self, divisor)}"
+                )
         if self.head_dim % 2:
             raise CheckpointError(f"config.json: head size {self.head_dim} is odd; rotary positions need an even size")
 
@@ -65,9 +60,9 @@ class QwenConfig:
     def from_dict(cls, record: dict) -> "QwenConfig":
         """Build the config from a parsed `config.json`; fields that do not affect the computation are ignored.
 
-        Raises CheckpointError, which names the field, for another model type, an enabled sliding window, attention in
-        both directions, scaled rotary positions, dual-chunk attention, quantised weights, another
-        activation, or a missing or malformed field.
+        Raises CheckpointError, which names the field, for a missing or malformed field and for what is not implemented:
+        another model type or activation, quantised weights, sliding windows, dual-chunk or bidirectional attention,
+        scaled rotary positions.
         """
         # transformers 5 writes rope_theta inside rope_parameters, which it prefers; earlier versions at the top level
         rope, layers = record.get("rope_parameters") or {}, record.get("layer_types") or []
@@ -79,8 +74,8 @@ class QwenConfig:
         record = defaults | record | {name: rope[name] for name in ("rope_theta",) if rope.get(name) is not None}
         if record.get("num_key_value_heads", ...) is None:  # as in transformers; a missing field stays an error
             record["num_key_value_heads"] = record.get("num_attention_heads")
-        scalings = [record.get("rope_scaling") or {}, {name: rope[name] for name in rope if name != "rope_theta"}]
         sliding = record.get("use_sliding_window", False) or "sliding_attention" in layers
+        scaled = [record.get("rope_scaling") or {}, {name: rope[name] for name in rope if name != "rope_theta"}]
         supported = {
             "model_type": (record.get("model_type") == "qwen2", "'qwen2'"),
             "quantization_config": (not record.get("quantization_config"), "null: the weights are quantised"),
@@ -89,11 +84,11 @@ class QwenConfig:
             "use_sliding_window": (not sliding, "false: only full attention is implemented"),
             "dual_chunk_attention_config": (
                 not record.get("dual_chunk_attention_config"),
-                "null: it is not implemented; up to its original_max_position_embeddings it changes nothing, so set "
-                "max_position_embeddings to that number and remove it",
+                "null: it changes nothing up to its original_max_position_embeddings, so remove it and set "
+                "max_position_embeddings to that number",
             ),
-            "rope_scaling": (_unscaled(scalings[0]), "null: only unscaled rotary positions are implemented"),
-            "rope_parameters": (_unscaled(scalings[1]), "only rope_theta: only unscaled positions are implemented"),
+            "rope_scaling": (_unscaled(scaled[0]), "null: only unscaled rotary positions are implemented"),
+            "rope_parameters": (_unscaled(scaled[1]), "only rope_theta: rotary positions are not scaled here"),
             "hidden_act": (record["hidden_act"] == "silu", "'silu'"),
         }
         for name, (right, expected) in supported.items():
@@ -104,26 +99,28 @@ class QwenConfig:
             raise CheckpointError(f"config.json: missing {', '.join(missing)}")
         config = cls(**{name: record[name] for name in names})
         if record.get("head_dim") not in (None, config.head_dim):
-            raise CheckpointError(
-                f"config.json: head_dim is {record['head_dim']!r}, expected hidden_size / num_attention_heads "
-                f"= {config.head_dim}"
-            )
+            expected = f"hidden_size / num_attention_heads = {config.head_dim}"
+            raise CheckpointError(f"config.json: head_dim is {record['head_dim']!r}, expected {expected}")
         return config
 
     @classmethod
     def from_file(cls, path: Path) -> "QwenConfig":
         """Read a `config.json` file. Raises CheckpointError when it is missing, not JSON, or not supported."""
-        try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
-        if not isinstance(record, dict):
-            raise CheckpointError(f"{path}: contains a {type(record).__name__}, expected a JSON object")
-        return cls.from_dict(record)
+        return cls.from_dict(read_json(path))
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises CheckpointError when it is missing, damaged, or another type of value."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: contains a {type(record).__name__}, expected a JSON object")
+    return record
 
 
 def _unscaled(scaling: object) -> bool:
-    """Return whether a rope_scaling, or the rest of rope_parameters, leaves the rotary positions as they are."""
     return isinstance(scaling, dict) and all(
         name in ("rope_type", "type") and value == "default" for name, value in scaling.items()
     )

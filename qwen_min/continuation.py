@@ -4,7 +4,6 @@ B batch, T new tokens, S filled columns of the cache or its capacity, C hidden s
 """
 
 import functools
-import operator
 from collections.abc import Callable
 
 import torch
@@ -24,12 +23,8 @@ class Continuation:
     """
 
     def __init__(self, model: Qwen, cache: KVCache, attention_mask: Tensor | None = None):
-        """attention_mask (B, filled) is 0 on the padding in the cache; None means that there is no padding.
-
-        Raises ValueError for a mask of another shape.
-        """
-        if attention_mask is not None and attention_mask.shape != (cache.batch_size, cache.length):
-            filled = cache.batch_size, cache.length
+        """attention_mask (B, filled) is 0 on the padding in the cache; None means none. ValueError for other shapes."""
+        if attention_mask is not None and attention_mask.shape != (filled := (cache.batch_size, cache.length)):
             raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, expected {filled} as the filled cache")
         self.decoder, self.cache, self.mask = model.model, cache, attention_mask
 
@@ -75,27 +70,23 @@ class CapturedPasses:
     """The mask and the captured passes of a cache; every batch that uses the cache shares them."""
 
     def __init__(self, decoder: Decoder, cache: KVCache):
-        self.parameters, self.scales = list(decoder.parameters()), _scales(decoder)
-        self.addresses = [parameter.data_ptr() for parameter in self.parameters]  # changed by merging and by `.to`
+        self.parameters, self.inputs = list(decoder.parameters()), _inputs(decoder)  # references keep the ids unique
         self.mask = torch.zeros(cache.batch_size, cache.capacity, dtype=torch.long, device=cache.keys.device)
         self.passes: dict[int, _Pass] = {}
 
     def fits(self, decoder: Decoder) -> bool:
-        """Return whether the decoder's parameters are the same tensors at the same addresses, and scaled alike.
+        """Return whether the graphs read what the decoder consists of now.
 
-        They are not after an adapter was added, removed or merged. Training writes into the same memory: the graphs
-        read the new values.
+        They do not after an adapter was added, removed, merged or scaled otherwise, or the model moved. Training writes
+        into the same memory: the graphs read the new values.
         """
-        now = list(decoder.parameters())
-        same = len(now) == len(self.parameters) and all(map(operator.is_, now, self.parameters))
-        return (
-            same and [parameter.data_ptr() for parameter in now] == self.addresses and _scales(decoder) == self.scales
-        )
+        return _inputs(decoder) == self.inputs
 
 
-def _scales(decoder: Decoder) -> list[float | None]:
-    """The factors of the adapters in the decoder: a graph holds them as constants."""
-    return [getattr(module, "scale", None) for module in decoder.modules()]
+def _inputs(decoder: Decoder) -> tuple[list, list]:
+    """The parameters and their addresses, and the scales of adapters, which a graph holds as constants."""
+    scales = [getattr(module, "scale", None) for module in decoder.modules()]
+    return scales, [(id(parameter), parameter.data_ptr()) for parameter in decoder.parameters()]
 
 
 class GraphContinuation(Continuation):

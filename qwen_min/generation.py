@@ -107,11 +107,9 @@ def decode_steps(
         with torch.inference_mode():
             logits = linear(hidden, model.head_weight)
             largest = torch.maximum(largest, logits.amax(-1))  # NaN stays
-            if (step % check_interval == 0 or step == num_new_tokens) and not (largest < torch.inf).all():
-                rows = (~(largest < torch.inf)).nonzero()[:, 0].tolist()
-                raise NotFiniteError(
-                    f"new token {step}: the logits of rows {rows} are not finite; check weights and dtype"
-                )
+            is_checked = step % check_interval == 0 or step == num_new_tokens
+            if is_checked and (rows := (~(largest < torch.inf)).nonzero()[:, 0].tolist()):
+                raise NotFiniteError(f"new token {step}: logits of rows {rows} are not finite; check weights and dtype")
             tokens = torch.where(running, choose(logits), pad_id)
         yield tokens, logits, running
         if len(ends):

@@ -6,7 +6,6 @@ weights: call `pack` before decoding and `unpack` before training. For a model t
 frees the weights themselves.
 """
 
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -19,20 +18,6 @@ MKLDNN_OPERATORS = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_b
 SMALLEST_PACKED_FP32 = 100_000  # elements; products with smaller fp32 weights lose more by the call than they gain
 
 
-def multiplies_bfloat16(device: str | torch.device) -> bool:
-    """Return False for a CPU on which oneDNN has no bf16 products; torch's own take hundreds of times as long as fp32.
-
-    On CPUs with AVX-512 and no instructions for bf16, oneDNN emulates them, and the answer is True. It is True as well
-    where torch cannot tell.
-    """
-    if torch.device(device).type != "cpu":
-        return True
-    if not torch.backends.mkldnn.is_available():
-        return False
-    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return is_supported is None or is_supported()
-
-
 class _Packed:
     """A packed copy, and what identifies its source weight without keeping it alive."""
 
@@ -41,10 +26,7 @@ class _Packed:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
     def matches(self, weight: Tensor) -> bool:
-        """Return whether the weight is unchanged since it was packed.
-
-        A write past autograd, through `weight.data` or a numpy view, is not detected: call `unpack` after it.
-        """
+        """Return whether the weight is unchanged. It does not see writes through `weight.data` or a numpy view."""
         now = weight.data_ptr(), weight._version
         return now == (self.address, self.version) and _storage(weight) == self.storage
 
@@ -81,7 +63,8 @@ def pack(model: nn.Module) -> None:
     """Pack every weight of a Qwen whose packed copy is missing or out of date; if one fails, there is no copy at all.
 
     Only frozen bf16 and large frozen fp32 weights on a CPU are packed; other weights lose an earlier copy. The copies
-    are used where no gradient is recorded. A weight that has changed, or takes part in training, loses its copy.
+    are used where no gradient is recorded. A weight that has changed, or takes part in training, loses its copy; call
+    `unpack` after writing to a frozen weight through `weight.data` or numpy.
     """
     try:
         for weight in _matrices(model):
@@ -110,10 +93,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, (..., O), for x (..., I), weight (O, I), bias (O); from the packed weight if there is one."""
     unpack_trained(weight)
     packed = getattr(weight, "packed", None)
-    if packed is None or torch.is_grad_enabled() or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
-        return F.linear(x, weight, bias)
-    if not packed.matches(weight):
-        weight.packed = None  # type: ignore[attr-defined]
+    recorded_or_cast = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    if packed is None or recorded_or_cast or x.dtype != weight.dtype or not packed.matches(weight):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed.weight, bias, "none", [], "")
 
@@ -154,13 +135,7 @@ class PackedLinear(nn.Module):
         )
 
     weight = property(_refuse)
-    __getstate__ = _save_to_state_dict = _load_from_state_dict = _refuse  # type: ignore[assignment]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        kept = torch.empty(0, dtype=self.dtype)
-        if (moved := fn(kept)).dtype != kept.dtype or moved.device != kept.device:
-            self._refuse()
-        return self
+    _apply = __getstate__ = _save_to_state_dict = _load_from_state_dict = _refuse  # type: ignore[assignment]
 
 
 @torch.no_grad()

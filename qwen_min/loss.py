@@ -121,8 +121,8 @@ def next_token_loss(
     lengths (B): the number of text tokens in each row. The padding after them is not predicted, and no text attends to
     it, because attention is causal. None means that every row is full. Keep lengths on the CPU: reading it from a GPU
     would synchronise. vocabulary (n), ascending token ids: the softmax runs over these tokens only, and every predicted
-    token must be one of them. None means all tokens. On a GPU this is not checked, because the check would synchronise.
-    Raises ValueError when there is no token to predict, when one is not in the vocabulary, or for other lengths.
+    token must be one of them; None means all tokens. Raises ValueError for other lengths, when there is no token to
+    predict, or, but not on a GPU, for tokens outside the vocabulary.
     """
     hidden = model.model(ids)  # (B, T, C)
     if lengths is None:

@@ -50,11 +50,12 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder().items()
         return {token.content: i for i, token in added if token.special or token.content in template}
 
-    def encode_plain(self, text: str, control: Iterable[str]) -> list[int]:
-        """The token ids of a text in which the tokens of `control` are ordinary characters."""
+    def without(self, control: Iterable[str]) -> Callable[[str], list[int]]:
+        """`encode` for text in which the tokens of `control` are ordinary characters."""
         record = json.loads(self._json)
         record["added_tokens"] = [token for token in record["added_tokens"] if token["content"] not in control]
-        return tokenizers.Tokenizer.from_str(json.dumps(record)).encode(text, add_special_tokens=False).ids
+        plain = tokenizers.Tokenizer.from_str(json.dumps(record | {"truncation": None, "padding": None}))
+        return lambda text: plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are left out."""

@@ -4,7 +4,6 @@ When loaded, each tensor is copied at most once.
 """
 
 import functools
-import hashlib
 import json
 import re
 import shutil
@@ -15,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from qwen_min.config import CheckpointError, QwenConfig
+from qwen_min.config import CheckpointError, QwenConfig, read_json
 from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer
 
@@ -42,9 +41,7 @@ def checkpoint_folder(source: str | Path, files: tuple[str, ...] = ("*.safetenso
         return TINY
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
     if not hub_id:
-        raise CheckpointError(
-            f"{source}: no such folder, expected a folder, a hub id 'owner/name[@revision]' or 'tiny'"
-        )
+        raise CheckpointError(f"{source}: no such folder, expected a folder, a hub id 'owner/name[@revision]' or tiny")
     from huggingface_hub import snapshot_download  # a slow import that only hub ids need
 
     try:
@@ -61,32 +58,21 @@ def weight_files(folder: Path) -> list[Path]:
     lists, or without an index all shards. Raises CheckpointError when a file is missing, or when the index is damaged
     or points outside the folder.
     """
-    index, shards = folder / "model.safetensors.index.json", sorted(folder.glob("model-*-of-*.safetensors"))
-    if (folder / "model.safetensors").exists() or not (index.exists() or shards):
-        names = {"model.safetensors"}
-    elif not index.exists():
-        names = {shard.name for shard in shards}
-    else:
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not a readable index with a weight_map ({error!r})") from error
-        if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-            raise CheckpointError(f"{index}: lists {strange[0]!r}, expected files in the same folder")
+    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if not (folder / "model.safetensors").exists():
+        names = {path.name for path in folder.glob("model-*-of-*.safetensors")} or names
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            listed: list = [*weight_map.values()] if isinstance(weight_map, dict) else [weight_map]
+            if strange := [name for name in listed if not isinstance(name, str) or Path(name).name != name]:
+                raise CheckpointError(f"{index}: weight_map has {strange[0]!r}, expected files in the same folder")
+            names = set(listed)
     if missing := sorted(name for name in names if not (folder / name).is_file()):
-        there = "an adapter, which needs its checkpoint" if (folder / "adapter_config.json").exists() else (
-            ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing")  # fmt: skip
+        there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        if (folder / "adapter_config.json").exists():
+            there = "an adapter, which needs its checkpoint"
         raise CheckpointError(f"{folder}: missing {', '.join(missing)}; the folder holds {there}")
     return [folder / name for name in sorted(names)]
-
-
-def checkpoint_hash(folder: Path) -> str:
-    """The sha256, in hex, over the config, the tokenizer and the weights of a checkpoint folder."""
-    digest = hashlib.sha256()
-    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def end_ids(folder: Path) -> list[int] | None:
@@ -95,12 +81,9 @@ def end_ids(folder: Path) -> list[int] | None:
     Raises CheckpointError when one of the files cannot be read, or when it has something else than token ids.
     """
     for path in (folder / "generation_config.json", folder / "config.json"):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-        except (OSError, ValueError, RecursionError, AttributeError) as error:
-            raise CheckpointError(f"{path}: not a readable JSON file ({error})") from error
+        found = read_json(path).get("eos_token_id") if path.exists() else None
+        ids: list = found if isinstance(found, list) else [found]
         if found is not None:
-            ids = found if isinstance(found, list) else [found]
             if not all(type(i) is int for i in ids):
                 raise CheckpointError(f"{path}: eos_token_id is {found!r}, expected token ids")
             return ids
@@ -109,15 +92,13 @@ def end_ids(folder: Path) -> list[int] | None:
 
 def tensor_problems(expected: dict[str, torch.Size], got: dict[str, list[int]]) -> list[str]:
     """One line for each tensor that is missing, unexpected or of the wrong shape. The arguments map names to shapes."""
-    return (
-        [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in got]
-        + [f"unexpected {name} {shape}" for name, shape in got.items() if name not in expected]
-        + [
-            f"{name} has shape {got[name]}, expected {list(shape)}"
-            for name, shape in expected.items()
-            if name in got and got[name] != list(shape)
-        ]
-    )
+    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in got]
+    for name, shape in got.items():
+        if name not in expected:
+            problems.append(f"unexpected {name} {shape}")
+        elif list(expected[name]) != shape:
+            problems.append(f"{name} has shape {shape}, expected {list(expected[name])}")
+    return problems
 
 
 def tensor_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
@@ -145,9 +126,9 @@ def load_weights(
     """Replace the (meta) parameters of `model` by the tensors of a checkpoint folder.
 
     dtype None keeps the checkpoint's dtype, the widest if it has several. If the config ties the head to the embedding
-    and the checkpoint stores a head nevertheless, it must equal the embedding. On CUDA, cuDNN's attention is turned off for the whole process.
-    Raises CheckpointError, which lists every missing, unexpected or misshapen tensor, or names the damaged file or the
-    tensor with NaN or infinity; the model is then unchanged.
+    and the checkpoint stores a head nevertheless, it must equal the embedding. On CUDA, cuDNN's attention is turned off
+    for the whole process. Raises CheckpointError, which lists every missing, unexpected or misshapen tensor, or names
+    the damaged file or the tensor with NaN or infinity; the model is then unchanged.
     """
     expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
     headers = tensor_headers(folder)
@@ -178,9 +159,7 @@ def load_weights(
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     if tied and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
-        raise CheckpointError(
-            f"{folder}: config.json ties the head to the embedding, but {HEAD} differs from {EMBEDDING}"
-        )
+        raise CheckpointError(f"{folder}: config.json ties the head, but {HEAD} differs from {EMBEDDING}")
     model.load_state_dict(tensors, strict=True, assign=True)
     if torch.device(device).type == "cuda":
         # On recent GPUs torch prefers cuDNN's attention for bf16. It takes up to half a second to plan each new shape,
@@ -207,7 +186,7 @@ def save(model: Qwen, folder: Path, source: Path) -> None:
         problems.append(f"their dtypes are {dtypes}, expected one of {', '.join(FLOAT_DTYPES)} for all")
     if problems:
         raise CheckpointError("the model has other tensors than a checkpoint:\n  " + "\n  ".join(problems))
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = read_json(source / "config.json")
     config.pop("dtype", None)  # transformers 5 would prefer it
     config["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
     folder.parent.mkdir(parents=True, exist_ok=True)

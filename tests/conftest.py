@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.cli import multiplies_bfloat16
 from experiments.study import data
 from qwen_min import Qwen, QwenConfig, load
-from qwen_min.linear import multiplies_bfloat16
 
 GROUPED = QwenConfig(
     vocab_size=97,

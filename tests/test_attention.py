@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,16 +112,6 @@ def test_only_the_needed_gradients_are_computed(monkeypatch, needed):
     assert len(products) == 3 * {(0,): 3, (1,): 3, (2,): 2, (0, 2): 4}[needed]  # in each of three blocks
 
 
-def test_a_torch_without_the_private_softmax_gradient_gives_the_same(monkeypatch):
-    *inputs, mask = sample((4, 2), 0, 70, False)
-    for tensor in inputs:
-        tensor.requires_grad_()
-    wanted = torch.autograd.grad(attention(*inputs, mask).sum(), inputs)
-    monkeypatch.delattr(torch, "_softmax_backward_data")
-    for ours, theirs in zip(torch.autograd.grad(attention(*inputs, mask).sum(), inputs), wanted, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradients_by_finite_differences_in_fp64(monkeypatch, padded):
     monkeypatch.setattr(module, "QUERY_BLOCK", 2)
@@ -159,3 +151,66 @@ def test_causal_attention_on_cuda_calls_only_what_a_fused_kernel_supports(monkey
         q, k = (torch.empty(2, heads, 9, 8, dtype=dtype, device="cuda") for heads in (14, 2))
         assert attention(q, k, k, None).shape == q.shape
     assert calls == [(grouped, grouped, True)]
+
+
+class Memory(TorchDispatchMode):
+    """Count the bytes of all storages that operators create besides those of the given tensors; `peak` is the most."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in given if tensor is not None}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_long_texts_need_no_memory_of_the_square_of_their_length(dtype, padded):
+    """Half of the context of Qwen2.5, on tensors without content; a tensor of all pairs would have 256 MiB and more."""
+    length, limit = 16384, 64 * 2**20
+    q, k, v = (torch.empty(1, heads, length, 64, dtype=dtype, device="meta", requires_grad=True) for heads in (2, 1, 1))
+    mask = torch.empty(1, 1, 1, length, dtype=torch.bool, device="meta") if padded else None
+    with Memory(q, k, v, mask) as forward:
+        out = attention(q, k, v, mask)
+    assert forward.peak < out.nbytes + limit
+    gradient = torch.empty_like(out)
+    with Memory(q, k, v, mask, out, gradient) as backward:
+        out.backward(gradient)
+    assert backward.peak < q.nbytes + k.nbytes + v.nbytes + limit
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("limit", [1, 5 * 9 * 4])
+def test_rows_split_by_heads_equal_the_reference(monkeypatch, padded, limit):
+    monkeypatch.setattr(module, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(module, "SCORES_OF_ROW", limit)
+    *inputs, mask = sample((14, 2), 0, 9, padded)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    wanted, got = reference_attention(*inputs, mask), attention(*inputs, mask)
+    torch.testing.assert_close(got, wanted)
+    for ours, theirs in zip(
+        torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(wanted.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (5, 4), (70, 80)])
+def test_a_mask_of_the_real_tokens_is_that_of_all_pairs(num_cached, num_new):
+    q, k, v, mask = sample((14, 2), num_cached, num_new, padded=True)
+    real = torch.ones(2, 1, 1, num_cached + num_new, dtype=torch.bool)
+    real[1, ..., :3] = False
+    torch.testing.assert_close(attention(q, k, v, real), reference_attention(q, k, v, mask))

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lora import LoraConfig, adapter_parameters, inject
 from lora.layer import _LowRank
 from qwen_min.autograd import rms_norm, swiglu
+from qwen_min.loss import next_token_loss
 
 
 def plain_rms_norm(x, weight):
@@ -63,3 +65,52 @@ def test_bf16_normalises_in_fp32():
     torch.manual_seed(0)
     x, weight = torch.randn(4, 64).bfloat16(), torch.randn(64).bfloat16()
     assert torch.equal(rms_norm(x, weight, 1e-6), plain_rms_norm(x, weight))
+
+
+def test_a_gradient_of_any_layout_is_accepted():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    direction = torch.randn(8, 3, 2)
+    for ours, theirs in zip(
+        torch.autograd.grad(rms_norm(x, weight, 1e-6).transpose(0, 2), (x, weight), direction),
+        torch.autograd.grad(plain_rms_norm(x, weight).transpose(0, 2), (x, weight), direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autocast_leaves_values_and_gradients_as_they_are(name, inside):
+    lean, _, shapes = FUNCTIONS[name]
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    wanted = lean(*inputs)
+    direction = torch.randn_like(wanted)
+    gradients = torch.autograd.grad(wanted, inputs, direction)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = lean(*inputs)
+        found = torch.autograd.grad(value, inputs, direction) if inside else None
+    found = found or torch.autograd.grad(value, inputs, direction)
+    assert torch.equal(value, wanted)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, gradients, strict=True))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_whole_model_trains_under_autocast(model, ids, adapted, inside):
+    model.requires_grad_(True)
+    if adapted:
+        inject(model, LoraConfig(2, 2, ("q_proj", "down_proj")))
+        for name, parameter in adapter_parameters(model).items():
+            parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wanted = torch.autograd.grad(next_token_loss(model, ids), parameters)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = next_token_loss(model, ids)
+        if inside:
+            loss.backward()
+    if not inside:
+        loss.backward()
+    for parameter, gradient in zip(parameters, wanted, strict=True):
+        assert (parameter.grad - gradient).norm() < 0.1 * gradient.norm() + 1e-6

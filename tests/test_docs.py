@@ -17,7 +17,7 @@ from experiments.__main__ import VERBS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = {"experiments.report": "experiments.report.__main__", "flops": "flops.__main__"}
+MODULES = {"experiments.report": "experiments.report.__main__"}
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:
@@ -51,11 +51,7 @@ def blocks(path: Path) -> list[str]:
     found = re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
     lines = [line for language, block in found if not language for line in block.splitlines()]
     parts = [part.strip() for line in lines for part in line.split("&&")]
-    return [
-        part
-        for part in parts
-        if part.startswith(("qwen-min ", "python -m experiments.", "python -m flops", "torchrun"))
-    ]
+    return [part for part in parts if part.startswith(("qwen-min ", "python -m experiments.", "torchrun"))]
 
 
 COMMANDS = [(path.name, line) for path in PAGES for line in blocks(path)]

@@ -1,4 +1,3 @@
-import json
 import math
 from dataclasses import replace
 
@@ -6,8 +5,8 @@ import pytest
 import torch
 
 from conftest import CONFIGS, random_model
+from experiments import costs as command
 from flops import CONVENTIONS, backward, forward, training_step
-from flops import __main__ as command
 from flops import primitives as p
 from flops.model import total
 from flops.trace import Tracer, trace_forward, trace_training_step
@@ -152,10 +151,8 @@ def run(capsys, monkeypatch, *arguments):
     return command.main(), *capsys.readouterr()
 
 
-def test_command_prints_the_table_and_json(capsys, monkeypatch):
-    status, out, _ = run(capsys, monkeypatch, "--batch", "2", "--context", "64", "--json")
-    found = json.loads(out)
-    assert status == 0
+def test_command_prints_the_table(capsys, monkeypatch):
+    found = command.counts("0.5B", 2, 64, 8)
     for convention in CONVENTIONS:
         parts = sum(op[convention] for op in found["operators"].values())
         assert parts == found["totals"][convention]["forward"]
@@ -168,7 +165,17 @@ def test_command_prints_the_table_and_json(capsys, monkeypatch):
     assert f"{found['operators']['lm_head']['exact']:,}" in out
 
 
-@pytest.mark.parametrize("arguments", [["--context", "1"], ["--batch", "0"], ["--rank", "-1"], ["--model", "/none"]])
+@pytest.mark.parametrize(
+    "arguments", [["--model", "72B"], ["--batch", "1000", "--context", "2048"], ["--batch", str(10**18)]]
+)
+def test_command_counts_in_closed_form_what_would_take_long_to_trace(capsys, monkeypatch, arguments):
+    status, out, _ = run(capsys, monkeypatch, *arguments)
+    assert status == 0
+    assert "Not traced" in out
+
+
+@pytest.mark.parametrize("arguments", [["--context", "1"], ["--batch", "0"], ["--rank", "-1"], ["--rank", str(10**12)],
+                                       ["--context", "100000"], ["--model", "/none"]])  # fmt: skip
 def test_command_refuses_bad_input_in_one_line(capsys, monkeypatch, arguments):
     status, out, err = run(capsys, monkeypatch, *arguments)
     assert (status, out) == (2, "")

@@ -12,11 +12,12 @@ from experiments.forecasting.forecaster import (
     SeriesError,
     SeriesWarning,
     Trained,
+    checkpoint_hash,
     rows_at_once,
     write_trained,
 )
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, remove, save_adapter
-from qwen_min.weights import TINY, checkpoint_hash
+from qwen_min.weights import TINY
 
 
 def waves(num_variables=2, steps=(24, 30, 17, 24)):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
-    "run", "forecast", "finetune", "comparison", "benchmark", "pretrain", "report.__main__", "text", "export",
+    "run", "forecast", "finetune", "comparison", "costs", "benchmark", "pretrain", "report.__main__", "text", "export",
     "__main__",
 ]  # fmt: skip
 PACKAGES = ["forecasting", "study", "report", "storage", "benchmarking"]

@@ -1,21 +1,26 @@
 import copy
+import inspect
+import io
 import pickle
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from conftest import CONFIGS, random_model, relative_error
-from lora import LoraConfig, adapter_parameters, inject, merge, unmerge
-from qwen_min import CheckpointError, Qwen, generate
+from experiments.cli import multiplies_bfloat16
+from lora import LoraConfig, adapter_parameters, inject, merge, remove, unmerge
+from qwen_min import Qwen, generate
 from qwen_min.linear import (
     MKLDNN_OPERATORS,
     PackedLinear,
     _can_pack,
+    _matrices,
+    _Packed,
     keep_only_packed,
     linear,
-    multiplies_bfloat16,
     pack,
     unpack,
 )
@@ -138,6 +143,101 @@ def test_inference_tensors_autocast_and_pickling_work(model, ids):
     assert torch.equal(restored.head_weight, model.head_weight)
 
 
+def _options(optimizer, ways=("fused", "foreach", "capturable")):
+    """The ways in which an optimizer may write, as keyword arguments; plainly first."""
+    known = inspect.signature(optimizer).parameters
+    return [{}, *({way: True} for way in ways[:2] if way in known)]
+
+
+class ThroughData(torch.optim.SGD):
+    """An optimizer that writes past autograd, as some published ones do."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.sub_(parameter.grad, alpha=self.param_groups[0]["lr"])
+
+
+OPTIMIZERS = [
+    value
+    for value in vars(torch.optim).values()
+    if isinstance(value, type)
+    and issubclass(value, torch.optim.Optimizer)
+    and value.__name__ not in ("Optimizer", "SparseAdam", "Muon")  # SparseAdam: no dense gradients; Muon: matrices only
+]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"), [(o, options) for o in (*OPTIMIZERS, ThroughData) for options in _options(o)]
+)
+@pytest.mark.parametrize("name", ["ratio 7, tied", "ratio 2, untied"])
+def test_no_optimizer_leaves_a_stale_copy(monkeypatch, ids, name, optimizer, options):
+    """Generate, which packs; train every weight; compare with the same weights without packed copies."""
+    monkeypatch.setattr("qwen_min.linear.SMALLEST_PACKED_FP32", 1)
+    model = random_model(CONFIGS[name])
+    generate(model, [[1, 2, 3]], 3)
+    assert model.head_weight.packed is not None
+    before = next_token_loss(model, ids).item()
+    model.requires_grad_(True)
+    steps = optimizer(model.parameters(), lr=0.01, **options)
+
+    def closure():
+        steps.zero_grad()
+        loss = next_token_loss(model, ids)
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        generate(model, [[1, 2, 3]], 3)  # in the midst of a training, and with a graph that waits for its backward pass
+        closure()
+        steps.step(closure)
+    for trainable in (True, False):
+        model.requires_grad_(trainable)
+        with torch.no_grad():
+            loss, logits = next_token_loss(model, ids), model(ids)
+        text = generate(model, ids[:, :5], 6).tokens
+        unpack(model)
+        with torch.no_grad():
+            assert torch.equal(loss, next_token_loss(model, ids))
+            torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-4)
+        assert torch.equal(text, generate(model, ids[:, :5], 6).tokens)
+    assert abs(loss.item() - before) > 1e-4
+
+
+def test_a_frozen_head_in_training_through_the_embedding_alone_loses_its_copy(monkeypatch, ids):
+    monkeypatch.setattr("qwen_min.linear.SMALLEST_PACKED_FP32", 1)
+    model = random_model(CONFIGS["ratio 7, tied"])
+    pack(model)
+    model.model.embed_tokens.weight.requires_grad_(True)
+    model.model(ids).sum().backward()
+    model.model.embed_tokens.weight.data.mul_(2)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), model.model(ids) @ model.head_weight.T)
+
+
+def test_a_failed_packing_leaves_no_copy(monkeypatch, model):
+    packs = []
+
+    def fail(weight):
+        packs.append(weight)
+        if len(packs) == 3:
+            raise torch.OutOfMemoryError
+        return original(weight)
+
+    original = _Packed
+    monkeypatch.setattr("qwen_min.linear._Packed", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        pack(model)
+    assert {weight.packed for weight in _matrices(model)} == {None}
+
+
+def test_a_packed_copy_does_not_keep_a_replaced_weight_alive(model):
+    pack(model)
+    storage = StorageWeakRef(model.model.layers[0].mlp.up_proj.weight.untyped_storage())
+    model.to(torch.float64)
+    assert storage.expired()
+
+
 def test_gradients_ignore_the_packed_copies(model, ids):
     inject(model, LoraConfig(rank=2, alpha=2))
     wanted = torch.autograd.grad(next_token_loss(model, ids), [p for p in model.parameters() if p.requires_grad])
@@ -171,11 +271,36 @@ def test_a_model_of_packed_weights_alone_refuses_all_that_needs_weights(tmp_path
     assert isinstance(model.model.layers[0].self_attn.q_proj, PackedLinear)
     with pytest.raises(ValueError, match="no Linear is called"):
         inject(model, LoraConfig(4, 8))
-    with pytest.raises(CheckpointError, match=r"missing .*q_proj.weight"):
-        save(model, tmp_path / "saved", TINY)
+    assert not (tmp_path / "saved").exists()
+    for refused in (
+        lambda: save(model, tmp_path / "saved", TINY),
+        model.state_dict,
+        lambda: model.load_state_dict({}, strict=False),
+        lambda: copy.deepcopy(model),
+        lambda: pickle.dumps(model),
+        lambda: torch.save(model, io.BytesIO()),
+        lambda: model.to(torch.float16),
+        lambda: model.model.layers[0].self_attn.q_proj.weight,
+    ):
+        with pytest.raises(ValueError, match="only packed weights are left"):
+            refused()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(ids).isfinite().all()
     model.model.embed_tokens.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="cannot train"):
         model(ids)
+
+
+def test_an_adapter_over_packed_weights_can_be_removed_but_not_merged(model, ids):
+    inject(model, LoraConfig(4, 8))
+    keep_only_packed(model)
+    with torch.no_grad():
+        before = model(ids)
+        with pytest.raises(ValueError, match="only packed weights are left"):
+            merge(model)
+        assert torch.equal(model(ids), before)
+        remove(model)
+        torch.testing.assert_close(model(ids), before)
 
 
 def test_small_fp32_weights_stay():

@@ -81,3 +81,81 @@ def test_refuses_texts_without_a_target_and_targets_outside_the_vocabulary(model
     missing = ids[0, 5].item()
     with pytest.raises(ValueError, match=f"token {missing} is to be predicted, but is not in the"):
         next_token_loss(model, ids, None, ids[ids != missing].unique())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [0.3, 1, 3, 10])
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+def test_gradients_in_16_bits_are_as_precise_as_autograds(dtype, spread, scale):
+    """The logits reach from 10 to 400. In fp16, a gradient scaled by GradScaler's 65536 has to stay finite."""
+    hidden, weight, targets = sample(torch.float64, positions=64, hidden=64)
+    hidden, weight = (spread * hidden).to(dtype).detach(), weight.to(dtype).detach()
+
+    def gradients(loss, kind):
+        inputs = [x.to(kind).requires_grad_() for x in (hidden, weight)]
+        return [g.double() for g in torch.autograd.grad(scale * loss(*inputs), inputs)]
+
+    def plain(h, w):
+        return F.cross_entropy((h @ w.T).to(torch.promote_types(h.dtype, torch.float32)), targets)
+
+    exact = gradients(plain, torch.float64)
+    autograds, ours = gradients(plain, dtype), gradients(lambda h, w: head_cross_entropy(h, w, targets), dtype)
+    for found, theirs, wanted in zip(ours, autograds, exact, strict=True):
+        if theirs.isfinite().all():
+            assert found.isfinite().all()
+            assert (found - wanted).norm() <= 1.3 * (theirs - wanted).norm() + 1e-12
+
+
+def test_only_the_head_may_need_a_gradient():
+    hidden, weight, targets = sample(torch.float32)
+    plain = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, targets), weight)[0]
+    found = torch.autograd.grad(head_cross_entropy(hidden.detach(), weight, targets), weight)[0]
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_changes_nothing(inside):
+    hidden, weight, targets = sample(torch.float32)
+    wanted = torch.autograd.grad(head_cross_entropy(hidden, weight, targets), (hidden, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head_cross_entropy(hidden, weight, targets)
+        found = torch.autograd.grad(loss, (hidden, weight)) if inside else None
+    found = found or torch.autograd.grad(loss, (hidden, weight))
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_head_whose_first_rows_are_masked_has_a_loss():
+    logits = torch.zeros(1, 97)
+    logits[:, :50] = -torch.inf
+    targets = torch.tensor([60])
+    assert head_cross_entropy(torch.ones(1, 1), logits.T, targets).item() == pytest.approx(
+        F.cross_entropy(logits, targets).item()
+    )
+
+
+@pytest.mark.parametrize("target", [-100, -1, 97])
+def test_a_target_outside_the_vocabulary_is_refused(target):
+    hidden, weight, targets = sample(torch.float32)
+    targets[3] = target
+    with pytest.raises(ValueError, match="targets are"):
+        head_cross_entropy(hidden, weight, targets)
+
+
+@pytest.mark.parametrize("vocabulary", [[5, 3, 9], [3, 3, 9]])
+def test_a_vocabulary_that_is_not_ascending_is_refused(model, vocabulary):
+    with pytest.raises(ValueError, match="expected ascending token ids"):
+        next_token_loss(model, torch.tensor([[3, 5, 9]]), None, torch.tensor(vocabulary))
+
+
+@pytest.mark.parametrize("lengths", [[13, 12], [-1, 5], [5], [5, 5, 5], [[5, 5]]])
+def test_lengths_that_do_not_fit_are_refused(model, ids, lengths):
+    with pytest.raises(ValueError, match="lengths are"):
+        next_token_loss(model, ids, torch.tensor(lengths))
+
+
+def test_lengths_stay_on_the_cpu_under_another_default_device(model, ids):
+    lengths = torch.tensor([8, 12])
+    wanted = next_token_loss(model, ids, lengths)
+    with torch.device("meta"):
+        assert torch.equal(next_token_loss(model, ids, lengths), wanted)

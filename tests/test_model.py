@@ -2,20 +2,25 @@ import pytest
 import torch
 
 from qwen_min import KVCache, Qwen, QwenConfig
+from qwen_min.attention import pairs_mask
 from qwen_min.model import attention_mask_and_positions
 
 
 def test_the_mask_is_causal_and_aligned_to_the_lower_right_corner():
-    mask, positions = attention_mask_and_positions(2, 3, None, torch.device("cpu"))
+    mask = pairs_mask(3, 5, torch.device("cpu"))
     assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    mask, positions = attention_mask_and_positions(2, 3, None, torch.device("cpu"))
+    assert mask is None  # attention aligns the causal rule like this itself
     assert positions.tolist() == [[2, 3, 4]]
 
 
-def test_positions_of_a_left_padded_row_count_from_its_first_real_token():
-    real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+@pytest.mark.parametrize("kept", [1, 255])
+def test_positions_of_a_left_padded_row_count_from_its_first_real_token(kept):
+    real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]) * kept
     mask, positions = attention_mask_and_positions(1, 3, real, torch.device("cpu"))
     assert positions.tolist() == [[0, 0, 1], [1, 2, 3]]
-    assert mask[0, 0].int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    by_query = pairs_mask(3, 4, torch.device("cpu"), mask)
+    assert by_query[0, 0].int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
 def test_cached_pieces_give_the_logits_of_one_pass(model, ids):

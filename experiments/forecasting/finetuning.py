@@ -19,7 +19,14 @@ from torch import Tensor
 import flops
 from experiments.forecasting.backtest import Parts, baseline_forecasts, coverage, scores, split, spread_of
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import DEFAULT_SAMPLES, Forecaster, SeriesWarning, Trained, checked_series
+from experiments.forecasting.forecaster import (
+    DEFAULT_SAMPLES,
+    Forecaster,
+    SeriesWarning,
+    Trained,
+    checked_series,
+    checkpoint_hash,
+)
 from experiments.forecasting.grammar import SCALED_LIMIT, Grammar
 from experiments.forecasting.scores import BAND, quantiles, samples_needed
 from experiments.forecasting.settings import LINEAR, Training
@@ -36,7 +43,7 @@ from experiments.forecasting.training import (
 from experiments.storage.files import RunError, plain, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
 from lora import adapter_parameters, inject
-from qwen_min.weights import TINY, checkpoint_hash
+from qwen_min.weights import TINY
 
 WINDOW_TOKENS = 768  # the length of a window, if the series are long enough and the horizon leaves a context
 MAX_WINDOWS = 20_000  # windows start at every time step, or more rarely so that there are no more of them

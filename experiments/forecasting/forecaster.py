@@ -24,7 +24,7 @@ from qwen_min.config import CheckpointError
 from qwen_min.continuation import ReusedCache
 from qwen_min.generation import pad_left, prefill
 from qwen_min.linear import pack
-from qwen_min.weights import TINY, checkpoint_folder, checkpoint_hash
+from qwen_min.weights import TINY, checkpoint_folder, weight_files
 
 TRAINED_FILE = "encoding.json"  # in an adapter's folder, next to peft's files
 # the most bytes of keys and values at a time; a constant and not the free memory, as the batch size affects rounding
@@ -61,6 +61,15 @@ class Trained(NamedTuple):
     checkpoint_sha256: str
     variables: list[str] | None = None  # names, in order; None: not recorded
     tokens: int | None = None  # the longest text that the training read; None: not recorded
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """The sha256, in hex, over the config, the tokenizer and the weights of a checkpoint folder."""
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def rows_at_once(model: Qwen, num_columns: int) -> int:

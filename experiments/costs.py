@@ -1,26 +1,29 @@
 """Print the FLOPs of a training step, operator by operator, in three conventions.
 
-    python -m flops --model 0.5B --batch 4 --context 512 --rank 8
+    python -m experiments.costs --model 0.5B --batch 4 --context 512 --rank 8
 
 The dense sizes of Qwen2.5 are built in. Of another checkpoint only the config.json is read. Where it takes a few
 seconds, the real code is traced as well, without memory or arithmetic.
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
-CONFIGS = Path(__file__).parent / "configs"  # of the dense Qwen2.5 models, base and Instruct
+from experiments import cli
+
 SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
-MOST_TRACED = 1_000  # blocks of attention, which take a few seconds
+MOST_TRACED = 1_000  # blocks of attention in a forward pass; a few seconds
 
 
 def parser() -> argparse.ArgumentParser:
-    """The argument parser of the command."""
-    called = sys.argv[0] if sys.argv[0].startswith("qwen-min") else "python -m flops"
-    p = argparse.ArgumentParser(prog=called, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog=cli.called("experiments.costs"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument(
         "--model", default="0.5B", help=f"{', '.join(SIZES)}, tiny, or a checkpoint: a folder or a hub id (default "
         "%(default)s)",
@@ -30,52 +33,47 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--rank", type=int, default=8, help="LoRA rank on q_proj and v_proj, 0: no LoRA (default %(default)s)"
     )
-    p.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return p
 
 
-def counts(args: argparse.Namespace) -> dict:
-    """Everything in the table: FLOPs as integers. Raises ValueError for bad sizes or an unusable config."""
-    from flops.model import CONVENTIONS, forward, total
+def counts(model: str, batch: int, context: int, rank: int) -> dict:
+    """Everything in the table: FLOPs as integers. Raises CommandError or CheckpointError for bad sizes."""
+    import flops
+    from flops.model import CONVENTIONS, total
     from flops.trace import trace_training_step
-    from flops.training import backward, training_step
     from qwen_min import QwenConfig
     from qwen_min.attention import QUERY_BLOCK
     from qwen_min.config import MAX_VALUE
     from qwen_min.weights import checkpoint_folder
 
-    if args.model in SIZES and not Path(args.model).is_dir():
-        path = CONFIGS / f"{args.model}.json"
+    if model in SIZES and not Path(model).is_dir():
+        path = Path(flops.__file__).parent / "configs" / f"{model}.json"
     else:
-        path = checkpoint_folder(args.model, ("config.json",)) / "config.json"
+        path = checkpoint_folder(model, ("config.json",)) / "config.json"
     config = QwenConfig.from_file(path)
     longest = config.max_position_embeddings
-    if args.batch < 1 or not 2 <= args.context <= longest or not 0 <= args.rank <= MAX_VALUE:
-        raise ValueError(
-            f"got batch {args.batch}, context {args.context}, rank {args.rank}; expected batch >= 1, context 2 (for a "
-            f"next token to predict) to {longest}, rank 0 to {MAX_VALUE}"
+    if batch < 1 or not 2 <= context <= longest or not 0 <= rank <= MAX_VALUE:
+        raise cli.CommandError(
+            f"got batch {batch}, context {context}, rank {rank}; expected batch >= 1, context 2 (for a next token to "
+            f"predict) to {longest}, rank 0 to {MAX_VALUE}"
         )
-    ranks = {"q_proj": args.rank, "v_proj": args.rank} if args.rank else {}
+    ranks = {"q_proj": rank, "v_proj": rank} if rank else {}
     operators: dict[str, dict[str, int]] = {}
     totals = {}
     for convention in CONVENTIONS:
-        ops = forward(config, args.batch, args.context, convention=convention, ranks=ranks, head="loss")
+        ops = flops.forward(config, batch, context, convention=convention, ranks=ranks, head="loss")
         for op in ops:
             operators.setdefault(op.name, dict.fromkeys(CONVENTIONS, 0))[convention] = op.flops
-        step = training_step(config, args.batch, args.context, convention=convention, ranks=ranks)
+        step = flops.training_step(config, batch, context, convention=convention, ranks=ranks)
         totals[convention] = {"forward": total(ops), "backward": step - total(ops), "training step": step}
-    rows_and_heads = args.batch * (1 + config.num_attention_heads * args.context // 2**15)
+    rows_and_heads = batch * (1 + config.num_attention_heads * context // 2**15)  # long rows are split by heads
     traced = None
-    if config.num_hidden_layers * rows_and_heads * args.context // QUERY_BLOCK <= MOST_TRACED:
-        steps = trace_training_step(config, args.batch, args.context, ranks)
+    if config.num_hidden_layers * rows_and_heads * context // QUERY_BLOCK <= MOST_TRACED:
+        steps = trace_training_step(config, batch, context, ranks)
         traced = dict(zip(("forward", "backward"), steps, strict=True))
     return {
-        "model": args.model,
-        "batch": args.batch,
-        "context": args.context,
-        "rank": args.rank,
         "operators": operators,
-        "backward operators": {op.name: op.flops for op in backward(config, args.batch, args.context, ranks=ranks)},
+        "backward operators": {op.name: op.flops for op in flops.backward(config, batch, context, ranks=ranks)},
         "totals": totals,
         "traced": traced,
     }
@@ -90,11 +88,7 @@ def table(result: dict) -> str:
     def line(name: str, cells: list[str]) -> str:
         return f"{name:<44}" + "".join(f"{cell:>22}" for cell in cells)
 
-    lines = [
-        f"{result['model']}, {result['batch']} x {result['context']} tokens, LoRA rank {result['rank']}",
-        "",
-        line("operator of the forward pass", conventions),
-    ]
+    lines = [line("operator of the forward pass", conventions)]
     for name, flops in result["operators"].items():
         lines.append(line(name, [f"{flops[c]:,}" if flops[c] else "-" for c in conventions]))
     lines += ["", line("operator of the backward pass", ["exact"])]
@@ -112,25 +106,21 @@ def table(result: dict) -> str:
         outcome = (
             f"Traced: forward {traced['forward']:,}, backward {traced['backward']:,}. This {agrees} the exact column."
         )
-    lines += [
-        "",
-        outcome,
-        "",
-        *(f"{name}: {meaning}." for name, meaning in CONVENTIONS.items()),
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", outcome, "", *(f"{name}: {meaning}." for name, meaning in CONVENTIONS.items())])
+
+
+def work(args: argparse.Namespace) -> int:
+    """Count and print; the exit status."""
+    result = counts(args.model, args.batch, args.context, args.rank)
+    print(f"{args.model}, {args.batch} x {args.context} tokens, LoRA rank {args.rank}\n")
+    print(table(result))
+    return 0
 
 
 def main() -> int:
-    """Print the table or JSON. Returns the exit status: 2, after one message, for bad input."""
+    """Return the exit status, as `cli.exit_status` does."""
     args = parser().parse_args()
-    try:
-        result = counts(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(result, indent=2) if args.json else table(result))
-    return 0
+    return cli.exit_status(lambda _: work(args))
 
 
 if __name__ == "__main__":
