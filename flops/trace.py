@@ -24,15 +24,14 @@ from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
 
 MOVING = """
-_to_copy _unsafe_view alias any all arange cat clone constant_pad_nd copy_ detach embedding empty empty_like
-empty_strided expand fill_ full full_like gather index index_copy_ index_select _local_scalar_dense lift_fresh new_empty
-new_full new_zeros nonzero ones ones_like permute promote_types rand repeat repeat_interleave resize_ roll
-scalar_tensor scatter scatter_ select select_backward slice slice_backward split stack t transpose unbind unfold
-unsqueeze view zero_ zeros zeros_like
+_local_scalar_dense _to_copy _unsafe_view alias any all arange cat clone constant_pad_nd copy_ detach detach_ embedding
+empty empty_like expand fill_ full gather index index_copy_ index_select lift_fresh new_empty new_full new_zeros nonzero
+ones ones_like permute promote_types rand repeat_interleave roll scalar_tensor scatter_ select slice slice_backward
+split stack t transpose unbind unsqueeze view zeros zeros_like
 """
 CHOOSING = """
-amax amin aminmax argmax bitwise_and bitwise_not bitwise_or clamp eq ge gt isfinite isin le logical_and logical_not lt
-masked_fill masked_fill_ max maximum min ne searchsorted sgn sort topk where
+amax argmax bitwise_and bitwise_not bitwise_or clamp eq ge gt isin le lt masked_fill masked_fill_ max maximum min
+searchsorted sgn sort topk where
 """
 FREE = frozenset((MOVING + CHOOSING).split())
 PER_OUTPUT = {  # FLOPs per number of the result
@@ -40,13 +39,10 @@ PER_OUTPUT = {  # FLOPs per number of the result
     "add": ADD,
     "add_": ADD,
     "sub": ADD,
-    "sub_": ADD,
-    "rsub": ADD,
     "neg": ADD,
     "mul": MUL,
     "mul_": MUL,
     "div": MUL,
-    "div_": MUL,
     "reciprocal": MUL,
     "rsqrt": p.RSQRT,
     "exp": EXP,
@@ -98,6 +94,7 @@ PRICES: dict[str, Callable[..., int]] = {  # the FLOPs as a function of the oper
     "_softmax_backward_data": lambda args, out: _along(out, args[2], p.softmax_backward),
     "_linear_pointwise": _packed_linear,
     # sums into the places of an index: each number is added to its element
+    "index_add": lambda args, _: args[3].numel() * ADD,
     "index_add_": lambda args, _: args[3].numel() * ADD,
     "scatter_add_": lambda args, _: args[3].numel() * ADD,
     "index_put": lambda args, _: args[2].numel() * ADD,
@@ -150,8 +147,13 @@ class Tracer(TorchDispatchMode):
         if self.inside_attention or name in FREE:
             return func(*args, **kwargs)
         if name not in PER_OUTPUT and name not in PRICES:
-            with self:  # in inference mode, operators that consist of others arrive whole
-                out = func.decompose(*args, **kwargs)
+            # in inference mode, operators that consist of others arrive whole
+            with torch._C.DisableTorchFunction():
+                super().__enter__()
+                try:
+                    out = func.decompose(*args, **kwargs)
+                finally:
+                    super().__exit__(None, None, None)
             if out is NotImplemented:
                 raise ValueError(f"operator {func} has no price: add it to flops/trace.py, priced by Table 1")
             return out

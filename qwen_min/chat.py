@@ -66,7 +66,7 @@ class ChatTemplate:
         # the end of a message might become a control token with what follows it
         quoted = re.compile(rf"{whole}|(?:{begun})(?=\s*\Z)")
         text = self.render(_each_text(list(messages), lambda found: quoted.sub(rf"{start}\g<0>{end}", found)))
-        if start not in text:
+        if start not in text and end not in text:
             return tokenizer.encode(text)
         ids: list[int] = []
         encode, plain = tokenizer.without(control), ""

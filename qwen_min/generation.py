@@ -130,8 +130,9 @@ def _checked_prompts(
     if rows and not hasattr(rows[0], "__len__"):
         rows = [rows]
     ids, mask = pad_left(rows, pad_id)
-    if ids.min() < 0 or ids.max() >= (size := model.config.vocab_size):
-        raise ValueError(f"tokens and pad_id are {ids.min()} to {ids.max()}, expected 0 to {size - 1}")
+    if ids.min() < 0 or ids.max() >= model.config.vocab_size or not 0 <= pad_id < model.config.vocab_size:
+        span = f"{min(ids.min(), pad_id)} to {max(ids.max(), pad_id)}"
+        raise ValueError(f"tokens and pad_id are {span}, expected 0 to {model.config.vocab_size - 1}")
     if ids.shape[1] + num_new_tokens - 1 > model.config.max_position_embeddings:
         raise ValueError(
             f"{ids.shape[1]} prompt + {num_new_tokens} new tokens exceed the model's "

@@ -39,11 +39,11 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text. Raises ValueError for half of a surrogate pair, from input that was no UTF-8."""
+        """The token ids of a text. Raises UnicodeError for half of a surrogate pair, from input that was no UTF-8."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError as error:
-            raise ValueError(f"the text {text!r} is not Unicode; expected UTF-8") from error
+            raise UnicodeError(f"the text {text!r} is not Unicode; expected UTF-8") from error
 
     def control_tokens(self, template: str) -> dict[str, int]:
         """The tokens that steer a chat, and their ids: all special tokens, and others of its template's text."""

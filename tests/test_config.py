@@ -27,6 +27,12 @@ def test_reads_rope_theta_where_transformers_5_puts_it():
         ({"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters"),
+        ({"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
+        ({"rope_scaling": {"type": ["default"]}}, "rope_scaling"),
+        ({"is_causal": False}, "is_causal"),
+        ({"dual_chunk_attention_config": {"original_max_position_embeddings": 128}}, "dual_chunk_attention_config"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization_config .* quantised"),
+        ({"quantization": {"bits": 4}}, "quantization .* quantised"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_size": None}, "hidden_size"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
@@ -44,6 +50,30 @@ def test_reads_rope_theta_where_transformers_5_puts_it():
 def test_refuses_what_is_not_implemented_and_names_the_field(change, named):
     with pytest.raises(CheckpointError, match=named):
         QwenConfig.from_dict(FIELDS | change)
+
+
+def test_rope_parameters_win_as_in_transformers_5():
+    both = FIELDS | {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
+    assert QwenConfig.from_dict(both).rope_theta == 5e5
+    assert pytest.importorskip("transformers").Qwen2Config(**both).rope_parameters["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 1e6}},
+        {"rope_scaling": {"rope_type": "default", "type": "default"}},
+        {"is_causal": True, "dual_chunk_attention_config": None, "quantization_config": None},
+    ],
+)
+def test_fields_that_change_nothing_are_accepted(change):
+    assert QwenConfig.from_dict(FIELDS | change) == GROUPED
+
+
+def test_without_kv_heads_there_are_as_many_as_query_heads():
+    assert QwenConfig.from_dict(FIELDS | {"num_key_value_heads": None}).num_key_value_heads == 14
+    with pytest.raises(CheckpointError, match="missing num_key_value_heads"):
+        QwenConfig.from_dict({name: value for name, value in FIELDS.items() if name != "num_key_value_heads"})
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", json.dumps({"model_type": "qwen2"})])

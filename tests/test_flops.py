@@ -11,7 +11,7 @@ from flops import primitives as p
 from flops.model import total
 from flops.trace import Tracer, trace_forward, trace_training_step
 from lora import LoraConfig, inject
-from qwen_min import KVCache, QwenConfig
+from qwen_min import KVCache, QwenConfig, generate
 from qwen_min.linear import pack
 from qwen_min.loss import next_token_loss
 
@@ -137,6 +137,81 @@ def test_backward_of_a_lora_step_is_cheaper_than_the_rule():
 def test_an_operator_without_a_price_raises():
     with pytest.raises(ValueError, match=r"aten\.erfinv\.default has no price"), Tracer():
         torch.erfinv(torch.empty(3, device="meta"))
+
+
+GENERATIONS = {
+    "greedy, padded": {"num_new_tokens": 3},
+    "samples": {
+        "num_new_tokens": 3, "temperature": 0.8, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2, "num_samples": 2,
+        "end_ids": [5],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", GENERATIONS.values(), ids=GENERATIONS.keys())
+def test_generation_is_priced(model, arguments):
+    """It runs in inference mode, where operators that consist of others arrive whole."""
+    prompts = [[1, 2, 3], [4]]
+    wanted = generate(model, prompts, **arguments)
+    with Tracer() as tracer:
+        found = generate(model, prompts, **arguments)
+    assert torch.equal(found.tokens, wanted.tokens)
+    assert tracer.total > total(forward(model.config, 2, 3, head="last", padded=True))
+
+
+def test_a_generation_costs_its_passes(model):
+    """Counted next to `forward`: what chooses the tokens and checks them costs nothing of Table 1."""
+    with Tracer() as tracer:
+        generate(model, [[1, 2, 3], [4, 5, 6]], 4)
+    passes = [forward(model.config, 2, 3, head="last"), *(forward(model.config, 2, 1, cached) for cached in (3, 4, 5))]
+    assert tracer.total == sum(map(total, passes)) + 2 * 4  # each step counts the tokens of two rows
+
+
+def test_inference_mode_costs_the_same(model, ids):
+    with torch.inference_mode(), Tracer() as tracer:
+        model(ids)
+    assert tracer.total == total(forward(model.config, 2, 12))
+
+
+def test_a_padded_training_batch_is_priced(model, ids):
+    model.requires_grad_(True)
+    with Tracer() as tracer:
+        next_token_loss(model, ids, torch.tensor([12, 5])).backward()
+    assert 0.5 * training_step(model.config, 2, 12) < tracer.total < training_step(model.config, 2, 12)
+
+
+def test_an_operator_without_a_price_does_not_run():
+    tensor = torch.zeros(3)
+    with pytest.raises(ValueError, match="has no price"), Tracer():
+        tensor.erfinv_()
+    with pytest.raises(ValueError, match="has no price"), torch.inference_mode(), Tracer():
+        torch.zeros(3).lgamma_()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"head": "loss", "cached": 3},
+        {"head": "loss", "padded": True},
+        {"head": "all", "vocabulary": 13},
+        {"head": "last", "vocabulary": 13},
+        {"ranks": {"q_porj": 8}},
+    ],
+)
+def test_passes_that_the_code_does_not_have_are_refused(arguments):
+    for count in (forward, trace_forward):
+        with pytest.raises(ValueError, match=r"head is|vocabulary is|ranks has q_porj"):
+            count(CONFIGS["ratio 7, tied"], 2, 7, **arguments)
+    if "ranks" in arguments:
+        with pytest.raises(ValueError, match="ranks has q_porj"):
+            training_step(REAL, 2, 7, **arguments)
+
+
+@pytest.mark.parametrize("size", command.SIZES)
+def test_every_dense_size_is_built_in(size):
+    found = command.counts(size, 2**20, 2, 8)
+    assert found["traced"] is None
+    assert found["totals"]["exact"]["training step"] > 0
 
 
 def test_refuses_unknown_conventions_and_heads():

@@ -1,11 +1,12 @@
+import numpy as np
 import pytest
 import torch
 
 from lora import LoraConfig, inject
 from qwen_min import KVCache, generate, generation
 from qwen_min.cache import ForkedCache
-from qwen_min.continuation import Continuation, GraphContinuation, continuation
-from qwen_min.generation import pad_left
+from qwen_min.continuation import Continuation, GraphContinuation, ReusedCache, continuation
+from qwen_min.generation import pad_left, prefill
 
 
 def greedy_without_cache(model, prompt, num_new_tokens):
@@ -27,7 +28,19 @@ def test_equals_greedy_decoding_without_a_cache_in_a_batch_of_unequal_length(mod
     assert torch.equal(out.logits.argmax(-1), out.tokens)
 
 
-@pytest.mark.parametrize("prompt", [[5, 9, 2], torch.tensor([5, 9, 2]), torch.tensor([[5, 9, 2]])])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [5, 9, 2],
+        torch.tensor([5, 9, 2]),
+        torch.tensor([[5, 9, 2]]),
+        np.array([5, 9, 2]),
+        np.array([[5, 9, 2]]),
+        [np.int64(5), np.int64(9), np.int64(2)],
+        [torch.tensor([5, 9, 2])],
+        (5, 9, 2),
+    ],
+)
 def test_a_single_prompt_is_a_batch_of_one(model, prompt):
     assert torch.equal(generate(model, prompt, 6).tokens, generate(model, [[5, 9, 2]], 6).tokens)
 
@@ -169,3 +182,75 @@ def test_the_gpu_code_path_generates_the_same_tokens(monkeypatch, model):
     wanted = generate(model, PROMPTS, 15)
     monkeypatch.setattr(generation, "continuation", GraphContinuation)
     assert torch.equal(generate(model, PROMPTS, 15).tokens, wanted.tokens)
+
+
+@pytest.mark.parametrize(("prompt", "pad_id"), [([97], 0), ([-1], 0), ([3], -1), ([3], 97)])
+def test_tokens_that_the_model_does_not_have_are_refused(model, prompt, pad_id):
+    with pytest.raises(ValueError, match=r"tokens and pad_id are .*, expected 0 to 96"):
+        generate(model, [prompt, [1, 2]], 3, pad_id=pad_id)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_samples_near_the_last_position_count_tokens_not_columns(monkeypatch, model, num_samples):
+    """As on a GPU, where capacities are rounded up: the unused columns of the prompt's cache are no tokens."""
+    monkeypatch.setattr(ReusedCache, "_rounded", lambda self, capacity: -(-capacity // 64) * 64)
+    for kind in (Continuation, GraphContinuation):
+        monkeypatch.setattr(generation, "continuation", kind)
+        prompt = [[1 + token % 90 for token in range(230)]]
+        out = generate(model, prompt, 26, temperature=1.0, num_samples=num_samples)
+        assert out.tokens.shape == (num_samples, 26)
+        wanted = [generate(model, prompt, 26, temperature=1.0).tokens[0]] if num_samples == 1 else out.tokens
+        assert torch.equal(out.tokens[0], wanted[0])
+
+
+def test_rows_of_a_fork_continue_the_rows_of_its_prefix(model, ids):
+    with torch.inference_mode():
+        context = KVCache(model.config, 2, 5)
+        model(ids[:, :5], context)
+        fork = ForkedCache(context, 3, 4)
+        pieces = ids[:, 5:8].repeat_interleave(3, 0)
+        wanted = model(pieces, fork, fork.mask(None))
+        fork.truncate(5)
+        part = fork.rows(slice(3, 6))
+        torch.testing.assert_close(model(pieces[3:], part, part.mask(None)), wanted[3:])
+    for rows in (slice(0, 2), slice(3, 7), slice(0, 6, 2), slice(1, 4)):
+        if rows != slice(3, 7):  # which ends with the last row
+            with pytest.raises(ValueError, match="expected all 3 of each row"):
+                fork.rows(rows)
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_prefilled_cache_can_be_used_without_inference_mode(model, ids, forked):
+    cache, _ = prefill(model, ids[:, :5], 0 if forked else 3)
+    if forked:
+        with torch.inference_mode():
+            cache = ForkedCache(cache, 1, 3)
+    with torch.no_grad():
+        found = model(ids[:, 5:7], cache)
+    torch.testing.assert_close(found, model(ids[:, :7])[:, 5:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Continuation, GraphContinuation])
+def test_a_mask_has_to_cover_the_filled_cache(model, ids, kind):
+    with torch.inference_mode():
+        cache = KVCache(model.config, 2, 20)
+        model(ids[:, :5], cache)
+    for shape in ((1, 5), (2, 4), (2, 20)):
+        with pytest.raises(ValueError, match=r"attention_mask is .*, expected \(2, 5\)"):
+            kind(model, cache, torch.ones(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", [Continuation, GraphContinuation])
+def test_a_mask_of_0_and_255_is_one_of_0_and_1(model, ids, kind):
+    mask = torch.ones_like(ids[:, :5])
+    mask[0, :3] = 0
+    found = []
+    for factor in (1, 255):
+        with torch.inference_mode():
+            cache = KVCache(model.config, 2, 20)
+            model(ids[:, :5], cache, factor * mask)
+        append = kind(model, cache, factor * mask)
+        real = torch.tensor([[1, 1], [1, 0]])
+        found.append([append(ids[:, 5:7], factor * real).clone(), append(ids[:, 7:8])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -71,6 +71,14 @@ def test_a_cache_is_reused_only_for_the_same_shape(model):
     assert reused.take(3, 10).keys.shape[1:4:2] == (3, 10)
 
 
+def test_a_cache_is_not_reused_for_another_dtype(model, ids):
+    reused = ReusedCache(model)
+    prefill(model, ids, 3, None, reused)
+    model.bfloat16()
+    cache, hidden = prefill(model, ids, 3, None, reused)
+    assert cache.keys.dtype == hidden.dtype == torch.bfloat16
+
+
 def test_a_trained_adapter_reuses_the_graphs_and_another_one_is_captured(monkeypatch, tiny):
     """Training writes into the memory that a graph reads; adding, removing or merging an adapter changes the memory."""
     recorded.install(monkeypatch)
@@ -88,12 +96,14 @@ def test_a_trained_adapter_reuses_the_graphs_and_another_one_is_captured(monkeyp
     for parameter in adapter_parameters(model).values():
         parameter.data.normal_(0, 0.2)
     assert_fresh(2)
-    merge(model)
+    model.model.layers[1].self_attn.q_proj.scale = 3.0  # a graph holds it as a constant
     assert_fresh(3)
-    unmerge(model)
+    merge(model)
     assert_fresh(4)
-    remove(model)
+    unmerge(model)
     assert_fresh(5)
+    remove(model)
+    assert_fresh(6)
 
 
 @pytest.mark.parametrize(("decoding", "passes"), [("constrained", 2), ("free", 1)])

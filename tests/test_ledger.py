@@ -1,3 +1,6 @@
+import resource
+import signal
+
 import pytest
 
 from flops import BudgetExceeded, Ledger
@@ -46,11 +49,12 @@ def test_an_experiment_whose_remaining_steps_do_not_fit_is_refused(path):
         ledger.require("b", 61)
 
 
-def test_a_line_torn_by_a_kill_is_cut_off(path):
+def test_a_line_torn_by_a_kill_is_cut_off_by_the_next_debit_and_by_no_reader(path):
     Ledger(path, budget=100).debit("a", 0, 10)
     whole = path.read_text()
     path.write_text(whole + whole[:20])
     ledger = Ledger(path, budget=100)
+    assert path.read_text() == whole + whole[:20]
     ledger.debit("a", 1, 10)
     assert Ledger(path, budget=100).spent == 20
 
@@ -76,3 +80,48 @@ def test_a_damaged_ledger_is_refused(path, line):
     path.write_text(line + "\n")
     with pytest.raises(ValueError, match="line 1: not a ledger entry"):
         Ledger(path, budget=100)
+
+
+@pytest.mark.parametrize("flops", [3, 10])
+def test_two_lines_for_a_step_are_refused(path, flops):
+    Ledger(path, budget=100).debit("a", 0, 10)
+    whole = path.read_text()
+    path.write_text(whole + whole.replace("10", str(flops)))
+    with pytest.raises(ValueError, match=r"line 2: not a ledger entry .*the step is booked above"):
+        Ledger(path, budget=100)
+
+
+@pytest.mark.parametrize("written", [0, 20])
+def test_a_write_that_fails_leaves_the_file_as_it_was(path, written):
+    """The disk is full after some bytes; the same process tries again later."""
+    ledger = Ledger(path, budget=100)
+    ledger.debit("a", 0, 10)
+    before = path.read_bytes()
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + written, hard))
+    try:
+        with pytest.raises(OSError, match=r"space|large"):
+            ledger.debit("a", 1, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert ledger.spent == 10
+    ledger.debit("a", 1, 10)
+    ledger.debit("a", 2, 10)
+    assert Ledger(path, budget=100).spent == ledger.spent == 30
+
+
+def test_a_second_writer_loses_no_line_of_the_first(path):
+    Ledger(path, budget=100).debit("a", 0, 10)
+    first, second = Ledger(path, budget=100), Ledger(path, budget=100)
+    first.debit("a", 1, 10)
+    second.debit("b", 0, 10)
+    assert Ledger(path, budget=100).by_experiment() == {"a": 20, "b": 10}
+
+
+@pytest.mark.parametrize("budget", [float("nan"), -1, 10**400, float("inf")])
+def test_a_budget_has_to_be_a_number(path, budget):
+    with pytest.raises(ValueError, match="the budget is"):
+        Ledger(path, budget)

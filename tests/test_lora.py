@@ -13,6 +13,7 @@ from lora import (
     inject,
     load_adapter,
     merge,
+    merge_and_unload,
     remove,
     save_adapter,
     unmerge,
@@ -67,11 +68,30 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(model, ids):
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, AttributeError])
+def test_merge_is_all_or_nothing_whatever_is_raised(monkeypatch, model, ids, error):
+    adapted(model)
+    before, whole = model(ids), LoRALinear.delta
+    calls = []
+
+    def fail(layer):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise error
+        return whole(layer)
+
+    monkeypatch.setattr(LoRALinear, "delta", fail)
+    with pytest.raises(error):
+        merge(model)
+    assert not any(module.merged for module in model.modules() if isinstance(module, LoRALinear))
+    assert torch.equal(model(ids), before)
+
+
 def test_merge_refuses_what_is_not_finite(model):
     adapted(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "base_layer" in name}
     model.model.layers[-1].self_attn.v_proj.lora_B.weight.data[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(AdapterError, match="not finite"):
         merge(model)
     assert not any(module.merged for module in model.modules() if isinstance(module, LoRALinear))
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
@@ -115,7 +135,8 @@ def saved(tmp_path):
     return tmp_path
 
 
-def test_one_error_lists_what_does_not_fit_and_the_model_stays(saved, ids):
+@pytest.mark.parametrize("trainable", [False, True])
+def test_one_error_lists_what_does_not_fit_and_the_model_stays(saved, ids, trainable):
     path = saved / "adapter_model.safetensors"
     tensors = load_file(path)
     first, second, *_ = sorted(tensors)
@@ -123,10 +144,12 @@ def test_one_error_lists_what_does_not_fit_and_the_model_stays(saved, ids):
     tensors[second] = torch.zeros(1, 1)
     tensors["strange"] = torch.zeros(2)
     save_file(tensors, path)
-    model = random_model(CONFIGS["ratio 7, tied"])
-    before = model(ids)
+    model = random_model(CONFIGS["ratio 7, tied"]).requires_grad_(trainable)
+    before, generator = model(ids), torch.random.get_rng_state()
     with pytest.raises(AdapterError) as caught:
         load_adapter(model, saved)
+    assert {parameter.requires_grad for parameter in model.parameters()} == {trainable}
+    assert torch.equal(torch.random.get_rng_state(), generator)
     message = str(caught.value)
     assert f"missing {first}" in message
     assert f"{second} has shape [1, 1]" in message
@@ -223,3 +246,114 @@ def test_refuses_damaged_files(saved, name):
     (saved / name).write_bytes(b"{")
     with pytest.raises(AdapterError, match=name):
         load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_adapter_with_values_that_are_not_finite_is_refused(saved, value):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[3]
+    tensors[name][0, 1] = value
+    save_file(tensors, path)
+    with pytest.raises(AdapterError, match=f"{name} .* NaN or infinity"):
+        load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
+
+
+def test_an_adapter_of_integers_or_of_another_rank_is_refused(saved):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor.long() for name, tensor in tensors.items()}, path)
+    with pytest.raises(AdapterError, match=r"is of torch.int64"):
+        load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
+    save_file({name: torch.cat((tensor, tensor), int("lora_B" in name)) for name, tensor in tensors.items()}, path)
+    with pytest.raises(AdapterError, match=r"says rank 3, the tensors have \[6\]"):
+        load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
+
+
+def test_the_state_of_a_merged_model_is_neither_taken_nor_replaced(model):
+    adapted(model)
+    state = model.state_dict()
+    merge(model)
+    for refused in (model.state_dict, lambda: model.load_state_dict(state)):
+        with pytest.raises(AdapterError, match="call unmerge first"):
+            refused()
+    unmerge(model)
+    model.load_state_dict(state)
+    merge_and_unload(model)
+    assert not [name for name in model.state_dict() if "lora" in name]
+
+
+def test_an_adapter_of_some_layers_is_saved_with_their_names(tmp_path, model, ids):
+    inject(model.model.layers[1], LoraConfig(2, 2, ("q_proj", "up_proj")))
+    for parameter in adapter_parameters(model).values():
+        parameter.data.fill_(0.1)
+    wanted = model(ids)
+    save_adapter(model, tmp_path)
+    remove(model)
+    config = load_adapter(model, tmp_path)
+    assert config.targets == ("model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj")
+    assert torch.equal(model(ids), wanted)
+
+
+def test_a_failed_write_keeps_the_adapter_that_was_there(monkeypatch, tmp_path, model, ids):
+    save_adapter(adapted(model), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for parameter in adapter_parameters(model).values():
+        parameter.data.fill_(0.2)
+    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError("No space left")))
+    with pytest.raises(OSError, match="No space"):
+        save_adapter(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_adapter_in_a_folder_below_or_in_another_format_is_pointed_out(tmp_path, model):
+    save_adapter(adapted(model), tmp_path / "mine")
+    remove(model)
+    with pytest.raises(AdapterError, match=r"no such file; adapters lie in .*mine"):
+        load_adapter(model, tmp_path)
+    (tmp_path / "mine" / "adapter_model.safetensors").rename(tmp_path / "mine" / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"in the folder: adapter_model.bin"):
+        load_adapter(model, tmp_path / "mine")
+
+
+class Shared(torch.nn.Module):
+    """Linears of any kind: plain ones, twice the same, one weight in two, one computed from others."""
+
+    def __init__(self):
+        super().__init__()
+        self.flora_net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        self.twice = self.again = torch.nn.Linear(4, 4)
+        self.one, self.other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.other.weight = self.one.weight
+        self.normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 4))
+        self.base_layer = torch.nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize("target", ["twice", "again", "one", "other", "normed"])
+def test_a_linear_that_merging_would_not_serve_is_refused(target):
+    model = Shared()
+    with pytest.raises(ValueError, match=f"the weight of {target} is shared or computed from others"):
+        inject(model, LoraConfig(2, 2, (target,)))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_names_that_only_look_like_an_adapters_are_frozen_and_adapted():
+    model = Shared()
+    assert inject(model, LoraConfig(2, 2, ("0", "base_layer"))) == ["flora_net.0", "base_layer"]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapter_parameters(model))
+    with pytest.raises(ValueError, match="no Linear is called base_layer"):
+        inject(model, LoraConfig(2, 2, ("base_layer",)))
+    remove(model)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def test_a_list_of_targets_is_a_tuple():
+    config = LoraConfig(2, 2, ["q_proj", "v_proj"])
+    assert config == LoraConfig(2, 2)
+    assert hash(config) == hash(LoraConfig(2, 2))
+
+
+def test_a_huge_rank_on_a_model_without_content_needs_no_memory():
+    with torch.device("meta"):
+        layer = LoRALinear(torch.nn.Linear(5, 4), rank=10**10, alpha=1)
+    assert layer.lora_A.weight.is_meta

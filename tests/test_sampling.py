@@ -1,10 +1,13 @@
 """How tokens are drawn; that the rules equal those of transformers is shown in parity/test_transformers.py."""
 
+import numpy as np
 import pytest
 import torch
 
 from qwen_min import generate
-from qwen_min.sampling import Sampling, choose
+from qwen_min.config import NotFiniteError
+from qwen_min.generation import decode_steps, stream
+from qwen_min.sampling import Chooser, Sampling, SamplingError, choose
 
 PROMPTS = [[5, 9, 2, 44, 7], [8], [3, 3, 90]]
 
@@ -30,11 +33,65 @@ def test_top_k_and_top_p_keep_the_most_likely_tokens():
 @pytest.mark.parametrize(
     "rules",
     [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_k": 2.5}, {"top_p": 0}, {"top_p": 1.1},
-     {"repetition_penalty": 0}],
+     {"repetition_penalty": 0}, {"temperature": "0.7"}, {"temperature": True}, {"temperature": 1e-40},
+     {"temperature": 1e30}, {"top_p": None}, {"top_k": True}, {"repetition_penalty": 1e-42},
+     {"repetition_penalty": "1"}],
 )  # fmt: skip
 def test_rules_out_of_range_are_refused(rules):
-    with pytest.raises(ValueError, match=f"{next(iter(rules))} is .*, expected"):
+    with pytest.raises(SamplingError, match=f"{next(iter(rules))} is .*, expected"):
         Sampling(**rules)
+
+
+def test_numbers_of_numpy_are_rules_too(model):
+    rules = {"temperature": np.float32(0.5), "top_k": np.int64(5), "top_p": np.float64(0.9)}
+    assert torch.equal(
+        generate(model, PROMPTS, 5, **rules).tokens,
+        generate(model, PROMPTS, 5, temperature=0.5, top_k=5, top_p=0.9).tokens,
+    )
+
+
+@pytest.mark.parametrize("rules", [{"temperature": 1e-10}, {"temperature": 1e-10, "repetition_penalty": 1e-10}])
+def test_the_most_extreme_rules_give_finite_logits(rules):
+    logits = 1e4 * torch.randn(3, 97, generator=torch.Generator().manual_seed(0))
+    assert Sampling(**rules).adjusted(logits, torch.ones(3, 97, dtype=torch.bool)).isfinite().all()
+
+
+def test_a_longer_run_continues_a_shorter_one(model):
+    short, long = (generate(model, PROMPTS, steps, temperature=1.0, seed=3).tokens for steps in (5, 9))
+    assert torch.equal(long[:, :5], short)
+
+
+def test_draws_do_not_depend_on_default_types(model):
+    wanted = generate(model, PROMPTS, 12, temperature=1.0, seed=3).tokens
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(generate(model, PROMPTS, 12, temperature=1.0, seed=3).tokens, wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    uniforms = Chooser(Sampling(1.0), torch.zeros(1, 1, dtype=torch.long), None, 1, 97, 10_000, 0).uniforms
+    assert len(uniforms.unique()) == 10_000
+
+
+@pytest.mark.parametrize("rules", [{}, {"temperature": 1.0}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_a_text(model, rules, value):
+    model.model.norm.weight.data[3] = value
+    with pytest.raises(NotFiniteError, match=r"new token 1: logits of rows \[0, 1, 2\] are not finite"):
+        generate(model, PROMPTS, 12, **rules)
+    with pytest.raises(NotFiniteError):
+        list(stream(model, PROMPTS[0], 12))
+    assert all(isinstance(error, ValueError) for error in (NotFiniteError("x"), SamplingError("x")))
+
+
+def test_a_masked_logit_may_be_minus_infinity(model):
+    step = next(decode_steps(model, None, torch.ones(1, 56), 1, choose=lambda logits: logits.argmax(-1)))
+    assert len(step) == 3
+    if not model.config.tie_word_embeddings:
+        model.lm_head.weight.data[:5] = 0
+        model.lm_head.weight.data[:5, 0] = -torch.inf
+        tokens, logits, _ = next(decode_steps(model, None, torch.ones(1, 56), 1))
+        assert logits[0, :5].isinf().all()
+        assert tokens.item() >= 5
 
 
 def test_a_low_temperature_is_greedy_and_a_seed_repeats(model):

@@ -2,13 +2,14 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import CONFIGS, config_fields, random_model
-from qwen_min import CheckpointError, load
-from qwen_min.weights import TINY, checkpoint_folder
+from qwen_min import CheckpointError, Qwen, Tokenizer, generate, load
+from qwen_min.weights import TINY, checkpoint_folder, save
 
 
 def write_checkpoint(folder, model, dtype=torch.float32, shards=1):
@@ -117,7 +118,7 @@ def test_refuses_a_truncated_file(tmp_path):
 @pytest.mark.parametrize(
     ("index", "named"),
     [
-        ("{", "not a readable index"),
+        ("{", "not a readable JSON"),
         ("{}", "weight_map"),
         ('{"weight_map": {"a": "../model.safetensors"}}', "same folder"),
         ('{"weight_map": {"a": 3}}', "same folder"),
@@ -126,9 +127,172 @@ def test_refuses_a_truncated_file(tmp_path):
 )
 def test_refuses_a_bad_index(tmp_path, index, named):
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=named):
         load(tmp_path)
+
+
+def test_a_single_file_wins_over_the_index_and_the_shards_of_an_earlier_save(tmp_path, wide):
+    write_checkpoint(tmp_path, wide, shards=3)
+    newer = {name: 2 * tensor for name, tensor in wide.state_dict().items()}
+    save_file(newer, tmp_path / "model.safetensors")
+    assert torch.equal(load(tmp_path)[0].state_dict()["model.norm.weight"], newer["model.norm.weight"])
+    for shard in tmp_path.glob("model-*"):
+        shard.unlink()
+    assert torch.equal(load(tmp_path)[0].state_dict()["model.norm.weight"], newer["model.norm.weight"])
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_shards_without_an_index_are_read_and_a_missing_one_is_noticed(tmp_path, wide, shards):
+    write_checkpoint(tmp_path, wide, shards=shards)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert torch.equal(load(tmp_path)[0].head_weight, wide.head_weight)
+    next(tmp_path.glob("model-00001-*")).unlink()
+    with pytest.raises(CheckpointError, match="missing model"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, value):
+    def change(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+
+    assert "model.layers.1.mlp.up_proj.weight has NaN or infinity" in broken(tmp_path, change)
+
+
+def test_a_weight_that_is_not_finite_in_the_chosen_dtype_is_named(tmp_path, wide):
+    wide.model.norm.weight[0] = 1e6
+    write_checkpoint(tmp_path, wide)
+    load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model.norm.weight has NaN or infinity in torch.float16"):
+        load(tmp_path, dtype=torch.float16)
+
+
+def test_a_checkpoint_of_several_dtypes_keeps_the_widest(tmp_path, wide):
+    write_checkpoint(tmp_path, wide)
+    tensors = load_file(tmp_path / "model.safetensors")
+    mixed = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(mixed, tmp_path / "model.safetensors")
+    model, _ = load(tmp_path, dtype=None)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert generate(model, [[1, 2]], 3).tokens.shape == (1, 3)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_other_names_of_tensors_are_shown(tmp_path, prefix):
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    message = broken(tmp_path, rename)
+    assert f"{prefix}model." in message
+    assert "expected names such as model.embed_tokens.weight" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "named"), [("adapter_config.json", "an adapter"), ("pytorch_model.bin", "pytorch_model.bin")]
+)
+def test_a_folder_of_something_else_is_described(tmp_path, file, named):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"missing model.safetensors; the folder holds .*{named}"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [([26, 256], 5, (26, 256)), (26, 5, (26,)), (None, 26, (26,)), (None, None, (256,)), ("absent", 26, (26,))],
+)
+def test_the_end_tokens_are_those_of_the_checkpoint(tmp_path, generation, config, ends):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    record = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(record | {"eos_token_id": config}))
+    if generation != "absent":
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert load(tmp_path)[1].end_ids == ends
+
+
+@pytest.mark.parametrize("content", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}', "[]", "{"])
+def test_refuses_end_tokens_that_are_no_token_ids(tmp_path, content):
+    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"generation_config.json: "):
+        load(tmp_path)
+
+
+def test_truncation_and_padding_of_a_tokenizer_file_are_ignored(tmp_path, tiny):
+    record = json.loads((TINY / "tokenizer.json").read_text())
+    record["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    record["padding"] = {
+        "strategy": {"Fixed": 8}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 256, "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(record))
+    for text in ("1.23,4.56;7.89", "1"):
+        assert Tokenizer(tmp_path / "tokenizer.json").encode(text) == tiny[1].encode(text)
+
+
+def test_text_that_is_not_unicode_is_refused(tiny):
+    with pytest.raises(ValueError, match="not Unicode"):
+        tiny[1].encode("1.2" + chr(0xD800))
+
+
+def test_a_saved_checkpoint_names_its_dtype_once(tmp_path, wide):
+    """transformers 5 writes `dtype`, and prefers it to `torch_dtype`."""
+    write_checkpoint(tmp_path, wide)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
+    save(wide, tmp_path / "saved", tmp_path)
+    record = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert (record.get("dtype"), record["torch_dtype"]) == (None, "float32")
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto").dtype == torch.float32
+
+
+def test_a_dtype_that_cannot_be_loaded_is_not_saved(tmp_path, wide):
+    write_checkpoint(tmp_path, wide)
+    with pytest.raises(CheckpointError, match=r"torch.float64"):
+        save(wide.double(), tmp_path / "saved", tmp_path)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_saving_touches_nothing_else_and_leaves_nothing_behind(monkeypatch, tmp_path, wide):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_checkpoint(source, wide)
+    (tmp_path / "saved.partial").mkdir()
+    (tmp_path / "saved.partial" / "mine").write_text("precious")
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qwen_min.weights.save_file", full)
+        with pytest.raises(OSError, match="No space"):
+            save(wide, tmp_path / "saved", source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved.partial", "source"]
+    save(wide, tmp_path / "saved", source)
+    assert (tmp_path / "saved.partial" / "mine").read_text() == "precious"
+    assert (tmp_path / "saved").stat().st_mode & 0o777 == source.stat().st_mode & 0o777
+
+
+def test_a_download_fetches_chat_templates_too(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **k: asked.extend(k["allow_patterns"]) or "x")
+    checkpoint_folder("somebody/something")
+    found = huggingface_hub.utils.filter_repo_objects(
+        ["chat_template.jinja", "model.safetensors", "config.json", "pytorch_model.bin"], allow_patterns=asked
+    )
+    assert list(found) == ["chat_template.jinja", "model.safetensors", "config.json"]
+
+
+def test_a_model_that_is_not_loaded_has_finite_weights():
+    """The head of an untied model, too, in memory that held NaN before."""
+    for _ in range(5):
+        torch.full((260, 56), float("nan"))
+        assert Qwen(CONFIGS["ratio 2, untied"]).head_weight.abs().max() < 1
 
 
 def test_refuses_a_source_that_does_not_exist(monkeypatch):
