@@ -276,7 +276,7 @@ def finish(suite: "Suite") -> int:
     from experiments.forecasting.training import TrainingError
     from experiments.report.build import verdict, write_report
     from experiments.report.results import load_run
-    from experiments.study.evaluation import ForecastError
+    from qwen_min.config import NotFiniteError
 
     if not suite.world.leads:
         return follow(suite)
@@ -292,7 +292,7 @@ def finish(suite: "Suite") -> int:
             suite.write_status(f"Stopped by {error}.")
             raise
         except (
-            flops.BudgetExceeded, flops.LedgerError, TrainingError, ForecastError, MemoryError, PeerLost
+            flops.BudgetExceeded, flops.LedgerError, TrainingError, NotFiniteError, MemoryError, PeerLost
         ) as error:  # fmt: skip
             stopped, all_know = str(error), isinstance(error, known_to_all(suite))
             print(f"stopped: {stopped}", file=sys.stderr)

@@ -102,12 +102,9 @@ class Ledger:
             )
         self._check(f"step {step} of {experiment}", flops)
         new, line = not self.path.exists(), json.dumps({"experiment": experiment, "step": step, "flops": flops}) + "\n"
-        with self.path.open("a+b", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 1, 0))
-            if size and file.read(1) != b"\n":  # what an interrupted write left
-                size = self.path.read_bytes().rfind(b"\n") + 1
-                file.truncate(size)
+        with self.path.open("ab", buffering=0) as file:
+            size = self.path.read_bytes().rfind(b"\n") + 1
+            file.truncate(size)  # what an interrupted write left
             try:
                 if file.write(line.encode()) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))

@@ -192,8 +192,8 @@ def trace_forward(
 ) -> Counter:
     """FLOPs by operator name of one forward pass; arguments and errors as in `flops.model.forward`."""
     check_pass(ranks, head, cached > 0 or padded, vocabulary)
-    model = meta_model(config, ranks)
-    ids = torch.empty(batch, new, dtype=torch.long, device="meta")
+    model, ids = meta_model(config, ranks), torch.empty(batch, new, dtype=torch.long, device="meta")
+    tokens = None if vocabulary is None else torch.empty(vocabulary, dtype=torch.long, device="meta")
     mask = torch.empty(batch, cached + new, dtype=torch.long, device="meta") if padded else None
     cache = None
     if cached:
@@ -201,14 +201,10 @@ def trace_forward(
         cache.advance(cached)
     with torch.no_grad(), Tracer() as tracer:
         if head == "loss":
-            next_token_loss(model, ids, vocabulary=_meta_tokens(vocabulary))
+            next_token_loss(model, ids, vocabulary=tokens)
         else:
             model(ids, cache, mask, last_only=head == "last")
     return tracer.flops
-
-
-def _meta_tokens(vocabulary: int | None) -> Tensor | None:
-    return None if vocabulary is None else torch.empty(vocabulary, dtype=torch.long, device="meta")
 
 
 @torch.enable_grad()
@@ -223,11 +219,11 @@ def trace_training_step(
 
     The gradient of the loss, which is computed during the forward pass, counts as backward.
     """
-    model = meta_model(config, ranks)
+    model, ids = meta_model(config, ranks), torch.empty(batch, context, dtype=torch.long, device="meta")
+    tokens = None if vocabulary is None else torch.empty(vocabulary, dtype=torch.long, device="meta")
     if not ranks:
         model.requires_grad_(True)
-    ids = torch.empty(batch, context, dtype=torch.long, device="meta")
     with Tracer() as tracer:
-        next_token_loss(model, ids, vocabulary=_meta_tokens(vocabulary)).backward()
+        next_token_loss(model, ids, vocabulary=tokens).backward()
     forward = trace_forward(config, batch, context, ranks=ranks, head="loss", vocabulary=vocabulary).total()
     return forward, tracer.total - forward

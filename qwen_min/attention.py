@@ -57,16 +57,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     by_kernel = q.is_cuda or torch.is_autocast_enabled("cpu") or (mask is not None and mask.dtype != torch.bool)
     if runs_in_blocks(num_new, mask is not None or total > num_new) and not by_kernel:
         return _Blockwise.apply(q.unflatten(1, (-1, groups)), k, v, mask).flatten(1, 2)
-    if mask is None and num_new > 1:
-        if num_new == total:
-            if q.is_cuda and q.dtype == torch.float32:
-                # flash attention does not support fp32 and, up to torch 2.13, the memory-efficient kernel does not
-                # support enable_gqa: the only kernel with both writes all scores to memory
-                k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
-        mask = pairs_mask(num_new, total, q.device)  # is_causal would align it with the first key
-    elif mask is not None and mask.shape[2] == 1 < num_new:
-        mask = pairs_mask(num_new, total, q.device, mask)
+    if mask is None and num_new == total > 1:
+        if q.is_cuda and q.dtype == torch.float32:
+            # flash attention does not support fp32 and, up to torch 2.13, the memory-efficient kernel does not support
+            # enable_gqa: the only kernel with both writes all scores to memory
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+    if num_new > 1 and (mask is None or mask.shape[2] == 1):
+        mask = pairs_mask(num_new, total, q.device, mask)  # is_causal would align it with the first key
     # The query heads of a kv head are treated as further tokens, so that its keys are read only once. It also lets CUDA
     # use a fused kernel: none supports a mask together with enable_gqa.
     grouped = q.reshape(q.shape[0], k.shape[1], groups * num_new, q.shape[3])  # (B, K, G T, D)
@@ -161,6 +159,7 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         q, k, v, mask = ctx.saved_tensors
         scale, at_least_fp32 = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
+        softmax_backward = torch.ops.aten._softmax_backward_data
         needed = zip((q, k, v), ctx.needs_input_grad, strict=False)
         grad_q, grad_k, grad_v = (torch.empty_like(x) if need else None for x, need in needed)
         for part in _parts(q, k):
@@ -172,10 +171,8 @@ class _Blockwise(torch.autograd.Function):
                     sum_v[:, :, :seen] += weights.mT @ grad_out
                 if grad_q is None and grad_k is None:
                     continue
-                grad_weights = grad_out @ values[:, :, :seen].mT
-                grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(
-                    scale
-                )
+                grad_scores = grad_out @ values[:, :, :seen].mT
+                grad_scores = softmax_backward(grad_scores, weights, -1, weights.dtype).mul_(scale)
                 if grad_q is not None:
                     piece = grad_q[part][block]
                     piece.copy_((grad_scores @ keys[:, :, :seen]).view(piece.shape))

@@ -75,11 +75,6 @@ def prefill(
     return cache, torch.cat(last)
 
 
-def most_likely(logits: Tensor) -> Tensor:
-    """The tokens with the largest logits, (B), for logits (B, V)."""
-    return logits.argmax(-1)
-
-
 def decode_steps(
     model: Qwen,
     cache: KVCache,
@@ -88,7 +83,7 @@ def decode_steps(
     attention_mask: Tensor | None = None,
     end_ids: Collection[int] = (),
     pad_id: int = 0,
-    choose: Callable[[Tensor], Tensor] = most_likely,
+    choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Continue after a prefill: yield (tokens (B), the model's logits (B, V), running (B) bool) per step.
 
@@ -130,9 +125,9 @@ def _checked_prompts(
     if rows and not hasattr(rows[0], "__len__"):
         rows = [rows]
     ids, mask = pad_left(rows, pad_id)
-    if ids.min() < 0 or ids.max() >= model.config.vocab_size or not 0 <= pad_id < model.config.vocab_size:
-        span = f"{min(ids.min(), pad_id)} to {max(ids.max(), pad_id)}"
-        raise ValueError(f"tokens and pad_id are {span}, expected 0 to {model.config.vocab_size - 1}")
+    if not all(0 <= token < model.config.vocab_size for token in (ids.min(), ids.max(), pad_id)):
+        span = f"0 to {model.config.vocab_size - 1}"
+        raise ValueError(f"tokens are {ids.min()} to {ids.max()}, pad_id is {pad_id}; expected {span}")
     if ids.shape[1] + num_new_tokens - 1 > model.config.max_position_embeddings:
         raise ValueError(
             f"{ids.shape[1]} prompt + {num_new_tokens} new tokens exceed the model's "

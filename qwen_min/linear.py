@@ -99,14 +99,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed.weight, bias, "none", [], "")
 
 
-class Embedding(nn.Embedding):
-    """A torch.nn.Embedding whose weight may also be the head's: in training it loses its packed copy."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        unpack_trained(self.weight)
-        return super().forward(ids)
-
-
 class Linear(nn.Linear):
     """A torch.nn.Linear that calls `linear`, so that it can use a packed weight."""
 

@@ -13,7 +13,7 @@ from qwen_min.attention import attention, grouped_bias, pairs_mask
 from qwen_min.autograd import rms_norm, swiglu
 from qwen_min.cache import AttentionCache, KVCache
 from qwen_min.config import QwenConfig
-from qwen_min.linear import Embedding, Linear, linear
+from qwen_min.linear import Linear, linear, unpack_trained
 
 
 class RMSNorm(nn.Module):
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -174,6 +174,7 @@ class Decoder(nn.Module):
 
         mask and cache as in `Block.forward`.
         """
+        unpack_trained(self.embed_tokens.weight)  # it may be the head's, too
         x = self.embed_tokens(ids)  # (B, T, C)
         cos, sin = rotary_tables(positions, self.config, x.dtype)
         if mask is not None and x.is_cuda:

@@ -16,8 +16,8 @@ class SamplingError(ValueError):
     """A rule of choice that is out of range."""
 
 
-def _is_number(value: object, kind: type = Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _within(value: object, low: float, high: float, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Sampling:
 
     def __post_init__(self):
         span = f"{1 / LIMIT} to {LIMIT}"
-        if not _is_number(self.temperature) or (self.temperature and not 1 / LIMIT <= self.temperature <= LIMIT):
+        if not (_within(self.temperature, 1 / LIMIT, LIMIT) or _within(self.temperature, 0, 0)):
             raise SamplingError(f"temperature is {self.temperature!r}, expected 0 (greedy) or {span}")
-        if self.top_k is not None and not (_is_number(self.top_k, Integral) and self.top_k >= 1):
+        if self.top_k is not None and not _within(self.top_k, 1, LIMIT, Integral):
             raise SamplingError(f"top_k is {self.top_k!r}, expected an integer of at least 1, or None")
-        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+        if not _within(self.top_p, 0, 1) or self.top_p == 0:
             raise SamplingError(f"top_p is {self.top_p!r}, expected more than 0 and at most 1")
-        if not (_is_number(self.repetition_penalty) and 1 / LIMIT <= self.repetition_penalty <= LIMIT):
+        if not _within(self.repetition_penalty, 1 / LIMIT, LIMIT):
             raise SamplingError(f"repetition_penalty is {self.repetition_penalty!r}, expected {span}")
 
     def adjusted(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import Forecaster
 from experiments.study import evaluation
-from experiments.study.evaluation import Evaluation, ForecastError, evaluate, metrics
+from experiments.study.evaluation import Evaluation, evaluate, metrics
 from qwen_min import generate
+from qwen_min.config import NotFiniteError
 
 ENCODING = Encoding(scale=1.1)
 
@@ -93,7 +94,7 @@ def test_logits_that_are_not_finite_are_an_error(tiny, series):
     model, tokenizer = tiny
     damaged = copy.deepcopy(model)
     damaged.model.norm.weight[0] = torch.nan
-    with pytest.raises(ForecastError, match="logits are not finite"):
+    with pytest.raises(NotFiniteError, match="is nan"):
         evaluate(damaged, tokenizer, ENCODING, series[:1], context_steps=20, horizon=3)
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 from types import SimpleNamespace
@@ -5,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import (
@@ -17,6 +19,7 @@ from experiments.forecasting.forecaster import (
     write_trained,
 )
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, remove, save_adapter
+from qwen_min.config import NotFiniteError
 from qwen_min.weights import TINY
 
 
@@ -97,14 +100,18 @@ def test_an_adapter_s_folder_restores_the_encoding_of_its_training(tmp_path, tin
         for name, parameter in adapter_parameters(model).items():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.1)
-        save_adapter(model, tmp_path, "tiny")
+        save_adapter(model, tmp_path)
         wanted = Forecaster(model, tokenizer, scale=2.5, decimals=1).forecast(waves(), 5).values
     finally:
         remove(model)
-    with pytest.raises(AdapterError, match=r"has no encoding.json, so its checkpoint is unknown; name it with --model"):
+    with pytest.raises(AdapterError, match=r"does not record its checkpoint; name it with --model"):
         Forecaster.load(adapter=tmp_path)
     plain = Forecaster.load("tiny", tmp_path, scale=2.5, decimals=1)  # peft's files suffice then
     np.testing.assert_array_equal(plain.forecast(waves(), 5).values, wanted)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "tiny"}))
+    named = Forecaster.load(adapter=tmp_path, scale=2.5, decimals=1)
+    np.testing.assert_array_equal(named.forecast(waves(), 5).values, wanted)
     write_trained(tmp_path, Trained(Encoding(2.5, 1), "tiny", checkpoint_hash(TINY)))
     np.testing.assert_array_equal(Forecaster.load(adapter=tmp_path).forecast(waves(), 5).values, wanted)
     assert not np.array_equal(Forecaster(*tiny, scale=2.5, decimals=1).forecast(waves(), 5).values, wanted)
@@ -239,3 +246,29 @@ def test_one_variable_needs_no_second_axis_and_a_frame_gives_a_frame(forecaster)
     assert found.index[0] == frame.index[-1] + pandas.Timedelta(days=1)
     np.testing.assert_array_equal(found["height_q0.1"], wanted.quantiles[0, 0, :, 0])
     np.testing.assert_array_equal(forecaster.forecast([frame], 3, 9).samples, wanted.samples)
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+def test_a_model_that_computes_nan_writes_no_forecast(samples):
+    """As it does where activations overflow; weights with NaN are refused when they are loaded."""
+    forecaster = Forecaster.load("tiny")
+    forecaster.model.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"logits of forecasts .* are not finite"):
+        forecaster.forecast(waves(), 5, samples)
+    with pytest.raises(NotFiniteError, match=r"the loss of .* is nan"):
+        forecaster.nats_per_value(waves(), [one[:2] for one in waves()])
+
+
+def test_a_damaged_adapter_is_refused(tmp_path, tiny):
+    model, _ = tiny
+    inject(model, LoraConfig(rank=2, alpha=2))
+    try:
+        save_adapter(model, tmp_path, "tiny")
+    finally:
+        remove(model)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(AdapterError, match="NaN"):
+        Forecaster.load("tiny", tmp_path)

@@ -125,17 +125,18 @@ class Forecaster:
         """Load a checkpoint (folder, hub id or "tiny"), with or without an adapter in peft's format.
 
         An adapter that this project trained records its checkpoint and its encoding, which are the defaults; so does a
-        checkpoint into which one was merged. For any other adapter, name the checkpoint. Without an adapter the
-        defaults are "tiny", a scale and an offset fitted to each series, and 2 decimals. Raises CheckpointError or
+        checkpoint into which one was merged. Other adapters in peft's format name their checkpoint. Without an adapter
+        the defaults are "tiny", a scale and an offset fitted to each series, and 2 decimals. Raises CheckpointError or
         AdapterError when one of the two cannot be read or the adapter was trained on another checkpoint.
         """
         trained = None if adapter is None else read_trained(adapter)
-        if adapter is not None and trained is None and checkpoint is None:
-            raise AdapterError(f"{adapter}: has no {TRAINED_FILE}, so its checkpoint is unknown; name it with --model")
-        if adapter is not None and trained and checkpoint is None:
-            folder = _find_checkpoint(trained.checkpoint, Path(adapter))
+        recorded = "tiny" if adapter is None else trained.checkpoint if trained else base_of(adapter)
+        if checkpoint is None and not recorded:
+            raise AdapterError(f"{adapter}: does not record its checkpoint; name it with --model")
+        if adapter is not None and checkpoint is None:
+            folder = _find_checkpoint(recorded, Path(adapter))
         else:
-            folder = checkpoint_folder(checkpoint or "tiny")
+            folder = checkpoint_folder(checkpoint or recorded)
         if adapter is None and (folder / TRAINED_FILE).exists():  # an adapter was merged into this checkpoint
             trained = read_trained(folder)
         elif trained and checkpoint_hash(folder) != trained.checkpoint_sha256:
@@ -150,7 +151,7 @@ class Forecaster:
         forecaster = cls(model, tokenizer, scale, decimals or known or 2, tokens=tokens)
         if trained and scale is None:
             forecaster.use(replace(trained.encoding, decimals=forecaster.digits.decimals), tokens)
-        forecaster.checkpoint = (str(checkpoint or (trained.checkpoint if trained else "tiny")), folder)
+        forecaster.checkpoint = (str(checkpoint or recorded), folder)
         return forecaster
 
     def forecast(
@@ -460,6 +461,12 @@ def write_trained(folder: Path, trained: Trained) -> None:
     """Write the record of a training next to its adapter; `Forecaster.load` reads it."""
     fields = {name: value for name, value in trained._asdict().items() if name != "encoding" and value is not None}
     write_whole(folder / TRAINED_FILE, to_json(trained.encoding.record | fields))
+
+
+def base_of(adapter: str | Path) -> str:
+    """The checkpoint that an adapter in peft's format names; empty if it names none."""
+    fields = read_json(Path(adapter) / "adapter_config.json")
+    return str(fields.get("base_model_name_or_path") or "") if isinstance(fields, dict) else ""
 
 
 def read_trained(folder: str | Path) -> Trained | None:

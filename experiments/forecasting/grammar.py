@@ -5,6 +5,7 @@ In compact text (`Encoding.compact`) a value is 1 + `decimals` digits, and there
 B rows (one forecast each), T tokens in a pass, C hidden size, D variables.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qwen_min.cache import KVCache
-from qwen_min.config import CheckpointError
+from qwen_min.config import CheckpointError, NotFiniteError
 from qwen_min.continuation import continuation
 from qwen_min.model import Qwen
 from qwen_min.sampling import choose
@@ -191,6 +192,18 @@ class _Reading(NamedTuple):
         return cls(ids, None if is_full else real, last[:, 0], guessed[:, 0].bool(), draw_indices)
 
 
+def _on_cpu(logits: Tensor, *choices: Tensor) -> list[list[int]]:
+    """The choices (B) of a pass as lists, checked in the same transfer. Raises NotFiniteError as `decode`."""
+    is_right = logits.flatten(1).amax(-1) < torch.inf  # False for NaN
+    *columns, right = torch.stack([*choices, is_right.long()]).tolist()
+    if not all(right):
+        rows = [row for row, one in enumerate(right) if not one]
+        raise NotFiniteError(
+            f"the logits of forecasts {rows} are not finite; check the series, the weights and the dtype"
+        )
+    return columns
+
+
 @torch.inference_mode()
 def decode(
     model: Qwen,
@@ -214,12 +227,15 @@ def decode(
 
     A pass reads a chosen digit together with the character that it forces. It also reads a guessed point after a first
     digit, because a point is likely there. If the model chooses a second digit instead, the point is taken back.
+
+    Raises NotFiniteError for logits that are NaN or +infinity.
     """
     head, append = grammar.head(model), continuation(model, cache, attention_mask)
     rows = [_Row(grammar, num_values, None if wide is None else wide[row]) for row in range(len(hidden))]
     row_indices = torch.arange(len(rows), device=hidden.device)
-    chosen = choose((hidden @ head.T)[:, : len(DIGITS)], None if uniforms is None else uniforms[:, 0])
-    for row, choice in zip(rows, chosen.tolist(), strict=True):
+    logits = hidden @ head.T  # (B, 11)
+    chosen = choose(logits[:, : len(DIGITS)], None if uniforms is None else uniforms[:, 0])
+    for row, choice in zip(rows, *_on_cpu(logits, chosen), strict=True):
         row.choose(CHOICES[choice])
     while any(row.unread() for row in rows):
         reading = _Reading.from_rows(grammar, rows, hidden.device)
@@ -229,7 +245,7 @@ def decode(
             draws = uniforms.gather(1, reading.draw_indices.clamp(max=uniforms.shape[1] - 1)).unbind(1)
         first = choose(logits[:, 0], draws[0])
         last = choose(logits[row_indices, reading.last, : len(DIGITS)], draws[1])
-        choices = [[CHOICES[choice] for choice in column] for column in torch.stack([first, last]).tolist()]
+        choices = [[CHOICES[choice] for choice in column] for column in _on_cpu(logits, first, last)]
         if any(row.rejects(point) for row, point in zip(rows, choices[0], strict=True)):
             append.take_back(reading.guessed & (first != CHOICES.index(".")))
         for row, point, digit in zip(rows, *choices, strict=True):
@@ -242,7 +258,7 @@ def nats_of(model: Qwen, grammar: Grammar, hidden: Tensor, text: str) -> float:
     """-log p of a well-formed text in nats, where each character competes with those that the grammar allows there.
 
     hidden (T, C) is the hidden state of the token before each of the T characters. Raises ValueError when the text is
-    not well-formed.
+    not well-formed, NotFiniteError when the result is not finite.
     """
     allowed = grammar.choices(text)
     positions = [position for position, characters in enumerate(allowed) if len(characters) > 1]
@@ -250,4 +266,7 @@ def nats_of(model: Qwen, grammar: Grammar, hidden: Tensor, text: str) -> float:
     digits_only = torch.tensor([allowed[position] == DIGITS for position in positions], device=hidden.device)
     logits[:, -1].masked_fill_(digits_only, -torch.inf)
     targets = torch.tensor([CHOICES.index(text[position]) for position in positions], device=hidden.device)
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+    if not math.isfinite(nats):
+        raise NotFiniteError(f"the loss of {text!r} is {nats}; check the series, the weights and the dtype")
+    return nats

@@ -19,6 +19,7 @@ from experiments.forecasting.team import ALONE, Team
 from experiments.storage.files import RunError, plain
 from experiments.storage.records import Matrix, Tensor3, Vector, build
 from qwen_min.cache import KVCache
+from qwen_min.config import NotFiniteError
 from qwen_min.continuation import ReusedCache
 from qwen_min.generation import decode_steps, pad_left, prefill
 from qwen_min.loss import token_losses
@@ -27,10 +28,6 @@ from qwen_min.tokenizer import Tokenizer
 
 BATCH = 50  # sequences decoded together
 DECODINGS = ("constrained", "free")
-
-
-class ForecastError(ValueError):
-    """The output of a model is not a forecast."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def _batch(
         wide = [may_be_wide(encoding.scaled(one[:context_steps])).tolist() for one in series]
         texts = decode(model, grammar, cache, hidden[:, before], num_values, mask, wide=wide)
     if not forced[targets.real].isfinite().all() or free.isinf().any():
-        raise ForecastError("the model's logits are not finite: the weights or the adapter are damaged")
+        raise NotFiniteError("the model's logits are not finite: the weights or the adapter are damaged")
     values = np.stack([encoding.decode(text, steps, num_variables) for text in texts])
     forced = forced.masked_fill(~targets.real, torch.nan)
     return Evaluation(texts, values, free.cpu().numpy(), forced.cpu().numpy(), nats / (horizon * num_variables))
@@ -205,7 +202,7 @@ def evaluate(
     study: raw argmax over the whole vocabulary, until every row has all its values; only it has free losses. The file
     `state` is written after each batch, and an interrupted evaluation continues from it. The processes of a team share
     out the batches; each gets the whole result.
-    Raises ValueError when a series is too short, ForecastError when logits are not finite.
+    Raises ValueError when a series is too short, NotFiniteError when logits are not finite.
     """
     steps = steps or horizon
     if min(context_steps, horizon, steps) < 1 or context_steps + max(horizon, steps) > series.shape[1]:

@@ -25,9 +25,10 @@ from experiments.forecasting.team import Team
 from experiments.forecasting.training import progress_bar
 from experiments.storage.files import RunError, plain, to_json_lines, write_whole
 from experiments.storage.records import Tensor4, build
-from experiments.study.evaluation import BATCH, Evaluation, ForecastError, evaluate, metrics
+from experiments.study.evaluation import BATCH, Evaluation, evaluate, metrics
 from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment
 from qwen_min import Qwen, Tokenizer
+from qwen_min.config import NotFiniteError
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Judge:
         """Forecast a split, write a line for each trajectory into the folder `path`, and return the metrics.
 
         forecaster: None if the model writes text. draws: whether samples are drawn too.
-        Raises ForecastError when the model gives no finite numbers.
+        Raises NotFiniteError when the model gives no finite numbers.
         """
         context, truth = self.context_and_truth(split, LONG_HORIZON if experiment.judged else HORIZON)
         fallback = context.mean(axis=1)
@@ -129,7 +130,7 @@ class Judge:
         found = [forecaster.forecast(context[i : i + BATCH].round(decimals), truth.shape[1]) for i in batches]
         medians, scales = (np.concatenate(parts) for parts in zip(*found, strict=True))
         if not (np.isfinite(medians).all() and np.isfinite(scales).all() and (scales > 0).all()):
-            raise ForecastError("the forecasts are not finite: the training diverged; lower its learning rate")
+            raise NotFiniteError("the forecasts are not finite: the training diverged; lower its learning rate")
         first = medians[:, :HORIZON]
         nats = direct.nats(first, scales[:, :HORIZON], truth[:, :HORIZON].round(decimals), 10.0**-decimals)
         none = np.empty((len(truth), 0))
