@@ -19,6 +19,7 @@ from experiments.forecasting.training import TextWindows, train, window_tensors
 from experiments.study.evaluation import evaluate
 from lora import LoraConfig, adapter_parameters, inject
 from qwen_min import KVCache, QwenConfig, generate, load
+from qwen_min.config import NotFiniteError
 from qwen_min.continuation import GraphContinuation, ReusedCache, continuation
 from qwen_min.generation import pad_left, prefill
 from qwen_min.loss import next_token_loss
@@ -156,6 +157,46 @@ def test_direct_forecasts_agree(on_cpu, on_gpu, precision):
         found.append((losses, *forecaster.forecast(series[:, :30].numpy(), 10)))
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=10 * precision[1], atol=precision[1])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_training_under_autocast_agrees(checkpoint, on_cpu, adapted, inside):
+    """With the adapter in fp32 and the base in bf16, or every weight, and the backward pass on either side."""
+    ids, found = torch.tensor([PROMPTS[0][:60]]), []
+    for model in (on_cpu, load(checkpoint, "cuda")[0]):
+        torch.manual_seed(0)
+        if adapted:
+            inject(model, LoraConfig(rank=4, alpha=4))
+            for key, parameter in adapter_parameters(model).items():
+                if "lora_B" in key:
+                    parameter.data.copy_(torch.randn(parameter.shape) / 50)
+        else:
+            model.requires_grad_(True)
+        with torch.autocast(model.head_weight.device.type, torch.bfloat16, enabled=model is not on_cpu):
+            loss = next_token_loss(model, ids.to(model.head_weight.device))
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append(torch.cat([p.grad.flatten().cpu().float() for p in model.parameters() if p.requires_grad]))
+    assert (found[1] - found[0]).norm() / found[0].norm() < 0.1
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_samples_near_the_last_position(checkpoint, num_samples):
+    """Capacities are rounded up here; the unused columns are no tokens."""
+    model = load(checkpoint, "cuda")[0]
+    positions = model.config.max_position_embeddings
+    prompt = [(PROMPTS[0] * 8)[: positions - 20]]
+    out = generate(model, prompt, 20, temperature=1.0, num_samples=num_samples)
+    assert out.tokens.shape == (num_samples, 20)
+
+
+def test_logits_that_are_not_finite_end_a_text(on_gpu):
+    on_gpu.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"logits of rows \[0, 1\] are not finite"):
+        generate(on_gpu, PROMPTS, 40)
 
 
 @pytest.mark.parametrize("context", [448, 704])
