@@ -129,10 +129,7 @@ def generate(args: argparse.Namespace, _: Interruption) -> int:
     """Print continuations of the prompt; several are separated by empty lines."""
     writer = Writer(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    try:
-        ids = writer.checked(writer.tokenizer.encode(prompt))
-    except UnicodeError as error:
-        raise cli.CommandError(str(error)) from error
+    ids = writer.checked(writer.tokenizer.encode(prompt))
     for number in range(args.num_samples):
         if number:
             print()

@@ -37,7 +37,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, budget: int):
-        if not 0 <= budget <= MAX_BUDGET:
+        if not (isinstance(budget, int | float) and 0 <= budget <= MAX_BUDGET):
             raise ValueError(f"the budget is {budget!r} FLOPs, expected 0 to {MAX_BUDGET:.0e}")
         self.path = Path(path)
         self.budget = budget
@@ -102,9 +102,12 @@ class Ledger:
             )
         self._check(f"step {step} of {experiment}", flops)
         new, line = not self.path.exists(), json.dumps({"experiment": experiment, "step": step, "flops": flops}) + "\n"
-        with self.path.open("ab", buffering=0) as file:
-            size = self.path.read_bytes().rfind(b"\n") + 1
-            file.truncate(size)  # what an interrupted write left
+        with self.path.open("a+b", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 1, 0))
+            if size and file.read(1) != b"\n":  # what an interrupted write left
+                size = self.path.read_bytes().rfind(b"\n") + 1
+                file.truncate(size)
             try:
                 if file.write(line.encode()) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))

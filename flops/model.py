@@ -176,7 +176,8 @@ def forward(
     convention: a key of CONVENTIONS. ranks: LoRA rank by module name, such as {"q_proj": 8, "v_proj": 8}. head: "all"
     logits, those of the "last" position only, or the "loss" of all positions. padded: with an attention mask.
     vocabulary: the number of tokens that the softmax of the loss runs over, None for all. A prefill has cached = 0, a
-    decode step has new = 1. Raises ValueError for an unknown convention or head, or a pass that the code does not have.
+    decode step has new = 1. Samples of one prompt scale their queries, not their scores, and cost slightly less. Raises
+    ValueError for an unknown convention or head, or a pass that the code does not have.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention is {convention!r}, expected one of {', '.join(CONVENTIONS)}")

@@ -24,10 +24,10 @@ from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
 
 MOVING = """
-_local_scalar_dense _to_copy _unsafe_view alias any all arange cat clone constant_pad_nd copy_ detach detach_ embedding
-empty empty_like expand fill_ full gather index index_copy_ index_select lift_fresh new_empty new_full new_zeros nonzero
-ones ones_like permute promote_types rand repeat_interleave roll scalar_tensor scatter_ select slice slice_backward
-split stack t transpose unbind unsqueeze view zeros zeros_like
+_local_scalar_dense _reorder_linear_weight _to_copy _unsafe_view alias any all arange cat clone constant_pad_nd copy_
+detach detach_ embedding empty empty_like expand fill_ full gather index index_copy_ index_select lift_fresh new_empty
+new_full new_zeros nonzero ones ones_like permute promote_types rand repeat_interleave roll scalar_tensor scatter_
+select slice slice_backward split stack t transpose unbind unsqueeze view zeros zeros_like
 """
 CHOOSING = """
 amax argmax bitwise_and bitwise_not bitwise_or clamp eq ge gt isin le lt masked_fill masked_fill_ max maximum min

@@ -114,7 +114,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> LoraConfig:
             problems.append(f"unexpected {name} {list(tensor.shape)}")
         elif tensor.shape != wanted[name].shape:
             problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(wanted[name].shape)}")
-        elif not (tensor.is_floating_point() and tensor.isfinite().all()):
+        elif not (tensor.is_floating_point() and tensor.to(torch.float32).isfinite().all()):
             problems.append(f"{name} is of {tensor.dtype} or has NaN or infinity, expected finite numbers")
     if problems:
         raise AdapterError(f"{path}: does not fit the model:\n  " + "\n  ".join(problems))

@@ -26,7 +26,7 @@ class LoraConfig:
             raise ValueError(f"LoRA rank is {self.rank!r}, expected a positive integer")
         if type(self.alpha) not in (int, float) or not 0 < self.alpha < 1e30:
             raise ValueError(f"LoRA alpha is {self.alpha!r}, expected a positive number")
-        names = () if isinstance(self.targets, str) else tuple(self.targets)
+        names = tuple(self.targets) if isinstance(self.targets, list | tuple | set) else ()
         if not (names and all(isinstance(name, str) for name in names)):
             raise ValueError(f"LoRA targets are {self.targets!r}, expected names such as ('q_proj', 'v_proj')")
         object.__setattr__(self, "targets", names)  # a list would be unequal to a tuple, and has no hash

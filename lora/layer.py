@@ -101,4 +101,4 @@ class LoRALinear(nn.Module):
 
 def _refuse_merged(layer: LoRALinear, *_) -> None:
     if layer.merged:
-        raise AdapterError("the model is merged, so its weights already hold the adapter; call unmerge first")
+        raise AdapterError("a merged model: its weights hold the adapter already; call unmerge, or merge_and_unload")

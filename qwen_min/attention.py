@@ -50,7 +50,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     Attention Is All You Need (arXiv 1706.03762), section 3.2.1; grouped queries: arXiv 2305.13245.
     The T new tokens are the last of S: each sees itself and all earlier tokens. mask None means just that. A boolean
     mask is True where q may attend. With shape (B or 1, 1, T, S) it may only restrict the causal rule further; with
-    (B or 1, 1, 1, S) it marks the real tokens, as in `pairs_mask`. A bias (B or 1, 1, T, S), or one from
+    (B or 1, 1, 1, S), where T > 1, it marks the real tokens, as in `pairs_mask`. A bias (B or 1, 1, T, S), or one from
     `grouped_bias`, is added to the scores.
     """
     groups, num_new, total = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
@@ -145,9 +145,7 @@ class _Blockwise(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The result (B, K, G, T, D) for q (B, K, G, T, D); the other arguments as in `attention`."""
         ctx.save_for_backward(q, k, v, mask)
-        out = torch.empty_like(q.movedim(3, 1), memory_format=torch.contiguous_format).movedim(
-            1, 3
-        )  # as o_proj reads it
+        out = q.new_empty(q.movedim(3, 1).shape).movedim(1, 3)  # so that o_proj needs no copy
         for part in _parts(q, k):
             for block, seen, weights, _ in _weights_by_block(q[part], k[part], mask, part[0]):
                 piece = out[part][block]

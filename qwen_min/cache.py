@@ -58,9 +58,7 @@ class KVCache:
     def reserve(self, batch_size: int, num_tokens: int) -> None:
         """Raise ValueError unless `batch_size` is the cache's and `num_tokens` more tokens fit."""
         if batch_size != self.batch_size:
-            raise ValueError(
-                f"got {batch_size} rows for a cache of {self.batch_size}; allocate one for this batch size"
-            )
+            raise ValueError(f"got {batch_size} rows for a cache of {self.batch_size}; allocate one of that size")
         if self.length + num_tokens > self.capacity:
             raise ValueError(
                 f"cache full: {self.length} + {num_tokens} > {self.capacity} tokens; "
@@ -74,9 +72,7 @@ class KVCache:
         keys or values that record gradients: their graph would link every pass to all earlier passes.
         """
         if k.requires_grad or v.requires_grad:
-            raise ValueError(
-                "a KVCache cannot record gradients: run the model under torch.no_grad(), or without a cache"
-            )
+            raise ValueError("a KVCache records no gradients: run the model under torch.no_grad(), or without a cache")
         start = self.length - self.first
         end = start + k.shape[2]
         self.keys[layer, :, :, start:end] = k
@@ -101,9 +97,9 @@ class KVCache:
     def truncate(self, length: int) -> None:
         """Forget every token from column `length` on. Raises ValueError unless first <= length <= filled columns."""
         if not self.first <= length <= self.length:
+            span = f"{self.first} to {self.length}"
             raise ValueError(
-                f"the cache holds {self.length} tokens and cannot be truncated to {length}, expected "
-                f"{self.first} to {self.length}"
+                f"the cache holds {self.length} tokens and cannot be truncated to {length}, expected {span}"
             )
         self.length = length
 

@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,24 +58,23 @@ class ChatTemplate:
         """
         if allow_special:
             return tokenizer.encode(self.render(messages))
-        control = tokenizer.control_tokens(self.source)
-        longest_first = sorted(control, key=len, reverse=True)
-        whole = "|".join(map(re.escape, longest_first))
-        begun = "|".join(re.escape(token[:size]) for token in longest_first for size in range(len(token) - 1, 0, -1))
+        control = sorted(tokenizer.control_tokens, key=len, reverse=True)  # a token may begin with another one
+        whole = "|".join(map(re.escape, control))
+        begun = "|".join(re.escape(token[:size]) for token in control for size in range(len(token) - 1, 0, -1))
         start, end = secrets.token_hex(16), secrets.token_hex(16)  # marks that no message contains
         # the end of a message might become a control token with what follows it
         quoted = re.compile(rf"{whole}|(?:{begun})(?=\s*\Z)")
         text = self.render(_each_text(list(messages), lambda found: quoted.sub(rf"{start}\g<0>{end}", found)))
         if start not in text and end not in text:
             return tokenizer.encode(text)
-        ids: list[int] = []
-        encode, plain = tokenizer.without(control), ""
+        ids, plain = [], ""
         pieces = re.split(rf"{start}({whole}|{begun}){end}|{start}|{end}|({whole})", text) + [None, None]
         for piece, in_message, token in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True):
             plain += piece + (in_message or "")
             if token:
-                ids, plain = [*ids, *encode(plain), control[token]], ""
-        return ids + encode(plain)
+                ids += [*tokenizer.encode(plain, allow_special=False), tokenizer.control_tokens[token]]
+                plain = ""
+        return ids + tokenizer.encode(plain, allow_special=False)
 
 
 class _Generation(Extension):
@@ -107,10 +106,10 @@ def _read(folder: Path) -> tuple[Path, str, dict[str, str]]:
     return config, source, special
 
 
-def _each_text(value: Any, change) -> Any:
-    """The value with `change` applied to every text in it; keys of dictionaries stay."""
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with `change` applied to every text in it."""
     if isinstance(value, dict):
-        return {key: _each_text(part, change) for key, part in value.items()}
+        return {_each_text(key, change): _each_text(part, change) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_each_text(part, change) for part in value]
     return change(value) if isinstance(value, str) else value

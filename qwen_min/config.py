@@ -74,14 +74,14 @@ class QwenConfig:
         record = defaults | record | {name: rope[name] for name in ("rope_theta",) if rope.get(name) is not None}
         if record.get("num_key_value_heads", ...) is None:  # as in transformers; a missing field stays an error
             record["num_key_value_heads"] = record.get("num_attention_heads")
-        sliding = record.get("use_sliding_window", False) or "sliding_attention" in layers
         scaled = [record.get("rope_scaling") or {}, {name: rope[name] for name in rope if name != "rope_theta"}]
         supported = {
             "model_type": (record.get("model_type") == "qwen2", "'qwen2'"),
             "quantization_config": (not record.get("quantization_config"), "null: the weights are quantised"),
             "quantization": (not record.get("quantization"), "null: the weights are quantised"),
             "is_causal": (record["is_causal"] is True, "true: only causal attention is implemented"),
-            "use_sliding_window": (not sliding, "false: only full attention is implemented"),
+            "use_sliding_window": (not record.get("use_sliding_window"), "false: only full attention is implemented"),
+            "layer_types": ("sliding_attention" not in layers, "full_attention alone"),
             "dual_chunk_attention_config": (
                 not record.get("dual_chunk_attention_config"),
                 "null: it changes nothing up to its original_max_position_embeddings, so remove it and set "

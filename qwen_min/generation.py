@@ -37,9 +37,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Ten
     """
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
-        raise ValueError(
-            f"the prompts have {lengths} tokens, expected at least one prompt, and at least one token in each"
-        )
+        raise ValueError(f"the prompts have {lengths} tokens, expected prompts of at least one token")
     longest = max(lengths)
     ids = torch.tensor([[pad_id] * (longest - len(p)) + [*map(operator.index, p)] for p in prompts], device="cpu")
     if min(lengths) == longest:
@@ -122,7 +120,7 @@ def _checked_prompts(
     if num_new_tokens < 1:
         raise ValueError(f"num_new_tokens is {num_new_tokens}, expected at least 1")
     rows: list = prompts.tolist() if isinstance(prompts, Tensor) else list(prompts)
-    if rows and not hasattr(rows[0], "__len__"):
+    if rows and not isinstance(rows[0], Sequence) and getattr(rows[0], "ndim", 0) == 0:
         rows = [rows]
     ids, mask = pad_left(rows, pad_id)
     if not all(0 <= token < model.config.vocab_size for token in (ids.min(), ids.max(), pad_id)):

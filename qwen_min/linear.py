@@ -93,8 +93,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, (..., O), for x (..., I), weight (O, I), bias (O); from the packed weight if there is one."""
     unpack_trained(weight)
     packed = getattr(weight, "packed", None)
-    recorded_or_cast = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-    if packed is None or recorded_or_cast or x.dtype != weight.dtype or not packed.matches(weight):
+    plainly = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    if packed is None or plainly or x.dtype != weight.dtype or not packed.matches(weight):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, packed.weight, bias, "none", [], "")
 
@@ -104,6 +104,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+def _refuse(*_, **__) -> NoReturn:
+    raise ValueError("only packed weights are left: load the model again to train, merge, move, cast, copy or save it")
 
 
 class PackedLinear(nn.Module):
@@ -117,14 +121,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x weight^T + bias, (..., O), in the weight's dtype, for x (..., I)."""
         if torch.is_grad_enabled() and x.requires_grad:
-            self._refuse()
+            _refuse()
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.bias, "none", [], "")
-
-    def _refuse(self, *_) -> NoReturn:
-        raise ValueError(
-            "a model of which only packed weights are left cannot train, be merged, moved, converted, copied or saved; "
-            "load it again"
-        )
 
     weight = property(_refuse)
     _apply = __getstate__ = _save_to_state_dict = _load_from_state_dict = _refuse  # type: ignore[assignment]
@@ -142,3 +140,4 @@ def keep_only_packed(model: nn.Module) -> None:
         for name in [name for name, child in parent.named_children() if isinstance(child, Linear)]:
             if _can_pack(getattr(parent, name).weight):
                 setattr(parent, name, PackedLinear(getattr(parent, name)))
+                model._apply = _refuse  # type: ignore[assignment] # before it converts what is no PackedLinear

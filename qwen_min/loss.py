@@ -23,6 +23,8 @@ def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, with_mean: bool) ->
     This makes one pass over the head in chunks; the running sums are rescaled when a larger logit appears. It is
     FlashAttention (arXiv 2205.14135) with the head as keys and values.
     """
+    if targets.device.type == "cpu" and ((targets < 0) | (targets >= len(weight))).any():
+        raise ValueError(f"targets are {targets.min()} to {targets.max()}, expected 0 to {len(weight) - 1}")
     positions_per_chunk, rows_per_chunk = CUDA_CHUNK if hidden.is_cuda else CHUNK
     at_least_fp32 = torch.promote_types(hidden.dtype, torch.float32)
     top = hidden.new_full((len(hidden), 1), -torch.inf, dtype=at_least_fp32)
@@ -91,15 +93,14 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
     check would synchronise.
     """
     unpack_trained(weight)
-    if targets.device.type == "cpu" and ((targets < 0) | (targets >= len(weight))).any():
-        raise ValueError(f"targets are {targets.min()} to {targets.max()}, expected 0 to {len(weight) - 1}")
     return _HeadCrossEntropy.apply(hidden.to(weight.dtype), weight, targets, torch.is_grad_enabled())
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The cross-entropy of each position in nats, (N), without gradients; arguments as in `head_cross_entropy`."""
-    return _losses(hidden, weight, targets, with_mean=False)[0]
+    with no_autocast(hidden):
+        return _losses(hidden.to(weight.dtype), weight, targets, with_mean=False)[0]
 
 
 def check_targets(targets: Tensor, vocabulary: Tensor) -> None:
@@ -107,10 +108,7 @@ def check_targets(targets: Tensor, vocabulary: Tensor) -> None:
     if not (vocabulary[1:] > vocabulary[:-1]).all():
         raise ValueError(f"the vocabulary is {vocabulary.tolist()}, expected ascending token ids")
     if len(outside := targets[~torch.isin(targets, vocabulary)]):
-        raise ValueError(
-            f"token {outside[0]} is to be predicted, but is not in the vocabulary of {len(vocabulary)} tokens; "
-            "add it, or pass None for all tokens"
-        )
+        raise ValueError(f"token {outside[0]} is to be predicted, but is not in the vocabulary; add it, or pass None")
 
 
 def next_token_loss(

@@ -9,7 +9,7 @@ Where numbers are cast to fp32 and back follows `modeling_qwen2.py` of transform
 import torch
 from torch import Tensor, nn
 
-from qwen_min.attention import attention, grouped_bias, pairs_mask
+from qwen_min.attention import attention, grouped_bias, pairs_mask, runs_in_blocks
 from qwen_min.autograd import rms_norm, swiglu
 from qwen_min.cache import AttentionCache, KVCache
 from qwen_min.config import QwenConfig
@@ -54,7 +54,7 @@ def attention_mask_and_positions(
     """The mask for `attention` and the position of each new token, (B or 1, T).
 
     attention_mask (B, S) is not 0 on real tokens and 0 on left padding; None means no padding. The returned mask has a
-    row for each query where it is cheap or each layer would make its own: for one new token, and on CUDA.
+    row for each query, unless attention runs in blocks and needs none: a long text would need much memory for it.
     """
     total, real = num_cached + num_new, None
     if attention_mask is None:
@@ -65,7 +65,7 @@ def attention_mask_and_positions(
         real = attention_mask.bool()[:, None, None]  # (B, 1, 1, S)
         # the first real token of a left-padded row has position 0
         positions = (real[:, 0, 0].cumsum(-1) - 1).clamp(min=0)[:, num_cached:]  # (B, T)
-    by_query = num_new == 1 or device.type == "cuda"
+    by_query = device.type == "cuda" or not runs_in_blocks(num_new, masked=True)
     return pairs_mask(num_new, total, device, real) if by_query else real, positions
 
 
@@ -165,9 +165,8 @@ class Decoder(nn.Module):
     def check_length(self, total: int) -> None:
         """Raise ValueError when the model has fewer than `total` positions."""
         if total > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{total} tokens exceed the model's {self.config.max_position_embeddings} positions; shorten the text"
-            )
+            positions = self.config.max_position_embeddings
+            raise ValueError(f"{total} tokens exceed the model's {positions} positions; shorten the text")
 
     def blocks(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: AttentionCache | None) -> Tensor:
         """Embedding, layers and norm: hidden states (B, T, C) of ids (B, T) at positions (B or 1, T).

@@ -1,5 +1,6 @@
 """Convert text to token ids and back with a checkpoint's `tokenizer.json`."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +14,10 @@ PAD = "<|endoftext|>"
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
+class TextError(UnicodeError):
+    """A text that has no tokens."""
+
+
 class Tokenizer:
     """A tokenizer, read from the `tokenizer.json` at `path`. It adds no special tokens to a text and cuts none.
 
@@ -22,8 +27,7 @@ class Tokenizer:
 
     def __init__(self, path: Path, end_ids: Iterable[int] | None = None):
         try:
-            self._json = Path(path).read_text(encoding="utf-8")
-            self._tokenizer = tokenizers.Tokenizer.from_str(self._json)
+            self._tokenizer = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
         except Exception as error:  # the library raises no narrower type
             raise CheckpointError(f"{path}: not a readable tokenizer ({error})") from error
         self._tokenizer.no_truncation()  # settings of a training that the file may hold
@@ -38,24 +42,25 @@ class Tokenizer:
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text. Raises UnicodeError for half of a surrogate pair, from input that was no UTF-8."""
+    def encode(self, text: str, allow_special: bool = True) -> list[int]:
+        """The token ids of a text. Without allow_special, control tokens in it are the characters that they consist of.
+
+        Raises TextError for half of a surrogate pair, from input that was not UTF-8.
+        """
         try:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            return (self._tokenizer if allow_special else self._plain).encode(text, add_special_tokens=False).ids
         except TypeError as error:
-            raise UnicodeError(f"the text {text!r} is not Unicode; expected UTF-8") from error
+            raise TextError(f"the text {text!r} is not Unicode; expected UTF-8") from error
 
-    def control_tokens(self, template: str) -> dict[str, int]:
-        """The tokens that steer a chat, and their ids: all special tokens, and others of its template's text."""
-        added = self._tokenizer.get_added_tokens_decoder().items()
-        return {token.content: i for i, token in added if token.special or token.content in template}
+    @functools.cached_property
+    def control_tokens(self) -> dict[str, int]:
+        """The tokens that no ordinary text has, such as <|im_end|>, and their ids."""
+        return {token.content: i for i, token in self._tokenizer.get_added_tokens_decoder().items()}
 
-    def without(self, control: Iterable[str]) -> Callable[[str], list[int]]:
-        """`encode` for text in which the tokens of `control` are ordinary characters."""
-        record = json.loads(self._json)
-        record["added_tokens"] = [token for token in record["added_tokens"] if token["content"] not in control]
-        plain = tokenizers.Tokenizer.from_str(json.dumps(record | {"truncation": None, "padding": None}))
-        return lambda text: plain.encode(text, add_special_tokens=False).ids
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The tokenizer without control tokens."""
+        return tokenizers.Tokenizer.from_str(json.dumps(json.loads(self._tokenizer.to_str()) | {"added_tokens": []}))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are left out."""

@@ -173,7 +173,8 @@ def save(model: Qwen, folder: Path, source: Path) -> None:
 
     The config, the tokenizer and the chat template are those of the checkpoint folder `source`, from which the model
     came. The folder must not exist; it appears whole or not at all. Raises CheckpointError when it exists, or when the
-    model's tensors or their dtype are not those of a checkpoint, as under an adapter that was not merged for good.
+    model's tensors or their dtype are not those of a checkpoint, as under an adapter; ValueError when the model refuses
+    to give its state.
     """
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already; name another folder")
@@ -219,10 +220,9 @@ def load(
     names = tensor_headers(folder)
     layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
     if len(layers) != config.num_hidden_layers:  # checked before that many layers are built
-        raise CheckpointError(
-            f"{folder}: contains the tensors of {len(layers)} layers, config.json says {config.num_hidden_layers}; "
-            f"expected names such as {EMBEDDING}, got such as {min(names, default='none')}"
-        )
+        hint = "" if layers else f"; expected names such as {EMBEDDING}, got such as {min(names, default='none')}"
+        said = f"config.json says {config.num_hidden_layers}"
+        raise CheckpointError(f"{folder}: contains the tensors of {len(layers)} layers, {said}{hint}")
     with torch.device("meta"):
         model = Qwen(config)
     load_weights(model, folder, device, dtype)

@@ -159,6 +159,14 @@ def test_generation_is_priced(model, arguments):
     assert tracer.total > total(forward(model.config, 2, 3, head="last", padded=True))
 
 
+def test_packing_costs_nothing(monkeypatch):
+    monkeypatch.setattr("qwen_min.linear.SMALLEST_PACKED_FP32", 1)
+    model = random_model(CONFIGS["ratio 2, untied"])
+    with Tracer() as tracer:
+        generate(model, [[1, 2, 3]], 2)
+    assert tracer.total == total(forward(model.config, 1, 3, head="last")) + total(forward(model.config, 1, 1, 3)) + 2
+
+
 def test_a_generation_costs_its_passes(model):
     """Counted next to `forward`: what chooses the tokens and checks them costs nothing of Table 1."""
     with Tracer() as tracer:

@@ -259,6 +259,15 @@ def test_a_model_that_computes_nan_writes_no_forecast(samples):
         forecaster.nats_per_value(waves(), [one[:2] for one in waves()])
 
 
+def test_a_folder_of_adapters_names_them(tmp_path, tiny):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "adapter_config.json").write_text("[")
+    with pytest.raises(AdapterError, match=r"adapters lie in .*mine"):
+        Forecaster.load(adapter=tmp_path)
+    with pytest.raises(AdapterError, match="not a readable adapter config"):
+        Forecaster.load(adapter=tmp_path / "mine")
+
+
 def test_a_damaged_adapter_is_refused(tmp_path, tiny):
     model, _ = tiny
     inject(model, LoraConfig(rank=2, alpha=2))

@@ -1,5 +1,6 @@
 import resource
 import signal
+import threading
 
 import pytest
 
@@ -113,6 +114,23 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(path, written):
     assert Ledger(path, budget=100).spent == ledger.spent == 30
 
 
+def test_writers_in_two_threads_lose_no_line(path, monkeypatch):
+    """The budget is not theirs to keep together, but every line is."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+    def write(name):
+        ledger = Ledger(path, budget=10**6)
+        for step in range(200):
+            ledger.debit(name, step, 1)
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Ledger(path, budget=10**6).by_experiment() == {"a": 200, "b": 200}
+
+
 def test_a_second_writer_loses_no_line_of_the_first(path):
     Ledger(path, budget=100).debit("a", 0, 10)
     first, second = Ledger(path, budget=100), Ledger(path, budget=100)
@@ -121,7 +139,7 @@ def test_a_second_writer_loses_no_line_of_the_first(path):
     assert Ledger(path, budget=100).by_experiment() == {"a": 20, "b": 10}
 
 
-@pytest.mark.parametrize("budget", [float("nan"), -1, 10**400, float("inf")])
+@pytest.mark.parametrize("budget", [float("nan"), -1, 10**400, float("inf"), "5"])
 def test_a_budget_has_to_be_a_number(path, budget):
     with pytest.raises(ValueError, match="the budget is"):
         Ledger(path, budget)

@@ -203,6 +203,7 @@ def test_the_head_takes_no_adapter_because_losses_would_ignore_it():
         (2, 1, "q_proj"),
         (2, 1, ()),
         (2, 1, (3,)),
+        (2, 1, None),
     ],
 )
 def test_settings_are_checked(settings):
@@ -259,6 +260,15 @@ def test_an_adapter_with_values_that_are_not_finite_is_refused(saved, value):
         load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
 
 
+def test_an_adapter_that_fp32_cannot_hold_is_refused(saved):
+    path = saved / "adapter_model.safetensors"
+    tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
+    next(iter(tensors.values()))[0, 0] = 1e300
+    save_file(tensors, path)
+    with pytest.raises(AdapterError, match="NaN or infinity"):
+        load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
+
+
 def test_an_adapter_of_integers_or_of_another_rank_is_refused(saved):
     path = saved / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -275,7 +285,7 @@ def test_the_state_of_a_merged_model_is_neither_taken_nor_replaced(model):
     state = model.state_dict()
     merge(model)
     for refused in (model.state_dict, lambda: model.load_state_dict(state)):
-        with pytest.raises(AdapterError, match="call unmerge first"):
+        with pytest.raises(AdapterError, match="call unmerge"):
             refused()
     unmerge(model)
     model.load_state_dict(state)
@@ -300,10 +310,15 @@ def test_a_failed_write_keeps_the_adapter_that_was_there(monkeypatch, tmp_path, 
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for parameter in adapter_parameters(model).values():
         parameter.data.fill_(0.2)
-    monkeypatch.setattr("pathlib.Path.write_bytes", lambda *_: (_ for _ in ()).throw(OSError("No space left")))
+
+    def half(path, content):
+        path.open("wb").write(content[: len(content) // 2])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", half)
     with pytest.raises(OSError, match="No space"):
         save_adapter(model, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
 def test_an_adapter_in_a_folder_below_or_in_another_format_is_pointed_out(tmp_path, model):

@@ -138,8 +138,9 @@ def test_a_head_whose_first_rows_are_masked_has_a_loss():
 def test_a_target_outside_the_vocabulary_is_refused(target):
     hidden, weight, targets = sample(torch.float32)
     targets[3] = target
-    with pytest.raises(ValueError, match="targets are"):
-        head_cross_entropy(hidden, weight, targets)
+    for loss in (head_cross_entropy, token_losses):
+        with pytest.raises(ValueError, match="targets are"):
+            loss(hidden, weight, targets)
 
 
 @pytest.mark.parametrize("vocabulary", [[5, 3, 9], [3, 3, 9]])

@@ -2,15 +2,12 @@ import pytest
 import torch
 
 from qwen_min import KVCache, Qwen, QwenConfig
-from qwen_min.attention import pairs_mask
 from qwen_min.model import attention_mask_and_positions
 
 
 def test_the_mask_is_causal_and_aligned_to_the_lower_right_corner():
-    mask = pairs_mask(3, 5, torch.device("cpu"))
-    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     mask, positions = attention_mask_and_positions(2, 3, None, torch.device("cpu"))
-    assert mask is None  # attention aligns the causal rule like this itself
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert positions.tolist() == [[2, 3, 4]]
 
 
@@ -19,8 +16,13 @@ def test_positions_of_a_left_padded_row_count_from_its_first_real_token(kept):
     real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]) * kept
     mask, positions = attention_mask_and_positions(1, 3, real, torch.device("cpu"))
     assert positions.tolist() == [[0, 0, 1], [1, 2, 3]]
-    by_query = pairs_mask(3, 4, torch.device("cpu"), mask)
-    assert by_query[0, 0].int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    assert mask[0, 0].int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+def test_the_mask_of_many_tokens_has_no_row_for_each():
+    real = torch.ones(2, 200, dtype=torch.long)
+    assert attention_mask_and_positions(100, 100, real, torch.device("cpu"))[0].shape == (2, 1, 1, 200)
+    assert attention_mask_and_positions(100, 100, None, torch.device("cpu"))[0] is None
 
 
 def test_cached_pieces_give_the_logits_of_one_pass(model, ids):
@@ -39,7 +41,10 @@ def test_a_truncated_cache_forgets(model, ids):
     torch.testing.assert_close(model(ids[:, 6:], cache), model(ids)[:, 6:], rtol=1e-5, atol=1e-5)
 
 
-def test_a_padded_batch_equals_its_rows_alone(model, ids):
+@pytest.mark.parametrize("times", [1, 8])
+def test_a_padded_batch_equals_its_rows_alone(model, ids, times):
+    """A few tokens, and more than a block of attention has."""
+    ids = ids.repeat(1, times)
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     logits = model(ids, attention_mask=mask)

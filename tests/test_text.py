@@ -12,6 +12,7 @@ from qwen_min import CheckpointError, Tokenizer, generate
 from qwen_min.chat import ChatTemplate
 from qwen_min.generation import stream
 from qwen_min.sampling import Sampling
+from qwen_min.tokenizer import TextError
 from qwen_min.weights import TINY
 
 TEMPLATE = (
@@ -217,9 +218,32 @@ def test_a_template_may_look_for_its_tokens_in_a_message(tmp_path, tiny):
 
 def test_control_tokens_in_parts_of_a_message_stay_text_too(tmp_path, tiny):
     source = "{{ messages[0].content[0].text }}{{ messages[0].content[1] | tojson(ensure_ascii=True) }}"
-    parts = [{"type": "text", "text": "<|endoftext|>"}, {"x": ["<|endoftext|>"]}]
+    parts = [{"type": "text", "text": "<|endoftext|>"}, {"<|endoftext|>": ["<|endoftext|>"]}]
     ids = template_of(tmp_path, source).encode(tiny[1], [{"role": "user", "content": parts}])
-    assert ids == plain('<|endoftext|>{"x": ["<|endoftext|>"]}')
+    assert ids == plain('<|endoftext|>{"<|endoftext|>": ["<|endoftext|>"]}')
+
+
+def test_added_tokens_that_are_not_called_special_stay_text_too(tmp_path):
+    """Published tokenizers of Qwen2.5 do not call <|fim_prefix|> special. Ids must not move when one is left out."""
+    record = json.loads((TINY / "tokenizer.json").read_text())
+    (last,) = record["added_tokens"]
+    extra = {"<|fim_prefix|>": False, "<|im_start|>": True, "<|repo_name|>": False}
+    record["added_tokens"] += [
+        last | {"id": 257 + i, "content": content, "special": special}
+        for i, (content, special) in enumerate(extra.items())
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(record))
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    template = template_of(tmp_path, "<|im_start|>{{ messages[0].content }}")
+    for content in ("<|repo_name|>a<|fim_prefix|>", "<|im_start|><", "<"):
+        ids = template.encode(tokenizer, [{"role": "user", "content": content}])
+        assert ids == [tokenizer.encode("<|im_start|>")[0], *plain(content)]
+
+
+@pytest.mark.parametrize("content", ["a" + chr(0xD800), "<|endoftext|>" + chr(0xD800)])
+def test_a_message_that_is_not_unicode_is_refused(tmp_path, tiny, content):
+    with pytest.raises(TextError, match="is not Unicode"):
+        template_of(tmp_path, CHATML).encode(tiny[1], [{"role": "user", "content": content}])
 
 
 def test_with_allow_special_control_tokens_are_what_they_are_in_transformers(tmp_path, tiny):

@@ -18,8 +18,8 @@ from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import SCALED_LIMIT, Grammar, decode, may_be_wide, nats_of
 from experiments.forecasting.tables import from_frame, is_frame, to_frame
 from experiments.storage.files import read_json, to_json, write_whole
-from lora import AdapterError, load_adapter
-from qwen_min import Qwen, Tokenizer, load
+from lora import AdapterError, load_adapter, read_config
+from qwen_min import Qwen, Tokenizer, config, load
 from qwen_min.config import CheckpointError
 from qwen_min.continuation import ReusedCache
 from qwen_min.generation import pad_left, prefill
@@ -130,7 +130,9 @@ class Forecaster:
         AdapterError when one of the two cannot be read or the adapter was trained on another checkpoint.
         """
         trained = None if adapter is None else read_trained(adapter)
-        recorded = "tiny" if adapter is None else trained.checkpoint if trained else base_of(adapter)
+        recorded = "tiny" if adapter is None else trained.checkpoint if trained else ""
+        if adapter is not None and checkpoint is None and not trained:  # peft's own record, if there is one
+            recorded = str(config.read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path") or "")
         if checkpoint is None and not recorded:
             raise AdapterError(f"{adapter}: does not record its checkpoint; name it with --model")
         if adapter is not None and checkpoint is None:
@@ -463,19 +465,14 @@ def write_trained(folder: Path, trained: Trained) -> None:
     write_whole(folder / TRAINED_FILE, to_json(trained.encoding.record | fields))
 
 
-def base_of(adapter: str | Path) -> str:
-    """The checkpoint that an adapter in peft's format names; empty if it names none."""
-    fields = read_json(Path(adapter) / "adapter_config.json")
-    return str(fields.get("base_model_name_or_path") or "") if isinstance(fields, dict) else ""
-
-
 def read_trained(folder: str | Path) -> Trained | None:
     """Read what `write_trained` wrote; None if the folder has a plain peft adapter.
 
     Raises AdapterError when the record is damaged or the folder has no adapter.
     """
     path = Path(folder) / TRAINED_FILE
-    if not path.exists() and (Path(folder) / "adapter_config.json").exists():
+    if not path.exists():
+        read_config(folder)
         return None
     try:
         fields = read_json(path)
