@@ -5,6 +5,7 @@ from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import inference_mode
 
 from qwen_min.attention import attention, attention_after_prefix
 from qwen_min.config import QwenConfig
@@ -45,7 +46,7 @@ class KVCache:
     ):
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         shape = (layers, batch_size, heads, capacity, config.head_dim)
-        with torch.inference_mode(False):  # an inference tensor could not be written to outside inference mode
+        with inference_mode(False):  # an inference tensor could not be written to outside inference mode
             self.keys, self.values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.batch_size, self.capacity = batch_size, capacity
         self.length = 0
@@ -116,7 +117,7 @@ class ForkedCache(KVCache):
         self.prefix, self.times = prefix, times
         self.batch_size, self.capacity = batch_size * times, capacity + num_new_tokens
         shape = (layers, self.batch_size, heads, num_new_tokens, size)
-        with torch.inference_mode(False):
+        with inference_mode(False):
             self.keys, self.values = prefix.keys.new_empty(shape), prefix.values.new_empty(shape)
         self.first = self.length = capacity
         for stored in (prefix.keys, prefix.values):

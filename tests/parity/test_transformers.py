@@ -207,7 +207,7 @@ def test_real_chat_tokens_agree(real_checkpoint, conversation):
     injected = theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
     assert template.encode(ours, conversation, allow_special=True) == injected
     safe = template.encode(ours, conversation)
-    control = set(theirs.all_special_ids)
+    control = set(ours.control_tokens.values())
     assert sum(i in control for i in safe) == sum(i in control for i in injected) - 3
     assert theirs.decode(safe) == theirs.decode(injected)
 
