@@ -158,7 +158,7 @@ class _Blockwise(torch.autograd.Function):
         q, k, v, mask = ctx.saved_tensors
         scale, at_least_fp32 = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
         softmax_backward = torch.ops.aten._softmax_backward_data
-        needed = zip((q, k, v), ctx.needs_input_grad, strict=False)
+        needed = zip((q, k, v), ctx.needs_input_grad[:3], strict=True)
         grad_q, grad_k, grad_v = (torch.empty_like(x) if need else None for x, need in needed)
         for part in _parts(q, k):
             keys, values = k[part], v[part]  # (b, j, S, D)

@@ -71,7 +71,9 @@ class QwenConfig:
                 f"config.json: rope_parameters is {rope!r}, layer_types is {layers!r}; expected an object and a list"
             )
         defaults = {"tie_word_embeddings": False, "is_causal": True, "hidden_act": "silu"}
-        record = defaults | record | {name: rope[name] for name in ("rope_theta",) if rope.get(name) is not None}
+        record = defaults | record
+        if rope.get("rope_theta") is not None:
+            record["rope_theta"] = rope["rope_theta"]
         if record.get("num_key_value_heads", ...) is None:  # as in transformers; a missing field stays an error
             record["num_key_value_heads"] = record.get("num_attention_heads")
         scaled = [record.get("rope_scaling") or {}, {name: rope[name] for name in rope if name != "rope_theta"}]

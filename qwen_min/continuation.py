@@ -109,9 +109,8 @@ class GraphContinuation(Continuation):
         for stored in (cache.keys, cache.values):
             # these columns are masked, but a NaN in uninitialised memory would still spread
             stored[:, :, :, cache.length - cache.first :] = 0
-        self.mask[:, : cache.length] = (
-            1 if attention_mask is None else attention_mask.bool()
-        )  # passes write the other columns
+        # passes write the other columns
+        self.mask[:, : cache.length] = 1 if attention_mask is None else attention_mask.bool()
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, real: Tensor | None = None) -> Tensor:

@@ -38,7 +38,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        span = f"{1 / LIMIT} to {LIMIT}"
+        span = f"{1 / LIMIT:g} to {LIMIT:g}"
         if not (_within(self.temperature, 1 / LIMIT, LIMIT) or _within(self.temperature, 0, 0)):
             raise SamplingError(f"temperature is {self.temperature!r}, expected 0 (greedy) or {span}")
         if self.top_k is not None and not _within(self.top_k, 1, LIMIT, Integral):

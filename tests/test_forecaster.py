@@ -120,15 +120,18 @@ def test_an_adapter_s_folder_restores_the_encoding_of_its_training(tmp_path, tin
         Forecaster.load("tiny", tmp_path)
 
 
+def save_fresh_adapter(model, folder, base):
+    inject(model, LoraConfig(rank=2, alpha=2))
+    try:
+        save_adapter(model, folder, base)
+    finally:
+        remove(model)
+
+
 def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories(tmp_path, monkeypatch, tiny):
     home, adapter = tmp_path / "home", tmp_path / "home" / "runs" / "quick" / "experiments" / "final" / "adapter"
     shutil.copytree(TINY, home / "models" / "small")
-    model, _ = tiny
-    inject(model, LoraConfig(rank=2, alpha=2))
-    try:
-        save_adapter(model, adapter, "models/small")
-    finally:
-        remove(model)
+    save_fresh_adapter(tiny[0], adapter, "models/small")
     write_trained(adapter, Trained(Encoding(2.5, 1), "models/small", checkpoint_hash(TINY)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for directory in (home, tmp_path, adapter):
@@ -269,12 +272,7 @@ def test_a_folder_of_adapters_names_them(tmp_path, tiny):
 
 
 def test_a_damaged_adapter_is_refused(tmp_path, tiny):
-    model, _ = tiny
-    inject(model, LoraConfig(rank=2, alpha=2))
-    try:
-        save_adapter(model, tmp_path, "tiny")
-    finally:
-        remove(model)
+    save_fresh_adapter(tiny[0], tmp_path, "tiny")
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] = float("nan")
