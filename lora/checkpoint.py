@@ -64,8 +64,9 @@ def read_config(folder: str | Path) -> LoraConfig:
     compute another output, or need a base model that they changed.
     """
     path = Path(folder) / CONFIG_FILE
-    if not path.exists() and (below := sorted(path.parent.glob(f"*/{CONFIG_FILE}"))):
-        raise AdapterError(f"{path}: no such file; adapters lie in {', '.join(str(one.parent) for one in below)}")
+    if not path.exists():
+        below = ", ".join(str(one.parent) for one in sorted(path.parent.glob(f"*/{CONFIG_FILE}")))
+        raise AdapterError(f"{path}: no such file{below and f'; adapters lie in {below}'}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha, targets = (fields[name] for name in READ_SETTINGS)

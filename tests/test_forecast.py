@@ -128,7 +128,7 @@ BAD = {
     "empty": ("", [], "is empty"),
     "unknown column": ("a,b\n1,2\n3,4\n", ["--columns", "c"], "has 0 columns 'c'"),
     "horizon": ("1\n2\n3\n", ["--horizon", "5000"], "a horizon of 5000 leaves no room for a context"),
-    "no adapter": ("1\n2\n3\n", ["--adapter", "nowhere"], "encoding.json: not the record of an adapter"),
+    "no adapter": ("1\n2\n3\n", ["--adapter", "nowhere"], "nowhere/adapter_config.json: no such file"),
     "no checkpoint": ("1\n2\n3\n", ["--model", "nowhere"], "nowhere: no such folder"),
     "no picture": ("1\n2\n3\n", ["--plot", "a.txt"], "expected a name that ends in .png, .svg, .pdf"),
     "scale": ("1\n2\n3\n", ["--scale", "0"], "scale is 0.0, expected a positive number"),
