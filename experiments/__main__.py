@@ -15,7 +15,15 @@ VERBS = {  # verb: (module with a `main`, what it does)
     "flops": ("experiments.costs", "count the FLOPs of a training step, operator by operator"),
     "benchmark": ("experiments.benchmark", "measure time and memory next to other programs"),
 }
-EXTRA = ("dateutil", "filelock", "h5py", "matplotlib", "scipy", "tqdm")  # the packages of the extra `experiments`
+EXTRA = (
+    "filelock",
+    "h5py",
+    "matplotlib",
+    "pandas",
+    "pyarrow",
+    "scipy",
+    "tqdm",
+)  # the packages of the extra `experiments`
 
 
 def usage() -> str:

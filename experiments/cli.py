@@ -1,6 +1,7 @@
 """Code that all commands share: device, precision, exit status. It imports no torch, so that --help is quick."""
 
 import argparse
+import csv
 import os
 import shlex
 import sys
@@ -30,11 +31,19 @@ def add_device(parser: argparse.ArgumentParser, dtype: str | None = "float32") -
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add the options --columns and --missing, about files with series."""
-    parser.add_argument("--columns", type=lambda text: text.split(","), help="names of the columns to forecast, "
-                        "separated by commas (default: all but times and an index)")  # fmt: skip
+    """Add the options --columns, --missing, --id and --wide, about files with series."""
+    parser.add_argument("--columns", type=names, help="names of the columns to forecast, separated by commas; one "
+                        "with a comma in double quotes (default: all but times and an index)")  # fmt: skip
     parser.add_argument("--missing", choices=("error", "interpolate"), default="error", help="what to do about missing "
                         "values (default %(default)s)")  # fmt: skip
+    parser.add_argument("--id", metavar="COLUMN", help="column that tells several series in a file apart (default: "
+                        "unique_id, id or item_id, if its values repeat)")  # fmt: skip
+    parser.add_argument("--wide", action="store_true", help="each column of a file is a series of its own")
+
+
+def names(text: str) -> list[str]:
+    """Parse names, separated by commas; a name with a comma is in double quotes."""
+    return [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
 
 
 def positive(text: str) -> int:

@@ -3,8 +3,8 @@
     python -m experiments.finetune series.csv --horizon 20 --budget 1e13 --out runs/mine
     python -m experiments.finetune data/*.csv --model Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16 --steps 300
 
-Each file is one series (CSV, Parquet) or many (HDF5). Part of the data is held out: the result is the error of its
-forecasts, before and after the training, next to baselines. The folder then has the adapter and a page with the
+A file (CSV, Excel, Parquet, HDF5) holds one series or many. Part of the data is held out: the result is the error of
+its forecasts, before and after the training, next to baselines. The folder then has the adapter and a page with the
 results. A command that was stopped or killed continues where it was.
 """
 
@@ -23,10 +23,11 @@ from experiments.storage.interruption import Interruption
 from experiments.storage.runfolder import open_run
 
 if TYPE_CHECKING:  # --help need not wait for torch
+    import pandas as pd
+
     from experiments.forecasting.finetuning import Data
     from experiments.forecasting.forecaster import Forecaster
     from experiments.forecasting.settings import Training
-    from experiments.forecasting.tables import Table
     from experiments.forecasting.team import Team
 
 
@@ -71,20 +72,23 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def read_series(args: argparse.Namespace) -> list["Table"]:
-    """The series of all files. Raises CommandError when they have different variables."""
-    from experiments.forecasting.tables import describe, read_tables
+def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
+    """The series of all files, NaN where a value may be missing. Raises CommandError for different variables."""
+    from experiments import tables
 
-    tables = [table for path in args.series for table in read_tables(path, args.columns, args.missing)]
-    first, variables = tables[0], tables[0].variables
-    for table in tables:
-        if table.variables != variables:
+    missing = "keep" if args.missing == "interpolate" else args.missing  # `backtest.split` fills what it trains on
+    series = [
+        one for path in args.series for one in tables.read_series(path, args.columns, missing, args.id, args.wide)
+    ]
+    first, variables = series[0], list(series[0].columns)
+    for one in series:
+        if list(one.columns) != variables:
             raise cli.CommandError(
-                f"{table.name} has the variables {', '.join(table.variables)}, {first.name} has "
-                f"{', '.join(variables)}; expected the same in all files, choose with --columns"
+                f"{one.attrs['name']} has the variables {', '.join(one.columns)}, {first.attrs['name']} has "
+                f"{', '.join(variables)}; expected the same in all series, choose with --columns"
             )
-    cli.tell(describe(first) + (f", and {len(tables) - 1} more series" if len(tables) > 1 else ""))
-    return tables
+    cli.tell(tables.told(series))
+    return series
 
 
 def settings_of(args: argparse.Namespace, forecaster: "Forecaster") -> "Training":
@@ -124,7 +128,7 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
 class Inputs(NamedTuple):
     """The checked inputs of a fine-tuning."""
 
-    tables: list["Table"]
+    series: list["pd.DataFrame"]
     forecaster: "Forecaster"
     data: "Data"
     settings: "Training"
@@ -139,10 +143,10 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
         if getattr(args, name) < 0:
             raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
     cli.checked_device(device)
-    tables = read_series(args)
+    series = read(args)
     forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
-    series = [table.values for table in tables]
-    data = finetuning.prepare(forecaster, series, args.horizon, args.context, args.decimals)
+    arrays = [one.to_numpy() for one in series]
+    data = finetuning.prepare(forecaster, arrays, args.horizon, args.context, args.decimals)
     settings = finetuning.planned(forecaster, data, settings_of(args, forecaster), args.budget, args.steps)
     cost, count = finetuning.cost_of(forecaster, settings), len(data.ids)
     cli.tell(f"held out: {data.parts.told}")
@@ -150,7 +154,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
         f"{count} window{'s' * (count != 1)} of {settings.context} tokens; {cost:.3e} FLOPs a step, "
         f"{settings.steps} steps ({cost * settings.steps:.3e})"
     )
-    return Inputs(tables, forecaster, data, settings)
+    return Inputs(series, forecaster, data, settings)
 
 
 def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team", device: str) -> int:
@@ -162,12 +166,12 @@ def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team",
     from experiments.report.finetuned import write_page
     from qwen_min.weights import checkpoint_folder
 
-    tables, forecaster, data, settings = team.agreed(lambda: check_inputs(args, device))
+    series, forecaster, data, settings = team.agreed(lambda: check_inputs(args, device))
     folder = args.out or Path("runs") / args.series[0].stem.split(".")[0]
     checkpoint = (args.model, checkpoint_hash(checkpoint_folder(args.model)))
     identity = {
-        "series_sha256": hashlib.sha256(b"".join(table.values.tobytes() for table in tables)).hexdigest(),
-        "variables": tables[0].variables,
+        "series_sha256": hashlib.sha256(b"".join(one.to_numpy().tobytes() for one in series)).hexdigest(),
+        "variables": list(series[0].columns),
         "horizon": args.horizon,
         "context": data.context,
         "settings": asdict(settings),
@@ -180,7 +184,7 @@ def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team",
     }
     record = {
         "command": cli.command_line("experiments.finetune"),
-        "title": tables[0].name + (f" and {len(tables) - 1} more series" if len(tables) > 1 else ""),
+        "title": series[0].attrs["name"] + (f" and {len(series) - 1} more series" if len(series) > 1 else ""),
         "model": args.model,
     }
     with ExitStack() as stack:
@@ -190,7 +194,7 @@ def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team",
         if team.told(lambda: not (folder / "metrics.json").exists()):
             Finetuning(
                 forecaster, data, settings, folder, args.budget, interruption, args.samples, args.patience, team
-            ).run(checkpoint, tables[0].variables)
+            ).run(checkpoint, list(series[0].columns))
         page = team.told(lambda: write_page(folder))
     cli.tell("\n".join(summary(read_json(folder / "metrics.json"))))
     cli.tell(f"adapter: {folder / 'adapter'}; results: {page}")

@@ -1,11 +1,12 @@
-"""Forecast your own series: read CSV, HDF5 or Parquet, write CSV and a figure.
+"""Forecast your own series: read CSV, Excel, Parquet or HDF5, write CSV and a figure.
 
     python -m experiments.forecast series.csv --horizon 10 --plot forecast.png
     python -m experiments.forecast series.csv --adapter runs/mine/adapter --horizon 20
     python -m experiments.forecast series.csv --backtest
 
-A CSV file is one series, with a row for each time step and a column for each variable. Dates, or times in the first
-column, are not forecast but continued. An HDF5 file contains many series. --backtest writes nothing: it forecasts the
+A table has a row for each time step and a column for each variable. Dates, or times in the first column, are not
+forecast but continued. It holds several series if a column names them (--id), or if each column is one (--wide); an
+HDF5 file contains many. --backtest writes nothing: it forecasts the
 newest rows from the older ones and prints the errors next to those of baselines.
 """
 
@@ -18,8 +19,9 @@ from typing import TYPE_CHECKING
 from experiments import cli
 
 if TYPE_CHECKING:  # --help need not wait for torch
+    import pandas as pd
+
     from experiments.forecasting.forecaster import Forecaster
-    from experiments.forecasting.tables import Table
 
 
 def fractions(text: str) -> list[float]:
@@ -42,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("series", type=Path, help="CSV or Parquet file (one series) or HDF5 file (many)")
+    p.add_argument("series", type=Path, help="file with one series or several: CSV, Excel, Parquet, HDF5")
     cli.add_data(p)
     p.add_argument("--adapter", type=Path, help="folder of an adapter, from experiments.finetune, experiments.run or "
                    "peft")  # fmt: skip
@@ -113,12 +115,11 @@ def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
     return forecaster
 
 
-def backtest(args: argparse.Namespace, forecaster: "Forecaster", tables: list["Table"]) -> None:
+def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["pd.DataFrame"]) -> None:
     """Print the errors of forecasts of the newest time steps, next to those of baselines."""
     from experiments.forecasting.backtest import MAX_ORIGINS, baseline_forecasts, coverage, held_out, scores, spread_of
 
-    series = [table.values for table in tables]
-    places = held_out(series, args.horizon, MAX_ORIGINS)
+    places = held_out([one.to_numpy() for one in series], args.horizon, MAX_ORIGINS)
     spread = spread_of([place.context for place in places])
     with cli.progress(max(1, args.samples) * len(places), "forecasts") as update:
         found = forecaster.forecast(
@@ -132,13 +133,16 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", tables: list["T
             update,
         )
     methods = {"model": found.values} | baseline_forecasts(places, args.context)
-    names = tables[0].variables
+    names = list(series[0].columns)
     print(f"\n{len(places)} held-out forecasts of {args.horizon} steps; RMSE in standard deviations of each variable\n")
-    print(f"{'method':<16}{'RMSE':>8}  {'95 % interval':<16}" + "".join(f"  MAE {name}" for name in names))
+    widths = [max(len(name) + 6, 12) for name in names]
+    maes = "".join(f"{'MAE ' + name:>{width}}" for name, width in zip(names, widths, strict=True))
+    print(f"{'method':<16}{'RMSE':>8}  {'95 % interval':<16}{maes}")
     for method, forecast in methods.items():
         error = scores(forecast, places, spread)
         interval = "[{:.3f}, {:.3f}]".format(*error["interval"]) if error["interval"] else ""
-        each = "".join(f"{mae:>{len(name) + 6}.4g}" for mae, name in zip(error["mae"], names, strict=True))
+        found_maes = ["" if mae is None else f"{mae:.4g}" for mae in error["mae"]]
+        each = "".join(f"{mae:>{width}}" for mae, width in zip(found_maes, widths, strict=True))
         print(f"{method:<16}{error['rmse']:>8.3f}  {interval:<16}{each}")
     if found.samples is not None and (share := coverage(found.samples, places)) is not None:
         print(f"\nThe central 80 % of the samples hold {share:.0%} of the true values.")
@@ -149,8 +153,8 @@ def run(args: argparse.Namespace) -> list[Path]:
 
     For bad input it writes nothing and raises an error that `cli.is_meant` for the user.
     """
+    from experiments import tables
     from experiments.forecasting.scores import require_samples
-    from experiments.forecasting.tables import describe, read_tables, to_csv
     from experiments.report import figures
     from experiments.storage.files import write_whole
 
@@ -158,34 +162,37 @@ def run(args: argparse.Namespace) -> list[Path]:
     require_samples(quantiles, args.samples)
     if args.seed < 0:
         raise cli.CommandError(f"--seed is {args.seed}, expected 0 or more")
-    tables = read_tables(args.series, args.columns, args.missing)
+    # held-out forecasts fill the values before them themselves, so that these know nothing of what follows
+    missing = "keep" if args.backtest and args.missing == "interpolate" else args.missing
+    series = tables.read_series(args.series, args.columns, missing, args.id, args.wide)
     out = args.out or args.series.with_suffix(".forecast.csv")
     if not args.backtest:
         check_outputs(args, out)
-    print(describe(tables[0]) + (f", and {len(tables) - 1} more series" if len(tables) > 1 else ""))
-    forecaster = load_model(args, tables[0].variables)
+    print(tables.told(series))
+    forecaster = load_model(args, list(series[0].columns))
     if args.backtest:
-        backtest(args, forecaster, tables)
+        backtest(args, forecaster, series)
         return []
-    series = [table.values for table in tables]
+    arrays = [one.to_numpy() for one in series]
     with cli.progress(max(1, args.samples) * len(series), "forecasts") as update:
         forecast = forecaster.forecast(
-            series, args.horizon, args.samples, quantiles, args.seed, args.point, args.context, update
+            arrays, args.horizon, args.samples, quantiles, args.seed, args.point, args.context, update
         )
-    write_whole(out, to_csv(tables, forecast, quantiles))
+    write_whole(out, tables.write(series, forecast.values, forecast.quantiles, quantiles))
     written = [out]
     if args.plot:
         times = None
-        if all(table.times for table in tables):
-            times = [[*table.times.values, *table.times.following(args.horizon)] for table in tables if table.times]
+        if all(one.index.name is not None for one in series):  # the index has times, which a figure shows without zone
+            axes = [one.index.append(tables.following(one.index, args.horizon)) for one in series]
+            times = [axis.tz_localize(None) if hasattr(axis, "tz_localize") else axis for axis in axes]
         label = f"{quantiles[-1] - quantiles[0]:.0%} interval" if quantiles else ""
         figures.fan(
-            tables[0].variables,
-            series,
+            list(series[0].columns),
+            arrays,
             forecast.values,
             forecast.quantiles,
             args.plot,
-            titles=[table.name for table in tables],
+            titles=[one.attrs["name"] for one in series],
             times=times,
             band_label=label.replace("%", " %"),
         )

@@ -177,7 +177,7 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, tmp
     assert forecaster.forecast([waves(1)[0][:20]], 5).values.shape == (1, 5, 2)
     status, _, err = command(*files, *few, "--budget", "9e9")
     assert status == 2
-    assert "mine: has a run with settings" in err
+    assert 'mine: has a run with settings {"steps": ' in err
 
 
 BAD = {
@@ -197,3 +197,43 @@ def test_bad_settings_give_one_clear_line_and_write_nothing(command, tmp_path, a
     assert (status, err.count("\n")) == (2, 1)
     assert message in err
     assert [one.name for one in tmp_path.iterdir()] == ["one.csv"]
+
+
+def test_held_out_places_know_nothing_of_what_follows_and_count_what_is_known():
+    series = np.stack([np.arange(40.0), np.ones(40)], axis=1)
+    series[20:33, 0] = np.nan
+    places = held_out([series], 5, 4)
+    for place, start in zip(places, (20, 25, 30, 35), strict=True):
+        assert place.context[: min(start, 20), 0].tolist() == list(range(min(start, 20)))
+        assert set(place.context[20:33, 0]) <= (
+            {19.0} if start < 33 else set(np.interp(range(20, 33), [19, 33], [19, 33]))
+        )
+        np.testing.assert_array_equal(place.truth, series[start : start + 5])
+    wrong = scores(np.stack([np.where(np.isnan(p.truth), 1e9, p.truth + 1) for p in places]), places, np.ones(2))
+    assert wrong["rmse"] == pytest.approx(1)
+    assert wrong["mae"] == [1, 1]
+    paths = np.stack([np.where(np.isnan(p.truth), 0, p.truth) for p in places])[:, None].repeat(9, axis=1)
+    assert backtest.coverage(paths, places) == 1
+    assert not np.isnan(np.concatenate(split([series], 3).train)).any()
+    series[:, 0] = np.nan
+    with pytest.raises(BacktestError, match="variable 0 has no value in the 20 time steps before a held-out forecast"):
+        held_out([series], 5, 4)
+
+
+def test_missing_values_do_not_count_in_the_loss():
+    forecaster, context = Forecaster.load("tiny"), 5 + np.sin(np.arange(20) / 4)
+    whole = np.array([[5.1], [5.2], [5.3]])
+    first, last = (forecaster.nats_per_value([context], [part])[0] for part in (whole[:1], whole))
+    gap = np.array([[5.1], [np.nan], [np.nan]])
+    assert forecaster.nats_per_value([context], [gap])[0] == pytest.approx(first, rel=1e-4)
+    assert first != pytest.approx(last, rel=1e-3)
+
+
+def test_a_long_table_is_fine_tuned_on(command, tmp_path):
+    rows = [f"s{number},{t},{a:.4f},{b:.4f}\n" for number, one in enumerate(waves(6)) for t, (a, b) in enumerate(one)]
+    rows[5] = "s0,5,,\n"
+    (tmp_path / "long.csv").write_text("unique_id,t,u,v\n" + "".join(rows))
+    few = ("--horizon", 5, "--context", 15, "--samples", 0, "--steps", 2, "--out", "mine")
+    status, out, _ = command(tmp_path / "long.csv", *few, "--missing", "interpolate")
+    assert status == 0
+    assert out.startswith("s0: 60 rows of 2 variables (u, v), time: t, 0 to 59, and 5 more series")

@@ -58,7 +58,7 @@ def test_a_csv_file_gives_a_table_with_intervals_and_a_picture(run, tmp_path):
 def test_headers_delimiters_and_columns_are_the_user_s_choice(run, tmp_path):
     plain = sine(tmp_path / "plain.csv", header="", delimiter=";")
     assert run(plain, "--horizon", 2, "--samples", 0, "--out", "a.csv")[0] == 0
-    assert (tmp_path / "a.csv").read_text().startswith("series,step,x0,x1\n0,1,")
+    assert (tmp_path / "a.csv").read_text().startswith("series,step,x0,x1\nplain,1,")
     dated = tmp_path / "dated.csv"
     dated.write_text("﻿date,deer\n2001-01-01,1.5\n2001-01-02,1.6\n2001-01-03,1.7\n\n", encoding="utf-8")
     assert run(dated, "--columns", "deer", "--horizon", 2, "--samples", 0, "--out", "b.csv")[0] == 0
@@ -115,7 +115,7 @@ def test_an_hdf5_file_gives_every_series(run, tmp_path):
         rows = list(csv.reader(file))
     assert rows[0][2:5] == ["time", "prey", "predator"]
     assert rows[0][5:] == ["prey_q0.25", "predator_q0.25", "prey_q0.75", "predator_q0.75"]
-    assert [row[0] for row in rows[1:]] == ["0", "0", "1", "1", "2", "2"]
+    assert [row[0] for row in rows[1:]] == ["some[0]", "some[0]", "some[1]", "some[1]", "some[2]", "some[2]"]
 
 
 BAD = {
@@ -192,3 +192,44 @@ def test_a_missing_or_binary_file_is_refused(run, tmp_path):
     for name in ("missing.csv", "binary.csv", "missing.h5"):
         status, _, err, written = run(tmp_path / name)
         assert (status, written, err.count("\n")) == (2, set(), 1)
+
+
+def test_several_series_keep_their_names_and_their_digits(run, tmp_path):
+    rows = [
+        (name, f"2023-01-{day:02d}", base + day % 3) for name, base in (("a", 1e9), ("b", 5)) for day in range(1, 21)
+    ]
+    (tmp_path / "long.csv").write_text("shop,day,y\n" + "".join(f"{name},{day},{y}\n" for name, day, y in rows))
+    few = ("--horizon", 2, "--samples", 0)
+    status, _, err, _ = run(tmp_path / "long.csv", *few)
+    assert (status, "--id (shop)" in err) == (2, True)
+    status, out, _, _ = run(tmp_path / "long.csv", *few, "--id", "shop")
+    assert (status, out.splitlines()[0]) == (
+        0,
+        "a: 20 rows of 1 variable (y), time: day, 2023-01-01 to 2023-01-20, and 1 more series",
+    )
+    lines = [line.split(",") for line in (tmp_path / "long.forecast.csv").read_text().splitlines()]
+    assert lines[0] == ["series", "step", "day", "y"]
+    assert [line[0] for line in lines[1:]] == ["a", "a", "b", "b"]
+    assert [line[2] for line in lines[1:3]] == ["2023-01-21", "2023-01-22"]
+    assert len({float(line[3]) for line in lines[1:3]}) == 2  # not both 1e+09
+    odd = sine(tmp_path / "odd.csv", header='"deer, young",wolves\n')
+    assert run(odd, *few, "--columns", 'wolves, "deer, young"')[1].startswith(
+        "odd: 40 rows of 2 variables (wolves, deer, yo"
+    )
+    wide = sine(tmp_path / "wide.csv")
+    assert run(wide, *few, "--wide")[1].startswith("deer: 40 rows of 1 variable (value), and 1 more series")
+    assert run(wide, *few, "--wide", "--backtest")[0] == 0
+
+
+def test_a_back_test_of_a_constant_holds_it(run, tmp_path):
+    (tmp_path / "five.csv").write_text("y\n" + "5\n" * 40)
+    assert "hold 100% of the true values" in run(tmp_path / "five.csv", "--backtest", "--horizon", 3)[1]
+
+
+def test_a_back_test_does_not_read_the_future_into_gaps(run, tmp_path):
+    rows = [f"{5 + np.sin(t / 4):.3f},{'' if 30 <= t < 36 else 3}" for t in range(40)]
+    path = tmp_path / "gaps.csv"
+    path.write_text("a,b\n" + "\n".join(rows) + "\n")
+    assert run(path, "--backtest", "--horizon", 5)[0] == 2
+    status, out, _, _ = run(path, "--backtest", "--horizon", 5, "--samples", 0, "--missing", "interpolate")
+    assert (status, "nan" in out) == (0, False)

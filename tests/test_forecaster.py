@@ -251,6 +251,19 @@ def test_one_variable_needs_no_second_axis_and_a_frame_gives_a_frame(forecaster)
     np.testing.assert_array_equal(forecaster.forecast([frame], 3, 9).samples, wanted.samples)
 
 
+def test_frames_with_zones_and_with_several_series(forecaster):
+    pandas = pytest.importorskip("pandas")
+    index = pandas.date_range("2023-10-28 09:00", periods=30, freq="h", tz="Europe/Berlin", name="at")
+    zoned = pandas.DataFrame({"load": 5 + np.sin(np.arange(30) / 4)}, index)
+    found = forecaster.forecast(zoned, 2)
+    assert [str(time) for time in found.index] == ["2023-10-29 14:00:00+01:00", "2023-10-29 15:00:00+01:00"]
+    np.testing.assert_array_equal(forecaster.forecast(zoned.reset_index(), 2), found)
+    both = pandas.concat([zoned.assign(item_id=name).reset_index() for name in "ab"])
+    several = forecaster.forecast(both, 2)
+    assert several.index.names == ["series", "at"]
+    np.testing.assert_array_equal(several.loc["b"], found)
+
+
 @pytest.mark.parametrize("samples", [0, 3])
 def test_a_model_that_computes_nan_writes_no_forecast(samples):
     """As it does where activations overflow; weights with NaN are refused when they are loaded."""

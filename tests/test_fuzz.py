@@ -26,7 +26,6 @@ from safetensors.torch import save
 from conftest import GROUPED, config_fields, random_model
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import Trained, read_trained, write_trained
-from experiments.forecasting.tables import read_tables
 from experiments.forecasting.training import Steps, TrainingError, _load_state, _save_state
 from experiments.report import build as report
 from experiments.report import comparison, sections
@@ -34,6 +33,7 @@ from experiments.storage.files import RunError, read_json
 from experiments.storage.runfolder import open_run
 from experiments.study import data
 from experiments.study.evaluation import Evaluation, evaluate
+from experiments.tables import following, read_series
 from flops import Ledger
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, load_adapter, remove, save_adapter
 from qwen_min import Qwen, QwenConfig, Tokenizer
@@ -293,9 +293,8 @@ def test_csv(content, tmp_path_factory):
     path.write_bytes(content)
     for missing in ("error", "interpolate"):
         with suppress(data.DataError):
-            (table,) = read_tables(path, missing=missing)
-            assert table.values.shape[1] == len(table.variables)
-            assert np.isfinite(table.values).all()
+            for one in read_series(path, missing=missing):
+                assert np.isfinite(one.to_numpy()).all()
 
 
 @fuzz
@@ -304,9 +303,8 @@ def test_hdf5_series(source, hdf5, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "fuzzed-series.h5"
     path.write_bytes(source.draw(changed_bytes(hdf5)))
     with suppress(data.DataError):
-        for table in read_tables(path):
-            assert table.values.shape[1] == len(table.variables)
-            assert np.isfinite(table.values).all()
+        for one in read_series(path):
+            assert np.isfinite(one.to_numpy()).all()
 
 
 PLAN = {"identity": {"plan": "quick", "experiments": [{"name": "untrained"}], "seed": 0}, "model": "tiny"}
@@ -409,8 +407,6 @@ def test_csv_with_times(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "fuzzed-times.csv"
     path.write_bytes(content)
     with suppress(data.DataError):
-        (table,) = read_tables(path, missing="interpolate")
-        assert np.isfinite(table.values).all()
-        if table.times:
-            assert len(table.times.values) == len(table.values)
-            assert all(table.times.text(time) for time in table.times.following(3))
+        for one in read_series(path, missing="interpolate"):
+            assert np.isfinite(one.to_numpy()).all()
+            assert len(following(one.index, 3)) == 3

@@ -18,8 +18,16 @@ ALLOWED = {  # by package: what a module of it may import besides its own packag
     "lora": [],
     "flops": ["qwen_min", "lora"],
     "experiments.storage": [],
-    "experiments.forecasting": ["experiments.storage", "flops", "lora", "qwen_min"],
-    "experiments.study": ["experiments.forecasting", "experiments.storage", "flops", "lora", "qwen_min"],
+    "experiments.tables": [],
+    "experiments.forecasting": ["experiments.tables", "experiments.storage", "flops", "lora", "qwen_min"],
+    "experiments.study": [
+        "experiments.forecasting",
+        "experiments.tables",
+        "experiments.storage",
+        "flops",
+        "lora",
+        "qwen_min",
+    ],
     "experiments.report": [
         "experiments.forecasting.scores",
         "experiments.forecasting.settings",
@@ -79,4 +87,10 @@ def test_every_file_has_its_rule_and_commands_do_not_import_each_other():
 ])  # fmt: skip
 def test_what_draws_reports_and_prints_help_needs_no_torch(name):
     code = f"import sys, experiments.{name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["run", "forecast", "finetune", "study.suite", "forecasting.forecaster"])
+def test_what_reads_no_table_needs_no_pandas(name):
+    code = f"import sys, experiments.{name}; sys.exit('pandas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

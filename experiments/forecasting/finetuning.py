@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import flops
-from experiments.forecasting.backtest import Parts, baseline_forecasts, coverage, scores, split, spread_of
+from experiments.forecasting.backtest import Parts, baseline_forecasts, coverage, filled, scores, split, spread_of
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.forecaster import (
     DEFAULT_SAMPLES,
@@ -83,16 +83,19 @@ def prepare(
 ) -> Data:
     """Split N series, fit the encoding to the training part, and cut it into windows.
 
-    context: time steps; None: as many as make windows of WINDOW_TOKENS. Raises SeriesError, BacktestError or FitError.
+    series: arrays (T, D) or (T), NaN where a value is missing, or DataFrames. context: time steps; None: as many as
+    make windows of WINDOW_TOKENS. Raises SeriesError, BacktestError or FitError.
     """
     if horizon < 1:
         raise FitError(f"horizon is {horizon}, expected at least 1")
-    arrays = checked_series(series)
+    arrays = checked_series(series, missing="keep")
     parts = split(arrays, horizon)
     encoding = Encoding.fit_each(parts.train, decimals)
     scaled = np.concatenate([encoding.scaled(one) for one in arrays])
-    if scaled.min() < 0 or scaled.max() >= SCALED_LIMIT / 2:  # held-out values far outside the range of the others
-        encoding = Encoding.fit_each(arrays, decimals)
+    if (
+        np.nanmin(scaled) < 0 or np.nanmax(scaled) >= SCALED_LIMIT / 2
+    ):  # held-out values far outside the range of the others
+        encoding = Encoding.fit_each([filled(one) for one in arrays], decimals)
     per_step = encoding.tokens_per_step(arrays[0].shape[1])
     if context is None:
         context = max(WINDOW_TOKENS // per_step - horizon, 2 * horizon)

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from experiments import tables
 from experiments.forecasting import scores
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import SCALED_LIMIT, Grammar, decode, may_be_wide, nats_of
-from experiments.forecasting.tables import from_frame, is_frame, to_frame
 from experiments.storage.files import read_json, to_json, write_whole
 from lora import AdapterError, load_adapter, read_config
 from qwen_min import Qwen, Tokenizer, config, load
@@ -169,8 +169,9 @@ class Forecaster:
     ):
         """Continue series by `horizon` steps: a `Forecast`, or a DataFrame for a DataFrame.
 
-        contexts: an array (N, T, D), a list of N arrays (T, D) or (T) or DataFrames, or a single DataFrame (its index
-        of times is continued).
+        contexts: an array (N, T, D), a list of N arrays (T, D) or (T) or DataFrames, or a single DataFrame: its times
+        are continued. If it holds several series (a column `unique_id`, `id` or `item_id`), so does the index of the
+        result: id and time.
         samples: so many paths are drawn from the model; None means 20 if there are quantiles to estimate, else 0.
         quantiles: levels between 0 and 1; `scores.quantiles` estimates them from the paths.
         point: what `values` are if there are samples: their "median", which is best for the absolute error, or their
@@ -186,9 +187,7 @@ class Forecaster:
         a text longer than the model has positions; SamplesError for quantiles that need more samples.
         """
         if is_frame(contexts):
-            table = from_frame(contexts)
-            found = self.forecast([table.values], horizon, samples, quantiles, seed, point, context, progress)
-            return to_frame(table, found.values[0], found.quantiles[0] if len(quantiles) else None, quantiles)
+            return self._forecast_frame(contexts, horizon, samples, quantiles, seed, point, context, progress)
         if samples is None:
             samples = DEFAULT_SAMPLES if len(quantiles) else 0
         if samples < 0:
@@ -217,6 +216,19 @@ class Forecaster:
         bounds = scores.quantiles(values, quantiles, axis=1).swapaxes(0, 1) if len(quantiles) else None
         return Forecast(POINTS[point](values, axis=1), values, bounds)
 
+    def _forecast_frame(self, frame, horizon: int, samples: int | None, quantiles: Sequence[float], *others):
+        """`forecast` of the series in a DataFrame, as a DataFrame."""
+        import pandas as pd
+
+        series = tables.from_frame(frame)
+        found = self.forecast([one.to_numpy() for one in series], horizon, samples, quantiles, *others)
+        bounds = [None] * len(series) if found.quantiles is None else found.quantiles
+        made = {
+            one.attrs["name"]: tables.forecast_frame(one, values, bound, quantiles)
+            for one, values, bound in zip(series, found.values, bounds, strict=True)
+        }
+        return next(iter(made.values())) if len(made) == 1 else pd.concat(made, names=["series"])
+
     def use(self, encoding: Encoding, tokens: int | None) -> None:
         """Take the encoding and the longest text of a training."""
         self.encoding, self.digits, self.tokens = encoding, replace(encoding, scale=1.0, offset=0.0), tokens
@@ -232,29 +244,32 @@ class Forecaster:
         return self
 
     def nats_per_value(self, contexts, continuations) -> np.ndarray:
-        """-log p of each of continuations (N, h, D) after its context, in nats and divided by h D: (N).
+        """-log p of each of continuations (N, h, D) after its context, in nats for each value that is not NaN: (N).
 
         Each character competes with those that the grammar allows there. The end after the last value has no cost.
         Errors as in `forecast`, and SeriesError for a continuation with another number of variables than its context.
         """
-        truths = [_checked(continuation, number, min_steps=1) for number, continuation in enumerate(continuations)]
-        prompts = self._prompts(contexts, max((len(truth) for truth in truths), default=1))
-        for number, (truth, prompt) in enumerate(zip(truths, prompts, strict=True)):
+        found = [_checked(one, number, min_steps=1, missing="keep") for number, one in enumerate(continuations)]
+        known = [~np.isnan(one) for one in found]
+        prompts = self._prompts(contexts, max((len(truth) for truth in found), default=1))
+        truths = []
+        for number, (truth, prompt, context) in enumerate(zip(found, prompts, contexts, strict=True)):
             if truth.shape[1] != len(prompt.wide):
                 raise SeriesError(
                     f"continuation {number} has {truth.shape[1]} variables, expected {len(prompt.wide)} as in its "
                     "context"
                 )
-            _require_writable(truth, prompt.encoding, f"continuation {number}")
+            truths.append(_held(truth, np.asarray(context)))
+            _require_writable(truths[-1], prompt.encoding, f"continuation {number}")
         texts = [prompt.encoding.encode(truth) for truth, prompt in zip(truths, prompts, strict=True)]
         grammar = self._grammar(len(prompts[0].wide))
         nats = []
-        for prompt, text in zip(prompts, texts, strict=True):
+        for prompt, text, mask in zip(prompts, texts, known, strict=True):
             ids = torch.tensor([prompt.tokens + self.tokenizer.encode(text)], device=self.model.head_weight.device)
             with torch.inference_mode():
                 hidden = self.model.model(ids)[0, len(prompt.tokens) - 1 : -1]
-            nats.append(nats_of(self.model, grammar, hidden, text))
-        return np.array(nats) / [truth.size for truth in truths]
+            nats.append(nats_of(self.model, grammar, hidden, text, mask))
+        return np.array(nats) / [mask.sum() for mask in known]
 
     def _prompts(self, contexts, horizon: int, context: int | None = None) -> list[_Prompt]:
         """Check the contexts, cut them to what the model reads, scale and encode them. Raises SeriesError."""
@@ -390,18 +405,29 @@ def _warn(message: str) -> None:
     warnings.warn(message, SeriesWarning, stacklevel=4)
 
 
-def checked_series(series) -> list[np.ndarray]:
-    """N series (T, D), (T) or DataFrames as float64 arrays (T, D). Raises SeriesError for a bad one, and for none."""
-    arrays = [_checked(one, number) for number, one in enumerate(series)]
+def is_frame(data) -> bool:
+    """True if data is a pandas object."""
+    return type(data).__module__.partition(".")[0] == "pandas"
+
+
+def checked_series(series, missing: str = "error") -> list[np.ndarray]:
+    """N series (T, D), (T) or DataFrames as float64 arrays (T, D); a single DataFrame may hold several.
+
+    missing: "keep" lets values be NaN. Raises SeriesError for a bad one, and for none.
+    """
+    if is_frame(series):
+        series = [series]
+    parts = [part for one in series for part in (tables.from_frame(one, missing=missing) if is_frame(one) else [one])]
+    arrays = [_checked(one, number, missing=missing) for number, one in enumerate(parts)]
     widths = {array.shape[1] for array in arrays}
     if len(widths) != 1:
         raise SeriesError(f"the series have {sorted(widths) or 'no'} variables, expected the same number for all")
     return arrays
 
 
-def _checked(series, number: int, min_steps: int = 2) -> np.ndarray:
+def _checked(series, number: int, min_steps: int = 2, missing: str = "error") -> np.ndarray:
     """A series as a float64 array (T, D). Raises SeriesError, which names the series by its number, for a bad one."""
-    array = from_frame(series).values if is_frame(series) else np.asarray(series)
+    array = np.asarray(series)
     array = array[:, None] if array.ndim == 1 else array
     if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
         raise SeriesError(
@@ -411,13 +437,25 @@ def _checked(series, number: int, min_steps: int = 2) -> np.ndarray:
     if len(array) < min_steps:
         raise SeriesError(f"series {number}: has 1 time step, expected at least {min_steps}")
     array = array.astype(np.float64) + 0.0  # + 0.0 turns -0 into 0
-    if (bad := ~(np.abs(array) <= MAX_VALUE)).any():
+    bad = ~(np.abs(array) <= MAX_VALUE)
+    if missing == "keep":
+        bad &= ~np.isnan(array)
+    if bad.any():
         step, variable = np.argwhere(bad)[0]
         raise SeriesError(
             f"series {number}, step {step}, variable {variable}: {array[step, variable]:g}, expected finite numbers of "
             f"at most {MAX_VALUE:g}"
         )
     return array
+
+
+def _held(continuation: np.ndarray, context: np.ndarray) -> np.ndarray:
+    """A continuation (h, D) in which each missing value is the last one known before it."""
+    last, held = context.reshape(len(context), -1)[-1], continuation.copy()
+    for row in held:
+        last = np.where(np.isnan(row), last, row)
+        row[:] = last
+    return held
 
 
 def _require_writable(array: np.ndarray, encoding: Encoding, name: str) -> None:

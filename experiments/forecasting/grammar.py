@@ -7,6 +7,7 @@ B rows (one forecast each), T tokens in a pass, C hidden size, D variables.
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -254,14 +255,20 @@ def decode(
 
 
 @torch.inference_mode()
-def nats_of(model: Qwen, grammar: Grammar, hidden: Tensor, text: str) -> float:
+def nats_of(model: Qwen, grammar: Grammar, hidden: Tensor, text: str, known: np.ndarray | None = None) -> float:
     """-log p of a well-formed text in nats, where each character competes with those that the grammar allows there.
 
-    hidden (T, C) is the hidden state of the token before each of the T characters. Raises ValueError when the text is
+    hidden (T, C) is the hidden state of the token before each of the T characters. known (h, D): the values that count;
+    None: all. Raises ValueError when the text is
     not well-formed, NotFiniteError when the result is not finite.
     """
     allowed = grammar.choices(text)
     positions = [position for position, characters in enumerate(allowed) if len(characters) > 1]
+    if known is not None and not known.all():
+        # the number of the value that a character is of
+        passed = accumulate(int(character in SEPARATORS) for character in text)
+        numbers = [at * known.size // len(text) for at in range(len(text))] if grammar.compact else list(passed)
+        positions = [position for position in positions if known.flat[numbers[position]]]
     logits = (hidden[positions] @ grammar.head(model).T).float()  # (n, 11)
     digits_only = torch.tensor([allowed[position] == DIGITS for position in positions], device=hidden.device)
     logits[:, -1].masked_fill_(digits_only, -torch.inf)

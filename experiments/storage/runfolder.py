@@ -81,10 +81,13 @@ def _holds(folder: Path, identity: dict) -> bool:
         if not isinstance(stored, dict):
             raise RunError(f"{plan}: describes no run; choose another --out")
         for name in identity | stored:
-            if stored.get(name) != identity.get(name):
+            old, new = stored.get(name), identity.get(name)
+            if old != new:
+                if isinstance(old, dict) and isinstance(new, dict):  # name what differs
+                    differ = [key for key in old | new if old.get(key) != new.get(key)]
+                    old, new = ({key: one.get(key) for key in differ} for one in (old, new))
                 raise RunError(
-                    f"{folder}: has a run with {name} {_short(stored.get(name))}, this run has "
-                    f"{_short(identity.get(name))}; choose another --out"
+                    f"{folder}: has a run with {name} {_short(old)}, this run has {_short(new)}; choose another --out"
                 )
         return True
     leftovers = {"plan.json.partial", LOCK_FILE, WRITER_FILE}  # of a run that was killed before it had a plan

@@ -11,9 +11,9 @@ import h5py
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from experiments.forecasting.tables import DataError
-from experiments.forecasting.tables.hdf5 import numbers_in, opened
 from experiments.storage.files import write_whole
+from experiments.tables import DataError
+from experiments.tables.hdf5 import numbers_in, opened
 
 NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # as in the study's data set
 

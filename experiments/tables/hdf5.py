@@ -1,20 +1,27 @@
 """Read series from HDF5 files, with little memory for damaged ones. N series, T time steps, D variables."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
 
-from experiments.forecasting.tables.series import Source, Table, complete, series_name
-from experiments.forecasting.tables.times import DataError, Times, rises
+from experiments.tables import DataError
+
+if TYPE_CHECKING:  # the study reads arrays without pandas
+    import pandas as pd
+
+    from experiments.tables.series import Wanted
 
 MAX_ARRAY_BYTES = 2**30  # limit for an array in a file, and for all series of a file as float64
 MAX_COMPRESSION = 1100  # bytes of an array per byte in the file; deflate reaches 1032
 MAX_SERIES = 10**6  # in a file
 NAMES = ("variables", "names")  # attributes that name the variables
+TIMES = ("time", "times", "t", "date", "year")  # arrays with these names are times, in large letters too
+FILLS = ("_FillValue", "missing_value")  # attributes of netCDF 4: the number that stands for a missing value
 
 
 @contextmanager
@@ -52,21 +59,29 @@ def numbers_in(path: str | Path, file: h5py.File, name: str, ranks: Sequence[int
     return array
 
 
-def read_hdf5(path: Path, wanted: Sequence[str] | None, missing: str) -> list[Table]:
-    """The series in a file; `wanted` and `missing` as in `tables.read_tables`.
+def read_hdf5(path: Path, wanted: "Wanted") -> "list[pd.DataFrame]":
+    """The series in a file, made by `series.assemble`.
 
     The file has `/trajectories` (N, T, D), or else arrays (T, D) or (T) at its root, one for each series. `/time` (T)
     is the time axis of all series of T steps. Names of variables are in an attribute `variables` or `names` of the
-    array or the file. Raises DataError for other files and as in `series.complete`.
+    array or the file. netCDF's scale_factor, add_offset and _FillValue are applied. Raises DataError for other files.
     """
+    import pandas as pd
+
+    from experiments.tables.cells import Column, Source
+    from experiments.tables.series import assemble
+
     with opened(path) as file:
         together = "trajectories" in file
-        names = ["trajectories"] if together else sorted(name for name in file if name != "time")
+        clocks = [name for name in file if name.lower() in TIMES and getattr(file[name], "ndim", 0) == 1]
+        names = ["trajectories"] if together else sorted((name for name in file if name not in clocks), key=_natural)
         expected = "the array 'trajectories', or arrays (T, D) and nothing else"
         if not names:
             raise DataError(f"{path}: holds {sorted(file)}, expected {expected}")
+        if len(clocks) > 1:
+            raise DataError(f"{path}: {clocks[0]!r} and {clocks[1]!r} can both be the times; delete one of them")
         arrays = {name: numbers_in(path, file, name, (3,) if together else (1, 2), expected) for name in names}
-        time = numbers_in(path, file, "time", (1,), "an array 'time'") if "time" in file else None
+        time = numbers_in(path, file, clocks[0], (1,), "an array of times") if clocks else None
         size = 8 * sum(array.size for array in arrays.values())
         series = arrays["trajectories"].shape[0] if together else len(names)
         if size > MAX_ARRAY_BYTES or series > MAX_SERIES:
@@ -74,39 +89,61 @@ def read_hdf5(path: Path, wanted: Sequence[str] | None, missing: str) -> list[Ta
                 f"{path}: claims {series:,} series of {size:,} bytes, expected at most {MAX_SERIES:,} and "
                 f"{MAX_ARRAY_BYTES:,}"
             )
-        clock = None if time is None else time[:].astype(np.float64)
-        if clock is not None and not (len(clock) and rises(clock)):
-            raise DataError(f"{path}: time is not finite or does not rise, expected the times of the steps")
+        clock = None if time is None else time[:]
+        if clock is not None and not (len(clock) and np.isfinite(clock).all() and (np.diff(clock) > 0).all()):
+            raise DataError(f"{path}: {clocks[0]} is not finite or does not rise, expected the times of the steps")
         if clock is not None and together and len(clock) != arrays["trajectories"].shape[1]:
-            shapes = f"{arrays['trajectories'].shape} and time {clock.shape}"
+            shapes = f"{arrays['trajectories'].shape} and {clocks[0]} {clock.shape}"
             raise DataError(f"{path}: trajectories are {shapes}, expected (N, T, D) and (T,)")
         found = []
         for name, array in arrays.items():
             if 0 in array.shape:
                 raise DataError(f"{path}: {name} is {array.shape}, expected at least one number")
-            variables = _variables(path, file, array)
-            values = array[:].astype(np.float64)
+            variables = _variables(path, file, array, bool(clocks))
+            values, notes = _unpacked(path, name, array)
             for number, one in enumerate(values if together else [values.reshape(len(values), -1)]):
-                axis = Times("time", clock) if clock is not None and len(clock) == len(one) else None
+                columns = [
+                    Column(title, pd.Series(part), "numbers", part)
+                    for title, part in zip(variables, one.T, strict=True)
+                ]
+                if clock is not None and len(clock) == len(one):
+                    columns.insert(0, Column(clocks[0], pd.Series(clock), "numbers", clock))
                 at = f"{name}[{number}, " if together else f"{name}["
-                title = f"{series_name(path)}[{number}]" if together else name
-                source = Source(str(path), partial("{}{}, {}]".format, at))
-                found.append(_selected(Table(title, variables, one, axis), wanted, missing, source))
+                title = f"{path.stem}[{number}]" if together else name
+                source = Source(str(path), (at + "{}]").format)
+                found += assemble(title, columns, wanted, source, notes)
     return found
 
 
-def _selected(table: Table, wanted: Sequence[str] | None, missing: str, source: Source) -> Table:
-    """The table with the variables `wanted` alone, complete."""
-    if wanted is None:
-        return complete(table, missing, source)
-    if absent := [name for name in wanted if name not in table.variables]:
-        raise DataError(f"{source.name}: has 0 columns {absent[0]!r}, expected one; the file has {table.variables}")
-    kept = [table.variables.index(name) for name in dict.fromkeys(wanted)]
-    part = table._replace(variables=[table.variables[at] for at in kept], values=table.values[:, kept])
-    return complete(part, missing, source._replace(place=lambda t, d: source.place(t, kept[d])))
+def _natural(name: str) -> list:
+    """The key that sorts s2 before s10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _variables(path: Path, file: h5py.File, array: h5py.Dataset) -> list[str]:
+def _unpacked(path: Path, name: str, array: h5py.Dataset) -> tuple[np.ndarray, list[str]]:
+    """The numbers of an array as netCDF 4 means them, NaN for missing ones, and what to tell of it."""
+    values, notes = array[:].astype(np.float64), []
+    for key in (key for key in FILLS if key in array.attrs):
+        values[array[:] == _number(path, name, array, key)] = np.nan
+    if "scale_factor" in array.attrs or "add_offset" in array.attrs:
+        scale, offset = (
+            _number(path, name, array, key) if key in array.attrs else default
+            for key, default in (("scale_factor", 1.0), ("add_offset", 0.0))
+        )
+        values = values * scale + offset
+        notes.append(f"{name} multiplied by scale_factor {scale:g}, plus add_offset {offset:g}")
+    return values, notes
+
+
+def _number(path: Path, name: str, array: h5py.Dataset, key: str) -> float:
+    shape = array.attrs.get_id(key).shape
+    value = np.asarray(array.attrs[key] if shape in ((), (1,)) else "")
+    if value.dtype.kind not in "fiu":
+        raise DataError(f"{path}: the attribute {key!r} of {name} is {array.attrs[key]!r}, expected a number")
+    return float(value.ravel()[0])
+
+
+def _variables(path: Path, file: h5py.File, array: h5py.Dataset, has_time: bool) -> list[str]:
     """The names of an array's variables: of its attributes, of the study's data set, or x0, x1, ..."""
     count = array.shape[-1] if array.ndim > 1 else 1
     for owner in (array, file):
@@ -122,6 +159,6 @@ def _variables(path: Path, file: h5py.File, array: h5py.Dataset) -> list[str]:
                         "different names"
                     )
                 return names
-    if array.ndim == 3 and count == 2 and "time" in file:
+    if array.ndim == 3 and count == 2 and has_time:
         return ["prey", "predator"]
     return [f"x{at}" for at in range(count)]

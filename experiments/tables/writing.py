@@ -1,0 +1,63 @@
+"""Forecasts back to tables. N series, h forecast steps, D variables, Q quantiles."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from experiments.tables.times import following, time_texts
+
+
+def forecast_frame(
+    series: pd.DataFrame, values: np.ndarray, quantiles: np.ndarray | None = None, levels: Sequence[float] = ()
+) -> pd.DataFrame:
+    """A DataFrame of one series' forecast: values (h, D), and quantiles (Q, h, D) of Q levels.
+
+    Its columns are the variables, then `name_q0.1` and so on. Its index continues that of the series. Raises DataError
+    when the times cannot be continued.
+    """
+    bounds = [] if quantiles is None else list(quantiles)
+    names = _names(list(series.columns), levels[: len(bounds)])
+    return pd.DataFrame(np.concatenate([values, *bounds], axis=1), following(series.index, len(values)), names)
+
+
+def write(
+    series: Sequence[pd.DataFrame],
+    values: np.ndarray,
+    quantiles: np.ndarray | None = None,
+    levels: Sequence[float] = (),
+) -> str:
+    """The text of a CSV file with a row for each forecast step of each of N series, which have the same variables.
+
+    values (N, h, D); quantiles (N, Q, h, D) of Q levels. A row has the name of the series, the step, the time if a
+    series has times, then the columns of `forecast_frame`. Numbers have all digits of the float. Raises DataError when
+    times cannot be continued.
+    """
+    parts = []
+    clock = next((one.index.name for one in series if not isinstance(one.index, pd.RangeIndex)), None)
+    for number, one in enumerate(series):
+        part = forecast_frame(one, values[number], None if quantiles is None else quantiles[number], levels)
+        times = [""] * len(part) if isinstance(one.index, pd.RangeIndex) else time_texts(part.index, one.index)
+        labels: dict[str, object] = {"series": one.attrs["name"], "step": range(1, len(part) + 1)}
+        if clock is not None:
+            labels[_unused(str(clock), {*labels, *part.columns})] = times
+        for name, label in reversed(labels.items()):
+            part.insert(0, _unused(name, part.columns), label)
+        parts.append(part)
+    return pd.concat(parts).to_csv(index=False, lineterminator="\n")
+
+
+def _names(variables: list[str], levels: Sequence[float]) -> list[str]:
+    """The names of the variables and their quantiles, all different."""
+    names = list(variables)
+    for level in levels:
+        for name in variables:
+            names.append(_unused(f"{name}_q{level:g}", names))
+    return names
+
+
+def _unused(name: str, used) -> str:
+    """The name, with underscores after it until nothing else is called so."""
+    while name in used:
+        name += "_"
+    return name
