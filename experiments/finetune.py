@@ -9,31 +9,23 @@ results. A command that was stopped or killed continues where it was.
 """
 
 import argparse
-import hashlib
-import json
 import sys
-from contextlib import ExitStack
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from experiments import cli
-from experiments.storage.files import read_json
 from experiments.storage.interruption import Interruption
-from experiments.storage.runfolder import open_run
 
 if TYPE_CHECKING:  # --help need not wait for torch
     import pandas as pd
 
-    from experiments.forecasting.finetuning import Data
-    from experiments.forecasting.forecaster import Forecaster
-    from experiments.forecasting.settings import Training
-    from experiments.forecasting.team import Team
+    from experiments.training.finetuning import Finetuning
+    from experiments.training.team import Team
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from experiments.forecasting.settings import LINEAR
+    from experiments.training.settings import LINEAR
 
     p = argparse.ArgumentParser(
         prog=cli.called("experiments.finetune"),
@@ -63,8 +55,8 @@ def parser() -> argparse.ArgumentParser:
                    "over the tokens of numbers")  # fmt: skip
     p.add_argument("--decimals", type=int, default=2, choices=range(1, 7), metavar="1-6", help="places after the point "
                    "(default %(default)s)")  # fmt: skip
-    p.add_argument("--samples", type=int, default=20, help="paths of each held-out forecast, whose mean is judged; 0: "
-                   "the likeliest path (default %(default)s)")  # fmt: skip
+    p.add_argument("--samples", type=int, default=20, help="paths of each held-out forecast, whose median is judged; "
+                   "0: the likeliest path (default %(default)s)")  # fmt: skip
     p.add_argument("--patience", type=cli.positive, help="stop after so many checks of the held-out loss in a row "
                    "without a better one (default: never)")  # fmt: skip
     p.add_argument("--seed", type=int, default=0, help="seed of the adapter and the batches (default %(default)s)")
@@ -91,112 +83,69 @@ def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
     return series
 
 
-def settings_of(args: argparse.Namespace, forecaster: "Forecaster") -> "Training":
-    """The settings that the options give; data and budget decide the others. Raises CommandError for bad ones."""
-    from experiments.forecasting import finetuning
-
-    if absent := set(args.targets) - {name.rpartition(".")[2] for name, _ in forecaster.model.named_modules()}:
-        raise cli.CommandError(f"no Linear is called {', '.join(sorted(absent))}; see --targets")
-    settings = finetuning.defaults(forecaster)
-    try:
-        return replace(
-            settings,
-            rank=args.rank,
-            alpha=args.alpha,
-            targets=args.targets,
-            learning_rate=args.rate or settings.learning_rate,
-            batch=args.batch,
-            accumulate=args.accumulate,
-            numeric_head=not args.full_head,
-            seed=args.seed,
-        )
-    except ValueError as error:
-        raise cli.CommandError(str(error)) from error
-
-
 def work(args: argparse.Namespace, interruption: Interruption) -> int:
     """Join the processes that torchrun started, if it did; fine-tune and print the result; the exit status.
 
     Raises an error that `cli.is_meant` for the user.
     """
-    from experiments.forecasting.team import joined
+    from experiments.training.team import joined
 
     with joined(args.device) as (team, device):
         return finetune(args, interruption, team, device)
 
 
-class Inputs(NamedTuple):
-    """The checked inputs of a fine-tuning."""
-
-    series: list["pd.DataFrame"]
-    forecaster: "Forecaster"
-    data: "Data"
-    settings: "Training"
-
-
-def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
+def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFrame"], "Finetuning"]:
     """Read and check everything that a fine-tuning needs, and tell what it will be. Write nothing."""
-    from experiments.forecasting import finetuning
-    from experiments.forecasting.forecaster import Forecaster
+    from experiments.forecasting.text import Forecaster
+    from experiments.training.finetuning import prepare
 
-    for name in ("seed", "samples"):
-        if getattr(args, name) < 0:
-            raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
+    if args.seed < 0:
+        raise cli.CommandError(f"--seed is {args.seed}, expected 0 or more")
     cli.checked_device(device)
     series = read(args)
     forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
-    arrays = [one.to_numpy() for one in series]
-    data = finetuning.prepare(forecaster, arrays, args.horizon, args.context, args.decimals)
-    settings = finetuning.planned(forecaster, data, settings_of(args, forecaster), args.budget, args.steps)
-    cost, count = finetuning.cost_of(forecaster, settings), len(data.ids)
-    cli.tell(f"held out: {data.parts.told}")
-    cli.tell(
-        f"{count} window{'s' * (count != 1)} of {settings.context} tokens; {cost:.3e} FLOPs a step, "
-        f"{settings.steps} steps ({cost * settings.steps:.3e})"
+    options = {} if args.rate is None else {"learning_rate": args.rate}
+    job = prepare(
+        forecaster,
+        [one.to_numpy() for one in series],
+        args.horizon,
+        args.budget,
+        steps=args.steps,
+        context=args.context,
+        decimals=args.decimals,
+        samples=args.samples,
+        patience=args.patience,
+        variables=list(series[0].columns),
+        rank=args.rank,
+        alpha=args.alpha,
+        targets=args.targets,
+        batch=args.batch,
+        accumulate=args.accumulate,
+        numeric_head=not args.full_head,
+        seed=args.seed,
+        **options,
     )
-    return Inputs(series, forecaster, data, settings)
+    cli.tell(job.told)
+    return series, job
 
 
 def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team", device: str) -> int:
-    """Check the inputs, open the folder and fine-tune; the exit status."""
-    import torch
-
-    from experiments.forecasting.finetuning import Finetuning, summary
-    from experiments.forecasting.forecaster import checkpoint_hash
+    """Check the inputs and fine-tune; the exit status."""
     from experiments.report.finetuned import write_page
-    from qwen_min.weights import checkpoint_folder
+    from experiments.tables.series import series_name
+    from experiments.training.finetuning import summary
 
-    series, forecaster, data, settings = team.agreed(lambda: check_inputs(args, device))
-    folder = args.out or Path("runs") / args.series[0].stem.split(".")[0]
-    checkpoint = (args.model, checkpoint_hash(checkpoint_folder(args.model)))
-    identity = {
-        "series_sha256": hashlib.sha256(b"".join(one.to_numpy().tobytes() for one in series)).hexdigest(),
-        "variables": list(series[0].columns),
-        "horizon": args.horizon,
-        "context": data.context,
-        "settings": asdict(settings),
-        "decimals": args.decimals,
-        "samples": args.samples,
-        "patience": args.patience,
-        "checkpoint_sha256": checkpoint[1],
-        "device": torch.device(device).type,
-        "dtype": args.dtype,
-    }
+    series, job = team.agreed(lambda: check_inputs(args, device))
+    first = series[0].attrs["name"]
+    folder = args.out or Path("runs") / series_name(args.series[0])
     record = {
         "command": cli.command_line("experiments.finetune"),
-        "title": series[0].attrs["name"] + (f" and {len(series) - 1} more series" if len(series) > 1 else ""),
+        "title": first + (f" and {len(series) - 1} more series" if len(series) > 1 else ""),
         "model": args.model,
     }
-    with ExitStack() as stack:
-        run = open_run(folder, json.loads(json.dumps(identity)), record)
-        if team.told(lambda: stack.enter_context(run)):
-            cli.tell(f"continuing {folder}")
-        if team.told(lambda: not (folder / "metrics.json").exists()):
-            Finetuning(
-                forecaster, data, settings, folder, args.budget, interruption, args.samples, args.patience, team
-            ).run(checkpoint, list(series[0].columns))
-        page = team.told(lambda: write_page(folder))
-    cli.tell("\n".join(summary(read_json(folder / "metrics.json"))))
+    metrics = job.run(folder, record, interruption, team, cli.tell)
+    page = team.told(lambda: write_page(folder))
+    cli.tell("\n".join(summary(metrics)))
     cli.tell(f"adapter: {folder / 'adapter'}; results: {page}")
     return 0
 

@@ -21,7 +21,7 @@ from experiments import cli
 if TYPE_CHECKING:  # --help need not wait for torch
     import pandas as pd
 
-    from experiments.forecasting.forecaster import Forecaster
+    from experiments.forecasting.text import Forecaster
 
 
 def fractions(text: str) -> list[float]:
@@ -88,7 +88,8 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
 
 def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
     """The forecaster; prints what it is, and what a user should know of it."""
-    from experiments.forecasting.forecaster import Forecaster, read_trained
+    from experiments.forecasting.adapter import read_trained
+    from experiments.forecasting.text import Forecaster
 
     forecaster = Forecaster.load(
         args.model,
@@ -117,9 +118,25 @@ def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
 
 def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["pd.DataFrame"]) -> None:
     """Print the errors of forecasts of the newest time steps, next to those of baselines."""
-    from experiments.forecasting.backtest import MAX_ORIGINS, baseline_forecasts, coverage, held_out, scores, spread_of
+    from experiments.forecasting.adapter import read_trained
+    from experiments.forecasting.backtest import (
+        baseline_forecasts,
+        check_context,
+        coverage,
+        held_out,
+        scores,
+        spread_of,
+    )
 
-    places = held_out([one.to_numpy() for one in series], args.horizon, MAX_ORIGINS)
+    check_context(args.context)
+    trained = read_trained(args.adapter) if args.adapter else None
+    ends = set(trained.ends or []) if trained else set()
+    if trained and not trained.ends:
+        warnings.warn("the adapter does not record its training rows: it may have seen the rows below", stacklevel=2)
+    arrays = [one.to_numpy() for one in series]
+    places = held_out(arrays, args.horizon, ends=ends)
+    if ends and (left_out := len(held_out(arrays, args.horizon)) - len(places)):
+        print(f"{left_out} forecasts left out: the adapter was trained on their rows")
     spread = spread_of([place.context for place in places])
     with cli.progress(max(1, args.samples) * len(places), "forecasts") as update:
         found = forecaster.forecast(
@@ -132,14 +149,18 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
             args.context,
             update,
         )
-    methods = {"model": found.values} | baseline_forecasts(places, args.context)
+    methods = {"model": found.values} | baseline_forecasts(places)
+    errors = {method: scores(forecast, places, spread) for method, forecast in methods.items()}
     names = list(series[0].columns)
-    print(f"\n{len(places)} held-out forecasts of {args.horizon} steps; RMSE in standard deviations of each variable\n")
+    over = errors["model"]["over"]
+    print(
+        f"\n{len(places)} held-out forecasts of {args.horizon} steps; RMSE in standard deviations of each variable, "
+        f"its 95 % interval over {over}\n"
+    )
     widths = [max(len(name) + 6, 12) for name in names]
     maes = "".join(f"{'MAE ' + name:>{width}}" for name, width in zip(names, widths, strict=True))
     print(f"{'method':<16}{'RMSE':>8}  {'95 % interval':<16}{maes}")
-    for method, forecast in methods.items():
-        error = scores(forecast, places, spread)
+    for method, error in errors.items():
         interval = "[{:.3f}, {:.3f}]".format(*error["interval"]) if error["interval"] else ""
         found_maes = ["" if mae is None else f"{mae:.4g}" for mae in error["mae"]]
         each = "".join(f"{mae:>{width}}" for mae, width in zip(found_maes, widths, strict=True))
@@ -158,7 +179,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     from experiments.report import figures
     from experiments.storage.files import write_whole
 
-    quantiles = args.quantiles if args.samples else []
+    quantiles = args.quantiles if args.samples and not args.backtest else []
     require_samples(quantiles, args.samples)
     if args.seed < 0:
         raise cli.CommandError(f"--seed is {args.seed}, expected 0 or more")

@@ -25,13 +25,9 @@ from experiments.study import plans
 
 if TYPE_CHECKING:  # --help need not wait for torch
     from experiments.forecasting.encoding import Encoding
-    from experiments.forecasting.team import Team
     from experiments.study.suite import Suite
+    from experiments.training.team import Team
     from qwen_min import Qwen, Tokenizer
-
-
-# names of earlier versions, still accepted
-OLD_PLANS, OLD_CONVENTIONS = {"report": "study"}, {"sheet": "study", "report": "published"}
 
 
 def sequences(text: str) -> int | None:
@@ -45,9 +41,8 @@ def parser() -> argparse.ArgumentParser:
         prog=cli.called("experiments.run"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument(
-        "--plan", type=lambda name: OLD_PLANS.get(name, name), choices=plans.PLANS, default="quick",
-        help="which experiments to run (default %(default)s)",
-    )  # fmt: skip
+        "--plan", choices=plans.PLANS, default="quick", help="which experiments to run (default %(default)s)"
+    )
     p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
     p.add_argument("--data", type=Path, help="HDF5 file with /trajectories and /time (default: simulated, seed 0)")
     cli.add_device(p)
@@ -70,12 +65,8 @@ def parser() -> argparse.ArgumentParser:
         "--budget", type=cli.flops, default=10**17, help="FLOPs that all trainings may cost together (default 1e17)"
     )
     p.add_argument(
-        "--convention", type=lambda name: OLD_CONVENTIONS.get(name, name), choices=("exact", "study", "published"),
-        default="study", help="how FLOPs are counted (default %(default)s, the strictest)",
-    )  # fmt: skip
-    p.add_argument(
-        "--parallel", choices=("experiments", "data"), help="what several processes, started by torchrun, share out: "
-        "independent experiments, or the batches of one after the other (default: experiments, where the plan has any)",
+        "--convention", choices=("exact", "study", "published"), default="study",
+        help="how FLOPs are counted (default %(default)s, the strictest)",
     )  # fmt: skip
     p.add_argument("--out", type=Path, help="run folder (default runs/PLAN); all processes must see it")
     return p
@@ -87,7 +78,6 @@ def read_data(args: argparse.Namespace):
     Raises DataError for trajectories that are too short, or too large for the encoding.
     """
     from experiments.forecasting.encoding import Encoding
-    from experiments.forecasting.grammar import SCALED_LIMIT
     from experiments.study import data
 
     trajectories = (data.read(args.data) if args.data else data.simulate()).trajectories
@@ -98,10 +88,10 @@ def read_data(args: argparse.Namespace):
         )
     parts = data.split(len(trajectories))
     encoding = Encoding.fit(trajectories[parts.train])
-    if (largest := encoding.scaled(trajectories).max()) >= SCALED_LIMIT - 0.5:
+    if (largest := encoding.scaled(trajectories).max()) >= encoding.limit - 0.5:
         raise data.DataError(
             f"{args.data}: a population is {largest:.4g} times the scale of the training trajectories, "
-            f"{encoding.scale:g}; expected less than {SCALED_LIMIT:g}"
+            f"{encoding.scale:g}; expected less than {encoding.limit:g}"
         )
     return trajectories, parts, encoding
 
@@ -124,11 +114,10 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
 
     Raises an error that `cli.is_meant` for the user.
     """
-    from experiments.forecasting import direct
     from experiments.forecasting.encoding import Encoding
     from experiments.forecasting.grammar import Grammar
-    from experiments.forecasting.training import window_tensors
     from experiments.study.evaluation import max_positions
+    from experiments.training.windows import check_direct, cut_tokens
     from qwen_min import load
     from qwen_min.weights import checkpoint_folder
 
@@ -154,9 +143,9 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
         for training in plans.candidates(plan, experiment):
             assert training.context is not None  # candidates have all their settings
             if training.direct_layers:
-                direct.check(model, training, trajectories.shape[1], plans.HORIZON)
+                check_direct(model, training, trajectories.shape[1], plans.HORIZON)
             else:
-                window_tensors(sample, training, tokenizer.pad_id)  # refuses a context longer than a trajectory
+                cut_tokens(sample, training)  # refuses a context longer than a trajectory
             lengths.append(training.context)
     if max(lengths) > model.config.max_position_embeddings:
         raise cli.CommandError(
@@ -170,7 +159,7 @@ def identity_of(args: argparse.Namespace, inputs: Inputs) -> dict:
     """Everything that decides the results of a run, as JSON can hold it."""
     import torch
 
-    from experiments.forecasting.forecaster import checkpoint_hash
+    from experiments.forecasting.adapter import checkpoint_hash
 
     identity = {
         "plan": args.plan,
@@ -196,6 +185,7 @@ def record_of(args: argparse.Namespace, inputs: Inputs) -> dict:
     import torch
 
     import flops
+    from experiments.training.run import software
 
     cuda = args.device.startswith("cuda")
     return {
@@ -206,7 +196,7 @@ def record_of(args: argparse.Namespace, inputs: Inputs) -> dict:
         "device_name": torch.cuda.get_device_name(args.device) if cuda else platform.machine(),
         "conventions": flops.CONVENTIONS,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": software(),
     }
 
 
@@ -221,25 +211,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def work(args: argparse.Namespace, interruption: Interruption) -> int:
     """Join the processes that torchrun started, if it did, and do the work together; the exit status, as in `main`."""
-    from experiments.forecasting.team import joined
+    from experiments.training.team import joined
 
-    with joined(args.device) as (world, device):
-        return run_plan(args, interruption, world, device)
+    with joined(args.device) as (team, device):
+        return run_plan(args, interruption, team, device)
 
 
-def run_plan(args: argparse.Namespace, interruption: Interruption, world: "Team", device: str) -> int:
+def run_plan(args: argparse.Namespace, interruption: Interruption, team: "Team", device: str) -> int:
     """Check the inputs, open the run folder and run the plan in it; the exit status, as in `main`."""
-    inputs = world.agreed(lambda: check_inputs(args, device))
+    inputs = team.agreed(lambda: check_inputs(args, device))
     import flops
     from experiments.study.judging import Judge
     from experiments.study.suite import Suite
 
     out, identity = args.out or Path("runs") / args.plan, identity_of(args, inputs)
-    side_by_side = world.size > 1 and args.parallel != "data"
-    if side_by_side and args.parallel is None:
-        side_by_side = any(len(stage) > 1 for stage in plans.stages(inputs.plan))
     with ExitStack() as run:
-        continued = world.told(lambda: run.enter_context(open_run(out, identity, record_of(args, inputs))))
+        continued = team.told(lambda: run.enter_context(open_run(out, identity, record_of(args, inputs))))
         suite = Suite(
             inputs.plan,
             out,
@@ -258,27 +245,25 @@ def run_plan(args: argparse.Namespace, interruption: Interruption, world: "Team"
             args.convention,
             checkpoint=(args.model, identity["checkpoint_sha256"]),
             interruption=interruption,
-            world=world,
-            side_by_side=side_by_side,
+            team=team,
         )
         if continued:
             cli.tell(f"continuing {suite.folder}")
-        if world.size > 1:
-            what = "independent experiments side by side" if side_by_side else "the batches of each experiment"
-            cli.tell(f"{world.size} processes share out {what} (--parallel)")
+        if team.size > 1:
+            cli.tell(f"{team.size} processes share out the batches of each experiment")
         return finish(suite)
 
 
 def finish(suite: "Suite") -> int:
     """Run what is not finished yet and write the report; the exit status, as in `main`."""
     import flops
-    from experiments.forecasting.team import PeerLost
-    from experiments.forecasting.training import TrainingError
     from experiments.report.build import verdict, write_report
     from experiments.report.results import load_run
+    from experiments.training.team import PeerLost
+    from experiments.training.windows import TrainingError
     from qwen_min.config import NotFiniteError
 
-    if not suite.world.leads:
+    if not suite.team.leads:
         return follow(suite)
     if warning := suite.budget_warning():
         print(f"warning: {warning}", file=sys.stderr)
@@ -294,7 +279,7 @@ def finish(suite: "Suite") -> int:
         except (
             flops.BudgetExceeded, flops.LedgerError, TrainingError, NotFiniteError, MemoryError, PeerLost
         ) as error:  # fmt: skip
-            stopped, all_know = str(error), isinstance(error, known_to_all(suite))
+            stopped, all_know = str(error), isinstance(error, known_to_all())
             print(f"stopped: {stopped}", file=sys.stderr)
         suite.write_status(stopped)
         page = write_report(suite.folder)
@@ -302,7 +287,7 @@ def finish(suite: "Suite") -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     if all_know:
-        suite.world.wait()
+        suite.team.wait()
     spent, budget = suite.ledger.spent, suite.ledger.budget
     print(f"spent {spent:.3e} of {budget:.3e} FLOPs ({spent / budget:.2%}, {suite.convention})")
     if result := verdict(load_run(suite.folder)):
@@ -316,19 +301,19 @@ def follow(suite: "Suite") -> int:
 
     It ends after the leading process has written everything, because torchrun stops all others once one has failed.
     """
-    with suppress(*known_to_all(suite)):  # the leading process tells them
+    with suppress(*known_to_all()):  # the leading process tells them
         suite.run()
-    suite.world.wait()
+    suite.team.wait()
     return 0
 
 
-def known_to_all(suite: "Suite") -> tuple[type[Exception], ...]:
+def known_to_all() -> tuple[type[Exception], ...]:
     """The errors that all processes meet at the same time; after any other error of one, the others cannot go on."""
     import flops
-    from experiments.forecasting.team import StoppedElsewhere
-    from experiments.forecasting.training import TrainingError
+    from experiments.training.team import StoppedElsewhere
+    from experiments.training.windows import TrainingError
 
-    return (flops.BudgetExceeded, StoppedElsewhere, *(() if suite.side_by_side else (TrainingError,)))
+    return flops.BudgetExceeded, StoppedElsewhere, TrainingError
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import run
-from experiments.forecasting.settings import Training
+from experiments.training.settings import Training
 from experiments.report.build import write_report
 from experiments.storage.runfolder import LOCK_FILE, WRITER_FILE
 from experiments.study import data, evaluation, judging, plans, suite

@@ -1,7 +1,7 @@
 """A quick plan with few steps, whose state is saved after each step."""
 
 from experiments.forecasting import gru, training
-from experiments.forecasting.settings import Training
+from experiments.training.settings import Training
 from experiments.study import plans
 
 

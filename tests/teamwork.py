@@ -11,8 +11,8 @@ def train(folder: str) -> int:
     """Train a small fp64 model on the rows of unequal length; each process writes its losses and adapter."""
     from conftest import GROUPED, random_model
     from experiments.forecasting import training
-    from experiments.forecasting.settings import Training
-    from experiments.forecasting.team import joined
+    from experiments.training.settings import Training
+    from experiments.training.team import joined
     from lora import LoraConfig, adapter_parameters, inject
 
     torch.set_num_threads(1)

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from conftest import config_fields, random_model, relative_error
 from experiments.forecasting.direct import DirectForecaster, DirectWindows
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import Forecaster
-from experiments.forecasting.settings import Training
+from experiments.forecasting.text import Forecaster
+from experiments.training.settings import Training
 from experiments.forecasting.training import TextWindows, train, window_tensors
 from experiments.study.evaluation import evaluate
 from lora import LoraConfig, adapter_parameters, inject
@@ -226,7 +226,7 @@ def series() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("samples", [0, 3])
 def test_forecasts_in_several_batches_agree(monkeypatch, checkpoint, samples):
-    monkeypatch.setattr("experiments.forecasting.forecaster.rows_at_once", lambda model, columns: 4)
+    monkeypatch.setattr("experiments.forecasting.text.rows_at_once", lambda model, columns: 4)
     wanted, found = (
         Forecaster(*load(checkpoint, device), scale=1.0).forecast(series(), 4, samples) for device in ("cpu", "cuda")
     )

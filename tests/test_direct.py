@@ -6,7 +6,7 @@ import torch
 
 from experiments.forecasting import direct
 from experiments.forecasting.direct import DirectForecaster, DirectWindows, changes, features
-from experiments.forecasting.settings import LINEAR, Training
+from experiments.training.settings import LINEAR, Training
 from experiments.forecasting.training import TrainingError, train
 from flops.primitives import EXP
 from flops.trace import Tracer

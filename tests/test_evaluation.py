@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import Forecaster
+from experiments.forecasting.text import Forecaster
 from experiments.study import evaluation
 from experiments.study.evaluation import Evaluation, evaluate, metrics
 from qwen_min import generate

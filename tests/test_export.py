@@ -11,7 +11,7 @@ from conftest import relative_error
 from experiments import export
 from experiments.forecasting import Forecaster
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import Trained, checkpoint_hash
+from experiments.forecasting.text import Trained, checkpoint_hash
 from experiments.forecasting.training import write_adapter
 from lora import LoraConfig, adapter_parameters, inject, load_adapter, merge_and_unload, save_adapter
 from qwen_min import CheckpointError, load

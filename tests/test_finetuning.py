@@ -9,7 +9,7 @@ from experiments import finetune
 from experiments.forecasting import backtest, finetuning, training
 from experiments.forecasting.backtest import BacktestError, baseline_forecasts, held_out, scores, split
 from experiments.forecasting.finetuning import Finetuning, FitError, planned, prepare
-from experiments.forecasting.forecaster import Forecaster
+from experiments.forecasting.text import Forecaster
 from experiments.report.__main__ import main as redraw
 
 

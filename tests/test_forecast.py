@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments import forecast
-from experiments.forecasting.forecaster import Forecaster
+from experiments.forecasting.text import Forecaster
 from experiments.study import data
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import (
+from experiments.forecasting.text import (
     Forecaster,
     SeriesError,
     SeriesWarning,
@@ -41,7 +41,7 @@ def test_a_forecast_depends_on_its_series_alone(monkeypatch, forecaster, samples
     in_batch = forecaster.forecast(series, 5, samples)
     alone = [forecaster.forecast([context], 5, samples) for context in series]
     reverse = forecaster.forecast(series[::-1], 5, samples)
-    monkeypatch.setattr("experiments.forecasting.forecaster.CACHE_BYTES", 1)  # one row at a time
+    monkeypatch.setattr("experiments.forecasting.text.CACHE_BYTES", 1)  # one row at a time
     one_by_one = forecaster.forecast(series, 5, samples)
     for row in range(len(series)):
         for other in (alone[row].values[0], reverse.values[::-1][row], one_by_one.values[row]):

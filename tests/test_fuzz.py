@@ -25,7 +25,7 @@ from safetensors.torch import save
 
 from conftest import GROUPED, config_fields, random_model
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import Trained, read_trained, write_trained
+from experiments.forecasting.text import Trained, read_trained, write_trained
 from experiments.forecasting.training import Steps, TrainingError, _load_state, _save_state
 from experiments.report import build as report
 from experiments.report import comparison, sections

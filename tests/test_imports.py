@@ -30,7 +30,7 @@ ALLOWED = {  # by package: what a module of it may import besides its own packag
     ],
     "experiments.report": [
         "experiments.forecasting.scores",
-        "experiments.forecasting.settings",
+        "experiments.training.settings",
         "experiments.storage",
         "experiments.study.plans",
         "experiments.study.records",

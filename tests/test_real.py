@@ -6,7 +6,7 @@ import torch
 
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar, may_be_wide
-from experiments.forecasting.settings import Training
+from experiments.training.settings import Training
 from experiments.forecasting.training import TextWindows, train, window_tensors
 from experiments.study import data
 from experiments.study.evaluation import evaluate, metrics

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from experiments import run
 from experiments.forecasting import gru, scores
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import Forecaster
-from experiments.forecasting.settings import Training
+from experiments.forecasting.text import Forecaster
+from experiments.training.settings import Training
 from experiments.report.build import write_report
 from experiments.report.results import load_run
 from experiments.storage.files import RunError

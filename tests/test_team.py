@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import teamwork
-from experiments.forecasting.team import ALONE, StoppedElsewhere
+from experiments.training.team import ALONE, StoppedElsewhere
 from experiments.study import data, plans
 from small_plan import quick
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.forecasting import training
-from experiments.forecasting.settings import Training
+from experiments.training.settings import Training
 from experiments.forecasting.training import TextWindows, TrainingError, batch_rows, train, window_tensors
 from experiments.study import plans
 from flops import training_step

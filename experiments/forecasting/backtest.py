@@ -5,14 +5,15 @@ Missing values are NaN. A context is filled from itself alone, so that it knows 
 are not scored.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from experiments.forecasting import baselines
+from experiments.forecasting.adapter import rows_seen
+from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.scores import BAND, mean_interval, quantiles, samples_needed
+from experiments.forecasting.scores import BAND, group_means, mean_interval, quantiles, samples_needed
 from experiments.storage.files import plain
 
 MIN_CONTEXT = 8  # time steps before a forecast; with fewer the baselines cannot be fitted
@@ -31,6 +32,7 @@ class Origin(NamedTuple):
 
     context: np.ndarray  # (T, D), `filled`
     truth: np.ndarray  # (h, D), NaN where it is not known
+    series: int  # its number
 
 
 class Parts(NamedTuple):
@@ -39,6 +41,7 @@ class Parts(NamedTuple):
     train: list[np.ndarray]  # `filled`
     val: list[Origin]  # for choices, such as the best step of a training
     test: list[Origin]  # for the result
+    seen: list[np.ndarray]  # the rows of each series that decide what is trained
     told: str  # the split, in words
 
 
@@ -61,20 +64,34 @@ def filled(series: np.ndarray) -> np.ndarray:
     return whole
 
 
-def origins(series: np.ndarray, horizon: int, count: int) -> list[Origin]:
+def origins(series: np.ndarray, number: int, horizon: int, count: int, seen: int = 0) -> list[Origin]:
     """Up to `count` forecasts of the last steps of a series (T, D), one after the other, in the order of time.
 
-    A forecast of which nothing is known is left out. Raises BacktestError as `filled`.
+    A forecast of which nothing is known, or of which a training has `seen` the first row, is left out. Raises
+    BacktestError as `filled`.
     """
     fits = max(0, (len(series) - max(MIN_CONTEXT, horizon)) // horizon)
     starts = [len(series) - horizon * (back + 1) for back in range(min(count, fits))]
-    cuts = [(series[:start], series[start : start + horizon]) for start in reversed(starts)]
-    return [Origin(filled(before), truth) for before, truth in cuts if not np.isnan(truth).all()]
+    cuts = [(series[:start], series[start : start + horizon]) for start in reversed(starts) if start >= seen]
+    return [Origin(filled(before), truth, number) for before, truth in cuts if not np.isnan(truth).all()]
 
 
-def held_out(series: Sequence[np.ndarray], horizon: int, count: int) -> list[Origin]:
-    """`origins` of N series. Raises BacktestError when no series is long enough for one."""
-    found = [origin for one in series for origin in origins(one, horizon, count)]
+def held_out(
+    series: Sequence[np.ndarray], horizon: int, count: int = MAX_ORIGINS, ends: Container[str] = ()
+) -> list[Origin]:
+    """`origins` of N series, without the rows that end in `ends` (`adapter.rows_seen`).
+
+    Raises BacktestError when there is none.
+    """
+    found = [
+        place
+        for number, one in enumerate(series)
+        for place in origins(one, number, horizon, count, rows_seen(one, ends) if ends else 0)
+    ]
+    if not found and ends:
+        raise BacktestError(
+            "the adapter was trained on all rows that could be held out; use rows that came later, or other series"
+        )
     if not found:
         raise BacktestError(
             f"the longest series has {max(map(len, series))} time steps, expected at least "
@@ -82,6 +99,12 @@ def held_out(series: Sequence[np.ndarray], horizon: int, count: int) -> list[Ori
             "shorten the horizon"
         )
     return found
+
+
+def check_context(context: int | None) -> None:
+    """Raise BacktestError for a context that is too short to be judged."""
+    if context is not None and context < MIN_CONTEXT:
+        raise BacktestError(f"context is {context}, expected at least {MIN_CONTEXT} time steps")
 
 
 def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
@@ -95,7 +118,8 @@ def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
         test, val, train = ([series[i] for i in rows] for rows in np.split(order, (count, 2 * count)))
         each = max(1, min(MAX_ORIGINS, MAX_FORECASTS // count))
         told = f"{len(train)} series to train on, {count} for validation, {count} for the test"
-        return Parts([filled(one) for one in train], held_out(val, horizon, each), held_out(test, horizon, each), told)
+        ends = held_out(val, horizon, each), held_out(test, horizon, each)
+        return Parts([filled(one) for one in train], *ends, train + val, told)
     # the newest fifth of each series, but at least one forecast, is the test; as much before it is the validation
     shortest = min(map(len, series))
     count = int(np.clip(0.2 * shortest // horizon, 1, MAX_ORIGINS))
@@ -105,39 +129,27 @@ def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
             f"a series has {shortest} time steps, expected at least {2 * horizon + max(MIN_CONTEXT, horizon)} to train "
             f"on, validate and test forecasts of {horizon} steps; shorten the horizon"
         )
-    test = [origin for one in series for origin in origins(one, horizon, count)]
-    val = [origin for one in series for origin in origins(one[:-steps], horizon, count)]
+    test, val = (
+        [place for number, one in enumerate(rows) for place in origins(one, number, horizon, count)]
+        for rows in (series, [one[:-steps] for one in series])
+    )
     if not (val and test):
         raise BacktestError(f"the newest {2 * steps} time steps have too few values to hold out; leave them out")
     lengths = sorted({len(one) - 2 * steps for one in series})
     first = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
     told = f"the first {first} time steps to train on, {steps} for validation, the newest {steps} for the test"
-    return Parts([filled(one[: -2 * steps]) for one in series], val, test, told)
+    return Parts([filled(one[: -2 * steps]) for one in series], val, test, [one[:-steps] for one in series], told)
 
 
-def _baselines_for(num_steps: int, num_variables: int) -> dict[str, Callable]:
-    """The baselines for a context of num_steps; the regressions read fewer steps where the context is short."""
-    ar, var = min(20, num_steps // 3), max(1, min(18, num_steps // (2 * num_variables + 2)))
-    return {
-        "persistence": baselines.persistence,
-        "context mean": baselines.context_mean,
-        "seasonal naive": baselines.seasonal,
-        "AR": lambda contexts, horizon: baselines.ar(contexts, horizon, ar),
-        "VAR": lambda contexts, horizon: baselines.var(contexts, horizon, var),
-    }
-
-
-def baseline_forecasts(places: Sequence[Origin], context: int | None = None) -> dict[str, np.ndarray]:
-    """The forecasts (M, h, D) of each baseline; `context`: the number of newest time steps that they read."""
+def baseline_forecasts(places: Sequence[Origin]) -> dict[str, np.ndarray]:
+    """The forecasts (M, h, D) of each baseline, which reads all that is known before them."""
     found: dict[str, list[np.ndarray]] = {}
-    for before, truth in places:
-        read = before[-(context or len(before)) :]
-        encoding = Encoding.fit_each([read])  # the regressions expect values of about 0 to 10
-        for name, baseline in _baselines_for(*read.shape).items():
-            if read.shape[1] == 1 and name == "VAR":
-                continue  # it is AR then
-            path = baseline(encoding.scaled(read)[None], len(truth))[0]
-            found.setdefault(name, []).append(encoding.restored(path))
+    for place in places:
+        encoding = Encoding.fit_each([place.context])  # the regressions expect values of about 0 to 10
+        for name, baseline in BASELINES.items():
+            if name != "VAR" or place.truth.shape[1] > 1:  # of one variable, VAR is AR
+                path = baseline(encoding.scaled(place.context)[None], len(place.truth))[0]
+                found.setdefault(name, []).append(encoding.restored(path))
     return {name: np.stack(paths) for name, paths in found.items()}
 
 
@@ -146,15 +158,20 @@ def scores(forecast: np.ndarray, places: Sequence[Origin], spread: np.ndarray) -
 
     `rmse` and its 95 % interval are in units of `spread` (D), which is usually the standard deviation of each variable;
     `each` has the mean squared error of each forecast in these units, `mae` the mean absolute error of each variable in
-    the units of the data. Only known values count; a variable without any has the `mae` None.
+    the units of the data. All series count alike. Only known values count; a variable without any has the `mae` None.
+
+    Forecasts of one series are not independent, so the interval is over series (`over`: "series"); of fewer than
+    MIN_SERIES it is over their forecasts, and says nothing about other series (`over`: "forecasts").
     """
     error = forecast - np.stack([place.truth for place in places])
     each = np.nanmean((error / spread) ** 2, axis=(1, 2))
     known = (~np.isnan(error)).sum(axis=(0, 1))
-    interval = mean_interval(each)
+    by_series = group_means(each, [place.series for place in places])
+    interval = mean_interval(by_series if len(by_series) >= MIN_SERIES else each)
     return {
-        "rmse": float(np.sqrt(each.mean())),
+        "rmse": float(np.sqrt(by_series.mean())),
         "interval": interval and np.sqrt(np.maximum(interval, 0)).tolist(),
+        "over": "series" if len(by_series) >= MIN_SERIES else "forecasts",
         "mae": plain(np.nansum(np.abs(error), axis=(0, 1)) / np.where(known, known, np.nan)),
         "each": each.tolist(),
     }

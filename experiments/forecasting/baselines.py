@@ -7,6 +7,8 @@ forecasts (N, h, D) in the units of the contexts.
 import numpy as np
 
 RIDGE_PENALTY = 1e-3
+AR_ORDER, VAR_ORDER = 20, 18  # the most steps that a regression reads
+EQUATIONS = 1.4  # a regression reads fewer, where it would have fewer equations than this for each unknown
 MATCHED_STEPS = 10  # steps at the end of the context that a season must explain
 LAG_SPACING = 0.1  # distance between two candidate lags, in steps
 
@@ -44,12 +46,15 @@ def seasonal(contexts: np.ndarray, horizon: int) -> np.ndarray:
     return np.stack([forecast(context) for context in contexts])
 
 
-def _autoregression(context: np.ndarray, horizon: int, order: int) -> np.ndarray:
-    """Roll out a ridge regression of each step of one context (C, D) on the `order` steps before it: (h, D).
+def _autoregression(context: np.ndarray, horizon: int, most: int) -> np.ndarray:
+    """Roll out a ridge regression of each step of one context (C, D) on at most `most` steps before it: (h, D).
 
     The forecasts are clipped to the range from 0 to 1.5 times the largest value of each variable in the context.
     """
-    lags = np.stack([context[t - order : t].ravel() for t in range(order, len(context))])
+    length, variables = context.shape
+    order = int((length - EQUATIONS) / (1 + EQUATIONS * variables))  # length - order equations for each variable
+    order = max(1, min(most, order))
+    lags = np.stack([context[t - order : t].ravel() for t in range(order, length)])
     inputs = np.hstack([lags, np.ones((len(lags), 1))])
     penalty = RIDGE_PENALTY * np.eye(inputs.shape[1])
     penalty[-1, -1] = 0  # the intercept is not penalised
@@ -57,26 +62,26 @@ def _autoregression(context: np.ndarray, horizon: int, order: int) -> np.ndarray
     path = list(context)
     for _ in range(horizon):
         path.append(np.append(np.concatenate(path[-order:]), 1) @ weights)
-    return np.clip(path[len(context) :], 0, 1.5 * context.max(axis=0))
+    return np.clip(path[length:], 0, 1.5 * context.max(axis=0))
 
 
-def ar(contexts: np.ndarray, horizon: int, order: int = 20) -> np.ndarray:
+def ar(contexts: np.ndarray, horizon: int) -> np.ndarray:
     """Regress each variable on its own past, with a separate fit for each context (N, C, D): (N, h, D)."""
     columns = [
-        [_autoregression(context[:, [d]], horizon, order) for d in range(context.shape[1])] for context in contexts
+        [_autoregression(context[:, [d]], horizon, AR_ORDER) for d in range(context.shape[1])] for context in contexts
     ]
     return np.concatenate([np.stack(variable) for variable in zip(*columns, strict=True)], axis=2)
 
 
-def var(contexts: np.ndarray, horizon: int, order: int = 18) -> np.ndarray:
+def var(contexts: np.ndarray, horizon: int) -> np.ndarray:
     """Regress all variables on the past of all variables, with a separate fit for each context (N, C, D): (N, h, D)."""
-    return np.stack([_autoregression(context, horizon, order) for context in contexts])
+    return np.stack([_autoregression(context, horizon, VAR_ORDER) for context in contexts])
 
 
 BASELINES = {
     "persistence": persistence,
     "context mean": context_mean,
     "seasonal naive": seasonal,
-    "AR(20)": ar,
-    "VAR(18)": var,
+    "AR": ar,
+    "VAR": var,
 }

@@ -1,4 +1,4 @@
-"""Time series as text: scaling, encoding, decoding and windows, after LLMTime (Gruver et al. 2023, arXiv 2310.07820).
+"""Time series as text: scaling, encoding and decoding, after LLMTime (Gruver et al. 2023, arXiv 2310.07820).
 
 A series has T time steps and D variables. Its text is `0.92,0.74;0.56,0.77;...`: `,` separates the variables, `;`
 separates the time steps, and there is no `;` at the end. Compact text has the digits alone, `092074056077...`.
@@ -13,6 +13,7 @@ import numpy as np
 
 SCALED_MAX = 9.99  # the scaled value of the largest training value
 COMPACT_MAX = 7.99  # the same in compact text, where a value can be at most 9.99: room for larger held-out values
+SCALED_LIMIT, COMPACT_LIMIT = 100.0, 10.0  # scaled values are smaller: two digits before the point, in compact text one
 SHIFTED_RANGE = (2.0, 8.0)  # the scaled values of the smallest and the largest value of a shifted variable
 
 
@@ -102,12 +103,20 @@ class Encoding:
         """Values (..., D) in scaled units, in the dtype of series."""
         return (series - np.asarray(self.offset, series.dtype)) / np.asarray(self.scale, series.dtype)
 
+    @property
+    def limit(self) -> float:
+        """All scaled values that text can have are from 0 to less than this."""
+        return COMPACT_LIMIT if self.compact else SCALED_LIMIT
+
+    def unwritable(self, series: np.ndarray) -> np.ndarray:
+        """Where values (..., D) are too small or too large to be written."""
+        scaled = np.round(self.scaled(series), self.decimals)
+        return (scaled < 0) | (scaled >= self.limit)
+
     def writable(self, series: np.ndarray) -> np.ndarray:
-        """The series (..., D), with values that compact text cannot write replaced by the nearest that it can."""
-        if not self.compact:
-            return series
-        largest = 10 - 10.0**-self.decimals
-        return self.restored(np.clip(self.scaled(series), 0, largest)).astype(series.dtype)
+        """The series (..., D), with values that cannot be written replaced by the nearest that can."""
+        nearest = self.restored(np.clip(self.scaled(series), 0, self.limit - 10.0**-self.decimals))
+        return np.where(self.unwritable(series), nearest, series).astype(series.dtype)
 
     def restored(self, scaled: np.ndarray) -> np.ndarray:
         """Scaled values (..., D) in the units of the data."""
@@ -116,6 +125,7 @@ class Encoding:
     def encode(self, series: np.ndarray) -> str:
         """The text of a series (T, D) of finite values."""
         steps = self.scaled(series)
+        steps = np.where((steps < 0) & (np.round(steps, self.decimals) == 0), steps.dtype.type(0), steps)  # not -0.00
         if self.compact:
             whole = 10**self.decimals
             numbers = np.clip(np.rint(steps.astype(np.float64) * whole), 0, 10 * whole - 1).astype(int)
@@ -148,11 +158,3 @@ class Encoding:
         In compact text 6, for `123456`.
         """
         return num_variables * (self.decimals + (1 if self.compact else 3))
-
-
-def windows(tokens: list[int], length: int, stride: int) -> list[list[int]]:
-    """Overlapping windows that start every `stride` tokens (the study, section 6.1.1).
-
-    Each has `length` tokens, or fewer where the tokens end.
-    """
-    return [tokens[start : start + length] for start in range(0, len(tokens), stride)]

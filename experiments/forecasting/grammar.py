@@ -25,7 +25,6 @@ DIGITS = "0123456789"
 CHOICES = DIGITS + "."  # the model only ever chooses among these
 SEPARATORS = ",;"
 ALPHABET = CHOICES + SEPARATORS
-SCALED_LIMIT = 100.0  # scaled values are smaller: they have at most two digits before the point
 
 
 def may_be_wide(context: np.ndarray) -> np.ndarray:

@@ -49,6 +49,12 @@ def mean_interval(values: np.ndarray) -> list[float] | None:
     return [bound(0.975), bound(0.025)]
 
 
+def group_means(values: np.ndarray, groups: Sequence[int]) -> np.ndarray:
+    """The mean of the values (N) of each group."""
+    _, number = np.unique(groups, return_inverse=True)
+    return np.bincount(number, values) / np.bincount(number)
+
+
 def paired(ours: Sequence[float | None], theirs: Sequence[float | None]) -> dict | None:
     """Compare the MSEs of two models on the same sequences (N) pair by pair. Returns None when no sequence has both.
 

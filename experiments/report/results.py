@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from experiments.forecasting.settings import Training
 from experiments.storage.files import RunError, parse_json_lines, read_text
 from experiments.storage.records import build, read, read_lines
 from experiments.study.records import (
@@ -23,6 +22,7 @@ from experiments.study.records import (
     read_metrics,
     read_settings,
 )
+from experiments.training.settings import Training
 
 NO_VALUE = "-"  # a cell without a value
 SPLITS = ("val", "test")

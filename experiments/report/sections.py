@@ -3,11 +3,11 @@
 import numpy as np
 
 from experiments.forecasting.scores import mean_interval, paired
-from experiments.forecasting.settings import Training
 from experiments.report import figures, published
 from experiments.report.page import Blocks
 from experiments.report.results import NO_VALUE, Run, bracket, number
 from experiments.study.plans import HORIZON
+from experiments.training.settings import Training
 
 
 def _sequence(run: Run, blocks: Blocks, name: str, wanted: int, figure: int) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
 from experiments.forecasting.scores import SPLIT_PARTS, errors
-from experiments.forecasting.team import ALONE, Team
 from experiments.storage.files import RunError, plain
 from experiments.storage.records import Matrix, Tensor3, Vector, build
+from experiments.training.team import ALONE, Team
 from qwen_min.cache import KVCache
 from qwen_min.config import NotFiniteError
 from qwen_min.continuation import ReusedCache

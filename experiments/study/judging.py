@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments.forecasting import direct
+from experiments.forecasting.contexts import SeriesWarning
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import Forecaster, SeriesWarning
 from experiments.forecasting.scores import (
     QUANTILES,
     method_errors,
@@ -21,12 +21,13 @@ from experiments.forecasting.scores import (
     samples_needed,
     squared_errors,
 )
-from experiments.forecasting.team import Team
-from experiments.forecasting.training import progress_bar
+from experiments.forecasting.text import Forecaster
 from experiments.storage.files import RunError, plain, to_json_lines, write_whole
 from experiments.storage.records import Tensor4, build
 from experiments.study.evaluation import BATCH, Evaluation, evaluate, metrics
 from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment
+from experiments.training.loop import progress_bar
+from experiments.training.team import Team
 from qwen_min import Qwen, Tokenizer
 from qwen_min.config import NotFiniteError
 
@@ -153,8 +154,7 @@ class Judge:
 
     def _draw(self, contexts: np.ndarray, state: Path, team: Team) -> np.ndarray:
         """Draw paths (N, S, h, D), scaled: exactly the numbers in the texts."""
-        forecaster = Forecaster(self.model, self.tokenizer)
-        forecaster.use(self.encoding, None)
+        forecaster = Forecaster(self.model, self.tokenizer, self.encoding)
         contexts = self.encoding.writable(contexts)
 
         def draw(start: int) -> np.ndarray:

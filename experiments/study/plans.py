@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 
-from experiments.forecasting.settings import LINEAR, Training
+from experiments.training.settings import LINEAR, Training
 
 CONTEXT_STEPS, HORIZON = 70, 10  # the study's 699 context tokens and 100 target tokens, as time steps
 LONG_HORIZON = 30  # for models that are evaluated on the test set
@@ -57,17 +57,6 @@ def candidates(plan: Plan, experiment: Experiment) -> list[Training]:
     return [fill(experiment.training, best) for e in earlier for best in candidates(plan, e)]
 
 
-def stages(plan: Plan) -> list[list[Experiment]]:
-    """The plan in stages, in order: no experiment of a stage takes settings from another one of the same stage."""
-    found: list[list[Experiment]] = []
-    for experiment in plan.experiments:
-        if found and not {one.name for one in found[-1]} & set(experiment.best_of):
-            found[-1].append(experiment)
-        else:
-            found.append([experiment])
-    return found
-
-
 def _chain(name: str, trial: Training, grid: list[Training], contexts: list[int], steps: int, final: Training) -> Plan:
     """Sections 5.4 to 6.5: untrained, trial, grid, the best cell at each context length, the best of all for longer.
 
@@ -104,7 +93,7 @@ def study(seed: int) -> Plan:
 def quick(seed: int) -> Plan:
     """The same chain for the embedded checkpoint: higher rates and fewer steps, minutes on two CPU cores.
 
-    Its final training has rank 8, and what docs/ablation.md found to help. After it, the same model reads and writes
+    Its final training has rank 8, and what ablations found to help. After it, the same model reads and writes
     numbers in place of text.
     """
     grid = [Training(rank, rate, 768, 30, seed=seed) for rank, rate in product((2, 4, 8), (1e-3, 2e-3, 5e-3))]
@@ -158,26 +147,6 @@ def direct(seed: int) -> Plan:
     return Plan("direct", (*short, Experiment("direct", "frontier", longest, splits=("val", "test"))))
 
 
-def ablation(seed: int) -> Plan:
-    """Short trainings at equal cost: from the study's kind of update to that of `frontier`, one change at a time.
-
-    All write compact text, so that only the training differs. A step with a batch of four counts as four of one.
-    """
-    base = Training(
-        8, 1e-3, 480, 40, batch=4, stride=6, seed=seed, numeric_head=True, whole_windows=True, cosine=True
-    )  # fmt: skip
-    scaled = replace(base, targets=LINEAR, alpha=32)
-    single = replace(scaled, batch=1, steps=4 * base.steps, beta2=0.997, clip=1.0)
-    arms = {
-        "q-v": base,
-        "linear-alpha-32": scaled,
-        "batch-1": single,
-        "batch-1-half-rate": replace(single, learning_rate=5e-4),
-        "rank-32": replace(single, learning_rate=5e-4, rank=32, alpha=128),
-    }
-    return Plan("ablation", tuple(Experiment(name, "ablation", arm) for name, arm in arms.items()), compact=True)
-
-
 PLANS = {
     "quick": quick,
     "study": study,
@@ -185,7 +154,6 @@ PLANS = {
     "trial": trial,
     "frontier": frontier,
     "direct": direct,
-    "ablation": ablation,
 }
 
 

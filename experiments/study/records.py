@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from experiments.forecasting.scores import QUANTILES
-from experiments.forecasting.settings import Training
 from experiments.storage.files import RunError, read_text
 from experiments.storage.records import Interval, Matrix, Vector, read
 from experiments.study.plans import Experiment
+from experiments.training.settings import Training
 
 PUBLISHED = "published"  # the convention that reproduces the FLOPs of the study
 

@@ -2,36 +2,30 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 import flops
-from experiments.forecasting import direct, gru
+from experiments.forecasting import gru
+from experiments.forecasting.adapter import Trained
 from experiments.forecasting.baselines import BASELINES
-from experiments.forecasting.forecaster import Trained
+from experiments.forecasting.direct import DirectForecaster
 from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import errors, method_errors
-from experiments.forecasting.settings import Training
-from experiments.forecasting.team import ALONE, Team
-from experiments.forecasting.training import (
-    Account,
-    TextWindows,
-    Windows,
-    step_flops,
-    train_on_account,
-    window_tensors,
-    write_adapter,
-    write_losses,
-)
 from experiments.storage.files import RunError, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.study.judging import Judge
-from experiments.study.plans import HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill, stages
+from experiments.study.plans import HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import read_metrics, read_settings
+from experiments.training.costs import direct_step, text_step
+from experiments.training.loop import Account
+from experiments.training.run import clear, run_training, write_adapter
+from experiments.training.settings import Training
+from experiments.training.team import ALONE, Team
+from experiments.training.windows import DirectWindows, TextWindows, Windows, cut_tokens
 from lora import inject, remove
 
 
@@ -46,8 +40,7 @@ class Suite:
     convention: str
     checkpoint: tuple[str, str]  # name from the command line, sha256
     interruption: Interruption
-    world: Team = ALONE  # all processes; its leader writes the ledger and what the experiments share
-    side_by_side: bool = False  # independent experiments run at the same time, in teams of the world
+    team: Team = ALONE  # the processes that share out each experiment; its leader writes the files
     started: float = field(default=0.0, init=False)  # when this process began with the first experiment
     done_before: set[str] = field(default_factory=set, init=False)  # the experiments that were finished then
 
@@ -55,9 +48,9 @@ class Suite:
         """FLOPs of one optimizer step of a training whose settings are all set."""
         convention = convention or self.convention
         if training.direct_layers:
-            return direct.step_flops(self.judge.model.config, training, HORIZON, 2, convention)
+            return direct_step(self.judge.model.config, training, HORIZON, 2, convention)
         vocabulary = len(self.grammar.vocabulary) if training.numeric_head else None
-        return step_flops(self.judge.model.config, training, vocabulary, convention)
+        return text_step(self.judge.model.config, training, vocabulary, convention)
 
     @property
     def grammar(self) -> Grammar:
@@ -96,69 +89,39 @@ class Suite:
         Raises flops.BudgetExceeded at the first experiment that does not fit the budget, TrainingError if a loss is
         not finite, Interrupted if the process was asked to stop. All earlier results are kept.
         """
-        self.world.told(self._write_data)
+        self.team.told(self._write_shared)
         self.started = time.monotonic()
         self.done_before = {
             one.name for one in self.plan.experiments if (self._path(one.name) / "metrics.json").exists()
         }
-        for stage in stages(self.plan) if self.side_by_side else [[one] for one in self.plan.experiments]:
-            self._run_stage(stage)
+        for experiment in self.plan.experiments:
+            training = self._settings(experiment)
+            if self.team.told(lambda: self._is_open(experiment, training)):  # noqa: B023 called at once
+                self._run(experiment, training)
 
-    def _run_stage(self, stage: list[Experiment]) -> None:
-        """Run the unfinished experiments of a stage: one with the whole world, several with a team for each."""
-        names, over_budget = self.world.told(lambda: self._booked(stage))
-        number, teams = self.world.split(len(names))
-        self._tell_progress(names)
-        for experiment in [one for one in stage if one.name in names][number :: len(teams)] if number >= 0 else []:
-            self._run_one(experiment, teams[number], debited=self.side_by_side)
-        self.world.wait()
-        if over_budget is not None:
-            raise over_budget
+    def _is_open(self, experiment: Experiment, training: Training | None) -> bool:
+        """True if an experiment has still to run. Raises flops.BudgetExceeded if it does not fit the budget."""
+        path, cost = self._path(experiment.name), self.step_flops(training) if training else 0
+        steps = training.steps if training else 0
+        if (path / "metrics.json").exists():
+            for step in range(steps):
+                self.ledger.debit(experiment.name, step, cost)  # if the ledger was lost
+            clear(path)
+            return False
+        self.ledger.require(experiment.name, steps * cost)
+        self._tell_progress(experiment.name)
+        return True
 
-    def _tell_progress(self, names: list[str]) -> None:
-        """Say on stderr which experiments begin, and how long the rest may take at the speed so far."""
+    def _tell_progress(self, name: str) -> None:
+        """Say on stderr which experiment begins, and how long the rest may take at the speed so far."""
         order, costs = [one.name for one in self.plan.experiments], self.largest_costs()
         done = [name for name in order if (self._path(name) / "metrics.json").exists()]
-        if not (self.world.leads and names and len(order) > 1):
-            return
-        first, last = order.index(names[0]) + 1, order.index(names[-1]) + 1
-        which = f"experiment {first}" if first == last else f"experiments {first} to {last}"
-        spent = sum(costs[name] for name in done if name not in self.done_before)
-        left = ""
+        left, spent = "", sum(costs[name] for name in done if name not in self.done_before)
         if spent:
             seconds = (time.monotonic() - self.started) / spent * sum(costs[name] for name in order if name not in done)
             left = f", about {max(1, round(seconds / 60))} min left"
-        print(f"{which} of {len(order)}: {', '.join(names)}{left}", file=sys.stderr)
-
-    def _booked(self, stage: list[Experiment]) -> tuple[list[str], flops.BudgetExceeded | None]:
-        """(names of the experiments to run, the error of the one after them if that does not fit the budget).
-
-        Experiments that run side by side are debited whole, so that the budget does not depend on who is faster.
-        """
-        names: list[str] = []
-        for experiment in stage:
-            path, training = self._path(experiment.name), self._settings(experiment)
-            finished = (path / "metrics.json").exists()
-            if training:
-                cost = self.step_flops(training)
-                if not finished:
-                    try:
-                        self.ledger.require(experiment.name, training.steps * cost)
-                    except flops.BudgetExceeded as error:
-                        return names, error
-                for step in range(training.steps) if finished or self.side_by_side else ():
-                    self.ledger.debit(experiment.name, step, cost)  # of a finished one, if the ledger was lost
-            if finished:
-                self._clear(path)
-            else:
-                names.append(experiment.name)
-        return names, None
-
-    @staticmethod
-    def _clear(path: Path) -> None:
-        """Remove the states of a finished experiment."""
-        for state in path.glob("*state.*"):
-            state.unlink()
+        if len(order) > 1:
+            print(f"experiment {order.index(name) + 1} of {len(order)}: {name}{left}", file=sys.stderr)
 
     def write_status(self, stopped: str | None) -> None:
         """Write the FLOPs spent so far, and the reason why the run stopped, or None."""
@@ -168,7 +131,7 @@ class Suite:
     def _path(self, name: str) -> Path:
         return self.folder / "experiments" / name
 
-    def _write_data(self) -> None:
+    def _write_shared(self) -> None:
         """Write the files that all experiments share, if one is missing: an example (section 3.2.5), contexts with
         truth, baselines.
         """
@@ -210,70 +173,59 @@ class Suite:
             raise RunError(f"{best / 'settings.json'}: holds no training, expected that of a candidate")
         return fill(experiment.training, training)
 
-    def _run_one(self, experiment: Experiment, team: Team, debited: bool) -> None:
-        path, training = self._path(experiment.name), self._settings(experiment)
+    def _run(self, experiment: Experiment, training: Training | None) -> None:
+        """Train, if there is a training, judge, and write everything; the model is then as before."""
+        path, team = self._path(experiment.name), self.team
         costs = {}
         if training:
             costs = {c: training.steps * self.step_flops(training, c) for c in flops.CONVENTIONS}
         record = {"section": experiment.section, "training": training and asdict(training), "flops": costs}
         team.told(lambda: write_whole(path / "settings.json", to_json(record)))
-        account = None
-        if training:
-            ledger = None if debited or not team.leads else self.ledger
-            account = Account(experiment.name, ledger, self.step_flops(training), self.interruption, team)
-        with self._adapted(training, account) as (training_seconds, forecaster):
+        with ExitStack() as stack:
+            seconds, forecaster = self._trained(experiment.name, training, stack) if training else (0.0, None)
             started = time.monotonic()
             draws = self.judge.samples > 0 and experiment == self.plan.experiments[-1]
             results = {
                 split: self.judge.judge(experiment, split, path, team, forecaster, draws) for split in experiment.splits
             }
-            seconds = {"training": training_seconds, "evaluation": time.monotonic() - started}
+            times = {"training": round(seconds, 1), "evaluation": round(time.monotonic() - started, 1)}
 
         def finish() -> None:
-            write_whole(path / "seconds.json", to_json({name: round(value, 1) for name, value in seconds.items()}))
+            write_whole(path / "seconds.json", to_json(times))
             write_whole(path / "metrics.json", to_json(results))  # last, because it marks the experiment as finished
-            self._clear(path)
+            clear(path)
 
         team.told(finish)
 
-    @contextmanager
-    def _adapted(
-        self, training: Training | None, account: Account | None
-    ) -> Iterator[tuple[float, direct.DirectForecaster | None]]:
-        """Train the adapter of an experiment and remove it at the end.
+    def _trained(self, name: str, training: Training, stack: ExitStack) -> tuple[float, DirectForecaster | None]:
+        """Train an adapter, which `stack` removes; the seconds, and the forecaster if it does without text."""
+        model, path = self.judge.model, self._path(name)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(training.seed)
+            forecaster, windows = self._prepared(training, stack)
+        ledger = self.ledger if self.team.leads else None
+        account = Account(name, ledger, self.step_flops(training), self.interruption, self.team)
 
-        Yields the seconds of the training, and the forecaster if it does without text.
-        """
-        if training is None or account is None:
-            yield 0.0, None
-            return
-        model, path = self.judge.model, self._path(account.name)
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(training.seed)
-                forecaster, windows = self._prepared(training)
-            trained = train_on_account(account, windows, training, path / "state.safetensors")
+        def write() -> None:
+            if forecaster is None:
+                write_adapter(model, path, Trained(*self.checkpoint, self.judge.encoding, self.judge.encoding.decimals))
 
-            def write() -> None:
-                write_losses(path / "losses.csv", trained.losses)
-                if forecaster is None:
-                    write_adapter(model, path, Trained(self.judge.encoding, *self.checkpoint))
+        done = run_training(path, windows, training, account, write=write)
+        return done.seconds, forecaster
 
-            account.team.told(write)
-            yield trained.seconds, forecaster
-        finally:
-            remove(model)
-
-    def _prepared(self, training: Training) -> tuple[direct.DirectForecaster | None, Windows]:
+    def _prepared(self, training: Training, stack: ExitStack) -> tuple[DirectForecaster | None, Windows]:
         """Inject an adapter: the forecaster if it does without text, and the windows of the training series."""
         judge = self.judge
         if training.direct_layers:
             series = judge.scaled("train")
             exact, rounded = (torch.from_numpy(v).float() for v in (series, series.round(judge.units.decimals)))
-            forecaster = direct.DirectForecaster(judge.model, training, rounded, HORIZON)
-            return forecaster, direct.DirectWindows(forecaster, exact, rounded, training)
+            forecaster = DirectForecaster(judge.model, training.direct_layers, training.lora, rounded, HORIZON)
+            stack.callback(remove, judge.model)
+            return forecaster, DirectWindows(forecaster, exact, rounded, training)
         inject(judge.model, training.lora)
+        stack.callback(remove, judge.model)
         tokens = [judge.tokenizer.encode(judge.encoding.encode(one)) for one in judge.series["train"]]
-        ids, lengths = window_tensors(tokens, training, judge.tokenizer.pad_id)
+        assert training.context is not None  # a plan fills it in before the training
         vocabulary = torch.tensor(self.grammar.vocabulary) if training.numeric_head else None
-        return None, TextWindows(judge.model, ids, lengths, vocabulary)
+        cuts = cut_tokens(tokens, training)
+        return None, TextWindows(judge.model, cuts, training.context, judge.tokenizer.pad_id, vocabulary)

@@ -125,27 +125,6 @@ class Team:
         """Wait until all processes have come here."""
         self.collect([None])
 
-    def split(self, num_pieces: int) -> tuple[int, list["Team"]]:
-        """(number of this process's team, all teams) for so many independent pieces of work.
-
-        There are as many teams as pieces, or a team for each process if there are more pieces. All teams have the same
-        size; processes that are left over join none, and their number is -1.
-        """
-        count = min(self.size, num_pieces)
-        if count <= 1:
-            return 0, [self]
-        size, number, teams = self.size // count, -1, list[Team]()
-        for first in range(0, count * size, size):
-            ranks = self.ranks[first : first + size]
-            with _lost_peers():
-                group = dist.new_group(ranks, timeout=TIMEOUT)  # a call of all processes, also of those outside
-            if dist.get_rank() in ranks:
-                number = len(teams)
-                teams.append(Team(ranks, group if size > 1 else None))
-            else:
-                teams.append(Team([0]))  # a place holder: this process takes no part in it
-        return number, teams
-
     def worked(self, state: Path | None, pieces: Sequence, make: Callable, to_plain: Callable, read: Callable) -> list:
         """`resumable`, with the pieces shared out in the team; each process keeps its results in a file of its own."""
         if state is not None and self.size > 1:

@@ -1,4 +1,4 @@
-"""Forecast any series: arrays in, arrays out.
+"""Forecast any series with a model that continues its text: arrays in, arrays out.
 
 N series, T time steps (which may differ between series), D variables, h forecast steps, S samples, Q quantiles.
 """
@@ -15,34 +15,31 @@ import torch
 
 from experiments import tables
 from experiments.forecasting import scores
+from experiments.forecasting.adapter import TRAINED_FILE, checkpoint_hash, find_checkpoint, read_trained
+from experiments.forecasting.contexts import (
+    SeriesError,
+    SeriesWarning,
+    checked_array,
+    checked_series,
+    held_values,
+    is_frame,
+)
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.grammar import SCALED_LIMIT, Grammar, decode, may_be_wide, nats_of
-from experiments.storage.files import read_json, to_json, write_whole
-from lora import AdapterError, load_adapter, read_config
+from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
+from lora import AdapterError, load_adapter
 from qwen_min import Qwen, Tokenizer, config, load
-from qwen_min.config import CheckpointError
 from qwen_min.continuation import ReusedCache
 from qwen_min.generation import pad_left, prefill
 from qwen_min.linear import pack
-from qwen_min.weights import TINY, checkpoint_folder, weight_files
+from qwen_min.weights import TINY, checkpoint_folder
 
-TRAINED_FILE = "encoding.json"  # in an adapter's folder, next to peft's files
 # the most bytes of keys and values at a time; a constant and not the free memory, as the batch size affects rounding
 CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**34
 TINY_TOKENS, TINY_DECIMALS = 999, 2  # what the embedded checkpoint was pretrained on, see its card
-DEFAULT_SAMPLES = 20
+DEFAULT_SAMPLES, DEFAULT_POINT = 20, "median"
 POINTS: dict[str, Callable] = {"median": np.median, "mean": np.mean}  # what a forecast makes of its samples
-MAX_VALUE = 1e300  # so that differences of two values are finite
 MIN_DISTINCT = 20  # a series should keep so many different values as text
 MIN_STEPS = 8  # and should have so many time steps
-
-
-class SeriesError(ValueError):
-    """A series that cannot be forecast, or a request that cannot be met."""
-
-
-class SeriesWarning(UserWarning):
-    """A forecast that is possible, but that the user should not trust without a look at the reason."""
 
 
 class Forecast(NamedTuple):
@@ -51,25 +48,6 @@ class Forecast(NamedTuple):
     values: np.ndarray  # (N, h, D): by the most likely characters, or the median or the mean of the samples
     samples: np.ndarray | None  # (N, S, h, D)
     quantiles: np.ndarray | None  # (N, Q, h, D)
-
-
-class Trained(NamedTuple):
-    """What an adapter was trained with. `encoding.json` in its folder holds it, next to peft's files."""
-
-    encoding: Encoding
-    checkpoint: str  # name or folder
-    checkpoint_sha256: str
-    variables: list[str] | None = None  # names, in order; None: not recorded
-    tokens: int | None = None  # the longest text that the training read; None: not recorded
-
-
-def checkpoint_hash(folder: Path) -> str:
-    """The sha256, in hex, over the config, the tokenizer and the weights of a checkpoint folder."""
-    digest = hashlib.sha256()
-    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def rows_at_once(model: Qwen, num_columns: int) -> int:
@@ -88,29 +66,30 @@ class _Prompt(NamedTuple):
 
 
 class Forecaster:
-    """Forecasts series with a model that continues their text. Every forecast is well-formed.
-
-    `fit` fine-tunes it on series, see `experiments.forecasting.finetuning`.
-    """
+    """Forecasts series with a model that continues their text. Every forecast is well-formed."""
 
     def __init__(
         self,
         model: Qwen,
         tokenizer: Tokenizer,
-        scale: float | tuple[float, ...] | None = None,
+        encoding: Encoding | None = None,
         decimals: int = 2,
-        offset: float | tuple[float, ...] = 0.0,
         tokens: int | None = None,
     ):
-        """Values are written as (x - offset) / scale. If scale is None, both are fitted to each series and variable.
+        """encoding: how values are written; None: with `decimals` places, in an encoding fitted to each context.
 
         tokens: the longest text, context and forecast, that the model can make sense of; None: as long as it has
-        positions. Raises EncodingError for a bad scale, offset or number of decimals.
+        positions. Raises EncodingError for a bad number of decimals.
         """
-        self.encoding = None if scale is None else Encoding(scale, decimals, offset)
-        self.digits = Encoding(1.0, decimals)  # of values that are already scaled
-        self.model, self.tokenizer, self.tokens = model, tokenizer, tokens
+        self.model, self.tokenizer = model, tokenizer
         self.checkpoint: tuple[str, Path] | None = None  # name and folder, if `load` made this forecaster
+        self.use(encoding, decimals, tokens)
+
+    def use(self, encoding: Encoding | None, decimals: int, tokens: int | None) -> None:
+        """Read and write numbers as a training did; arguments as those of the constructor."""
+        self.encoding, self.tokens = encoding, tokens
+        # of values that are already scaled
+        self.digits = replace(encoding, scale=1.0, offset=0.0) if encoding else Encoding(1.0, decimals)
 
     @classmethod
     def load(
@@ -136,7 +115,7 @@ class Forecaster:
         if checkpoint is None and not recorded:
             raise AdapterError(f"{adapter}: does not record its checkpoint; name it with --model")
         if adapter is not None and checkpoint is None:
-            folder = _find_checkpoint(recorded, Path(adapter))
+            folder = find_checkpoint(recorded, Path(adapter))
         else:
             folder = checkpoint_folder(checkpoint or recorded)
         if adapter is None and (folder / TRAINED_FILE).exists():  # an adapter was merged into this checkpoint
@@ -146,13 +125,15 @@ class Forecaster:
         model, tokenizer = load(folder, device, dtype)
         if adapter is not None:
             load_adapter(model, adapter)
-        known = trained.encoding.decimals if trained else TINY_DECIMALS if folder == TINY else None
+        known = trained.decimals if trained else TINY_DECIMALS if folder == TINY else None
         if decimals is not None and known is not None and decimals != known:
             _warn(f"the model was trained on numbers with {known} decimals, not {decimals}: expect nonsense")
         tokens = trained.tokens if trained else TINY_TOKENS if folder == TINY else None
-        forecaster = cls(model, tokenizer, scale, decimals or known or 2, tokens=tokens)
-        if trained and scale is None:
-            forecaster.use(replace(trained.encoding, decimals=forecaster.digits.decimals), tokens)
+        places = decimals if decimals is not None else known or 2
+        encoding = None if scale is None else Encoding(scale, places)
+        if trained and trained.encoding and scale is None:
+            encoding = replace(trained.encoding, decimals=places)
+        forecaster = cls(model, tokenizer, encoding, places, tokens)
         forecaster.checkpoint = (str(checkpoint or recorded), folder)
         return forecaster
 
@@ -163,7 +144,7 @@ class Forecaster:
         samples: int | None = None,
         quantiles: Sequence[float] = (),
         seed: int = 0,
-        point: str = "median",
+        point: str = DEFAULT_POINT,
         context: int | None = None,
         progress: Callable[[int], None] = lambda count: None,
     ):
@@ -229,19 +210,8 @@ class Forecaster:
         }
         return next(iter(made.values())) if len(made) == 1 else pd.concat(made, names=["series"])
 
-    def use(self, encoding: Encoding, tokens: int | None) -> None:
-        """Take the encoding and the longest text of a training."""
-        self.encoding, self.digits, self.tokens = encoding, replace(encoding, scale=1.0, offset=0.0), tokens
-
     def _grammar(self, num_variables: int) -> Grammar:
         return Grammar(self.tokenizer, self.digits.decimals, num_variables, self.digits.compact)
-
-    def fit(self, series, horizon: int, budget: float | None = None, **settings) -> "Forecaster":
-        """Fine-tune the model on series with LoRA and return self; arguments as in `finetuning.fit`."""
-        from experiments.forecasting import finetuning
-
-        finetuning.fit(self, series, horizon, budget, **settings)
-        return self
 
     def nats_per_value(self, contexts, continuations) -> np.ndarray:
         """-log p of each of continuations (N, h, D) after its context, in nats for each value that is not NaN: (N).
@@ -249,7 +219,7 @@ class Forecaster:
         Each character competes with those that the grammar allows there. The end after the last value has no cost.
         Errors as in `forecast`, and SeriesError for a continuation with another number of variables than its context.
         """
-        found = [_checked(one, number, min_steps=1, missing="keep") for number, one in enumerate(continuations)]
+        found = [checked_array(one, number, min_steps=1, missing="keep") for number, one in enumerate(continuations)]
         known = [~np.isnan(one) for one in found]
         prompts = self._prompts(contexts, max((len(truth) for truth in found), default=1))
         truths = []
@@ -259,7 +229,7 @@ class Forecaster:
                     f"continuation {number} has {truth.shape[1]} variables, expected {len(prompt.wide)} as in its "
                     "context"
                 )
-            truths.append(_held(truth, np.asarray(context)))
+            truths.append(held_values(truth, np.asarray(context)))
             _require_writable(truths[-1], prompt.encoding, f"continuation {number}")
         texts = [prompt.encoding.encode(truth) for truth, prompt in zip(truths, prompts, strict=True)]
         grammar = self._grammar(len(prompts[0].wide))
@@ -405,65 +375,11 @@ def _warn(message: str) -> None:
     warnings.warn(message, SeriesWarning, stacklevel=4)
 
 
-def is_frame(data) -> bool:
-    """True if data is a pandas object."""
-    return type(data).__module__.partition(".")[0] == "pandas"
-
-
-def checked_series(series, missing: str = "error") -> list[np.ndarray]:
-    """N series (T, D), (T) or DataFrames as float64 arrays (T, D); a single DataFrame may hold several.
-
-    missing: "keep" lets values be NaN. Raises SeriesError for a bad one, and for none.
-    """
-    if is_frame(series):
-        series = [series]
-    parts = [part for one in series for part in (tables.from_frame(one, missing=missing) if is_frame(one) else [one])]
-    arrays = [_checked(one, number, missing=missing) for number, one in enumerate(parts)]
-    widths = {array.shape[1] for array in arrays}
-    if len(widths) != 1:
-        raise SeriesError(f"the series have {sorted(widths) or 'no'} variables, expected the same number for all")
-    return arrays
-
-
-def _checked(series, number: int, min_steps: int = 2, missing: str = "error") -> np.ndarray:
-    """A series as a float64 array (T, D). Raises SeriesError, which names the series by its number, for a bad one."""
-    array = np.asarray(series)
-    array = array[:, None] if array.ndim == 1 else array
-    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
-        raise SeriesError(
-            f"series {number}: got an array of {array.dtype} {array.shape}, expected numbers (time steps, variables); "
-            "put a single series into a list"
-        )
-    if len(array) < min_steps:
-        raise SeriesError(f"series {number}: has 1 time step, expected at least {min_steps}")
-    array = array.astype(np.float64) + 0.0  # + 0.0 turns -0 into 0
-    bad = ~(np.abs(array) <= MAX_VALUE)
-    if missing == "keep":
-        bad &= ~np.isnan(array)
-    if bad.any():
-        step, variable = np.argwhere(bad)[0]
-        raise SeriesError(
-            f"series {number}, step {step}, variable {variable}: {array[step, variable]:g}, expected finite numbers of "
-            f"at most {MAX_VALUE:g}"
-        )
-    return array
-
-
-def _held(continuation: np.ndarray, context: np.ndarray) -> np.ndarray:
-    """A continuation (h, D) in which each missing value is the last one known before it."""
-    last, held = context.reshape(len(context), -1)[-1], continuation.copy()
-    for row in held:
-        last = np.where(np.isnan(row), last, row)
-        row[:] = last
-    return held
-
-
 def _require_writable(array: np.ndarray, encoding: Encoding, name: str) -> None:
     """Raise SeriesError for a value of a series (T, D) that is too small or too large for its encoding."""
-    scaled, limit = np.round(encoding.scaled(array), encoding.decimals), 10.0 if encoding.compact else SCALED_LIMIT
-    if (bad := (scaled < 0) | (scaled >= limit)).any():
+    if (bad := encoding.unwritable(array)).any():
         step, variable = np.argwhere(bad)[0]
-        low, high = (encoding.restored(np.full(array.shape[1], end))[variable] for end in (0.0, limit))
+        low, high = (encoding.restored(np.full(array.shape[1], end))[variable] for end in (0.0, encoding.limit))
         raise SeriesError(
             f"{name}, step {step}, variable {variable}: {array[step, variable]:g} cannot be written, expected values "
             f"from {low:g} to less than {high:g}; give another --scale, or fine-tune on data in these units"
@@ -480,49 +396,3 @@ def _uniforms(seed: int, prompt: list[int], sample: int, count: int) -> np.ndarr
     """The random numbers of one sampled path, (count). They depend on these arguments alone, not on other series."""
     key = np.frombuffer(hashlib.sha256(np.asarray(prompt, np.int64).tobytes()).digest(), np.uint32)
     return np.random.default_rng([seed, sample, *key]).random(count)
-
-
-def _find_checkpoint(checkpoint: str, adapter: Path) -> Path:
-    """The folder of the checkpoint that an adapter names.
-
-    A relative path starts at the directory where the training was started. We try it from the working directory, then
-    from each folder above the adapter, because run folders usually lie below that directory. Raises AdapterError when
-    the checkpoint is not found.
-    """
-    candidates = (Path(checkpoint), *(parent / checkpoint for parent in adapter.resolve().parents))
-    source = next((folder for folder in candidates if folder.is_dir()), checkpoint)
-    try:
-        return checkpoint_folder(checkpoint if checkpoint == "tiny" else source)
-    except CheckpointError as error:
-        raise AdapterError(f"{adapter}: its checkpoint was not found; name it with --model ({error})") from error
-
-
-def write_trained(folder: Path, trained: Trained) -> None:
-    """Write the record of a training next to its adapter; `Forecaster.load` reads it."""
-    fields = {name: value for name, value in trained._asdict().items() if name != "encoding" and value is not None}
-    write_whole(folder / TRAINED_FILE, to_json(trained.encoding.record | fields))
-
-
-def read_trained(folder: str | Path) -> Trained | None:
-    """Read what `write_trained` wrote; None if the folder has a plain peft adapter.
-
-    Raises AdapterError when the record is damaged or the folder has no adapter.
-    """
-    path = Path(folder) / TRAINED_FILE
-    if not path.exists():
-        read_config(folder)
-        return None
-    try:
-        fields = read_json(path)
-        encoding = Encoding.from_record(fields)
-        optional = {name: fields[name] for name in ("variables", "tokens") if name in fields}
-        trained = Trained(encoding, fields["checkpoint"], fields["checkpoint_sha256"], **optional)
-        if not all(isinstance(text, str) for text in (trained.checkpoint, trained.checkpoint_sha256)):
-            raise ValueError("checkpoint and checkpoint_sha256 must be strings")
-        if trained.tokens is not None and not (type(trained.tokens) is int and trained.tokens > 0):
-            raise ValueError("tokens must be a positive integer")
-        if trained.variables is not None and not all(isinstance(name, str) for name in trained.variables):
-            raise ValueError("variables must be names")
-        return trained
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path}: not the record of an adapter that this project trained ({error})") from error

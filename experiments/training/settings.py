@@ -45,8 +45,8 @@ class Training:
             value = getattr(self, name)
             if value is None and name in ("rank", "context", "direct_layers"):
                 continue
-            if type(value) is not int or value < minimum:
-                raise ValueError(f"{name} is {value!r}, expected an integer of at least {minimum}")
+            if type(value) is not int or not minimum <= value < 2**63:
+                raise ValueError(f"{name} is {value!r}, expected an integer of at least {minimum}, below 2**63")
         for name in ("learning_rate", "alpha", "clip"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name} is {value!r}, expected a positive number")

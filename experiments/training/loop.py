@@ -1,0 +1,271 @@
+"""LoRA training on windows of series, with a state from which an interrupted training continues to the same bytes.
+
+The bytes agree between CPUs of the same kind, with the same number of threads and the same torch. On a GPU they agree
+only up to rounding, because the backward pass of attention sums in no fixed order.
+
+B batch size.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from tqdm import tqdm
+
+import flops
+from experiments.storage.files import write_whole
+from experiments.storage.interruption import Interruption
+from experiments.training.settings import Training
+from experiments.training.team import ALONE, Team
+from experiments.training.windows import TrainingError, Windows
+
+SAVE_SECONDS = 30.0  # seconds between two saves: the most work that a kill can cost
+MOMENTS = ("exp_avg", "exp_avg_sq")  # the names of Adam's moments in the optimizer
+NUM_CHECKS = 8  # how often the held-out loss is measured in a training
+
+
+class Account(NamedTuple):
+    """What pays for a training: each step costs `cost` FLOPs, which the ledger debits from its budget."""
+
+    name: str = "training"  # in the ledger
+    ledger: flops.Ledger | None = None  # None: the whole training is debited already, or by another process
+    cost: int = 0
+    interruption: Interruption = Interruption()  # asks the training to stop between two steps
+    team: Team = ALONE
+
+
+class HeldOut(NamedTuple):
+    """How a training is checked while it runs."""
+
+    loss: Callable[[], float]  # the held-out loss of the parameters as they are
+    patience: int | None = None  # the training ends after so many checks in a row that found nothing better
+
+
+@dataclass
+class Progress:
+    """What a training has done."""
+
+    losses: list[float] = field(default_factory=list)  # of each step, in nats per target
+    seconds: float = 0.0  # spent on steps, summed over all processes that took part
+    checks: dict[int, float] = field(default_factory=dict)  # steps done: held-out loss
+    best: dict[str, Tensor] = field(default_factory=dict)  # the parameters that had the smallest one
+
+    @property
+    def best_step(self) -> int:
+        """The number of steps after which the held-out loss was smallest."""
+        return min(self.checks, key=lambda steps: (self.checks[steps], steps))
+
+    def is_enough(self, patience: int | None) -> bool:
+        """True if the last `patience` checks found nothing better."""
+        return patience is not None and list(self.checks).index(self.best_step) < len(self.checks) - patience
+
+
+def batch_rows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """The indices (B) of the windows of a step, which depend on the arguments alone.
+
+    Each epoch has a new order of the windows. Every batch is full: the windows left over at its end are skipped.
+    """
+    epoch, index = divmod(step, num_windows // batch)
+    order = np.random.default_rng([seed, epoch]).permutation(num_windows)
+    return order[index * batch : (index + 1) * batch]
+
+
+def save_state(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam, progress: Progress) -> None:
+    """Write everything that the next step needs."""
+    numbers = {"losses": progress.losses, "seconds": progress.seconds, "checked": [*progress.checks]}
+    numbers["held_out"] = [*progress.checks.values()]
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+    tensors |= {f"best.{name}": tensor for name, tensor in progress.best.items()}
+    for name, parameter in parameters.items():
+        tensors |= {name: parameter} | {f"{name}.{moment}": optimizer.state[parameter][moment] for moment in MOMENTS}
+    write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+
+
+def load_state(
+    path: Path, content: bytes, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam, steps: int
+) -> Progress:
+    """Put what `save_state` wrote into the parameters and the optimizer. Raises TrainingError for anything else."""
+    kinds = {name: (p.dtype, p.shape) for name, p in parameters.items()}
+    best = {f"best.{name}": kind for name, kind in kinds.items()}
+    kinds |= {f"{name}.{moment}": kind for name, kind in kinds.items() for moment in MOMENTS}
+    try:
+        saved = load(content)
+        numbers = losses, seconds, checked, held_out = [
+            saved.pop(name) for name in ("losses", "seconds", "checked", "held_out")
+        ]
+        if {name: (t.dtype, t.shape) for name, t in saved.items()} != (kinds | best if len(checked) else kinds):
+            raise ValueError("its tensors are not those that are trained and their moments")
+        if {one.dtype for one in numbers} != {torch.float64} or [one.ndim for one in numbers] != [1, 0, 1, 1]:
+            raise ValueError("its losses are not numbers")
+        if len(losses) > steps or len(checked) != len(held_out) or any(checked > len(losses)):
+            raise ValueError("its losses are not those of this training")
+        if not all(one.isfinite().all() for one in (*saved.values(), *numbers)):
+            raise ValueError("it has values that are not finite")
+    except (SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
+        raise TrainingError(f"{path}: not a state of this training ({error}); delete it to start again") from error
+    for name, parameter in parameters.items():
+        parameter.data.copy_(saved[name])
+        optimizer.state[parameter] = {"step": torch.tensor(float(len(losses)))} | {
+            moment: saved[f"{name}.{moment}"].to(parameter) for moment in MOMENTS
+        }
+    checks = dict(zip(map(int, checked.tolist()), held_out.tolist(), strict=True))
+    return Progress(
+        losses.tolist(), seconds.item(), checks, {name: saved[f"best.{name}"] for name in parameters if checks}
+    )
+
+
+def _backward(windows: Windows, rows: Tensor, accumulate: int, team: Team) -> float:
+    """Compute the gradients of the mean loss of the windows in rows (B), in `accumulate` parts; return the loss.
+
+    The rows of each part are shared out in the team. A share counts by its number of targets, so that the
+    gradients are those of the whole batch in a single pass.
+    """
+    targets = windows.num_targets(rows)
+    total = torch.zeros((), dtype=torch.float64, device=windows.device)
+    for part in rows.chunk(accumulate):
+        if len(share := team.share(part)):
+            loss = windows.loss(share)
+            if accumulate > 1 or team.size > 1:
+                loss = loss * (windows.num_targets(share) / targets)
+            loss.backward()
+            total += loss.detach()
+    if team.size > 1:
+        parameters = windows.parameters.values()
+        for parameter in parameters:
+            if parameter.grad is None:  # there were fewer rows than processes
+                parameter.grad = torch.zeros_like(parameter)
+        team.add_up([parameter.grad for parameter in parameters if parameter.grad is not None])
+        team.add_up([total])
+    return total.item()  # the only point in a step that waits for a GPU; the update is still to do
+
+
+class _Trainer:
+    """A training with its optimizer and its progress."""
+
+    def __init__(
+        self, windows: Windows, settings: Training, account: Account, state: Path | None, held_out: HeldOut | None
+    ):
+        if len(windows) < settings.batch:
+            raise TrainingError(f"{len(windows)} windows cannot fill a batch of {settings.batch}; use more series")
+        self.windows, self.settings, self.account, self.held_out = windows, settings, account, held_out
+        self.state, self.parameters = state, windows.parameters
+        self.optimizer = torch.optim.Adam(self.parameters.values(), betas=(0.9, settings.beta2))
+        self.progress = Progress()
+        content = account.team.told(lambda: state.read_bytes() if state is not None and state.exists() else None)
+        if state is not None and content is not None:
+            self.progress = load_state(state, content, self.parameters, self.optimizer, settings.steps)
+        self.num_saved = len(self.progress.losses)
+        self.saved_at = time.monotonic()
+
+    def check(self) -> None:
+        """Measure the held-out loss, and keep the parameters if it was never smaller."""
+        done, every = len(self.progress.losses), max(1, self.settings.steps // NUM_CHECKS)
+        is_due = done % every == 0 or done == self.settings.steps
+        if self.held_out is None or not is_due or done in self.progress.checks:
+            return
+        with torch.no_grad():
+            self.progress.checks[done] = self.held_out.loss()
+        if self.progress.best_step == done:
+            self.progress.best = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+
+    def stop_if_asked(self) -> None:
+        """Raise Interrupted if a process of the team was asked to stop."""
+        interruption = self.account.interruption
+        if self.account.team.any(interruption.asked is not None):
+            interruption.asked = interruption.asked or signal.SIGTERM
+        interruption.check()
+
+    def debit(self, step: int) -> None:
+        """Pay for a step. Raises flops.BudgetExceeded."""
+        if self.account.ledger is not None:
+            self.account.ledger.debit(self.account.name, step, self.account.cost)
+
+    def step(self) -> float:
+        """Take the next step; return its loss."""
+        step, settings = len(self.progress.losses), self.settings
+        rows = torch.from_numpy(batch_rows(len(self.windows), settings.batch, settings.seed, step))
+        self.optimizer.param_groups[0]["lr"] = settings.rate(step)
+        self.optimizer.zero_grad()
+        loss = _backward(self.windows, rows, settings.accumulate, self.account.team)
+        if not math.isfinite(loss):
+            raise TrainingError(f"step {step}: the loss is {loss} (windows {rows.tolist()}); lower the learning rate")
+        if settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
+        self.optimizer.step()
+        self.progress.losses.append(loss)
+        return loss
+
+    def save(self) -> None:
+        """Save all steps since the last save. Raises TrainingError when a parameter is not finite."""
+        if len(self.progress.losses) == self.num_saved:
+            return
+        if not all(parameter.isfinite().all() for parameter in self.parameters.values()):
+            last = len(self.progress.losses) - 1
+            raise TrainingError(f"the adapter is not finite after step {last}; lower the learning rate")
+        now = time.monotonic()
+        self.progress.seconds += now - self.saved_at
+        self.saved_at, self.num_saved = now, len(self.progress.losses)
+        if self.state is not None and self.account.team.leads:
+            save_state(self.state, self.parameters, self.optimizer, self.progress)
+
+
+@torch.enable_grad()
+def train(
+    windows: Windows,
+    settings: Training,
+    account: Account | None = None,
+    state: Path | None = None,
+    held_out: HeldOut | None = None,
+) -> Progress:
+    """Train the parameters of the windows with Adam; with `held_out` they end as those that had the smallest loss.
+
+    Each step is debited before it runs. `state` is the file to continue from; it is saved every SAVE_SECONDS and at the
+    end; with None nothing is saved. The processes of a team share out the rows of each batch; all end with the same
+    parameters, the leading one saves the state, and a signal to one of them stops all after the same step.
+
+    Raises TrainingError when a loss or a parameter is not finite, when the state does not belong to this training, or
+    when the windows do not fill a batch; flops.BudgetExceeded; Interrupted. The steps before the last two are saved.
+    """
+    account = account or Account()
+    trainer = _Trainer(windows, settings, account, state, held_out)
+    progress, ledger = trainer.progress, account.ledger
+    with progress_bar(settings.steps, account.name, account.team.leads) as bar, account.interruption.held():
+        for step in range(trainer.num_saved):
+            trainer.debit(step)  # if the ledger was lost
+        bar.initial = bar.n = bar.last_print_n = trainer.num_saved  # these are not part of the speed
+        trainer.check()
+        while len(progress.losses) < settings.steps:
+            if held_out is not None and progress.is_enough(held_out.patience):
+                break
+            try:
+                trainer.stop_if_asked()
+                trainer.debit(len(progress.losses))
+            except BaseException:  # the process was asked to stop, or the budget is spent
+                trainer.save()
+                raise
+            loss = trainer.step()
+            trainer.check()
+            spent = {"budget": f"{ledger.spent / ledger.budget:.2%}"} if ledger else {}
+            bar.set_postfix(loss=f"{loss:.3f}", **spent, refresh=False)
+            bar.update()
+            if time.monotonic() - trainer.saved_at > SAVE_SECONDS:
+                trainer.save()
+        trainer.save()
+    for name, tensor in progress.best.items():
+        windows.parameters[name].data.copy_(tensor)
+    return progress
+
+
+def progress_bar(total: int, name: str, shown: bool = True) -> tqdm:
+    """A progress bar on stderr that is updated rarely if it is written to a file."""
+    return tqdm(total=total, desc=name, mininterval=0.1 if sys.stderr.isatty() else 30.0, disable=not shown)

@@ -1,0 +1,80 @@
+"""A training run in a folder: train, and leave the same set of files, whoever asked for it."""
+
+import hashlib
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import flops
+import lora
+import qwen_min
+from experiments import forecasting, training
+from experiments.forecasting.adapter import Trained, write_trained
+from experiments.storage.files import sync, write_whole
+from experiments.training.loop import Account, HeldOut, Progress, train
+from experiments.training.settings import Training
+from experiments.training.windows import Windows
+from lora import save_adapter
+
+STATE_FILE = "state.safetensors"
+
+
+def run_training(
+    folder: Path,
+    windows: Windows,
+    settings: Training,
+    account: Account,
+    held_out: HeldOut | None = None,
+    write: Callable[[], None] = lambda: None,
+) -> Progress:
+    """`train`, continued from the state in the folder; then losses.csv, held_out.csv and what `write` writes.
+
+    `clear` removes the state, once the run has all its results.
+    """
+    done = train(windows, settings, account, folder / STATE_FILE, held_out)
+
+    def files() -> None:
+        rows = (f"{step},{loss:.6f}\n" for step, loss in enumerate(done.losses))
+        write_whole(folder / "losses.csv", "step,loss\n" + "".join(rows))
+        if held_out:
+            rows = (f"{steps},{loss!r}\n" for steps, loss in done.checks.items())
+            write_whole(folder / "held_out.csv", "steps,nats_per_value\n" + "".join(rows))
+        write()
+
+    account.team.told(files)
+    return done
+
+
+def write_adapter(model: nn.Module, folder: Path, trained: Trained) -> None:
+    """Write the model's adapter and its record into folder/adapter; a kill leaves that whole or absent."""
+    partial = folder / "adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_adapter(model, partial, trained.checkpoint)
+    write_trained(partial, trained)
+    for file in (*partial.iterdir(), partial):
+        sync(file)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    partial.rename(folder / "adapter")
+
+
+def clear(folder: Path) -> None:
+    """Remove the states of a finished run."""
+    for state in folder.glob("*state.*"):
+        state.unlink()
+
+
+def software() -> dict[str, str]:
+    """The versions and a hash of the sources that decide a result, for the record of a run."""
+    digest = hashlib.sha256()
+    for package in (qwen_min, lora, flops, forecasting, training):
+        for path in sorted(Path(package.__path__[0]).glob("*.py")):
+            digest.update(path.read_bytes())
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sources_sha256": digest.hexdigest(),
+    }

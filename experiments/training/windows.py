@@ -1,0 +1,204 @@
+"""What a training reads: windows of series, which are made when they are read, and the loss of a model on them.
+
+n windows, B batch size, T context length: tokens, or time steps without text; D variables, F features of a time step,
+K steps that are forecast at once.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.forecasting.direct import DirectForecaster, changes, laplace_loss
+from experiments.forecasting.encoding import Encoding
+from experiments.training.settings import Training
+from lora import adapter_parameters
+from qwen_min.linear import unpack
+from qwen_min.loss import check_targets, next_token_loss
+from qwen_min.model import Qwen
+from qwen_min.tokenizer import Tokenizer
+
+REPEATS = 4  # how often an epoch of `DirectWindows` reads a window, on average
+KEPT = 1024  # windows of text that are kept after they were made
+
+
+class TrainingError(ValueError):
+    """Training cannot begin or continue. The last saved state remains."""
+
+
+class Windows(Protocol):
+    """The windows that a training reads, and the loss of a model on them."""
+
+    parameters: dict[str, nn.Parameter]  # what the training changes, by name
+    device: torch.device
+
+    def __len__(self) -> int:
+        """The number of windows."""
+        ...
+
+    def num_targets(self, rows: Tensor) -> int:
+        """The number of values or tokens that the windows in rows (B) ask for: the weight of their loss."""
+        ...
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """The mean loss, in nats, over the targets of the windows in rows (B, on the CPU)."""
+        ...
+
+
+class Cuts:
+    """Windows of tokens, which are cut when they are read: few of them are in memory."""
+
+    def __init__(self, starts: Sequence[Sequence[int]], cut: Callable[[int, int], list[int]]):
+        """The windows cut(number, start) at the starts of each series, from number 0 on."""
+        self.starts, self.ends, self.cut = starts, np.cumsum([len(one) for one in starts]), lru_cache(KEPT)(cut)
+
+    def __len__(self) -> int:
+        """The number of windows."""
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> list[int]:
+        """The tokens of a window."""
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        return self.cut(number, self.starts[number][index - int(self.ends[number])])  # from the end of its starts
+
+
+def cut_tokens(token_lists: Sequence[list[int]], settings: Training) -> Cuts:
+    """Windows that start every `stride` tokens of each list (the study, section 6.1.1), shorter where the tokens end.
+
+    Raises TrainingError when the context is longer than every list.
+    """
+    length = settings.context
+    assert length is not None  # a plan fills it in before the training
+    longest = max(map(len, token_lists))
+    if length > longest:
+        raise TrainingError(f"context {length} is longer than a trajectory of {longest} tokens; shorten it")
+    behind = [len(tokens) - length + 1 if settings.whole_windows else len(tokens) for tokens in token_lists]
+    starts = [range(0, stop, settings.stride) for stop in behind]
+    return Cuts(starts, lambda number, start: token_lists[number][start : start + length])
+
+
+def cut_series(
+    series: Sequence[np.ndarray], context: int, horizon: int, decimals: int, tokenizer: Tokenizer, length: int
+) -> Cuts:
+    """Windows of context and forecast that start at every time step of series (T, D), as at most `length` tokens.
+
+    Each is written in the encoding that is fitted to its context, as `Forecaster` does it; what follows is cut to the
+    numbers that this can write. A series that is shorter than a window is one window.
+    """
+
+    def cut(number: int, start: int) -> list[int]:
+        window = series[number][start : start + context + horizon]
+        encoding = Encoding.fit_each([window[: max(2, len(window) - horizon)]], decimals)
+        return tokenizer.encode(encoding.encode(encoding.writable(window)) + encoding.separator)[:length]
+
+    return Cuts([range(max(1, len(one) - context - horizon + 1)) for one in series], cut)
+
+
+class TextWindows:
+    """Windows of text, for a model with an injected adapter."""
+
+    def __init__(self, model: Qwen, cuts: Cuts, length: int, pad_id: int, vocabulary: Tensor | None = None):
+        """Windows of at most `length` tokens, which are padded to it; vocabulary is as in `next_token_loss`."""
+        unpack(model)  # training does not use packed copies of the weights
+        self.model, self.cuts, self.length, self.pad_id = model, cuts, length, pad_id
+        self.device = model.head_weight.device
+        self.parameters = adapter_parameters(model)
+        self.vocabulary = vocabulary
+
+    def __len__(self) -> int:
+        """The number of windows."""
+        return len(self.cuts)
+
+    def num_targets(self, rows: Tensor) -> int:
+        """The number of tokens that have a token before them."""
+        return sum(len(self.cuts[row]) - 1 for row in rows.tolist())
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The token ids (B, T) of the windows in rows (B), padded at the end, and their lengths (B), on the CPU."""
+        cuts = [torch.tensor(self.cuts[row]) for row in rows.tolist()]
+        ids = torch.full((len(cuts), self.length), self.pad_id)
+        for row, cut in zip(ids, cuts, strict=True):
+            row[: len(cut)] = cut
+        return ids, torch.tensor([len(cut) for cut in cuts])
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """The mean loss of the next token in the windows in rows (B, on the CPU).
+
+        Raises ValueError when a window has tokens outside the vocabulary.
+        """
+        ids, lengths = self.batch(rows)
+        vocabulary = self.vocabulary
+        if vocabulary is not None:
+            # checked on the CPU, because a check on a GPU would wait for it
+            check_targets(ids[torch.arange(self.length) < lengths[:, None]], vocabulary)
+            vocabulary = vocabulary.to(self.device, non_blocking=True)
+        is_padded = bool((lengths < self.length).any())
+        return next_token_loss(
+            self.model, ids.to(self.device, non_blocking=True), lengths if is_padded else None, vocabulary
+        )
+
+
+def check_direct(model: Qwen, settings: Training, num_steps: int, ahead: int) -> None:
+    """Raise TrainingError when the model has too few layers, or series of num_steps steps are too short for a window
+    and the K = `ahead` steps after it.
+    """
+    available = len(model.model.layers)
+    assert settings.direct_layers is not None
+    assert settings.context is not None
+    if settings.direct_layers > available:
+        raise TrainingError(
+            f"direct_layers is {settings.direct_layers}, expected 1 to {available}, the layers of the model; choose "
+            "another --model or --plan"
+        )
+    if settings.context + ahead > num_steps:
+        raise TrainingError(
+            f"the series have {num_steps} time steps, expected at least {settings.context + ahead}, a window of "
+            f"{settings.context} and the {ahead} after it; use longer series, or choose another --plan"
+        )
+
+
+class DirectWindows:
+    """Windows of series for a model that reads and writes numbers."""
+
+    def __init__(self, forecaster: DirectForecaster, series: Tensor, rounded: Tensor, settings: Training):
+        """Windows of `settings.context` steps, which begin at every `settings.stride` steps of series (N, T, D).
+
+        The model reads the rounded values, as in the contexts of a test, and learns to forecast the exact ones. The
+        more the values of a series vary, the more often an epoch has its windows, on average REPEATS times: the series
+        that vary most decide a mean squared error.
+        """
+        length, steps = settings.context, forecaster.steps
+        assert length is not None  # a plan fills it in before the training
+        self.length, self.forecaster, self.device = length, forecaster, forecaster.mean.device
+        self.inputs = forecaster.normalised(rounded.to(self.device))  # (N, T, F)
+        wanted = changes(series, steps) + (series - rounded)[:, :-steps, None]  # from the value that was read
+        self.targets = wanted.to(self.device) / forecaster.change_spread  # (N, T - K, K, D)
+        starts = range(0, series.shape[1] - length - steps + 1, settings.stride)
+        swing = series.var(1).sum(1).sqrt()  # (N)
+        often = (REPEATS * swing / swing.mean().clamp(min=1e-6)).round().clamp(min=1).long()
+        places = torch.cartesian_prod(torch.tensor(starts), torch.arange(len(series)))
+        self.places = places.repeat_interleave(often.repeat(len(starts)), dim=0)  # (n, 2): start and series
+        self.parameters = {name: p for name, p in forecaster.named_parameters() if p.requires_grad}
+
+    def __len__(self) -> int:
+        """The number of windows in an epoch."""
+        return len(self.places)
+
+    def num_targets(self, rows: Tensor) -> int:
+        """The number of values that are forecast."""
+        return len(rows) * self.length * self.targets[0, 0].numel()
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The features (B, T, F) and the changes to forecast (B, T, K, D) of the windows in rows (B, on the CPU)."""
+        starts, series = self.places[rows].to(self.device, non_blocking=True).unbind(1)
+        steps = starts[:, None] + torch.arange(self.length, device=self.device)
+        return self.inputs[series[:, None], steps], self.targets[series[:, None], steps]
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """The mean nats of the changes in the windows in rows (B, on the CPU)."""
+        inputs, targets = self.batch(rows)
+        location, log_scale = self.forecaster(inputs)
+        return laplace_loss(location, log_scale, targets)
