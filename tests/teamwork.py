@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 def train(folder: str) -> int:
     """Train a small fp64 model on the rows of unequal length; each process writes its losses and adapter."""
     from conftest import GROUPED, random_model
-    from experiments.forecasting import training
+    from experiments.training.loop import Account
+    from experiments.training.loop import train as train_on
+    from experiments.training.windows import Cuts, TextWindows
     from experiments.training.settings import Training
     from experiments.training.team import joined
     from lora import LoraConfig, adapter_parameters, inject
@@ -25,7 +27,8 @@ def train(folder: str) -> int:
         lengths = torch.tensor([24, 11, 24, 7, 24, 24, 18, 24, 3])
         settings = Training(4, 1e-2, 24, 6, batch=3, accumulate=1, clip=0.5)
         state = Path(folder) / f"state-{team.size}"
-        done = training.train(training.TextWindows(model, ids, lengths), settings, state=state, team=team)
+        cuts = Cuts([range(9)], lambda _, row: ids[row, : lengths[row]].tolist())
+        done = train_on(TextWindows(model, cuts, 24, 0), settings, Account(team=team), state)
         tensors = {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
         tensors["losses"] = torch.tensor(done.losses, dtype=torch.float64)
         save_file(tensors, Path(folder) / f"{team.size}-{team.rank}.safetensors")

@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import config_fields, random_model, relative_error
-from experiments.forecasting.direct import DirectForecaster, DirectWindows
+from experiments.forecasting.direct import DirectForecaster
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import Forecaster
 from experiments.training.settings import Training
-from experiments.forecasting.training import TextWindows, train, window_tensors
+from experiments.training.loop import Account, train
+from experiments.training.windows import DirectWindows, TextWindows, cut_tokens
 from experiments.study.evaluation import evaluate
 from lora import LoraConfig, adapter_parameters, inject
 from qwen_min import KVCache, QwenConfig, generate, load
@@ -129,14 +130,12 @@ def test_replayed_graphs_equal_eager_passes(on_gpu, precision):
 def test_training_steps_agree(on_cpu, on_gpu, precision, tmp_path):
     """The windows are with and without padding."""
     settings = Training(rank=4, learning_rate=1e-3, context=24, steps=3, batch=2, stride=10, seed=5)
-    ids, lengths = window_tensors([PROMPTS[0][:40]] * 3, settings, pad_id=256)
+    cuts = cut_tokens([PROMPTS[0][:40]] * 3, settings)
     found = []
     for name, model in (("cpu", on_cpu), ("cuda", on_gpu)):
         torch.manual_seed(settings.seed)
         inject(model, settings.lora)
-        losses = train(
-            TextWindows(model, ids, lengths), settings, tmp_path / name, lambda _: None, lambda *_: None
-        ).losses
+        losses = train(TextWindows(model, cuts, 24, 256), settings, Account(), tmp_path / name).losses
         found.append((losses, {key: p.detach().cpu() for key, p in adapter_parameters(model).items()}))
     assert found[1][0] == pytest.approx(found[0][0], rel=precision[1])
     for key, parameter in found[0][1].items():
@@ -152,7 +151,7 @@ def test_direct_forecasts_agree(on_cpu, on_gpu, precision):
     found = []
     for model in (on_cpu, on_gpu):
         torch.manual_seed(settings.seed)
-        forecaster = DirectForecaster(model, settings, series, steps=5)
+        forecaster = DirectForecaster(model, settings.direct_layers, settings.lora, series, steps=5)
         losses = train(DirectWindows(forecaster, series, series, settings), settings).losses
         found.append((losses, *forecaster.forecast(series[:, :30].numpy(), 10)))
     for ours, theirs in zip(*found, strict=True):
@@ -228,7 +227,7 @@ def series() -> list[np.ndarray]:
 def test_forecasts_in_several_batches_agree(monkeypatch, checkpoint, samples):
     monkeypatch.setattr("experiments.forecasting.text.rows_at_once", lambda model, columns: 4)
     wanted, found = (
-        Forecaster(*load(checkpoint, device), scale=1.0).forecast(series(), 4, samples) for device in ("cpu", "cuda")
+        Forecaster(*load(checkpoint, device), Encoding(1.0)).forecast(series(), 4, samples) for device in ("cpu", "cuda")
     )
     np.testing.assert_array_equal(found.values, wanted.values)
     if samples:

@@ -5,9 +5,12 @@ import pytest
 import torch
 
 from experiments.forecasting import direct
-from experiments.forecasting.direct import DirectForecaster, DirectWindows, changes, features
+from experiments.forecasting.direct import DirectForecaster, changes, features
+from experiments.training.costs import direct_step
+from experiments.training.loop import Account, train
 from experiments.training.settings import LINEAR, Training
-from experiments.forecasting.training import TrainingError, train
+from experiments.training.windows import REPEATS, DirectWindows, TrainingError, check_direct
+from flops import BudgetExceeded, Ledger
 from flops.primitives import EXP
 from flops.trace import Tracer
 from lora import remove
@@ -27,10 +30,14 @@ def series():
     return torch.stack((2 + phase.sin(), 1 + 0.5 * phase.cos()), dim=-1)
 
 
+def forecaster_of(model, series, settings=SETTINGS):
+    torch.manual_seed(0)
+    return DirectForecaster(model, settings.direct_layers, settings.lora, series, STEPS)
+
+
 @pytest.fixture
 def forecaster(tiny, series):
-    torch.manual_seed(0)
-    yield DirectForecaster(tiny[0], SETTINGS, series, STEPS)
+    yield forecaster_of(tiny[0], series)
     remove(tiny[0])
 
 
@@ -61,30 +68,30 @@ def test_changes_are_those_from_each_step_to_the_next_ones(series):
 def test_the_counted_flops_are_those_that_run(tiny, series, layers, batch):
     settings = replace(SETTINGS, direct_layers=layers, batch=batch)
     model = tiny[0]
-    forecaster = DirectForecaster(model, settings, series, STEPS)
+    forecaster = forecaster_of(model, series, settings)
     try:
         windows = windows_of(forecaster, series, settings)
         with Tracer() as tracer:
             windows.loss(torch.arange(batch)).backward()
     finally:
         remove(model)
-    assert direct.step_flops(model.config, settings, STEPS, 2) == tracer.total
+    assert direct_step(model.config, settings, STEPS, 2) == tracer.total
 
 
 def test_the_counted_flops_of_other_conventions_are_three_forward_passes(tiny, series, forecaster):
     windows = windows_of(forecaster, series)
     with torch.no_grad(), Tracer() as tracer:
         windows.loss(torch.arange(2))
-    found = [direct.step_flops(tiny[0].config, SETTINGS, STEPS, 2, name) for name in ("study", "published")]
+    found = [direct_step(tiny[0].config, SETTINGS, STEPS, 2, name) for name in ("study", "published")]
     assert found == pytest.approx([3 * tracer.total] * 2, rel=0.35)  # other rules for attention, norms and the width
-    longer = [direct.step_flops(tiny[0].config, SETTINGS, 2 * STEPS, 2, name) for name in ("study", "published")]
+    longer = [direct_step(tiny[0].config, SETTINGS, 2 * STEPS, 2, name) for name in ("study", "published")]
     rows, more = 2 * 20, STEPS * 2  # positions of a step, and values that are forecast in addition
     hidden = tiny[0].config.hidden_size
     head, loss = 2 * more * 2 * hidden, more * (EXP + 6)  # with the bias; |t - l| e^-s + s, and their sum
     assert [b - a for a, b in zip(found, longer, strict=True)] == [3 * rows * (head + loss)] * 2
     parts = replace(SETTINGS, batch=4, accumulate=2)
-    whole = direct.step_flops(tiny[0].config, SETTINGS, STEPS, 2, "study")
-    assert direct.step_flops(tiny[0].config, parts, STEPS, 2, "study") == 2 * whole
+    whole = direct_step(tiny[0].config, SETTINGS, STEPS, 2, "study")
+    assert direct_step(tiny[0].config, parts, STEPS, 2, "study") == 2 * whole
 
 
 def test_only_the_maps_and_the_adapters_of_the_first_layers_are_trained(tiny, forecaster, series):
@@ -171,13 +178,13 @@ def test_nats_are_those_of_rounded_values():
 
 def test_windows_read_rounded_values_and_ask_for_exact_ones(forecaster, series):
     windows = windows_of(forecaster, series)
-    assert windows.inputs.shape[:2] == (6 * 4, 20)  # they begin at the steps 0, 5, 10 and 15
     rounded = series.mul(100).round() / 100
-    row = 6 * 2 + 3  # series 3 from step 10 on
-    torch.testing.assert_close(windows.inputs[row], forecaster.normalised(rounded[3:4])[0, 10:30])
-    reached = rounded[3, 10:30, None] + windows.targets[row] * forecaster.change_spread
+    row = (6 * 2 + 3) * REPEATS  # the series vary about equally; series 3 from step 10 on
+    (inputs,), (targets,) = windows.batch(torch.tensor([row]))
+    torch.testing.assert_close(inputs, forecaster.normalised(rounded[3:4])[0, 10:30])
+    reached = rounded[3, 10:30, None] + targets * forecaster.change_spread
     torch.testing.assert_close(reached, series[3:4].unfold(1, STEPS + 1, 1).movedim(-1, 2)[0, 10:30, 1:])
-    assert len(windows) == 6 * 4 * direct.REPEATS  # the series vary about equally
+    assert len(windows) == 6 * 4 * REPEATS  # they begin at the steps 0, 5, 10 and 15
     assert windows.num_targets(torch.tensor([0, 5])) == 2 * 20 * STEPS * 2
 
 
@@ -187,22 +194,17 @@ def test_series_that_vary_more_are_read_more_often(forecaster, series):
     varied[2] = varied[2].mean(0) + 3 * (series[0] - series[0].mean(0))
     varied[[1, 3, 4, 5]] = series[0]
     windows = windows_of(forecaster, varied, replace(SETTINGS, stride=50))
-    assert windows.order.tolist() == [0] * 3 + [1] * 3 + [2] * 9 + [3] * 3 + [4] * 3 + [5] * 3
+    assert windows.places[:, 1].tolist() == [0] * 3 + [1] * 3 + [2] * 9 + [3] * 3 + [4] * 3 + [5] * 3
     torch.testing.assert_close(windows.loss(torch.tensor([6, 14])), windows.loss(torch.tensor([8, 8])))
 
 
 def test_a_training_learns_and_continues_to_the_same_bytes(tiny, series, tmp_path):
     def run(state, stop=None):
-        torch.manual_seed(0)
-        forecaster = DirectForecaster(tiny[0], SETTINGS, series, STEPS)
-
-        def before(step):
-            if step == stop:
-                raise KeyboardInterrupt
-
+        forecaster = forecaster_of(tiny[0], series)
+        account = Account("direct", Ledger(state.with_suffix(".ledger"), stop or 99), 1)
         try:
             windows = windows_of(forecaster, series)
-            done = train(windows, SETTINGS, state, before)
+            done = train(windows, SETTINGS, account, state)
             trained = {name: p.detach().clone() for name, p in windows.parameters.items()}
             return done.losses, trained, forecaster.forecast(series[:, :30].numpy(), STEPS)[0]
         finally:
@@ -212,7 +214,7 @@ def test_a_training_learns_and_continues_to_the_same_bytes(tiny, series, tmp_pat
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.2
     truth = series[:, 30 : 30 + STEPS].numpy()
     assert np.square(medians - truth).mean() < np.square(series[:, 29:30].numpy() - truth).mean()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(BudgetExceeded):
         run(tmp_path / "parts", stop=17)
     again = run(tmp_path / "parts")
     assert again[0] == losses
@@ -222,8 +224,7 @@ def test_a_training_learns_and_continues_to_the_same_bytes(tiny, series, tmp_pat
 def test_a_batch_in_parts_trains_as_a_whole_one(tiny, series):
     def losses(accumulate):
         settings = replace(SETTINGS, batch=4, accumulate=accumulate, steps=5)
-        torch.manual_seed(0)
-        forecaster = DirectForecaster(tiny[0], settings, series, STEPS)
+        forecaster = forecaster_of(tiny[0], series, settings)
         try:
             return train(windows_of(forecaster, series, settings), settings).losses
         finally:
@@ -238,7 +239,7 @@ def test_the_model_is_as_before_once_the_adapters_are_removed(series):
     with torch.no_grad():
         before = model(ids)
         pack(model)
-        forecaster = DirectForecaster(model, SETTINGS, series, STEPS)
+        forecaster = forecaster_of(model, series)
         assert getattr(model.head_weight, "packed", None) is None  # training would not see its changes
         for name, parameter in forecaster.named_parameters():
             if "lora" in name:
@@ -258,5 +259,4 @@ def test_the_model_is_as_before_once_the_adapters_are_removed(series):
 )
 def test_what_does_not_fit_is_refused(tiny, series, change, message):
     with pytest.raises(TrainingError, match=message):
-        DirectForecaster(tiny[0], replace(SETTINGS, **change), series, STEPS)
-    assert not any(isinstance(module, LoRALinear) for module in tiny[0].modules())
+        check_direct(tiny[0], replace(SETTINGS, **change), series.shape[1], STEPS)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from experiments.forecasting.encoding import Encoding, EncodingError, windows
+from experiments.forecasting.encoding import Encoding, EncodingError
 from experiments.study import data
 
 PUBLISHED_TEXT = "0.92,0.74;0.56,0.77;0.34,0.70;0.23,0.59;"
@@ -88,11 +88,6 @@ def test_a_text_cut_anywhere_gives_whole_values_or_none(series, length):
 )
 def test_malformed_values_are_nan(text, values):
     np.testing.assert_array_equal(Encoding(1.0).decode(text, 2, 2), np.array(values, dtype=float))
-
-
-def test_windows_start_every_stride_tokens_and_the_last_are_shorter():
-    pieces = windows(list(range(999)), length=512, stride=256)
-    assert [(piece[0], len(piece)) for piece in pieces] == [(0, 512), (256, 512), (512, 487), (768, 231)]
 
 
 @pytest.mark.parametrize("bad", [{"scale": 0.0}, {"scale": float("nan")}, {"scale": 1.0, "decimals": 0}])

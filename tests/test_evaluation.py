@@ -105,7 +105,7 @@ def test_constrained_forecasts_are_whole_and_have_the_same_losses(tiny, series, 
     assert np.isnan(constrained.free_losses).all()
     np.testing.assert_allclose(constrained.forced_losses, free.forced_losses, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(constrained.nats, free.nats, rtol=1e-4)
-    forecaster = Forecaster(*tiny, scale=ENCODING.scale)
+    forecaster = Forecaster(*tiny, ENCODING)
     alone = forecaster.forecast(series[:, :20], 7)
     np.testing.assert_allclose(alone.values / ENCODING.scale, constrained.values, rtol=1e-6)
     np.testing.assert_allclose(forecaster.nats_per_value(series[:, :20], series[:, 20:23]), free.nats, rtol=1e-4)

@@ -11,8 +11,8 @@ from conftest import relative_error
 from experiments import export
 from experiments.forecasting import Forecaster
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.text import Trained, checkpoint_hash
-from experiments.forecasting.training import write_adapter
+from experiments.forecasting.adapter import Trained, checkpoint_hash
+from experiments.training.run import write_adapter
 from lora import LoraConfig, adapter_parameters, inject, load_adapter, merge_and_unload, save_adapter
 from qwen_min import CheckpointError, load
 from qwen_min.weights import TINY, save
@@ -27,7 +27,7 @@ def adapted(tmp_path):
     for name, parameter in adapter_parameters(model).items():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
-    write_adapter(model, tmp_path, Trained(Encoding(0.5, 2), "tiny", checkpoint_hash(TINY)))
+    write_adapter(model, tmp_path, Trained("tiny", checkpoint_hash(TINY), Encoding(0.5, 2)))
     return model, tmp_path / "adapter"
 
 

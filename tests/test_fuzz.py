@@ -25,8 +25,9 @@ from safetensors.torch import save
 
 from conftest import GROUPED, config_fields, random_model
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.text import Trained, read_trained, write_trained
-from experiments.forecasting.training import Steps, TrainingError, _load_state, _save_state
+from experiments.forecasting.adapter import Trained, read_trained, write_trained
+from experiments.training.loop import Progress, load_state, save_state
+from experiments.training.windows import TrainingError
 from experiments.report import build as report
 from experiments.report import comparison, sections
 from experiments.storage.files import RunError, read_json
@@ -196,7 +197,7 @@ def adapter(tmp_path_factory):
     inject(model, LoraConfig(rank=2, alpha=2))
     save_adapter(model, folder)
     remove(model)
-    write_trained(folder, Trained(Encoding(0.5), "tiny", "0" * 64))
+    write_trained(folder, Trained("tiny", "0" * 64, Encoding(0.5)))
     return model, folder
 
 
@@ -373,11 +374,11 @@ def test_state_of_training(source, adapter, tmp_path_factory):
         sum(p.sum() for p in parameters.values()).backward()
         optimizer.step()
         path = tmp_path_factory.mktemp("state") / "state.safetensors"
-        _save_state(path, parameters, optimizer, Steps([1.0, 2.0], 3.0))
+        save_state(path, parameters, optimizer, Progress([1.0, 2.0], 3.0))
         before = {name: p.detach().clone() for name, p in parameters.items()}
         path.write_bytes(source.draw(changed_bytes(path.read_bytes())))
         try:
-            found = _load_state(path, path.read_bytes(), parameters, optimizer, steps=2)
+            found = load_state(path, path.read_bytes(), parameters, optimizer, steps=2)
             assert all(np.isfinite(found.losses))
         except TrainingError:
             assert all(torch.equal(parameters[name], value) for name, value in before.items())

@@ -7,7 +7,8 @@ import torch
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar, may_be_wide
 from experiments.training.settings import Training
-from experiments.forecasting.training import TextWindows, train, window_tensors
+from experiments.training.loop import train
+from experiments.training.windows import TextWindows, cut_tokens
 from experiments.study import data
 from experiments.study.evaluation import evaluate, metrics
 from lora import inject
@@ -47,8 +48,8 @@ def test_the_untrained_model_forecasts_and_a_few_steps_improve_it(loaded, parts)
     torch.manual_seed(0)
     inject(model, settings.lora)
     tokens = [tokenizer.encode(encoding.encode(one)) for one in train_part[:20]]
-    ids, lengths = window_tensors(tokens, settings, tokenizer.pad_id)
-    print(train(TextWindows(model, ids, lengths), settings).losses)
+    windows = TextWindows(model, cut_tokens(tokens, settings), settings.context, tokenizer.pad_id)
+    print(train(windows, settings).losses)
     after = judged(loaded, encoding, validation)
     print(f"after {settings.steps} steps: {after}")
     assert after["forced_loss"] < before["forced_loss"]

@@ -233,8 +233,8 @@ def test_a_killed_run_ends_with_the_same_bytes(finished, data_file, tmp_path):
 
 
 TERMINATE = """
-import os, signal, experiments.forecasting.training
-experiments.forecasting.training.SAVE_SECONDS = 1000
+import os, signal, experiments.training.loop
+experiments.training.loop.SAVE_SECONDS = 1000
 from flops import Ledger
 plain = Ledger.debit
 def debit(self, experiment, step, flops):

@@ -6,11 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.forecasting import training
-from experiments.training.settings import Training
-from experiments.forecasting.training import TextWindows, TrainingError, batch_rows, train, window_tensors
+from experiments.forecasting.encoding import Encoding
+from experiments.storage.interruption import Interrupted, Interruption
 from experiments.study import plans
-from flops import training_step
+from experiments.training import loop
+from experiments.training.loop import Account, HeldOut, batch_rows, train
+from experiments.training.settings import Training
+from experiments.training.windows import TextWindows, TrainingError, cut_series, cut_tokens
+from flops import BudgetExceeded, training_step
 from flops.trace import trace_training_step
 from lora import adapter_parameters, inject, remove
 from qwen_min import load
@@ -25,19 +28,31 @@ def token_lists(tiny):
     return [tiny[1].encode(";".join(f"{v:.2f}" for v in rng.uniform(0, 9, 7))) for _ in range(6)]
 
 
-def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None, vocabulary=None):
-    """Train a fresh adapter: (losses, adapter). Like a signal, stop_before interrupts before that step."""
-    model, tokenizer = tiny
-    ids, lengths = window_tensors(token_lists, settings, tokenizer.pad_id)
+def text_windows(model, token_lists, settings=SETTINGS, vocabulary=None):
+    return TextWindows(model, cut_tokens(token_lists, settings), settings.context, 256, vocabulary)
+
+
+class Stopping:
+    """A ledger that stops a training before a step, as an empty budget does."""
+
+    budget = spent = 1
+
+    def __init__(self, step):
+        self.last = step
+
+    def debit(self, name, step, cost):
+        if step == self.last:
+            raise BudgetExceeded
+
+
+def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None, vocabulary=None, held_out=None):
+    """Train a fresh adapter: (losses, adapter)."""
+    model = tiny[0]
     torch.manual_seed(settings.seed)
     inject(model, settings.lora)
-
-    def before_step(step):
-        if step == stop_before:
-            raise KeyboardInterrupt
-
     try:
-        trained = train(TextWindows(model, ids, lengths, vocabulary), settings, state, before_step)
+        windows = text_windows(model, token_lists, settings, vocabulary)
+        trained = train(windows, settings, Account(ledger=Stopping(stop_before)), state, held_out)
         return trained.losses, {name: p.detach().clone() for name, p in adapter_parameters(model).items()}
     finally:
         remove(model)
@@ -74,19 +89,42 @@ def test_a_setting_may_be_none_if_the_plan_says_where_it_comes_from():
 
 
 def test_windows_are_padded_at_the_end(tiny, token_lists):
-    ids, lengths = window_tensors(token_lists, SETTINGS, tiny[1].pad_id)
-    assert ids.shape == (6 * 4, 24)  # 34 tokens: starts 0, 10, 20, 30
-    assert lengths.tolist() == [24, 24, 14, 4] * 6
-    assert ids[3].tolist() == token_lists[0][30:] + [256] * 20
+    cuts = cut_tokens(token_lists, SETTINGS)
+    assert len(cuts) == 6 * 4  # 34 tokens: starts 0, 10, 20, 30
+    assert [len(cuts[row]) for row in range(24)] == [24, 24, 14, 4] * 6
+    assert cuts[23] == token_lists[5][30:]
+    inject(tiny[0], SETTINGS.lora)
+    try:
+        windows = text_windows(tiny[0], token_lists)
+        ids, lengths = windows.batch(torch.tensor([3, 0]))
+        assert windows.num_targets(torch.tensor([3, 0])) == 3 + 23
+    finally:
+        remove(tiny[0])
+    assert lengths.tolist() == [4, 24]
+    assert ids.tolist() == [token_lists[0][30:] + [256] * 20, token_lists[0][:24]]
     with pytest.raises(TrainingError, match="context 35 is longer than a trajectory of 34 tokens"):
-        window_tensors(token_lists, Training(2, 1e-3, context=35, steps=1), 0)
+        cut_tokens(token_lists, Training(2, 1e-3, context=35, steps=1))
 
 
 def test_whole_windows_leave_out_windows_that_end_early(tiny, token_lists):
-    ids, lengths = window_tensors(token_lists, replace(SETTINGS, whole_windows=True), tiny[1].pad_id)
-    assert ids.shape == (6 * 2, 24)
-    assert set(lengths.tolist()) == {24}
-    assert ids[1].tolist() == token_lists[0][10:34]
+    cuts = cut_tokens(token_lists, replace(SETTINGS, whole_windows=True))
+    assert [len(cuts[row]) for row in range(len(cuts))] == [24] * 6 * 2
+    assert cuts[1] == token_lists[0][10:34]
+
+
+def test_windows_of_own_series_are_written_relative_to_their_context(tiny):
+    """The level of a series does not show in its text; what the context does not reach is cut to what can be written."""
+    tokenizer = tiny[1]
+    wave = 2 + np.sin(np.arange(30) / 3)[:, None]
+    low, high = (cut_series([one], 20, 5, 2, tokenizer, 1000) for one in (wave, 1e6 * wave))
+    assert len(low) == 6
+    assert [low[row] for row in range(6)] == [high[row] for row in range(6)]
+    encoding = Encoding.fit_each([wave[5:25]])
+    assert tokenizer.decode(low[5]) == encoding.encode(wave[5:30]) + ";"
+    wave[20:] = -1e3
+    assert tokenizer.decode(cut_series([wave], 20, 5, 2, tokenizer, 1000)[0]).endswith(";0.00;0.00;0.00;0.00;0.00;")
+    short = cut_series([wave[:12], wave], 20, 5, 2, tokenizer, 30)
+    assert [len(short), len(short[0])] == [7, 30]
 
 
 def test_a_cosine_rises_over_a_twentieth_of_the_steps_and_falls_to_zero():
@@ -130,12 +168,11 @@ def test_training_lowers_the_loss_and_leaves_the_base(tmp_path, tiny, token_list
 
 def test_without_a_state_file_a_training_takes_the_same_steps(tmp_path, tiny, token_lists):
     wanted, _ = run(tiny, token_lists, tmp_path / "state")
-    model, tokenizer = tiny
-    ids, lengths = window_tensors(token_lists, SETTINGS, tokenizer.pad_id)
+    model = tiny[0]
     torch.manual_seed(SETTINGS.seed)
     inject(model, SETTINGS.lora)
     try:
-        trained = train(TextWindows(model, ids, lengths), SETTINGS)
+        trained = train(text_windows(model, token_lists), SETTINGS)
     finally:
         remove(model)
     assert trained.losses == wanted
@@ -150,8 +187,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(
 ):
     settings = replace(SETTINGS, cosine=cosine)
     wanted = run(tiny, token_lists, tmp_path / "undisturbed", settings)
-    monkeypatch.setattr(training, "SAVE_SECONDS", save_seconds)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(loop, "SAVE_SECONDS", save_seconds)
+    with pytest.raises(BudgetExceeded):
         run(tiny, token_lists, tmp_path / "state", settings, stop_before=stop_before)
     assert len(load_file(tmp_path / "state")["losses"]) == stop_before
     losses, adapter = run(tiny, token_lists, tmp_path / "state", settings)
@@ -159,6 +196,47 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     assert all(torch.equal(adapter[name], tensor) for name, tensor in wanted[1].items())
     again, _ = run(tiny, token_lists, tmp_path / "state", settings)  # already finished, so no further step
     assert again == losses
+
+
+def test_a_request_to_stop_ends_the_training_after_a_step(tmp_path, tiny, token_lists):
+    interruption, checks = Interruption(), []
+
+    def ask():  # at the second check, after two steps
+        checks.append(1)
+        interruption.asked = 15 if len(checks) == 2 else None
+        return 1.0
+
+    inject(tiny[0], SETTINGS.lora)
+    try:
+        with pytest.raises(Interrupted):
+            train(
+                text_windows(tiny[0], token_lists),
+                replace(SETTINGS, steps=16),
+                Account(interruption=interruption),
+                tmp_path / "state",
+                HeldOut(ask),
+            )
+    finally:
+        remove(tiny[0])
+    assert len(load_file(tmp_path / "state")["losses"]) == 2
+
+
+def test_the_state_with_the_smallest_held_out_loss_is_kept_also_after_a_stop(tmp_path, tiny, token_lists):
+    settings = replace(SETTINGS, steps=16)
+
+    def held_out():
+        losses = {0: 5.0, 2: 4.0, 4: 3.0, 6: 1.0, 8: 2.0, 10: 2.5}
+        return HeldOut(lambda: losses[next(done)], patience=2)
+
+    done = iter(range(0, 99, 2))
+    _, wanted = run(tiny, token_lists, None, settings, held_out=held_out())
+    assert next(done) == 12  # checks after 8 and 10 steps found nothing better than that after 6
+    done = iter(range(0, 99, 2))
+    with pytest.raises(BudgetExceeded):
+        run(tiny, token_lists, tmp_path / "state", settings, stop_before=9, held_out=held_out())
+    losses, adapter = run(tiny, token_lists, tmp_path / "state", settings, held_out=held_out())
+    assert len(losses) == 10
+    assert all(torch.equal(adapter[name], tensor) for name, tensor in wanted.items())
 
 
 def test_the_first_step_is_a_step_of_adam(tmp_path, tiny, token_lists):
@@ -179,11 +257,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, tiny, toke
 def test_a_loss_that_is_not_finite_leaves_the_adapter(tiny, token_lists):
     model, settings = copy.deepcopy(tiny[0]), replace(SETTINGS, steps=1)
     model.model.norm.weight.data[0] = torch.nan
-    ids, lengths = window_tensors(token_lists, settings, tiny[1].pad_id)
     inject(model, settings.lora)
     before = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
     with pytest.raises(TrainingError, match="step 0: the loss is nan"):
-        train(TextWindows(model, ids, lengths), settings)
+        train(text_windows(model, token_lists, settings), settings)
     assert all(torch.equal(parameter, before[name]) for name, parameter in adapter_parameters(model).items())
 
 

@@ -115,8 +115,9 @@ class Encoding:
 
     def writable(self, series: np.ndarray) -> np.ndarray:
         """The series (..., D), with values that cannot be written replaced by the nearest that can."""
-        nearest = self.restored(np.clip(self.scaled(series), 0, self.limit - 10.0**-self.decimals))
-        return np.where(self.unwritable(series), nearest, series).astype(series.dtype)
+        scaled = self.scaled(series)
+        nearest = np.clip(scaled, 0, self.limit - 10.0**-self.decimals)
+        return np.where((scaled < 0) | (scaled > nearest), self.restored(nearest), series).astype(series.dtype)
 
     def restored(self, scaled: np.ndarray) -> np.ndarray:
         """Scaled values (..., D) in the units of the data."""

@@ -193,9 +193,10 @@ class DirectWindows:
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The features (B, T, F) and the changes to forecast (B, T, K, D) of the windows in rows (B, on the CPU)."""
-        starts, series = self.places[rows].to(self.device, non_blocking=True).unbind(1)
-        steps = starts[:, None] + torch.arange(self.length, device=self.device)
-        return self.inputs[series[:, None], steps], self.targets[series[:, None], steps]
+        starts, series = self.places[rows].numpy().T
+        numbers = torch.from_numpy(series[:, None]).to(self.device, non_blocking=True)
+        steps = torch.from_numpy(starts[:, None] + np.arange(self.length)).to(self.device, non_blocking=True)
+        return self.inputs[numbers, steps], self.targets[numbers, steps]
 
     def loss(self, rows: Tensor) -> Tensor:
         """The mean nats of the changes in the windows in rows (B, on the CPU)."""
