@@ -27,10 +27,10 @@ import torch
 from safetensors.torch import load_file
 
 from experiments import run
-from experiments.training.settings import Training
 from experiments.report.build import write_report
 from experiments.storage.runfolder import LOCK_FILE, WRITER_FILE
 from experiments.study import data, evaluation, judging, plans, suite
+from experiments.training.settings import Training
 from tests import small_plan
 
 SYSTEMS = 20  # 3 validation and 3 test trajectories

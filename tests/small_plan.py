@@ -1,8 +1,9 @@
 """A quick plan with few steps, whose state is saved after each step."""
 
-from experiments.forecasting import gru, training
-from experiments.training.settings import Training
+from experiments.forecasting import gru
 from experiments.study import plans
+from experiments.training import loop
+from experiments.training.settings import Training
 
 
 def quick(seed: int) -> plans.Plan:
@@ -15,5 +16,5 @@ def quick(seed: int) -> plans.Plan:
 def install() -> None:
     """Replace the quick plan in this process."""
     plans.PLANS["quick"] = quick
-    training.SAVE_SECONDS = 0
+    loop.SAVE_SECONDS = 0
     gru.STEPS = 3

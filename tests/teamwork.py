@@ -12,9 +12,9 @@ def train(folder: str) -> int:
     from conftest import GROUPED, random_model
     from experiments.training.loop import Account
     from experiments.training.loop import train as train_on
-    from experiments.training.windows import Cuts, TextWindows
     from experiments.training.settings import Training
     from experiments.training.team import joined
+    from experiments.training.windows import Cuts, TextWindows
     from lora import LoraConfig, adapter_parameters, inject
 
     torch.set_num_threads(1)

@@ -10,8 +10,8 @@ import transformers
 from conftest import relative_error
 from experiments import export
 from experiments.forecasting import Forecaster
-from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.adapter import Trained, checkpoint_hash
+from experiments.forecasting.encoding import Encoding
 from experiments.training.run import write_adapter
 from lora import LoraConfig, adapter_parameters, inject, load_adapter, merge_and_unload, save_adapter
 from qwen_min import CheckpointError, load

@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from experiments import finetune
-from experiments.forecasting import backtest, finetuning, training
-from experiments.forecasting.backtest import BacktestError, baseline_forecasts, held_out, scores, split
-from experiments.forecasting.finetuning import Finetuning, FitError, planned, prepare
+from experiments import finetune, training
+from experiments.forecasting import backtest
+from experiments.forecasting.adapter import end_hash
+from experiments.forecasting.backtest import BacktestError, Origin, baseline_forecasts, held_out, scores, split
 from experiments.forecasting.text import Forecaster
 from experiments.report.__main__ import main as redraw
+from experiments.storage.files import RunError
+from experiments.training import loop
+from experiments.training.finetuning import FitError, prepare
 
 
 def waves(count: int, steps: int = 60) -> list[np.ndarray]:
@@ -58,43 +61,83 @@ def test_errors_are_in_standard_deviations_and_units():
     assert scores(found["AR"], places, spread)["rmse"] < 0.2 < scores(found["persistence"], places, spread)["rmse"]
 
 
+def test_baselines_read_the_whole_past():
+    """In a period of 48, a model's context of 20 steps shows no season."""
+    rows = np.arange(300.0)
+    series = np.stack([10 + np.sin(2 * np.pi * rows / 48), 10 + np.cos(2 * np.pi * rows / 48)], axis=1)
+    places = split([series], 10).test
+    found = baseline_forecasts(places)
+    assert scores(found["seasonal naive"], places, series.std(axis=0))["rmse"] < 0.1
+    assert [len(place.context) for place in places] == [250, 260, 270, 280, 290]
+
+
+def test_intervals_are_over_series_and_hold_the_mean_as_often_as_they_say():
+    """Eight series of five forecasts, with an effect of the series: an interval over forecasts held it in 60 %."""
+    rng, held = np.random.default_rng(0), 0
+    places = [Origin(np.zeros((9, 1)), np.zeros((1, 1)), number) for number in range(8) for _ in range(5)]
+    mean = np.exp(2 * (0.3**2 + 0.15**2))  # of the squares of log-normal errors
+    for _ in range(400):
+        errors = np.exp(rng.normal(0, 0.3, (8, 1)) + rng.normal(0, 0.15, (8, 5))).reshape(40, 1, 1)
+        error = scores(errors, places, np.ones(1))
+        held += error["interval"][0] <= np.sqrt(mean) <= error["interval"][1]
+    assert error["over"] == "series"
+    assert 0.90 <= held / 400 <= 0.98
+    few = scores(errors[:20], places[:20], np.ones(1))
+    assert few["over"] == "forecasts"  # of four series
+    assert few["rmse"] == pytest.approx(np.sqrt((errors[:20] ** 2).mean()))
+
+
 def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path):
     forecaster = Forecaster.load("tiny")
-    data = prepare(forecaster, waves(6), 5, context=15)
-    assert data.ids.shape[1] == 200
-    cost = finetuning.cost_of(forecaster, planned(forecaster, data, finetuning.DEFAULTS, None, 1))
-    settings = planned(forecaster, data, finetuning.DEFAULTS, 7.9 * cost, None)
-    assert (settings.steps, settings.context) == (7, 200)
+    options = {"context": 15, "samples": 0}
+    cost = prepare(forecaster, waves(6), 5, steps=1, **options).cost
+    job = prepare(forecaster, waves(6), 5, 7.9 * cost, **options)
+    assert (job.settings.steps, job.settings.context) == (7, 200)
     for budget, steps in ((0.9 * cost, None), (7.9 * cost, 8)):
         with pytest.raises(FitError, match="do not fit a budget"):
-            planned(forecaster, data, finetuning.DEFAULTS, budget, steps)
-    run = Finetuning(forecaster, data, settings, tmp_path, 7.9 * cost, samples=0)
-    metrics = run.run(("tiny", ""))
+            prepare(forecaster, waves(6), 5, budget, steps=steps, **options)
+    metrics = job.run(tmp_path)
     assert metrics["spent"] == 7 * cost <= metrics["budget"] == int(7.9 * cost)
     lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert [line["flops"] for line in lines] == [cost] * 7
 
 
 def test_fitting_helps_and_keeps_the_best_state(tmp_path):
+    """A pattern of seven steps that all series share."""
     forecaster = Forecaster.load("tiny")
-    series = waves(8)
-    assert forecaster.fit(series, 5, steps=40, context=20, rank=4, learning_rate=5e-3, samples=0, folder=tmp_path) is (
-        forecaster
-    )
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    pattern = np.random.default_rng(0).uniform(1, 9, (7, 2))
+    series = [np.tile(pattern, (9, 1))[number : number + 50] * (1 + number) for number in range(8)]
+    options = {"steps": 24, "context": 20, "rank": 4, "learning_rate": 5e-3, "samples": 0}
+    metrics = training.finetune(forecaster, series, 5, folder=tmp_path, **options)
     assert metrics["held_out_after"] < metrics["held_out_before"]
     contexts = [one[:30] for one in series]
     loaded = Forecaster.load(adapter=tmp_path / "adapter")
     np.testing.assert_array_equal(loaded.forecast(contexts, 5).values, forecaster.forecast(contexts, 5).values)
     rows = [line.split(",") for line in (tmp_path / "held_out.csv").read_text().splitlines()[1:]]
     assert min(rows, key=lambda row: float(row[1]))[0] == str(metrics["best_step"])
+    with pytest.raises(FitError, match="the model has an adapter; load the forecaster anew"):
+        training.finetune(forecaster, series, 5, **options)
+
+
+def test_the_level_of_a_series_does_not_decide_its_error():
+    """One scale for all series wrote those of level 1 next to those of a million with no digit."""
+    levels = np.logspace(0, 6, 8)
+    options = {"steps": 2, "context": 20, "samples": 0}
+    plain = [2 + np.sin(np.arange(40) / rate)[:, None] for rate in np.linspace(1, 3, 8)]
+    found = []
+    for factors in (np.ones(8), levels):
+        forecaster = Forecaster.load("tiny")
+        training.finetune(forecaster, [one * factor for one, factor in zip(plain, factors, strict=True)], 5, **options)
+        values = forecaster.forecast([one[:30] * factor for one, factor in zip(plain, factors, strict=True)], 5).values
+        found.append(values / factors[:, None, None])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
 
 
 def test_patience_ends_a_training_early(tmp_path, monkeypatch):
     forecaster = Forecaster.load("tiny")
     losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
     monkeypatch.setattr(Forecaster, "nats_per_value", lambda *_: np.array([next(losses)]))
-    metrics = finetuning.fit(forecaster, waves(6), 5, steps=24, context=15, samples=0, patience=2, folder=tmp_path)
+    metrics = training.finetune(forecaster, waves(6), 5, folder=tmp_path, steps=24, context=15, samples=0, patience=2)
     assert (metrics["steps"], metrics["best_step"]) == (9, 3)  # checks after 0, 3, 6 and 9 steps
     assert len((tmp_path / "losses.csv").read_text().splitlines()) == 10
 
@@ -103,38 +146,65 @@ class Killed(BaseException):
     """A kill, in effect: nothing catches it."""
 
 
+def files(folder):
+    """All files of a run but its lock."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
 def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
 
     def run(folder, kill_at=None):
         """Run in a folder and kill the process, in effect, before its write number kill_at."""
-        folder.mkdir(exist_ok=True)
         written = []
 
-        def counted(path, content, write=training.write_whole):
+        def counted(path, content, write=loop.write_whole):
             if len(written) == kill_at:
                 raise Killed
             written.append(path.name)
             write(path, content)
 
         with monkeypatch.context() as patch:
-            for module in (training, finetuning):
-                patch.setattr(module, "write_whole", counted)
+            for module in ("training.loop", "training.run", "training.finetuning", "storage.runfolder"):
+                patch.setattr(f"experiments.{module}.write_whole", counted)
             forecaster = Forecaster.load("tiny")
-            data = prepare(forecaster, waves(6), 5, context=15)
-            settings = planned(forecaster, data, finetuning.DEFAULTS, None, 6)
-            Finetuning(forecaster, data, settings, folder, samples=2).run(("tiny", "0" * 64), ["a", "b"])
+            training.finetune(forecaster, waves(6), 5, folder=folder, context=15, steps=6, samples=2)
         return written
 
     writes = run(tmp_path / "whole")
-    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    wanted = files(tmp_path / "whole")
     assert {"metrics.json", "forecasts.jsonl", "adapter_model.safetensors", "ledger.jsonl"} <= wanted.keys()
+    assert not [name for name in wanted if "state" in name]
     for kill_at in range(0, len(writes), 3):
         folder = tmp_path / str(kill_at)
         with pytest.raises(Killed):
             run(folder, kill_at)
         run(folder)
-        assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == wanted
+        found = files(folder)
+        assert {name: found[name] for name in wanted if name != ".writer"} == {
+            name: wanted[name] for name in wanted if name != ".writer"
+        }
+
+
+def test_a_folder_belongs_to_one_fine_tuning(tmp_path):
+    """From Python as from the command: other series, also with the same numbers, or other settings are refused."""
+    options = {"folder": tmp_path, "context": 15, "steps": 2, "samples": 0}
+    first = training.finetune(Forecaster.load("tiny"), waves(6), 5, **options)
+    ledger = (tmp_path / "ledger.jsonl").read_bytes()
+    forecaster = Forecaster.load("tiny")
+    assert training.finetune(forecaster, waves(6), 5, **options) == first
+    assert (tmp_path / "ledger.jsonl").read_bytes() == ledger
+    loaded = Forecaster.load(adapter=tmp_path / "adapter")
+    context = [waves(1)[0][:20]]
+    np.testing.assert_array_equal(loaded.forecast(context, 5).values, forecaster.forecast(context, 5).values)
+    joined = [np.concatenate(waves(6)[:2]), *waves(6)[2:]]
+    for series, changes, name in (
+        (waves(7)[1:], {}, "series"),
+        (joined, {}, "series"),
+        (waves(6), {"seed": 1}, "settings"),
+    ):
+        with pytest.raises(RunError, match=f"has a run with {name}"):
+            training.finetune(Forecaster.load("tiny"), series, 5, **(options | changes))
 
 
 @pytest.fixture
@@ -173,7 +243,7 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, tmp
     assert redraw() == 0
     assert (tmp_path / "mine" / "report.md").read_bytes() == before
     forecaster = Forecaster.load(adapter=tmp_path / "mine" / "adapter")
-    assert forecaster.encoding.offset[0] < -2
+    assert forecaster.encoding is None  # it is fitted to each context
     assert forecaster.forecast([waves(1)[0][:20]], 5).values.shape == (1, 5, 2)
     status, _, err = command(*files, *few, "--budget", "9e9")
     assert status == 2
@@ -187,6 +257,10 @@ BAD = {
     "horizon": (["--horizon", "40"], "time steps, expected at least"),
     "context": (["--context", "500"], "the model has 2048 positions; shorten one of them"),
     "columns": (["--columns", "w"], "has 0 columns 'w'"),
+    "short context": (["--context", "4"], "context is 4, expected at least 8 time steps"),
+    "block": (["--targets", "mlp"], "no Linear is called mlp"),
+    "seed": (["--seed", str(10**23)], "expected an integer of at least 0, below 2**63"),
+    "rate": (["--rate", "0"], "learning_rate is 0.0, expected a positive number"),
 }
 
 
@@ -218,6 +292,18 @@ def test_held_out_places_know_nothing_of_what_follows_and_count_what_is_known():
     series[:, 0] = np.nan
     with pytest.raises(BacktestError, match="variable 0 has no value in the 20 time steps before a held-out forecast"):
         held_out([series], 5, 4)
+
+
+def test_a_back_test_leaves_out_the_rows_that_trained_an_adapter():
+    series = waves(3, 80)
+    ends = {end_hash(one[:60]) for one in series[:2]}
+    assert [(place.series, len(place.context)) for place in held_out(series, 5, 6, ends)] == [
+        (number, start) for number, first in ((0, 60), (1, 60), (2, 50)) for start in range(first, 80, 5)
+    ]
+    # older rows are gone
+    assert [len(place.context) for place in held_out([series[0][10:]], 5, 6, ends)] == [50, 55, 60, 65]
+    with pytest.raises(BacktestError, match="the adapter was trained on all rows that could be held out"):
+        held_out([one[:60] for one in series[:2]], 5, 5, ends)
 
 
 def test_missing_values_do_not_count_in_the_loss():

@@ -8,16 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from experiments.forecasting.adapter import Trained, checkpoint_hash, write_trained
+from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.text import (
-    Forecaster,
-    SeriesError,
-    SeriesWarning,
-    Trained,
-    checkpoint_hash,
-    rows_at_once,
-    write_trained,
-)
+from experiments.forecasting.text import Forecaster, rows_at_once
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, remove, save_adapter
 from qwen_min.config import NotFiniteError
 from qwen_min.weights import TINY
@@ -79,11 +73,11 @@ def test_samples_differ_by_path_and_seed_and_give_median_and_quantiles(forecaste
 def test_any_number_of_variables_is_forecast_in_the_units_of_the_context(tiny, num_variables):
     series = waves(num_variables)
     for scale in (None, 3.0):
-        small = Forecaster(*tiny, scale=scale).forecast(series, 4).values
+        small = Forecaster(*tiny, scale and Encoding(scale)).forecast(series, 4).values
         assert small.shape == (4, 4, num_variables)
         factor = 1024.0  # exact in binary, so that the text is the same
         scaled_up = [context * factor for context in series]
-        large = Forecaster(*tiny, scale=scale and scale * factor).forecast(scaled_up, 4).values
+        large = Forecaster(*tiny, scale and Encoding(scale * factor)).forecast(scaled_up, 4).values
         np.testing.assert_allclose(large, small * factor)
 
 
@@ -101,7 +95,7 @@ def test_an_adapter_s_folder_restores_the_encoding_of_its_training(tmp_path, tin
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.1)
         save_adapter(model, tmp_path)
-        wanted = Forecaster(model, tokenizer, scale=2.5, decimals=1).forecast(waves(), 5).values
+        wanted = Forecaster(model, tokenizer, Encoding(2.5, 1)).forecast(waves(), 5).values
     finally:
         remove(model)
     with pytest.raises(AdapterError, match=r"does not record its checkpoint; name it with --model"):
@@ -112,10 +106,10 @@ def test_an_adapter_s_folder_restores_the_encoding_of_its_training(tmp_path, tin
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "tiny"}))
     named = Forecaster.load(adapter=tmp_path, scale=2.5, decimals=1)
     np.testing.assert_array_equal(named.forecast(waves(), 5).values, wanted)
-    write_trained(tmp_path, Trained(Encoding(2.5, 1), "tiny", checkpoint_hash(TINY)))
+    write_trained(tmp_path, Trained("tiny", checkpoint_hash(TINY), Encoding(2.5, 1)))
     np.testing.assert_array_equal(Forecaster.load(adapter=tmp_path).forecast(waves(), 5).values, wanted)
-    assert not np.array_equal(Forecaster(*tiny, scale=2.5, decimals=1).forecast(waves(), 5).values, wanted)
-    write_trained(tmp_path, Trained(Encoding(2.5, 1), "other/model", "0" * 64))
+    assert not np.array_equal(Forecaster(*tiny, Encoding(2.5, 1)).forecast(waves(), 5).values, wanted)
+    write_trained(tmp_path, Trained("other/model", "0" * 64, Encoding(2.5, 1)))
     with pytest.raises(AdapterError, match=r"was trained on other/model, but .*tiny has other files"):
         Forecaster.load("tiny", tmp_path)
 
@@ -132,7 +126,7 @@ def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories
     home, adapter = tmp_path / "home", tmp_path / "home" / "runs" / "quick" / "experiments" / "final" / "adapter"
     shutil.copytree(TINY, home / "models" / "small")
     save_fresh_adapter(tiny[0], adapter, "models/small")
-    write_trained(adapter, Trained(Encoding(2.5, 1), "models/small", checkpoint_hash(TINY)))
+    write_trained(adapter, Trained("models/small", checkpoint_hash(TINY), Encoding(2.5, 1)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for directory in (home, tmp_path, adapter):
         monkeypatch.chdir(directory)
@@ -169,7 +163,7 @@ def test_values_beyond_the_encoding_and_quantiles_without_samples_are_refused(ti
     with pytest.raises(
         SeriesError, match="step 1, variable 0: 500 cannot be written, expected values from 0 to less than 200"
     ):
-        Forecaster(*tiny, scale=2.0).forecast([np.array([[1.0], [500.0]])], 3)
+        Forecaster(*tiny, Encoding(2.0)).forecast([np.array([[1.0], [500.0]])], 3)
     with pytest.raises(ValueError, match=r"0 samples do not reach the quantile 0.5, expected 1 or more"):
         forecaster.forecast(waves(), 3, 0, quantiles=(0.5,))
     assert forecaster.forecast(waves(), 3, quantiles=(0.5,)).samples.shape[1] == 20

@@ -24,10 +24,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from conftest import GROUPED, config_fields, random_model
-from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.adapter import Trained, read_trained, write_trained
-from experiments.training.loop import Progress, load_state, save_state
-from experiments.training.windows import TrainingError
+from experiments.forecasting.encoding import Encoding
 from experiments.report import build as report
 from experiments.report import comparison, sections
 from experiments.storage.files import RunError, read_json
@@ -35,6 +33,8 @@ from experiments.storage.runfolder import open_run
 from experiments.study import data
 from experiments.study.evaluation import Evaluation, evaluate
 from experiments.tables import following, read_series
+from experiments.training.loop import Progress, load_state, save_state
+from experiments.training.windows import TrainingError
 from flops import Ledger
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, load_adapter, remove, save_adapter
 from qwen_min import Qwen, QwenConfig, Tokenizer

@@ -6,11 +6,11 @@ import torch
 
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar, may_be_wide
-from experiments.training.settings import Training
-from experiments.training.loop import train
-from experiments.training.windows import TextWindows, cut_tokens
 from experiments.study import data
 from experiments.study.evaluation import evaluate, metrics
+from experiments.training.loop import train
+from experiments.training.settings import Training
+from experiments.training.windows import TextWindows, cut_tokens
 from lora import inject
 from qwen_min import load
 

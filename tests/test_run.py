@@ -21,12 +21,12 @@ from experiments import run
 from experiments.forecasting import gru, scores
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import Forecaster
-from experiments.training.settings import Training
 from experiments.report.build import write_report
 from experiments.report.results import load_run
 from experiments.storage.files import RunError
 from experiments.storage.interruption import Interrupted, Interruption
 from experiments.study import data, plans
+from experiments.training.settings import Training
 from flops import Ledger
 from small_plan import quick
 

@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import teamwork
+from experiments.study import data
 from experiments.training.team import ALONE, StoppedElsewhere
-from experiments.study import data, plans
-from small_plan import quick
 
 HERE = Path(__file__).parent
 PATH = os.pathsep.join((str(HERE), str(HERE.parent)))
@@ -67,10 +66,10 @@ def read(path: Path):
     return json.loads(path.read_text())
 
 
-def test_two_processes_share_out_the_experiments_and_give_the_same_results(runs):
+def test_two_processes_share_out_the_batches_and_give_the_same_results(runs):
     one, two, process = runs
     assert process.returncode == 0, process.stderr
-    assert "2 processes share out independent experiments side by side (--parallel)" in process.stdout
+    assert "2 processes share out the batches of each experiment" in process.stdout
     assert process.stdout.count("report: ") == 1
     assert (two / "ledger.jsonl").read_bytes() == (one / "ledger.jsonl").read_bytes()
     names = [path.relative_to(one) for path in sorted(one.rglob("*")) if path.is_file()]
@@ -121,22 +120,12 @@ def test_a_budget_that_does_not_suffice_is_told_once_and_never_exceeded(runs, tm
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_stages_hold_experiments_that_do_not_depend_on_each_other():
-    for plan in (plans.study(0), quick(0)):
-        found = plans.stages(plan)
-        assert [one for stage in found for one in stage] == list(plan.experiments)
-        assert [len(stage) for stage in found][1:] == [len([e for e in plan.experiments if e.section == "6.4"]), 1]
-        for stage in found:
-            assert not {one.name for one in stage} & {name for one in stage for name in one.best_of}
-
-
 def test_a_team_of_one_only_computes():
     tensor = torch.tensor([1.0, 2.0])
     ALONE.add_up([tensor])
     assert tensor.tolist() == [1, 2]
     assert ALONE.share([1, 2, 3]) == ALONE.collect([1, 2, 3]) == [1, 2, 3]
     assert ALONE.told(lambda: 5) == ALONE.agreed(lambda: 5) == 5
-    assert ALONE.split(7) == (0, [ALONE])
     assert not issubclass(StoppedElsewhere, KeyboardInterrupt)
     with pytest.raises(ZeroDivisionError):
         ALONE.told(lambda: 1 / 0)

@@ -113,7 +113,7 @@ def test_whole_windows_leave_out_windows_that_end_early(tiny, token_lists):
 
 
 def test_windows_of_own_series_are_written_relative_to_their_context(tiny):
-    """The level of a series does not show in its text; what the context does not reach is cut to what can be written."""
+    """The level of a series does not show in its text; what follows is cut to what can be written."""
     tokenizer = tiny[1]
     wave = 2 + np.sin(np.arange(30) / 3)[:, None]
     low, high = (cut_series([one], 20, 5, 2, tokenizer, 1000) for one in (wave, 1e6 * wave))

@@ -208,7 +208,7 @@ class Suite:
 
         def write() -> None:
             if forecaster is None:
-                write_adapter(model, path, Trained(*self.checkpoint, self.judge.encoding, self.judge.encoding.decimals))
+                write_adapter(model, path, Trained(*self.checkpoint, self.judge.encoding))
 
         done = run_training(path, windows, training, account, write=write)
         return done.seconds, forecaster
