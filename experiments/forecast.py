@@ -178,6 +178,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     from experiments.forecasting.scores import require_samples
     from experiments.report import figures
     from experiments.storage.files import write_whole
+    from experiments.tables.series import series_name
 
     quantiles = args.quantiles if args.samples and not args.backtest else []
     require_samples(quantiles, args.samples)
@@ -186,7 +187,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     # held-out forecasts fill the values before them themselves, so that these know nothing of what follows
     missing = "keep" if args.backtest and args.missing == "interpolate" else args.missing
     series = tables.read_series(args.series, args.columns, missing, args.id, args.wide)
-    out = args.out or args.series.with_suffix(".forecast.csv")
+    out = args.out or args.series.with_name(series_name(args.series) + ".forecast.csv")
     if not args.backtest:
         check_outputs(args, out)
     print(tables.told(series))
@@ -211,7 +212,7 @@ def run(args: argparse.Namespace) -> list[Path]:
             list(series[0].columns),
             arrays,
             forecast.values,
-            forecast.quantiles,
+            forecast.quantiles if len(quantiles) > 1 else None,
             args.plot,
             titles=[one.attrs["name"] for one in series],
             times=times,

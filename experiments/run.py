@@ -161,6 +161,7 @@ def identity_of(args: argparse.Namespace, inputs: Inputs) -> dict:
 
     from experiments.forecasting.adapter import checkpoint_hash
 
+    shape = inputs.trajectories.shape
     identity = {
         "plan": args.plan,
         "experiments": plans.as_record(inputs.plan),
@@ -169,7 +170,7 @@ def identity_of(args: argparse.Namespace, inputs: Inputs) -> dict:
         "decoding": args.decoding,
         "samples": args.samples,
         "checkpoint_sha256": checkpoint_hash(inputs.folder),
-        "data_sha256": hashlib.sha256(inputs.trajectories.tobytes()).hexdigest(),
+        "data_sha256": hashlib.sha256(repr(shape).encode() + inputs.trajectories.tobytes()).hexdigest(),
         "encoding": inputs.units.record,
         "convention": args.convention,
         "device": torch.device(args.device).type,

@@ -197,6 +197,11 @@ def test_a_folder_belongs_to_one_fine_tuning(tmp_path):
     loaded = Forecaster.load(adapter=tmp_path / "adapter")
     context = [waves(1)[0][:20]]
     np.testing.assert_array_equal(loaded.forecast(context, 5).values, forecaster.forecast(context, 5).values)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    plan["versions"]["torch"] = "1.0"
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.warns(UserWarning, match=r'was begun with other versions: torch "1.0", now'):
+        training.finetune(Forecaster.load("tiny"), waves(6), 5, **options)
     joined = [np.concatenate(waves(6)[:2]), *waves(6)[2:]]
     for series, changes, name in (
         (waves(7)[1:], {}, "series"),

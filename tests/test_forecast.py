@@ -1,6 +1,7 @@
 """The command that forecasts a user's own series."""
 
 import csv
+import gzip
 import os
 import signal
 
@@ -160,6 +161,20 @@ def test_existing_files_are_overwritten_only_by_force(run, tmp_path):
     assert "sine.forecast.csv exists; name another file with --out, or overwrite it with --force" in err
     assert run(*few, "--force")[0] == 0
     assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+
+
+def test_a_link_stays_one_and_a_packed_file_gives_its_name_without_the_suffix(run, tmp_path):
+    packed = tmp_path / "sine.csv.gz"
+    packed.write_bytes(gzip.compress(sine(tmp_path / "sine.csv").read_bytes()))
+    assert run(packed, "--samples", 0, "--quantiles", "0.5", "--plot", "a.svg")[::3] == (
+        0,
+        {"sine.forecast.csv", "a.svg"},
+    )
+    (tmp_path / "link.csv").symlink_to("target.csv")
+    (tmp_path / "target.csv").write_text("old")
+    assert run(packed, "--samples", 0, "--out", "link.csv", "--force")[0] == 0
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "target.csv").read_bytes() == (tmp_path / "sine.forecast.csv").read_bytes()
 
 
 def test_a_back_test_prints_the_model_next_to_baselines_and_writes_nothing(run, tmp_path):

@@ -13,6 +13,7 @@ class RunError(ValueError):
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Replace the file at path in one step: readers see the old or the new content, even after a power cut."""
+    path = Path(os.path.realpath(path))  # a link stays one, and its target gets the content
     make_folder(path.parent)
     partial = path.with_name(path.name + ".partial")
     try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,9 +68,23 @@ def open_run(folder: Path, identity: dict, record: dict) -> Iterator[bool]:
     make_folder(folder)
     with only_writer(folder):
         continued = _holds(folder, identity)
-        if not continued:
+        if continued:
+            _warn_of_other_versions(folder, record.get("versions"))
+        else:
             write_whole(folder / "plan.json", to_json({"identity": identity} | record))
         yield continued
+
+
+def _warn_of_other_versions(folder: Path, versions: dict | None) -> None:
+    """Warn of a run that other versions or sources began: the rest of it may not fit."""
+    began = read_json(folder / "plan.json").get("versions")
+    if (
+        isinstance(began, dict)
+        and versions
+        and (other := [name for name in versions if began.get(name) != versions[name]])
+    ):
+        told = ", ".join(f"{name} {_short(began.get(name))}, now {_short(versions[name])}" for name in other)
+        warnings.warn(f"{folder}: was begun with other versions: {told}", stacklevel=4)
 
 
 def _holds(folder: Path, identity: dict) -> bool:
