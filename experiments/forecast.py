@@ -125,7 +125,6 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
         coverage,
         held_out,
         scores,
-        spread_of,
     )
 
     check_context(args.context)
@@ -137,7 +136,6 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     places = held_out(arrays, args.horizon, ends=ends)
     if ends and (left_out := len(held_out(arrays, args.horizon)) - len(places)):
         print(f"{left_out} forecasts left out: the adapter was trained on their rows")
-    spread = spread_of([place.context for place in places])
     with cli.progress(max(1, args.samples) * len(places), "forecasts") as update:
         found = forecaster.forecast(
             [place.context for place in places],
@@ -150,7 +148,7 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
             update,
         )
     methods = {"model": found.values} | baseline_forecasts(places)
-    errors = {method: scores(forecast, places, spread) for method, forecast in methods.items()}
+    errors = {method: scores(forecast, places) for method, forecast in methods.items()}
     names = list(series[0].columns)
     over = errors["model"]["over"]
     print(

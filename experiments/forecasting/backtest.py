@@ -153,18 +153,18 @@ def baseline_forecasts(places: Sequence[Origin]) -> dict[str, np.ndarray]:
     return {name: np.stack(paths) for name, paths in found.items()}
 
 
-def scores(forecast: np.ndarray, places: Sequence[Origin], spread: np.ndarray) -> dict:
+def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
     """The errors of forecasts (M, h, D), as JSON can hold them.
 
-    `rmse` and its 95 % interval are in units of `spread` (D), which is usually the standard deviation of each variable;
-    `each` has the mean squared error of each forecast in these units, `mae` the mean absolute error of each variable in
-    the units of the data. All series count alike. Only known values count; a variable without any has the `mae` None.
+    `rmse` and its 95 % interval are in standard deviations of each variable before the forecast, so that series of all
+    levels count alike; `each` has the mean squared error of each forecast in these units, `mae` the mean absolute error
+    of each variable in the units of the data. Only known values count; a variable without any has the `mae` None.
 
     Forecasts of one series are not independent, so the interval is over series (`over`: "series"); of fewer than
     MIN_SERIES it is over their forecasts, and says nothing about other series (`over`: "forecasts").
     """
     error = forecast - np.stack([place.truth for place in places])
-    each = np.nanmean((error / spread) ** 2, axis=(1, 2))
+    each = np.nanmean((error / _spreads(places)) ** 2, axis=(1, 2))
     known = (~np.isnan(error)).sum(axis=(0, 1))
     by_series = group_means(each, [place.series for place in places])
     interval = mean_interval(by_series if len(by_series) >= MIN_SERIES else each)
@@ -191,7 +191,8 @@ def coverage(paths: np.ndarray, places: Sequence[Origin]) -> float | None:
     return float(inside[~np.isnan(truth)].mean())
 
 
-def spread_of(series: Sequence[np.ndarray]) -> np.ndarray:
-    """The standard deviation of each variable over N series (T, D), (D); 1 for a constant."""
-    spread = np.concatenate(series).std(axis=0)
-    return np.where(spread > 0, spread, 1.0)
+def _spreads(places: Sequence[Origin]) -> np.ndarray:
+    """The standard deviation of each variable before each forecast (M, 1, D); of a constant, over all of them, or 1."""
+    found = np.stack([place.context.std(axis=0) for place in places])
+    together = np.concatenate([place.context for place in places]).std(axis=0)
+    return np.where(found > 0, found, np.where(together > 0, together, 1.0))[:, None]

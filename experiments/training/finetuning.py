@@ -28,7 +28,6 @@ from experiments.forecasting.backtest import (
     coverage,
     scores,
     split,
-    spread_of,
 )
 from experiments.forecasting.contexts import SeriesWarning, checked_series, is_frame
 from experiments.forecasting.encoding import Encoding
@@ -331,7 +330,7 @@ class Finetuning:
 
     def _metrics(self, before: np.ndarray, after: np.ndarray, done: Progress) -> dict:
         """What metrics.json holds, but for the FLOPs."""
-        places, spread = self.parts.test, spread_of(self.parts.train)
+        places = self.parts.test
         point = POINTS[DEFAULT_POINT]  # what `forecast` gives
         forecasts = {"before": point(before, axis=1), "after": point(after, axis=1)} | baseline_forecasts(places)
         return {
@@ -341,13 +340,12 @@ class Finetuning:
             "forecasts": len(places),
             "series": [place.series for place in places],
             "samples": after.shape[1] if self.samples else 0,
-            "spread": spread.tolist(),
             "steps": len(done.losses),
             "best_step": done.best_step,
             "held_out_before": done.checks[0],
             "held_out_after": done.checks[done.best_step],
             "coverage_80": coverage(after, places),
-            "errors": {name: scores(forecast, places, spread) for name, forecast in forecasts.items()},
+            "errors": {name: scores(forecast, places) for name, forecast in forecasts.items()},
         }
 
     def _lines(self, before: np.ndarray, after: np.ndarray) -> list[dict]:
