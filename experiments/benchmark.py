@@ -6,22 +6,18 @@
 Each side runs in its own processes. They take turns, so that all meet the same state of the machine. Each line gives
 the median of several runs, how it compares with this project, and which share of a limit of the machine this project
 reaches. The limit is the matrix rate or the memory bandwidth; both are measured between the runs. Forecasts continue
-ten validation series of the simulated data; other prompts are random numbers. Decode steps follow a cache full of
+ten validation series of the simulated data; other prompts repeat the first of them. Decode steps follow a cache full of
 random keys and values, those of llama.cpp and OpenVINO a prompt. These two do not follow --dtype: they run files of 16
 and 8 bits a weight that are made of the same checkpoint.
 
-`pip install "qwen-min[peers]"` brings all of them but litgpt, which asks for an older huggingface_hub than transformers
-does. It works with the newer one: `pip install lightning "jsonargparse[signatures]"`, then `pip install --no-deps
-litgpt`. Without transformers, `pip install "qwen-min[litgpt]"` suffices.
+`pip install "qwen-min[peers]"` brings all of them.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from experiments import cli
-from experiments.cli import CommandError
 from experiments.storage.files import to_json, write_whole
 
 
@@ -34,9 +30,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
     cli.add_device(p, dtype=None)
-    p.add_argument("--runs", type=int, default=5, help="runs of each measurement (default %(default)s)")
+    p.add_argument("--runs", type=cli.positive, default=5, help="runs of each measurement (default %(default)s)")
     p.add_argument("--peers", default="transformers", metavar="NAMES", help="whom to compare with: transformers, "
-                   "llama.cpp, openvino, litgpt (separated by commas), all that are installed, or none "
+                   "llama.cpp, openvino (separated by commas), all that are installed, or none "
                    "(default %(default)s)")  # fmt: skip
     p.add_argument("--json", type=Path, help="also write every number to this file")
     return p
@@ -51,13 +47,11 @@ def main() -> int:
         from experiments.benchmarking.peers import chosen
         from experiments.benchmarking.table import table
 
-        if args.runs < 1:
-            raise CommandError(f"--runs is {args.runs}, expected at least 1")
         device = cli.checked_device(args.device)
         dtype = str(cli.chosen_dtype(args.dtype, device)).removeprefix("torch.")
         measured = measure(args.model, device, dtype, args.runs, chosen(args.peers, device))
         if args.json:
-            write_whole(args.json, to_json(json.loads(json.dumps(measured, default=float))))
+            write_whole(args.json, to_json(measured))
         print(table(measured))
         return 0
 

@@ -76,7 +76,7 @@ def test_the_project_declares_every_package_that_it_imports():
                     found.add(str(node.module).partition(".")[0])
     ours = {"qwen_min", "lora", "flops", "experiments"}
     # imported only where the user has them, or to compare with; openvino comes with openvino_genai
-    optional = {"openvino"} | declared("peers", "litgpt")
+    optional = {"openvino"} | declared("peers")
     found.add("pyarrow")  # pandas imports it, to read Parquet and for columns of text
     assert found - ours - optional - set(sys.stdlib_module_names) == names
     assert set(command.EXTRA) <= names

@@ -2,10 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
+import gguf
 from safetensors import safe_open
 
 from qwen_min import QwenConfig
@@ -20,9 +18,7 @@ def write_gguf(folder: Path, path: Path, weights: str) -> None:
     Norms and biases become F32, because the readers expect that. Q8_0 has 8 bits a weight and a scale for each 32
     weights in a row. Raises CheckpointError as `QwenConfig.from_file` and `weight_files` do.
     """
-    import gguf
-
-    config, kind = QwenConfig.from_file(folder / "config.json"), gguf.GGMLQuantizationType[weights]
+    config = QwenConfig.from_file(folder / "config.json")
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN2])
     writer.add_name("qwen-min")
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{weights}"])
@@ -43,52 +39,30 @@ def write_gguf(folder: Path, path: Path, weights: str) -> None:
             for name in tensors.keys():  # noqa: SIM118 - not a dictionary
                 if name == HEAD and config.tie_word_embeddings:
                     continue  # a copy of the embedding
-                tensor = tensors.get_tensor(name)
+                values = tensors.get_tensor(name).float().numpy()
+                kind = gguf.GGMLQuantizationType["F32" if values.ndim == 1 else weights]
                 stem, _, suffix = name.rpartition(".")
                 new_name = f"{names.mapping[stem][1]}.{suffix}"
-                if tensor.ndim == 1:
-                    writer.add_tensor(new_name, tensor.float().numpy())
-                else:
-                    writer.add_tensor(new_name, _packed(tensor, weights), raw_dtype=kind)
+                writer.add_tensor(new_name, gguf.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _packed(tensor: torch.Tensor, weights: str) -> np.ndarray:
-    """A matrix (M, N) as the file holds it: bytes (M, bytes of a row), or float16 (M, N)."""
-    import gguf
-
-    if weights == "BF16":  # the bits of torch's bf16: nothing is rounded twice
-        return tensor.bfloat16().view(torch.uint8).numpy()
-    if weights == "F16":
-        return tensor.half().numpy()
-    return gguf.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[weights])
-
-
-def _add_tokenizer(writer: Any, tokenizer: dict, vocab_size: int) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict, vocab_size: int) -> None:
     """Add the byte-level BPE of a parsed tokenizer.json. Rows of the embedding without a token get a name."""
-    import gguf
-
-    added = {token["id"]: token for token in tokenizer["added_tokens"]}
-    by_id = {number: text for text, number in tokenizer["model"]["vocab"].items()}
-    by_id |= {number: token["content"] for number, token in added.items()}
-    texts, kinds = [], []
-    for number in range(vocab_size):
-        texts.append(by_id.get(number, f"[PAD{number}]"))
-        if number not in by_id:
-            kind = gguf.TokenType.UNUSED
-        elif number not in added:
-            kind = gguf.TokenType.NORMAL
-        else:
-            kind = gguf.TokenType.CONTROL if added[number]["special"] else gguf.TokenType.USER_DEFINED
-        kinds.append(kind)
+    tokens = {number: (text, gguf.TokenType.NORMAL) for text, number in tokenizer["model"]["vocab"].items()}
+    for added in tokenizer["added_tokens"]:
+        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        tokens[added["id"]] = (added["content"], kind)
+    listed = [tokens.get(number, (f"[PAD{number}]", gguf.TokenType.UNUSED)) for number in range(vocab_size)]
+    texts = [text for text, _ in listed]
     merges = tokenizer["model"]["merges"]
     writer.add_tokenizer_model("gpt2")  # byte-level BPE
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(texts)
-    writer.add_token_types(kinds)
+    writer.add_token_types([kind for _, kind in listed])
     # an array cannot be empty; the embedded tokenizer has one token for each byte and merges nothing
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges] or ["! !"])
     end = texts.index(END)
