@@ -7,7 +7,9 @@ import pandas as pd
 import pytest
 
 from experiments.tables import DataError, following, regular
-from experiments.tables.times import dates_of, dates_of_numbers, is_date, time_texts
+from experiments.tables.dates import dates_of, dates_of_numbers, is_date
+from experiments.tables.source import Source
+from experiments.tables.times import time_texts
 
 FIFTH = datetime(2020, 3, 5)
 DATES = {
@@ -41,7 +43,7 @@ DATES = {
 
 def read(cells):
     """The dates in a column of cells."""
-    return dates_of(pd.Series(cells, dtype="str"), "here", "row {}".format)
+    return dates_of(pd.Series(cells, dtype="str"), "d", Source("here"))
 
 
 @pytest.mark.parametrize(("cell", "date"), DATES.items(), ids=DATES.keys())
@@ -89,14 +91,18 @@ def test_years_of_two_digits_are_refused(cell):
 )
 def test_the_column_decides_whether_the_day_is_first(cells, first):
     if first is None:
-        with pytest.raises(DataError, match=f"here: '{cells[0]}' can start with the day or with the month, "):
+        with pytest.raises(
+            DataError, match=f"here, column 'd': '{cells[0]}' can start with the day or with the month, "
+        ):
             read(cells)
     else:
         assert read(cells)[0] == first
 
 
 def test_dates_of_one_column_are_written_alike():
-    with pytest.raises(DataError, match="here, row 1: holds 'oak', expected a date written like the first one"):
+    with pytest.raises(
+        DataError, match="here, row 1, column 'd': holds 'oak', expected a date written like the first one"
+    ):
         read(["2020-03-05", "oak"])
     with pytest.raises(DataError, match="some times have an offset from UTC and some have none"):
         read(["2020-03-05T00:00", "2020-03-06T00:00Z"])
@@ -120,7 +126,7 @@ def test_dates_of_one_column_are_written_alike():
     ],
 )
 def test_numbers_that_are_dates(name, values, first):
-    found = dates_of_numbers(name, np.array(values), "here", name != "n")
+    found = dates_of_numbers(np.array(values), name, Source("here"), name != "n")
     assert (found is None) == (first is None)
     assert found is None or found[0] == first
 

@@ -68,51 +68,51 @@ def read_hdf5(path: Path, wanted: "Wanted") -> "list[pd.DataFrame]":
     """
     import pandas as pd
 
-    from experiments.tables.cells import Column, Source
     from experiments.tables.series import assemble
+    from experiments.tables.source import Source
 
+    found = []
     with opened(path) as file:
         together = "trajectories" in file
-        clocks = [name for name in file if name.lower() in TIMES and getattr(file[name], "ndim", 0) == 1]
-        names = ["trajectories"] if together else sorted((name for name in file if name not in clocks), key=_natural)
-        expected = "the array 'trajectories', or arrays (T, D) and nothing else"
-        if not names:
-            raise DataError(f"{path}: holds {sorted(file)}, expected {expected}")
-        if len(clocks) > 1:
-            raise DataError(f"{path}: {clocks[0]!r} and {clocks[1]!r} can both be the times; delete one of them")
-        arrays = {name: numbers_in(path, file, name, (3,) if together else (1, 2), expected) for name in names}
-        time = numbers_in(path, file, clocks[0], (1,), "an array of times") if clocks else None
-        size = 8 * sum(array.size for array in arrays.values())
-        series = arrays["trajectories"].shape[0] if together else len(names)
-        if size > MAX_ARRAY_BYTES or series > MAX_SERIES:
-            raise DataError(
-                f"{path}: claims {series:,} series of {size:,} bytes, expected at most {MAX_SERIES:,} and "
-                f"{MAX_ARRAY_BYTES:,}"
-            )
-        clock = None if time is None else time[:]
-        if clock is not None and not (len(clock) and np.isfinite(clock).all() and (np.diff(clock) > 0).all()):
-            raise DataError(f"{path}: {clocks[0]} is not finite or does not rise, expected the times of the steps")
-        if clock is not None and together and len(clock) != arrays["trajectories"].shape[1]:
-            shapes = f"{arrays['trajectories'].shape} and {clocks[0]} {clock.shape}"
-            raise DataError(f"{path}: trajectories are {shapes}, expected (N, T, D) and (T,)")
-        found = []
+        arrays, clock = _arrays(path, file)
         for name, array in arrays.items():
-            if 0 in array.shape:
-                raise DataError(f"{path}: {name} is {array.shape}, expected at least one number")
-            variables = _variables(path, file, array, bool(clocks))
+            variables = _variables(path, file, array, clock is not None)
             values, notes = _unpacked(path, name, array)
             for number, one in enumerate(values if together else [values.reshape(len(values), -1)]):
-                columns = [
-                    Column(title, pd.Series(part), "numbers", part)
-                    for title, part in zip(variables, one.T, strict=True)
-                ]
+                parts = [(title, pd.Series(part)) for title, part in zip(variables, one.T, strict=True)]
                 if clock is not None and len(clock) == len(one):
-                    columns.insert(0, Column(clocks[0], pd.Series(clock), "numbers", clock))
+                    parts.insert(0, ("time", pd.Series(clock[:])))
                 at = f"{name}[{number}, " if together else f"{name}["
                 title = f"{path.stem}[{number}]" if together else name
-                source = Source(str(path), (at + "{}]").format)
-                found += assemble(title, columns, wanted, source, notes)
+                found += assemble(title, parts, wanted, Source(str(path), (at + "{}]").format), notes)
     return found
+
+
+def _arrays(path: Path, file: h5py.File) -> tuple[dict[str, h5py.Dataset], h5py.Dataset | None]:
+    """The arrays with series, by name, and the one with the times, none of them read yet."""
+    together = "trajectories" in file
+    clocks = [name for name in file if name.lower() in TIMES and getattr(file[name], "ndim", 0) == 1]
+    names = ["trajectories"] if together else sorted((name for name in file if name not in clocks), key=_natural)
+    expected = "the array 'trajectories', or arrays (T, D) and nothing else"
+    if not names:
+        raise DataError(f"{path}: holds {sorted(file)}, expected {expected}")
+    if len(clocks) > 1:
+        raise DataError(f"{path}: {clocks[0]!r} and {clocks[1]!r} can both be the times; delete one of them")
+    arrays = {name: numbers_in(path, file, name, (3,) if together else (1, 2), expected) for name in names}
+    clock = numbers_in(path, file, clocks[0], (1,), "an array of times") if clocks else None
+    size = 8 * sum(array.size for array in arrays.values())
+    series = arrays["trajectories"].shape[0] if together else len(names)
+    if size > MAX_ARRAY_BYTES or series > MAX_SERIES:
+        raise DataError(
+            f"{path}: claims {series:,} series of {size:,} bytes, expected at most {MAX_SERIES:,} and "
+            f"{MAX_ARRAY_BYTES:,}"
+        )
+    for name, array in arrays.items():
+        if 0 in array.shape:
+            raise DataError(f"{path}: {name} is {array.shape}, expected at least one number")
+        if together and clock is not None and len(clock) != array.shape[1]:
+            raise DataError(f"{path}: {name} are {array.shape}, {clocks[0]} {clock.shape}, expected (N, T, D) and (T,)")
+    return arrays, clock
 
 
 def _natural(name: str) -> list:

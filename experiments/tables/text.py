@@ -1,0 +1,172 @@
+"""Read a table of text: the marks between its cells, comments, names. Sheets of Excel end here too."""
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+from pyarrow.csv import ConvertOptions, ParseOptions, ReadOptions, read_csv
+
+from experiments.tables import DataError
+from experiments.tables.cells import STYLES, is_missing
+from experiments.tables.dates import is_date
+from experiments.tables.series import Wanted, assemble
+from experiments.tables.source import Source
+
+DELIMITERS = "\t;,|"
+SAMPLE = 100  # rows that decide the delimiter
+ENCODINGS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+UTF8 = "save it as CSV or Parquet, encoded as UTF-8"
+# What bytes of another encoding give in Windows-1252: runs, words without a plain letter, signs at the end of words,
+# characters that it does not have. It is meant for words such as "Größe".
+NO_WINDOWS_1252 = r"[^\0-\x7f\xa0]{3}|(?<!\w)[^\W\da-zA-Z_]{2,}(?!\w)|\w[\xa1-\xaf\xb3-\xbf\u2020-\u203a]|\ufffd"
+
+
+def read_text(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
+    """The series in a text table. Raises DataError as `reading.read_series`."""
+    notes: list[str] = []
+    text = _decoded(path, content, notes)
+    if text.count('"') % 2:
+        raise DataError(f"{path}: cannot be read, as a quotation mark is not closed")
+    lines = [line.strip(" ") for line in text.split("\n")]
+    numbers = [number for number, line in enumerate(lines, start=1) if line]
+    lines = [line for line in lines if line]
+    named = re.fullmatch(r"\"?sep=(.)\"?", lines[0]) if lines else None
+    if named:
+        lines, numbers = lines[1:], numbers[1:]
+    others = [line for line in lines if line[0] != "#"]
+    if not others:
+        raise DataError(f"{path}: is empty, expected a row for each time step")
+    delimiter = named[1] if named else _delimiter(others[:SAMPLE])
+    width = len(_split(others[0], delimiter))
+    if len(others) < len(lines):  # lines such as `# made by a logger`, but no rows that begin with #
+        kept = [at for at, line in enumerate(lines) if line[0] != "#" or len(_split(line, delimiter)) == width]
+        if left := len(lines) - len(kept):
+            notes.append(f"{left} line{'s' * (left != 1)} after # left out")
+        lines, numbers = [lines[at] for at in kept], [numbers[at] for at in kept]
+    elif width == 1 and len(numbers) <= numbers[-1] - numbers[0]:
+        gap = next(number for number in numbers if number + 1 not in numbers) + 1
+        raise DataError(
+            f"{path}, line {gap}: is empty, which can be a missing value or nothing; write NA, or delete it"
+        )
+    cells = _cells(path, lines, numbers, delimiter)
+    if len(cells) < len(lines):  # a cell holds the end of a line
+        numbers = list(range(1, len(cells) + 1))
+    return read_cells(path, cells, "line", numbers, delimiter, wanted, notes)
+
+
+def read_cells(
+    path: Path, cells: pd.DataFrame, unit: str, numbers: Sequence[int], delimiter: str, wanted: Wanted, notes: list[str]
+) -> list[pd.DataFrame]:
+    """The series in cells of text (rows, columns), of which the first row may hold names. Rows are a `unit` each."""
+    filled = (cells != "").any(axis=1).to_numpy().nonzero()[0]
+    if len(filled) < len(cells) and any(map(is_date, cells.iloc[filled[-1]])):  # a row without a date is none
+        table = slice(filled[0], filled[-1] + 1)
+        cells, numbers, count = cells[table], numbers[table], len(cells)
+        if len(cells) < count:
+            notes.append(f"{count - len(cells)} empty rows before or after the table left out")
+    names = cells.iloc[0].tolist()
+    if has_names := _has_names(names):
+        cells, numbers = cells.iloc[1:], numbers[1:]
+    elif delimiter == "," and len(names) == 2 and all(cells[at].str.fullmatch(r"\d+").all() for at in cells):
+        text = ",".join(names)
+        raise DataError(f"{path}: {text!r} can be two numbers, or one with a decimal comma; write names above them")
+    if not len(cells):
+        raise DataError(f"{path}: has names but no numbers, expected a row for each time step")
+    source = Source(str(path), lambda row: f"{unit} {numbers[row]}", has_names, delimiter)
+    titles = names if has_names else [f"x{at}" for at in range(len(names))]
+    parts = [(title, cells.iloc[:, at].reset_index(drop=True)) for at, title in enumerate(titles)]
+    return assemble(series_name(path), parts, wanted, source, notes)
+
+
+def series_name(path: Path) -> str:
+    """The name of a file's series: the file's name without suffixes such as .csv.gz."""
+    is_packed = path.suffix.lower() in (".gz", ".zip", ".bz2", ".xz") and "." in path.stem
+    return (path.with_suffix("") if is_packed else path).stem
+
+
+def _decoded(path: Path, content: bytes, notes: list[str]) -> str:
+    """The text in bytes, its lines ended by \\n."""
+    encoding = next((name for mark, name in ENCODINGS.items() if content.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and b"\0" in content:
+        raise DataError(f"{path}: has zero bytes, as UTF-16 without a mark has; {UTF8}")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        text = content.decode("cp1252", errors="replace")  # as Excel writes CSV in western Europe and America
+        if odd := re.search(NO_WINDOWS_1252, text):
+            problem = f"is no text in UTF-8 ({error}), nor in Windows-1252, which would give {odd[0]!r}"
+            raise DataError(f"{path}: {problem}; {UTF8}") from error
+        notes.append("read as Windows-1252, as it is not UTF-8")
+    return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _delimiter(lines: Sequence[str]) -> str:
+    """The mark that divides most rows into as many cells as the first row, and into more than one.
+
+    If there is none, the rows are divided by spaces where they end in a space and a number, or else not at all.
+    """
+
+    def share(mark: str) -> float:
+        widths = [len(_split(line, mark)) for line in lines]
+        return widths.count(widths[0]) / len(widths) if widths[0] > 1 else 0.0
+
+    if share(best := max(DELIMITERS, key=share)):
+        return best
+    words = lines[-1].split()
+    return " " if len(words) > 1 and _kind(words[-1]) in ("number", "missing") else "\t"
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+
+
+def _cells(path: Path, lines: list[str], numbers: list[int], delimiter: str) -> pd.DataFrame:
+    """The cells (rows, columns) as text. Raises DataError for rows of another width than the first one."""
+    text = "\n".join(lines)
+    if delimiter == " ":
+        text, delimiter = re.sub(" +", "\t", text), "\t"
+    text = re.sub(rf'{re.escape(delimiter)} +"', f'{delimiter}"', text)
+    width = len(next(csv.reader(text.split("\n"), delimiter=delimiter)))
+    content, wrong = text.encode() + b"\n", []
+
+    def skip(row):
+        wrong.append(row)
+        return "skip"
+
+    try:  # not by pandas, which fills rows that are too short
+        table = read_csv(
+            pa.BufferReader(content),
+            ReadOptions(autogenerate_column_names=True, use_threads=False, block_size=len(content) + 1),
+            ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip),
+            ConvertOptions(column_types={f"f{at}": pa.string() for at in range(width)}, strings_can_be_null=False),
+        )
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    if wrong:
+        row = wrong[0]
+        problem = f"has {row.actual_columns} columns, the first line has {row.expected_columns}"
+        advice = "leave out lines that are not of the table, such as a title before the names or a note at the end"
+        raise DataError(f"{path}, line {numbers[row.number - 1]}: {problem}; {advice}")
+    return table.to_pandas().apply(lambda column: column.str.strip())
+
+
+def _kind(cell: str) -> str:
+    if is_missing(cell):
+        return "missing"
+    if any(re.fullmatch(pattern, cell) for pattern in STYLES.values()):
+        return "number"
+    return "date" if is_date(cell) else "text"
+
+
+def _has_names(first: list[str]) -> bool:
+    """True if the first row holds names.
+
+    It does if a cell is text, or if only its first cell is empty and the others differ, as pandas writes an index.
+    """
+    kinds = [_kind(cell) for cell in first]
+    if "text" in kinds:
+        return True
+    return len(first) > 1 and not first[0] and "missing" not in kinds[1:] and len(set(first)) == len(first)
