@@ -28,10 +28,6 @@ OTHERS = {  # the first bytes of files that are not read
     b"\x93NUMPY": "a NumPy array",
     b"CDF": "a netCDF 3 file",
     b"ARROW1": "a Feather file",
-    b"SQLite format 3": "a SQLite database",
-    b"%PDF": "a PDF document",
-    b"\x28\xb5\x2f\xfd": "packed by zstd",
-    b"7z\xbc\xaf": "packed by 7-Zip",
     b"\xd0\xcf\x11\xe0": "an old Excel file",
     b"MATLAB 5.0": "a MATLAB file",
     b"\x80": "a Python pickle",
@@ -125,5 +121,11 @@ def _read_excel(path: Path, archive: zipfile.ZipFile, wanted: Wanted) -> list[pd
     if len(filled) != 1:
         raise DataError(f"{path}: has {len(filled)} sheets with a table, {list(filled)}; save one of them as CSV")
     (sheet,) = filled.values()
-    cells = sheet.map(lambda cell: str(cell).strip()).astype("str")
+    cells = sheet.map(_cell_text).astype("str")
     return read_cells(path, cells, "row", range(1, len(cells) + 1), "", wanted, [])
+
+
+def _cell_text(cell) -> str:
+    """A cell of Excel as text; a number with three decimals gets a fourth one, so that its point groups no digits."""
+    text = str(cell).strip()
+    return text + "0" if isinstance(cell, float) and re.fullmatch(r"-?\d+\.\d{3}", text) else text

@@ -69,7 +69,7 @@ def from_frame(
         if is_number and title is None and (dated or not equal_steps(level.to_numpy(float))):
             notes += [] if isinstance(level, pd.RangeIndex) else ["the row numbers of the frame left out"]
             continue
-        if not is_number and frame.index.nlevels == 1:  # an index of dates goes before columns of dates
+        if pd.api.types.is_datetime64_any_dtype(level.dtype):  # it goes before columns of dates
             parts = [part for part in parts if part[0] not in dated]
             notes += [f"{one!r} left out, as the index has the times" for one in dated]
         title = str(title) if title is not None else "" if is_number else "time"
@@ -156,7 +156,9 @@ def _numbers(names: Sequence[str], columns: Sequence[Column], source: Source) ->
     found = [_the_one(name, columns, source) for name in names]
     for one in (one for one in found if one.kind != "numbers"):
         cell = str(one.cells.iloc[one.problem])[:40] or "nothing"
-        problem = "expected a number; leave out titles, units and notes, write nothing for a missing value, name series by --id"
+        problem = "expected a number; leave out titles, units and notes, and write nothing for a missing value"
+        if one.cells.nunique() < len(one.cells):
+            problem += f"; if it names series, tell it with --id {one.name}"
         if tells_time(one.name) and one.kind == "text" and pd.to_numeric(one.cells, errors="coerce").isna().all():
             problem = "which is no date that is known here; write dates such as 2023-01-31, or months as 2023-01"
         raise source.error(f"holds {cell!r}, {problem}; or {LEAVE_OUT}", one.name, one.problem)

@@ -33,15 +33,15 @@ def read_text(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
     lines = [line.strip(" ") for line in text.split("\n")]
     numbers = [number for number, line in enumerate(lines, start=1) if line]
     lines = [line for line in lines if line]
-    named = re.fullmatch(r"\"?sep=(.)\"?", lines[0]) if lines else None
-    if named:
-        lines, numbers = lines[1:], numbers[1:]
-    others = [line for line in lines if line[0] != "#"]
-    if not others:
+    delimiter = ""
+    if lines and (match := re.fullmatch(r"\"?sep=(.)\"?", lines[0])):
+        delimiter, lines, numbers = match[1], lines[1:], numbers[1:]
+    rows = [line for line in lines if line[0] != "#"]
+    if not rows:
         raise DataError(f"{path}: is empty, expected a row for each time step")
-    delimiter = named[1] if named else _delimiter(others[:SAMPLE])
-    width = len(_split(others[0], delimiter))
-    if len(others) < len(lines):  # lines such as `# made by a logger`, but no rows that begin with #
+    delimiter = delimiter or _delimiter(rows[:SAMPLE])
+    width = len(_split(rows[0], delimiter))
+    if len(rows) < len(lines):  # lines such as `# made by a logger`, but also rows that begin with #
         kept = [at for at, line in enumerate(lines) if line[0] != "#" or len(_split(line, delimiter)) == width]
         if left := len(lines) - len(kept):
             notes.append(f"{left} line{'s' * (left != 1)} after # left out")
@@ -67,7 +67,7 @@ def read_cells(
         cells, numbers, count = cells[table], numbers[table], len(cells)
         if len(cells) < count:
             notes.append(f"{count - len(cells)} empty rows before or after the table left out")
-    names = cells.iloc[0].tolist()
+    names = [cell.strip() for cell in cells.iloc[0]]
     if has_names := _has_names(names):
         cells, numbers = cells.iloc[1:], numbers[1:]
     elif delimiter == "," and len(names) == 2 and all(cells[at].str.fullmatch(r"\d+").all() for at in cells):
@@ -150,7 +150,7 @@ def _cells(path: Path, lines: list[str], numbers: list[int], delimiter: str) -> 
         problem = f"has {row.actual_columns} columns, the first line has {row.expected_columns}"
         advice = "leave out lines that are not of the table, such as a title before the names or a note at the end"
         raise DataError(f"{path}, line {numbers[row.number - 1]}: {problem}; {advice}")
-    return table.to_pandas().apply(lambda column: column.str.strip())
+    return table.to_pandas()
 
 
 def _kind(cell: str) -> str:
