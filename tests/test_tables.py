@@ -68,12 +68,12 @@ STYLES = {
     "comments and empty lines": "# made by a logger\na,b\n\n1.5,2\n# a pause\n1.6,3\n\n",
     "Excel's mark": "sep=;\na;b\n1,5;2\n1,6;3\n",
     "byte order mark": "\ufeffa,b\n1.5,2\n1.6,3\n",
-    "western Europe": "a,b,Höhe\n1.5,2,1\n1.6,3,1\n".encode("cp1252"),
+    "western Europe": "a,b,Höhe (m³)\n1.5,2,1\n1.6,3,1\n".encode("cp1252"),
     "spaces in a row": "  a   b\n  1.5 2\n1.6   3\n",
     "windows": "a,b\r\n1.5,2\r\n1.6,3\r\n",
     "utf-16": "a,b\n1.5,2\n1.6,3\n".encode("utf-16"),
     "two byte order marks": "\ufeff\ufeffa,b\n1.5,2\n1.6,3\n",
-    "pipes": "a | b\n1.5 | 2\n1.6 | 3\n",
+    "pipes": "a|b\n1.5|2\n1.6|3\n",
     "old Macs": "a,b\r1.5,2\r1.6,3\r",
     "rows that Excel left empty": "d;a;b\n2023-01-01;1,5;2\n2023-01-02;1,6;3\n;;\n",
     "gzip": gzip.compress(PACKED),
@@ -95,8 +95,8 @@ def test_thousands_and_decimal_commas(table):
     assert table('a,b\n"12,000",1\n"3,500.5",2\n').values.tolist() == [[12000, 1], [3500.5, 2]]
     assert table("a;b\n1.234,5;1\n12,5;2\n").values.tolist() == [[1234.5, 1], [12.5, 2]]
     assert table("a;b\n1.234.567;1\n12;2\n").values.tolist() == [[1234567, 1], [12, 2]]
-    assert table("a;b\n1.234;1\n2.000;2\n").values.tolist() == [[1.234, 1], [2, 2]]  # as %.3f writes
-    for text in ("a;b\n12,000;1\n13,000;2\n", "a;b\n12.000;1\n950;2\n"):
+    assert table("a\tb\n1.234\t1\n2.000\t2\n").values.tolist() == [[1.234, 1], [2, 2]]  # as %.3f writes
+    for text in ("a;b\n12,000;1\n13,000;2\n", "a;b\n12.000;1\n950;2\n", "a;b\n12.000;1\n13.000;2\n"):
         with pytest.raises(DataError, match=r"'12.000' can be 12.000 or 12000; write all numbers with a decimal"):
             table(text)
 
@@ -114,6 +114,8 @@ TIMES = {  # text: (name of the times, the next one)
     "year and month": ("year,month,a\n2023,11,1\n2023,12,2\n", "time", "2024-01-01"),
     "year and quarter": ("year,quarter,a\n2022,3,1\n2022,4,2\n", "time", "2023-01-01"),
     "a date that stands still": ("made,d,a\n2023-01-01,2023-02-01,1\n2023-01-01,2023-02-02,2\n", "d", "2023-02-03"),
+    "a count of rows before it": (",year,a\n1,1900,1\n2,1901,2\n", "year", "1902"),
+    "an hour after an id": ("station,at,a\n7,2023123122,1\n7,2023123123,2\n", "at", "2024-01-01 00:00:00"),
     "a lone month": ("d,a\n2010/11,1\n2010/12,1\n", "d", "2011-01-01"),
 }
 
@@ -121,10 +123,10 @@ TIMES = {  # text: (name of the times, the next one)
 @pytest.mark.parametrize(("text", "name", "expected"), TIMES.values(), ids=TIMES.keys())
 def test_a_time_axis_is_found_and_continued(table, text, name, expected):
     found = table(text)
-    assert list(found.columns) == ["a"]
+    assert list(found.columns)[-1] == "a"
     assert found.index.name == name
     assert ("not in equal steps" in told([found])) == ("7,4" in text)
-    assert write([found], np.ones((1, 1, 1))).splitlines()[1:] == [f"a,1,{expected},1.0"]
+    assert write([found], np.ones((1, 1, found.shape[1]))).splitlines()[1].startswith(f"a,1,{expected},1.0")
 
 
 def test_what_is_no_time_axis_is_a_variable(table):
@@ -169,7 +171,7 @@ MEANINGS = {  # what can mean two things, or what would have to be guessed
     "two dates": ("b,d,a\n2023-01-01,2023-02-01,1\n2023-01-02,2023-02-02,2\n", "'b' and 'd' can both be the times"),
     "some offsets": ("d,a\n2023-01-01 01:00Z,1\n2023-01-01 02:00,2\n", "some times have an offset from UTC and some"),
     "an empty line": ("a\n1\n\n2\n", "line 3: is empty, which can be a missing value or nothing"),
-    "other dates": ("Monat,a\nJanuar 2023,1\n", "holds 'Januar 2023', expected a number"),
+    "other dates": ("Monat,a\nJanuar 2023,1\n", "holds 'Januar 2023', which is no date that is known"),
     "other times": ("time,a\n2022-51-1-1,1\n", "no date that is known here; write dates such as 2023-01-31"),
     "no id": ("unique_id,t,a\nx,1,1\nx,2,2\n,3,3\n", "line 4: has no 'unique_id', which names its series"),
     "units": ("t,a\ns,K\n0,1\n1,2\n", "leave out titles, units and notes"),

@@ -14,7 +14,8 @@ EQUAL_STEPS = 1e-6  # by how much the steps of a column without a telling name m
 # Numbers under the first names are times, whatever their steps; under the second they must rise in equal steps.
 TIME_NAMES = frozenset(
     "t time times timestamp ds date dates datetime day days week weeks month months quarter quarters year years period "
-    "season hour hours minute minutes second seconds".split()
+    "season hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois trimestre "
+    "jour heure año fecha".split()
 )
 COUNTER_NAMES = frozenset("step steps index idx id row obs".split())
 PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own
@@ -25,20 +26,32 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, source: 
     """The times of all rows; None if the table has none.
 
     free: the columns that are not asked for as variables; `named` columns have names. groups: the rows of each series.
-    Times are in a column of dates, with a clock or an hour in another one; in columns with parts of dates; or in the
-    first column, or the first one with a name, if its numbers say so. What was chosen is added to `notes`. Raises
-    DataError for columns that can both be the times.
+    Times are in a column of dates, with a clock or an hour in another one; in columns with parts of dates; or in a
+    column of numbers: the first one, or the first with a name, if its name or its steps say so, or another one that
+    rises and is called by a time. What was put together is added to `notes`. Raises DataError for columns that can both
+    be the times.
     """
     if any(one.kind == "dates" for one in free):
         return _of_dates(free, groups, source, notes)
     axis, used = _of_parts(free, notes)
-    for one in free if axis is None else ():
-        can_be = one.kind == "numbers" and named > bool(one.name)  # it is not the only column that can be forecast
-        if can_be and (axis := _of_numbers(one, groups, source)) is not None:
+    if axis is not None:
+        return axis, used
+    numbers = [one for one in free if one.kind == "numbers" and named > bool(one.name)]  # and others to be forecast
+    first = next((at for at, one in enumerate(free) if one.name), 0)
+    head, names = free[: first + 1], source.has_names
+    telling = [one for one in head if names and tells_time(one.name)]
+    later = [one for one in free if _is_long_date(one, source) or (names and tells_time(one.name))]
+    rising = [one for one in later if one.kind == "numbers" and all(_rises(one.values[rows]) for rows in groups)]
+    for one in [*(telling or rising), *head]:
+        if any(one is other for other in numbers) and (axis := _of_numbers(one, groups, source)) is not None:
             return axis, [one]
-        if one.name:
-            break
-    return axis, used
+    return None, []
+
+
+def _is_long_date(one: Column, source: Source) -> bool:
+    """True for numbers such as 20231231, 2023123123 and longer ones."""
+    is_long = one.kind == "numbers" and one.values.dtype.kind == "i" and one.values.min() >= 10**7
+    return is_long and dates_of_numbers(one.values, one.name, source, False) is not None
 
 
 def _of_dates(free: list[Column], groups: list[np.ndarray], source: Source, notes: list[str]) -> Found:

@@ -115,8 +115,8 @@ def decimal_mark(parts: Sequence[tuple[str, pd.Series]], asked: Sequence[str], s
         elif fits and (not asked or title in asked):
             problem = f"has a decimal {'point' if '.' in fits else 'comma'}, but a column before it has the other mark"
             raise source.error(f"{problem}; write all numbers with a decimal point", title)
-        # %.3f writes a point into every number; where some have none, it may well group digits
-        in_all = len(known) == (~cells.str.lower().isin(MISSING_CELLS)).sum()
+        # %.3f writes a point into every number; where some have none, or semicolons divide cells, it may group digits
+        in_all = len(known) == (~cells.str.lower().isin(MISSING_CELLS)).sum() and source.delimiter != ";"
         if len(fits) == 2 and ("," in known.iloc[0] or not in_all):
             doubtful.append(known.iloc[0])
     if len(marks) == 1:

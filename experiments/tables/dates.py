@@ -11,7 +11,7 @@ from experiments.tables.times import regular
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 YEARS = (1800, 2200)  # of numbers such as 202312 that are dates
 CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp][Mm])?"
-_MONTH = rf"({'|'.join(MONTHS)})(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?"
+MONTH = rf"({'|'.join(MONTHS)})(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?"
 _ZONE = r"(?:Z|UTC|GMT|[+-]\d{2}:?\d{2})"
 _AFTER = rf"((?:[T ,]+{CLOCK}(?: ?{_ZONE})?)?)"
 # What a date looks like, and how it is written for pandas; two ways where the day or the month can come first.
@@ -25,13 +25,13 @@ _FORMS = [
     (r"Q([1-4])[- /]?(\d{4})", r"\2-q\1-1"),
     (r"(\d{4})-?W(\d{2})", r"\1-W\2-1"),
     (r"(\d{4}-\d{2}-\d{2})/\d{4}-\d{2}-\d{2}", r"\1"),  # a week, as pandas writes it
-    (rf"(?:[a-z]{{3,9}},? )?(\d{{1,2}})[- ./]*{_MONTH}[- ,./]*(\d{{4}}){_AFTER}", r"\3-\2-\1\4"),
-    (rf"{_MONTH}[- ]*(\d{{1,2}}),? +(\d{{4}}){_AFTER}", r"\3-\1-\2\4"),
-    (rf"{_MONTH}[- ,./']*(\d{{4}})", r"\2-\1-1"),
-    (rf"(\d{{4}})[- ]*{_MONTH}", r"\1-\2-1"),
+    (rf"(?:[a-z]{{3,9}},? )?(\d{{1,2}})[- ./]*{MONTH}[- ,./]*(\d{{4}}){_AFTER}", r"\3-\2-\1\4"),
+    (rf"{MONTH}[- ]*(\d{{1,2}}),? +(\d{{4}}){_AFTER}", r"\3-\1-\2\4"),
+    (rf"{MONTH}[- ,./']*(\d{{4}})", r"\2-\1-1"),
+    (rf"(\d{{4}})[- ]*{MONTH}", r"\1-\2-1"),
 ]
 _SHORT_YEAR = (  # Jan-59, 30.12.55, 5-Jan-59
-    rf"(?:{_MONTH}[- '/]*|\d{{1,2}}[/.]\d{{1,2}}[/.]|\d{{1,2}}[- ./]*{_MONTH}[- ./']*)(\d{{2}})(?: {CLOCK})?"
+    rf"(?:{MONTH}[- '/]*|\d{{1,2}}[/.]\d{{1,2}}[/.]|\d{{1,2}}[- ./]*{MONTH}[- ./']*)(\d{{2}})(?: {CLOCK})?"
 )
 # What is not ISO 8601 yet, and what it becomes.
 _TO_ISO = [
@@ -125,7 +125,7 @@ def dates_of_numbers(values: np.ndarray, name: str, source: Source, is_telling: 
     in the calendar, and for numbers that can be months or numbers.
     """
     if values.dtype.kind != "i":
-        if is_telling:
+        if is_telling and np.isfinite(values).all():
             _refuse_points(values, name, source)
         return None
     digits = len(str(values[0]))

@@ -109,7 +109,7 @@ def _limited(path: Path, file: IO[bytes]) -> bytes:
 def _read_excel(path: Path, archive: zipfile.ZipFile, wanted: Wanted) -> list[pd.DataFrame]:
     """The series in an Excel file with one sheet that is not empty; its cells are read as text."""
     for name in archive.namelist():
-        if name.startswith("xl/worksheets/") and re.search(NO_VALUE, archive.read(name)):
+        if name.startswith("xl/worksheets/") and re.search(NO_VALUE, _limited(path, archive.open(name))):
             raise DataError(f"{path}: has formulas without values; open it in Excel or LibreOffice, and save it")
     try:
         sheets = pd.read_excel(archive.fp, sheet_name=None, header=None, dtype=object, na_filter=False)

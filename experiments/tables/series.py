@@ -10,7 +10,7 @@ import pandas as pd
 from experiments.tables import DataError
 from experiments.tables.axis import check_order, equal_steps, tells_time, time_axis
 from experiments.tables.cells import Column, as_text, column_of, decimal_mark, is_text
-from experiments.tables.dates import MONTHS, is_date
+from experiments.tables.dates import CLOCK, MONTH, is_date
 from experiments.tables.source import FILL, LEAVE_OUT, Source
 from experiments.tables.times import regular, time_texts
 
@@ -131,7 +131,8 @@ def _groups(
     codes, titles = pd.factorize(found[0].cells.where(found[0].cells != "").astype("str"))
     if (codes < 0).any():
         raise source.error(f"has no {found[0].name!r}, which names its series", row=int(codes.argmin()))
-    groups = [np.flatnonzero(codes == code) for code in range(len(titles))]
+    order = np.argsort(codes, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
     return groups, [str(title) for title in titles], [one for one in columns if one is not found[0]]
 
 
@@ -167,7 +168,7 @@ def _numbers(names: Sequence[str], columns: Sequence[Column], source: Source) ->
 
 def _refuse_times_as_names(names: Sequence[str], source: Source) -> None:
     """Raise DataError if variables are called by times: months, as R prints its `ts`, quarters, years, dates."""
-    times = rf"(?i:(?:{'|'.join(MONTHS)})[a-z]*|q(?:tr|uarter)?[ _]?[1-4]|(?:1[89]|20)\d\d)"
+    times = rf"(?i:{MONTH}|{CLOCK}|q(?:tr|uarter)?[ _]?[1-4]|(?:1[89]|20)\d\d)"
     found = [name for name in names if is_date(name) or re.fullmatch(times, name)]
     if len(found) > 2 or list(names) == [str(month) for month in range(1, 13)]:
         raise source.error(

@@ -19,17 +19,18 @@ DELIMITERS = "\t;,|"
 SAMPLE = 100  # rows that decide the delimiter
 ENCODINGS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 UTF8 = "save it as CSV or Parquet, encoded as UTF-8"
-# What bytes of another encoding give in Windows-1252: runs, words without a plain letter, signs at the end of words,
-# characters that it does not have. It is meant for words such as "Größe".
-NO_WINDOWS_1252 = r"[^\0-\x7f\xa0]{3}|(?<!\w)[^\W\da-zA-Z_]{2,}(?!\w)|\w[\xa1-\xaf\xb3-\xbf\u2020-\u203a]|\ufffd"
+# What bytes of another encoding give in Windows-1252, which is meant for words such as "Größe": runs, words without a
+# plain letter, signs after letters (but m\xb3), digits within words, characters that it does not have.
+NO_WINDOWS_1252 = (
+    r"[^\0-\x7f\xa0]{3}|(?<!\w)[^\W\da-zA-Z_]{2,}(?!\w)|[^\W\d_][\xb2\xb3\xb9\xbc-\xbe][a-z]|\ufffd"
+    r"|[^\W\d_][\xa1\xa2\xa4-\xa8\xac\xad\xaf\xb4\xb6\xb8\xbf\u2020\u2021\u2030\u2039\u203a]"
+)
 
 
 def read_text(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
     """The series in a text table. Raises DataError as `reading.read_series`."""
     notes: list[str] = []
     text = _decoded(path, content, notes)
-    if text.count('"') % 2:
-        raise DataError(f"{path}: cannot be read, as a quotation mark is not closed")
     lines = [line.strip(" ") for line in text.split("\n")]
     numbers = [number for number, line in enumerate(lines, start=1) if line]
     lines = [line for line in lines if line]
@@ -62,7 +63,7 @@ def read_cells(
 ) -> list[pd.DataFrame]:
     """The series in cells of text (rows, columns), of which the first row may hold names. Rows are a `unit` each."""
     filled = (cells != "").any(axis=1).to_numpy().nonzero()[0]
-    if len(filled) < len(cells) and any(map(is_date, cells.iloc[filled[-1]])):  # a row without a date is none
+    if 0 < len(filled) < len(cells) and any(map(is_date, cells.iloc[filled[-1]])):  # a row without a date is none
         table = slice(filled[0], filled[-1] + 1)
         cells, numbers, count = cells[table], numbers[table], len(cells)
         if len(cells) < count:
@@ -116,7 +117,7 @@ def _delimiter(lines: Sequence[str]) -> str:
     if share(best := max(DELIMITERS, key=share)):
         return best
     words = lines[-1].split()
-    return " " if len(words) > 1 and _kind(words[-1]) in ("number", "missing") else "\t"
+    return " " if len(words) > 1 and _is_number(words[-1]) else "\t"
 
 
 def _split(line: str, delimiter: str) -> list[str]:
@@ -148,17 +149,17 @@ def _cells(path: Path, lines: list[str], numbers: list[int], delimiter: str) -> 
     if wrong:
         row = wrong[0]
         problem = f"has {row.actual_columns} columns, the first line has {row.expected_columns}"
-        advice = "leave out lines that are not of the table, such as a title before the names or a note at the end"
+        advice = "leave out lines that are not of the table, such as a title or a note, and name all columns"
         raise DataError(f"{path}, line {numbers[row.number - 1]}: {problem}; {advice}")
-    return table.to_pandas()
+    cells = table.to_pandas()
+    if cells.iloc[-1, -1].endswith("\n"):
+        raise DataError(f"{path}: cannot be read, as a quotation mark is not closed")
+    return cells
 
 
-def _kind(cell: str) -> str:
-    if is_missing(cell):
-        return "missing"
-    if any(re.fullmatch(pattern, cell) for pattern in STYLES.values()):
-        return "number"
-    return "date" if is_date(cell) else "text"
+def _is_number(cell: str) -> bool:
+    """True for a number, or a mark of a missing one."""
+    return is_missing(cell) or any(re.fullmatch(pattern, cell) for pattern in STYLES.values())
 
 
 def _has_names(first: list[str]) -> bool:
@@ -166,7 +167,6 @@ def _has_names(first: list[str]) -> bool:
 
     It does if a cell is text, or if only its first cell is empty and the others differ, as pandas writes an index.
     """
-    kinds = [_kind(cell) for cell in first]
-    if "text" in kinds:
+    if any(not _is_number(cell) and not is_date(cell) for cell in first):
         return True
-    return len(first) > 1 and not first[0] and "missing" not in kinds[1:] and len(set(first)) == len(first)
+    return len(first) > 1 and not first[0] and not any(map(is_missing, first[1:])) and len(set(first)) == len(first)
