@@ -36,14 +36,20 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, source: 
     axis, used = _of_parts(free, notes)
     if axis is not None:
         return axis, used
-    numbers = [one for one in free if one.kind == "numbers" and named > bool(one.name)]  # and others to be forecast
     first = next((at for at, one in enumerate(free) if one.name), 0)
-    head, names = free[: first + 1], source.has_names
-    telling = [one for one in head if names and tells_time(one.name)]
-    later = [one for one in free if _is_long_date(one, source) or (names and tells_time(one.name))]
-    rising = [one for one in later if one.kind == "numbers" and all(_rises(one.values[rows]) for rows in groups)]
-    for one in [*(telling or rising), *head]:
-        if any(one is other for other in numbers) and (axis := _of_numbers(one, groups, source)) is not None:
+    head: list[Column] = []
+    later: list[Column] = []
+    for at, one in enumerate(free):
+        if one.kind != "numbers" or named == bool(one.name):  # nothing else could be forecast
+            continue
+        if at <= first:
+            head.insert(0 if tells_time(one.name) else at, one)
+        elif (tells_time(one.name) or _is_long_date(one, source)) and all(_rises(one.values[rows]) for rows in groups):
+            later.append(one)
+    if not head or not tells_time(head[0].name):
+        head = later + head
+    for one in head:
+        if (axis := _of_numbers(one, groups, source)) is not None:
             return axis, [one]
     return None, []
 

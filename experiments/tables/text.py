@@ -3,6 +3,7 @@
 import csv
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -48,13 +49,13 @@ def read_text(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
             notes.append(f"{left} line{'s' * (left != 1)} after # left out")
         lines, numbers = [lines[at] for at in kept], [numbers[at] for at in kept]
     elif width == 1 and len(numbers) <= numbers[-1] - numbers[0]:
-        gap = next(number for number in numbers if number + 1 not in numbers) + 1
+        gap = next(number for number, after in pairwise(numbers) if after > number + 1) + 1
         raise DataError(
             f"{path}, line {gap}: is empty, which can be a missing value or nothing; write NA, or delete it"
         )
     cells = _cells(path, lines, numbers, delimiter)
     if len(cells) < len(lines):  # a cell holds the end of a line
-        numbers = list(range(1, len(cells) + 1))
+        return read_cells(path, cells, "row", range(1, len(cells) + 1), delimiter, wanted, notes)
     return read_cells(path, cells, "line", numbers, delimiter, wanted, notes)
 
 
