@@ -175,6 +175,7 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "a quarter in each": ("year,Qtr1,Qtr2,Qtr3,Qtr4\n2020,1,2,3,4\n2021,1,2,3,4\n", "'Qtr1' to 'Qtr4', which can be"),
     "a year in each": ("site,2019,2020,2021\n1,5,6,7\n2,4,5,6\n", "which can be variables, or the times"),
     "a decimal comma": ("1,5\n1,6\n", "'1,5' can be two numbers, or one with a decimal comma; write names"),
+    "a comma below a comment": ("# a\n0,0\n-1,5e+16\n", "'0,0' can be two numbers, or one with a decimal comma"),
     "months or a count": ("n,a\n202301,1\n202302,2\n", "202301 can be the month 2023-01 or a number"),
     "24 o'clock": ("d,a\n2023-01-01 23:00,1\n2023-01-01 24:00,2\n", "write 00:00 of the next day"),
     "two dates": ("b,d,a\n2023-01-01,2023-02-01,1\n2023-01-02,2023-02-02,2\n", "'b' and 'd' can both be the times"),

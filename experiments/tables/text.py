@@ -19,6 +19,7 @@ from experiments.tables.source import Source
 DELIMITERS = "\t;,|"
 SAMPLE = 100  # rows that decide the delimiter
 ENCODINGS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+COMMA = r"[+-]?\d+,\d+(?:[eE][+-]?\d+)?"  # a number with a decimal comma, or two cells
 UTF8 = "save it as CSV or Parquet, encoded as UTF-8"
 # What bytes of another encoding give in Windows-1252, which is meant for words such as "Größe": runs, words without a
 # plain letter, signs after letters (but m\xb3), digits within words, characters that it does not have.
@@ -72,7 +73,9 @@ def read_cells(
     names = [cell.strip() for cell in cells.iloc[0]]
     if has_names := _has_names(names):
         cells, numbers = cells.iloc[1:], numbers[1:]
-    elif delimiter == "," and len(names) == 2 and all(cells[at].str.fullmatch(r"\d+").all() for at in cells):
+    elif (
+        delimiter == "," and len(names) == 2 and (cells.iloc[:, 0] + "," + cells.iloc[:, 1]).str.fullmatch(COMMA).all()
+    ):
         text = ",".join(names)
         raise DataError(f"{path}: {text!r} can be two numbers, or one with a decimal comma; write names above them")
     if not len(cells):
