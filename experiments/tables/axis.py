@@ -5,93 +5,115 @@ import re
 import numpy as np
 import pandas as pd
 
-from experiments.tables import DataError
-from experiments.tables.cells import Column, Source
-from experiments.tables.times import CLOCK, dates_of_numbers, time_texts
+from experiments.tables.cells import Column, is_text
+from experiments.tables.dates import CLOCK, dates_of, dates_of_numbers
+from experiments.tables.source import Source
+from experiments.tables.times import time_texts
 
 EQUAL_STEPS = 1e-6  # by how much the steps of a column without a telling name may differ, relative to their mean
 # Numbers under the first names are times, whatever their steps; under the second they must rise in equal steps.
 TIME_NAMES = frozenset(
     "t time times timestamp ds date dates datetime day days week weeks month months quarter quarters year years period "
-    "hour hours minute minutes second seconds".split()
+    "season hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois trimestre "
+    "jour heure año fecha".split()
 )
 COUNTER_NAMES = frozenset("step steps index idx id row obs".split())
-PARTS = ("year", "month", "day", "hour", "minute", "second")  # of a date, in columns of their own
+PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own
+Found = tuple[pd.Index | None, list[Column]]  # the times, and the columns that they and other times are in
 
 
-def time_axis(
-    free: list[Column], groups: list[np.ndarray], named: int, source: Source, notes: list[str]
-) -> tuple[pd.Index | None, list[Column]]:
-    """The times of all rows, and the columns that they and other times are in; None if the table has no times.
+def time_axis(free: list[Column], groups: list[np.ndarray], named: int, source: Source, notes: list[str]) -> Found:
+    """The times of all rows; None if the table has none.
 
     free: the columns that are not asked for as variables; `named` columns have names. groups: the rows of each series.
-    Times are in a column of dates, with a clock or an hour in another one; in columns with parts of dates; or in the
-    first column, or the first one with a name, if its numbers say so (`_is_axis`). A count from 0 without a name is no
-    time axis. What was chosen is added to `notes`. Raises DataError for columns that can both be the times.
+    Times are in a column of dates, with a clock or an hour in another one; in columns with parts of dates; or in a
+    column of numbers: the first one, or the first with a name, if its name or its steps say so, or another one that
+    rises and is called by a time. What was put together is added to `notes`. Raises DataError for columns that can both
+    be the times.
     """
+    if any(one.kind == "dates" for one in free):
+        return _of_dates(free, groups, source, notes)
+    axis, used = _of_parts(free, notes)
+    if axis is not None:
+        return axis, used
+    first = next((at for at, one in enumerate(free) if one.name), 0)
+    head: list[Column] = []
+    later: list[Column] = []
+    for at, one in enumerate(free):
+        if one.kind != "numbers" or named == bool(one.name):  # nothing else could be forecast
+            continue
+        if at <= first:
+            head.insert(0 if tells_time(one.name) else at, one)
+        elif (tells_time(one.name) or _is_long_date(one, source)) and all(_rises(one.values[rows]) for rows in groups):
+            later.append(one)
+    if not head or not tells_time(head[0].name):
+        head = later + head
+    for one in head:
+        if (axis := _of_numbers(one, groups, source)) is not None:
+            return axis, [one]
+    return None, []
+
+
+def _is_long_date(one: Column, source: Source) -> bool:
+    """True for numbers such as 20231231, 2023123123 and longer ones."""
+    is_long = one.kind == "numbers" and one.values.dtype.kind == "i" and one.values.min() >= 10**7
+    return is_long and dates_of_numbers(one.values, one.name, source, False) is not None
+
+
+def _of_dates(free: list[Column], groups: list[np.ndarray], source: Source, notes: list[str]) -> Found:
+    """The times in columns of dates, put together with a clock where the dates have none."""
     dated = [one for one in free if one.kind == "dates"]
     moving = [one for one in dated if all(_rises(one.values[rows]) for rows in groups)]
-    clocks = [one for one in free if one.kind == "text" and _is_clock(one)]
-    by_part = {one.name.strip().lower(): one for one in free if one.kind == "numbers"}
-    if (
-        dated and clocks and (dated[0].values == dated[0].values.normalize()).all()
-    ):  # the dates have no clock themselves
-        text = clocks[0].cells.astype(str).str.replace(r"^(\d{1,2}:\d{2})$", r"\1:00", regex=True)
-        both = pd.to_datetime(pd.Series(dated[0].values.strftime("%Y-%m-%d ")) + text, format="mixed", errors="coerce")
-        if both.isna().any():
-            row = int(both.isna().to_numpy().argmax())
-            raise DataError(
-                f"{source.name}, {source.place(row)}: {text[row]!r} is not a time of day; write 00:00 to 23:59"
-            )
-        notes.append(f"{dated[0].name!r} and {clocks[0].name!r} put together")
-        return pd.DatetimeIndex(both, name=dated[0].name), [*dated, clocks[0]]
-    if dated and not moving and "hour" in by_part and (hour := by_part["hour"]).values.dtype.kind == "i":
-        if hour.values.min() < 0 or hour.values.max() > 23:
-            raise DataError(f"{source.name}: {hour.name!r} has {hour.values.max()}, expected hours from 0 to 23")
-        notes.append(f"{dated[0].name!r} and {hour.name!r} put together")
-        hours = pd.to_timedelta(hour.values, unit="h")
-        return pd.DatetimeIndex(dated[0].values + hours, name=dated[0].name), [*dated, hour]
-    if dated:
-        if len(moving) > 1:
-            raise DataError(
-                f"{source.name}: {moving[0].name!r} and {moving[1].name!r} can both be the times; delete one of them"
-            )
-        axis = (moving or dated)[0]
-        notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in dated if one is not axis]
-        is_text, in_utc = axis.cells.dtype.kind not in "M", str(axis.values.tz) == "UTC"
-        if is_text and in_utc and not axis.cells.astype(str).str.contains(r"(?:Z|UTC|GMT|\+00:?00)$", regex=True).all():
-            notes.append(f"{axis.name!r} has several offsets, its times are in UTC")
-        return axis.values.rename(axis.name or "time"), dated
-    known = [by_part[part] for part in (*PARTS, "quarter") if part in by_part]
-    if "year" in by_part and {"month", "quarter"} & by_part.keys() and not _rises(by_part["year"].values):
-        parts = {one.name.strip().lower(): one.values for one in known}
-        quarter = parts.pop("quarter", 1)  # a month says more
-        found = pd.to_datetime(pd.DataFrame({"month": 3 * quarter - 2, "day": 1} | parts), errors="coerce")
-        if not found.isna().any():
-            notes.append(" and ".join(repr(one.name) for one in known) + " put together")
-            return pd.DatetimeIndex(found, name="time"), known
-    for one in free:
-        if one.kind == "numbers" and named > bool(one.name):  # it is not the only column that can be forecast
-            title = one.name if source.has_names else ""
-            found = dates_of_numbers(title, one.values, f"{source.name}, column {one.name!r}", tells_time(title))
-            counts = not one.name and np.array_equal(one.values, np.arange(len(one.values)))
-            rising = all(_rises(one.values[rows]) for rows in groups)
-            if found is not None and (rising or tells_time(title)):
-                return found.rename(title or "time"), [one]
-            if not counts and (tells_time(title) or all(_is_axis(title, one.values[rows]) for rows in groups)):
-                return pd.Index(one.values, name=title or "time"), [one]
-        if one.name:
-            break
-    return None, []
+    first = dated[0]
+    clocks = [one for one in free if one.kind == "text" and one.cells.str.fullmatch(CLOCK).all()]
+    if not moving:
+        clocks += [one for one in free if one.name.lower() == "hour" and one.kind == "numbers"]
+    if clocks and (first.values == first.values.normalize()).all():
+        clock = clocks[0].cells.astype("str") + (":00" if clocks[0].kind == "numbers" else "")
+        both = pd.Series(first.values.strftime("%Y-%m-%d "), dtype="str") + clock
+        notes.append(f"{first.name!r} and {clocks[0].name!r} put together")
+        return dates_of(both, clocks[0].name, source).rename(first.name), [*dated, clocks[0]]
+    if len(moving) > 1:
+        names = f"{moving[0].name!r} and {moving[1].name!r}"
+        raise source.error(f"{names} can both be the times; delete one of them")
+    axis = (moving or dated)[0]
+    notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in dated if one is not axis]
+    in_utc = is_text(axis.cells) and str(axis.values.tz) == "UTC"
+    if in_utc and not axis.cells.str.contains(r"(?:Z|UTC|GMT|\+00:?00)$", regex=True).all():
+        notes.append(f"{axis.name!r} has several offsets, its times are in UTC")
+    return axis.values.rename(axis.name or "time"), dated
+
+
+def _of_parts(free: list[Column], notes: list[str]) -> Found:
+    """The times in columns such as year and month, if the years repeat."""
+    parts = {one.name.lower(): one for one in free if one.kind == "numbers" and one.name.lower() in PARTS}
+    if "year" not in parts or not {"month", "quarter"} & parts.keys() or _rises(parts["year"].values):
+        return None, []
+    values = {part: one.values for part, one in parts.items()}
+    quarter = values.pop("quarter", 1)  # a month says more
+    found = pd.to_datetime(pd.DataFrame({"month": 3 * quarter - 2, "day": 1} | values), errors="coerce")
+    if found.isna().any():
+        return None, []
+    notes.append(" and ".join(repr(one.name) for one in parts.values()) + " put together")
+    return pd.DatetimeIndex(found, name="time"), list(parts.values())
+
+
+def _of_numbers(one: Column, groups: list[np.ndarray], source: Source) -> pd.Index | None:
+    """The times in a column of numbers. A count from 0 without a name is no time axis."""
+    title = one.name if source.has_names else ""
+    is_telling = tells_time(title)
+    found = dates_of_numbers(one.values, title, source, is_telling)
+    if found is not None and (is_telling or all(_rises(one.values[rows]) for rows in groups)):
+        return found.rename(title or "time")
+    counts = not one.name and np.array_equal(one.values, np.arange(len(one.values)))
+    if not counts and (is_telling or all(_is_axis(title, one.values[rows]) for rows in groups)):
+        return pd.Index(one.values, name=title or "time")
+    return None
 
 
 def tells_time(name: str) -> bool:
     """True if a column's name says that it holds times. A unit in brackets after it is ignored."""
-    return re.sub(r"\s*[\[(].*", "", name, flags=re.DOTALL).strip().lower() in TIME_NAMES
-
-
-def _is_clock(column: Column) -> bool:
-    return bool(column.cells.astype(str).str.fullmatch(CLOCK).all())
+    return re.sub(r"\s*[\[(].*", "", name, flags=re.DOTALL).lower() in TIME_NAMES
 
 
 def _rises(values) -> bool:
@@ -115,29 +137,28 @@ def _is_axis(name: str, values: np.ndarray) -> bool:
     They rise in equal steps, and the name is a counter's, or at least three numbers have no name, or they are whole.
     """
     whole = bool((values == np.round(values)).all())
-    return equal_steps(values) and (name.strip().lower() in COUNTER_NAMES or (len(values) >= 3 and (not name or whole)))
+    return equal_steps(values) and (name.lower() in COUNTER_NAMES or (len(values) >= 3 and (not name or whole)))
 
 
 def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column], source: Source) -> None:
-    """Raise DataError for times that fall or repeat, or numbers that are not finite."""
-    if index.dtype.kind == "f" and not np.isfinite(index.to_numpy()).all():
-        at = int((~np.isfinite(index.to_numpy())).argmax())
-        raise DataError(f"{source.name}, {source.place(rows[at])}: has no time in {index.name!r}, expected a number")
+    """Raise DataError for times that fall or repeat, or numbers that are not finite. `of` names the series, if any."""
+    name = str(index.name)
+    if index.dtype.kind == "f" and not (known := np.isfinite(index.to_numpy())).all():
+        raise source.error(f"has no time in {name!r}, expected a number", row=rows[known.argmin()])
     if index.is_monotonic_increasing and index.is_unique:
         return
     at = int((index[1:] <= index[:-1]).argmax()) + 1
-    before, now = time_texts(index[[at - 1, at]], index)
-    place = f"{source.name}, {source.place(rows[at])}, column {index.name!r}"
     clock = ""
     is_night = isinstance(index, pd.DatetimeIndex) and index.tz is None and index[at].hour < 4
     if is_night and (index != index.normalize()).any() and index[at - 1] - index[at] <= pd.Timedelta(hours=1):
         clock = "; if the clock was set back there, write times with their offset from UTC"
-    if index[at] == index[at - 1] or (not of and index.duplicated().any()):
-        first = index[index.duplicated()][0]
-        text = time_texts(index[index.duplicated()][:1], index)[0]
-        others = [one.name for one in columns if one.kind == "text"] or ["..."]
-        raise DataError(
-            f"{place}: the time {text}{of} repeats ({int((index == first).sum())} rows have it); if the table has "
-            f"several series, {source.name_id} ({', '.join(others[:3])}), else keep one row for each time{clock}"
-        )
-    raise DataError(f"{place}: the time {now}{of} comes after {before}; sort the rows by time, the oldest first{clock}")
+    twice = index.duplicated()
+    if index[at] == index[at - 1] or (not of and twice.any()):
+        text, count = time_texts(index[twice][:1], index)[0], int((index == index[twice][0]).sum())
+        others = ", ".join([one.name for one in columns if one.kind == "text"][:3] or ["..."])
+        problem = f"the time {text}{of} repeats ({count} rows have it); if the table has several series, name"
+        advice = f"the column that tells them apart with --id ({others}), else keep one row for each time"
+        raise source.error(f"{problem} {advice}{clock}", name, rows[at])
+    before, now = time_texts(index[[at - 1, at]], index)
+    problem = f"the time {now}{of} comes after {before}; sort the rows by time, the oldest first"
+    raise source.error(problem + clock, name, rows[at])

@@ -19,9 +19,7 @@ if TYPE_CHECKING:  # the study reads arrays without pandas
 MAX_ARRAY_BYTES = 2**30  # limit for an array in a file, and for all series of a file as float64
 MAX_COMPRESSION = 1100  # bytes of an array per byte in the file; deflate reaches 1032
 MAX_SERIES = 10**6  # in a file
-NAMES = ("variables", "names")  # attributes that name the variables
 TIMES = ("time", "times", "t", "date", "year")  # arrays with these names are times, in large letters too
-FILLS = ("_FillValue", "missing_value")  # attributes of netCDF 4: the number that stands for a missing value
 
 
 @contextmanager
@@ -68,51 +66,49 @@ def read_hdf5(path: Path, wanted: "Wanted") -> "list[pd.DataFrame]":
     """
     import pandas as pd
 
-    from experiments.tables.cells import Column, Source
     from experiments.tables.series import assemble
+    from experiments.tables.source import Source
 
+    found = []
     with opened(path) as file:
-        together = "trajectories" in file
-        clocks = [name for name in file if name.lower() in TIMES and getattr(file[name], "ndim", 0) == 1]
-        names = ["trajectories"] if together else sorted((name for name in file if name not in clocks), key=_natural)
-        expected = "the array 'trajectories', or arrays (T, D) and nothing else"
-        if not names:
-            raise DataError(f"{path}: holds {sorted(file)}, expected {expected}")
-        if len(clocks) > 1:
-            raise DataError(f"{path}: {clocks[0]!r} and {clocks[1]!r} can both be the times; delete one of them")
-        arrays = {name: numbers_in(path, file, name, (3,) if together else (1, 2), expected) for name in names}
-        time = numbers_in(path, file, clocks[0], (1,), "an array of times") if clocks else None
-        size = 8 * sum(array.size for array in arrays.values())
-        series = arrays["trajectories"].shape[0] if together else len(names)
-        if size > MAX_ARRAY_BYTES or series > MAX_SERIES:
-            raise DataError(
-                f"{path}: claims {series:,} series of {size:,} bytes, expected at most {MAX_SERIES:,} and "
-                f"{MAX_ARRAY_BYTES:,}"
-            )
-        clock = None if time is None else time[:]
-        if clock is not None and not (len(clock) and np.isfinite(clock).all() and (np.diff(clock) > 0).all()):
-            raise DataError(f"{path}: {clocks[0]} is not finite or does not rise, expected the times of the steps")
-        if clock is not None and together and len(clock) != arrays["trajectories"].shape[1]:
-            shapes = f"{arrays['trajectories'].shape} and {clocks[0]} {clock.shape}"
-            raise DataError(f"{path}: trajectories are {shapes}, expected (N, T, D) and (T,)")
-        found = []
+        arrays, clock = _arrays(path, file)
         for name, array in arrays.items():
-            if 0 in array.shape:
-                raise DataError(f"{path}: {name} is {array.shape}, expected at least one number")
-            variables = _variables(path, file, array, bool(clocks))
+            together = array.ndim == 3
+            variables = _variables(path, file, array, clock is not None)
             values, notes = _unpacked(path, name, array)
             for number, one in enumerate(values if together else [values.reshape(len(values), -1)]):
-                columns = [
-                    Column(title, pd.Series(part), "numbers", part)
-                    for title, part in zip(variables, one.T, strict=True)
-                ]
+                parts = [(title, pd.Series(part)) for title, part in zip(variables, one.T, strict=True)]
                 if clock is not None and len(clock) == len(one):
-                    columns.insert(0, Column(clocks[0], pd.Series(clock), "numbers", clock))
+                    parts.insert(0, ("time", pd.Series(clock[:])))
                 at = f"{name}[{number}, " if together else f"{name}["
                 title = f"{path.stem}[{number}]" if together else name
-                source = Source(str(path), (at + "{}]").format)
-                found += assemble(title, columns, wanted, source, notes)
+                found += assemble(title, parts, wanted, Source(str(path), (at + "{}]").format), notes)
     return found
+
+
+def _arrays(path: Path, file: h5py.File) -> tuple[dict[str, h5py.Dataset], h5py.Dataset | None]:
+    """The arrays with series, by name, and the one with the times, none of them read yet."""
+    clocks = [name for name in file if name.lower() in TIMES and getattr(file[name], "ndim", 0) == 1]
+    names = sorted((name for name in file if name not in clocks), key=_natural)
+    names, ranks = (["trajectories"], (3,)) if "trajectories" in file else (names, (1, 2))
+    expected = "the array 'trajectories', or arrays (T, D) and nothing else"
+    if not names:
+        raise DataError(f"{path}: holds {sorted(file)}, expected {expected}")
+    if len(clocks) > 1:
+        raise DataError(f"{path}: {clocks[0]!r} and {clocks[1]!r} can both be the times; delete one of them")
+    arrays = {name: numbers_in(path, file, name, ranks, expected) for name in names}
+    clock = numbers_in(path, file, clocks[0], (1,), "an array of times") if clocks else None
+    size = 8 * sum(array.size for array in arrays.values())
+    series = sum(len(array) if array.ndim == 3 else 1 for array in arrays.values())
+    if size > MAX_ARRAY_BYTES or series > MAX_SERIES:
+        most = f"{MAX_SERIES:,} and {MAX_ARRAY_BYTES:,}"
+        raise DataError(f"{path}: claims {series:,} series of {size:,} bytes, expected at most {most}")
+    for name, array in arrays.items():
+        if 0 in array.shape:
+            raise DataError(f"{path}: {name} is {array.shape}, expected at least one number")
+        if clock is not None and array.ndim == 3 and len(clock) != array.shape[1]:
+            raise DataError(f"{path}: {name} are {array.shape}, {clocks[0]} {clock.shape}, expected (N, T, D) and (T,)")
+    return arrays, clock
 
 
 def _natural(name: str) -> list:
@@ -122,43 +118,33 @@ def _natural(name: str) -> list:
 
 def _unpacked(path: Path, name: str, array: h5py.Dataset) -> tuple[np.ndarray, list[str]]:
     """The numbers of an array as netCDF 4 means them, NaN for missing ones, and what to tell of it."""
-    values, notes = array[:].astype(np.float64), []
-    for key in (key for key in FILLS if key in array.attrs):
-        values[array[:] == _number(path, name, array, key)] = np.nan
-    if "scale_factor" in array.attrs or "add_offset" in array.attrs:
-        scale, offset = (
-            _number(path, name, array, key) if key in array.attrs else default
-            for key, default in (("scale_factor", 1.0), ("add_offset", 0.0))
-        )
-        values = values * scale + offset
-        notes.append(f"{name} multiplied by scale_factor {scale:g}, plus add_offset {offset:g}")
-    return values, notes
-
-
-def _number(path: Path, name: str, array: h5py.Dataset, key: str) -> float:
-    shape = array.attrs.get_id(key).shape
-    value = np.asarray(array.attrs[key] if shape in ((), (1,)) else "")
-    if value.dtype.kind not in "fiu":
-        raise DataError(f"{path}: the attribute {key!r} of {name} is {array.attrs[key]!r}, expected a number")
-    return float(value.ravel()[0])
+    means = {"_FillValue": np.nan, "missing_value": np.nan, "scale_factor": 1.0, "add_offset": 0.0}
+    for key in means.keys() & array.attrs.keys():
+        value = np.asarray(array.attrs[key] if array.attrs.get_id(key).shape in ((), (1,)) else "")
+        if value.dtype.kind not in "fiu":
+            raise DataError(f"{path}: the attribute {key!r} of {name} is {array.attrs[key]!r}, expected a number")
+        means[key] = float(value.ravel()[0])
+    fill, other_fill, scale, offset = means.values()
+    values = array[:].astype(np.float64)
+    values[(values == fill) | (values == other_fill)] = np.nan
+    if (scale, offset) == (1.0, 0.0):
+        return values, []
+    return values * scale + offset, [f"{name} multiplied by scale_factor {scale:g}, plus add_offset {offset:g}"]
 
 
 def _variables(path: Path, file: h5py.File, array: h5py.Dataset, has_time: bool) -> list[str]:
     """The names of an array's variables: of its attributes, of the study's data set, or x0, x1, ..."""
     count = array.shape[-1] if array.ndim > 1 else 1
-    for owner in (array, file):
-        for key in NAMES:
-            if key in owner.attrs:
-                shape = owner.attrs.get_id(key).shape
-                found = np.atleast_1d(owner.attrs[key] if shape in ((), (count,)) else [])
-                names = [name.decode() if isinstance(name, bytes) else str(name) for name in found]
-                names = [name.strip() for name in (names[0].split(",") if len(names) == 1 else names)]
-                if len(names) != count or len(set(names)) != count or "" in names:
-                    raise DataError(
-                        f"{path}: the attribute {key!r} has the shape {shape} and the names {names}, expected {count} "
-                        "different names"
-                    )
-                return names
+    for attributes in (array.attrs, file.attrs):
+        for key in (key for key in ("variables", "names") if key in attributes):
+            shape = attributes.get_id(key).shape
+            found = np.atleast_1d(attributes[key] if shape in ((), (count,)) else [])
+            names = [name.decode() if isinstance(name, bytes) else str(name) for name in found]
+            names = [name.strip() for name in (names[0].split(",") if len(names) == 1 else names)]
+            if len(names) != count or len(set(names)) != count or "" in names:
+                problem = f"the attribute {key!r} has the shape {shape} and the names {names}"
+                raise DataError(f"{path}: {problem}, expected {count} different names")
+            return names
     if array.ndim == 3 and count == 2 and has_time:
         return ["prey", "predator"]
     return [f"x{at}" for at in range(count)]

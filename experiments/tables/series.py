@@ -1,8 +1,7 @@
 """How the columns of a table become series. T time steps, D variables."""
 
+import re
 from collections.abc import Sequence
-from datetime import date
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +9,9 @@ import pandas as pd
 
 from experiments.tables import DataError
 from experiments.tables.axis import check_order, equal_steps, tells_time, time_axis
-from experiments.tables.cells import Column, Source, column_of, decimal_mark
+from experiments.tables.cells import Column, as_text, column_of, decimal_mark, is_text
+from experiments.tables.dates import CLOCK, MONTH, is_date
+from experiments.tables.source import FILL, LEAVE_OUT, Source
 from experiments.tables.times import regular, time_texts
 
 MISSING = ("error", "interpolate", "keep")
@@ -25,11 +26,6 @@ class Wanted(NamedTuple):
     missing: str = "error"
     id: str | None = None
     wide: bool = False
-
-
-def series_name(path: Path) -> str:
-    """The name of a file's series: the file's name without suffixes such as .csv.gz."""
-    return (path.with_suffix("") if path.suffix.lower() in (".gz", ".zip") and "." in path.stem else path).stem
 
 
 def told(series: Sequence[pd.DataFrame]) -> str:
@@ -51,128 +47,73 @@ def told(series: Sequence[pd.DataFrame]) -> str:
 
 
 def from_frame(
-    frame,
-    name: str = "series",
-    missing: str = "error",
-    wanted: Wanted | None = None,
-    source: Source | None = None,
+    frame, name: str = "series", missing: str = "error", wanted: Wanted | None = None, source: Source | None = None
 ) -> list[pd.DataFrame]:
     """The series in a pandas DataFrame or Series, a row for each time step; `missing` as in `reading.read_series`.
 
     The index is the time axis if it holds dates, periods, durations (then in seconds) or has a name. Row numbers are
     none, also where a filter has left a part of them. Levels of an index become columns. Errors as in `read_series`.
     """
-    advice = ('fill them with missing="interpolate"', "leave columns out of the frame", "name its column unique_id")
-    source, wanted = source or Source(name, "row {}".format, *advice), wanted or Wanted(missing=missing)
-    check_missing(missing)
+    source, wanted, notes = source or Source(name), wanted or Wanted(missing=missing), []
     if isinstance(frame, pd.Series):
         frame = frame.to_frame("x0" if frame.name is None else frame.name)
     if not isinstance(frame, pd.DataFrame):
-        raise DataError(f"{source.name}: got a {type(frame).__name__}, expected a pandas DataFrame or Series")
+        raise source.error(f"got a {type(frame).__name__}, expected a pandas DataFrame or Series")
     if frame.columns.nlevels > 1:
-        raise DataError(f"{source.name}: has several levels of columns; select one level")
-    if not len(frame):
-        raise DataError(f"{source.name}: has no rows, expected a row for each time step")
-    index, notes = frame.index, []
-    parts = [frame.iloc[:, at].reset_index(drop=True) for at in range(frame.shape[1])]
-    titles = [str(one) for one in frame.columns]
-    levels = [index.get_level_values(at) for at in range(index.nlevels)]
-    are_dates = any(isinstance(one.dtype, pd.DatetimeTZDtype) or one.dtype.kind == "M" for one in parts)
-    for level in reversed(levels):
-        is_number = level.dtype.kind in "iuf"
-        if is_number and level.name is None and (are_dates or not equal_steps(level.to_numpy(float))):
-            if not isinstance(level, pd.RangeIndex):
-                notes.append("the row numbers of the frame left out")
+        raise source.error("has several levels of columns; select one level")
+    parts = [(str(title), cells) for title, cells in frame.items()]
+    dated = [title for title, cells in parts if pd.api.types.is_datetime64_any_dtype(cells.dtype)]
+    for at in reversed(range(frame.index.nlevels)):
+        level = frame.index.get_level_values(at)
+        is_number, title = level.dtype.kind in "iuf", level.name
+        if is_number and title is None and (dated or not equal_steps(level.to_numpy(float))):
+            notes += [] if isinstance(level, pd.RangeIndex) else ["the row numbers of the frame left out"]
             continue
-        parts.insert(0, pd.Series(level.to_numpy() if is_number else level).reset_index(drop=True))
-        titles.insert(0, str(level.name) if level.name is not None else "" if is_number else "time")
-    indexed = len(titles) > frame.shape[1] and index.nlevels == 1
-    texts = [(title, part) for title, part in zip(titles, map(_text, parts), strict=True) if part is not None]
-    mark = decimal_mark(source.name, texts, wanted.columns, ",")
-    columns = [
-        _typed(title, part, mark, source, title not in (wanted.columns or ()))
-        for title, part in zip(titles, parts, strict=True)
-    ]
-    if indexed and columns[0].kind == "dates":  # the index goes before any column of dates
-        columns = [columns[0], *(one for one in columns[1:] if one.kind != "dates")]
-    return assemble(name, columns, wanted, source, notes)
-
-
-def _text(part: pd.Series) -> pd.Series | None:
-    """The cells of a column of text, missing ones as ""; None for another column."""
-    if part.dtype.kind not in "OTU" and not isinstance(part.dtype, pd.StringDtype):
-        return None
-    known = part.dropna()
-    return part.fillna("").astype("str").str.strip() if all(isinstance(cell, str) for cell in known) else None
-
-
-def _typed(name: str, part: pd.Series, mark: str, source: Source, may_be_date: bool) -> Column:
-    """A column of a frame as dates or numbers. Raises DataError for dates that are missing."""
-    if (text := _text(part)) is not None:
-        return column_of(name, text, mark, source, may_be_date)
-    if isinstance(part.dtype, pd.PeriodDtype):
-        part = part.dt.to_timestamp()
-    elif part.dtype.kind == "m":
-        part = part.dt.total_seconds()
-    elif part.dtype.kind == "O" and all(isinstance(cell, date) for cell in part.dropna()):
-        part = pd.to_datetime(part)
-    if pd.api.types.is_datetime64_any_dtype(part.dtype):
-        if part.isna().any():
-            raise DataError(
-                f"{source.name}, column {name!r}: {part.isna().sum()} of {len(part)} dates are missing; leave out "
-                "their rows, or the column"
-            )
-        return Column(name, part, "dates", pd.DatetimeIndex(part))
-    if part.dtype.kind == "O":  # such as Decimal
-        part = pd.to_numeric(part, errors="coerce").where(part.map(lambda cell: not isinstance(cell, bool | str)))
-    if pd.api.types.is_numeric_dtype(part.dtype) and part.dtype.kind in "iuf":
-        whole = part.dtype.kind == "i" and not part.isna().any()
-        return Column(name, part, "numbers", part.to_numpy(np.int64 if whole else np.float64, na_value=np.nan))
-    return Column(name, part.astype(str), "text")
+        if pd.api.types.is_datetime64_any_dtype(level.dtype):  # it goes before columns of dates
+            parts = [part for part in parts if part[0] not in dated]
+            notes += [f"{one!r} left out, as the index has the times" for one in dated]
+        title = str(title) if title is not None else "" if is_number else "time"
+        parts.insert(0, (title, level.to_series()))
+    return assemble(name, [(title, cells.reset_index(drop=True)) for title, cells in parts], wanted, source, notes)
 
 
 def assemble(
-    name: str, columns: Sequence[Column], wanted: Wanted, source: Source, notes: Sequence[str] = ()
+    name: str, parts: Sequence[tuple[str, pd.Series]], wanted: Wanted, source: Source, notes: Sequence[str] = ()
 ) -> list[pd.DataFrame]:
-    """The series in columns.
+    """The series in columns: names, and cells (T) of text, dates or numbers.
 
     Left out are columns without a name, the id, and the times (`axis.time_axis`). Raises DataError as `read_series`.
     """
-    names, notes = [column.name for column in columns], list(notes)
-    groups, titles, columns = _groups(columns, wanted, source)
-    free = [one for one in columns if wanted.columns is None or one.name not in wanted.columns]
-    axis, used = time_axis(free, groups, sum(bool(one.name) for one in columns), source, notes)
-    if wanted.columns is None:
-        chosen = [one for one in columns if one.name and not any(one is other for other in used)]
-    else:
-        chosen = [one for name in dict.fromkeys(wanted.columns) for one in columns if one.name == name]
-    for one in wanted.columns if wanted.columns is not None else [one.name for one in chosen]:
-        if names.count(one) != 1:
-            raise DataError(f"{source.name}: has {names.count(one)} columns {one!r}, expected one; it has {names}")
-    for column in free:
-        if not column.name and not any(column is other for other in used) and not _counts(column):
-            notes.append("a column without a name left out")
-    if not chosen:
-        raise DataError(f"{source.name}: has no column of numbers to forecast, only {names}; expected at least one")
+    if wanted.missing not in MISSING:
+        raise DataError(f"missing is {wanted.missing!r}, expected one of {', '.join(MISSING)}")
+    if not parts or not len(parts[0][1]):
+        raise source.error("has no rows, expected a row for each time step")
+    asked, notes = list(dict.fromkeys(wanted.columns or ())), list(notes)
+    # pandas calls a column without a name so
+    parts = [(re.sub(r"^Unnamed: \d+$", "", title).strip(), as_text(cells)) for title, cells in parts]
+    mark = decimal_mark([part for part in parts if is_text(part[1])], asked, source)
+    columns = [column_of(title, cells, mark, source, title not in asked) for title, cells in parts]
+    groups, titles, rest = _groups(columns, wanted, source)
+    free = [one for one in rest if one.name not in asked]
+    axis, used = time_axis(free, groups, sum(bool(one.name) for one in rest), source, notes)
+    free = [one for one in free if not any(one is other for other in used)]
+    notes += ["a column without a name left out" for one in free if not one.name and not _counts(one)]
     for title, rows in zip(titles, groups, strict=True):
         if axis is not None:
-            check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", columns, source)
-    for column in chosen:
-        if column.kind != "numbers":
-            raise DataError(_no_number(column, source))
+            check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, source)
+    names = asked if wanted.columns is not None else [one.name for one in free if one.name]
+    whole = _numbers(names, columns, source)
+    if wanted.columns is None and not wanted.wide:
+        _refuse_times_as_names(names, source)
     if wanted.wide and len(groups) > 1:
-        raise DataError(f"{source.name}: has {len(groups)} series, one below the other; leave out --wide or the ids")
-    whole = pd.DataFrame(np.stack([one.values for one in chosen], axis=1).astype(np.float64))
-    whole.columns = pd.Index([one.name for one in chosen])
+        raise source.error(f"has {len(groups)} series, one below the other; leave out --wide or the ids")
     series = []
     for title, rows in zip(titles, groups, strict=True):
         index = pd.RangeIndex(len(rows)) if axis is None else axis[rows]
         frame = _complete(whole.iloc[rows].set_axis(index), wanted.missing, rows, source)
-        frame.attrs["name"] = title or name
-        for label in frame.columns if wanted.wide else ():
-            series.append(frame[[label]].set_axis(["value"], axis=1))
+        for label in names if wanted.wide else [title or name]:
+            series.append(frame[[label]].set_axis(["value"], axis=1) if wanted.wide else frame)
             series[-1].attrs["name"] = label
-        series += [] if wanted.wide else [frame]
     series[0].attrs["notes"] = notes
     return series
 
@@ -181,23 +122,18 @@ def _groups(
     columns: Sequence[Column], wanted: Wanted, source: Source
 ) -> tuple[list[np.ndarray], list[str], list[Column]]:
     """The rows of each series, the names of the series ("" for the only one), and the columns without the id."""
-    names = [one.name for one in columns]
-    if wanted.id is not None and names.count(wanted.id) != 1:
-        raise DataError(
-            f"{source.name}: has {names.count(wanted.id)} columns {wanted.id!r}, expected one; it has {names}"
-        )
-    for one in columns:
-        is_named = one.name.lower() in IDS and one.cells.nunique() < len(one.cells)
-        if one.name == wanted.id or (is_named and not wanted.id and one.name not in (wanted.columns or ())):
-            codes, found = pd.factorize(one.cells.where(one.cells != "").astype("str"))
-            if (codes < 0).any():
-                raise DataError(
-                    f"{source.name}, {source.place(int(codes.argmin()))}: has no {one.name!r}, which names its series"
-                )
-            order = np.argsort(codes, kind="stable")
-            groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
-            return groups, [str(title) for title in found], [other for other in columns if other is not one]
-    return [np.arange(len(columns[0].cells))], [""], list(columns)
+    found = [one for one in columns if one.name.lower() in IDS and one.name not in (wanted.columns or ())]
+    found = [one for one in found if one.cells.nunique() < len(one.cells)][:1]
+    if wanted.id is not None:
+        found = [_the_one(wanted.id, columns, source)]
+    if not found:
+        return [np.arange(len(columns[0].cells))], [""], list(columns)
+    codes, titles = pd.factorize(found[0].cells.where(found[0].cells != "").astype("str"))
+    if (codes < 0).any():
+        raise source.error(f"has no {found[0].name!r}, which names its series", row=int(codes.argmin()))
+    order = np.argsort(codes, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
+    return groups, [str(title) for title in titles], [one for one in columns if one is not found[0]]
 
 
 def _counts(column: Column) -> bool:
@@ -205,55 +141,60 @@ def _counts(column: Column) -> bool:
     return column.kind == "numbers" and np.array_equal(column.values, np.arange(len(column.values)))
 
 
-def _no_number(one: Column, source: Source) -> str:
-    """What to say about a column that has neither dates nor numbers."""
-    cell = str(one.cells.iloc[one.problem])
-    text = f"{source.name}, {source.place(one.problem)}, column {one.name!r}: holds {cell[:40] or 'nothing'!r}"
-    if one.kind == "dates":
-        return f"{text}, a date, expected a number; {source.leave_out}"
-    if tells_time(one.name) and pd.to_numeric(one.cells, errors="coerce").isna().all():
-        return f"{text}, which is no date that is known here; write dates such as 2023-01-31, or months as 2023-01"
-    hints = ["expected a number"]
-    if one.problem == 0:
-        hints.append("a title before it, or a second row of names or units? leave it out")
-    else:
-        hints.append("a mark for a missing value? write nothing in its place")
-    if one.cells.nunique() < len(one.cells):
-        hints.append(f"names of series? {source.name_id}")
-    return f"{text}, {'; '.join(hints)}; {source.leave_out}"
+def _the_one(name: str, columns: Sequence[Column], source: Source) -> Column:
+    """The column with this name. Raises DataError if there is none, or several."""
+    found = [one for one in columns if one.name == name]
+    if len(found) != 1:
+        raise source.error(f"has {len(found)} columns {name!r}, expected one; it has {[one.name for one in columns]}")
+    return found[0]
 
 
-def check_missing(missing: str) -> None:
-    """Raise DataError if `missing` is not one of MISSING."""
-    if missing not in MISSING:
-        raise DataError(f"missing is {missing!r}, expected one of {', '.join(MISSING)}")
+def _numbers(names: Sequence[str], columns: Sequence[Column], source: Source) -> pd.DataFrame:
+    """The columns with these names as float64 (T, D). Raises DataError for others than numbers."""
+    if not names:
+        all_names = [one.name for one in columns]
+        raise source.error(f"has no column of numbers to forecast, only {all_names}; expected at least one")
+    found = [_the_one(name, columns, source) for name in names]
+    for one in (one for one in found if one.kind != "numbers"):
+        cell = str(one.cells.iloc[one.problem])[:40] or "nothing"
+        problem = "expected a number; leave out titles, units and notes, and write nothing for a missing value"
+        if one.cells.nunique() < len(one.cells):
+            problem += f"; if it names series, tell it with --id {one.name}"
+        if tells_time(one.name) and one.kind == "text" and pd.to_numeric(one.cells, errors="coerce").isna().all():
+            problem = "which is no date that is known here; write dates such as 2023-01-31, or months as 2023-01"
+        raise source.error(f"holds {cell!r}, {problem}; or {LEAVE_OUT}", one.name, one.problem)
+    return pd.DataFrame({one.name: one.values for one in found}, dtype=np.float64)
+
+
+def _refuse_times_as_names(names: Sequence[str], source: Source) -> None:
+    """Raise DataError if variables are called by times: months, as R prints its `ts`, quarters, years, dates."""
+    times = rf"(?i:{MONTH}|{CLOCK}|q(?:tr|uarter)?[ _]?[1-4]|(?:1[89]|20)\d\d)"
+    found = [name for name in names if is_date(name) or re.fullmatch(times, name)]
+    if len(found) > 2 or list(names) == [str(month) for month in range(1, 13)]:
+        raise source.error(
+            f"has columns {names[0]!r} to {names[-1]!r}, which can be variables, or the times of a series in each row; "
+            "write a row for each time, or name the variables with --columns"
+        )
 
 
 def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, source: Source) -> pd.DataFrame:
     """The frame, with its missing values filled in, refused or kept. Raises DataError for infinite values too."""
     values = frame.to_numpy()
-
-    def place(row: int, at: int) -> str:
-        return f"{source.place(rows[row])}, column {frame.columns[at]!r}"
-
     if (infinite := np.isinf(values)).any():
-        raise DataError(f"{source.name}, {place(*np.argwhere(infinite)[0])}: is infinite, expected a finite number")
+        row, at = np.argwhere(infinite)[0]
+        raise source.error("is infinite, expected a finite number", frame.columns[at], rows[row])
     gaps = np.isnan(values)
     if missing == "keep" or not gaps.any():
         return frame
     if missing == "error":
-        count = gaps.sum()
-        raise DataError(
-            f"{source.name}: {count} of {gaps.size} values {'is' if count == 1 else 'are'} missing, the first in "
-            f"{place(*np.argwhere(gaps)[0])}; {source.fill}, or {source.leave_out}"
-        )
-    for name, known in zip(frame.columns, (~gaps).sum(axis=0), strict=True):
+        count, (row, at) = gaps.sum(), np.argwhere(gaps)[0]
+        problem = f"{count} of {gaps.size} values {'is' if count == 1 else 'are'} missing, the first in"
+        raise source.error(f"{problem} {source.place(rows[row])}, column {frame.columns[at]!r}; {FILL}; or {LEAVE_OUT}")
+    for name, known in frame.count().items():
         if known < 2:
-            raise DataError(
-                f"{source.name}: {name!r} has {known} of {len(frame)} values, expected at least 2 to interpolate; "
-                f"{source.leave_out}"
-            )
+            problem = f"{name!r} has {known} of {len(frame)} values, expected at least 2 to interpolate"
+            raise source.error(f"{problem}; {LEAVE_OUT}")
     filled = frame.interpolate(method="index", limit_direction="both")
     if not np.isfinite(filled.to_numpy()).all():
-        raise DataError(f"{source.name}: its values are too far apart to interpolate")
+        raise source.error("its values are too far apart to interpolate")
     return filled

@@ -17,7 +17,10 @@ def forecast_frame(
     when the times cannot be continued.
     """
     bounds = [] if quantiles is None else list(quantiles)
-    names = _names(list(series.columns), levels[: len(bounds)])
+    names = list(series.columns)
+    for level in levels[: len(bounds)]:
+        for name in series.columns:
+            names.append(_unused(f"{name}_q{level:g}", names))
     return pd.DataFrame(np.concatenate([values, *bounds], axis=1), following(series.index, len(values)), names)
 
 
@@ -45,15 +48,6 @@ def write(
             part.insert(0, _unused(name, part.columns), label)
         parts.append(part)
     return pd.concat(parts).to_csv(index=False, lineterminator="\n")
-
-
-def _names(variables: list[str], levels: Sequence[float]) -> list[str]:
-    """The names of the variables and their quantiles, all different."""
-    names = list(variables)
-    for level in levels:
-        for name in variables:
-            names.append(_unused(f"{name}_q{level:g}", names))
-    return names
 
 
 def _unused(name: str, used) -> str:

@@ -1,0 +1,164 @@
+"""Dates in text and in numbers. T cells of one column."""
+
+import re
+
+import numpy as np
+import pandas as pd
+
+from experiments.tables.source import Source
+from experiments.tables.times import regular
+
+MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+YEARS = (1800, 2200)  # of numbers such as 202312 that are dates
+CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp][Mm])?"
+MONTH = rf"({'|'.join(MONTHS)})(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?"
+_ZONE = r"(?:Z|UTC|GMT|[+-]\d{2}:?\d{2})"
+_AFTER = rf"((?:[T ,]+{CLOCK}(?: ?{_ZONE})?)?)"
+# What a date looks like, and how it is written for pandas; two ways where the day or the month can come first.
+_FORMS = [
+    (rf"(\d{{4}})[-/.](\d{{1,2}})[-/.](\d{{1,2}}){_AFTER}", r"\1-\2-\3\4"),
+    (rf"(\d{{1,2}})[-/](\d{{1,2}})[-/](\d{{4}}){_AFTER}", r"\3-\2-\1\4", r"\3-\1-\2\4"),
+    (rf"(\d{{1,2}})\.(\d{{1,2}})\.(\d{{4}}){_AFTER}", r"\3-\2-\1\4"),
+    (r"(\d{4})(?:[-/]|[ -]?M)(\d{1,2})", r"\1-\2-1"),
+    (r"(\d{1,2})[-/](\d{4})", r"\2-\1-1"),
+    (r"(\d{4})[- ]?Q0?([1-4])", r"\1-q\2-1"),
+    (r"Q([1-4])[- /]?(\d{4})", r"\2-q\1-1"),
+    (r"(\d{4})-?W(\d{2})", r"\1-W\2-1"),
+    (r"(\d{4}-\d{2}-\d{2})/\d{4}-\d{2}-\d{2}", r"\1"),  # a week, as pandas writes it
+    (rf"(?:[a-z]{{3,9}},? )?(\d{{1,2}})[- ./]*{MONTH}[- ,./]*(\d{{4}}){_AFTER}", r"\3-\2-\1\4"),
+    (rf"{MONTH}[- ]*(\d{{1,2}}),? +(\d{{4}}){_AFTER}", r"\3-\1-\2\4"),
+    (rf"{MONTH}[- ,./']*(\d{{4}})", r"\2-\1-1"),
+    (rf"(\d{{4}})[- ]*{MONTH}", r"\1-\2-1"),
+]
+_SHORT_YEAR = (  # Jan-59, 30.12.55, 5-Jan-59
+    rf"(?:{MONTH}[- '/]*|\d{{1,2}}[/.]\d{{1,2}}[/.]|\d{{1,2}}[- ./]*{MONTH}[- ./']*)(\d{{2}})(?: {CLOCK})?"
+)
+# What is not ISO 8601 yet, and what it becomes.
+_TO_ISO = [
+    *((f"-{name}-", f"-{number}-") for number, name in enumerate(MONTHS, start=1)),
+    *((f"-q{number}-", f"-{3 * number - 2}-") for number in (1, 2, 3, 4)),
+    (r"(\d), *(\d{1,2}:)", r"\1 \2"),
+    (r"(:\d{2}),(\d)", r"\1.\2"),
+    (r" ?(?:UTC|GMT)$", "Z"),
+    (r" ?([ap]m)$", r" \1"),
+]
+_OF_DIGITS = {6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
+
+
+def is_date(cell: str) -> bool:
+    """True if a cell is a date, also one that is refused because its year has two digits. A number is none."""
+    return any(_fits(form, cell) for form in [_SHORT_YEAR, *(form for form, *_ in _FORMS)])
+
+
+def _fits(form: str, cell: str) -> bool:
+    return re.fullmatch(form, cell, re.ASCII | re.IGNORECASE) is not None
+
+
+def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
+    """The dates in the cells of text (T) of column `name`, all in the form of the first one, which `is_date`.
+
+    A month or a quarter is its first day, a week its Monday. Times with several offsets are in UTC. Whether 1/2/2023
+    starts with the day is decided for all cells together: such that all are dates, such that they rise, and such that
+    the steps are equal. Raises DataError for another cell, for years of two digits, for seasons such as 2010/11, and
+    for cells that can be two dates.
+    """
+    first = cells.iloc[0]
+    if _fits(_SHORT_YEAR, first):
+        problem = "has a year of two digits, which can be in this century or in the last one"
+        raise source.error(f"{first!r} {problem}; write years with four digits", name)
+    form, *orders = next(one for one in _FORMS if _fits(one[0], first))
+    fits = cells.str.fullmatch(f"(?i:{form})").to_numpy(bool)
+    if not fits.all():
+        cell = cells.iloc[row := int(fits.argmin())][:40] or "nothing"
+        raise source.error(f"holds {cell!r}, expected a date written like the first one, {first!r}", name, row)
+    if re.fullmatch(r"\d{4}[-/]\d{2}", first):
+        _refuse_seasons(cells.str[:4].astype(int), cells.str[5:].astype(int), first, name, source)
+    if len(orders) == 2:  # a number above 12 is no month; where it shows, the other order need not be parsed
+        large = (r"\d+\D(?:1[3-9]|[2-9]\d)", r"1[3-9]|[2-9]\d")
+        orders = [order for order, no in zip(orders, large, strict=True) if not cells.str.match(no).any()] or orders
+    parsed = [_parsed(cells.str.replace(f"(?i:{form})", order, regex=True), name, source) for order in orders]
+    readings = [found for found in parsed if not found.isna().any()]
+    if not readings:
+        cell = cells.iloc[row := max(int(found.isna().argmax()) for found in parsed)]
+        advice = "; write 00:00 of the next day" if re.search("[ T]24:", cell) else ""
+        raise source.error(f"{cell!r} is not a date of the calendar{advice}", name, row)
+    for is_good in (lambda found: found.is_monotonic_increasing, regular):
+        readings = [found for found in readings if is_good(found)] or readings
+    if not readings[0].equals(readings[-1]):
+        days = [str(found[0].date()) for found in readings]
+        problem = f"{first!r} can start with the day or with the month, {' or '.join(days)}"
+        raise source.error(f"{problem}; write dates as {days[0]}", name)
+    return readings[0]
+
+
+def _refuse_seasons(years, seconds, first, name: str, source: Source) -> None:
+    """Raise DataError if the second parts (T) of several months, such as 2010/11, are all the year that follows."""
+    if len(years) > 1 and (seconds == (years + 1) % 100).all():
+        year, second = int(years[0]), int(seconds[0])
+        month = f"month {second} of {year} or " if 1 <= second <= 12 else ""
+        advice = f"write months as dates, such as {year}-01-01, and seasons as their first year, {year}"
+        raise source.error(f"'{first}' can be {month}the season {year} to {year + 1}; {advice}", name)
+
+
+def _parsed(text: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
+    """The dates (T) in text that is nearly ISO 8601; NaT for one that is not in the calendar."""
+    first = text.iloc[0]
+    if re.search("[a-su-vxy,]", first, re.IGNORECASE):  # besides the T, W and Z of ISO 8601
+        for pattern, written in _TO_ISO:
+            text = text.str.replace(pattern, written, case=False, regex=True)
+    how = "%G-W%V-%u" if "-W" in first else "ISO8601"
+    if re.search("[ap]m", first, re.IGNORECASE):
+        how = f"%Y-%m-%d %I:%M{':%S' if first.count(':') == 2 else ''} %p"
+    zoned = text.str.contains(rf"\d ?{_ZONE}$", regex=True) if re.search(r":\d\d", first) else pd.Series([False])
+    if zoned.any() and not zoned.all():
+        raise source.error("some times have an offset from UTC and some have none; write it for all", name)
+    try:
+        return pd.DatetimeIndex(pd.to_datetime(text, format=how, errors="coerce"))
+    except ValueError:  # offsets that differ, as in summer and in winter
+        return pd.DatetimeIndex(pd.to_datetime(text, format=how, errors="coerce", utc=True))
+
+
+def dates_of_numbers(values: np.ndarray, name: str, source: Source, is_telling: bool) -> pd.DatetimeIndex | None:
+    """The dates in numbers (T) such as 202312, 20231231, 2023123123 and longer ones; None if they are no such dates.
+
+    is_telling: the name of the column says that it holds times. Raises DataError for weeks, seasons, days that are not
+    in the calendar, and for numbers that can be months or numbers.
+    """
+    if values.dtype.kind != "i":
+        if is_telling and np.isfinite(values).all():
+            _refuse_points(values, name, source)
+        return None
+    digits = len(str(values[0]))
+    year = values // 10 ** max(digits - 4, 0)
+    if digits not in _OF_DIGITS or not _within(year, YEARS):
+        return None
+    if digits == 6:
+        part = values % 100
+        _refuse_seasons(year, part, values[0], name, source)
+        if ("week" in name.lower() or (is_telling and part.max() > 12)) and _within(part, (1, 53)):
+            problem = f"{values[0]} is a week, and weeks are counted in several ways"
+            raise source.error(f"{problem}; write its first day", name)
+        if not _within(part, (1, 12)) or not (is_telling or (np.diff(values) > 0).all()):
+            return None
+        if not is_telling and year[0] == year[-1]:
+            problem = f"{values[0]} can be the month {year[0]}-{part[0]:02d} or a number"
+            raise source.error(f"{problem}; call the column 'month', or write a date", name)
+    found = pd.DatetimeIndex(pd.to_datetime(pd.Series(values).astype(str), format=_OF_DIGITS[digits], errors="coerce"))
+    bad = found.isna()
+    if digits == 8 and is_telling and bad.any() and not bad.all():
+        raise source.error(f"{values[bad.argmax()]} is not a day of the calendar; correct it", name, int(bad.argmax()))
+    return None if bad.any() else found
+
+
+def _refuse_points(values: np.ndarray, name: str, source: Source) -> None:
+    """Raise DataError if all numbers (T) are months such as 2023.12 or 12.2023, where 2023.1 can be January."""
+    for factor in (100, 10**4):
+        whole = np.round(values * factor)
+        year, month = np.divmod(whole, 100) if factor == 100 else np.divmod(whole, 10**4)[::-1]
+        if np.allclose(values * factor, whole, rtol=0, atol=1e-6) and _within(year, YEARS) and _within(month, (1, 12)):
+            advice = f"write months as {year[0]:.0f}-{month[0]:02.0f}"
+            raise source.error(f"{values[0]} can be a month or a number; {advice}", name)
+
+
+def _within(values: np.ndarray, bounds: tuple[int, int]) -> bool:
+    return bool(values.min() >= bounds[0] and values.max() <= bounds[1])
