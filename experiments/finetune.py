@@ -163,7 +163,7 @@ def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team",
 
     from experiments.forecasting.finetuning import Finetuning, summary
     from experiments.forecasting.forecaster import checkpoint_hash
-    from experiments.report.finetuned import write_page
+    from experiments.report import write_report
     from qwen_min.weights import checkpoint_folder
 
     series, forecaster, data, settings = team.agreed(lambda: check_inputs(args, device))
@@ -195,7 +195,7 @@ def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team",
             Finetuning(
                 forecaster, data, settings, folder, args.budget, interruption, args.samples, args.patience, team
             ).run(checkpoint, list(series[0].columns))
-        page = team.told(lambda: write_page(folder))
+        page = team.told(lambda: write_report(folder))
     cli.tell("\n".join(summary(read_json(folder / "metrics.json"))))
     cli.tell(f"adapter: {folder / 'adapter'}; results: {page}")
     return 0

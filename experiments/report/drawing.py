@@ -1,0 +1,56 @@
+"""The figures of a run, from its contents. Each function writes one file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.forecasting.scores import BAND, QUANTILES
+from experiments.report import figures
+from experiments.report.results import Run, scores_of
+from experiments.report.rows import long_errors
+from experiments.report.words import number
+from experiments.study.plans import HORIZON
+
+
+def bands(run: Run, name: str, rows: Sequence[int]) -> np.ndarray | None:
+    """The bounds (N, 2, h, 2) of the central 80 % of the samples of test sequences; None if one of them has none."""
+    quantiles = [run.experiments[name].forecasts["test"][row].quantiles or [None] * len(QUANTILES) for row in rows]
+    bounds = [[each[QUANTILES.index(level)] for level in BAND] for each in quantiles]
+    return None if any(bound is None for pair in bounds for bound in pair) else np.array(bounds)
+
+
+def test_sequences(run: Run, name: str, rows: Sequence[int], path: Path) -> None:
+    """Draw test sequences over the long horizon, with the central 80 % of the samples if there are some."""
+    lines = [run.experiments[name].forecasts["test"][row] for row in rows]
+    figures.fan(
+        ["prey", "predator"],
+        [run.contexts["test"][row].context for row in rows],
+        [line.forecast for line in lines],
+        bands(run, name, rows),
+        path,
+        [line.truth for line in lines],
+        [f"sequence {row}, MSE {number(line.mse)}" for row, line in zip(rows, lines, strict=True)],
+    )
+
+
+def validation_sequence(run: Run, name: str, row: int, path: Path) -> None:
+    """Draw a validation sequence."""
+    line = run.experiments[name].forecasts["val"][row]
+    context, forecast, truth = run.contexts["val"][row].context, line.forecast[:HORIZON], line.truth[:HORIZON]
+    figures.fan(["prey", "predator"], [context], [forecast], None, path, [truth])
+
+
+def errors(run: Run, path: Path) -> None:
+    """Draw the test error of every baseline and every method of a judged experiment."""
+    ours = scores_of(run.judged)
+    tests = {name: by_split["test"].all for name, by_split in (run.baselines | ours).items() if "test" in by_split}
+    figures.errors({name: (one.mse, one.mse_interval) for name, one in tests.items() if one.mse}, set(ours), path)
+
+
+def by_horizon(run: Run, path: Path) -> None:
+    """Draw the test error at each forecast step; baselines are dashed."""
+    curves = {name: np.array(one.mse_by_horizon, dtype=float) for name, one in long_errors(run).items()}
+    lines = {name: (1 + np.arange(len(curve)), curve) for name, curve in curves.items()}
+    dashed = {"linestyle": "--", "marker": None}
+    figures.curves(lines, path, "forecast step", "MSE (scaled units)", run.baselines.keys(), dashed, log=True)
