@@ -6,7 +6,7 @@ from typing import Any
 from experiments.forecasting.scores import ROUNDING_MSE, paired
 from experiments.report import drawing, figures, finetuned, rows
 from experiments.report.page import Figures, render
-from experiments.report.results import Run, is_fine_tuning, load_run, scores_of
+from experiments.report.results import Run, is_fine_tuning, load_run, methods_of
 from experiments.report.words import bracket, factor, with_interval
 from experiments.storage.files import write_whole
 
@@ -42,7 +42,7 @@ def run_page(run: Run) -> dict[str, Any]:
 
 def verdict(run: Run) -> str | None:
     """The result in words: the last judged model next to the best baseline. None if no model is judged."""
-    methods = {name: scores["test"] for name, scores in scores_of(run.judged).items() if "test" in scores}
+    methods = {name: scores["test"] for name, scores in methods_of(run.judged).items() if "test" in scores}
     if not methods:
         return None
     name, ours = list(methods.items())[-1]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from experiments.report import figures, rows
 from experiments.report.page import Figures, render
-from experiments.report.results import Result, Run, is_fine_tuning, load_run, scores_of
+from experiments.report.results import Result, Run, is_fine_tuning, load_run, methods_of
 from experiments.report.words import log10
 from experiments.storage.files import RunError, write_whole
 from experiments.study.records import PUBLISHED
@@ -20,7 +20,7 @@ def write_comparison(folder: Path) -> tuple[Path, dict[str, str]]:
     runs, left_out = load_runs(folder)
     experiments = experiments_of(runs)
     conventions = runs[0].plan.conventions
-    scores = scores_of(experiments).values()
+    scores = methods_of(experiments).values()
     text = render(
         "comparison",
         "md",

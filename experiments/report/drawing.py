@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.forecasting.scores import BAND, QUANTILES
 from experiments.report import figures
-from experiments.report.results import Run, scores_of
+from experiments.report.results import Run, methods_of
 from experiments.report.rows import long_errors
 from experiments.report.words import number
 from experiments.study.plans import HORIZON
@@ -43,14 +43,16 @@ def validation_sequence(run: Run, name: str, row: int, path: Path) -> None:
 
 def errors(run: Run, path: Path) -> None:
     """Draw the test error of every baseline and every method of a judged experiment."""
-    ours = scores_of(run.judged)
+    ours = methods_of(run.judged)
     tests = {name: by_split["test"].all for name, by_split in (run.baselines | ours).items() if "test" in by_split}
     figures.errors({name: (one.mse, one.mse_interval) for name, one in tests.items() if one.mse}, set(ours), path)
 
 
 def by_horizon(run: Run, path: Path) -> None:
     """Draw the test error at each forecast step; baselines are dashed."""
-    curves = {name: np.array(one.mse_by_horizon, dtype=float) for name, one in long_errors(run).items()}
+    found = long_errors(run)
+    ours_first = sorted(found, key=lambda name: name in run.baselines)
+    curves = {name: np.array(found[name].mse_by_horizon, dtype=float) for name in ours_first}
     lines = {name: (1 + np.arange(len(curve)), curve) for name, curve in curves.items()}
     dashed = {"linestyle": "--", "marker": None}
     figures.curves(lines, path, "forecast step", "MSE (scaled units)", run.baselines.keys(), dashed, log=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from matplotlib.transforms import Bbox
 
 from experiments.storage.files import write_whole
@@ -45,8 +46,16 @@ def _save(figure: Figure, path: Path, whole_steps: bool = True) -> None:
     """Write a figure; whole_steps: its horizontal axes count steps."""
     for axes in figure.axes if whole_steps else ():
         axes.locator_params(axis="x", integer=True)
-    figure.tight_layout()
+    _lay_out(figure)
     _write(figure, path)
+
+
+def _lay_out(figure: Figure) -> None:
+    """Fit the axes into a figure, with numbers such as 1e-03 on logarithmic ones: formulas are off."""
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"):
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    figure.tight_layout()
 
 
 def _write(figure: Figure, path: Path) -> None:
@@ -77,8 +86,9 @@ def curves(
             "color": CURVES[index % len(CURVES)],
             "linewidth": 1.5,
             "marker": "o" if len(steps) <= 40 else None,
+            "markersize": 3,
         }
-        axes.plot(steps, values, label=label, markersize=3, **style | (dict(weak_style) if label in weak else {}))
+        axes.plot(steps, values, label=label, **style | (dict(weak_style) if label in weak else {}))
     axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
     if len(lines) > 2:
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
@@ -100,7 +110,8 @@ def losses(trainings: Mapping[str, Sequence[float]], best: str | None = None, *,
         means = smoothed(each)  # each at the middle of its steps
         averages[label] = (np.arange(len(means)) + (len(each) - len(means)) / 2, means)
     weak = averages.keys() - {best} if best else steps.keys()
-    curves(steps | averages, path, "optimizer step", "training loss (nats), 10-step average", weak)
+    what = "training loss (nats)" if steps else "training loss (nats), 10-step average"
+    curves(steps | averages, path, "optimizer step", what, weak)
 
 
 def by_token(losses: Sequence[float], path: Path) -> None:
@@ -111,8 +122,9 @@ def by_token(losses: Sequence[float], path: Path) -> None:
 def checks(steps: Sequence[float], losses: Sequence[float], path: Path) -> None:
     """Draw the held-out loss by the number of steps done, and mark the smallest."""
     best = int(np.argmin(losses))
-    lines = {"validation forecasts": (steps, losses), "the adapter that is kept": ([steps[best]], [losses[best]])}
-    curves(lines, path, "optimizer steps done", "held-out loss (nats per value)")
+    kept = "the adapter that is kept"
+    lines = {"validation forecasts": (steps, losses), kept: ([steps[best]], [losses[best]])}
+    curves(lines, path, "optimizer steps done", "held-out loss (nats per value)", {kept}, {"markersize": 7})
 
 
 @rc_context(STYLE)
@@ -215,7 +227,7 @@ def against_flops(
             marked.append((name, flops, error))
     axes.set(xlabel="FLOPs of the training", ylabel="MSE (scaled units)", xscale="log", yscale="log")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()  # names are placed in the final layout
+    _lay_out(figure)  # names are placed in the final layout
     centres = [axes.transData.transform((flops, error)) for _, flops, error in marked]
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]  # in pixels
     for (name, flops, error), own in zip(marked, list(taken), strict=True):

@@ -99,6 +99,7 @@ def page(folder: Path) -> dict[str, Any]:
         widths = {len(variables), len(metrics.spread), *(line.truth.shape[1] for line in lines)}
         if len(widths) > 1 or len(lines) != metrics.forecasts:
             raise RunError(f"{folder}: its files do not agree on the variables or on the number of forecasts")
+    ordered = sorted(metrics.errors.items(), key=lambda named: named[1].rmse) if metrics else []
     losses, checks = folder / "losses.csv", folder / "held_out.csv"
     return {
         "template": "finetuned",
@@ -110,7 +111,7 @@ def page(folder: Path) -> dict[str, Any]:
         "plan": plan,
         "metrics": metrics,
         "columns": ["method", "RMSE", "95 % interval", *(f"MAE, {name}" for name in variables)],
-        "errors": _rows(metrics) if metrics else [],
+        "errors": [[METHODS.get(name, name), one.rmse, one.interval, *one.mae] for name, one in ordered],
         "losses": read_losses(losses, metrics.steps if metrics else len(ledger)) if metrics or losses.exists() else [],
         "checks": read_columns(checks, "steps", "nats_per_value") if metrics or checks.exists() else ([], []),
         "steps": len(ledger),
@@ -144,12 +145,6 @@ def verdict(metrics: Metrics) -> str:
             "decide the comparison above."
         )
     return text
-
-
-def _rows(metrics: Metrics) -> list[list]:
-    """A row for each method, the smallest error first: name, RMSE, its interval, the mean absolute errors."""
-    ordered = sorted(metrics.errors.items(), key=lambda named: named[1].rmse)
-    return [[METHODS.get(name, name), error.rmse, error.interval, *error.mae] for name, error in ordered]
 
 
 def draw_forecasts(variables: list[str], lines: list[Line], path: Path) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from experiments.forecasting.settings import Training
 from experiments.storage.files import RunError, parse_json_lines, read_json, read_text
@@ -44,13 +43,6 @@ class TrainedResult(Result):
     losses: list[float]  # of each step
 
 
-class Method(NamedTuple):
-    """One forecast of an experiment: the likeliest one, or the mean of its samples."""
-
-    experiment: Result
-    scores: dict[str, Scores]  # by split
-
-
 @dataclass
 class Run:
     """The contents of a run folder."""
@@ -82,11 +74,6 @@ class Run:
     def judged(self) -> dict[str, Result]:
         """The finished experiments that the test set judges."""
         return {name: result for name, result in self.experiments.items() if "test" in result.metrics}
-
-    @property
-    def sections(self) -> set[str]:
-        """The sections of the study, and those beyond it, that the plan has experiments of."""
-        return {experiment.section for experiment in self.plan.identity.experiments}
 
     def planned(self, section: str) -> list[str]:
         """The experiments of a section."""
@@ -157,21 +144,16 @@ def _read_result(path: Path, counts: dict[str, int], conventions: dict[str, str]
     return TrainedResult(**vars(result), losses=read_losses(path / "losses.csv", settings.training.steps))
 
 
-def methods_of(experiments: Mapping[str, Result]) -> dict[str, Method]:
-    """The methods of experiments by name: the forecast of each and, if it drew samples, their mean."""
-    methods = {}
+def methods_of(experiments: Mapping[str, Result]) -> dict[str, dict[str, Scores]]:
+    """The scores of each experiment's forecast and, if it drew samples, of their mean, by name and split."""
+    methods: dict[str, dict[str, Scores]] = {}
     for name, result in experiments.items():
-        methods[name] = Method(result, dict(result.metrics))
+        methods[name] = dict(result.metrics)
         for split, metrics in result.metrics.items():
             if metrics.mean_of_samples and metrics.probabilistic:
-                drawn = f"{name}, mean of {metrics.probabilistic.samples} samples"
-                methods.setdefault(drawn, Method(result, {})).scores[split] = metrics.mean_of_samples
+                drawn = methods.setdefault(f"{name}, mean of {metrics.probabilistic.samples} samples", {})
+                drawn[split] = metrics.mean_of_samples
     return methods
-
-
-def scores_of(experiments: Mapping[str, Result]) -> dict[str, dict[str, Scores]]:
-    """The scores of the methods of experiments, by name and split."""
-    return {name: method.scores for name, method in methods_of(experiments).items()}
 
 
 def is_fine_tuning(folder: Path) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from experiments.forecasting.scores import ROUNDING_MSE, mean_interval, paired
 from experiments.forecasting.settings import Training
 from experiments.report import published
-from experiments.report.results import SPLITS, Result, Run, TrainedResult, methods_of, scores_of
+from experiments.report.results import SPLITS, Result, Run, TrainedResult, methods_of
 from experiments.report.words import bracket, duration, percent
 from experiments.study.records import Errors, ForecastLine, Scores
 
@@ -32,7 +32,7 @@ SUMS = {  # rows with sums of FLOPs, by section
 def mse(baselines: dict[str, dict[str, Scores]], experiments: Mapping[str, Result]) -> Rows:
     """Under MSE_COLUMNS: a row for each baseline and each method of the experiments."""
     rows = []
-    for name, by_split in (baselines | scores_of(experiments)).items():
+    for name, by_split in (baselines | methods_of(experiments)).items():
         row: list[Any] = [name]
         for split in SPLITS:
             found = by_split.get(split)
@@ -44,16 +44,16 @@ def mse(baselines: dict[str, dict[str, Scores]], experiments: Mapping[str, Resul
 
 def published_mse() -> Rows:
     """Under MSE_COLUMNS: what the study published, which is for the first ten sequences."""
-    tests = {name: error for name, (error, _) in published.TEST.items()}
+    tests = published.ERRORS["test"]
     return [
-        [f"published: {name}", error, None, None, None, tests.get(name), None, None, None]
-        for name, (error, _) in published.VALIDATION.items()
+        [f"published: {name}", error, None, None, None, tests.get(name, (None,))[0], None, None, None]
+        for name, (error, _) in published.ERRORS["val"].items()
     ]
 
 
 def published_by_flops() -> dict[str, tuple[float, float]]:
     """The FLOPs and the error of each training of the study, where both were published."""
-    errors = published.VALIDATION
+    errors = published.ERRORS["val"]
     return {f"published: {name}": (10**flops, errors[name][0]) for name, flops in published.TRAINING_FLOPS.items()}
 
 
@@ -86,11 +86,6 @@ def horizons(run: Run) -> Rows:
     ]
 
 
-def longest(run: Run) -> int:
-    """The number of steps of the long horizon."""
-    return max(len(errors.mse_by_horizon or ()) for errors in long_errors(run).values())
-
-
 def samples(run: Run) -> Rows:
     """The scores of sampled paths, and the absolute errors of the baselines; no rows if there are no samples."""
     rows: Rows = [
@@ -105,15 +100,10 @@ def samples(run: Run) -> Rows:
     return rows and rows + points
 
 
-def test_errors(run: Run) -> dict[str, list[float | None]]:
-    """The MSE of each test sequence, by baseline and by method of a judged experiment."""
-    scores = run.baselines | scores_of(run.judged)
-    return {name: by_split["test"].mse_each or [] for name, by_split in scores.items() if "test" in by_split}
-
-
 def against_others(run: Run) -> dict[str, Rows]:
     """For each method of the last judged experiment: rows that compare it with all others, sequence by sequence."""
-    each, tables = test_errors(run), {}
+    scores, tables = run.baselines | methods_of(run.judged), {}
+    each = {name: by_split["test"].mse_each or [] for name, by_split in scores.items() if "test" in by_split}
     last = dict([*run.judged.items()][-1:])
     for ours in (name for name in methods_of(last) if name in each):
         pairs = {name: paired(each[ours], theirs, ROUNDING_MSE) for name, theirs in each.items() if name != ours}
@@ -149,10 +139,11 @@ def compute(run: Run) -> Rows:
     """`costs` of a run, and its sums by section with those that the study published for the same experiments."""
     three_digits = "{:.3g}".format
     rows = [[*row, None] for row in costs(run.experiments, run.plan.conventions, three_digits, duration)]
+    sections = {experiment.section for experiment in run.plan.identity.experiments}
     for section, title in SUMS.items():
-        if section not in run.sections | {"all"}:
+        if section not in sections | {"all"}:
             continue
-        comparable = section in run.sections or run.sections >= SUMS.keys() - {"all"}
+        comparable = section in sections or sections >= SUMS.keys() - {"all"}
         parts = [e for e in run.trained.values() if section in (e.section, "all")]
         counted = [three_digits(sum(e.flops[c] for e in parts)) for c in run.plan.conventions]
         theirs = three_digits(10 ** published.SECTION_FLOPS[section]) if comparable else None
@@ -160,24 +151,19 @@ def compute(run: Run) -> Rows:
     return rows
 
 
-def compared(run: Run, names: list[str], split: str = "val", theirs: dict = published.VALIDATION) -> Rows:
+def compared(run: Run, names: list[str], split: str = "val") -> Rows:
     """Under COMPARED_COLUMNS: our MSE and losses (first ten, all) and the published ones."""
     rows: Rows = []
     for name in names:
-        mse, loss = theirs.get(name, (None, None))
-        row = [name, None, None, mse, None, None, loss, None]
+        title = name if split == "val" else f"{name}, {split}"
+        mse, loss = published.ERRORS[split].get(name, (None, None))
+        row = [title, None, None, mse, None, None, loss, None]
         if name in run.experiments and split in run.experiments[name].metrics:
             metrics = run.experiments[name].metrics[split]
             first, all_ = metrics.first, metrics.all
-            row = [name, first.mse, all_.mse, mse, first.free_loss, all_.free_loss, loss, all_.forced_loss]
+            row = [title, first.mse, all_.mse, mse, first.free_loss, all_.free_loss, loss, all_.forced_loss]
         rows.append(row)
     return rows
-
-
-def final(run: Run) -> Rows:
-    """Under COMPARED_COLUMNS: the final model on both splits."""
-    val, test = compared(run, ["final"]) + compared(run, ["final"], "test", published.TEST)
-    return [["validation", *val[1:]], ["test", *test[1:]]]
 
 
 def errors_by_flops(
@@ -189,15 +175,16 @@ def errors_by_flops(
     """
     levels = {f"{name} (baseline)": getattr(by_split[split], part).mse for name, by_split in baselines.items()}
     points = {}
-    for name, (experiment, scores) in methods_of(experiments).items():
-        errors = getattr(scores[split], part) if split in scores else None
-        if errors and experiment.training:
-            # an interval from ten sequences contains the mean of all in about half of the cases
-            known = part == "all" and not errors.malformed_values
-            interval = (errors.mse_interval or ()) if known else ()
-            points[name] = (experiment.flops[convention], errors.mse_filled, *interval)
-        elif errors:
-            levels[name] = errors.mse_filled
+    for each, experiment in experiments.items():
+        for name, scores in methods_of({each: experiment}).items():
+            errors = getattr(scores[split], part) if split in scores else None
+            if errors and experiment.training:
+                # an interval from ten sequences contains the mean of all in about half of the cases
+                known = part == "all" and not errors.malformed_values
+                interval = (errors.mse_interval or ()) if known else ()
+                points[name] = (experiment.flops[convention], errors.mse_filled, *interval)
+            elif errors:
+                levels[name] = errors.mse_filled
     return points, levels
 
 
