@@ -101,7 +101,7 @@ def test_files_of_a_fine_tuning_that_do_not_agree_are_named(folder):
     ([1.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.5], True, False),
     ([1.0], [2.0], True, False),
     ([0.0, 1.0, 2.0, 1.5], [9.0, 8.0, 9.0, 9.0], False, False),  # an error of 0 has no ratio
-    ([1.0] * 9 + [99.0], [2.0] * 10, True, True),
+    ([1e-8] * 9 + [1e-6], [2e-8] * 10, True, True),  # this one too
 ])  # fmt: skip
 def test_a_verdict_compares_in_one_measure_and_says_when_another_disagrees(after, ar, chance, other_way):
     found = metrics_of(after, ar)
