@@ -10,35 +10,27 @@ from experiments.report import figures
 from experiments.report.results import Run, methods_of
 from experiments.report.rows import long_errors
 from experiments.report.words import number
-from experiments.study.plans import HORIZON
 
 
-def bands(run: Run, name: str, rows: Sequence[int]) -> np.ndarray | None:
-    """The bounds (N, 2, h, 2) of the central 80 % of the samples of test sequences; None if one of them has none."""
-    quantiles = [run.experiments[name].forecasts["test"][row].quantiles or [None] * len(QUANTILES) for row in rows]
+def bands(run: Run, name: str, split: str, rows: Sequence[int]) -> np.ndarray | None:
+    """The bounds (N, 2, h, 2) of the central 80 % of the samples of N sequences; None if one of them has none."""
+    quantiles = [run.experiments[name].forecasts[split][row].quantiles or [None] * len(QUANTILES) for row in rows]
     bounds = [[each[QUANTILES.index(level)] for level in BAND] for each in quantiles]
     return None if any(bound is None for pair in bounds for bound in pair) else np.array(bounds)
 
 
-def test_sequences(run: Run, name: str, rows: Sequence[int], path: Path) -> None:
-    """Draw test sequences over the long horizon, with the central 80 % of the samples if there are some."""
-    lines = [run.experiments[name].forecasts["test"][row] for row in rows]
+def sequences(run: Run, name: str, split: str, rows: Sequence[int], steps: int | None = None, *, path: Path) -> None:
+    """Draw sequences of a split, with the central 80 % of the samples if there are some; steps: None draws all."""
+    lines = [run.experiments[name].forecasts[split][row] for row in rows]
     figures.fan(
         ["prey", "predator"],
-        [run.contexts["test"][row].context for row in rows],
-        [line.forecast for line in lines],
-        bands(run, name, rows),
+        [run.contexts[split][row].context for row in rows],
+        [line.forecast[:steps] for line in lines],
+        bands(run, name, split, rows),
         path,
-        [line.truth for line in lines],
+        [line.truth[:steps] for line in lines],
         [f"sequence {row}, MSE {number(line.mse)}" for row, line in zip(rows, lines, strict=True)],
     )
-
-
-def validation_sequence(run: Run, name: str, row: int, path: Path) -> None:
-    """Draw a validation sequence."""
-    line = run.experiments[name].forecasts["val"][row]
-    context, forecast, truth = run.contexts["val"][row].context, line.forecast[:HORIZON], line.truth[:HORIZON]
-    figures.fan(["prey", "predator"], [context], [forecast], None, path, [truth])
 
 
 def errors(run: Run, path: Path) -> None:
