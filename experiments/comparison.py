@@ -2,7 +2,8 @@
 
     python -m experiments.comparison results
 
-reads all run folders in `results` and writes comparison.md and its figures there. It loads no model.
+reads all run folders in `results` and writes comparison.md and its figures there. A run that is damaged or has no
+baselines yet is named and left out. It loads no model.
 """
 
 import argparse
@@ -29,7 +30,10 @@ def main() -> int:
     folder = parser().parse_args().folder
 
     def work(_) -> int:
-        print(write_comparison(folder))
+        page, left_out = write_comparison(folder)
+        for name, reason in left_out.items():
+            print(f"left out: {name}: {reason}", file=sys.stderr)
+        print(page)
         return 0
 
     return cli.exit_status(work)

@@ -131,8 +131,8 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFr
 
 def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team", device: str) -> int:
     """Check the inputs and fine-tune; the exit status."""
-    from experiments.report.finetuned import write_page
-    from experiments.tables.series import series_name
+    from experiments.report import write_report
+    from experiments.tables.text import series_name
     from experiments.training.finetuning import summary
 
     series, job = team.agreed(lambda: check_inputs(args, device))
@@ -144,7 +144,7 @@ def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team",
         "model": args.model,
     }
     metrics = job.run(folder, record, interruption, team, cli.tell)
-    page = team.told(lambda: write_page(folder))
+    page = team.told(lambda: write_report(folder))
     cli.tell("\n".join(summary(metrics)))
     cli.tell(f"adapter: {folder / 'adapter'}; results: {page}")
     return 0

@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     from experiments.forecasting.scores import require_samples
     from experiments.report import figures
     from experiments.storage.files import write_whole
-    from experiments.tables.series import series_name
+    from experiments.tables.text import series_name
 
     quantiles = args.quantiles if args.samples and not args.backtest else []
     require_samples(quantiles, args.samples)

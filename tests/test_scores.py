@@ -24,7 +24,6 @@ def test_errors_by_hand():
     assert got["mae"] == pytest.approx(4 / 3)
     assert got["mse_populations"] == pytest.approx(40 / 3)
     assert got["mse_by_horizon"] == pytest.approx([1.0, 4.5])
-    assert got["mse_by_variable"] == pytest.approx([5.0, 0.0])
     assert errors(np.full((1, 2, 2), np.nan), truth[:1], fallback[:1], 1.0)["mse"] is None
 
 

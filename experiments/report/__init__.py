@@ -1,4 +1,4 @@
-"""Reports and comparisons of run folders, from their files alone. Imports no torch."""
+"""Pages of run folders and of fine-tunings, from their files alone. Imports no torch."""
 
 from experiments.report.build import write_report
 

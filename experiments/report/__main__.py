@@ -1,8 +1,8 @@
-"""Write the report of a run folder, `report.md` and `report.html`, from its files alone.
+"""Write the report of a run or a fine-tuning, `report.md` and `report.html`, from the files of its folder alone.
 
     python -m experiments.report runs/quick
 
-draws all figures and tables anew. It loads no model.
+draws all figures and tables anew, of an unfinished one as far as it is. It loads no model.
 """
 
 import argparse
@@ -11,7 +11,6 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.report.build import write_report
-from experiments.report.finetuned import FINETUNED, write_page
 from experiments.storage.runfolder import only_writer
 
 
@@ -20,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog=cli.called("experiments.report"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("folder", type=Path, help="run folder, such as runs/quick")
+    p.add_argument("folder", type=Path, help="folder of a run or a fine-tuning, such as runs/quick")
     return p
 
 
@@ -30,7 +29,7 @@ def main() -> int:
 
     def work(_) -> int:
         with only_writer(folder):
-            print((write_page if (folder / FINETUNED).exists() else write_report)(folder))
+            print(write_report(folder))
         return 0
 
     return cli.exit_status(work)

@@ -1,14 +1,16 @@
 """The figures of a report. Each function draws numbers and writes one file: PNG, SVG or PDF, by its name."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from matplotlib.transforms import Bbox
 
 from experiments.storage.files import write_whole
@@ -17,7 +19,7 @@ PREY, PREDATOR, TEXT, GRID = "#1f6fb4", "#d1602b", "#333333", "#dddddd"
 MAX_SERIES, MAX_COLUMNS = 5, 3  # per figure
 MIN_HISTORY = 50  # time steps of a context that a fan shows, or three times the forecast if that is more
 FORMATS = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # with what is left out
-CURVES = ("#1f6fb4", "#d1602b", "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
+CURVES = (PREY, PREDATOR, "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
 STYLE: dict[Any, Any] = {  # the functions draw with it and leave the caller's settings alone
     "figure.figsize": (7, 3.4),
     "figure.dpi": 120,
@@ -29,6 +31,7 @@ STYLE: dict[Any, Any] = {  # the functions draw with it and leave the caller's s
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    "text.parse_math": False,  # a $ in a name is a dollar
     "svg.hashsalt": "qwen-min",  # so that the same numbers give the same file
 }
 
@@ -39,11 +42,20 @@ def smoothed(values: Sequence[float], window: int = 10) -> np.ndarray:
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
-def _save(figure: Figure, path: Path) -> None:
-    for axes in figure.axes:
-        axes.locator_params(axis="x", integer=True)  # steps are whole
-    figure.tight_layout()
+def _save(figure: Figure, path: Path, whole_steps: bool = True) -> None:
+    """Write a figure; whole_steps: its horizontal axes count steps."""
+    for axes in figure.axes if whole_steps else ():
+        axes.locator_params(axis="x", integer=True)
+    _lay_out(figure)
     _write(figure, path)
+
+
+def _lay_out(figure: Figure) -> None:
+    """Fit the axes into a figure, with numbers such as 1e-03 on logarithmic ones: formulas are off."""
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"):
+        axis.set_major_formatter(LogFormatter())
+        axis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    figure.tight_layout()
 
 
 def _write(figure: Figure, path: Path) -> None:
@@ -54,29 +66,65 @@ def _write(figure: Figure, path: Path) -> None:
 
 
 @rc_context(STYLE)
-def loss_by_step(losses: np.ndarray, path: Path) -> None:
-    """Draw the cross-entropy (L) of each target token; NaN leaves a gap."""
-    figure = Figure()
+def curves(
+    lines: Mapping[str, tuple],
+    path: Path,
+    x: str,
+    y: str,
+    weak: Container[str] = (),
+    weak_style: Mapping[str, Any] = MappingProxyType({"alpha": 0.35, "linewidth": 0.8}),
+    log: bool = False,
+) -> None:
+    """Draw lines (steps, values) by label; NaN leaves a gap.
+
+    x and y: what the axes show; weak: labels of lines that are drawn in `weak_style`; log: on a logarithmic scale.
+    """
+    figure = Figure(figsize=(9, 4) if len(lines) > 2 else None)
     axes = figure.subplots()
-    axes.plot(losses, color=PREY, linewidth=1)
-    axes.set(xlabel="prediction step (token)", ylabel="cross-entropy (nats)")
+    for index, (label, (steps, values)) in enumerate(lines.items()):
+        style: dict[str, Any] = {
+            "color": CURVES[index % len(CURVES)],
+            "linewidth": 1.5,
+            "marker": "o" if len(steps) <= 40 else None,
+            "markersize": 3,
+        }
+        axes.plot(steps, values, label=label, **style | (dict(weak_style) if label in weak else {}))
+    axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
+    if len(lines) > 2:
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    elif len(lines) > 1:
+        axes.legend()
     _save(figure, path)
 
 
-@rc_context(STYLE)
-def trajectory(context: np.ndarray, truth: np.ndarray, forecast: np.ndarray, path: Path) -> None:
-    """Draw one series: context (C, 2) and truth (h, 2) as lines, forecast (h, 2) dashed; in scaled units."""
-    figure = Figure()
-    axes = figure.subplots()
-    past, future = np.arange(len(context)), len(context) + np.arange(len(truth))
-    for d, (name, color) in enumerate((("prey", PREY), ("predator", PREDATOR))):
-        whole = np.concatenate([context[:, d], truth[:, d]])
-        axes.plot(np.concatenate([past, future]), whole, color=color, linewidth=1.2, alpha=0.55, label=f"{name}, true")
-        axes.plot(future, forecast[:, d], "o--", color=color, markersize=3, linewidth=1.2, label=f"{name}, forecast")
-    axes.axvline(len(context) - 0.5, color=TEXT, linewidth=0.8, linestyle=":")
-    axes.set(xlabel="time step", ylabel="population / scale", xlim=(max(0, len(context) - 50), future[-1] + 0.5))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.17), ncols=4, fontsize=8)
-    _save(figure, path)
+def losses(trainings: Mapping[str, Sequence[float]], best: str | None = None, *, path: Path) -> None:
+    """Draw averages over 10 steps of training losses, by label; of a single training also the loss of each step.
+
+    With `best`, all others are pale.
+    """
+    steps, averages = {}, {}
+    if len(trainings) == 1:
+        (one,) = trainings.values()
+        steps["each step"] = (range(len(one)), one)
+    for label, each in trainings.items():
+        means = smoothed(each)  # each at the middle of its steps
+        averages[label] = (np.arange(len(means)) + (len(each) - len(means)) / 2, means)
+    weak = averages.keys() - {best} if best else steps.keys()
+    what = "training loss (nats)" if steps else "training loss (nats), 10-step average"
+    curves(steps | averages, path, "optimizer step", what, weak)
+
+
+def by_token(losses: Sequence[float], path: Path) -> None:
+    """Draw the cross-entropy of each target token; NaN leaves a gap."""
+    curves({"": (range(len(losses)), losses)}, path, "prediction step (token)", "cross-entropy (nats)")
+
+
+def checks(steps: Sequence[float], losses: Sequence[float], path: Path) -> None:
+    """Draw the held-out loss by the number of steps done, and mark the smallest."""
+    best = int(np.argmin(losses))
+    kept = "the adapter that is kept"
+    lines = {"validation forecasts": (steps, losses), kept: ([steps[best]], [losses[best]])}
+    curves(lines, path, "optimizer steps done", "held-out loss (nats per value)", {kept}, {"markersize": 7})
 
 
 @rc_context(STYLE)
@@ -128,11 +176,7 @@ def fan(
             panel.tick_params(axis="x", rotation=30)
     legend = panels[0].get_legend_handles_labels()
     figure.legend(*legend, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(legend[0]))
-    if times is None:
-        _save(figure, path)
-    else:
-        figure.tight_layout()
-        _write(figure, path)
+    _save(figure, path, whole_steps=times is None)
 
 
 @rc_context(STYLE)
@@ -150,28 +194,16 @@ def errors(values: Mapping[str, tuple[float, Sequence[float] | None]], ours: set
         axes.annotate(f"{error:.2g}", (error, row), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7)
     axes.set(xscale="log", xlabel="mean squared error (scaled units)", ylim=(-0.6, len(ordered) - 0.2))
     axes.set_yticks(range(len(ordered)), ordered)
-    figure.tight_layout()
-    _write(figure, path)
-
-
-@rc_context(STYLE)
-def by_horizon(curves: dict[str, list[float | None]], solid: set[str], path: Path) -> None:
-    """Draw the MSE at each forecast step by method, on a logarithmic scale; methods not in `solid` are dashed."""
-    figure = Figure(figsize=(9, 4))
-    axes = figure.subplots()
-    for index, (name, curve) in enumerate(curves.items()):
-        values = np.array([np.nan if value is None else value for value in curve])
-        style = "-" if name in solid else "--"
-        color = CURVES[index % len(CURVES)]
-        axes.plot(1 + np.arange(len(values)), values, style, color=color, linewidth=1.5, label=name)
-    axes.set(xlabel="forecast step", ylabel="MSE (scaled units)", yscale="log")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    _save(figure, path)
+    _save(figure, path, whole_steps=False)
 
 
 @rc_context(STYLE)
 def against_flops(
-    points: dict[str, tuple], levels: dict[str, float | None], path: Path, hollow: dict[str, tuple] | None = None
+    points: Mapping[str, tuple],
+    levels: Mapping[str, float | None],
+    hollow: Mapping[str, tuple] | None = None,
+    *,
+    path: Path,
 ) -> None:
     """Draw error against the FLOPs of a training on logarithmic axes: points for trainings, lines for `levels`.
 
@@ -195,7 +227,7 @@ def against_flops(
             marked.append((name, flops, error))
     axes.set(xlabel="FLOPs of the training", ylabel="MSE (scaled units)", xscale="log", yscale="log")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()  # names are placed in the final layout
+    _lay_out(figure)  # names are placed in the final layout
     centres = [axes.transData.transform((flops, error)) for _, flops, error in marked]
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]  # in pixels
     for (name, flops, error), own in zip(marked, list(taken), strict=True):
@@ -209,47 +241,3 @@ def against_flops(
                 break
             label.remove()
     _write(figure, path)
-
-
-@rc_context(STYLE)
-def training_loss(losses: list[float], path: Path) -> None:
-    """Draw the loss of each step and its average over 10 steps."""
-    figure = Figure()
-    axes = figure.subplots()
-    axes.plot(losses, color=PREY, alpha=0.35, linewidth=0.8, label="each step")
-    mean = smoothed(losses)
-    axes.plot(np.arange(len(mean)) + len(losses) - len(mean), mean, color=PREY, linewidth=1.6, label="10-step average")
-    axes.set(xlabel="optimizer step", ylabel="training loss (nats)")
-    axes.legend()
-    _save(figure, path)
-
-
-@rc_context(STYLE)
-def held_out_loss(checks: Sequence[tuple[int, float]], path: Path) -> None:
-    """Draw the held-out loss by the number of steps done, and mark the smallest."""
-    figure = Figure()
-    axes = figure.subplots()
-    steps, losses = zip(*checks, strict=True)
-    best = int(np.argmin(losses))
-    axes.plot(steps, losses, "o-", color=PREY, markersize=3, linewidth=1.2)
-    axes.plot(steps[best], losses[best], "o", color=PREDATOR, markersize=6, label="the adapter that is kept")
-    axes.set(xlabel="optimizer steps done", ylabel="held-out loss (nats per value)")
-    axes.legend()
-    _save(figure, path)
-
-
-@rc_context(STYLE)
-def loss_curves(curves: dict[str, list[float]], path: Path, highlight: str | None = None) -> None:
-    """Draw 10-step averages of several losses by label; with `highlight`, all others are grey."""
-    figure = Figure(figsize=(9, 4))
-    axes = figure.subplots()
-    for index, (label, losses) in enumerate(curves.items()):
-        mean = smoothed(losses)
-        steps = np.arange(len(mean)) + len(losses) - len(mean)
-        grey = highlight is not None and label != highlight
-        color = "#c4c4c4" if grey else CURVES[index % len(CURVES)]
-        style = {"linewidth": 1, "zorder": 1} if grey else {"linewidth": 1.5, "zorder": 2, "label": label}
-        axes.plot(steps, mean, color=color, **style)
-    axes.set(xlabel="optimizer step", ylabel="training loss (nats), 10-step average")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    _save(figure, path)

@@ -1,11 +1,10 @@
-"""Reads a run folder from its files and formats its numbers."""
+"""Reads a run folder from its files."""
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from experiments.storage.files import RunError, parse_json_lines, read_text
+from experiments.storage.files import RunError, parse_json_lines, read_json, read_text
 from experiments.storage.records import build, read, read_lines
 from experiments.study.records import (
     Context,
@@ -24,17 +23,14 @@ from experiments.study.records import (
 )
 from experiments.training.settings import Training
 
-NO_VALUE = "-"  # a cell without a value
 SPLITS = ("val", "test")
-MSE_COLUMNS = ["method", "val, first ten", "val, all", "interval", "median", "test, first ten", "test, all",
-               "interval", "median"]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Settings):
     """A finished experiment."""
 
-    metrics: dict[str, Metrics]  # by split; "val" is always there
+    metrics: dict[str, Metrics]  # by split; "val" is always there, and all have `mse_each`
     seconds: Seconds
     forecasts: dict[str, list[ForecastLine]]  # by split, a line for each sequence
 
@@ -70,6 +66,29 @@ class Run:
         """The finished experiments with a training."""
         return {name: result for name, result in self.experiments.items() if isinstance(result, TrainedResult)}
 
+    def trained_in(self, section: str) -> dict[str, TrainedResult]:
+        """The finished trainings of a section."""
+        return {name: result for name, result in self.trained.items() if result.section == section}
+
+    @property
+    def judged(self) -> dict[str, Result]:
+        """The finished experiments that the test set judges."""
+        return {name: result for name, result in self.experiments.items() if "test" in result.metrics}
+
+    def planned(self, section: str) -> list[str]:
+        """The experiments of a section."""
+        return [e.name for e in self.plan.identity.experiments if e.section == section]
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model of any experiment writes text."""
+        return len(self.without_text) < len(self.plan.identity.experiments)
+
+    @property
+    def without_text(self) -> list[str]:
+        """The experiments whose model reads and writes numbers."""
+        return [e.name for e in self.plan.identity.experiments if e.training and e.training.direct_layers]
+
 
 def load_run(folder: Path) -> Run:
     """Read a run folder. Raises RunError when a file of it is missing or damaged."""
@@ -80,7 +99,7 @@ def load_run(folder: Path) -> Run:
         read(folder / "example.json", Example),
         read(folder / "baselines.json", dict[str, dict[str, Scores]]),
         {split: read_lines(folder / f"{split}.jsonl", Context) for split in SPLITS},
-        _spent(folder / "ledger.jsonl"),
+        sum(read_ledger(folder / "ledger.jsonl").values()),
         read(status, Status) if status.exists() else None,
     )
     counts = {split: len(lines) for split, lines in run.contexts.items()}
@@ -98,11 +117,14 @@ def load_run(folder: Path) -> Run:
     return run
 
 
-def _spent(ledger: Path) -> int:
-    """The sum of the FLOPs in a ledger; an incomplete last line, which a kill leaves, does not count."""
-    whole = read_text(ledger).rpartition("\n")[0] if ledger.exists() else ""
-    lines = [build(Debit, line, f"{ledger}, line {i}") for i, line in enumerate(parse_json_lines(ledger, whole), 1)]
-    return sum({(line.experiment, line.step): line.flops for line in lines}.values())
+def read_ledger(path: Path) -> dict[tuple[str, int], int]:
+    """The FLOPs of each step in a ledger, by experiment and step; {} without a file. Raises RunError.
+
+    An incomplete last line, which a kill leaves, does not count.
+    """
+    whole = read_text(path).rpartition("\n")[0] if path.exists() else ""
+    lines = [build(Debit, line, f"{path}, line {i}") for i, line in enumerate(parse_json_lines(path, whole), 1)]
+    return {(line.experiment, line.step): line.flops for line in lines}
 
 
 def _read_result(path: Path, counts: dict[str, int], conventions: dict[str, str]) -> Result:
@@ -114,6 +136,7 @@ def _read_result(path: Path, counts: dict[str, int], conventions: dict[str, str]
         means = metrics[split].mean_of_samples
         if {len(lines), len(means.mse_each or ()) if means else len(lines)} != {counts[split]}:
             raise RunError(f"{path}: has forecasts of {len(lines)} {split} sequences, expected {counts[split]}")
+        metrics[split] = replace(metrics[split], mse_each=[line.mse for line in lines])
     seconds = read(path / "seconds.json", Seconds)
     result = Result(**vars(settings), metrics=metrics, seconds=seconds, forecasts=forecasts)
     if settings.training is None:
@@ -121,48 +144,20 @@ def _read_result(path: Path, counts: dict[str, int], conventions: dict[str, str]
     return TrainedResult(**vars(result), losses=read_losses(path / "losses.csv", settings.training.steps))
 
 
-def methods_of(name: str, result: Result) -> dict[str, dict[str, Scores]]:
-    """Scores by method and split: the forecast of an experiment and, if it drew samples, their mean."""
-    methods: dict[str, dict[str, Scores]] = {name: dict(result.metrics)}
-    for split, metrics in result.metrics.items():
-        if metrics.mean_of_samples and metrics.probabilistic:
-            drawn = methods.setdefault(f"{name}, mean of {metrics.probabilistic.samples} samples", {})
-            drawn[split] = metrics.mean_of_samples
+def methods_of(experiments: Mapping[str, Result]) -> dict[str, dict[str, Scores]]:
+    """The scores of each experiment's forecast and, if it drew samples, of their mean, by name and split."""
+    methods: dict[str, dict[str, Scores]] = {}
+    for name, result in experiments.items():
+        methods[name] = dict(result.metrics)
+        for split, metrics in result.metrics.items():
+            if metrics.mean_of_samples and metrics.probabilistic:
+                drawn = methods.setdefault(f"{name}, mean of {metrics.probabilistic.samples} samples", {})
+                drawn[split] = metrics.mean_of_samples
     return methods
 
 
-def number(value: float | None) -> str:
-    """The value with four decimals, or with two digits and an exponent if it is too small for that."""
-    if value is None:
-        return NO_VALUE
-    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
-
-
-def log10(flops: int | float) -> str:
-    """FLOPs as 10^x, as the study writes them."""
-    return f"10^{math.log10(flops):.3f}" if flops else "0"
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: `47 s`, `12 min`, `1 h 59 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def bracket(interval: tuple[float, float] | list[float] | None, write: Callable[[float], str] = number) -> str:
-    """An interval as a table cell."""
-    return f"[{write(interval[0])}, {write(interval[1])}]" if interval else NO_VALUE
-
-
-def mse_row(name: str, by_split: dict[str, Scores]) -> list[str]:
-    """The cells of a method under MSE_COLUMNS, from its scores by split."""
-    cells = [name]
-    for split in SPLITS:
-        if scores := by_split.get(split):
-            first, all_ = scores.first, scores.all
-            cells += [number(first.mse), number(all_.mse), bracket(all_.mse_interval), number(all_.mse_median)]
-        else:
-            cells += [NO_VALUE] * 4
-    return cells
+def is_fine_tuning(folder: Path) -> bool:
+    """Whether a folder holds a fine-tuning on a user's series, finished or not. Raises RunError."""
+    plan = read_json(folder / "plan.json")
+    identity = plan.get("identity") if isinstance(plan, dict) else None
+    return isinstance(identity, dict) and "variables" in identity

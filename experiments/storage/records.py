@@ -5,6 +5,7 @@ does not have to expect damage, so a bug in it is not mistaken for a damaged fil
 that the dataclass does not have.
 """
 
+import csv
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from experiments.storage.files import RunError, read_json, read_json_lines
+from experiments.storage.files import RunError, read_json, read_json_lines, read_text
 
 MAX_NUMBER = 1e300  # the largest number accepted, so that sums of numbers in a file stay finite
 
@@ -93,3 +94,20 @@ def read(path: Path, kind: Any) -> Any:
 def read_lines(path: Path, kind: Any) -> list:
     """Read a JSON lines file as a list of `kind`. Raises RunError when it is missing or damaged."""
     return [build(kind, line, f"{path}, line {number}") for number, line in enumerate(read_json_lines(path), start=1)]
+
+
+def read_columns(path: Path, *names: str) -> list[list[float]]:
+    """Columns of a CSV file with a header, by their names, as finite numbers. Raises RunError, which names the file."""
+    try:
+        rows = [
+            [float(row[name]) for name in names] for row in csv.DictReader(read_text(path).splitlines(), strict=True)
+        ]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise (
+            error
+            if isinstance(error, RunError)
+            else RunError(f"{path}: not a table of {' and '.join(names)} ({error!r})")
+        ) from error
+    if not np.isfinite(rows).all():
+        raise RunError(f"{path}: holds a number that is not finite")
+    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in names]

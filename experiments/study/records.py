@@ -3,15 +3,12 @@
 Shapes: h forecast steps, 2 variables.
 """
 
-import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from experiments.forecasting.scores import QUANTILES
-from experiments.storage.files import RunError, read_text
-from experiments.storage.records import Interval, Matrix, Vector, read
+from experiments.storage.files import RunError
+from experiments.storage.records import Interval, Matrix, Vector, read, read_columns
 from experiments.study.plans import Experiment
 from experiments.training.settings import Training
 
@@ -236,11 +233,7 @@ def read_settings(folder: Path) -> Settings:
 
 def read_losses(path: Path, steps: int) -> list[float]:
     """Read the loss of each step of a training. Raises RunError."""
-    lines = read_text(path).splitlines()
-    try:
-        losses = [float(row["loss"]) for row in csv.DictReader(lines, strict=True)]
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise RunError(f"{path}: not a table of losses ({error!r})") from error
-    if len(losses) != steps or not np.isfinite(losses).all():
-        raise RunError(f"{path}: holds {len(losses)} losses, expected {steps} finite ones")
+    (losses,) = read_columns(path, "loss")
+    if len(losses) != steps:
+        raise RunError(f"{path}: holds {len(losses)} losses, expected {steps}")
     return losses

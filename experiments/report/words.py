@@ -1,0 +1,72 @@
+"""Numbers and results as the words of a page."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+from markupsafe import Markup
+
+NO_VALUE = "-"  # a cell without a value
+
+
+def number(value: float | None) -> str:
+    """The value with four decimals, or with two digits and an exponent if it is too small; `-` for None and NaN."""
+    if value is None or math.isnan(value):
+        return NO_VALUE
+    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
+
+
+def factor(value: float) -> str:
+    """The value with two digits: `3.9`, and `700` where Python's format writes 7e+02."""
+    return f"{float(f'{value:.2g}'):g}"
+
+
+def percent(share: float | None, decimals: int = 1) -> str:
+    """A share: `74.2%`."""
+    return NO_VALUE if share is None else f"{share:.{decimals}%}"
+
+
+def log10(flops: float) -> str:
+    """FLOPs as 10^x, as the study writes them."""
+    return f"10^{math.log10(flops):.3f}" if flops else "0"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: `47 s`, `12 min`, `1 h 59 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def bracket(interval: Sequence[float] | None, write: Callable[[float], str] = number) -> str:
+    """An interval: `[0.1000, 0.2000]`."""
+    return f"[{write(interval[0])}, {write(interval[1])}]" if interval else NO_VALUE
+
+
+def with_interval(value: float | None, interval: Sequence[float] | None, write: Callable = number) -> str:
+    """A value and, if it is known, its interval: `0.1500 [0.1000, 0.2000]`."""
+    return f"{write(value)} {bracket(interval, write)}" if interval else write(value)
+
+
+def counted(number_of: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number_of} {noun}" if number_of == 1 else f"{number_of} {noun}s"
+
+
+def cell(value: str | float | Sequence[float] | None) -> str:
+    """A value as a table shows it: text and whole numbers as they are, others by `number`, intervals by `bracket`."""
+    if value is None or isinstance(value, float):
+        return number(value)
+    return str(value) if isinstance(value, str | int) else bracket(value)
+
+
+# what could begin markup, an entity or a formula, or end a cell; brackets alone mean nothing
+SPECIAL = re.compile(r"[\\`*|<~$]|\](?=\()|(?<!\w)_|_(?!\w)|&(?=#?\w+;)")
+
+
+def markdown(value) -> Markup:
+    """A text on one line that Markdown shows as it is, whatever it contains. Markup is left alone."""
+    if hasattr(value, "__html__"):
+        return value
+    return Markup(SPECIAL.sub(r"\\\g<0>", " ".join(str(value).split())))

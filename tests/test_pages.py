@@ -1,0 +1,155 @@
+"""Pages and figures: names that are no markup, the page of a fine-tuning, figures as readers need them."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+
+from experiments.report import figures, write_report
+from experiments.report.finetuned import Metrics, verdict
+from experiments.report.words import markdown
+from experiments.storage.files import RunError
+from experiments.storage.records import build
+
+NAME = "<img src=x>| US$ % AU$ `c` *d*\n_e_ &lt; \\ [f](g)"
+
+
+def metrics_of(after: list[float], ar: list[float]) -> dict:
+    errors = {"before": [4.0] * len(after), "after": after, "AR": ar}
+    each = {name: {"rmse": float(np.mean(e)) ** 0.5, "mae": [1.0], "each": e, "over": "series"} for name, e in errors.items()}
+    numbers = {"horizon": 2, "context": 73, "samples": 0, "steps": 2, "best_step": 2, "spent": 20, "budget": 99}
+    losses = {"held_out_before": 2.0, "held_out_after": 1.0}
+    return {"split": "all", "forecasts": len(after), "series": [*range(len(after))], "errors": each} | numbers | losses
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A fine-tuning of two steps with ten forecasts, of contexts of 28 to 37 time steps."""
+    plan = {"identity": {"variables": [NAME]}, "command": "finetune x", "title": NAME, "model": "tiny"}
+    values = [[0.5], [0.7]]
+    lines = [{"context": [[1.0]] * (28 + i), "truth": values, "before": values, "after": values} for i in range(10)]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics_of([1.0] * 10, [2.0] * 10)))
+    (tmp_path / "forecasts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "losses.csv").write_text("step,loss\n0,1.5\n1,0.5\n")
+    (tmp_path / "held_out.csv").write_text("steps,nats_per_value\n0,2.0\n2,1.0\n")
+    steps = [{"experiment": "finetune", "step": step, "flops": 10} for step in range(2)]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    return tmp_path
+
+
+def test_a_name_is_text_on_both_pages_whatever_it_contains(folder):
+    page = write_report(folder)
+    heads: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            assert tag != "img" or dict(attrs)["src"].startswith("data:image/png;base64,")
+
+        def handle_data(self, data):
+            heads.extend([data] if self.get_starttag_text() == "<th>" and data.startswith("MAE") else [])
+
+    Reader().feed(page.read_text())
+    assert heads == [f"MAE, {NAME}"]
+    lines = page.with_suffix(".md").read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {4}  # name, RMSE and one variable
+    written = next(line for line in table if "MAE" in line)
+    special = re.findall(r"(.)([<`*$_|]|&lt;|\]\()", written[written.index("MAE") : -1])
+    assert [before for before, _ in special] == ["\\"] * 12
+    assert re.sub(r"\\(\W|_)", r"\1", str(markdown(NAME))) == NAME.replace("\n", " ")
+
+
+def test_the_page_tells_which_forecasts_it_draws_and_what_the_model_read(folder, monkeypatch):
+    drawn = []
+    plain = figures._write
+    monkeypatch.setattr(figures, "_write", lambda figure, path: (drawn.append(figure), plain(figure, path)))
+    text = write_report(folder).with_suffix(".md").read_text()
+    assert "reads up to 37 time steps" in text
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert [title.rpartition(", ")[2] for title in titles] == ["forecast 1", "forecast 6", "forecast 10"]
+    assert "US$ % AU$" in titles[0]  # no formula: `drawn` was written with these dollars
+    assert text.count("![") == len(drawn) == 3
+
+
+def test_an_unfinished_fine_tuning_is_drawn_as_far_as_it_is(folder):
+    (folder / "metrics.json").unlink()
+    text = write_report(folder).with_suffix(".md").read_text()
+    assert "Not finished: 2 steps trained, which cost 2.000e+01 FLOPs." in text
+    assert text.count("![") == 2
+    for name in ("losses.csv", "held_out.csv", "ledger.jsonl", "forecasts.jsonl"):
+        (folder / name).unlink()
+    text = write_report(folder).with_suffix(".md").read_text()
+    assert "Not finished: 0 steps trained" in text
+    assert "![" not in text
+
+
+def test_files_of_a_fine_tuning_that_do_not_agree_are_named(folder):
+    (folder / "forecasts.jsonl").write_text("")
+    with pytest.raises(RunError, match="its files do not agree"):
+        write_report(folder)
+    (folder / "metrics.json").write_text(json.dumps(metrics_of([1.0, float("1e9")], [2.0]) | {"forecasts": 3}))
+    with pytest.raises(RunError, match=r"metrics.json: before has the errors .* one for each of 3 forecasts"):
+        write_report(folder)
+
+
+@pytest.mark.parametrize(("after", "ar", "chance", "other_way"), [
+    ([6e-6] * 40, [8e-7] * 40, False, False),  # far below the rounding of the study's units
+    ([1.0, 3.0, 1.0, 3.0], [2.0, 2.0, 2.0, 2.5], True, False),
+    ([1.0], [2.0], True, False),
+    ([0.0, 1.0, 2.0, 1.5], [9.0, 8.0, 9.0, 9.0], False, False),  # an error of 0 has no ratio
+    ([1e-8] * 9 + [1e-6], [2e-8] * 10, True, True),  # this one too
+])  # fmt: skip
+def test_a_verdict_compares_in_one_measure_and_says_when_another_disagrees(after, ar, chance, other_way):
+    text = verdict(build(Metrics, metrics_of(after, ar), ""))
+    assert f"It is {'smaller' if np.mean(after) < np.mean(ar) else 'larger'} than that of the best baseline, AR" in text
+    assert ("may be chance" in text) == chance
+    assert ("the other way round" in text) == other_way
+
+
+def test_a_verdict_counts_series_and_not_their_forecasts():
+    """AR is better in one of five series, in all its eight forecasts."""
+    metrics = metrics_of(([1.0] * 4 + [4.0]) * 8, [2.0] * 40)
+    assert "may be chance" not in verdict(build(Metrics, metrics, ""))
+    assert "may be chance" in verdict(build(Metrics, metrics | {"series": [*range(5)] * 8}, ""))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures, in place of files."""
+    found = []
+    monkeypatch.setattr(figures, "_write", lambda figure, path: found.append(figure))
+    return found
+
+
+def test_figures_leave_the_caller_s_settings_alone(tmp_path):
+    before = dict(matplotlib.rcParams)
+    figures.losses({"$a$ % $": [1.0, 0.5]}, path=tmp_path / "loss.png")
+    assert dict(matplotlib.rcParams) == before
+    assert (tmp_path / "loss.png").stat().st_size > 5000
+
+
+def test_an_error_of_0_is_left_out_of_a_logarithmic_axis_whose_numbers_are_no_formulas(drawn):
+    figures.against_flops({"exact": (1.0, 0.0), "near": (2.0, 0.1)}, {"level": 0.2}, path=Path("errors.png"))
+    axes = drawn[0].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["near"]
+    labels = [label.get_text() for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels(which="both")]
+    assert any(labels)
+    assert not any("$" in label for label in labels)
+
+
+def test_names_in_a_figure_do_not_cover_each_other_and_stay_inside(drawn):
+    points = {f"one of twenty {i}": (1e10 * (1 + i / 1000), 0.1 * (1 + i / 100)) for i in range(20)}
+    ends = {"first": (1e8, 0.5), "last": (1e13, 0.01)}
+    figures.against_flops(points | ends, {"level": 0.3}, path=Path("errors.png"))
+    axes = drawn[0].axes[0]
+    names = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert {"first", "last", "one of twenty 0"} <= set(names)
+    assert 4 < len(names) < 22
+    boxes = list(names.values())
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+    assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box.p0, box.p1))
