@@ -121,6 +121,7 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     from experiments.forecasting.adapter import read_trained
     from experiments.forecasting.backtest import (
         baseline_forecasts,
+        better_baseline,
         check_context,
         coverage,
         held_out,
@@ -150,10 +151,10 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     methods = {"model": found.values} | baseline_forecasts(places)
     errors = {method: scores(forecast, places) for method, forecast in methods.items()}
     names = list(series[0].columns)
-    over = errors["model"]["over"]
+    count, over = len(places), {"series": "series", "forecasts": "these forecasts"}[errors["model"]["over"]]
     print(
-        f"\n{len(places)} held-out forecasts of {args.horizon} steps; RMSE in standard deviations of each variable, "
-        f"its 95 % interval over {over}\n"
+        f"\n{count} held-out forecast{'s' * (count > 1)} of {args.horizon} steps; RMSE in standard deviations of each "
+        f"variable before the forecast, its 95 % interval over {over}\n"
     )
     widths = [max(len(name) + 6, 12) for name in names]
     maes = "".join(f"{'MAE ' + name:>{width}}" for name, width in zip(names, widths, strict=True))
@@ -165,6 +166,8 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
         print(f"{method:<16}{error['rmse']:>8.3f}  {interval:<16}{each}")
     if found.samples is not None and (share := coverage(found.samples, places)) is not None:
         print(f"\nThe central 80 % of the samples hold {share:.0%} of the true values.")
+    if better := better_baseline(errors, "model"):
+        print(better)
 
 
 def run(args: argparse.Namespace) -> list[Path]:

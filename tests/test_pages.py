@@ -20,7 +20,10 @@ NAME = "<img src=x>| US$ % AU$ `c` *d*\n_e_ &lt; \\ [f](g)"
 
 def metrics_of(after: list[float], ar: list[float]) -> dict:
     errors = {"before": [4.0] * len(after), "after": after, "AR": ar}
-    each = {name: {"rmse": float(np.mean(e)) ** 0.5, "mae": [1.0], "each": e, "over": "series"} for name, e in errors.items()}
+    each = {
+        name: {"rmse": float(np.mean(e)) ** 0.5, "mae": [1.0], "each": e, "over": "series"}
+        for name, e in errors.items()
+    }
     numbers = {"horizon": 2, "context": 73, "samples": 0, "steps": 2, "best_step": 2, "spent": 20, "budget": 99}
     losses = {"held_out_before": 2.0, "held_out_after": 1.0}
     return {"split": "all", "forecasts": len(after), "series": [*range(len(after))], "errors": each} | numbers | losses

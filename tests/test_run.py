@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -189,7 +188,7 @@ def test_finished_experiments_are_not_run_again(finished, data_file):
     out, _ = finished
     before = contents(out, "**/*.json", "**/*.jsonl", "**/*.safetensors")
     process = start(
-        "--data", data_file, "--out", out, before="from experiments.study import suite; del suite.train_on_account"
+        "--data", data_file, "--out", out, before="from experiments.study import suite; del suite.run_training"
     )
     assert process.returncode == 0, process.stderr
     assert "continuing" in process.stdout
@@ -541,30 +540,6 @@ def test_options_of_text_are_refused_where_none_is_written(data_file, tmp_path, 
     assert run.main(arguments) == 2
     assert "plan direct writes no text: leave out --numeric-head and --decoding" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_arms_at_equal_cost_are_ranked(monkeypatch, data_file, tmp_path):
-    full = plans.ablation(0)
-    assert len({arm.training.steps * arm.training.batch for arm in full.experiments}) == 1
-    short = [replace(arm, training=replace(arm.training, steps=2)) for arm in full.experiments[1:3]]
-    monkeypatch.setitem(plans.PLANS, "ablation", lambda seed: replace(full, experiments=tuple(short)))
-    monkeypatch.setattr(gru, "STEPS", 3)
-    assert run.main(["--plan", "ablation", "--data", str(data_file), "--out", str(tmp_path), "--samples", "0"]) == 0
-    markdown = (tmp_path / "report.md").read_text()
-    table = markdown[markdown.index("| arm | FLOPs |") :].split("\n\n")[0]
-    arms = [line.split(" | ") for line in table.splitlines()[2:]]
-    assert sorted(row[0] for row in arms) == ["| batch-1", "| linear-alpha-32"]
-    assert float(arms[0][2]) <= float(arms[1][2])
-    other = next(row for row in arms if row[0] == "| batch-1")
-    metrics = {name: json.loads((tmp_path / "experiments" / name / "metrics.json").read_text())["val"]["all"]
-               for name in ("batch-1", "linear-alpha-32")}  # fmt: skip
-    gained = metrics["batch-1"]["nats_per_value"] - metrics["linear-alpha-32"]["nats_per_value"]
-    assert float(other[4]) == pytest.approx(gained, abs=1e-3)
-    line = json.loads((tmp_path / "experiments" / "batch-1" / "forecasts.val.jsonl").read_text().splitlines()[0])
-    assert re.fullmatch("[0-9]{60}", line["text"])  # compact: ten steps of six digits
-    plan = json.loads((tmp_path / "plan.json").read_text())["identity"]
-    assert plan["text"]["compact"] is True
-    assert plan["text"]["scale"] == pytest.approx(plan["encoding"]["scale"] * 9.99 / 7.99)
 
 
 def test_a_model_with_too_few_positions_is_refused(small_plan, data_file, tmp_path, capsys):

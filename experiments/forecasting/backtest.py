@@ -177,6 +177,14 @@ def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
     }
 
 
+def better_baseline(errors: dict[str, dict], ours: str) -> str:
+    """A line that names the best of the baselines if it has a smaller error than `ours`; else ""."""
+    best = min(BASELINES.keys() & errors.keys(), key=lambda name: (errors[name]["rmse"], name))
+    if errors[best]["rmse"] >= errors[ours]["rmse"]:
+        return ""
+    return f"{best} is better here: it has {errors[best]['rmse'] / errors[ours]['rmse']:.2g} times the model's error"
+
+
 def coverage(paths: np.ndarray, places: Sequence[Origin]) -> float | None:
     """The share of known true values inside the central 80 % of paths (M, S, h, D); None for too few samples.
 

@@ -4,9 +4,7 @@ from collections.abc import Callable, Mapping
 from itertools import product
 from typing import Any
 
-import numpy as np
-
-from experiments.forecasting.scores import ROUNDING_MSE, mean_interval, paired
+from experiments.forecasting.scores import ROUNDING_MSE, paired
 from experiments.report import published
 from experiments.report.results import SPLITS, Result, Run, TrainedResult, methods_of
 from experiments.report.words import bracket, duration, percent
@@ -202,24 +200,6 @@ def losses(trained: Mapping[str, TrainedResult]) -> dict[str, list[float]]:
 def best(trained: Mapping[str, TrainedResult]) -> str:
     """The training with the smallest validation error."""
     return min(trained, key=lambda name: trained[name].metrics["val"].all.mse_filled)
-
-
-def arms(run: Run) -> tuple[str, Rows]:
-    """The first training of an ablation, and a row for each, by their nats: compared with the first, by sequence."""
-    done = run.trained_in("ablation")
-    first, rows = next(iter(done), ""), []
-    for name in sorted(done, key=lambda name: done[name].metrics["val"].all.nats_per_value or 0):
-        scores, ours, theirs = done[name].metrics["val"].all, done[name].forecasts["val"], done[first].forecasts["val"]
-        row = [name, f"{done[name].flops[run.plan.identity.convention]:.3g}", scores.nats_per_value, scores.mse]
-        pair = paired([line.mse for line in ours], [line.mse for line in theirs], ROUNDING_MSE)
-        if name == first or not pair:
-            rows.append([*row, None, None, None, None])
-            continue
-        signed, relative = "{:+.3f}".format, "{:.2f}".format
-        nats = [(a.nats_per_value or 0) - (b.nats_per_value or 0) for a, b in zip(ours, theirs, strict=True)]
-        row += [signed(np.mean(nats)), bracket(mean_interval(np.array(nats)), signed)]
-        rows.append([*row, *_compared(pair, signed, relative)[2:]])
-    return first, rows
 
 
 def settings(training: Training) -> str:

@@ -24,6 +24,7 @@ from experiments.forecasting.adapter import Trained, checkpoint_hash, end_hash
 from experiments.forecasting.backtest import (
     Parts,
     baseline_forecasts,
+    better_baseline,
     check_context,
     coverage,
     scores,
@@ -362,13 +363,15 @@ class Finetuning:
 
 
 def summary(metrics: dict) -> list[str]:
-    """The result of a fine-tuning in two lines."""
+    """The result of a fine-tuning in two lines, or three if a baseline is better."""
+    better = better_baseline(metrics["errors"], "after")
     errors = {name: f"{error['rmse']:.3g}" for name, error in metrics["errors"].items()}
     before, after = errors.pop("before"), errors.pop("after")
     others = ", ".join(f"{name} {errors[name]}" for name in ("seasonal naive", "AR", "VAR") if name in errors)
     return [
         f"error {after} after, {before} before; {others} (RMSE in standard deviations over {metrics['forecasts']} "
         f"held-out forecasts of {metrics['horizon']} steps)",
+        *([better] if better else []),
         f"{metrics['spent']:.3e} of {metrics['budget']:.3e} FLOPs spent in {metrics['steps']} steps; the adapter is "
         f"that of step {metrics['best_step']}, which had the smallest held-out loss",
     ]
