@@ -111,17 +111,14 @@ def prepare(
     of `defaults`.
     Raises SeriesError, BacktestError or FitError for data, settings or a budget that do not allow it.
     """
-    model = forecaster.model
-    if forecaster.checkpoint is None:
-        raise FitError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise FitError("the model has an adapter; load the forecaster anew, without it or from an exported checkpoint")
+    chosen, model = _chosen(forecaster, settings), forecaster.model
     if horizon < 1 or samples < 0:
         raise FitError(f"horizon is {horizon} and samples {samples}, expected at least 1 and at least 0")
     check_context(context)
+    series = [series] if is_frame(series) else list(series)
     arrays = checked_series(series, missing="keep")
-    if variables is None and is_frame(first := next(iter(series)) if not is_frame(series) else series):
-        variables = [*tables.from_frame(first, missing="keep")[0].columns]
+    if variables is None and is_frame(series[0]):
+        variables = [*tables.from_frame(series[0], missing="keep")[0].columns]
     parts = split(arrays, horizon)
     per_step = Encoding(1.0, decimals).tokens_per_step(arrays[0].shape[1])
     context = context or max(WINDOW_TOKENS // per_step - horizon, 2 * horizon)
@@ -132,12 +129,6 @@ def prepare(
         )
     length = min(tokens, max(map(len, parts.train)) * per_step)
     cuts = cut_series(parts.train, context, horizon, decimals, forecaster.tokenizer, length)
-    try:
-        chosen = replace(defaults(forecaster), **settings)
-        with torch.random.fork_rng(devices=[]):
-            new_layers(model, chosen.lora)  # refuses modules that cannot be adapted
-    except (TypeError, ValueError) as error:
-        raise FitError(str(error)) from error
     # a batch has at most as many windows as there are
     batch = min(chosen.batch, len(cuts))
     accumulate = chosen.accumulate if batch % chosen.accumulate == 0 else 1
@@ -152,6 +143,21 @@ def prepare(
             "fewer steps, a smaller batch or a shorter context"
         )
     return replace(job, settings=replace(chosen, steps=steps))
+
+
+def _chosen(forecaster: Forecaster, settings: dict) -> Training:
+    """The settings of a training, which its data complete. Raises FitError for a model that cannot be trained so."""
+    if forecaster.checkpoint is None:
+        raise FitError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
+    if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
+        raise FitError("the model has an adapter; load the forecaster anew, without it or from an exported checkpoint")
+    try:
+        chosen = replace(defaults(forecaster), **settings)
+        with torch.random.fork_rng(devices=[]):
+            new_layers(forecaster.model, chosen.lora)  # refuses modules that cannot be adapted
+    except (TypeError, ValueError) as error:
+        raise FitError(str(error)) from error
+    return chosen
 
 
 @dataclass(frozen=True)
