@@ -75,9 +75,8 @@ def test_the_project_declares_every_package_that_it_imports():
                 elif isinstance(node, ast.ImportFrom):
                     found.add(str(node.module).partition(".")[0])
     ours = {"qwen_min", "lora", "flops", "experiments"}
-    # imported only where the user has them, or to compare with; openvino comes with openvino_genai, markupsafe with jinja2
-    optional = {"openvino", "markupsafe"} | declared("peers")
-    found.add("pyarrow")  # pandas imports it, to read Parquet and for columns of text
+    # imported only where the user has them, or to compare with
+    optional = declared("peers") | {"openvino", "markupsafe"}  # these come with openvino_genai and jinja2
     assert found - ours - optional - set(sys.stdlib_module_names) == names
     assert set(command.EXTRA) <= names
 
