@@ -123,7 +123,7 @@ BAD = {
     "text": ("a,b\n1,2\n3,oak\n", [], "line 3, column 'b': holds 'oak', expected a number"),
     "gap": ("a,b\n1,2\n3,\n", [], "1 of 4 values is missing, the first in line 3, column 'b'; fill them with"),
     "ragged": ("1,2\n3,4,5\n", [], "line 2: has 3 columns"),
-    "huge": ("1,2\n3,4e9\n", ["--scale", "1"], "4e+09 cannot be written, expected values from 0 to less than 100"),
+    "huge": ("a,b\n1,2\n3,4e9\n", ["--scale", "1"], "4e+09 cannot be written, expected values from 0 to less than 100"),
     "one row": ("a,b\n1,2\n", [], "1 time step, expected at least 2"),
     "header only": ("a,b\n", [], "expected"),
     "empty": ("", [], "is empty"),

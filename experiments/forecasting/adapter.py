@@ -76,7 +76,8 @@ def find_checkpoint(checkpoint: str, adapter: Path) -> Path:
 def write_trained(folder: Path, trained: Trained) -> None:
     """Write the record of a training next to its adapter; `Forecaster.load` reads it."""
     fields = {name: value for name, value in vars(trained).items() if name != "encoding" and value is not None}
-    write_whole(folder / TRAINED_FILE, to_json(fields | (trained.encoding.record if trained.encoding else {})))
+    encoding = trained.encoding.record if trained.encoding else {"scale": None}
+    write_whole(folder / TRAINED_FILE, to_json(fields | encoding))
 
 
 def read_trained(folder: str | Path) -> Trained | None:
@@ -90,8 +91,7 @@ def read_trained(folder: str | Path) -> Trained | None:
         return None
     try:
         fields = read_json(path)
-        return replace(
-            build(Trained, fields, str(path)), encoding=Encoding.from_record(fields) if "scale" in fields else None
-        )
+        is_fitted = fields["scale"] is None and not {"offset", "compact"} & fields.keys()
+        return replace(build(Trained, fields, str(path)), encoding=None if is_fitted else Encoding.from_record(fields))
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: not the record of an adapter that this project trained ({error})") from error
