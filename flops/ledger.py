@@ -29,10 +29,9 @@ def _check_entry(experiment, step, flops) -> None:
 class Ledger:
     """A file of one JSON line per optimizer step: {"experiment", "step", "flops"}.
 
-    A step is debited once, before it runs. A step repeated after an interruption is not booked again. After a kill or a
-    power cut, a step may be debited that did not run, but no step has run that was not debited. Reading writes nothing.
-    `budget` and `spent`, the sum of all steps, are in FLOPs. The budget holds for a single writer: a second Ledger on
-    the same file does not see the later debits of the first, so together they can overspend.
+    A step is debited once, before it runs, and not again after an interruption. After a kill or a power cut, a step may
+    be debited that did not run, but no step has run that was not debited. `budget` and `spent`, the sum of all steps,
+    are in FLOPs. The budget holds for one writer: two do not see each other's later debits, but lose none.
     Raises LedgerError when the file is damaged, and ValueError for a budget that is no number from 0 to MAX_BUDGET.
     """
 
@@ -60,11 +59,8 @@ class Ledger:
                 raise LedgerError(
                     f"{self.path}, line {number}: not a ledger entry ({error!r}); restore the file or correct the line"
                 ) from error
-            self._book(name, step, flops)
-
-    def _book(self, experiment: str, step: int, flops: int) -> None:
-        self.spent += flops
-        self._steps[experiment][step] = flops
+            self.spent += flops
+            self._steps[name][step] = flops
 
     def by_experiment(self) -> dict[str, int]:
         """FLOPs debited by each experiment, in the order of their first steps."""
@@ -88,8 +84,8 @@ class Ledger:
     def debit(self, experiment: str, step: int, flops: int) -> None:
         """Book one step before it runs; it must cost less than MAX_STEP_FLOPS.
 
-        Raises BudgetExceeded when the step does not fit the budget, LedgerError when it is already booked with another
-        number of FLOPs, and ValueError when the arguments are not a name and two integers. Nothing is booked then.
+        Raises BudgetExceeded when it does not fit, LedgerError when it is booked with another number of FLOPs, and
+        ValueError when the arguments are not a name and two integers. Nothing is booked then.
         """
         _check_entry(experiment, step, flops)
         booked = self._steps.get(experiment, {}).get(step)
@@ -103,6 +99,10 @@ class Ledger:
         self._check(f"step {step} of {experiment}", flops)
         new, line = not self.path.exists(), json.dumps({"experiment": experiment, "step": step, "flops": flops}) + "\n"
         with self.path.open("a+b", buffering=0) as file:
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX)  # half of another writer's line is not one that a kill cut
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - 1, 0))
             if size and file.read(1) != b"\n":  # what an interrupted write left
@@ -119,4 +119,5 @@ class Ledger:
             folder = os.open(self.path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-        self._book(experiment, step, flops)
+        self.spent += flops
+        self._steps[experiment][step] = flops
