@@ -38,9 +38,7 @@ class Ledger:
     def __init__(self, path: Path, budget: int):
         if not (isinstance(budget, int | float) and 0 <= budget <= MAX_BUDGET):
             raise ValueError(f"the budget is {budget!r} FLOPs, expected 0 to {MAX_BUDGET:.0e}")
-        self.path = Path(path)
-        self.budget = budget
-        self.spent = 0
+        self.path, self.budget, self.spent = Path(path), budget, 0
         self._steps: dict[str, dict[int, int]] = defaultdict(dict)
         if self.path.exists():
             self._read()
