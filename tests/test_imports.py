@@ -83,13 +83,13 @@ def test_a_package_imports_only_what_lies_below_it(package):
 
 def test_no_import_goes_in_a_circle():
     """Imports inside functions and for types count too."""
-    arrows = {
-        name: {one for one in FILES for found in imported(path) if below(found, one)} - {name}
-        for name, path in FILES.items()
-    }
+    found = {name: imported(path) for name, path in FILES.items()}
     # a package itself stands for its names, not for all files in it
-    arrows = {name: {one for one in found if not name.startswith(one + ".")} for name, found in arrows.items()}
-    while leaves := [name for name, found in arrows.items() if not found & arrows.keys()]:
+    arrows = {
+        name: {other for other in FILES if not below(name, other) and any(below(one, other) for one in found[name])}
+        for name in FILES
+    }
+    while leaves := [name for name, others in arrows.items() if not others & arrows.keys()]:
         for name in leaves:
             del arrows[name]
     assert not arrows
