@@ -6,8 +6,8 @@
 
 A table has a row for each time step and a column for each variable. Dates, or times in the first column, are not
 forecast but continued. It holds several series if a column names them (--id), or if each column is one (--wide); an
-HDF5 file contains many. --backtest writes nothing: it forecasts the
-newest rows from the older ones and prints the errors next to those of baselines.
+HDF5 file contains many. --backtest writes nothing: it forecasts the newest rows from the older ones and prints the
+errors next to those of baselines.
 """
 
 import argparse
@@ -88,7 +88,6 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
 
 def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
     """The forecaster; prints what it is, and what a user should know of it."""
-    from experiments.forecasting.adapter import read_trained
     from experiments.forecasting.text import Forecaster
 
     forecaster = Forecaster.load(
@@ -99,7 +98,7 @@ def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
         scale=args.scale,
         decimals=args.decimals,
     )
-    trained = read_trained(args.adapter) if args.adapter else None
+    trained = forecaster.trained
     name = args.model or (trained.checkpoint if trained else "tiny")
     print(f"model: {name}" + (f" with the adapter {args.adapter}" if args.adapter else ""))
     if name == "tiny" and not args.adapter:
@@ -118,7 +117,6 @@ def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
 
 def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["pd.DataFrame"]) -> None:
     """Print the errors of forecasts of the newest time steps, next to those of baselines."""
-    from experiments.forecasting.adapter import read_trained
     from experiments.forecasting.backtest import (
         baseline_forecasts,
         better_baseline,
@@ -129,14 +127,14 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     )
 
     check_context(args.context)
-    trained = read_trained(args.adapter) if args.adapter else None
+    trained = forecaster.trained
     ends = set(trained.ends or []) if trained else set()
     if trained and not trained.ends:
         warnings.warn("the adapter does not record its training rows: it may have seen the rows below", stacklevel=2)
     arrays = [one.to_numpy() for one in series]
     places = held_out(arrays, args.horizon, ends=ends)
     if ends and (left_out := len(held_out(arrays, args.horizon)) - len(places)):
-        print(f"{left_out} forecasts left out: the adapter was trained on their rows")
+        print(f"{left_out} forecast{'s' * (left_out > 1)} left out: the adapter was trained on their rows")
     with cli.progress(max(1, args.samples) * len(places), "forecasts") as update:
         found = forecaster.forecast(
             [place.context for place in places],

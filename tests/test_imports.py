@@ -12,30 +12,16 @@ COMMANDS = [
     "run", "forecast", "finetune", "comparison", "costs", "benchmark", "pretrain", "report.__main__", "text", "export",
     "__main__",
 ]  # fmt: skip
+SERIES = ["experiments.tables", "experiments.storage", "flops", "lora", "qwen_min"]
 ALLOWED = {  # by package: what a module of it may import besides its own package
     "qwen_min": [],
     "lora": [],
     "flops": ["qwen_min", "lora"],
     "experiments.storage": [],
     "experiments.tables": [],
-    "experiments.forecasting": ["experiments.tables", "experiments.storage", "flops", "lora", "qwen_min"],
-    "experiments.training": [
-        "experiments.forecasting",
-        "experiments.tables",
-        "experiments.storage",
-        "flops",
-        "lora",
-        "qwen_min",
-    ],
-    "experiments.study": [
-        "experiments.training",
-        "experiments.forecasting",
-        "experiments.tables",
-        "experiments.storage",
-        "flops",
-        "lora",
-        "qwen_min",
-    ],
+    "experiments.forecasting": SERIES,
+    "experiments.training": ["experiments.forecasting", *SERIES],
+    "experiments.study": ["experiments.training", "experiments.forecasting", *SERIES],
     "experiments.report": [
         "experiments.forecasting.scores",
         "experiments.training.settings",

@@ -15,7 +15,7 @@ import torch
 
 from experiments import tables
 from experiments.forecasting import scores
-from experiments.forecasting.adapter import TRAINED_FILE, checkpoint_hash, find_checkpoint, read_trained
+from experiments.forecasting.adapter import TRAINED_FILE, Trained, checkpoint_hash, find_checkpoint, read_trained
 from experiments.forecasting.contexts import (
     SeriesError,
     SeriesWarning,
@@ -82,7 +82,9 @@ class Forecaster:
         positions. Raises EncodingError for a bad number of decimals.
         """
         self.model, self.tokenizer = model, tokenizer
-        self.checkpoint: tuple[str, Path] | None = None  # name and folder, if `load` made this forecaster
+        # name and folder, and the record of a training, if `load` made this forecaster and found one
+        self.checkpoint: tuple[str, Path] | None = None
+        self.trained: Trained | None = None
         self.use(encoding, decimals, tokens)
 
     def use(self, encoding: Encoding | None, decimals: int, tokens: int | None) -> None:
@@ -134,7 +136,7 @@ class Forecaster:
         if trained and trained.encoding and scale is None:
             encoding = replace(trained.encoding, decimals=places)
         forecaster = cls(model, tokenizer, encoding, places, tokens)
-        forecaster.checkpoint = (str(checkpoint or recorded), folder)
+        forecaster.trained, forecaster.checkpoint = trained, (str(checkpoint or recorded), folder)
         return forecaster
 
     def forecast(

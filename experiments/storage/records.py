@@ -98,16 +98,11 @@ def read_lines(path: Path, kind: Any) -> list:
 
 def read_columns(path: Path, *names: str) -> list[list[float]]:
     """Columns of a CSV file with a header, by their names, as finite numbers. Raises RunError, which names the file."""
+    lines = read_text(path).splitlines()
     try:
-        rows = [
-            [float(row[name]) for name in names] for row in csv.DictReader(read_text(path).splitlines(), strict=True)
-        ]
+        rows = [[float(row[name]) for name in names] for row in csv.DictReader(lines, strict=True)]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise (
-            error
-            if isinstance(error, RunError)
-            else RunError(f"{path}: not a table of {' and '.join(names)} ({error!r})")
-        ) from error
+        raise RunError(f"{path}: not a table of {' and '.join(names)} ({error!r})") from error
     if not np.isfinite(rows).all():
         raise RunError(f"{path}: holds a number that is not finite")
     return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in names]

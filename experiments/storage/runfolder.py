@@ -78,11 +78,9 @@ def open_run(folder: Path, identity: dict, record: dict) -> Iterator[bool]:
 def _warn_of_other_versions(folder: Path, versions: dict | None) -> None:
     """Warn of a run that other versions or sources began: the rest of it may not fit."""
     began = read_json(folder / "plan.json").get("versions")
-    if (
-        isinstance(began, dict)
-        and versions
-        and (other := [name for name in versions if began.get(name) != versions[name]])
-    ):
+    if not isinstance(began, dict) or not versions:
+        return
+    if other := [name for name in versions if began.get(name) != versions[name]]:
         told = ", ".join(f"{name} {_short(began.get(name))}, now {_short(versions[name])}" for name in other)
         warnings.warn(f"{folder}: was begun with other versions: {told}", stacklevel=4)
 

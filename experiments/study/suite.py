@@ -4,6 +4,7 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ class Suite:
         }
         for experiment in self.plan.experiments:
             training = self._settings(experiment)
-            if self.team.told(lambda: self._is_open(experiment, training)):  # noqa: B023 called at once
+            if self.team.told(partial(self._is_open, experiment, training)):
                 self._run(experiment, training)
 
     def _is_open(self, experiment: Experiment, training: Training | None) -> bool:
