@@ -6,7 +6,7 @@ separates the time steps, and there is no `;` at the end. Compact text has the d
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,8 @@ class Encoding:
 
     scale and offset are numbers for all variables, or tuples with a number for each of D variables. compact: each value
     is written as 1 + decimals digits, without points and separators, which takes 3 tokens in place of 5 for 2 decimals;
-    scaled values are cut to the range that this can write, 0 to less than 10. `encode` takes
-    values in the units of the data to text, `decode` takes text to scaled values, `scaled` and `restored` convert
-    between the two units. Raises EncodingError for a scale that is not positive, an offset that is not finite, or
-    decimals that are not 1 to 6.
+    scaled values are cut to the range that this can write, 0 to less than 10. Raises EncodingError for a scale that is
+    not positive, an offset that is not finite, or decimals that are not 1 to 6.
     """
 
     scale: float | tuple[float, ...]
@@ -50,10 +48,7 @@ class Encoding:
 
     @classmethod
     def fit(cls, train: np.ndarray, decimals: int = 2, compact: bool = False) -> "Encoding":
-        """The study's encoding: the largest value of train (any shape) becomes 9.99, or 7.99 in compact text.
-
-        Computed in the dtype of train.
-        """
+        """The study's encoding, in the dtype of train: its largest value becomes 9.99, or 7.99 in compact text."""
         largest = COMPACT_MAX if compact else SCALED_MAX
         return cls(float(train.max() / train.dtype.type(largest)), decimals, compact=compact)
 
@@ -76,23 +71,17 @@ class Encoding:
         offset = np.where(shifted, low - bottom * scale, 0.0)
         return cls(tuple(scale.tolist()), decimals, tuple(offset.tolist()))
 
-    @classmethod
-    def from_record(cls, record: dict) -> "Encoding":
-        """The encoding that `record` describes. Raises KeyError, TypeError or EncodingError for a damaged record."""
-        scale, offset = (
-            tuple(value) if isinstance(value, list) else value for value in (record["scale"], record.get("offset", 0.0))
-        )
-        return cls(scale, record["decimals"], offset, record.get("compact", False))
-
     @property
     def record(self) -> dict[str, Any]:
         """The fields as JSON can hold them; an offset of 0 and the usual form of the text are left out."""
-        fields = asdict(self)
-        if not np.any(self.offset):
-            del fields["offset"]
-        if not self.compact:
-            del fields["compact"]
-        return fields
+        always = ("scale", "decimals")
+        return {name: value for name, value in vars(self).items() if name in always or np.any(value)}
+
+    @classmethod
+    def from_record(cls, record: dict) -> "Encoding":
+        """The encoding that `record` describes. Raises TypeError or EncodingError for a damaged record."""
+        given = {name: value for name, value in record.items() if name in cls.__dataclass_fields__}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
     @property
     def separator(self) -> str:
@@ -154,8 +143,5 @@ class Encoding:
         return values
 
     def tokens_per_step(self, num_variables: int) -> int:
-        """Tokens of a time step, with one `;`, if each value has one digit before the point: 10 for `1.23,4.56;`.
-
-        In compact text 6, for `123456`.
-        """
+        """Tokens of a time step with one digit before each point: 10 for `1.23,4.56;`, 6 for the compact `123456`."""
         return num_variables * (self.decimals + (1 if self.compact else 3))

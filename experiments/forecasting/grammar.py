@@ -7,8 +7,7 @@ B rows (one forecast each), T tokens in a pass, C hidden size, D variables.
 
 import math
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,10 +32,10 @@ def may_be_wide(context: np.ndarray) -> np.ndarray:
 
 
 class Grammar:
-    """The characters that may follow in a forecast of num_variables with `decimals` places, and their token ids.
+    """The characters that may follow in a forecast of num_variables with `decimals` places, and their token `ids`.
 
-    `ids` has the token id of each character, `vocabulary` the ids of all characters that a text can have, ascending.
-    Raises CheckpointError when the tokenizer does not have one token for each character.
+    `vocabulary` has the ids of all characters that a text can have, ascending. Raises CheckpointError when the
+    tokenizer does not have one token for each character.
     """
 
     def __init__(self, tokenizer: Tokenizer, decimals: int, num_variables: int, compact: bool = False):
@@ -50,38 +49,38 @@ class Grammar:
         self.vocabulary = sorted(self.ids[character] for character in (DIGITS if compact else ALPHABET))
         self.pad_id = tokenizer.pad_id
 
-    def follow(self, word: str, index: int, wide: Sequence[bool] | None = None) -> str:
-        """The characters that may come after `word`, the written part of value number `index` (from 0).
+    def follow(self, text: str, wide: Sequence[bool] | None = None) -> str:
+        """The characters that may come after `text`, the well-formed beginning of a forecast.
 
         wide (D) says which variables may have a second digit before the point; None means all. The first of two digits
         is never 0.
         """
         if self.compact:
             return DIGITS
+        *before, word = text[text.rfind(";") + 1 :].split(",")
         whole, point, places = word.partition(".")
         if point and len(places) == self.decimals:
-            return "," if (index + 1) % self.num_variables else ";"
+            return "," if len(before) + 1 < self.num_variables else ";"
         if point or not whole:
             return DIGITS
-        may_have_second = wide is None or wide[index % self.num_variables]
+        may_have_second = wide is None or wide[len(before)]
         return CHOICES if may_have_second and len(whole) == 1 and whole != "0" else "."
+
+    def index(self, text: str) -> int:
+        """The number (from 0) of the value that the next character after `text` is of, or ends."""
+        return len(text) // (1 + self.decimals) if self.compact else text.count(",") + text.count(";")
 
     def choices(self, text: str, wide: Sequence[bool] | None = None) -> list[str]:
         """For each character of a text, the characters that the grammar allows there; wide as in `follow`.
 
         Raises ValueError when the text is not well-formed.
         """
-        allowed, word, index = [], "", 0
-        for character in text:
-            allowed.append(self.follow(word, index, wide))
+        allowed = []
+        for at, character in enumerate(text):
+            allowed.append(self.follow(text[:at], wide))
             if character not in allowed[-1]:
                 raise ValueError(f"{text!r} is not a forecast of {self.num_variables} variables")
-            index, word = (index + 1, "") if self.ends_value(character, word) else (index, word + character)
         return allowed
-
-    def ends_value(self, character: str, word: str) -> bool:
-        """True if the next value begins after `character`, which is written after the part `word` of a value."""
-        return len(word) == self.decimals if self.compact else character in SEPARATORS
 
     def most_choices(self, num_values: int) -> int:
         """The most choices in a forecast: for each value two digits (or a digit and the point), and the decimals.
@@ -91,10 +90,7 @@ class Grammar:
         return num_values * (1 + self.decimals + (not self.compact))
 
     def columns(self, num_values: int) -> int:
-        """The most cache columns that `decode` can fill: one pass for each choice, with at most two tokens.
-
-        In compact text each pass has one token.
-        """
+        """The most cache columns that `decode` can fill: a pass for each choice, with two tokens (compact: one)."""
         return (1 if self.compact else 2) * self.most_choices(num_values)
 
     def head(self, model: Qwen) -> Tensor:
@@ -102,98 +98,62 @@ class Grammar:
         return model.head_weight[[self.ids[character] for character in CHOICES]]
 
 
+@dataclass
 class _Row:
     """The text of one forecast while it grows."""
 
-    def __init__(self, grammar: Grammar, num_values: int, wide: Sequence[bool] | None):
-        self.grammar, self.num_values, self.wide = grammar, num_values, wide
-        self.text = ""
-        self.word, self.index = "", 0  # the written part of the present value, and its number
-        self.num_chosen = 0  # choices made so far; the next choice uses the random number with this index
-        self.pending = ""  # the characters that the next pass has to read
-        self.guessed = False  # True if pending ends in a guessed point, which is not in the text yet
+    grammar: Grammar
+    num_values: int
+    wide: Sequence[bool] | None
+    text: str = ""
+    num_chosen: int = 0  # choices made so far; the next choice uses the random number with this index
+    pending: str = ""  # the characters that the next pass has to read; none if the forecast is complete
+    guessed: bool = False  # True if pending ends in a guessed point, which is not in the text yet
 
-    def following(self) -> str:
-        """The characters that may come next; empty after the last value."""
-        if self.index == self.num_values:
-            return ""
-        following = self.grammar.follow(self.word, self.index, self.wide)
-        return "" if following in SEPARATORS and self.index + 1 == self.num_values else following
+    def advance(self, first: str, last: str) -> bool:
+        """Write the choices of a pass: `first` in place of the guessed point, `last` after all that it read.
 
-    def unread(self) -> str:
-        """The characters that the next pass has to read; empty if the forecast is complete."""
-        return self.pending if self.following() else ""
-
-    def rejects(self, first: str) -> bool:
-        """True if the pass chose `first`, a second digit, in place of the guessed point."""
-        return self.guessed and first != "."
-
-    def advance(self, first: str, last: str) -> None:
-        """Write the choices of a pass: `first` in place of the guessed point, `last` after all that it read."""
-        if self.rejects(first):
+        Returns True if `first` is a second digit: the guessed point has to be taken back.
+        """
+        if rejected := self.guessed and first != ".":
             self.choose(first)
-        elif self.following():
-            if self.guessed:
-                self.accept()
+        elif self.pending:
+            self.text += "." * self.guessed
+            self.num_chosen += self.guessed
             self.choose(last)
+        return rejected
 
     def choose(self, character: str) -> None:
         """Write a chosen character and the one it forces; guess the point if a second digit would be possible."""
-        self.num_chosen += 1
-        self.pending, self.guessed = "", False
-        self._write(character)
-        following = self.following()
-        if len(following) == 1:
-            self._write(following)
-        elif following == CHOICES:
-            self.pending, self.guessed = self.pending + ".", True
-
-    def accept(self) -> None:
-        """Write the guessed point, which the model has chosen."""
-        self.num_chosen += 1
-        self.guessed = False
-        self.text, self.word = self.text + ".", self.word + "."
-
-    def _write(self, character: str) -> None:
-        self.pending += character
         self.text += character
-        if self.grammar.ends_value(character, self.word):
-            self.index, self.word = self.index + 1, ""
-        else:
-            self.word += character
+        self.num_chosen += 1
+        following = self.grammar.follow(self.text, self.wide)
+        num_whole = self.grammar.index(self.text) + (following in SEPARATORS)
+        self.guessed, self.pending = following == CHOICES, ""
+        if num_whole < self.num_values:
+            forced = following if len(following) == 1 else ""
+            self.text += forced
+            self.pending = character + forced + "." * self.guessed
 
 
-class _Reading(NamedTuple):
-    """The input of one pass, as tensors on the device."""
+def _packed(grammar: Grammar, rows: list[_Row], device: torch.device) -> tuple[Tensor, ...]:
+    """The input of one pass, in a single copy to the device, so that a GPU does not have to wait.
 
-    ids: Tensor  # (B, T), padded at the end
-    real: Tensor | None  # (B, T), 0 on padding; None if there is no padding
-    last: Tensor  # (B), the index of the last real token
-    guessed: Tensor  # (B) bool, True if the last real token is a guessed point
-    draw_indices: Tensor  # (B, 2), the random numbers for the choices after the first and after the last token
-
-    @classmethod
-    def from_rows(cls, grammar: Grammar, rows: list[_Row], device: torch.device) -> "_Reading":
-        """Pack everything into a single copy to the device, so that a GPU does not have to wait."""
-        unread = [row.unread() for row in rows]
-        width = max(map(len, unread))
-        packed = torch.tensor(
-            [
-                [grammar.ids[character] for character in text]
-                + [grammar.pad_id] * (width - len(text))
-                + [1] * len(text)
-                + [0] * (width - len(text))
-                + [max(len(text) - 1, 0), row.guessed, row.num_chosen, row.num_chosen + row.guessed]
-                for text, row in zip(unread, rows, strict=True)
-            ]
-        ).to(device, non_blocking=True)
-        ids, real, last, guessed, draw_indices = packed.split([width, width, 1, 1, 2], dim=1)
-        is_full = all(len(text) == width for text in unread)
-        return cls(ids, None if is_full else real, last[:, 0], guessed[:, 0].bool(), draw_indices)
+    Returns ids (B, T), padded at the end; real (B, T), 0 on padding; the index of the last real token (B, 1); 1 where
+    that token is a guessed point (B, 1); and the random numbers for the choices after the first and the last (B, 2).
+    """
+    width = max(len(row.pending) for row in rows)
+    packed = [
+        [grammar.ids.get(character, grammar.pad_id) for character in row.pending.ljust(width)]
+        + [at < len(row.pending) for at in range(width)]
+        + [max(len(row.pending) - 1, 0), row.guessed, row.num_chosen, row.num_chosen + row.guessed]
+        for row in rows
+    ]
+    return torch.tensor(packed).to(device, non_blocking=True).split([width, width, 1, 1, 2], dim=1)
 
 
-def _on_cpu(logits: Tensor, *choices: Tensor) -> list[list[int]]:
-    """The choices (B) of a pass as lists, checked in the same transfer. Raises NotFiniteError as `decode`."""
+def _on_cpu(logits: Tensor, *choices: Tensor) -> list[list[str]]:
+    """The characters (B) that a pass chose, checked in the same transfer. Raises NotFiniteError as `decode`."""
     is_right = logits.flatten(1).amax(-1) < torch.inf  # False for NaN
     *columns, right = torch.stack([*choices, is_right.long()]).tolist()
     if not all(right):
@@ -201,7 +161,7 @@ def _on_cpu(logits: Tensor, *choices: Tensor) -> list[list[int]]:
         raise NotFiniteError(
             f"the logits of forecasts {rows} are not finite; check the series, the weights and the dtype"
         )
-    return columns
+    return [[CHOICES[choice] for choice in column] for column in columns]
 
 
 @torch.inference_mode()
@@ -217,8 +177,7 @@ def decode(
 ) -> list[str]:
     """Continue a prefilled cache by num_values values. Returns B texts.
 
-    Each token is the allowed character with the largest logit, or a sample among the allowed ones if uniforms are
-    given.
+    Each token is the allowed character with the largest logit, or a sample among them if uniforms are given.
 
     hidden (B, C) is the hidden state of the last token in the cache, the end of a time step. attention_mask (B, length)
     is 0 on padding in the cache, which holds `length` tokens. uniforms (B, n) in [0, 1) has a number for each choice in
@@ -236,20 +195,20 @@ def decode(
     logits = hidden @ head.T  # (B, 11)
     chosen = choose(logits[:, : len(DIGITS)], None if uniforms is None else uniforms[:, 0])
     for row, choice in zip(rows, *_on_cpu(logits, chosen), strict=True):
-        row.choose(CHOICES[choice])
-    while any(row.unread() for row in rows):
-        reading = _Reading.from_rows(grammar, rows, hidden.device)
-        logits = append(reading.ids, reading.real) @ head.T  # (B, T, 11)
+        row.choose(choice)
+    while any(row.pending for row in rows):
+        ids, real, last_index, guessed, draw_indices = _packed(grammar, rows, hidden.device)
+        is_full = all(len(row.pending) == ids.shape[1] for row in rows)
+        logits = append(ids, None if is_full else real) @ head.T  # (B, T, 11)
         draws: Sequence[Tensor | None] = (None, None)
         if uniforms is not None:
-            draws = uniforms.gather(1, reading.draw_indices.clamp(max=uniforms.shape[1] - 1)).unbind(1)
+            draws = uniforms.gather(1, draw_indices.clamp(max=uniforms.shape[1] - 1)).unbind(1)
         first = choose(logits[:, 0], draws[0])
-        last = choose(logits[row_indices, reading.last, : len(DIGITS)], draws[1])
-        choices = [[CHOICES[choice] for choice in column] for column in _on_cpu(logits, first, last)]
-        if any(row.rejects(point) for row, point in zip(rows, choices[0], strict=True)):
-            append.take_back(reading.guessed & (first != CHOICES.index(".")))
-        for row, point, digit in zip(rows, *choices, strict=True):
-            row.advance(point, digit)
+        last = choose(logits[row_indices, last_index[:, 0], : len(DIGITS)], draws[1])
+        choices = zip(rows, *_on_cpu(logits, first, last), strict=True)
+        rejected = [row.advance(point, digit) for row, point, digit in choices]
+        if any(rejected):
+            append.take_back(guessed[:, 0].bool() & (first != CHOICES.index(".")))
     return [row.text for row in rows]
 
 
@@ -258,16 +217,12 @@ def nats_of(model: Qwen, grammar: Grammar, hidden: Tensor, text: str, known: np.
     """-log p of a well-formed text in nats, where each character competes with those that the grammar allows there.
 
     hidden (T, C) is the hidden state of the token before each of the T characters. known (h, D): the values that count;
-    None: all. Raises ValueError when the text is
-    not well-formed, NotFiniteError when the result is not finite.
+    None: all. Raises ValueError when the text is not well-formed, NotFiniteError when the result is not finite.
     """
     allowed = grammar.choices(text)
     positions = [position for position, characters in enumerate(allowed) if len(characters) > 1]
-    if known is not None and not known.all():
-        # the number of the value that a character is of
-        passed = accumulate(int(character in SEPARATORS) for character in text)
-        numbers = [at * known.size // len(text) for at in range(len(text))] if grammar.compact else list(passed)
-        positions = [position for position in positions if known.flat[numbers[position]]]
+    if known is not None:
+        positions = [position for position in positions if known.flat[grammar.index(text[:position])]]
     logits = (hidden[positions] @ grammar.head(model).T).float()  # (n, 11)
     digits_only = torch.tensor([allowed[position] == DIGITS for position in positions], device=hidden.device)
     logits[:, -1].masked_fill_(digits_only, -torch.inf)
