@@ -11,6 +11,7 @@ from experiments.forecasting.encoding import Encoding
 from experiments.storage.files import read_json, to_json, write_whole
 from experiments.storage.records import build
 from lora import AdapterError, read_config
+from qwen_min import config
 from qwen_min.config import CheckpointError
 from qwen_min.weights import checkpoint_folder, weight_files
 
@@ -31,10 +32,8 @@ class Trained:
     ends: list[str] | None = None  # `end_hash` of the rows of each series that the training saw; None: not recorded
 
     def __post_init__(self):
-        if not 1 <= self.decimals <= 6:
-            raise ValueError(f"decimals are {self.decimals}, expected 1 to 6")
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"tokens are {self.tokens}, expected at least 1")
+        if not 1 <= self.decimals <= 6 or (self.tokens is not None and self.tokens < 1):
+            raise ValueError(f"decimals are {self.decimals}, tokens {self.tokens}, expected 1 to 6, and at least 1")
 
 
 def end_hash(rows: np.ndarray) -> str:
@@ -58,19 +57,33 @@ def checkpoint_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def find_checkpoint(checkpoint: str, adapter: Path) -> Path:
-    """The folder of the checkpoint that an adapter names.
+def resolve(checkpoint: str | Path | None, adapter: str | Path | None) -> tuple[str, Path, Trained | None]:
+    """The name and the folder of a checkpoint (None: the one that the adapter records, or tiny), and its training.
 
-    A relative path starts at the directory where the training was started. We try it from the working directory, then
-    from each folder above the adapter, because run folders usually lie below that directory. Raises AdapterError when
-    the checkpoint is not found.
+    The training is that of the adapter, or of one that was merged into the checkpoint; None if there is no record of
+    it. A recorded relative path starts at the directory where the training was started. We try it from the working
+    directory, then from each folder above the adapter, because run folders usually lie below that directory. Raises
+    AdapterError for an adapter whose checkpoint is not found or is another one, and CheckpointError.
     """
-    candidates = (Path(checkpoint), *(parent / checkpoint for parent in adapter.resolve().parents))
-    source = next((folder for folder in candidates if folder.is_dir()), checkpoint)
-    try:
-        return checkpoint_folder(checkpoint if checkpoint == "tiny" else source)
-    except CheckpointError as error:
-        raise AdapterError(f"{adapter}: its checkpoint was not found; name it with --model ({error})") from error
+    if adapter is None:
+        folder = checkpoint_folder(checkpoint or "tiny")
+        return str(checkpoint or "tiny"), folder, read_trained(folder) if (folder / TRAINED_FILE).exists() else None
+    trained = read_trained(adapter)
+    if checkpoint is not None:
+        name, folder = str(checkpoint), checkpoint_folder(checkpoint)
+    else:
+        peft = config.read_json(Path(adapter) / "adapter_config.json")
+        name = trained.checkpoint if trained else str(peft.get("base_model_name_or_path") or "")
+        if not name:
+            raise AdapterError(f"{adapter}: does not record its checkpoint; name it with --model")
+        paths = (Path(name), *(parent / name for parent in Path(adapter).resolve().parents))
+        try:
+            folder = checkpoint_folder(next((path for path in paths if name != "tiny" and path.is_dir()), name))
+        except CheckpointError as error:
+            raise AdapterError(f"{adapter}: its checkpoint was not found; name it with --model ({error})") from error
+    if trained and checkpoint_hash(folder) != trained.checkpoint_sha256:
+        raise AdapterError(f"{adapter}: was trained on {trained.checkpoint}, but {folder} has other files")
+    return name, folder, trained
 
 
 def write_trained(folder: Path, trained: Trained) -> None:

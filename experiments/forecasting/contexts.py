@@ -1,7 +1,10 @@
-"""Check the series that a user gives, and what is known before a forecast.
+"""Series in and forecasts out: checks of what a user gives, and DataFrames, whatever the forecaster reads.
 
-N series, T time steps (which may differ between series), D variables, h forecast steps.
+N series, T time steps (which may differ between series), D variables, h forecast steps, S samples, Q quantiles.
 """
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,54 +21,63 @@ class SeriesWarning(UserWarning):
     """A forecast that is possible, but that the user should not trust without a look at the reason."""
 
 
+class Forecast(NamedTuple):
+    """The result of a forecaster, in the units of the contexts."""
+
+    values: np.ndarray  # (N, h, D): by the most likely characters, or the median or the mean of the samples
+    samples: np.ndarray | None  # (N, S, h, D)
+    quantiles: np.ndarray | None  # (N, Q, h, D)
+
+
 def is_frame(data) -> bool:
     """True if data is a pandas object."""
     return type(data).__module__.partition(".")[0] == "pandas"
 
 
-def checked_series(series, missing: str = "error") -> list[np.ndarray]:
+def forecast_frame(frame, levels: Sequence[float], forecast: Callable[[list[np.ndarray]], Forecast]):
+    """The forecast of the series in a DataFrame, with quantiles at `levels`: a DataFrame that continues its times."""
+    import pandas as pd
+
+    series = tables.from_frame(frame)
+    found = forecast([one.to_numpy() for one in series])
+    bounds = [None] * len(series) if found.quantiles is None else found.quantiles
+    made = {
+        one.attrs["name"]: tables.forecast_frame(one, values, bound, levels)
+        for one, values, bound in zip(series, found.values, bounds, strict=True)
+    }
+    return next(iter(made.values())) if len(made) == 1 else pd.concat(made, names=["series"])
+
+
+def checked_series(series, missing: str = "error", min_steps: int = 2) -> list[np.ndarray]:
     """N series (T, D), (T) or DataFrames as float64 arrays (T, D); a single DataFrame may hold several.
 
-    missing: "keep" lets values be NaN. Raises SeriesError for a bad one, and for none.
+    missing: "keep" lets values be NaN. Raises SeriesError for a bad one, which it names by its number, and for none.
     """
     if is_frame(series):
         series = [series]
     parts = [part for one in series for part in (tables.from_frame(one, missing=missing) if is_frame(one) else [one])]
-    arrays = [checked_array(one, number, missing=missing) for number, one in enumerate(parts)]
+    arrays = [_checked(np.asarray(one), f"series {at}", missing, min_steps) for at, one in enumerate(parts)]
     widths = {array.shape[1] for array in arrays}
     if len(widths) != 1:
         raise SeriesError(f"the series have {sorted(widths) or 'no'} variables, expected the same number for all")
     return arrays
 
 
-def checked_array(series, number: int, min_steps: int = 2, missing: str = "error") -> np.ndarray:
-    """A series as a float64 array (T, D). Raises SeriesError, which names the series by its number, for a bad one."""
-    array = np.asarray(series)
+def _checked(array: np.ndarray, name: str, missing: str, min_steps: int) -> np.ndarray:
     array = array[:, None] if array.ndim == 1 else array
     if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
         raise SeriesError(
-            f"series {number}: got an array of {array.dtype} {array.shape}, expected numbers (time steps, variables); "
-            "put a single series into a list"
+            f"{name}: got an array of {array.dtype} {array.shape}, expected numbers (time steps, variables); put a "
+            "single series into a list"
         )
     if len(array) < min_steps:
-        raise SeriesError(f"series {number}: has 1 time step, expected at least {min_steps}")
+        raise SeriesError(f"{name}: has 1 time step, expected at least {min_steps}")
     array = array.astype(np.float64) + 0.0  # + 0.0 turns -0 into 0
-    bad = ~(np.abs(array) <= MAX_VALUE)
-    if missing == "keep":
-        bad &= ~np.isnan(array)
+    bad = ~(np.abs(array) <= MAX_VALUE) & ~(np.isnan(array) & (missing == "keep"))
     if bad.any():
         step, variable = np.argwhere(bad)[0]
         raise SeriesError(
-            f"series {number}, step {step}, variable {variable}: {array[step, variable]:g}, expected finite numbers of "
-            f"at most {MAX_VALUE:g}"
+            f"{name}, step {step}, variable {variable}: {array[step, variable]:g}, expected finite numbers of at most "
+            f"{MAX_VALUE:g}"
         )
     return array
-
-
-def held_values(continuation: np.ndarray, context: np.ndarray) -> np.ndarray:
-    """A continuation (h, D) in which each missing value is the last one known before it."""
-    last, held = context.reshape(len(context), -1)[-1], continuation.copy()
-    for row in held:
-        last = np.where(np.isnan(row), last, row)
-        row[:] = last
-    return held

@@ -5,7 +5,8 @@ N series, T time steps (which may differ between series), D variables, h forecas
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,25 +14,24 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from experiments import tables
 from experiments.forecasting import scores
-from experiments.forecasting.adapter import TRAINED_FILE, Trained, checkpoint_hash, find_checkpoint, read_trained
+from experiments.forecasting.adapter import Trained, resolve
 from experiments.forecasting.contexts import (
+    Forecast,
     SeriesError,
     SeriesWarning,
-    checked_array,
     checked_series,
-    held_values,
+    forecast_frame,
     is_frame,
 )
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
-from lora import AdapterError, load_adapter
-from qwen_min import Qwen, Tokenizer, config, load
+from lora import load_adapter
+from qwen_min import Qwen, Tokenizer, load
 from qwen_min.continuation import ReusedCache
 from qwen_min.generation import pad_left, prefill
 from qwen_min.linear import pack
-from qwen_min.weights import TINY, checkpoint_folder
+from qwen_min.weights import TINY
 
 # the most bytes of keys and values at a time; a constant and not the free memory, as the batch size affects rounding
 CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**34
@@ -40,14 +40,6 @@ DEFAULT_SAMPLES, DEFAULT_POINT = 20, "median"
 POINTS: dict[str, Callable] = {"median": np.median, "mean": np.mean}  # what a forecast makes of its samples
 MIN_DISTINCT = 20  # a series should keep so many different values as text
 MIN_STEPS = 8  # and should have so many time steps
-
-
-class Forecast(NamedTuple):
-    """The result of `Forecaster.forecast`, in the units of the contexts."""
-
-    values: np.ndarray  # (N, h, D): by the most likely characters, or the median or the mean of the samples
-    samples: np.ndarray | None  # (N, S, h, D)
-    quantiles: np.ndarray | None  # (N, Q, h, D)
 
 
 def rows_at_once(model: Qwen, num_columns: int) -> int:
@@ -63,6 +55,7 @@ class _Prompt(NamedTuple):
     tokens: list[int]  # with a final `;`
     encoding: Encoding
     wide: list[bool]  # (D): the variables that may need a second digit
+    last: np.ndarray  # (D): the newest values
 
 
 class Forecaster:
@@ -90,8 +83,7 @@ class Forecaster:
     def use(self, encoding: Encoding | None, decimals: int, tokens: int | None) -> None:
         """Read and write numbers as a training did; arguments as those of the constructor."""
         self.encoding, self.tokens = encoding, tokens
-        # of values that are already scaled
-        self.digits = replace(encoding, scale=1.0, offset=0.0) if encoding else Encoding(1.0, decimals)
+        self.digits = encoding or Encoding(1.0, decimals)  # the form of the text, whatever its scale
 
     @classmethod
     def load(
@@ -110,33 +102,21 @@ class Forecaster:
         the defaults are "tiny", a scale and an offset fitted to each series, and 2 decimals. Raises CheckpointError or
         AdapterError when one of the two cannot be read or the adapter was trained on another checkpoint.
         """
-        trained = None if adapter is None else read_trained(adapter)
-        recorded = "tiny" if adapter is None else trained.checkpoint if trained else ""
-        if adapter is not None and checkpoint is None and not trained:  # peft's own record, if there is one
-            recorded = str(config.read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path") or "")
-        if checkpoint is None and not recorded:
-            raise AdapterError(f"{adapter}: does not record its checkpoint; name it with --model")
-        if adapter is not None and checkpoint is None:
-            folder = find_checkpoint(recorded, Path(adapter))
-        else:
-            folder = checkpoint_folder(checkpoint or recorded)
-        if adapter is None and (folder / TRAINED_FILE).exists():  # an adapter was merged into this checkpoint
-            trained = read_trained(folder)
-        elif trained and checkpoint_hash(folder) != trained.checkpoint_sha256:
-            raise AdapterError(f"{adapter}: was trained on {trained.checkpoint}, but {folder} has other files")
+        name, folder, trained = resolve(checkpoint, adapter)
         model, tokenizer = load(folder, device, dtype)
         if adapter is not None:
             load_adapter(model, adapter)
-        known = trained.decimals if trained else TINY_DECIMALS if folder == TINY else None
+        known, tokens = (trained.decimals, trained.tokens) if trained else (None, None)
+        if not trained and folder == TINY:
+            known, tokens = TINY_DECIMALS, TINY_TOKENS
         if decimals is not None and known is not None and decimals != known:
             _warn(f"the model was trained on numbers with {known} decimals, not {decimals}: expect nonsense")
-        tokens = trained.tokens if trained else TINY_TOKENS if folder == TINY else None
         places = decimals if decimals is not None else known or 2
         encoding = None if scale is None else Encoding(scale, places)
         if trained and trained.encoding and scale is None:
             encoding = replace(trained.encoding, decimals=places)
         forecaster = cls(model, tokenizer, encoding, places, tokens)
-        forecaster.trained, forecaster.checkpoint = trained, (str(checkpoint or recorded), folder)
+        forecaster.trained, forecaster.checkpoint = trained, (name, folder)
         return forecaster
 
     def forecast(
@@ -170,7 +150,8 @@ class Forecaster:
         a text longer than the model has positions; SamplesError for quantiles that need more samples.
         """
         if is_frame(contexts):
-            return self._forecast_frame(contexts, horizon, samples, quantiles, seed, point, context, progress)
+            others = (horizon, samples, quantiles, seed, point, context, progress)
+            return forecast_frame(contexts, quantiles, lambda arrays: self.forecast(arrays, *others))
         if samples is None:
             samples = DEFAULT_SAMPLES if len(quantiles) else 0
         if samples < 0:
@@ -181,13 +162,8 @@ class Forecaster:
         if horizon < 1:
             raise SeriesError(f"horizon is {horizon}, expected at least 1")
         prompts = self._prompts(contexts, horizon, context)
+        texts = self._texts(prompts, horizon, samples, seed, progress)
         num_variables = len(prompts[0].wide)
-        num_values = horizon * num_variables
-        grammar = self._grammar(num_variables)
-        if samples:
-            texts = self._sample(grammar, prompts, num_values, samples, seed, progress)
-        else:
-            texts = [[text] for text in self._most_likely(grammar, prompts, num_values, progress)]
         values = np.stack(
             [
                 [prompt.encoding.restored(self.digits.decode(path, horizon, num_variables)) for path in paths]
@@ -199,49 +175,34 @@ class Forecaster:
         bounds = scores.quantiles(values, quantiles, axis=1).swapaxes(0, 1) if len(quantiles) else None
         return Forecast(POINTS[point](values, axis=1), values, bounds)
 
-    def _forecast_frame(self, frame, horizon: int, samples: int | None, quantiles: Sequence[float], *others):
-        """`forecast` of the series in a DataFrame, as a DataFrame."""
-        import pandas as pd
-
-        series = tables.from_frame(frame)
-        found = self.forecast([one.to_numpy() for one in series], horizon, samples, quantiles, *others)
-        bounds = [None] * len(series) if found.quantiles is None else found.quantiles
-        made = {
-            one.attrs["name"]: tables.forecast_frame(one, values, bound, quantiles)
-            for one, values, bound in zip(series, found.values, bounds, strict=True)
-        }
-        return next(iter(made.values())) if len(made) == 1 else pd.concat(made, names=["series"])
-
     def _grammar(self, num_variables: int) -> Grammar:
         return Grammar(self.tokenizer, self.digits.decimals, num_variables, self.digits.compact)
 
     def nats_per_value(self, contexts, continuations) -> np.ndarray:
         """-log p of each of continuations (N, h, D) after its context, in nats for each value that is not NaN: (N).
 
-        Each character competes with those that the grammar allows there. The end after the last value has no cost.
-        Errors as in `forecast`, and SeriesError for a continuation with another number of variables than its context.
+        Each character competes with those that the grammar allows there. The end after the last value has no cost. In
+        the text, a missing value is the last one known before it. Errors as in `forecast`, and SeriesError for a
+        continuation with another number of variables than its context.
         """
-        found = [checked_array(one, number, min_steps=1, missing="keep") for number, one in enumerate(continuations)]
-        known = [~np.isnan(one) for one in found]
-        prompts = self._prompts(contexts, max((len(truth) for truth in found), default=1))
-        truths = []
-        for number, (truth, prompt, context) in enumerate(zip(found, prompts, contexts, strict=True)):
-            if truth.shape[1] != len(prompt.wide):
-                raise SeriesError(
-                    f"continuation {number} has {truth.shape[1]} variables, expected {len(prompt.wide)} as in its "
-                    "context"
-                )
-            truths.append(held_values(truth, np.asarray(context)))
-            _require_writable(truths[-1], prompt.encoding, f"continuation {number}")
-        texts = [prompt.encoding.encode(truth) for truth, prompt in zip(truths, prompts, strict=True)]
-        grammar = self._grammar(len(prompts[0].wide))
+        import pandas as pd
+
+        truths = checked_series(continuations, "keep", min_steps=1)
+        prompts = self._prompts(contexts, max(map(len, truths)))
         nats = []
-        for prompt, text, mask in zip(prompts, texts, known, strict=True):
+        for number, (truth, prompt) in enumerate(zip(truths, prompts, strict=True)):
+            if truth.shape[1] != len(prompt.wide):
+                expected = f"expected {len(prompt.wide)} as in its context"
+                raise SeriesError(f"continuation {number} has {truth.shape[1]} variables, {expected}")
+            known = ~np.isnan(truth)
+            truth = pd.DataFrame([prompt.last, *truth]).ffill().to_numpy()[1:]
+            _require_writable(truth, prompt.encoding, f"continuation {number}")
+            text = prompt.encoding.encode(truth)
             ids = torch.tensor([prompt.tokens + self.tokenizer.encode(text)], device=self.model.head_weight.device)
             with torch.inference_mode():
                 hidden = self.model.model(ids)[0, len(prompt.tokens) - 1 : -1]
-            nats.append(nats_of(self.model, grammar, hidden, text, mask))
-        return np.array(nats) / [mask.sum() for mask in known]
+            nats.append(nats_of(self.model, self._grammar(len(prompt.wide)), hidden, text, known) / known.sum())
+        return np.array(nats)
 
     def _prompts(self, contexts, horizon: int, context: int | None = None) -> list[_Prompt]:
         """Check the contexts, cut them to what the model reads, scale and encode them. Raises SeriesError."""
@@ -253,7 +214,7 @@ class Forecaster:
             raise SeriesError(
                 f"the series have {num_variables} variables, the model was trained on {np.size(self.encoding.scale)}"
             )
-        concerns: dict[str, list[str]] = {}
+        concerns: dict[str, list[str]] = defaultdict(list)
         prompts = [self._prompt(array, number, horizon, context, concerns) for number, array in enumerate(arrays)]
         for messages in concerns.values():
             _warn(messages[0] + (f" ({len(messages) - 1} more like it)" if len(messages) > 1 else ""))
@@ -264,11 +225,12 @@ class Forecaster:
     ) -> _Prompt:
         """The prompt of one series; what the user should know about it is added to `concerns`, by kind."""
         num_steps, per_step = len(array), self.digits.tokens_per_step(array.shape[1])
-        grammar = self._grammar(array.shape[1])
-        room = self.model.config.max_position_embeddings - grammar.columns(horizon * array.shape[1])
+        grammar, positions = self._grammar(array.shape[1]), self.model.config.max_position_embeddings
+        room = positions - grammar.columns(horizon * array.shape[1])
         if self.tokens is not None and context is None:
             room = min(room, self.tokens - horizon * per_step)
-        kept = min(num_steps, room // per_step, context or num_steps)
+        wanted = min(num_steps, context or num_steps)
+        kept = min(wanted, room // per_step)
         while kept >= 2:
             array = array[-kept:]
             encoding = self.encoding or Encoding.fit_each([array], self.digits.decimals)
@@ -279,75 +241,67 @@ class Forecaster:
             kept -= -(-(len(tokens) - room) // per_step)  # values with two digits before the point take more tokens
         else:
             raise SeriesError(
-                f"a horizon of {horizon} leaves no room for a context: the model reads "
-                f"{self.tokens or self.model.config.max_position_embeddings} tokens and a time step takes {per_step}; "
-                "shorten the horizon"
+                f"a horizon of {horizon} leaves no room for a context: the model reads {self.tokens or positions} "
+                f"tokens and a time step takes {per_step}; shorten the horizon"
             )
-        if kept < min(num_steps, context or num_steps):
-            concerns.setdefault("cut", []).append(
+        if kept < wanted:
+            concerns["cut"].append(
                 f"series {number}: only the newest {kept} of {num_steps} time steps are read; with a horizon of "
                 f"{horizon} the model has room for no more"
             )
-        if self.tokens is not None and len(tokens) + horizon * per_step > self.tokens:
-            concerns.setdefault("long", []).append(
-                f"series {number}: context and forecast take {len(tokens) + horizon * per_step} tokens, the model was "
-                f"trained on {self.tokens}; expect jumps after that"
+        if self.tokens is not None and (length := len(tokens) + horizon * per_step) > self.tokens:
+            concerns["long"].append(
+                f"series {number}: context and forecast take {length} tokens, the model was trained on {self.tokens}; "
+                "expect jumps after that"
             )
-        if len(array) < MIN_STEPS:
-            concerns.setdefault("short", []).append(
-                f"series {number}: has only {len(array)} time steps; a forecast from so few is a guess"
-            )
-        for variable, (before, after) in enumerate(_distinct(array, encoding)):
+        if kept < MIN_STEPS:
+            concerns["short"].append(f"series {number}: has only {kept} time steps; a forecast from so few is a guess")
+        scaled = encoding.scaled(array)
+        for variable, (values, texts) in enumerate(zip(array.T, np.round(scaled, encoding.decimals).T, strict=True)):
+            before, after = len(np.unique(values)), len(np.unique(texts))
             if after < min(MIN_DISTINCT, before / 2):
-                concerns.setdefault("coarse", []).append(
+                concerns["coarse"].append(
                     f"series {number}, variable {variable}: {before} different values become {after} when written with "
                     f"{encoding.decimals} decimals; remove outliers, or use a model for more decimals or these units"
                 )
-        return _Prompt(tokens, encoding, may_be_wide(encoding.scaled(array)).tolist())
+        return _Prompt(tokens, encoding, may_be_wide(scaled).tolist(), array[-1])
 
-    def _most_likely(
-        self, grammar: Grammar, prompts: list[_Prompt], num_values: int, progress: Callable[[int], None]
-    ) -> list[str]:
-        """The text of the most likely characters after each prompt."""
-        room, reused, texts = grammar.columns(num_values), ReusedCache(self.model), []
-        for batch in _batches(prompts, rows_at_once(self.model, _longest(prompts) + room)):
-            ids, mask = self._padded(batch)
-            cache, hidden = prefill(self.model, ids, room, mask, reused)
-            texts += decode(
-                self.model, grammar, cache, hidden, num_values, mask, wide=[prompt.wide for prompt in batch]
-            )
-            progress(len(batch))
-        return texts
-
-    def _sample(
-        self,
-        grammar: Grammar,
-        prompts: list[_Prompt],
-        num_values: int,
-        samples: int,
-        seed: int,
-        progress: Callable[[int], None],
+    def _texts(
+        self, prompts: list[_Prompt], horizon: int, samples: int, seed: int, progress: Callable[[int], None]
     ) -> list[list[str]]:
-        """Texts drawn from the model after each prompt; its paths share the keys and values of the context."""
+        """Texts after each prompt: drawn from the model, or, for no samples, one of the most likely characters.
+
+        The paths of a prompt share the keys and values of its context.
+        """
+        num_values = horizon * len(prompts[0].wide)
+        grammar, reused = self._grammar(len(prompts[0].wide)), ReusedCache(self.model)
         room, count = grammar.columns(num_values), grammar.most_choices(num_values)
-        reused, texts = ReusedCache(self.model), []
         at_once = min(samples, rows_at_once(self.model, room))
-        pack(self.model)
-        for batch in _batches(prompts, rows_at_once(self.model, _longest(prompts) + at_once * room)):
-            ids, context_mask = self._padded(batch)
-            _, last = prefill(self.model, ids, 0, context_mask, reused)
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        size = rows_at_once(self.model, longest + max(1, at_once) * room)
+        if samples:
+            pack(self.model)
+        texts: list[list[str]] = []
+        for batch in (prompts[start : start + size] for start in range(0, len(prompts), size)):
+            ids, mask = self._padded(batch)
+            cache, last = prefill(self.model, ids, 0 if samples else room, mask, reused)
+            wide = [prompt.wide for prompt in batch]
+            if not samples:
+                texts += [[text] for text in decode(self.model, grammar, cache, last, num_values, mask, wide=wide)]
+                progress(len(batch))
+                continue
             drawn: list[list[str]] = [[] for _ in batch]
             for first in range(0, samples, at_once):
                 paths = range(first, min(first + at_once, samples))
                 draws = [_uniforms(seed, prompt.tokens, path, count) for prompt in batch for path in paths]
-                cache = reused.fork(len(paths), room)
+                forked = reused.fork(len(paths), room)
                 found = decode(
                     self.model,
                     grammar,
-                    cache,
+                    forked,
                     last.repeat_interleave(len(paths), 0),
                     num_values,
-                    cache.mask(context_mask),
+                    forked.mask(mask),
                     torch.from_numpy(np.stack(draws)).to(last.device),
                     [prompt.wide for prompt in batch for _ in paths],
                 )
@@ -364,15 +318,6 @@ class Forecaster:
         return ids.to(device), None if mask is None else mask.to(device)
 
 
-def _longest(prompts: list[_Prompt]) -> int:
-    return max(len(prompt.tokens) for prompt in prompts)
-
-
-def _batches(prompts: list[_Prompt], size: int) -> Iterator[list[_Prompt]]:
-    for start in range(0, len(prompts), size):
-        yield prompts[start : start + size]
-
-
 def _warn(message: str) -> None:
     warnings.warn(message, SeriesWarning, stacklevel=4)
 
@@ -386,12 +331,6 @@ def _require_writable(array: np.ndarray, encoding: Encoding, name: str) -> None:
             f"{name}, step {step}, variable {variable}: {array[step, variable]:g} cannot be written, expected values "
             f"from {low:g} to less than {high:g}; give another --scale, or fine-tune on data in these units"
         )
-
-
-def _distinct(array: np.ndarray, encoding: Encoding) -> list[tuple[int, int]]:
-    """The numbers of different values of each variable of a series (T, D), and of different texts for them."""
-    texts = np.round(encoding.scaled(array), encoding.decimals)
-    return [(len(np.unique(a)), len(np.unique(b))) for a, b in zip(array.T, texts.T, strict=True)]
 
 
 def _uniforms(seed: int, prompt: list[int], sample: int, count: int) -> np.ndarray:
