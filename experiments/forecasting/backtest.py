@@ -5,21 +5,21 @@ Missing values are NaN. A context is filled from itself alone, so that it knows 
 are not scored.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from experiments.forecasting.adapter import rows_seen
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.scores import BAND, group_means, mean_interval, quantiles, samples_needed
+from experiments.forecasting.scores import group_means, mean_interval, share_inside
 from experiments.storage.files import plain
 
 MIN_CONTEXT = 8  # time steps before a forecast; with fewer the baselines cannot be fitted
 MIN_SERIES = 5  # with so many series, whole series are held out; with fewer, the end of each
 MAX_ORIGINS, MAX_FORECASTS = 5, 40  # held-out forecasts in a series, and in all series together
-ROUNDING = 1e-12  # relative error of a value that was scaled, written and read back
 HELD_OUT_SHARE = 0.15  # of the series, for validation and for test each
 
 
@@ -50,53 +50,38 @@ def filled(series: np.ndarray) -> np.ndarray:
 
     Raises BacktestError for a variable with no known value.
     """
-    gaps = np.isnan(series)
-    if not gaps.any():
-        return series
-    if gaps.all(axis=0).any():
+    nothing = np.isnan(series).all(axis=0)
+    if nothing.any():
         raise BacktestError(
-            f"variable {int(gaps.all(axis=0).argmax())} has no value in the {len(series)} time steps before a held-out "
+            f"variable {int(nothing.argmax())} has no value in the {len(series)} time steps before a held-out "
             "forecast; leave it out, or begin the series where it begins"
         )
-    whole, rows = series.copy(), np.arange(len(series))
-    for values, gap in zip(whole.T, gaps.T, strict=True):
-        values[gap] = np.interp(rows[gap], rows[~gap], values[~gap])
-    return whole
-
-
-def origins(series: np.ndarray, number: int, horizon: int, count: int, seen: int = 0) -> list[Origin]:
-    """Up to `count` forecasts of the last steps of a series (T, D), one after the other, in the order of time.
-
-    A forecast of which nothing is known, or of which a training has `seen` the first row, is left out. Raises
-    BacktestError as `filled`.
-    """
-    fits = max(0, (len(series) - max(MIN_CONTEXT, horizon)) // horizon)
-    starts = [len(series) - horizon * (back + 1) for back in range(min(count, fits))]
-    cuts = [(series[:start], series[start : start + horizon]) for start in reversed(starts) if start >= seen]
-    return [Origin(filled(before), truth, number) for before, truth in cuts if not np.isnan(truth).all()]
+    return np.ascontiguousarray(pd.DataFrame(series).interpolate(limit_direction="both"))
 
 
 def held_out(
     series: Sequence[np.ndarray], horizon: int, count: int = MAX_ORIGINS, ends: Container[str] = ()
 ) -> list[Origin]:
-    """`origins` of N series, without the rows that end in `ends` (`adapter.rows_seen`).
+    """Up to `count` forecasts of the last steps of each of N series (T, D), one after the other, in the order of time.
 
-    Raises BacktestError when there is none.
+    Left out are those of which nothing is known, and those in the rows that a training saw, which end in `ends`
+    (`adapter.rows_seen`). Raises BacktestError when there is none, and as `filled`.
     """
-    found = [
-        place
-        for number, one in enumerate(series)
-        for place in origins(one, number, horizon, count, rows_seen(one, ends) if ends else 0)
-    ]
+    found, first = [], max(MIN_CONTEXT, horizon)
+    for number, one in enumerate(series):
+        fits, seen = max(0, (len(one) - first) // horizon), rows_seen(one, ends) if ends else 0
+        for start in range(len(one) - min(count, fits) * horizon, len(one), horizon):
+            truth = one[start : start + horizon]
+            if start >= seen and not np.isnan(truth).all():
+                found.append(Origin(filled(one[:start]), truth, number))
     if not found and ends:
         raise BacktestError(
             "the adapter was trained on all rows that could be held out; use rows that came later, or other series"
         )
     if not found:
         raise BacktestError(
-            f"the longest series has {max(map(len, series))} time steps, expected at least "
-            f"{max(MIN_CONTEXT, horizon) + horizon} to hold out a horizon of {horizon}, with a known value in it; "
-            "shorten the horizon"
+            f"the longest series has {max(map(len, series))} time steps, expected at least {first + horizon} to hold "
+            f"out a horizon of {horizon}, with a known value in it; shorten the horizon"
         )
     return found
 
@@ -129,12 +114,7 @@ def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
             f"a series has {shortest} time steps, expected at least {2 * horizon + max(MIN_CONTEXT, horizon)} to train "
             f"on, validate and test forecasts of {horizon} steps; shorten the horizon"
         )
-    test, val = (
-        [place for number, one in enumerate(rows) for place in origins(one, number, horizon, count)]
-        for rows in (series, [one[:-steps] for one in series])
-    )
-    if not (val and test):
-        raise BacktestError(f"the newest {2 * steps} time steps have too few values to hold out; leave them out")
+    val, test = held_out([one[:-steps] for one in series], horizon, count), held_out(series, horizon, count)
     lengths = sorted({len(one) - 2 * steps for one in series})
     first = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
     told = f"the first {first} time steps to train on, {steps} for validation, the newest {steps} for the test"
@@ -143,14 +123,14 @@ def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
 
 def baseline_forecasts(places: Sequence[Origin]) -> dict[str, np.ndarray]:
     """The forecasts (M, h, D) of each baseline, which reads all that is known before them."""
-    found: dict[str, list[np.ndarray]] = {}
-    for place in places:
-        encoding = Encoding.fit_each([place.context])  # the regressions expect values of about 0 to 10
-        for name, baseline in BASELINES.items():
-            if name != "VAR" or place.truth.shape[1] > 1:  # of one variable, VAR is AR
-                path = baseline(encoding.scaled(place.context)[None], len(place.truth))[0]
-                found.setdefault(name, []).append(encoding.restored(path))
-    return {name: np.stack(paths) for name, paths in found.items()}
+    encodings = [Encoding.fit_each([place.context]) for place in places]  # the regressions expect about 0 to 10
+
+    def forecasts(baseline: Callable) -> np.ndarray:
+        pairs = zip(encodings, places, strict=True)
+        return np.stack([one.restored(baseline(one.scaled(at.context)[None], len(at.truth))[0]) for one, at in pairs])
+
+    several = places[0].truth.shape[1] > 1  # of one variable, VAR is AR
+    return {name: forecasts(baseline) for name, baseline in BASELINES.items() if name != "VAR" or several}
 
 
 def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
@@ -164,7 +144,10 @@ def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
     MIN_SERIES it is over their forecasts, and says nothing about other series (`over`: "forecasts").
     """
     error = forecast - np.stack([place.truth for place in places])
-    each = np.nanmean((error / _spreads(places)) ** 2, axis=(1, 2))
+    spread = np.stack([place.context.std(axis=0) for place in places])
+    together = np.concatenate([place.context for place in places]).std(axis=0)  # for a variable that is constant
+    spread = np.where(spread > 0, spread, np.where(together > 0, together, 1.0))[:, None]
+    each = np.nanmean((error / spread) ** 2, axis=(1, 2))
     known = (~np.isnan(error)).sum(axis=(0, 1))
     by_series = group_means(each, [place.series for place in places])
     interval = mean_interval(by_series if len(by_series) >= MIN_SERIES else each)
@@ -186,21 +169,5 @@ def better_baseline(errors: dict[str, dict], ours: str) -> str:
 
 
 def coverage(paths: np.ndarray, places: Sequence[Origin]) -> float | None:
-    """The share of known true values inside the central 80 % of paths (M, S, h, D); None for too few samples.
-
-    What differs from a bound by rounding alone is inside.
-    """
-    if paths.shape[1] < samples_needed(BAND[0]):
-        return None
-    low, high = quantiles(paths, BAND, axis=1)
-    truth = np.stack([place.truth for place in places])
-    slack = ROUNDING * np.maximum(np.abs(low), np.abs(high))
-    inside = (low - slack <= truth) & (truth <= high + slack)
-    return float(inside[~np.isnan(truth)].mean())
-
-
-def _spreads(places: Sequence[Origin]) -> np.ndarray:
-    """The standard deviation of each variable before each forecast (M, 1, D); of a constant, over all of them, or 1."""
-    found = np.stack([place.context.std(axis=0) for place in places])
-    together = np.concatenate([place.context for place in places]).std(axis=0)
-    return np.where(found > 0, found, np.where(together > 0, together, 1.0))[:, None]
+    """The share of known true values inside the central 80 % of paths (M, S, h, D); None for too few samples."""
+    return share_inside(paths, np.stack([place.truth for place in places]))

@@ -52,8 +52,8 @@ def _autoregression(context: np.ndarray, horizon: int, most: int) -> np.ndarray:
     The forecasts are clipped to the range from 0 to 1.5 times the largest value of each variable in the context.
     """
     length, variables = context.shape
-    order = int((length - EQUATIONS) / (1 + EQUATIONS * variables))  # length - order equations for each variable
-    order = max(1, min(most, order))
+    # length - order equations for each variable
+    order = max(1, min(most, int((length - EQUATIONS) / (1 + EQUATIONS * variables))))
     lags = np.stack([context[t - order : t].ravel() for t in range(order, length)])
     inputs = np.hstack([lags, np.ones((len(lags), 1))])
     penalty = RIDGE_PENALTY * np.eye(inputs.shape[1])
@@ -65,17 +65,15 @@ def _autoregression(context: np.ndarray, horizon: int, most: int) -> np.ndarray:
     return np.clip(path[length:], 0, 1.5 * context.max(axis=0))
 
 
+def var(contexts: np.ndarray, horizon: int, most: int = VAR_ORDER) -> np.ndarray:
+    """Regress all variables on the past of all variables, with a separate fit for each context (N, C, D): (N, h, D)."""
+    return np.stack([_autoregression(context, horizon, most) for context in contexts])
+
+
 def ar(contexts: np.ndarray, horizon: int) -> np.ndarray:
     """Regress each variable on its own past, with a separate fit for each context (N, C, D): (N, h, D)."""
-    columns = [
-        [_autoregression(context[:, [d]], horizon, AR_ORDER) for d in range(context.shape[1])] for context in contexts
-    ]
-    return np.concatenate([np.stack(variable) for variable in zip(*columns, strict=True)], axis=2)
-
-
-def var(contexts: np.ndarray, horizon: int) -> np.ndarray:
-    """Regress all variables on the past of all variables, with a separate fit for each context (N, C, D): (N, h, D)."""
-    return np.stack([_autoregression(context, horizon, VAR_ORDER) for context in contexts])
+    columns = [contexts[:, :, [d]] for d in range(contexts.shape[2])]
+    return np.concatenate([var(column, horizon, AR_ORDER) for column in columns], axis=2)
 
 
 BASELINES = {

@@ -80,8 +80,12 @@ class Encoding:
     @classmethod
     def from_record(cls, record: dict) -> "Encoding":
         """The encoding that `record` describes. Raises TypeError or EncodingError for a damaged record."""
-        given = {name: value for name, value in record.items() if name in cls.__dataclass_fields__}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in record.items()
+            if name in cls.__dataclass_fields__
+        }
+        return cls(**fields)
 
     @property
     def separator(self) -> str:

@@ -16,6 +16,7 @@ COVERAGE_LEVELS = (0.5, 0.8)  # central intervals whose coverage is measured
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)  # the bounds of these intervals, and the median
 BAND = (0.1, 0.9)  # the bounds that figures show
 ROUNDING_MSE = 8.3e-6  # MSE of the truth rounded to two decimals: differences below it mean nothing
+ROUNDING = 1e-12  # relative error of a value that was scaled, written and read back
 
 
 class SamplesError(ValueError):
@@ -130,7 +131,7 @@ def quantiles(samples: np.ndarray, levels: Sequence[float], axis: int) -> np.nda
 
 def squared_errors(forecast: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Mean squared error of each sequence over its well-formed values, (N). NaN for a sequence that has none."""
-    return _nanmean((forecast - truth) ** 2, (1, 2))
+    return _known_mean((forecast - truth) ** 2, (1, 2))
 
 
 def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale: float) -> dict:
@@ -164,7 +165,7 @@ def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale:
         "mae": float(absolute.mean()),
         "mse_populations": float(squared.mean() * scale**2),
         "mae_populations": float(absolute.mean() * scale),
-        "mse_by_horizon": plain(_nanmean(error**2, (0, 2))),
+        "mse_by_horizon": plain(_known_mean(error**2, (0, 2))),
     }
 
 
@@ -178,9 +179,9 @@ def method_errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray,
     return by_part | {"mse_each": squared_errors(forecast, truth).round(8).tolist()}
 
 
-def _nanmean(values: np.ndarray, axis) -> np.ndarray:
-    count = np.isfinite(values).sum(axis=axis)
-    return np.where(count, np.nansum(values, axis=axis) / np.maximum(count, 1), np.nan)
+def _known_mean(values: np.ndarray, axis: tuple[int, ...]) -> np.ndarray:
+    """`np.nanmean`, without a warning where all values are NaN."""
+    return np.ma.masked_invalid(values).mean(axis=axis).filled(np.nan)
 
 
 def crps(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -198,17 +199,22 @@ def crps(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return (distance - pairs).mean(axis=(1, 2))
 
 
-def probabilistic(samples: np.ndarray, truth: np.ndarray) -> dict:
-    """Scores of samples (N, S, h, D) for truth (N, h, D): CRPS with its interval, coverage of central intervals.
+def share_inside(samples: np.ndarray, truth: np.ndarray, bounds: tuple[float, float] = BAND) -> float | None:
+    """The share of true values (N, h, D) between two quantiles of samples (N, S, h, D); None for too few samples.
 
-    The coverage of an interval is the share of true values inside it, or None when it takes more samples.
+    Missing values, NaN, do not count. What differs from a bound by rounding alone is inside.
     """
-    scores, count = crps(samples, truth), samples.shape[1]
-    result = {"samples": count, "crps": float(scores.mean()), "crps_interval": mean_interval(scores)}
+    if samples.shape[1] < samples_needed(bounds[0]):
+        return None
+    low, high = quantiles(samples, bounds, axis=1)
+    slack = ROUNDING * np.maximum(np.abs(low), np.abs(high))
+    return float(((low - slack <= truth) & (truth <= high + slack))[~np.isnan(truth)].mean())
+
+
+def probabilistic(samples: np.ndarray, truth: np.ndarray) -> dict:
+    """Scores of samples (N, S, h, D) for truth (N, h, D): CRPS with its interval, `share_inside` central intervals."""
+    scores = crps(samples, truth)
+    result = {"samples": samples.shape[1], "crps": float(scores.mean()), "crps_interval": mean_interval(scores)}
     for level in COVERAGE_LEVELS:
-        bounds, coverage = ((1 - level) / 2, (1 + level) / 2), None
-        if count >= samples_needed(bounds[0]):
-            low, high = quantiles(samples, bounds, axis=1)
-            coverage = float(((low <= truth) & (truth <= high)).mean())
-        result[f"coverage_{level:.0%}"] = coverage
+        result[f"coverage_{level:.0%}"] = share_inside(samples, truth, ((1 - level) / 2, (1 + level) / 2))
     return result
