@@ -94,9 +94,9 @@ def test_a_side_has_a_process_and_memory_of_its_own():
 
 
 def test_a_malformed_value_counts_as_the_mean_of_its_context():
-    values = {"encoding": Encoding(2.0), "contexts": np.full((1, 3, 2), 4.0), "truth": np.full((1, 2, 2), 2.0)}
+    values = {"encoding": Encoding(2.0), "contexts": np.full((1, 3, 2), 6.0), "truth": np.full((1, 2, 2), 2.0)}
     side = Idle(Setup(**dict.fromkeys(Setup._fields) | values))
-    for text, mse in (("1.00,1.00;1.00,1.00", 0), ("1.00,?.00;1.00,1.00;9", 0.25), ("1.00,2.00", 0.75)):
+    for text, mse in (("1.00,1.00;1.00,1.00", 0), ("1.00,?.00;1.00,1.00;9", 1), ("1.00,2.00", 2.25)):
         side.texts = [text]
         assert side.mse(2) == mse
 
