@@ -3,14 +3,13 @@
 N series, D variables, T tokens; ranks: the LoRA rank by module name, of some of NUMBER_TARGETS.
 """
 
+from experiments.forecasting.numbers import FEATURES
+from experiments.training.settings import LINEAR
 from flops import primitives as p
 from flops.model import block, linear, rms_norm, rotary_tables, total
 from flops.primitives import ADD, MUL
 from flops.training import block_backward, linear_backward, rms_norm_backward
 from qwen_min.config import QwenConfig
-
-from experiments.forecasting.numbers import FEATURES
-from experiments.training.settings import LINEAR
 
 NUMBER_TARGETS = (*LINEAR, "read", "head", "skip")  # all that LoRA can adapt in it
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.forecasting.numbers import AHEAD, LEVELS, PATCH, Numbers, Scale, find_seasons, patches, statistics
 from experiments.training import synthetic
@@ -38,7 +38,7 @@ def pinball(found: Tensor, truth: Tensor) -> Tensor:
 
 
 def spoiled(rng: np.random.Generator, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Groups x (G, 2, L) as measurements may have them: turned, rounded, cut off, with outliers; what is seen of them."""
+    """Groups x (G, 2, L) as measurements may be: turned, rounded, cut off, with outliers; and what is seen of them."""
     count = len(x)
 
     def some(chance: float) -> np.ndarray:
