@@ -34,7 +34,7 @@ def is_frame(data) -> bool:
     return type(data).__module__.partition(".")[0] == "pandas"
 
 
-def forecast_frame(frame, levels: Sequence[float], forecast: Callable[[list[np.ndarray]], Forecast]):
+def framed(frame, levels: Sequence[float], forecast: Callable[[list[np.ndarray]], Forecast]):
     """The forecast of the series in a DataFrame, with quantiles at `levels`: a DataFrame that continues its times."""
     import pandas as pd
 
