@@ -139,7 +139,6 @@ def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
     `rmse` and its 95 % interval are in standard deviations of each variable before the forecast, so that series of all
     levels count alike; `each` has the mean squared error of each forecast in these units, `mae` the mean absolute error
     of each variable in the units of the data. Only known values count; a variable without any has the `mae` None.
-
     Forecasts of one series are not independent, so the interval is over series (`over`: "series"); of fewer than
     MIN_SERIES it is over their forecasts, and says nothing about other series (`over`: "forecasts").
     """

@@ -90,18 +90,17 @@ class Forecaster:
     ) -> "Forecaster":
         """Load a checkpoint (folder, hub id or "tiny"), with or without an adapter in peft's format.
 
-        An adapter that this project trained records its checkpoint and its encoding, which are the defaults; so does a
-        checkpoint into which one was merged. Other adapters in peft's format name their checkpoint. Without an adapter
-        the defaults are "tiny", a scale and an offset fitted to each series, and 2 decimals. Raises CheckpointError or
-        AdapterError when one of the two cannot be read or the adapter was trained on another checkpoint.
+        The defaults are what an adapter records, or a checkpoint into which one was merged; without a record "tiny", a
+        scale and an offset fitted to each series, and 2 decimals. Raises CheckpointError or AdapterError when one of
+        the two cannot be read or the adapter was trained on another checkpoint.
         """
         name, folder, trained = resolve(checkpoint, adapter)
         model, tokenizer = load(folder, device, dtype)
         if adapter is not None:
             load_adapter(model, adapter)
-        known, tokens = (trained.decimals, trained.tokens) if trained else (None, None)
-        if not trained and folder == TINY:
-            known, tokens = TINY_DECIMALS, TINY_TOKENS
+        known, tokens = (TINY_DECIMALS, TINY_TOKENS) if folder == TINY else (None, None)
+        if trained:
+            known, tokens = trained.decimals, trained.tokens
         if decimals is not None and known is not None and decimals != known:
             _warn(f"the model was trained on numbers with {known} decimals, not {decimals}: expect nonsense")
         places = decimals if decimals is not None else known or 2
