@@ -83,21 +83,13 @@ def test_malformed_values_are_nan(text, values):
     np.testing.assert_array_equal(Encoding(1.0).decode(text, 2, 2), np.array(values, dtype=float))
 
 
-@pytest.mark.parametrize(
-    ("scale", "decimals", "offset"),
-    [
-        (0.0, 2, 0.0),
-        (float("nan"), 2, 0.0),
-        (1.0, 0, 0.0),
-        ((), 2, 0.0),
-        ((1.0, -1.0), 2, 0.0),
-        (1.0, 2, float("nan")),
-        ((1.0, 2.0), 2, (1.0, 2.0, 3.0)),
-    ],
-)
-def test_settings_that_no_encoding_has_are_refused(scale, decimals, offset):
+BAD = [(0.0,), (np.nan,), (1.0, 0), ((),), ((1.0, -1.0),), (1.0, 2, np.nan), ((1.0, 2.0), 2, (1.0, 2.0, 3.0))]
+
+
+@pytest.mark.parametrize("settings", BAD)
+def test_settings_that_no_encoding_has_are_refused(settings):
     with pytest.raises(EncodingError, match="expected"):
-        Encoding(scale, decimals, offset)
+        Encoding(*settings)
 
 
 @given(hnp.arrays(float, shapes, elements=st.floats(-1e300, 1e300)), decimal_places)

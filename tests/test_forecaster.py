@@ -1,7 +1,6 @@
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,7 +12,7 @@ from experiments.forecasting.adapter import Trained, checkpoint_hash, write_trai
 from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.scores import SamplesError
-from experiments.forecasting.text import Forecaster, rows_at_once
+from experiments.forecasting.text import Forecaster
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, remove, save_adapter
 from qwen_min.config import NotFiniteError
 from qwen_min.weights import TINY
@@ -44,14 +43,6 @@ def test_a_forecast_depends_on_its_series_alone(monkeypatch, forecaster, samples
         np.testing.assert_array_equal(found, others[0])
         np.testing.assert_array_equal(found, others[1][::-1])
         np.testing.assert_array_equal(found, np.concatenate([one[field] for one in alone]))
-
-
-def test_a_gpu_takes_more_rows_at_once(forecaster):
-    def rows(is_cuda: bool) -> int:
-        weight = SimpleNamespace(is_cuda=is_cuda, dtype=torch.bfloat16)
-        return rows_at_once(SimpleNamespace(config=forecaster.model.config, head_weight=weight), 860)
-
-    assert rows(True) // 16 == rows(False)
 
 
 def test_samples_differ_by_path_and_seed_and_give_values_and_quantiles(forecaster):

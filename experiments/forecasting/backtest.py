@@ -9,7 +9,6 @@ from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from experiments.forecasting.adapter import rows_seen
 from experiments.forecasting.baselines import BASELINES
@@ -50,6 +49,10 @@ def filled(series: np.ndarray) -> np.ndarray:
 
     Raises BacktestError for a variable with no known value.
     """
+    if not np.isnan(series).any():
+        return series
+    import pandas as pd  # slow, and seldom needed
+
     nothing = np.isnan(series).all(axis=0)
     if nothing.any():
         raise BacktestError(
