@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from conftest import GROUPED, config_fields, random_model
+from conftest import GROUPED, random_model
 from experiments.forecasting.adapter import Trained, read_trained, write_trained
 from experiments.forecasting.encoding import Encoding
 from experiments.report import build as report
@@ -37,7 +37,7 @@ from experiments.training.loop import Progress, load_state, save_state
 from experiments.training.windows import TrainingError
 from flops import Ledger, LedgerError
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, load_adapter, remove, save_adapter
-from qwen_min import Qwen, QwenConfig, Tokenizer
+from qwen_min import Qwen, Tokenizer
 from qwen_min.config import CheckpointError
 from qwen_min.weights import TINY, load, load_weights, weight_files
 
@@ -130,17 +130,12 @@ def test_weights(content, tmp_path_factory):
         assert model.head_weight.is_meta  # unchanged
 
 
-@fuzz
-@given(content=changed_json(json.loads((TINY / "config.json").read_text())))
-def test_checkpoint_with_another_config(content, tmp_path_factory):
+def read_checkpoint(path):
     """A config with arbitrary sizes is refused before any memory is taken for them."""
-    folder = tmp_path_factory.mktemp("checkpoint")
     for name in ("model.safetensors", "tokenizer.json"):
-        (folder / name).symlink_to(TINY / name)
-    (folder / "config.json").write_bytes(content)
-    with suppress(CheckpointError):
-        model, _ = load(folder)
-        model(torch.tensor([[1]]))
+        (path.parent / name).symlink_to(TINY / name)
+    model, _ = load(path.parent)
+    model(torch.tensor([[1]]))
 
 
 def read_index(path):
@@ -181,7 +176,7 @@ TOKENIZER = (TINY / "tokenizer.json").read_bytes()
 DEBITS = b"".join(b'{"experiment": "a", "step": %d, "flops": 10}\n' % i for i in range(9))
 EVALUATION = Evaluation(["1.00"] * 2, np.ones((2, 10, 2)), np.ones((2, 7)), np.ones((2, 7)), np.ones(2))
 READERS = {  # by name of the file: changed contents, who reads it, what he may raise
-    "config.json": (changed_json(config_fields(GROUPED)), QwenConfig.from_file, CheckpointError),
+    "config.json": (changed_json(json.loads((TINY / "config.json").read_text())), read_checkpoint, CheckpointError),
     "model.safetensors.index.json": (changed_json(INDEX), read_index, CheckpointError),
     "tokenizer.json": (
         st.one_of(changed_bytes(TOKENIZER), changed_json(json.loads(TOKENIZER))), Tokenizer, CheckpointError

@@ -47,22 +47,18 @@ def test_the_stream_equals_generate_and_ends_before_the_end_token(model):
 
 @pytest.mark.parametrize("written", ["0.92,0.74;", "naïve 🦊 λ", "a<|im_end|>b"])
 def test_streamed_characters_are_those_of_the_whole_text(tiny, written):
-    _, tokenizer = tiny
-    ids = tokenizer.encode(written)
-    add = tokenizer.stream()
-    assert "".join(map(add, ids)) == tokenizer.decode(ids)
+    ids = tiny[1].encode(written)
+    assert "".join(map(tiny[1].stream(), ids)) == tiny[1].decode(ids)
 
 
 def test_generate_prints_the_prompt_and_what_follows(capsys, tiny):
     model, tokenizer = tiny
     prompt = "1.00,2.00;1.10,1.90;"
-    assert text.main(["generate", prompt, "--model", "tiny", "--dtype", "float32", "--temperature", "0",
-                      "--repetition-penalty", "1", "--max-tokens", "20"]) == 0  # fmt: skip
-    wanted = tokenizer.decode(generate(model, tokenizer.encode(prompt), 20).tokens[0])
+    rules = ["--dtype", "float32", "--temperature", "0", "--repetition-penalty", "1"]
+    assert text.main(["generate", prompt, "--model", "tiny", "--max-tokens", "20", *rules]) == 0
     out, err = capsys.readouterr()
-    assert out == prompt + wanted + "\n"
+    assert out == prompt + tokenizer.decode(generate(model, tokenizer.encode(prompt), 20).tokens[0]) + "\n"
     assert "20 tokens in" in err
-    assert "tokens/s" in err
 
 
 def test_samples_differ_and_a_seed_repeats_them(capsys):
@@ -111,25 +107,16 @@ def test_chat_answers_each_line_with_the_earlier_ones_in_mind(monkeypatch, capsy
 def test_errors_are_one_line(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     assert text.main([*arguments, "--model", "tiny"]) == 2
-    err = capsys.readouterr().err.strip()
-    assert err.startswith("error: ")
-    assert message in err
-    assert "\n" not in err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        None,
-        "not json",
-        "[]",
-        "{}",
-        json.dumps({"chat_template": "{% if %}"}),
-        json.dumps({"chat_template": "{{ " + 3000 * "(" + "1" + 3000 * ")" + " }}"}),
-        json.dumps({"chat_template": [{"name": "tool_use", "template": "x"}]}),
-        "[" * 10_000,
-    ],
-)
+@pytest.mark.parametrize("content", [
+    None, "not json", "[]", "{}", "[" * 10_000, json.dumps({"chat_template": "{% if %}"}),
+    json.dumps({"chat_template": "{{ " + 3000 * "(" + "1" + 3000 * ")" + " }}"}),
+    json.dumps({"chat_template": [{"name": "tool_use", "template": "x"}]}),
+])  # fmt: skip
 def test_a_folder_without_a_readable_template_is_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer_config.json").write_text(content)
@@ -183,24 +170,24 @@ def test_text_of_a_user_stays_text(tmp_path, tiny, content):
     assert special.count(control) == 2 + content.count("<|endoftext|>")
 
 
-def test_a_control_token_cannot_be_put_together_from_two_messages(tmp_path, tiny):
-    template = template_of(tmp_path, "{% for message in messages %}{{ message.content }}{% endfor %}")
-    messages = [{"role": "user", "content": part} for part in ("<|endof", "text|>", "<", "|endoftext|>")]
-    assert tiny[1].pad_id not in template.encode(tiny[1], messages)
+ALL = "{% for message in messages %}{{ message.content }}{% endfor %}"
+NEWEST = "{{ messages[0].content.split('<|endoftext|>')[-1] }}"  # as templates of models that think drop their thoughts
+PARTS = "{{ messages[0].content[0].text }}{{ messages[0].content[1] | tojson(ensure_ascii=True) }}"
+TWO = [{"type": "text", "text": "<|endoftext|>"}, {"<|endoftext|>": ["<|endoftext|>"]}]
 
 
-def test_a_template_may_look_for_its_tokens_in_a_message(tmp_path, tiny):
-    """As templates of models that think do: they drop what stands before a token."""
-    source = "{{ messages[0].content.split('<|endoftext|>')[-1] }}<|endoftext|>"
-    ids = template_of(tmp_path, source).encode(tiny[1], [{"role": "user", "content": "thought<|endoftext|>said"}])
-    assert ids == [*plain("said"), tiny[1].pad_id]
-
-
-def test_control_tokens_in_parts_of_a_message_stay_text_too(tmp_path, tiny):
-    source = "{{ messages[0].content[0].text }}{{ messages[0].content[1] | tojson(ensure_ascii=True) }}"
-    parts = [{"type": "text", "text": "<|endoftext|>"}, {"<|endoftext|>": ["<|endoftext|>"]}]
-    ids = template_of(tmp_path, source).encode(tiny[1], [{"role": "user", "content": parts}])
-    assert ids == plain('<|endoftext|>{"<|endoftext|>": ["<|endoftext|>"]}')
+@pytest.mark.parametrize(
+    ("source", "contents", "wanted"),
+    [
+        (ALL, ["<|endof", "text|>", "<", "|endoftext|>"], "<|endoftext|><|endoftext|>"),
+        (NEWEST, ["thought<|endoftext|>said"], "said"),
+        (PARTS, [TWO], '<|endoftext|>{"<|endoftext|>": ["<|endoftext|>"]}'),
+    ],
+)
+def test_control_tokens_come_from_the_template_alone(tmp_path, tiny, source, contents, wanted):
+    messages = [{"role": "user", "content": content} for content in contents]
+    ids = template_of(tmp_path, source + "<|endoftext|>").encode(tiny[1], messages)
+    assert ids == [*plain(wanted), tiny[1].pad_id]
 
 
 def test_added_tokens_that_are_not_called_special_stay_text_too(tmp_path):
