@@ -21,7 +21,11 @@ from experiments import cli
 if TYPE_CHECKING:  # --help need not wait for torch
     import pandas as pd
 
-    from experiments.forecasting.text import Forecast, Forecaster
+    from experiments.forecasting import Forecaster
+    from experiments.forecasting.contexts import Forecast
+
+
+TEXT = ("samples", "point", "scale", "decimals", "seed")  # options of models that write text
 
 
 def fractions(text: str) -> list[float]:
@@ -44,21 +48,22 @@ def parser() -> argparse.ArgumentParser:
     add("series", type=Path, help="file with one series or several: CSV, Excel, Parquet, HDF5")
     cli.add_data(p)
     add("--adapter", type=Path, help="folder of an adapter: of finetune, of run, or in peft's format")
-    add("--model", help="checkpoint: a folder, a hub id or tiny (default: the adapter's, else tiny)")
+    add("--model", help="checkpoint: numbers, which reads values, or one that writes text: a folder, a hub id or "
+        "tiny (default: the adapter's, else numbers)")  # fmt: skip
     add("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
     add("--context", type=cli.positive, help="newest time steps that the model reads (default: as many as it was "
         "trained to read)")  # fmt: skip
     add("--backtest", action="store_true", help="forecast the newest rows from the older ones, print errors")
-    add("--samples", type=int, default=20, help="paths to draw; 0: only the likeliest path, without an interval "
-        "(default %(default)s)")  # fmt: skip
-    add("--point", choices=("median", "mean"), default="median", help="what the forecast is of its samples: the median "
-        "has the smallest absolute error, the mean the smallest squared error (default %(default)s)")  # fmt: skip
-    add("--quantiles", type=fractions, default=list(BAND), help="quantiles of the paths (default "
-        f"{','.join(map(str, BAND))}); 0.1 needs at least 9 samples, 0.01 needs 99")  # fmt: skip
-    add("--scale", type=float, help="divisor of the values (default: the adapter's encoding, else fitted to each "
-        "variable)")  # fmt: skip
-    add("--decimals", type=int, help="places after the point (default: the adapter's, else 2)")
-    add("--seed", type=cli.natural, default=0, help="seed of the paths (default %(default)s)")
+    add("--quantiles", type=fractions, default=list(BAND), help="quantiles to write (default "
+        f"{','.join(map(str, BAND))}); of text, 0.1 needs at least 9 samples, 0.01 needs 99")  # fmt: skip
+    text = p.add_argument_group("models that write text").add_argument
+    text("--samples", type=int, help="paths to draw; 0: only the likeliest path, without an interval (default 20)")
+    text("--point", choices=("median", "mean"), help="what the forecast is of its samples: the median has the smallest "
+         "absolute error, the mean the smallest squared error (default median)")  # fmt: skip
+    text("--scale", type=float, help="divisor of the values (default: the adapter's encoding, else fitted to each "
+         "variable)")  # fmt: skip
+    text("--decimals", type=int, help="places after the point (default: the adapter's, else 2)")
+    text("--seed", type=cli.natural, help="seed of the paths (default 0)")
     cli.add_device(p)
     add("--out", type=Path, help="CSV to write (default: NAME.forecast.csv next to the series NAME.csv)")
     add("--plot", type=Path, help="figure to write: .png, .svg or .pdf")
@@ -83,19 +88,19 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
 
 def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
     """The forecaster; prints what it is, and what a user should know of it."""
-    from experiments.forecasting.text import Forecaster
+    from experiments.forecasting import Forecaster
+    from experiments.forecasting.numbers import NumberForecaster
 
     device = cli.checked_device(args.device)
     dtype = cli.chosen_dtype(args.dtype, device)
-    forecaster = Forecaster.load(args.model, args.adapter, device, dtype, args.scale, args.decimals)
-    trained = forecaster.trained
-    name = args.model or (trained.checkpoint if trained else "tiny")
+    encoding = {name: value for name in ("scale", "decimals") if (value := getattr(args, name)) is not None}
+    forecaster = Forecaster.load(args.model, args.adapter, device, dtype, **encoding)
+    trained, (name, _) = forecaster.trained, forecaster.checkpoint
+    if isinstance(forecaster, NumberForecaster) and (given := [one for one in TEXT if getattr(args, one) is not None]):
+        raise cli.CommandError(f"--{given[0]} is for models that write text, and {name} reads values; leave it out")
     print(f"model: {name}" + (f" with the adapter {args.adapter}" if args.adapter else ""))
     if name == "tiny" and not args.adapter:
-        _warn(
-            "tiny is a demonstration: it is small and was not trained on your data. See --backtest, and "
-            "python -m experiments.finetune"
-        )
+        _warn("tiny is a demonstration of a model that writes text; the default model forecasts better. See --backtest")
     if trained and trained.variables and trained.variables != variables:
         _warn(f"the adapter was trained on {', '.join(trained.variables)}, the series has {', '.join(variables)}")
     return forecaster
@@ -109,17 +114,23 @@ def forecasts(args: argparse.Namespace, forecaster: "Forecaster", contexts: list
     """Continue the contexts, arrays (T, D), as the command line says."""
     from tqdm import tqdm
 
-    with tqdm(total=max(1, args.samples) * len(contexts), desc="forecasts", disable=None) as bar:
-        return forecaster.forecast(
-            contexts, args.horizon, args.samples, quantiles, args.seed, args.point, args.context, bar.update
-        )
+    from experiments.forecasting.text import DEFAULT_SAMPLES, TextForecaster
+
+    options = {name: getattr(args, name) for name in ("samples", "seed", "point") if getattr(args, name) is not None}
+    if isinstance(forecaster, TextForecaster):
+        options.setdefault("samples", DEFAULT_SAMPLES)
+    paths = max(1, options.get("samples", 1))
+    with tqdm(total=paths * len(contexts), desc="forecasts", disable=None) as bar:
+        return forecaster.forecast(contexts, args.horizon, quantiles, args.context, bar.update, **options)
 
 
 def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["pd.DataFrame"]) -> None:
     """Print the errors of forecasts of the newest time steps, next to those of baselines."""
+    import numpy as np
     import pandas as pd
 
     from experiments.forecasting import backtest as tests
+    from experiments.forecasting.scores import BAND, inside, samples_needed
 
     tests.check_context(args.context)
     ends = set(forecaster.trained.ends or []) if forecaster.trained else set()
@@ -129,7 +140,8 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     places = tests.held_out(arrays, args.horizon, ends=ends)
     if ends and (left_out := len(tests.held_out(arrays, args.horizon)) - len(places)):
         print(f"{left_out} forecast{'s' * (left_out > 1)} left out: the adapter was trained on their rows")
-    found = forecasts(args, forecaster, [place.context for place in places], [])
+    judged = args.samples is None or args.samples >= samples_needed(BAND[0])  # by an interval, too
+    found = forecasts(args, forecaster, [place.context for place in places], list(BAND) if judged else [])
     methods = {"model": found.values} | tests.baseline_forecasts(places)
     errors = {method: tests.scores(forecast, places) for method, forecast in methods.items()}
     count, over = len(places), {"series": "series", "forecasts": "these forecasts"}[errors["model"]["over"]]
@@ -144,8 +156,9 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     ]
     columns = ["RMSE", "95 % interval", *(f"MAE {name}" for name in series[0].columns)]
     print(pd.DataFrame(rows, list(errors), columns).to_string())
-    if found.samples is not None and (share := tests.coverage(found.samples, places)) is not None:
-        print(f"\nThe central 80 % of the samples hold {share:.0%} of the true values.")
+    if judged:
+        share = inside(*found.quantiles.swapaxes(0, 1), np.stack([place.truth for place in places]))
+        print(f"\nThe 80 % interval holds {round(100 * share)} % of the true values.")
     if better := tests.better_baseline(errors, "model"):
         print(better)
 
@@ -160,8 +173,9 @@ def work(args: argparse.Namespace) -> int:
     from experiments.storage.files import write_whole
     from experiments.tables.text import series_name
 
-    quantiles = args.quantiles if args.samples and not args.backtest else []
-    require_samples(quantiles, args.samples)
+    quantiles = [] if args.samples == 0 or args.backtest else args.quantiles
+    if args.samples is not None:
+        require_samples(quantiles, args.samples)
     # held-out forecasts fill the values before them themselves, so that these know nothing of what follows
     missing = "keep" if args.backtest and args.missing == "interpolate" else args.missing
     series = tables.read_series(args.series, args.columns, missing, args.id, args.wide)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from conftest import config_fields, random_model, relative_error
 from experiments.forecasting.direct import DirectForecaster
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.text import Forecaster
+from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
 from experiments.training.loop import Account, train
 from experiments.training.settings import Training
@@ -227,7 +227,7 @@ def series() -> list[np.ndarray]:
 def test_forecasts_in_several_batches_agree(monkeypatch, checkpoint, samples):
     monkeypatch.setattr("experiments.forecasting.text.rows_at_once", lambda model, columns: 4)
     wanted, found = (
-        Forecaster(*load(checkpoint, device), Encoding(1.0)).forecast(series(), 4, samples)
+        TextForecaster(*load(checkpoint, device), Encoding(1.0)).forecast(series(), 4, samples=samples)
         for device in ("cpu", "cuda")
     )
     np.testing.assert_array_equal(found.values, wanted.values)

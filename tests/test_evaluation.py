@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.text import Forecaster
+from experiments.forecasting.text import TextForecaster
 from experiments.study import evaluation
 from experiments.study.evaluation import Evaluation, evaluate, metrics
 from qwen_min import generate
@@ -105,7 +105,7 @@ def test_constrained_forecasts_are_whole_and_have_the_same_losses(tiny, series, 
     assert np.isnan(constrained.free_losses).all()
     np.testing.assert_allclose(constrained.forced_losses, free.forced_losses, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(constrained.nats, free.nats, rtol=1e-4)
-    forecaster = Forecaster(*tiny, ENCODING)
+    forecaster = TextForecaster(*tiny, ENCODING)
     alone = forecaster.forecast(series[:, :20], 7)
     np.testing.assert_allclose(alone.values / ENCODING.scale, constrained.values, rtol=1e-6)
     np.testing.assert_allclose(forecaster.nats_per_value(series[:, :20], series[:, 20:23]), free.nats, rtol=1e-4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments import forecast
-from experiments.forecasting.text import Forecaster
+from experiments.forecasting.numbers import NumberForecaster
 
 
 @pytest.fixture
@@ -35,12 +35,11 @@ def sine(path, header="deer,wolves\n"):
 
 def test_a_csv_file_gives_a_table_with_intervals_and_a_picture(run, tmp_path):
     series = sine(tmp_path / "sine.csv")
-    status, out, err, written = run(series, "--horizon", 5, "--samples", 9, "--plot", "picture.png")
-    assert (status, written) == (0, {"sine.forecast.csv", "picture.png"})
-    assert err.startswith("warning: tiny is a demonstration")
+    status, out, err, written = run(series, "--horizon", 5, "--plot", "picture.png")
+    assert (status, written, err) == (0, {"sine.forecast.csv", "picture.png"}, "")
     assert out.splitlines() == [
         "sine: 40 rows of 2 variables (deer, wolves)",
-        "model: tiny",
+        "model: numbers",
         str(tmp_path / "sine.forecast.csv"),
         "picture.png",
     ]
@@ -49,14 +48,26 @@ def test_a_csv_file_gives_a_table_with_intervals_and_a_picture(run, tmp_path):
     columns = ["series", "step", "deer", "wolves", "deer_q0.1", "wolves_q0.1", "deer_q0.9", "wolves_q0.9"]
     assert list(rows[0]) == columns
     assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5"]
-    assert all(0 <= float(row["deer_q0.1"]) <= float(row["deer"]) <= float(row["deer_q0.9"]) for row in rows)
+    assert all(float(row["deer_q0.1"]) < float(row["deer"]) < float(row["deer_q0.9"]) for row in rows)
     assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+def test_a_model_that_writes_text_takes_its_own_options(run, tmp_path):
+    series, few = sine(tmp_path / "sine.csv"), ("--horizon", 2, "--samples", 9, "--out", "a.csv", "--force")
+    status, out, err, _ = run(series, "--model", "tiny", *few)
+    assert (status, "model: tiny" in out) == (0, True)
+    assert err.startswith("warning: tiny is a demonstration")
+    status, _, err, _ = run(series, *few)
+    assert (status, err) == (
+        2,
+        "error: --samples is for models that write text, and numbers reads values; leave it out\n",
+    )
 
 
 def test_nothing_is_written_over_unless_by_force_and_the_series_never(run, tmp_path):
     series = sine(tmp_path / "forecast.csv")
     os.link(series, tmp_path / "same.png")
-    before, few = series.read_text(), (series, "--horizon", 1, "--samples", 0)
+    before, few = series.read_text(), (series, "--horizon", 1)
     for arguments in (["--out", "./forecast.csv", "--force"], ["--plot", "same.png"]):
         status, _, err, written = run(*few, *arguments)
         assert (status, written, err.count("\n")) == (2, set(), 1)
@@ -71,7 +82,7 @@ def test_nothing_is_written_over_unless_by_force_and_the_series_never(run, tmp_p
 
 
 def raises(error):
-    def work(*_):
+    def work(*_, **__):
         raise error
 
     return work
@@ -80,17 +91,17 @@ def raises(error):
 def test_too_little_memory_and_a_stop_end_in_one_line_and_bugs_in_a_traceback(run, tmp_path, monkeypatch):
     series = sine(tmp_path / "sine.csv")
     for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory"), MemoryError()):
-        monkeypatch.setattr(Forecaster, "forecast", raises(error))
+        monkeypatch.setattr(NumberForecaster, "forecast", raises(error))
         status, _, err, _ = run(series)
         assert (status, err.splitlines()[-1]) == (1, f"error: {str(error) or 'MemoryError'}")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore Ctrl-C
     try:
-        monkeypatch.setattr(Forecaster, "forecast", lambda *_: signal.raise_signal(signal.SIGINT))
+        monkeypatch.setattr(NumberForecaster, "forecast", lambda *_, **__: signal.raise_signal(signal.SIGINT))
         status, _, err, _ = run(series)
         assert (status, err.splitlines()[-1]) == (130, "stopped by SIGINT")
     finally:
         signal.signal(signal.SIGINT, before)
-    monkeypatch.setattr(Forecaster, "forecast", raises(ValueError("a bug")))
+    monkeypatch.setattr(NumberForecaster, "forecast", raises(ValueError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
         run(series)
     assert [path.name for path in tmp_path.iterdir()] == ["sine.csv"]
@@ -99,17 +110,29 @@ def test_too_little_memory_and_a_stop_end_in_one_line_and_bugs_in_a_traceback(ru
 BAD = {
     "text": ("a,b\n1,2\n3,oak\n", [], "line 3, column 'b': holds 'oak', expected a number"),
     "gap": ("a,b\n1,2\n3,\n", [], "1 of 4 values is missing, the first in line 3, column 'b'; fill them with"),
-    "huge": ("a,b\n1,2\n3,4e9\n", ["--scale", "1"], "4e+09 cannot be written, expected values from 0 to less than 100"),
+    "huge": (
+        "a,b\n1,2\n3,4e9\n",
+        ["--scale", "1", "--model", "tiny"],
+        "4e+09 cannot be written, expected values from 0 to less than 100",
+    ),
     "unknown column": ("a,b\n1,2\n3,4\n", ["--columns", "c"], "has 0 columns 'c'"),
-    "horizon": ("1\n2\n3\n", ["--horizon", "5000"], "a horizon of 5000 leaves no room for a context"),
+    "horizon": (
+        "1\n2\n3\n",
+        ["--horizon", "5000", "--model", "tiny"],
+        "a horizon of 5000 leaves no room for a context",
+    ),
     "no adapter": ("1\n2\n3\n", ["--adapter", "nowhere"], "nowhere/adapter_config.json: no such file"),
     "no checkpoint": ("1\n2\n3\n", ["--model", "nowhere"], "nowhere: no such folder"),
     "no picture": ("1\n2\n3\n", ["--plot", "a.txt"], "expected a name that ends in .png, .svg, .pdf"),
-    "scale": ("1\n2\n3\n", ["--scale", "0"], "scale is 0.0, expected a positive number"),
-    "decimals": ("1\n2\n3\n", ["--decimals", "9"], "decimals is 9, expected 1 to 6"),
+    "scale": ("1\n2\n3\n", ["--scale", "0", "--model", "tiny"], "scale is 0.0, expected a positive number"),
+    "decimals": ("1\n2\n3\n", ["--decimals", "9", "--model", "tiny"], "decimals is 9, expected 1 to 6"),
     "samples": ("1\n2\n3\n", ["--samples", "-1"], "-1 samples"),
     "few samples": ("oak\n", ["--samples", "8"], "8 samples do not reach the quantile 0.1, expected 9 or more"),
-    "far quantile": ("oak\n", ["--quantiles", "0.5,0.975"], "20 samples do not reach the quantile 0.975, expected 39"),
+    "far quantile": (
+        "1\n2\n3\n",
+        ["--quantiles", "0.5,0.975", "--model", "tiny"],
+        "20 samples do not reach the quantile 0.975, expected 39",
+    ),
 }
 
 
@@ -128,17 +151,17 @@ def test_bad_input_gives_one_clear_line_and_writes_nothing(run, tmp_path, conten
 def test_a_link_stays_one_and_a_packed_file_gives_its_name_without_the_suffix(run, tmp_path):
     packed = tmp_path / "sine.csv.gz"
     packed.write_bytes(gzip.compress(sine(tmp_path / "sine.csv").read_bytes()))
-    assert run(packed, "--samples", 0)[::3] == (0, {"sine.forecast.csv"})
+    assert run(packed)[::3] == (0, {"sine.forecast.csv"})
     (tmp_path / "link.csv").symlink_to("target.csv")
     (tmp_path / "target.csv").write_text("old")
-    assert run(packed, "--samples", 0, "--out", "link.csv", "--force")[0] == 0
+    assert run(packed, "--out", "link.csv", "--force")[0] == 0
     assert (tmp_path / "link.csv").is_symlink()
     assert (tmp_path / "target.csv").read_bytes() == (tmp_path / "sine.forecast.csv").read_bytes()
 
 
 def test_a_back_test_prints_the_model_next_to_baselines_and_writes_nothing(run, tmp_path):
     series = sine(tmp_path / "sine.csv")
-    status, out, _, written = run(series, "--backtest", "--horizon", 5, "--samples", 9)
+    status, out, _, written = run(series, "--backtest", "--horizon", 5)
     assert (status, written) == (0, set())
     assert "5 held-out forecasts of 5 steps" in out
     header, *table = out[out.index("    RMSE") :].splitlines()[:7]
@@ -152,7 +175,7 @@ def test_a_back_test_prints_the_model_next_to_baselines_and_writes_nothing(run, 
     assert status == 2
     assert "the longest series has 40 time steps, expected at least 60 to hold out a horizon of 30" in err
     (tmp_path / "five.csv").write_text("y\n" + "5\n" * 40)
-    assert "hold 100% of the true values" in run(tmp_path / "five.csv", "--backtest", "--horizon", 3)[1]
+    assert "holds 100 % of the true values" in run(tmp_path / "five.csv", "--backtest", "--horizon", 3)[1]
 
 
 def test_a_back_test_does_not_read_the_future_into_gaps(run, tmp_path):
@@ -160,13 +183,13 @@ def test_a_back_test_does_not_read_the_future_into_gaps(run, tmp_path):
     path = tmp_path / "gaps.csv"
     path.write_text("a,b\n" + "\n".join(rows) + "\n")
     assert run(path, "--backtest", "--horizon", 5)[0] == 2
-    status, out, _, _ = run(path, "--backtest", "--horizon", 5, "--samples", 0, "--missing", "interpolate")
+    status, out, _, _ = run(path, "--backtest", "--horizon", 5, "--missing", "interpolate")
     assert (status, "nan" in out) == (0, False)
 
 
 def test_several_series_keep_their_names_their_times_and_their_digits(run, tmp_path):
     rows = [(name, day, base + day % 3) for name, base in (("a", 1e9), ("b", 5)) for day in range(1, 21)]
-    path, few = tmp_path / "long.csv", ("--horizon", 2, "--samples", 0)
+    path, few = tmp_path / "long.csv", ("--horizon", 2)
     path.write_text("shop,day,y\n" + "".join(f"{name},2023-01-{day:02d},{y}\n" for name, day, y in rows))
     status, _, err, _ = run(path, *few)
     assert (status, "--id (shop)" in err) == (2, True)
@@ -174,7 +197,7 @@ def test_several_series_keep_their_names_their_times_and_their_digits(run, tmp_p
     told = "a: 20 rows of 1 variable (y), time: day, 2023-01-01 to 2023-01-20, and 1 more series"
     assert (status, out.splitlines()[0]) == (0, told)
     lines = [line.split(",") for line in (tmp_path / "long.forecast.csv").read_text().splitlines()]
-    assert lines[0] == ["series", "step", "day", "y"]
+    assert lines[0] == ["series", "step", "day", "y", "y_q0.1", "y_q0.9"]
     assert [line[0] for line in lines[1:]] == ["a", "a", "b", "b"]
     assert [line[2] for line in lines[1:3]] == ["2023-01-21", "2023-01-22"]
     assert len({float(line[3]) for line in lines[1:3]}) == 2  # not both 1e+09

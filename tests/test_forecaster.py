@@ -12,7 +12,7 @@ from experiments.forecasting.adapter import Trained, checkpoint_hash, write_trai
 from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.scores import SamplesError
-from experiments.forecasting.text import Forecaster
+from experiments.forecasting.text import TextForecaster
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, remove, save_adapter
 from qwen_min.config import NotFiniteError
 from qwen_min.weights import TINY
@@ -27,17 +27,17 @@ def waves(num_variables=2, steps=(24, 30, 17, 24)):
 
 @pytest.fixture(scope="module")
 def forecaster(tiny):
-    return Forecaster(*tiny)
+    return TextForecaster(*tiny)
 
 
 @pytest.mark.parametrize("samples", [0, 3])
 def test_a_forecast_depends_on_its_series_alone(monkeypatch, forecaster, samples):
     series = waves()
-    in_batch = forecaster.forecast(series, 5, samples)
-    alone = [forecaster.forecast([context], 5, samples) for context in series]
-    reverse = forecaster.forecast(series[::-1], 5, samples)
+    in_batch = forecaster.forecast(series, 5, samples=samples)
+    alone = [forecaster.forecast([context], 5, samples=samples) for context in series]
+    reverse = forecaster.forecast(series[::-1], 5, samples=samples)
     monkeypatch.setattr("experiments.forecasting.text.CACHE_BYTES", 1)  # one row at a time
-    one_by_one = forecaster.forecast(series, 5, samples)
+    one_by_one = forecaster.forecast(series, 5, samples=samples)
     for field in (0, 1) if samples else (0,):  # values, samples
         found, *others = (getattr(one, one._fields[field]) for one in (in_batch, one_by_one, reverse))
         np.testing.assert_array_equal(found, others[0])
@@ -65,11 +65,11 @@ def test_samples_differ_by_path_and_seed_and_give_values_and_quantiles(forecaste
 def test_any_number_of_variables_is_forecast_in_the_units_of_the_context(tiny, num_variables):
     series = waves(num_variables)
     for scale in (None, 3.0):
-        small = Forecaster(*tiny, scale and Encoding(scale)).forecast(series, 4).values
+        small = TextForecaster(*tiny, scale and Encoding(scale)).forecast(series, 4).values
         assert small.shape == (4, 4, num_variables)
         factor = 1024.0  # exact in binary, so that the text is the same
         scaled_up = [context * factor for context in series]
-        large = Forecaster(*tiny, scale and Encoding(scale * factor)).forecast(scaled_up, 4).values
+        large = TextForecaster(*tiny, scale and Encoding(scale * factor)).forecast(scaled_up, 4).values
         np.testing.assert_allclose(large, small * factor)
 
 
@@ -82,7 +82,7 @@ def save_fresh_adapter(model, folder, base=None):
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.1)
         save_adapter(model, folder, base)
-        return forecasts(Forecaster(model, Forecaster.load().tokenizer, Encoding(2.5, 1)))
+        return forecasts(TextForecaster(model, TextForecaster.load("tiny").tokenizer, Encoding(2.5, 1)))
     finally:
         remove(model)
 
@@ -94,18 +94,18 @@ def forecasts(forecaster):
 def test_an_adapter_s_folder_restores_the_encoding_of_its_training(tmp_path, tiny):
     wanted = save_fresh_adapter(tiny[0], tmp_path)
     with pytest.raises(AdapterError, match=r"does not record its checkpoint; name it with --model"):
-        Forecaster.load(adapter=tmp_path)
+        TextForecaster.load(adapter=tmp_path)
     # peft's files suffice, with the checkpoint named or recorded in them
-    assert forecasts(Forecaster.load("tiny", tmp_path, scale=2.5, decimals=1)) == wanted
+    assert forecasts(TextForecaster.load("tiny", tmp_path, scale=2.5, decimals=1)) == wanted
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "tiny"}))
-    assert forecasts(Forecaster.load(adapter=tmp_path, scale=2.5, decimals=1)) == wanted
+    assert forecasts(TextForecaster.load(adapter=tmp_path, scale=2.5, decimals=1)) == wanted
     write_trained(tmp_path, Trained("tiny", checkpoint_hash(TINY), Encoding(2.5, 1)))
-    assert forecasts(Forecaster.load(adapter=tmp_path)) == wanted
-    assert forecasts(Forecaster(*tiny, Encoding(2.5, 1))) != wanted
+    assert forecasts(TextForecaster.load(adapter=tmp_path)) == wanted
+    assert forecasts(TextForecaster(*tiny, Encoding(2.5, 1))) != wanted
     write_trained(tmp_path, Trained("other/model", "0" * 64, Encoding(2.5, 1)))
     with pytest.raises(AdapterError, match=r"was trained on other/model, but .*tiny has other files"):
-        Forecaster.load("tiny", tmp_path)
+        TextForecaster.load("tiny", tmp_path)
 
 
 def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories(tmp_path, monkeypatch, tiny):
@@ -116,26 +116,26 @@ def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for directory in (home, tmp_path, adapter):
         monkeypatch.chdir(directory)
-        assert Forecaster.load(adapter=os.path.relpath(adapter)).encoding.decimals == 1
+        assert TextForecaster.load(adapter=os.path.relpath(adapter)).encoding.decimals == 1
     (home / "models").rename(home / "moved")
     with pytest.raises(AdapterError, match=r"adapter: its checkpoint was not found; name it with --model \(models/sm"):
-        Forecaster.load(adapter=adapter)
-    assert Forecaster.load(home / "moved" / "small", adapter).encoding.decimals == 1
+        TextForecaster.load(adapter=adapter)
+    assert TextForecaster.load(home / "moved" / "small", adapter).encoding.decimals == 1
 
 
 def test_a_damaged_adapter_is_refused_and_a_folder_of_adapters_names_them(tmp_path, tiny):
     adapter = tmp_path / "mine"
     save_fresh_adapter(tiny[0], adapter, "tiny")
     with pytest.raises(AdapterError, match=r"adapters lie in .*mine"):
-        Forecaster.load(adapter=tmp_path)
+        TextForecaster.load(adapter=tmp_path)
     tensors = load_file(adapter / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="NaN"):
-        Forecaster.load("tiny", adapter)
+        TextForecaster.load("tiny", adapter)
     (adapter / "adapter_config.json").write_text("[")
     with pytest.raises(AdapterError, match="not a readable adapter config"):
-        Forecaster.load(adapter=adapter)
+        TextForecaster.load(adapter=adapter)
 
 
 BAD = {
@@ -162,7 +162,7 @@ def test_bad_input_is_refused_and_named(forecaster, case):
 
 def test_values_beyond_the_encoding_and_the_samples_are_refused(tiny, forecaster):
     with pytest.raises(SeriesError, match=r"step 1, variable 0: 500 cannot be written, .* from 0 to less than 200"):
-        Forecaster(*tiny, Encoding(2.0)).forecast([np.array([[1.0], [500.0]])], 3)
+        TextForecaster(*tiny, Encoding(2.0)).forecast([np.array([[1.0], [500.0]])], 3)
     with pytest.raises(SeriesError, match="continuation 0 has 1 variables, expected 2 as in its context"):
         forecaster.nats_per_value(waves()[:1], [np.ones((2, 1))])
     with pytest.raises(SeriesError, match="continuation 0, step 0, variable 0: -1 cannot be written"):
@@ -190,8 +190,8 @@ def test_series_at_a_level_or_below_zero_are_forecast_in_their_range(forecaster)
 
 def test_what_a_user_should_know_is_said_once(forecaster):
     with pytest.warns(SeriesWarning, match="was trained on numbers with 2 decimals, not 3"):
-        assert Forecaster.load("tiny", decimals=3).digits.decimals == 3
-    tiny, series = Forecaster.load("tiny"), 5 + np.sin(np.arange(500) / 3)[:, None]
+        assert TextForecaster.load("tiny", decimals=3).digits.decimals == 3
+    tiny, series = TextForecaster.load("tiny"), 5 + np.sin(np.arange(500) / 3)[:, None]
     with pytest.warns(SeriesWarning, match="series 0: only the newest 189 of 500 time steps are read"):
         found = tiny.forecast([series], 10)
     np.testing.assert_array_equal(found.values, tiny.forecast([series], 10, context=189).values)
@@ -206,13 +206,13 @@ def test_what_a_user_should_know_is_said_once(forecaster):
 
 def test_frames_give_frames_that_continue_their_times(forecaster):
     series = waves(1)[0]
-    wanted = forecaster.forecast([series[:, 0]], 3, 9, (0.1, 0.9))
+    wanted = forecaster.forecast([series[:, 0]], 3, (0.1, 0.9), samples=9)
     frame = pd.DataFrame(series, pd.date_range("2020-01-01", periods=len(series), name="day"), ["height"])
-    found = forecaster.forecast(frame, 3, 9, (0.1, 0.9))
+    found = forecaster.forecast(frame, 3, (0.1, 0.9), samples=9)
     assert list(found.columns) == ["height", "height_q0.1", "height_q0.9"]
     assert found.index[0] == frame.index[-1] + pd.Timedelta(days=1)
     np.testing.assert_array_equal(found["height_q0.1"], wanted.quantiles[0, 0, :, 0])
-    np.testing.assert_array_equal(forecaster.forecast([frame], 3, 9).samples, wanted.samples)
+    np.testing.assert_array_equal(forecaster.forecast([frame], 3, samples=9).samples, wanted.samples)
     index = pd.date_range("2023-10-28 09:00", periods=30, freq="h", tz="Europe/Berlin", name="at")
     zoned = pd.DataFrame({"load": 5 + np.sin(np.arange(30) / 4)}, index)
     found = forecaster.forecast(zoned, 2)
@@ -225,9 +225,9 @@ def test_frames_give_frames_that_continue_their_times(forecaster):
 @pytest.mark.parametrize("samples", [0, 3])
 def test_a_model_that_computes_nan_writes_no_forecast(samples):
     """As it does where activations overflow; weights with NaN are refused when they are loaded."""
-    forecaster = Forecaster.load("tiny")
+    forecaster = TextForecaster.load("tiny")
     forecaster.model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(NotFiniteError, match=r"logits of forecasts .* are not finite"):
-        forecaster.forecast(waves(), 5, samples)
+        forecaster.forecast(waves(), 5, samples=samples)
     with pytest.raises(NotFiniteError, match=r"the loss of .* is nan"):
         forecaster.nats_per_value(waves(), [one[:2] for one in waves()])

@@ -10,7 +10,7 @@ import torch
 import recorded
 from conftest import random_model
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.text import Forecaster
+from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
 from lora import LoraConfig, adapter_parameters, inject, merge, remove, unmerge
 from qwen_min import KVCache
@@ -124,10 +124,10 @@ def test_an_evaluation_captures_each_pass_once(monkeypatch, tiny, simulated, dec
 @pytest.mark.parametrize("samples", [0, 4])
 def test_the_chunks_of_a_forecast_share_their_graphs(monkeypatch, tiny, simulated, samples):
     contexts = simulated.trajectories[:6, :12]
-    wanted = Forecaster(*tiny).forecast(contexts, 3, samples)
+    wanted = TextForecaster(*tiny).forecast(contexts, 3, samples=samples)
     recorded.install(monkeypatch)
     monkeypatch.setattr("experiments.forecasting.text.rows_at_once", lambda model, columns: 2)
-    np.testing.assert_array_equal(Forecaster(*tiny).forecast(contexts, 3, samples).values, wanted.values)
+    np.testing.assert_array_equal(TextForecaster(*tiny).forecast(contexts, 3, samples=samples).values, wanted.values)
     assert recorded.Graph.captured == 2
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from experiments.benchmarking.side import DECODE_STEPS, Side
-from experiments.forecasting import Forecaster
+from experiments.forecasting.text import TextForecaster
 from lora import LoraConfig, inject
 from qwen_min import generate, load
 from qwen_min.continuation import ReusedCache, continuation
@@ -88,7 +88,7 @@ class Ours(TorchSide):
     def constrained(self, steps: int) -> None:
         """Forecast `steps` time steps after each context under the grammar, as users do."""
         encoding = self.setup.encoding
-        forecast = Forecaster(self.model, self.tokenizer, encoding).forecast(self.setup.contexts, steps)
+        forecast = TextForecaster(self.model, self.tokenizer, encoding).forecast(self.setup.contexts, steps)
         self.texts = [encoding.encode(values) for values in forecast.values]
 
     def filled_cache(self, batch: int, context: int) -> Callable[[Tensor], Tensor]:

@@ -1,15 +1,15 @@
-"""Forecast series with a language model. `Forecaster` is the class for users."""
+"""Forecast series with a small Qwen2.5. `Forecaster` is the class for users."""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from experiments.forecasting.text import Forecaster as Forecaster
+    from experiments.forecasting.forecaster import Forecaster as Forecaster
 
 
 def __getattr__(name: str):
     """Import `Forecaster` on first use: it imports torch, which a report and --help do not need."""
     if name != "Forecaster":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from experiments.forecasting.text import Forecaster
+    from experiments.forecasting.forecaster import Forecaster
 
     return Forecaster

@@ -16,6 +16,8 @@ from qwen_min.config import CheckpointError
 from qwen_min.weights import checkpoint_folder, weight_files
 
 TRAINED_FILE = "encoding.json"
+NUMBERS = Path(__file__).parent / "pretrained"
+EMBEDDED = ("numbers", "tiny")
 HASHED_ROWS = 32  # so many of a series tell it from others
 
 
@@ -52,13 +54,20 @@ def checkpoint_hash(folder: Path) -> str:
     """The sha256, in hex, over the config, the tokenizer and the weights of a checkpoint folder."""
     digest = hashlib.sha256()
     for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
+        if path.name == "tokenizer.json" and not path.exists():
+            continue  # a checkpoint that reads numbers has none
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
+def embedded_or(source: str | Path) -> Path:
+    """`checkpoint_folder`, which also knows "numbers", the embedded checkpoint that reads values."""
+    return NUMBERS if str(source) == "numbers" and not Path(source).is_dir() else checkpoint_folder(source)
+
+
 def resolve(checkpoint: str | Path | None, adapter: str | Path | None) -> tuple[str, Path, Trained | None]:
-    """The name and the folder of a checkpoint (None: the one that the adapter records, or tiny), and its training.
+    """The name and the folder of a checkpoint (None: the one that the adapter records, or numbers), and its training.
 
     The training is that of the adapter, or of one that was merged into the checkpoint; None if there is no record of
     it. A recorded relative path starts at the directory where the training was started. We try it from the working
@@ -66,11 +75,11 @@ def resolve(checkpoint: str | Path | None, adapter: str | Path | None) -> tuple[
     AdapterError for an adapter whose checkpoint is not found or is another one, and CheckpointError.
     """
     if adapter is None:
-        folder = checkpoint_folder(checkpoint or "tiny")
-        return str(checkpoint or "tiny"), folder, read_trained(folder) if (folder / TRAINED_FILE).exists() else None
+        folder = embedded_or(checkpoint or "numbers")
+        return str(checkpoint or "numbers"), folder, read_trained(folder) if (folder / TRAINED_FILE).exists() else None
     trained = read_trained(adapter)
     if checkpoint is not None:
-        name, folder = str(checkpoint), checkpoint_folder(checkpoint)
+        name, folder = str(checkpoint), embedded_or(checkpoint)
     else:
         peft = config.read_json(Path(adapter) / "adapter_config.json")
         name = trained.checkpoint if trained else str(peft.get("base_model_name_or_path") or "")
@@ -78,7 +87,7 @@ def resolve(checkpoint: str | Path | None, adapter: str | Path | None) -> tuple[
             raise AdapterError(f"{adapter}: does not record its checkpoint; name it with --model")
         paths = (Path(name), *(parent / name for parent in Path(adapter).resolve().parents))
         try:
-            folder = checkpoint_folder(next((path for path in paths if name != "tiny" and path.is_dir()), name))
+            folder = embedded_or(next((path for path in paths if name not in EMBEDDED and path.is_dir()), name))
         except CheckpointError as error:
             raise AdapterError(f"{adapter}: its checkpoint was not found; name it with --model ({error})") from error
     if trained and checkpoint_hash(folder) != trained.checkpoint_sha256:

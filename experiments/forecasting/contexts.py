@@ -34,11 +34,14 @@ def is_frame(data) -> bool:
     return type(data).__module__.partition(".")[0] == "pandas"
 
 
-def framed(frame, levels: Sequence[float], forecast: Callable[[list[np.ndarray]], Forecast]):
-    """The forecast of the series in a DataFrame, with quantiles at `levels`: a DataFrame that continues its times."""
+def framed(frame, levels: Sequence[float], forecast: Callable[[list[np.ndarray]], Forecast], missing: str = "error"):
+    """The forecast of the series in a DataFrame, with quantiles at `levels`: a DataFrame that continues its times.
+
+    missing: "keep" lets values be NaN.
+    """
     import pandas as pd
 
-    series = tables.from_frame(frame)
+    series = tables.from_frame(frame, missing=missing)
     found = forecast([one.to_numpy() for one in series])
     bounds = [None] * len(series) if found.quantiles is None else found.quantiles
     made = {

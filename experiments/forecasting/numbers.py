@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.forecasting.adapter import Trained, resolve
-from experiments.forecasting.contexts import Forecast, SeriesError, checked_series, forecast_frame, is_frame
+from experiments.forecasting.adapter import Trained
+from experiments.forecasting.contexts import Forecast, SeriesError, checked_series, framed, is_frame
+from experiments.forecasting.forecaster import Forecaster
 from lora import load_adapter
 from qwen_min.config import QwenConfig
 from qwen_min.linear import Linear
@@ -180,7 +181,7 @@ def statistics(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     count = seen.sum(-1, keepdim=True).clamp(min=1)
     mean = (x * seen).sum(-1, keepdim=True) / count
     spread = ((x - mean) * seen).square().sum(-1, keepdim=True).div(count).sqrt()
-    return mean, torch.where(spread > 1e-9 * mean.abs(), spread, 0.0)
+    return mean, torch.where(spread > 1e-12 * mean.abs(), spread, 0.0)
 
 
 class Scale(NamedTuple):
@@ -230,31 +231,24 @@ def at_levels(found: np.ndarray, levels: Sequence[float]) -> np.ndarray:
     return found[:, low] + share[:, None, None] * (found[:, low + 1] - found[:, low])
 
 
-class NumberForecaster:
+class NumberForecaster(Forecaster):
     """Forecasts series with a decoder that reads their values."""
 
     def __init__(self, model: Numbers, scale: Scale | None = None):
         """scale: how a training has read its series; None: each context by itself."""
-        self.model, self.scale = model.eval(), scale
-        self.checkpoint: tuple[str, Path] | None = None
-        self.trained: Trained | None = None
+        self.model: Numbers = model.eval()
+        self.scale = scale
 
     @classmethod
-    def load(
-        cls, checkpoint: str | Path | None = None, adapter: str | Path | None = None, device: str = "cpu"
+    def read(
+        cls, folder: Path, adapter: str | Path | None, trained: Trained | None, device: str, dtype: torch.dtype
     ) -> "NumberForecaster":
-        """Load a checkpoint (a folder, or "numbers", the embedded one), with or without an adapter in peft's format.
-
-        Raises CheckpointError or AdapterError when one of the two cannot be read or they do not belong together.
-        """
-        name, folder, trained = resolve(checkpoint, adapter)
+        """`Forecaster.load` of a checkpoint that reads values, always in fp32."""
         model = Numbers(QwenConfig.from_file(folder / "config.json"))
         load_weights(model, folder, device, torch.float32)
         if adapter is not None:
             load_adapter(model, adapter)
-        forecaster = cls(model)
-        forecaster.trained, forecaster.checkpoint = trained, (name, folder)
-        return forecaster
+        return cls(model)
 
     def forecast(
         self,
@@ -264,20 +258,15 @@ class NumberForecaster:
         context: int | None = None,
         progress: Callable[[int], None] = lambda count: None,
     ):
-        """Continue series by `horizon` steps: a `Forecast` of medians, or a DataFrame for a DataFrame.
+        """Continue series by `horizon` steps: a `Forecast` of medians, or a DataFrame; see `Forecaster.forecast`.
 
-        contexts: as for `text.Forecaster.forecast`, but values may be missing (NaN). quantiles: levels between 0 and 1;
-        those beyond 0.1 and 0.9 are extrapolated by a normal distribution. context: the model reads so many of the
-        newest time steps, and at most the last number of STRIDES. progress is called with a number of series whenever
-        they are done.
-
-        The result for a series does not depend on the others, and it moves with the series if that is shifted or
-        multiplied by a positive number; both up to rounding. Raises SeriesError for contexts that cannot be forecast.
+        Values may be missing (NaN). Quantiles beyond 0.1 and 0.9 are extrapolated by a normal distribution. The newest
+        512 time steps are read, the last number of STRIDES. A forecast moves with its series if that is shifted or
+        multiplied by a positive number, up to rounding.
         """
         if is_frame(contexts):
-            return forecast_frame(
-                contexts, quantiles, lambda series: self.forecast(series, horizon, quantiles, context, progress)
-            )
+            others = (horizon, quantiles, context, progress)
+            return framed(contexts, quantiles, lambda arrays: self.forecast(arrays, *others), missing="keep")
         if horizon < 1 or (context is not None and context < MIN_STEPS):
             raise SeriesError(f"horizon is {horizon}, context {context}; expected at least 1, and at least {MIN_STEPS}")
         arrays = checked_series(contexts, missing="keep", min_steps=MIN_STEPS)

@@ -187,13 +187,17 @@ def crps(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def share_inside(samples: np.ndarray, truth: np.ndarray, bounds: tuple[float, float] = BAND) -> float | None:
-    """The share of true values (N, h, D) between two quantiles of samples (N, S, h, D); None for too few samples.
+    """The share of true values (N, h, D) between two quantiles of samples (N, S, h, D); None for too few samples."""
+    if samples.shape[1] < samples_needed(bounds[0]):
+        return None
+    return inside(*quantiles(samples, bounds, axis=1), truth)
+
+
+def inside(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> float:
+    """The share of true values that lie between two bounds; all (N, h, D).
 
     Missing values, NaN, do not count. What differs from a bound by rounding alone is inside.
     """
-    if samples.shape[1] < samples_needed(bounds[0]):
-        return None
-    low, high = quantiles(samples, bounds, axis=1)
     slack = ROUNDING * np.maximum(np.abs(low), np.abs(high))
     return float(((low - slack <= truth) & (truth <= high + slack))[~np.isnan(truth)].mean())
 

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from experiments.forecasting import scores
-from experiments.forecasting.adapter import Trained, resolve
+from experiments.forecasting.adapter import Trained
 from experiments.forecasting.contexts import Forecast, SeriesError, SeriesWarning, checked_series, framed, is_frame
 from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.forecaster import Forecaster
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
 from lora import load_adapter
 from qwen_min import Qwen, Tokenizer, load
@@ -51,7 +52,7 @@ class _Prompt(NamedTuple):
     last: np.ndarray  # (D): the newest values
 
 
-class Forecaster:
+class TextForecaster(Forecaster):
     """Forecasts series with a model that continues their text. Every forecast is well-formed."""
 
     def __init__(
@@ -67,10 +68,8 @@ class Forecaster:
         tokens: the longest text, context and forecast, that the model can make sense of; None: as long as it has
         positions. Raises EncodingError for a bad number of decimals.
         """
-        self.model, self.tokenizer = model, tokenizer
-        # name and folder, and the record of a training, if `load` made this forecaster and found one
-        self.checkpoint: tuple[str, Path] | None = None
-        self.trained: Trained | None = None
+        self.model: Qwen = model
+        self.tokenizer = tokenizer
         self.use(encoding, decimals, tokens)
 
     def use(self, encoding: Encoding | None, decimals: int, tokens: int | None) -> None:
@@ -79,22 +78,21 @@ class Forecaster:
         self.digits = encoding or Encoding(1.0, decimals)  # the form of the text, whatever its scale
 
     @classmethod
-    def load(
+    def read(
         cls,
-        checkpoint: str | Path | None = None,
-        adapter: str | Path | None = None,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        folder: Path,
+        adapter: str | Path | None,
+        trained: Trained | None,
+        device: str,
+        dtype: torch.dtype,
         scale: float | None = None,
         decimals: int | None = None,
-    ) -> "Forecaster":
-        """Load a checkpoint (folder, hub id or "tiny"), with or without an adapter in peft's format.
+    ) -> "TextForecaster":
+        """`Forecaster.load` of a checkpoint that writes text.
 
-        The defaults are what an adapter records, or a checkpoint into which one was merged; without a record "tiny", a
-        scale and an offset fitted to each series, and 2 decimals. Raises CheckpointError or AdapterError when one of
-        the two cannot be read or the adapter was trained on another checkpoint.
+        scale, decimals: how values are written. The defaults are what a training records; without a record a scale and
+        an offset fitted to each series, and 2 decimals.
         """
-        name, folder, trained = resolve(checkpoint, adapter)
         model, tokenizer = load(folder, device, dtype)
         if adapter is not None:
             load_adapter(model, adapter)
@@ -107,33 +105,26 @@ class Forecaster:
         encoding = None if scale is None else Encoding(scale, places)
         if trained and trained.encoding and scale is None:
             encoding = replace(trained.encoding, decimals=places)
-        forecaster = cls(model, tokenizer, encoding, places, tokens)
-        forecaster.trained, forecaster.checkpoint = trained, (name, folder)
-        return forecaster
+        return cls(model, tokenizer, encoding, places, tokens)
 
     def forecast(
         self,
         contexts,
         horizon: int,
-        samples: int | None = None,
         quantiles: Sequence[float] = (),
-        seed: int = 0,
-        point: str = DEFAULT_POINT,
         context: int | None = None,
         progress: Callable[[int], None] = lambda count: None,
+        samples: int | None = None,
+        seed: int = 0,
+        point: str = DEFAULT_POINT,
     ):
-        """Continue series by `horizon` steps: a `Forecast`, or a DataFrame for a DataFrame.
+        """Continue series by `horizon` steps: a `Forecast`, or a DataFrame for a DataFrame; see `Forecaster.forecast`.
 
-        contexts: an array (N, T, D), a list of N arrays (T, D) or (T) or DataFrames, or a single DataFrame: its times
-        are continued. If it holds several series (a column `unique_id`, `id` or `item_id`), so does the index of the
-        result: id and time.
         samples: so many paths are drawn from the model; None means 20 if there are quantiles to estimate, else 0.
-        quantiles: levels between 0 and 1; `scores.quantiles` estimates them from the paths.
+        `scores.quantiles` estimates the quantiles from them.
         point: what `values` are if there are samples: their "median", which is best for the absolute error, or their
         "mean", which is best for the squared error.
-        context: the model reads so many of the newest time steps. None means all, or as many as it can make sense of;
-        a SeriesWarning says so.
-        progress is called with a number of paths whenever they are done.
+        progress is called with a number of paths. A SeriesWarning tells when not all of a context is read.
 
         The result for a series depends on the seed and the series alone (in bf16, the rounding of other series in the
         batch can change a digit). Raises before any forecast: SeriesError for values that are missing or that the
@@ -141,7 +132,7 @@ class Forecaster:
         more samples.
         """
         if is_frame(contexts):
-            others = (horizon, samples, quantiles, seed, point, context, progress)
+            others = (horizon, quantiles, context, progress, samples, seed, point)
             return framed(contexts, quantiles, lambda arrays: self.forecast(arrays, *others))
         if samples is None:
             samples = DEFAULT_SAMPLES if len(quantiles) else 0

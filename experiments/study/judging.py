@@ -21,7 +21,7 @@ from experiments.forecasting.scores import (
     samples_needed,
     squared_errors,
 )
-from experiments.forecasting.text import Forecaster
+from experiments.forecasting.text import TextForecaster
 from experiments.storage.files import RunError, plain, to_json_lines, write_whole
 from experiments.storage.records import Tensor4, build
 from experiments.study.evaluation import BATCH, Evaluation, evaluate, metrics
@@ -154,7 +154,7 @@ class Judge:
 
     def _draw(self, contexts: np.ndarray, state: Path, team: Team) -> np.ndarray:
         """Draw paths (N, S, h, D), scaled: exactly the numbers in the texts."""
-        forecaster = Forecaster(self.model, self.tokenizer, self.encoding)
+        forecaster = TextForecaster(self.model, self.tokenizer, self.encoding)
         contexts = self.encoding.writable(contexts)
 
         def draw(start: int) -> np.ndarray:

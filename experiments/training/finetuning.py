@@ -34,7 +34,7 @@ from experiments.forecasting.contexts import SeriesWarning, checked_series, is_f
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import BAND, quantiles, samples_needed
-from experiments.forecasting.text import DEFAULT_POINT, DEFAULT_SAMPLES, POINTS, Forecaster
+from experiments.forecasting.text import DEFAULT_POINT, DEFAULT_SAMPLES, POINTS, TextForecaster
 from experiments.storage.files import RunError, plain, read_json, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.storage.runfolder import open_run
@@ -65,7 +65,7 @@ class FitError(ValueError):
 
 
 def finetune(
-    forecaster: Forecaster,
+    forecaster: TextForecaster,
     series: Sequence,
     horizon: int,
     budget: float | None = None,
@@ -81,14 +81,14 @@ def finetune(
     return prepare(forecaster, series, horizon, budget, **options).run(folder)
 
 
-def defaults(forecaster: Forecaster) -> Training:
+def defaults(forecaster: TextForecaster) -> Training:
     """DEFAULTS; the embedded checkpoint takes a higher rate."""
     is_tiny = forecaster.checkpoint is not None and forecaster.checkpoint[1] == TINY
     return replace(DEFAULTS, learning_rate=TINY_RATE) if is_tiny else DEFAULTS
 
 
 def prepare(
-    forecaster: Forecaster,
+    forecaster: TextForecaster,
     series: Sequence,
     horizon: int,
     budget: float | None = None,
@@ -145,7 +145,7 @@ def prepare(
     return replace(job, settings=replace(chosen, steps=steps))
 
 
-def _chosen(forecaster: Forecaster, settings: dict) -> Training:
+def _chosen(forecaster: TextForecaster, settings: dict) -> Training:
     """The settings of a training, which its data complete. Raises FitError for a model that cannot be trained so."""
     if forecaster.checkpoint is None:
         raise FitError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
@@ -164,7 +164,7 @@ def _chosen(forecaster: Forecaster, settings: dict) -> Training:
 class Finetuning:
     """A fine-tuning whose inputs were checked; `prepare` makes it."""
 
-    forecaster: Forecaster
+    forecaster: TextForecaster
     series: list[np.ndarray]
     variables: list[str] | None
     parts: Parts
@@ -327,7 +327,7 @@ class Finetuning:
         contexts = team.share([place.context for place in self.parts.test])
         each: list[np.ndarray] = []
         if contexts:
-            found = self.forecaster.forecast(contexts, self.horizon, self.samples, context=self.context)
+            found = self.forecaster.forecast(contexts, self.horizon, samples=self.samples, context=self.context)
             each = list(found.values[:, None] if found.samples is None else found.samples)
         paths = np.stack(team.collect(each))
         content = io.BytesIO()
