@@ -136,7 +136,7 @@ def test_the_level_of_a_series_does_not_decide_its_error():
 def test_patience_ends_a_training_early(tmp_path, monkeypatch):
     forecaster = TextForecaster.load("tiny")
     losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
-    monkeypatch.setattr(Forecaster, "nats_per_value", lambda *_: np.array([next(losses)]))
+    monkeypatch.setattr(TextForecaster, "nats_per_value", lambda *_: np.array([next(losses)]))
     metrics = training.finetune(forecaster, waves(6), 5, folder=tmp_path, steps=24, context=15, samples=0, patience=2)
     assert (metrics["steps"], metrics["best_step"]) == (9, 3)  # checks after 0, 3, 6 and 9 steps
     assert len((tmp_path / "losses.csv").read_text().splitlines()) == 10

@@ -179,12 +179,13 @@ def test_a_back_test_prints_the_model_next_to_baselines_and_writes_nothing(run, 
 
 
 def test_a_back_test_does_not_read_the_future_into_gaps(run, tmp_path):
-    rows = [f"{5 + np.sin(t / 4):.3f},{'' if 30 <= t < 36 else 3}" for t in range(40)]
-    path = tmp_path / "gaps.csv"
-    path.write_text("a,b\n" + "\n".join(rows) + "\n")
-    assert run(path, "--backtest", "--horizon", 5)[0] == 2
-    status, out, _, _ = run(path, "--backtest", "--horizon", 5, "--missing", "interpolate")
-    assert (status, "nan" in out) == (0, False)
+    rows = ["" if 30 <= t < 36 else str(3 if t < 30 else 100) for t in range(40)]
+    path, few = tmp_path / "gaps.csv", ("--backtest", "--horizon", 5)
+    path.write_text("t,y\n" + "".join(f"{t},{y}\n" for t, y in enumerate(rows)))
+    assert run(path, *few)[0] == 2
+    status, out, _, _ = run(path, *few, "--missing", "interpolate")
+    (persistence,) = [line for line in out.splitlines() if line.startswith("persistence")]
+    assert (status, persistence.split()[-1]) == (0, f"{97 * 4 / 19:.4g}")  # four of 19 known values are 97 off
 
 
 def test_several_series_keep_their_names_their_times_and_their_digits(run, tmp_path):
