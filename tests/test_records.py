@@ -142,8 +142,8 @@ def test_scores_that_need_more_samples_are_left_out(frontier):
         change_lines(frontier / f"experiments/frontier/forecasts.{split}.jsonl", quantiles=None, new=1)
     markdown = write_report(frontier).with_suffix(".md").read_text()
     covered = json.loads((frontier / METRICS).read_text())["test"]["probabilistic"]["coverage_50%"]
-    assert re.search(rf"\| frontier \| test \| 20 \| .* \| {covered:.1%} \|\n", markdown)
-    assert "80% interval" not in markdown
+    assert re.search(rf"\| frontier, test \| 20 \| .* \| {100 * covered:.1f} % \|\n", markdown)
+    assert "80 % interval" not in markdown
     assert "with the central 80 % of its samples" not in markdown
 
 

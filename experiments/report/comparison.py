@@ -1,15 +1,12 @@
 """Compares runs with each other, with the published numbers and with the baselines, from the run folders alone."""
 
 from pathlib import Path
+from typing import Any
 
-from experiments.report import figures, rows
-from experiments.report.page import Figures, render
+from experiments.report.build import write_pages
+from experiments.report.contents import published_mse
 from experiments.report.results import Result, Run, is_fine_tuning, load_run, methods_of
-from experiments.report.words import log10
-from experiments.storage.files import RunError, write_whole
-from experiments.study.records import PUBLISHED
-
-COMPARABLE_FIELDS = ("data_sha256", "sequences", "encoding")  # must be equal in runs that are compared
+from experiments.storage.files import RunError
 
 
 def write_comparison(folder: Path) -> tuple[Path, dict[str, str]]:
@@ -19,25 +16,18 @@ def write_comparison(folder: Path) -> tuple[Path, dict[str, str]]:
     """
     runs, left_out = load_runs(folder)
     experiments = experiments_of(runs)
-    conventions = runs[0].plan.conventions
-    scores = methods_of(experiments).values()
-    text = render(
+    methods = methods_of(experiments)
+    write_pages(
+        [folder / "comparison.md"],
         "comparison",
-        "md",
-        Figures(folder),
         title="Comparison of runs",
         verdict=None,
         runs=runs,
         left_out=left_out,
-        conventions=conventions,
-        costs=rows.costs(experiments, conventions, log10, "{:.0f}".format),
-        figures=figures,
-        rows=rows,
-        convention=PUBLISHED,
         experiments=experiments,
-        malformed=sum(one.all.malformed_values for by_split in scores for one in by_split.values()),
+        rows={**published_mse(), **runs[0].baselines, **methods},
+        malformed=sum(one.all.malformed_values for by_split in methods.values() for one in by_split.values()),
     )
-    write_whole(folder / "comparison.md", text)
     return folder / "comparison.md", left_out
 
 
@@ -59,18 +49,20 @@ def load_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
             left_out[plan.parent.name] = str(error)
     if not runs:
         reasons = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
-        raise RunError(f"{folder}: holds no run folders to compare; name the folder that contains them{reasons}")
+        raise RunError(f"{folder}: holds no plan.json, and no run folders to compare{reasons}")
     for run in runs:
-        for name in COMPARABLE_FIELDS:
-            theirs, ours = (getattr(each.plan.identity, name) for each in (runs[0], run))
-            if ours != theirs:
-                raise RunError(
-                    f"{run.folder}: has {name} {ours}, {runs[0].folder} has {theirs}; compare runs on the same data"
-                )
-        theirs, ours = (list(each.plan.conventions) for each in (runs[0], run))
-        if ours != theirs:
-            raise RunError(f"{run.folder}: counts FLOPs in {ours}, {runs[0].folder} in {theirs}; run one of them again")
+        for name, theirs in _compared(runs[0]).items():
+            if theirs != (ours := _compared(run)[name]):
+                raise RunError(f"{run.folder}: has {name} {ours}, {runs[0].folder} has {theirs}; compare equal ones")
     return runs, left_out
+
+
+def _compared(run: Run) -> dict[str, Any]:
+    """What must be equal in runs that are compared."""
+    identity, conventions = run.plan.identity, list(run.plan.conventions)
+    return {name: getattr(identity, name) for name in ("data_sha256", "sequences", "encoding")} | {
+        "conventions of FLOPs": conventions
+    }
 
 
 def experiments_of(runs: list[Run]) -> dict[str, Result]:
