@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report import contents, figures, write_report
+from experiments.report import figures, write_report
 from experiments.report.__main__ import main
 from experiments.report.comparison import load_runs, write_comparison
 from experiments.storage.files import RunError
@@ -79,13 +79,6 @@ def test_runs_on_other_sequences_are_not_compared(results):
     with pytest.raises(RunError, match="zzz: has sequences 10, "):
         write_comparison(results)
     assert not (results / "comparison.md").exists()
-
-
-def test_a_bug_in_a_report_is_not_reported_as_a_damaged_file(results, monkeypatch):
-    monkeypatch.delattr(contents, "_at")
-    for write, folder in ((write_report, results / "untrained"), (write_comparison, results)):
-        with pytest.raises(NameError, match="_at"):
-            write(folder)
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, monkeypatch, capsys):

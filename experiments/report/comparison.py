@@ -5,7 +5,7 @@ from typing import Any
 
 from experiments.report.build import write_pages
 from experiments.report.contents import published_mse
-from experiments.report.results import Result, Run, is_fine_tuning, load_run, methods_of
+from experiments.report.results import Run, is_fine_tuning, load_run, methods_of
 from experiments.storage.files import RunError
 
 
@@ -15,7 +15,11 @@ def write_comparison(folder: Path) -> tuple[Path, dict[str, str]]:
     Returns the path of comparison.md, and the reason for each folder that was left out. Raises RunError as `load_runs`.
     """
     runs, left_out = load_runs(folder)
-    experiments = experiments_of(runs)
+    experiments = {  # by a name that is unique among all runs
+        name if name == run.folder.name else f"{run.folder.name}: {name}": experiment
+        for run in runs
+        for name, experiment in run.experiments.items()
+    }
     methods = methods_of(experiments)
     write_pages(
         [folder / "comparison.md"],
@@ -51,24 +55,13 @@ def load_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
         reasons = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
         raise RunError(f"{folder}: holds no plan.json, and no run folders to compare{reasons}")
     for run in runs:
-        for name, theirs in _compared(runs[0]).items():
-            if theirs != (ours := _compared(run)[name]):
+        for (name, theirs), ours in zip(_compared(runs[0]).items(), _compared(run).values(), strict=True):
+            if theirs != ours:
                 raise RunError(f"{run.folder}: has {name} {ours}, {runs[0].folder} has {theirs}; compare equal ones")
     return runs, left_out
 
 
 def _compared(run: Run) -> dict[str, Any]:
     """What must be equal in runs that are compared."""
-    identity, conventions = run.plan.identity, list(run.plan.conventions)
-    return {name: getattr(identity, name) for name in ("data_sha256", "sequences", "encoding")} | {
-        "conventions of FLOPs": conventions
-    }
-
-
-def experiments_of(runs: list[Run]) -> dict[str, Result]:
-    """All finished experiments of the runs, by a name that is unique among them."""
-    return {
-        name if name == run.folder.name else f"{run.folder.name}: {name}": experiment
-        for run in runs
-        for name, experiment in run.experiments.items()
-    }
+    fields = {name: getattr(run.plan.identity, name) for name in ("data_sha256", "sequences", "encoding")}
+    return fields | {"conventions of FLOPs": list(run.plan.conventions)}

@@ -220,8 +220,8 @@ def sequences(run: Run, name: str, split: str, rows: Sequence[int], steps: int |
         [line.forecast[:steps] for line in lines],
         bands(run, name, split, rows),
         path,
-        [line.truth[:steps] for line in lines],
         [f"sequence {row}, MSE {number(line.mse)}" for row, line in zip(rows, lines, strict=True)],
+        [line.truth[:steps] for line in lines],
     )
 
 

@@ -42,6 +42,11 @@ def smoothed(values: Sequence[float], window: int = 10) -> np.ndarray:
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
+def _save(figure: Figure, path: Path) -> None:
+    _lay_out(figure)
+    _write(figure, path)
+
+
 def _lay_out(figure: Figure) -> None:
     """Fit the axes into a figure, with numbers such as 1e-03 on logarithmic ones: formulas are off."""
     for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"):
@@ -75,8 +80,7 @@ def curves(lines: Mapping[str, tuple], path: Path, x: str, y: str, log: bool = F
     elif len(lines) > 1:
         axes.legend()
     axes.locator_params(axis="x", integer=True)
-    _lay_out(figure)
-    _write(figure, path)
+    _save(figure, path)
 
 
 def losses(trainings: Mapping[str, Sequence[float]], best: str | None = None, *, path: Path) -> None:
@@ -116,8 +120,8 @@ def fan(
     values: Sequence[np.ndarray] | np.ndarray,
     bands: Sequence[np.ndarray] | np.ndarray | None,
     path: Path,
+    titles: Sequence[str],
     truths: Sequence[np.ndarray] | None = None,
-    titles: Sequence[str] | None = None,
     times: Sequence[Sequence] | None = None,
     band_label: str = "80 % interval",
 ) -> None:
@@ -151,7 +155,7 @@ def fan(
         wrapped = num_variables > MAX_COLUMNS
         title = [names[column]] if row == 0 or wrapped else []
         if len(contexts) > 1 and (column == 0 or wrapped):
-            title.append(f"series {row}" if titles is None else titles[row])
+            title.append(titles[row])
         panel.set(title=", ".join(title), xlabel="time step" if times is None and row == num_series - 1 else "")
         if times is None:
             panel.locator_params(axis="x", integer=True)
@@ -159,8 +163,7 @@ def fan(
             panel.tick_params(axis="x", rotation=30)
     legend = panels[0].get_legend_handles_labels()
     figure.legend(*legend, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(legend[0]))
-    _lay_out(figure)
-    _write(figure, path)
+    _save(figure, path)
 
 
 @rc_context(STYLE)
@@ -178,8 +181,7 @@ def errors(values: Mapping[str, tuple[float, Sequence[float] | None]], ours: set
         axes.annotate(f"{error:.2g}", (error, row), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7)
     axes.set(xscale="log", xlabel="mean squared error (scaled units)", ylim=(-0.6, len(ordered) - 0.2))
     axes.set_yticks(range(len(ordered)), ordered)
-    _lay_out(figure)
-    _write(figure, path)
+    _save(figure, path)
 
 
 @rc_context(STYLE)

@@ -160,6 +160,6 @@ def draw_forecasts(variables: list[str], lines: list[Line], path: Path) -> None:
         [line.after for line in shown],
         bands if len(bands) == len(shown) else None,
         path,
-        [line.truth for line in shown],
         [f"forecast {row + 1}" for row in rows],
+        [line.truth for line in shown],
     )
