@@ -57,7 +57,9 @@ def load_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
     for run in runs:
         for (name, theirs), ours in zip(_compared(runs[0]).items(), _compared(run).values(), strict=True):
             if theirs != ours:
-                raise RunError(f"{run.folder}: has {name} {ours}, {runs[0].folder} has {theirs}; compare equal ones")
+                raise RunError(
+                    f"{run.folder}: has {name} {ours}, {runs[0].folder} has {theirs}; compare runs that agree"
+                )
     return runs, left_out
 
 

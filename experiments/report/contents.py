@@ -100,7 +100,7 @@ def against_others(run: Run) -> dict[str, Rows]:
     scores = run.baselines | methods_of(run.judged)
     each = {name: by_split["test"].mse_each or [] for name, by_split in scores.items() if "test" in by_split}
     last = dict([*run.judged.items()][-1:])
-    found = {}
+    found: dict[str, Rows] = {}
     for ours in (name for name in methods_of(last) if name in each):
         pairs = {name: paired(each[ours], theirs, ROUNDING_MSE) for name, theirs in each.items() if name != ours}
         found[ours] = {name: pair for name, pair in pairs.items() if pair}
@@ -146,7 +146,7 @@ def costs(experiments: Mapping[str, Result]) -> dict[str, dict]:
 
 def compared(run: Run, names: list[str]) -> Rows:
     """Our scores next to the published ones: on validation, and where the study published them on the test set."""
-    rows = {}
+    rows: dict[str, dict] = {}
     for name in names:
         found = run.experiments[name].metrics if name in run.experiments else {}
         rows[name] = {"ours": found.get("val"), "published": published.VALIDATION.get(name)}
