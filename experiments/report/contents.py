@@ -62,12 +62,10 @@ def _at(value: Any, path: str) -> Any:
 def published_mse() -> Rows:
     """What the study published, for the columns MSE."""
     parts = {"val": published.VALIDATION, "test": published.TEST}
-    return {
-        f"published: {name}": {
-            split: {"first": {"mse": each[name][0]}} for split, each in parts.items() if name in each
-        }
-        for name in published.VALIDATION
-    }
+    found: dict[str, dict] = {f"published: {name}": {} for name in published.VALIDATION}
+    for split, (name, (mse, *_)) in ((split, one) for split, part in parts.items() for one in part.items()):
+        found[f"published: {name}"][split] = {"first": {"mse": mse}}
+    return found
 
 
 def by_split(run: Run, incomplete: bool = False) -> dict[str, Metrics]:

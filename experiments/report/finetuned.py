@@ -92,7 +92,7 @@ class Plan:
 
 
 def page(folder: Path) -> dict[str, Any]:
-    """What `write_pages` takes for the page, of an unfinished fine-tuning as far as it is. Raises RunError for damage."""
+    """What `write_pages` takes, of an unfinished fine-tuning as far as it is. Raises RunError for damage."""
     plan, ledger = read(folder / "plan.json", Plan), read_ledger(folder / "ledger.jsonl")
     metrics, lines, variables = None, [], plan.identity.variables
     if (folder / "metrics.json").exists():
