@@ -59,6 +59,7 @@ def test_a_name_is_text_on_both_pages_whatever_it_contains(folder):
     Reader().feed(page.read_text())
     assert heads == [f"MAE, {NAME}"]
     lines = page.with_suffix(".md").read_text().splitlines()
+    assert lines[0] == f"# Forecasting {markdown(NAME)}"
     table = [line for line in lines if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {4}  # name, RMSE and one variable
     written = next(line for line in table if "MAE" in line)
