@@ -11,7 +11,7 @@ VERBS = {  # verb: (module with a `main`, what it does)
     "export": ("experiments.export", "merge an adapter into an ordinary checkpoint"),
     "run": ("experiments.run", "run a plan of experiments into a folder"),
     "report": ("experiments.report.__main__", "draw the report of a run folder again"),
-    "compare": ("experiments.comparison", "put several runs next to each other"),
+    "compare": ("experiments.report.__main__", "put several runs next to each other"),
     "flops": ("experiments.costs", "count the FLOPs of a training step, operator by operator"),
     "benchmark": ("experiments.benchmark", "measure time and memory next to other programs"),
 }

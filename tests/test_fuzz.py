@@ -27,7 +27,7 @@ from conftest import GROUPED, random_model
 from experiments.forecasting.adapter import Trained, read_trained, write_trained
 from experiments.forecasting.encoding import Encoding
 from experiments.report import build as report
-from experiments.report import comparison, drawing
+from experiments.report import comparison, figures
 from experiments.storage.files import RunError, read_json
 from experiments.storage.runfolder import open_run
 from experiments.study import data
@@ -318,8 +318,8 @@ def test_run_folder(source, run_folder, tmp_path_factory):
     (folder / changed).write_bytes(content)
     (folder / "figures").symlink_to(run_folder / "figures")
     with pytest.MonkeyPatch.context() as patch:
-        for module in (comparison, report, drawing):
-            patch.setattr(module, "figures", Mock())  # the figures are there already, drawn from the good files
+        for name in ("curves", "fan", "errors", "against_flops"):
+            patch.setattr(figures, name, Mock())  # the figures are there already, drawn from the good files
         with suppress(RunError):
             comparison.write_comparison(folder.parent)
         with suppress(RunError):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
-    "run", "forecast", "finetune", "comparison", "costs", "benchmark", "pretrain", "report.__main__", "text", "export",
+    "run", "forecast", "finetune", "costs", "benchmark", "pretrain", "report.__main__", "text", "export",
     "__main__",
 ]  # fmt: skip
 SERIES = ["experiments.tables", "experiments.storage", "flops", "lora", "qwen_min"]

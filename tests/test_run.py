@@ -478,7 +478,7 @@ def test_experiments_beyond_the_report_are_shown(monkeypatch, data_file, tmp_pat
     assert "10^16.91" not in markdown  # the cost of the study's whole suite
     assert (tmp_path / "figures" / "frontier-losses.png").exists()
     # two samples are too few for both intervals, whose columns are left out
-    header = next(line for line in markdown.splitlines() if line.startswith("| method | split | samples |"))
+    header = next(line for line in markdown.splitlines() if line.startswith("| method | samples |"))
     assert header.endswith("| CRPS | interval |")
     assert "with the central 80 % of its samples" not in markdown
     line = json.loads((tmp_path / "experiments" / "frontier" / "forecasts.val.jsonl").read_text().splitlines()[0])

@@ -1,8 +1,11 @@
-"""Write the report of a run or a fine-tuning, `report.md` and `report.html`, from the files of its folder alone.
+"""Write the pages of a run, of a fine-tuning, or of several runs next to each other, from the files of a folder alone.
 
     python -m experiments.report runs/quick
+    python -m experiments.report results
 
-draws all figures and tables anew, of an unfinished one as far as it is. It loads no model.
+The first draws report.md and report.html anew, of an unfinished run as far as it is. The second, for a folder that
+contains run folders, writes comparison.md and its figures: the runs, the numbers that the study published, and the
+baselines. A run that is damaged or has no baselines yet is named and left out. It loads no model.
 """
 
 import argparse
@@ -11,6 +14,7 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.report.build import write_report
+from experiments.report.comparison import write_comparison
 from experiments.storage.runfolder import only_writer
 
 
@@ -19,17 +23,23 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog=cli.called("experiments.report"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("folder", type=Path, help="folder of a run or a fine-tuning, such as runs/quick")
+    p.add_argument("folder", type=Path, help="folder of a run, of a fine-tuning, or with several run folders")
     return p
 
 
 def main() -> int:
-    """Write the report anew; return the exit status, as `cli.exit_status` does."""
+    """Write the pages; return the exit status, as `cli.exit_status` does."""
     folder = parser().parse_args().folder
 
     def work(_) -> int:
         with only_writer(folder):
-            print(write_report(folder))
+            if (folder / "plan.json").exists():
+                print(write_report(folder))
+                return 0
+            page, left_out = write_comparison(folder)
+            for name, reason in left_out.items():
+                print(f"left out: {name}: {reason}", file=sys.stderr)
+            print(page)
         return 0
 
     return cli.exit_status(work)

@@ -1,13 +1,20 @@
-"""Writes the pages of a run folder, `report.md` and `report.html`, from its files alone; no model is loaded."""
+"""Writes the pages of a folder from its files alone; no model is loaded.
 
+A template such as `run.jinja` says what is on a page. `page.md` and `page.html` say what its headings, tables and
+figures look like. No name from a file can become markup: HTML is escaped by jinja2, Markdown by `words.markdown`.
+"""
+
+import re
+from base64 import b64encode
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from experiments.forecasting.scores import ROUNDING_MSE, paired
-from experiments.report import drawing, figures, finetuned, rows
-from experiments.report.page import Figures, render
+from experiments.report import contents, figures, finetuned, words
 from experiments.report.results import Run, is_fine_tuning, load_run, methods_of
-from experiments.report.words import bracket, factor, with_interval
 from experiments.storage.files import write_whole
 
 
@@ -16,28 +23,46 @@ def write_report(folder: Path) -> Path:
 
     Returns the path of report.html. Raises RunError when the folder holds neither, or a damaged file.
     """
-    values = finetuned.page(folder) if is_fine_tuning(folder) else run_page(load_run(folder))
-    drawn = Figures(folder)
-    pages = {kind: render(kind=kind, drawn=drawn, **values) for kind in ("md", "html")}
-    for kind, text in pages.items():
-        write_whole(folder / f"report.{kind}", text)
-    return folder / "report.html"
+    pages = [folder / "report.md", folder / "report.html"]
+    if is_fine_tuning(folder):
+        write_pages(pages, "finetuned", **finetuned.page(folder))
+    else:
+        run = load_run(folder)
+        data = "predators and prey" if run.plan.data.startswith("simulated") else Path(run.plan.data).stem
+        title = f"Forecasting {data}: plan {run.plan.identity.plan}"
+        write_pages(pages, "run", title=title, verdict=verdict(run), run=run)
+    return pages[-1]
 
 
-def run_page(run: Run) -> dict[str, Any]:
-    """What `render` takes for the page of a run."""
-    data = "predators and prey" if run.plan.data.startswith("simulated") else Path(run.plan.data).stem
-    return {
-        "template": "run",
-        "title": f"Forecasting {data}: plan {run.plan.identity.plan}",
-        "verdict": verdict(run),
-        "run": run,
-        "plan": run.plan,
-        "identity": run.plan.identity,
-        "rows": rows,
-        "figures": figures,
-        "drawing": drawing,
-    }
+def write_pages(paths: list[Path], template: str, **values: Any) -> None:
+    """Write the page of a template at each path, as Markdown or as self-contained HTML by its name.
+
+    Markdown comes first, because it draws the figures. values: what the template shows, and `title` and `verdict`.
+    """
+    texts = [
+        _environment(path.suffix)
+        .get_template(f"page{path.suffix}")
+        .render(template=f"{template}.jinja", folder=path.parent, **values)
+        for path in paths
+    ]
+    for path, text in zip(paths, texts, strict=True):
+        write_whole(path, re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n")
+
+
+@cache
+def _environment(suffix: str) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        finalize=words.markdown if suffix == ".md" else None,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"contents": contents, "figures": figures, "words": words}
+    environment.filters |= {one.__name__: one for one in (words.counted, words.markdown, words.number, words.percent)}
+    environment.filters["base64"] = lambda path: b64encode(path.read_bytes()).decode()
+    return environment
 
 
 def verdict(run: Run) -> str | None:
@@ -50,19 +75,19 @@ def verdict(run: Run) -> str | None:
     theirs = run.baselines[best]["test"]
     subject = f"{name[0].upper()}{name[1:]}" + ("," if "," in name else "")
     text = (
-        f"{subject} has a mean squared error of {with_interval(ours.all.mse, ours.all.mse_interval)} on "
+        f"{subject} has a mean squared error of {words.with_interval(ours.all.mse, ours.all.mse_interval)} on "
         f"{ours.all.sequences} test sequences. The best baseline, {best}, has "
-        f"{with_interval(theirs.all.mse, theirs.all.mse_interval)}."
+        f"{words.with_interval(theirs.all.mse, theirs.all.mse_interval)}."
     )
     pair = paired(ours.mse_each or [], theirs.mse_each or [], ROUNDING_MSE)
     if pair and (interval := pair["ratio_interval"]):
         text += (
-            f" Sequence by sequence, in the geometric mean, the error is {factor(pair['ratio'])} times "
-            f"{bracket(interval, factor)} that of the baseline."
+            f" Sequence by sequence, in the geometric mean, the error is {words.factor(pair['ratio'])} times "
+            f"{words.bracket(interval, words.factor)} that of the baseline."
         )
         if (pair["ratio"] < 1) != (pair["difference"] < 0):
             text += " The two means disagree: a few sequences with large errors decide the first one."
     drawn = list(run.judged.values())[-1].metrics["test"].probabilistic
     if drawn and drawn.coverage_80 is not None:
-        text += f" Its 80 % intervals hold {100 * drawn.coverage_80:.0f} % of the true values."
+        text += f" Its 80 % intervals hold {words.percent(drawn.coverage_80, 0)} of the true values."
     return text

@@ -1,15 +1,12 @@
 """Compares runs with each other, with the published numbers and with the baselines, from the run folders alone."""
 
 from pathlib import Path
+from typing import Any
 
-from experiments.report import figures, rows
-from experiments.report.page import Figures, render
-from experiments.report.results import Result, Run, is_fine_tuning, load_run, methods_of
-from experiments.report.words import log10
-from experiments.storage.files import RunError, write_whole
-from experiments.study.records import PUBLISHED
-
-COMPARABLE_FIELDS = ("data_sha256", "sequences", "encoding")  # must be equal in runs that are compared
+from experiments.report.build import write_pages
+from experiments.report.contents import published_mse
+from experiments.report.results import Run, is_fine_tuning, load_run, methods_of
+from experiments.storage.files import RunError
 
 
 def write_comparison(folder: Path) -> tuple[Path, dict[str, str]]:
@@ -18,26 +15,23 @@ def write_comparison(folder: Path) -> tuple[Path, dict[str, str]]:
     Returns the path of comparison.md, and the reason for each folder that was left out. Raises RunError as `load_runs`.
     """
     runs, left_out = load_runs(folder)
-    experiments = experiments_of(runs)
-    conventions = runs[0].plan.conventions
-    scores = methods_of(experiments).values()
-    text = render(
+    experiments = {  # by a name that is unique among all runs
+        name if name == run.folder.name else f"{run.folder.name}: {name}": experiment
+        for run in runs
+        for name, experiment in run.experiments.items()
+    }
+    methods = methods_of(experiments)
+    write_pages(
+        [folder / "comparison.md"],
         "comparison",
-        "md",
-        Figures(folder),
         title="Comparison of runs",
         verdict=None,
         runs=runs,
         left_out=left_out,
-        conventions=conventions,
-        costs=rows.costs(experiments, conventions, log10, "{:.0f}".format),
-        figures=figures,
-        rows=rows,
-        convention=PUBLISHED,
         experiments=experiments,
-        malformed=sum(one.all.malformed_values for by_split in scores for one in by_split.values()),
+        rows={**published_mse(), **runs[0].baselines, **methods},
+        malformed=sum(one.all.malformed_values for by_split in methods.values() for one in by_split.values()),
     )
-    write_whole(folder / "comparison.md", text)
     return folder / "comparison.md", left_out
 
 
@@ -59,24 +53,17 @@ def load_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
             left_out[plan.parent.name] = str(error)
     if not runs:
         reasons = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
-        raise RunError(f"{folder}: holds no run folders to compare; name the folder that contains them{reasons}")
+        raise RunError(f"{folder}: holds no plan.json, and no run folders to compare{reasons}")
     for run in runs:
-        for name in COMPARABLE_FIELDS:
-            theirs, ours = (getattr(each.plan.identity, name) for each in (runs[0], run))
-            if ours != theirs:
+        for (name, theirs), ours in zip(_compared(runs[0]).items(), _compared(run).values(), strict=True):
+            if theirs != ours:
                 raise RunError(
-                    f"{run.folder}: has {name} {ours}, {runs[0].folder} has {theirs}; compare runs on the same data"
+                    f"{run.folder}: has {name} {ours}, {runs[0].folder} has {theirs}; compare runs that agree"
                 )
-        theirs, ours = (list(each.plan.conventions) for each in (runs[0], run))
-        if ours != theirs:
-            raise RunError(f"{run.folder}: counts FLOPs in {ours}, {runs[0].folder} in {theirs}; run one of them again")
     return runs, left_out
 
 
-def experiments_of(runs: list[Run]) -> dict[str, Result]:
-    """All finished experiments of the runs, by a name that is unique among them."""
-    return {
-        name if name == run.folder.name else f"{run.folder.name}: {name}": experiment
-        for run in runs
-        for name, experiment in run.experiments.items()
-    }
+def _compared(run: Run) -> dict[str, Any]:
+    """What must be equal in runs that are compared."""
+    fields = {name: getattr(run.plan.identity, name) for name in ("data_sha256", "sequences", "encoding")}
+    return fields | {"conventions of FLOPs": list(run.plan.conventions)}

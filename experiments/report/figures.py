@@ -1,10 +1,9 @@
 """The figures of a report. Each function draws numbers and writes one file: PNG, SVG or PDF, by its name."""
 
 import io
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ PREY, PREDATOR, TEXT, GRID = "#1f6fb4", "#d1602b", "#333333", "#dddddd"
 MAX_SERIES, MAX_COLUMNS = 5, 3  # per figure
 MIN_HISTORY = 50  # time steps of a context that a fan shows, or three times the forecast if that is more
 FORMATS = {".png": {"Software": None}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}  # with what is left out
+PALE, DASHED = {"alpha": 0.35, "linewidth": 0.8}, {"linestyle": "--", "marker": None}  # lines next to the main one
 CURVES = (PREY, PREDATOR, "#2f8f5b", "#8a5ab5", "#b5a13a", "#4aa5b5", "#b54a7a", "#7a7a7a", "#111111")
 STYLE: dict[Any, Any] = {  # the functions draw with it and leave the caller's settings alone
     "figure.figsize": (7, 3.4),
@@ -42,10 +42,7 @@ def smoothed(values: Sequence[float], window: int = 10) -> np.ndarray:
     return np.convolve(values, np.ones(window) / window, mode="valid")
 
 
-def _save(figure: Figure, path: Path, whole_steps: bool = True) -> None:
-    """Write a figure; whole_steps: its horizontal axes count steps."""
-    for axes in figure.axes if whole_steps else ():
-        axes.locator_params(axis="x", integer=True)
+def _save(figure: Figure, path: Path) -> None:
     _lay_out(figure)
     _write(figure, path)
 
@@ -66,34 +63,23 @@ def _write(figure: Figure, path: Path) -> None:
 
 
 @rc_context(STYLE)
-def curves(
-    lines: Mapping[str, tuple],
-    path: Path,
-    x: str,
-    y: str,
-    weak: Container[str] = (),
-    weak_style: Mapping[str, Any] = MappingProxyType({"alpha": 0.35, "linewidth": 0.8}),
-    log: bool = False,
-) -> None:
-    """Draw lines (steps, values) by label; NaN leaves a gap.
+def curves(lines: Mapping[str, tuple], path: Path, x: str, y: str, log: bool = False) -> None:
+    """Draw lines (steps, values) or (steps, values, style) by label; NaN leaves a gap.
 
-    x and y: what the axes show; weak: labels of lines that are drawn in `weak_style`; log: on a logarithmic scale.
+    x and y: what the axes show; log: on a logarithmic scale.
     """
     figure = Figure(figsize=(9, 4) if len(lines) > 2 else None)
     axes = figure.subplots()
-    for index, (label, (steps, values)) in enumerate(lines.items()):
-        style: dict[str, Any] = {
-            "color": CURVES[index % len(CURVES)],
-            "linewidth": 1.5,
-            "marker": "o" if len(steps) <= 40 else None,
-            "markersize": 3,
-        }
-        axes.plot(steps, values, label=label, **style | (dict(weak_style) if label in weak else {}))
+    for index, (label, (steps, values, *given)) in enumerate(lines.items()):
+        style: dict[str, Any] = {"color": CURVES[index % len(CURVES)], "linewidth": 1.5, "markersize": 3}
+        style["marker"] = "o" if len(steps) <= 40 else None
+        axes.plot(steps, values, label=label, **style | (given[0] if given else {}))
     axes.set(xlabel=x, ylabel=y, yscale="log" if log else "linear")
     if len(lines) > 2:
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     elif len(lines) > 1:
         axes.legend()
+    axes.locator_params(axis="x", integer=True)
     _save(figure, path)
 
 
@@ -102,16 +88,16 @@ def losses(trainings: Mapping[str, Sequence[float]], best: str | None = None, *,
 
     With `best`, all others are pale.
     """
-    steps, averages = {}, {}
+    lines: dict[str, tuple] = {}
     if len(trainings) == 1:
         (one,) = trainings.values()
-        steps["each step"] = (range(len(one)), one)
+        lines["each step"] = (range(len(one)), one, PALE)
+    what = "training loss (nats)" if lines else "training loss (nats), 10-step average"
     for label, each in trainings.items():
         means = smoothed(each)  # each at the middle of its steps
-        averages[label] = (np.arange(len(means)) + (len(each) - len(means)) / 2, means)
-    weak = averages.keys() - {best} if best else steps.keys()
-    what = "training loss (nats)" if steps else "training loss (nats), 10-step average"
-    curves(steps | averages, path, "optimizer step", what, weak)
+        middles = np.arange(len(means)) + (len(each) - len(means)) / 2
+        lines[label] = (middles, means, PALE if best not in (label, None) else {})
+    curves(lines, path, "optimizer step", what)
 
 
 def by_token(losses: Sequence[float], path: Path) -> None:
@@ -122,9 +108,9 @@ def by_token(losses: Sequence[float], path: Path) -> None:
 def checks(steps: Sequence[float], losses: Sequence[float], path: Path) -> None:
     """Draw the held-out loss by the number of steps done, and mark the smallest."""
     best = int(np.argmin(losses))
-    kept = "the adapter that is kept"
-    lines = {"validation forecasts": (steps, losses), kept: ([steps[best]], [losses[best]])}
-    curves(lines, path, "optimizer steps done", "held-out loss (nats per value)", {kept}, {"markersize": 7})
+    kept = ([steps[best]], [losses[best]], {"markersize": 7})
+    lines = {"validation forecasts": (steps, losses), "the adapter that is kept": kept}
+    curves(lines, path, "optimizer steps done", "held-out loss (nats per value)")
 
 
 @rc_context(STYLE)
@@ -134,8 +120,8 @@ def fan(
     values: Sequence[np.ndarray] | np.ndarray,
     bands: Sequence[np.ndarray] | np.ndarray | None,
     path: Path,
+    titles: Sequence[str],
     truths: Sequence[np.ndarray] | None = None,
-    titles: Sequence[str] | None = None,
     times: Sequence[Sequence] | None = None,
     band_label: str = "80 % interval",
 ) -> None:
@@ -146,11 +132,10 @@ def fan(
     the highest bound the band over the first q steps; times: for each series, the times of contexts and values (T + h).
     """
     num_series, num_variables = min(len(contexts), MAX_SERIES), len(names)
-    columns = min(num_variables, MAX_COLUMNS)
-    rows = -(-num_series * num_variables // columns)
+    columns, used = min(num_variables, MAX_COLUMNS), num_series * num_variables
+    rows = -(-used // columns)
     figure = Figure(figsize=(max(7, 4.6 * columns), 2.6 * rows))
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    used = num_series * num_variables
     for panel in panels[used:]:
         panel.set_axis_off()
     for panel, (row, column) in zip(panels[:used], product(range(num_series), range(num_variables)), strict=True):
@@ -170,13 +155,15 @@ def fan(
         wrapped = num_variables > MAX_COLUMNS
         title = [names[column]] if row == 0 or wrapped else []
         if len(contexts) > 1 and (column == 0 or wrapped):
-            title.append(f"series {row}" if titles is None else titles[row])
+            title.append(titles[row])
         panel.set(title=", ".join(title), xlabel="time step" if times is None and row == num_series - 1 else "")
-        if times is not None:
+        if times is None:
+            panel.locator_params(axis="x", integer=True)
+        else:
             panel.tick_params(axis="x", rotation=30)
     legend = panels[0].get_legend_handles_labels()
     figure.legend(*legend, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(legend[0]))
-    _save(figure, path, whole_steps=times is None)
+    _save(figure, path)
 
 
 @rc_context(STYLE)
@@ -194,7 +181,7 @@ def errors(values: Mapping[str, tuple[float, Sequence[float] | None]], ours: set
         axes.annotate(f"{error:.2g}", (error, row), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7)
     axes.set(xscale="log", xlabel="mean squared error (scaled units)", ylim=(-0.6, len(ordered) - 0.2))
     axes.set_yticks(range(len(ordered)), ordered)
-    _save(figure, path, whole_steps=False)
+    _save(figure, path)
 
 
 @rc_context(STYLE)

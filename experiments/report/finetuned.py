@@ -12,7 +12,7 @@ import numpy as np
 from experiments.forecasting.scores import paired
 from experiments.report import figures
 from experiments.report.results import read_ledger
-from experiments.report.words import bracket, counted, factor, number
+from experiments.report.words import bracket, counted, factor, number, percent
 from experiments.storage.files import RunError
 from experiments.storage.records import Interval, Matrix, Vector, read, read_columns, read_lines
 from experiments.study.records import read_losses
@@ -92,7 +92,7 @@ class Plan:
 
 
 def page(folder: Path) -> dict[str, Any]:
-    """What `render` takes for the page, of an unfinished fine-tuning as far as it is. Raises RunError for damage."""
+    """What `write_pages` takes, of an unfinished fine-tuning as far as it is. Raises RunError for damage."""
     plan, ledger = read(folder / "plan.json", Plan), read_ledger(folder / "ledger.jsonl")
     metrics, lines, variables = None, [], plan.identity.variables
     if (folder / "metrics.json").exists():
@@ -101,19 +101,18 @@ def page(folder: Path) -> dict[str, Any]:
         widths |= {line.truth.shape[1] for line in lines}
         if len(widths) > 1 or len(lines) != metrics.forecasts:
             raise RunError(f"{folder}: its files do not agree on the variables or on the number of forecasts")
-    ordered = sorted(metrics.errors.items(), key=lambda named: named[1].rmse) if metrics else []
     losses, checks = folder / "losses.csv", folder / "held_out.csv"
+    errors = {METHODS.get(name, name): error for name, error in metrics.errors.items()} if metrics else {}
     return {
-        "template": "finetuned",
         "title": f"Forecasting {plan.title}",
         "verdict": verdict(metrics) if metrics else None,
-        "figures": figures,
         "draw_forecasts": draw_forecasts,
         "lines": lines,
         "plan": plan,
         "metrics": metrics,
-        "columns": ["method", "RMSE", "95 % interval", *(f"MAE, {name}" for name in variables)],
-        "errors": [[METHODS.get(name, name), one.rmse, one.interval, *one.mae] for name, one in ordered],
+        "columns": {"RMSE": "rmse", "95 % interval": "interval"}
+        | {f"MAE, {name}": f"mae.{i}" for i, name in enumerate(variables)},
+        "errors": dict(sorted(errors.items(), key=lambda named: named[1].rmse)),
         "losses": read_losses(losses, metrics.steps if metrics else len(ledger)) if metrics or losses.exists() else [],
         "checks": read_columns(checks, "steps", "nats_per_value") if metrics or checks.exists() else ([], []),
         "steps": len(ledger),
@@ -127,7 +126,7 @@ def verdict(metrics: Metrics) -> str:
     others = {name: error for name, error in metrics.errors.items() if name not in METHODS}
     name, best = min(others.items(), key=lambda named: named[1].rmse)
     change = 1 - after.rmse / before.rmse if before.rmse else 0.0
-    text = f"The fine-tuning made the error {abs(change):.0%} {'smaller' if change > 0 else 'larger'}. "
+    text = f"The fine-tuning made the error {percent(abs(change), 0)} {'smaller' if change > 0 else 'larger'}. "
     if abs(change) < 0.005:
         text = "The fine-tuning did not change the error. "
     text += (
@@ -161,6 +160,6 @@ def draw_forecasts(variables: list[str], lines: list[Line], path: Path) -> None:
         [line.after for line in shown],
         bands if len(bands) == len(shown) else None,
         path,
-        [line.truth for line in shown],
         [f"forecast {row + 1}" for row in rows],
+        [line.truth for line in shown],
     )

@@ -21,7 +21,6 @@ from experiments.study.records import (
     read_metrics,
     read_settings,
 )
-from experiments.training.settings import Training
 
 SPLITS = ("val", "test")
 
@@ -33,14 +32,7 @@ class Result(Settings):
     metrics: dict[str, Metrics]  # by split; "val" is always there, and all have `mse_each`
     seconds: Seconds
     forecasts: dict[str, list[ForecastLine]]  # by split, a line for each sequence
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedResult(Result):
-    """A finished experiment with a training."""
-
-    training: Training
-    losses: list[float]  # of each step
+    losses: list[float]  # of each step of its training, if it has one
 
 
 @dataclass
@@ -61,14 +53,10 @@ class Run:
         """Experiments of the plan without a result."""
         return [e.name for e in self.plan.identity.experiments if e.name not in self.experiments]
 
-    @property
-    def trained(self) -> dict[str, TrainedResult]:
-        """The finished experiments with a training."""
-        return {name: result for name, result in self.experiments.items() if isinstance(result, TrainedResult)}
-
-    def trained_in(self, section: str) -> dict[str, TrainedResult]:
-        """The finished trainings of a section."""
-        return {name: result for name, result in self.trained.items() if result.section == section}
+    def trained(self, section: str | None = None) -> dict[str, Result]:
+        """The finished trainings, all or those of a section."""
+        found = {name: result for name, result in self.experiments.items() if result.training}
+        return {name: result for name, result in found.items() if section in (result.section, None)}
 
     @property
     def judged(self) -> dict[str, Result]:
@@ -138,10 +126,8 @@ def _read_result(path: Path, counts: dict[str, int], conventions: dict[str, str]
             raise RunError(f"{path}: has forecasts of {len(lines)} {split} sequences, expected {counts[split]}")
         metrics[split] = replace(metrics[split], mse_each=[line.mse for line in lines])
     seconds = read(path / "seconds.json", Seconds)
-    result = Result(**vars(settings), metrics=metrics, seconds=seconds, forecasts=forecasts)
-    if settings.training is None:
-        return result
-    return TrainedResult(**vars(result), losses=read_losses(path / "losses.csv", settings.training.steps))
+    losses = read_losses(path / "losses.csv", settings.training.steps) if settings.training else []
+    return Result(**vars(settings), metrics=metrics, seconds=seconds, forecasts=forecasts, losses=losses)
 
 
 def methods_of(experiments: Mapping[str, Result]) -> dict[str, dict[str, Scores]]:

@@ -22,13 +22,13 @@ def factor(value: float) -> str:
 
 
 def percent(share: float | None, decimals: int = 1) -> str:
-    """A share: `74.2%`."""
-    return NO_VALUE if share is None else f"{share:.{decimals}%}"
+    """A share: `74.2 %`."""
+    return NO_VALUE if share is None else f"{100 * share:.{decimals}f} %"
 
 
 def log10(flops: float) -> str:
     """FLOPs as 10^x, as the study writes them."""
-    return f"10^{math.log10(flops):.3f}" if flops else "0"
+    return f"10^{math.log10(flops):.3f}"
 
 
 def duration(seconds: float) -> str:
@@ -44,9 +44,9 @@ def bracket(interval: Sequence[float] | None, write: Callable[[float], str] = nu
     return f"[{write(interval[0])}, {write(interval[1])}]" if interval else NO_VALUE
 
 
-def with_interval(value: float | None, interval: Sequence[float] | None, write: Callable = number) -> str:
+def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
     """A value and, if it is known, its interval: `0.1500 [0.1000, 0.2000]`."""
-    return f"{write(value)} {bracket(interval, write)}" if interval else write(value)
+    return f"{number(value)} {bracket(interval)}" if interval else number(value)
 
 
 def counted(number_of: int, noun: str) -> str:
