@@ -117,7 +117,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
     from experiments.forecasting.encoding import Encoding
     from experiments.forecasting.grammar import Grammar
     from experiments.study.evaluation import max_positions
-    from experiments.training.windows import check_direct, cut_tokens
+    from experiments.training.windows import cut_tokens
     from qwen_min import load
     from qwen_min.weights import checkpoint_folder
 
@@ -126,9 +126,6 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
             raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
     cli.checked_device(device)
     plan = plans.PLANS[args.plan](args.seed)
-    no_text = all(one.training and one.training.direct_layers for one in plan.experiments)
-    if no_text and (args.numeric_head or args.decoding == "free"):
-        raise cli.CommandError(f"plan {plan.name} writes no text: leave out --numeric-head and --decoding")
     if args.numeric_head:
         plan = plans.with_numeric_head(plan)
     trajectories, parts, units = read_data(args)
@@ -142,10 +139,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
     for experiment in plan.experiments:
         for training in plans.candidates(plan, experiment):
             assert training.context is not None  # candidates have all their settings
-            if training.direct_layers:
-                check_direct(model, training, trajectories.shape[1], plans.HORIZON)
-            else:
-                cut_tokens(sample, training)  # refuses a context longer than a trajectory
+            cut_tokens(sample, training)  # refuses a context longer than a trajectory
             lengths.append(training.context)
     if max(lengths) > model.config.max_position_embeddings:
         raise cli.CommandError(

@@ -34,11 +34,11 @@ DECODINGS = ("constrained", "free")
 class Evaluation:
     """Forecasts of N sequences, and the losses of the truth."""
 
-    texts: list[str]  # empty if the model does not write text; then there are no losses (L = 0)
+    texts: list[str]
     values: Tensor3  # (N, h, D) scaled; NaN where the text has no well-formed value
     free_losses: Matrix  # (N, L) nats of each target token given the model's own text; NaN after the end of either
     forced_losses: Matrix  # (N, L) nats of each target token given the true tokens before it; NaN on padding
-    nats: Vector  # (N) per target value, among the tokens that the grammar allows (always two digits), or `direct.nats`
+    nats: Vector  # (N) per target value, among the tokens that the grammar allows (always two digits)
 
     def plain(self) -> dict:
         """The fields as JSON can hold them."""
@@ -241,9 +241,7 @@ def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, sca
     def part_metrics(rows: slice) -> dict:
         free, forced = evaluation.free_losses[rows], evaluation.forced_losses[rows]
         part = errors(evaluation.values[rows, :horizon], truth[rows, :horizon], fallback[rows], scale)
-        part["nats_per_value"] = float(evaluation.nats[rows].mean())
-        if forced.size:
-            part["forced_loss"] = float(np.nanmean(forced))
+        part |= {"nats_per_value": float(evaluation.nats[rows].mean()), "forced_loss": float(np.nanmean(forced))}
         if np.isnan(free).all():
             return part
         unscored = int((np.isfinite(forced) & np.isnan(free)).sum())

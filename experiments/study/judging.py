@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.forecasting import direct
 from experiments.forecasting.contexts import SeriesWarning
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.scores import (
@@ -29,7 +28,6 @@ from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experi
 from experiments.training.loop import progress_bar
 from experiments.training.team import Team
 from qwen_min import Qwen, Tokenizer
-from qwen_min.config import NotFiniteError
 
 
 @dataclass
@@ -66,26 +64,21 @@ class Judge:
         split: str,
         path: Path,
         team: Team,
-        forecaster: direct.DirectForecaster | None,
         draws: bool,
     ) -> dict:
         """Forecast a split, write a line for each trajectory into the folder `path`, and return the metrics.
 
-        forecaster: None if the model writes text. draws: whether samples are drawn too.
+        draws: whether samples are drawn too.
         Raises NotFiniteError when the model gives no finite numbers.
         """
         context, truth = self.context_and_truth(split, LONG_HORIZON if experiment.judged else HORIZON)
         fallback = context.mean(axis=1)
-        if forecaster:
-            evaluation, drawn = self._direct(forecaster, context, truth, draws)
-        else:
-            evaluation, drawn = self._text(split, truth.shape[1], path, team, draws)
+        evaluation, drawn = self._text(split, truth.shape[1], path, team, draws)
         lines = [self._line(self.ids[split][i], i, evaluation, truth) for i in range(len(truth))]
         results = metrics(evaluation, truth, fallback, self.scale, HORIZON)
         if drawn is not None:
             results["probabilistic"] = probabilistic(drawn, truth[:, :HORIZON])
             self._add_quantiles(lines, drawn)
-        if drawn is not None and not forecaster:  # without text, samples are no paths
             results["mean_of_samples"] = method_errors(drawn.mean(axis=1), truth[:, :HORIZON], fallback, self.scale)
             team.told(lambda: self._write_samples(path / f"samples.{split}.jsonl", split, drawn))
         team.told(lambda: write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(lines)))
@@ -118,29 +111,6 @@ class Judge:
         if not draws:
             return evaluation, None
         return evaluation, self._draw(series[:, :CONTEXT_STEPS], path / f"samples.{split}.state.json", team)
-
-    def _direct(
-        self, forecaster: direct.DirectForecaster, context: np.ndarray, truth: np.ndarray, draws: bool
-    ) -> tuple[Evaluation, np.ndarray | None]:
-        """Forecasts without text, and samples (N, S, h, D) if they are drawn. Each step is drawn by itself: no paths.
-
-        The scales are those that the model has at the end of the context, for all ten steps, while the medians of the
-        later steps come from later passes. So the intervals are approximate.
-        """
-        decimals, batches = self.units.decimals, range(0, len(context), BATCH)
-        found = [forecaster.forecast(context[i : i + BATCH].round(decimals), truth.shape[1]) for i in batches]
-        medians, scales = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        if not (np.isfinite(medians).all() and np.isfinite(scales).all() and (scales > 0).all()):
-            raise NotFiniteError("the forecasts are not finite: the training diverged; lower its learning rate")
-        first = medians[:, :HORIZON]
-        nats = direct.nats(first, scales[:, :HORIZON], truth[:, :HORIZON].round(decimals), 10.0**-decimals)
-        none = np.empty((len(truth), 0))
-        evaluation = Evaluation([""] * len(truth), medians.round(6), none, none, nats)
-        if not draws:
-            return evaluation, None
-        shape = (len(truth), self.samples, HORIZON, truth.shape[2])
-        drawn = np.random.default_rng(self.seed).laplace(first[:, None], scales[:, None, :HORIZON], shape)
-        return evaluation, drawn.clip(min=0).round(6)
 
     def _add_quantiles(self, lines: list[dict], drawn: np.ndarray) -> None:
         """Add to the line of each sequence the QUANTILES of its samples (N, S, h, D); None if there are too few."""
@@ -192,9 +162,8 @@ class Judge:
             "mse": plain(squared_errors(values[None], true[None]))[0],
             "malformed_values": int(np.isnan(values).sum()),
             "nats_per_value": round(float(evaluation.nats[row]), 6),
+            "forced_losses": plain(evaluation.forced_losses[row].round(4)),
         }
-        if evaluation.forced_losses.size:
-            line["forced_losses"] = plain(evaluation.forced_losses[row].round(4))
-        if self.decoding == "free" and evaluation.free_losses.size:
+        if self.decoding == "free":
             line["free_losses"] = plain(evaluation.free_losses[row].round(4))
         return line

@@ -93,18 +93,14 @@ def study(seed: int) -> Plan:
 def quick(seed: int) -> Plan:
     """The same chain for the embedded checkpoint: higher rates and fewer steps, minutes on two CPU cores.
 
-    Its final training has rank 8, and what ablations found to help. After it, the same model reads and writes
-    numbers in place of text.
+    Its final training has rank 8, and what ablations found to help.
     """
     grid = [Training(rank, rate, 768, 30, seed=seed) for rank, rate in product((2, 4, 8), (1e-3, 2e-3, 5e-3))]
     final = Training(
         8, None, None, 180, stride=10, seed=seed + 2, numeric_head=True, targets=LINEAR, whole_windows=True,
         cosine=True, alpha=32, clip=1.0,
     )  # fmt: skip
-    chain = _chain("quick", Training(4, 1e-3, 512, 20, seed=seed), grid, [128, 512, 768], 30, final)
-    numbers = replace(_numbers(seed), learning_rate=1e-2, steps=1000, batch=8)
-    last = Experiment("direct", "frontier", numbers, splits=("val", "test"))
-    return replace(chain, experiments=(*chain.experiments, last))
+    return _chain("quick", Training(4, 1e-3, 512, 20, seed=seed), grid, [128, 512, 768], 30, final)
 
 
 def untrained(seed: int) -> Plan:
@@ -129,39 +125,20 @@ def frontier(seed: int) -> Plan:
     return Plan("frontier", (Experiment("frontier", "frontier", settings, splits=("val", "test")),), compact=True)
 
 
-def _numbers(seed: int) -> Training:
-    """Numbers in and out of the first two layers.
-
-    A window is a trajectory: 90 steps are read, and ten are forecast after each.
-    """
-    return Training(
-        8, 5e-4, 90, 38_400, batch=1, stride=1, seed=seed, targets=LINEAR, cosine=True, alpha=32, clip=1.0, beta2=0.99,
-        direct_layers=2,
-    )  # fmt: skip
-
-
-def direct(seed: int) -> Plan:
-    """Numbers in place of text: trainings of five lengths, the longest one judged."""
-    longest = _numbers(seed)
-    short = (Experiment(f"direct-{n}", "frontier", replace(longest, steps=n)) for n in (300, 1200, 4800, 9600))
-    return Plan("direct", (*short, Experiment("direct", "frontier", longest, splits=("val", "test"))))
-
-
 PLANS = {
     "quick": quick,
     "study": study,
     "untrained": untrained,
     "trial": trial,
     "frontier": frontier,
-    "direct": direct,
 }
 
 
 def with_numeric_head(plan: Plan) -> Plan:
-    """The plan, but each training on text has a softmax over the tokens of numbers only."""
+    """The plan, but each training has a softmax over the tokens of numbers only."""
 
     def changed(experiment: Experiment) -> Experiment:
-        if experiment.training is None or experiment.training.direct_layers:
+        if experiment.training is None:
             return experiment
         return replace(experiment, training=replace(experiment.training, numeric_head=True))
 

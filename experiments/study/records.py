@@ -122,7 +122,7 @@ class ForecastLine:
     forecast: Matrix  # (h, 2), NaN where the text has no value
     truth: Matrix  # (h, 2)
     mse: float | None
-    forced_losses: Vector | None = None  # None: the model does not write text
+    forced_losses: Vector | None = None
     free_losses: Vector | None = None
     nats_per_value: float | None = None
     quantiles: list[Matrix | None] | None = None  # (steps, 2) at each of QUANTILES; None if there are too few samples

@@ -13,7 +13,6 @@ import flops
 from experiments.forecasting import gru
 from experiments.forecasting.adapter import Trained
 from experiments.forecasting.baselines import BASELINES
-from experiments.forecasting.direct import DirectForecaster
 from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import errors, method_errors
 from experiments.storage.files import RunError, to_json, to_json_lines, write_whole
@@ -21,12 +20,12 @@ from experiments.storage.interruption import Interruption
 from experiments.study.judging import Judge
 from experiments.study.plans import HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import read_metrics, read_settings
-from experiments.training.costs import direct_step, text_step
+from experiments.training.costs import text_step
 from experiments.training.loop import Account
 from experiments.training.run import clear, run_training, write_adapter
 from experiments.training.settings import Training
 from experiments.training.team import ALONE, Team
-from experiments.training.windows import DirectWindows, TextWindows, Windows, cut_tokens
+from experiments.training.windows import TextWindows, cut_tokens
 from lora import inject, remove
 
 
@@ -48,8 +47,6 @@ class Suite:
     def step_flops(self, training: Training, convention: str | None = None) -> int:
         """FLOPs of one optimizer step of a training whose settings are all set."""
         convention = convention or self.convention
-        if training.direct_layers:
-            return direct_step(self.judge.model.config, training, HORIZON, 2, convention)
         vocabulary = len(self.grammar.vocabulary) if training.numeric_head else None
         return text_step(self.judge.model.config, training, vocabulary, convention)
 
@@ -183,12 +180,10 @@ class Suite:
         record = {"section": experiment.section, "training": training and asdict(training), "flops": costs}
         team.told(lambda: write_whole(path / "settings.json", to_json(record)))
         with ExitStack() as stack:
-            seconds, forecaster = self._trained(experiment.name, training, stack) if training else (0.0, None)
+            seconds = self._trained(experiment.name, training, stack) if training else 0.0
             started = time.monotonic()
             draws = self.judge.samples > 0 and experiment == self.plan.experiments[-1]
-            results = {
-                split: self.judge.judge(experiment, split, path, team, forecaster, draws) for split in experiment.splits
-            }
+            results = {split: self.judge.judge(experiment, split, path, team, draws) for split in experiment.splits}
             times = {"training": round(seconds, 1), "evaluation": round(time.monotonic() - started, 1)}
 
         def finish() -> None:
@@ -198,35 +193,25 @@ class Suite:
 
         team.told(finish)
 
-    def _trained(self, name: str, training: Training, stack: ExitStack) -> tuple[float, DirectForecaster | None]:
-        """Train an adapter, which `stack` removes; the seconds, and the forecaster if it does without text."""
+    def _trained(self, name: str, training: Training, stack: ExitStack) -> float:
+        """Train an adapter, which `stack` removes; the seconds."""
         model, path = self.judge.model, self._path(name)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
-            forecaster, windows = self._prepared(training, stack)
+            windows = self._prepared(training, stack)
         ledger = self.ledger if self.team.leads else None
         account = Account(name, ledger, self.step_flops(training), self.interruption, self.team)
+        trained = Trained(*self.checkpoint, self.judge.encoding)
+        done = run_training(path, windows, training, account, write=lambda: write_adapter(model, path, trained))
+        return done.seconds
 
-        def write() -> None:
-            if forecaster is None:
-                write_adapter(model, path, Trained(*self.checkpoint, self.judge.encoding))
-
-        done = run_training(path, windows, training, account, write=write)
-        return done.seconds, forecaster
-
-    def _prepared(self, training: Training, stack: ExitStack) -> tuple[DirectForecaster | None, Windows]:
-        """Inject an adapter: the forecaster if it does without text, and the windows of the training series."""
+    def _prepared(self, training: Training, stack: ExitStack) -> TextWindows:
+        """Inject an adapter; the windows of the training series."""
         judge = self.judge
-        if training.direct_layers:
-            series = judge.scaled("train")
-            exact, rounded = (torch.from_numpy(v).float() for v in (series, series.round(judge.units.decimals)))
-            forecaster = DirectForecaster(judge.model, training.direct_layers, training.lora, rounded, HORIZON)
-            stack.callback(remove, judge.model)
-            return forecaster, DirectWindows(forecaster, exact, rounded, training)
         inject(judge.model, training.lora)
         stack.callback(remove, judge.model)
         tokens = [judge.tokenizer.encode(judge.encoding.encode(one)) for one in judge.series["train"]]
         assert training.context is not None  # a plan fills it in before the training
         vocabulary = torch.tensor(self.grammar.vocabulary) if training.numeric_head else None
         cuts = cut_tokens(tokens, training)
-        return None, TextWindows(judge.model, cuts, training.context, judge.tokenizer.pad_id, vocabulary)
+        return TextWindows(judge.model, cuts, training.context, judge.tokenizer.pad_id, vocabulary)
