@@ -67,7 +67,7 @@ def child(folder: Path, source: Path, budget: int, log: Path, prepare=lambda: No
         small_plan.install()
         plans.PLANS["quick"] = plan
         evaluation.BATCH = judging.BATCH = 2
-        judging.LONG_HORIZON = suite.LONG_HORIZON = 12
+        suite.LONG_HORIZON = 12
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)

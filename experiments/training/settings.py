@@ -37,12 +37,10 @@ class Training:
 
     def __post_init__(self):
         # a context of one token has no next token to learn
-        for name, minimum in (("rank", 1), ("context", 2), ("steps", 1), ("batch", 1), ("stride", 1), ("seed", 0),
-                              ("accumulate", 1)):  # fmt: skip
+        least = {"rank": 1, "context": 2, "steps": 1, "batch": 1, "stride": 1, "seed": 0, "accumulate": 1}
+        for name, minimum in least.items():
             value = getattr(self, name)
-            if value is None and name in ("rank", "context"):
-                continue
-            if type(value) is not int or not minimum <= value < 2**63:
+            if name not in self.unset and (type(value) is not int or not minimum <= value < 2**63):
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least {minimum}, below 2**63")
         for name in ("learning_rate", "alpha", "clip"):
             if (value := getattr(self, name)) is not None and not value > 0:

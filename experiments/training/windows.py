@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import flops
 from experiments.forecasting.encoding import Encoding
 from experiments.training.settings import Training
 from lora import adapter_parameters
+from qwen_min.config import QwenConfig
 from qwen_min.linear import unpack
 from qwen_min.loss import check_targets, next_token_loss
 from qwen_min.model import Qwen
@@ -136,3 +138,13 @@ class TextWindows:
         return next_token_loss(
             self.model, ids.to(self.device, non_blocking=True), lengths if is_padded else None, vocabulary
         )
+
+
+def step_flops(config: QwenConfig, settings: Training, vocabulary: int | None, convention: str = "exact") -> int:
+    """FLOPs of one optimizer step; vocabulary: the number of tokens that the softmax runs over, None for all."""
+    assert settings.context is not None  # a plan fills it in before the training
+    batch, ranks = settings.batch // settings.accumulate, settings.ranks
+    part = flops.training_step(
+        config, batch, settings.context, convention=convention, ranks=ranks, vocabulary=vocabulary
+    )
+    return settings.accumulate * part
