@@ -15,47 +15,38 @@ VERBS = {  # verb: (module with a `main`, what it does)
     "flops": ("experiments.costs", "count the FLOPs of a training step, operator by operator"),
     "benchmark": ("experiments.benchmark", "measure time and memory next to other programs"),
 }
-EXTRA = (
-    "filelock",
-    "h5py",
-    "matplotlib",
-    "pandas",
-    "pyarrow",
-    "scipy",
-    "tqdm",
-)  # the packages of the extra `experiments`
+# the packages of the extra `experiments`
+EXTRA = ("filelock", "h5py", "matplotlib", "pandas", "pyarrow", "scipy", "tqdm")
+LISTED = "\n".join(f"  {verb:<12}{meaning}" for verb, (_, meaning) in VERBS.items())
+USAGE = f"""usage: qwen-min VERB ...
 
+{LISTED}
 
-def usage() -> str:
-    """The help text."""
-    verbs = "\n".join(f"  {verb:<12}{meaning}" for verb, (_, meaning) in VERBS.items())
-    more = "qwen-min VERB --help explains a verb; qwen-min --version tells the version."
-    return f"usage: qwen-min VERB ...\n\n{verbs}\n\n{more}"
+qwen-min VERB --help explains a verb; qwen-min --version tells the version."""
 
 
 def main() -> int:
     """Run the verb that the command line names; the exit status is that of its command, and 2 for an unknown verb."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("-h", "--help"):
-        print(usage())
+        print(USAGE)
         return 0
     if verb == "--version":
         print(metadata.version("qwen-min"))
         return 0
     if verb not in VERBS:
-        print(f"error: {verb!r} is no verb\n\n{usage()}", file=sys.stderr)
+        print(f"error: {verb!r} is no verb\n\n{USAGE}", file=sys.stderr)
         return 2
-    module, _ = VERBS[verb]
+    module = VERBS[verb][0]
     # this is what a command calls itself in its messages (cli.called); experiments.text reads the verb itself
     sys.argv[:2] = ["qwen-min", verb] if module == "experiments.text" else [f"qwen-min {verb}"]
     try:
         return import_module(module).main()
     except ModuleNotFoundError as error:
-        if error.name and error.name.partition(".")[0] in EXTRA:
-            needed = "pip install 'qwen-min[experiments]'"
-            print(f"error: {verb} needs the package {error.name}; install what it needs: {needed}", file=sys.stderr)
-            return 2
-        raise
+        if not error.name or error.name.partition(".")[0] not in EXTRA:
+            raise
+        print(f"error: {verb} needs the package {error.name}; pip install 'qwen-min[experiments]'", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -23,22 +23,31 @@ class CommandError(ValueError):
     """A command cannot do what its arguments ask for."""
 
 
+def new_parser(module: str, about: str | None) -> argparse.ArgumentParser:
+    """A parser without arguments for a command; about: the docstring of its module, which --help shows as it is."""
+    return argparse.ArgumentParser(
+        prog=called(module), description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
 def add_device(parser: argparse.ArgumentParser, dtype: str | None = "float32") -> None:
     """Add the options --device and --dtype; `chosen_dtype` reads the second one. dtype: its default."""
-    parser.add_argument("--device", default="cpu", help="torch device: cpu, cuda, cuda:1, ... (default %(default)s)")
+    add = parser.add_argument
+    add("--device", default="cpu", help="torch device: cpu, cuda, cuda:1, ... (default %(default)s)")
     default = dtype or "bfloat16, but float32 on a CPU without instructions for bfloat16"
-    parser.add_argument("--dtype", choices=DTYPES, default=dtype, help=f"type of the weights (default {default})")
+    add("--dtype", choices=DTYPES, default=dtype, help=f"type of the weights (default {default})")
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add the options --columns, --missing, --id and --wide, about files with series."""
-    parser.add_argument("--columns", type=names, help="names of the columns to forecast, separated by commas; one "
-                        "with a comma in double quotes (default: all but times and an index)")  # fmt: skip
-    parser.add_argument("--missing", choices=("error", "interpolate"), default="error", help="what to do about missing "
-                        "values (default %(default)s)")  # fmt: skip
-    parser.add_argument("--id", metavar="COLUMN", help="column that tells several series in a file apart (default: "
-                        "unique_id, id or item_id, if its values repeat)")  # fmt: skip
-    parser.add_argument("--wide", action="store_true", help="each column of a file is a series of its own")
+    add = parser.add_argument
+    add("--columns", type=names, help="names of the columns to forecast, separated by commas; one with a comma in "
+        "double quotes (default: all but times and an index)")  # fmt: skip
+    add("--missing", choices=("error", "interpolate"), default="error", help="what to do about missing values (default "
+        "%(default)s)")  # fmt: skip
+    add("--id", metavar="COLUMN", help="column that tells several series in a file apart (default: unique_id, id or "
+        "item_id, if its values repeat)")  # fmt: skip
+    add("--wide", action="store_true", help="each column of a file is a series of its own")
 
 
 def names(text: str) -> list[str]:
@@ -46,26 +55,24 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
 
 
-def positive(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    return _at_least_1(text, int, "a whole number of at least 1")
+def at_least(least: int, parse: Callable[[str], int], wanted: str) -> Callable[[str], int]:
+    """A parser of whole numbers, for argparse; `wanted` says in its message what it takes."""
+
+    def parsed(text: str) -> int:
+        try:
+            number = parse(text)
+        except (ValueError, OverflowError):
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return number
+
+    return parsed
 
 
-def flops(text: str) -> int:
-    """Parse a number of FLOPs such as 1e17."""
-    return _at_least_1(
-        text, lambda text: int(float(text)), "a number of FLOPs, expected one of at least 1, such as 1e17"
-    )
-
-
-def _at_least_1(text: str, parse: Callable[[str], int], wanted: str) -> int:
-    try:
-        number = parse(text)
-    except (ValueError, OverflowError):
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return number
+natural = at_least(0, int, "a whole number of at least 0")
+positive = at_least(1, int, "a whole number of at least 1")
+flops = at_least(1, lambda text: int(float(text)), "a number of FLOPs, expected one of at least 1, such as 1e17")
 
 
 def called(module: str) -> str:
@@ -74,7 +81,7 @@ def called(module: str) -> str:
 
 
 def command_line(module: str, argv: list[str] | None = None) -> str:
-    """The command as the user could type it again; argv None means the arguments of this process."""
+    """The command as the user could type it again; argv None: with the arguments of this process."""
     return f"{called(module)} {shlex.join(sys.argv[1:] if argv is None else argv)}".strip()
 
 
@@ -90,10 +97,9 @@ def checked_device(name: str) -> str:
 
 
 def multiplies_bfloat16(device: "str | torch.device") -> bool:
-    """Return False for a CPU on which oneDNN has no bf16 products; torch's own take hundreds of times as long as fp32.
+    """False for a CPU on which oneDNN has no bf16 products, not even emulated; torch's are hundreds of times slower.
 
-    On CPUs with AVX-512 and no instructions for bf16, oneDNN emulates them, and the answer is True. It is True as well
-    where torch cannot tell.
+    It is True where torch cannot tell.
     """
     import torch
 
@@ -113,19 +119,6 @@ def chosen_dtype(name: str | None, device: str) -> "torch.dtype":
     if name == "bfloat16" and not is_quick:
         warnings.warn("PyTorch multiplies bfloat16 very slowly on this CPU; use --dtype float32", stacklevel=2)
     return getattr(torch, name or ("bfloat16" if is_quick else "float32"))
-
-
-@contextmanager
-def progress(total: int, name: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, if that is a terminal; gives the function that takes the number of pieces done."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=name, disable=not sys.stderr.isatty()) as bar:
-
-        def update(count: int) -> None:
-            bar.update(count)
-
-        yield update
 
 
 @contextmanager
@@ -149,20 +142,15 @@ def is_meant(error: Exception) -> bool:
     return isinstance(error, OSError | MemoryError) or type(error).__module__.partition(".")[0] in PACKAGES
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_, **__) -> None:
-    print(f"warning: {message}", file=sys.stderr)
-
-
 def exit_status(work: Callable[[Interruption], int], resume: str = "") -> int:
-    """Run a command and return its exit status.
+    """Run a command; the exit status is the result of `work`.
 
-    The status is the result of `work`. After an error, which is one line on stderr, it is 2 for bad input, 1 if the
-    memory does not suffice, 128 + the signal's number if the process was asked to stop. `resume` is the command that
-    continues a stopped one.
+    After an error, which is one line on stderr, it is 2 for bad input, 1 if the memory does not suffice, 128 + the
+    signal's number if the process was asked to stop. `resume` is the command that continues a stopped one.
     """
     try:
         with Interruption() as interruption, memory_errors(), warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             return work(interruption)
     except Interrupted as error:
         if leads():
@@ -184,8 +172,5 @@ def tell(message: str) -> None:
 
 
 def leads() -> bool:
-    """True in the process that tells the user what happens: the first of those that torchrun started, or the only one.
-
-    The variable is set by torchrun.
-    """
+    """True in the process that tells the user what happens: the first that torchrun started, or the only one."""
     return os.environ.get("RANK", "0") == "0"

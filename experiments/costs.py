@@ -9,6 +9,7 @@ seconds, the real code is traced as well, without memory or arithmetic.
 import argparse
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from experiments import cli
@@ -19,20 +20,13 @@ MOST_TRACED = 1_000  # blocks of attention in a forward pass; a few seconds
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog=cli.called("experiments.costs"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument(
-        "--model", default="0.5B", help=f"{', '.join(SIZES)}, tiny, or a checkpoint: a folder or a hub id (default "
-        "%(default)s)",
-    )  # fmt: skip
-    p.add_argument("--batch", type=int, default=4, help="rows in a batch (default %(default)s)")
-    p.add_argument("--context", type=int, default=512, help="tokens in a row (default %(default)s)")
-    p.add_argument(
-        "--rank", type=int, default=8, help="LoRA rank on q_proj and v_proj, 0: no LoRA (default %(default)s)"
-    )
+    p = cli.new_parser("experiments.costs", __doc__)
+    add = p.add_argument
+    add("--model", default="0.5B", help=f"{', '.join(SIZES)}, tiny, or a checkpoint: a folder or a hub id (default "
+        "%(default)s)")  # fmt: skip
+    add("--batch", type=int, default=4, help="rows in a batch (default %(default)s)")
+    add("--context", type=int, default=512, help="tokens in a row (default %(default)s)")
+    add("--rank", type=int, default=8, help="LoRA rank on q_proj and v_proj, 0: no LoRA (default %(default)s)")
     return p
 
 
@@ -59,7 +53,7 @@ def counts(model: str, batch: int, context: int, rank: int) -> dict:
         )
     ranks = {"q_proj": rank, "v_proj": rank} if rank else {}
     operators: dict[str, dict[str, int]] = {}
-    totals = {}
+    totals, traced = {}, None
     for convention in CONVENTIONS:
         ops = flops.forward(config, batch, context, convention=convention, ranks=ranks, head="loss")
         for op in ops:
@@ -67,10 +61,8 @@ def counts(model: str, batch: int, context: int, rank: int) -> dict:
         step = flops.training_step(config, batch, context, convention=convention, ranks=ranks)
         totals[convention] = {"forward": total(ops), "backward": step - total(ops), "training step": step}
     rows_and_heads = batch * (1 + config.num_attention_heads * context // 2**15)  # long rows are split by heads
-    traced = None
     if config.num_hidden_layers * rows_and_heads * context // QUERY_BLOCK <= MOST_TRACED:
-        steps = trace_training_step(config, batch, context, ranks)
-        traced = dict(zip(("forward", "backward"), steps, strict=True))
+        traced = dict(zip(("forward", "backward"), trace_training_step(config, batch, context, ranks), strict=True))
     return {
         "operators": operators,
         "backward operators": {op.name: op.flops for op in flops.backward(config, batch, context, ranks=ranks)},
@@ -83,23 +75,23 @@ def table(result: dict) -> str:
     """Format the result of `counts` as text."""
     from flops.model import CONVENTIONS
 
-    conventions, totals, traced = list(CONVENTIONS), result["totals"], result["traced"]
+    totals, traced = result["totals"], result["traced"]
 
-    def line(name: str, cells: list[str]) -> str:
+    def line(name: str, cells: Iterable[str]) -> str:
         return f"{name:<44}" + "".join(f"{cell:>22}" for cell in cells)
 
-    lines = [line("operator of the forward pass", conventions)]
-    for name, flops in result["operators"].items():
-        lines.append(line(name, [f"{flops[c]:,}" if flops[c] else "-" for c in conventions]))
+    def counted(name: str, found: dict[str, int]) -> str:
+        return line(name, [f"{found[c]:,}" if found[c] else "-" for c in CONVENTIONS])
+
+    lines = [line("operator of the forward pass", CONVENTIONS)]
+    lines += [counted(name, found) for name, found in result["operators"].items()]
     lines += ["", line("operator of the backward pass", ["exact"])]
-    lines += [line(name, [f"{flops:,}"]) for name, flops in result["backward operators"].items()]
-    lines += ["", line("", conventions)]
-    for name in ("forward", "backward", "training step"):
-        lines.append(line(name, [f"{totals[c][name]:,}" for c in conventions]))
-    steps = [totals[c]["training step"] for c in conventions]
-    lines.append(line("  as a power of ten", [f"10^{math.log10(step):.3f}" for step in steps]))
-    ratios = [step / totals[c]["forward"] for c, step in zip(conventions, steps, strict=True)]
-    lines.append(line("  in forward passes", [f"{ratio:.2f}" for ratio in ratios]))
+    lines += [line(name, [f"{found:,}"]) for name, found in result["backward operators"].items()]
+    lines += ["", line("", CONVENTIONS)]
+    lines += [counted(name, {c: totals[c][name] for c in CONVENTIONS}) for name in totals["exact"]]
+    steps = {c: totals[c]["training step"] for c in CONVENTIONS}
+    lines.append(line("  as a power of ten", [f"10^{math.log10(step):.3f}" for step in steps.values()]))
+    lines.append(line("  in forward passes", [f"{steps[c] / totals[c]['forward']:.2f}" for c in CONVENTIONS]))
     outcome = "Not traced: that would take more than a few seconds."
     if traced:
         agrees = "equals" if all(traced[name] == totals["exact"][name] for name in traced) else "DIFFERS FROM"
@@ -112,8 +104,7 @@ def table(result: dict) -> str:
 def work(args: argparse.Namespace) -> int:
     """Count and print; the exit status."""
     result = counts(args.model, args.batch, args.context, args.rank)
-    print(f"{args.model}, {args.batch} x {args.context} tokens, LoRA rank {args.rank}\n")
-    print(table(result))
+    print(f"{args.model}, {args.batch} x {args.context} tokens, LoRA rank {args.rank}\n\n{table(result)}")
     return 0
 
 

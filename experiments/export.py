@@ -15,17 +15,12 @@ from experiments import cli
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog=cli.called("experiments.export"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("adapter", type=Path, help="folder of an adapter in peft's format")
-    p.add_argument("out", type=Path, help="folder to write; it must not exist")
-    p.add_argument("--model", help="checkpoint: a folder, a hub id or tiny (default: the one that the adapter records)")
-    p.add_argument(
-        "--dtype", choices=cli.DTYPES, default="bfloat16", help="type of the written weights (default %(default)s)"
-    )
+    p = cli.new_parser("experiments.export", __doc__)
+    add = p.add_argument
+    add("adapter", type=Path, help="folder of an adapter in peft's format")
+    add("out", type=Path, help="folder to write; it must not exist")
+    add("--model", help="checkpoint: a folder, a hub id or tiny (default: the one that the adapter records)")
+    add("--dtype", choices=cli.DTYPES, default="bfloat16", help="type of the written weights (default %(default)s)")
     return p
 
 
@@ -38,8 +33,6 @@ def work(args: argparse.Namespace) -> int:
     from lora import merge_and_unload
     from qwen_min.weights import save
 
-    if args.out.exists():
-        raise cli.CommandError(f"{args.out} exists already; name another folder")
     forecaster = Forecaster.load(args.model, args.adapter, dtype=getattr(torch, args.dtype))
     merge_and_unload(forecaster.model)
     assert forecaster.checkpoint is not None  # `load` sets it

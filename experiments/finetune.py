@@ -20,47 +20,50 @@ if TYPE_CHECKING:  # --help need not wait for torch
     import pandas as pd
 
     from experiments.training.finetuning import Finetuning
-    from experiments.training.team import Team
+
+# the options that `prepare` takes by their names here
+SETTINGS = (
+    "horizon", "budget", "steps", "context", "decimals", "samples", "patience", "rank", "alpha", "targets",
+    "learning_rate", "batch", "accumulate", "numeric_head", "seed",
+)  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     from experiments.training.settings import LINEAR
 
-    p = argparse.ArgumentParser(
-        prog=cli.called("experiments.finetune"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("series", type=Path, nargs="+", help="files with series: CSV, HDF5, Parquet")
+    p = cli.new_parser("experiments.finetune", __doc__)
+    add = p.add_argument
+    add("series", type=Path, nargs="+", help="files with series: CSV, HDF5, Parquet")
     cli.add_data(p)
-    p.add_argument("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
-    p.add_argument("--context", type=cli.positive, help="time steps that the model reads before a forecast (default: "
-                   "so many that a window has 768 tokens)")  # fmt: skip
-    p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
+    add("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
+    add("--context", type=cli.positive, help="time steps that the model reads before a forecast (default: so many that "
+        "a window has 768 tokens)")  # fmt: skip
+    add("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
     cli.add_device(p)
-    p.add_argument("--budget", type=cli.flops, help="FLOPs that the training may cost, such as 1e15; it decides the "
-                   "number of steps")  # fmt: skip
-    p.add_argument("--steps", type=cli.positive, help="optimizer steps (default: those that fit the budget, else 300)")
-    p.add_argument("--rank", type=cli.positive, default=8, help="rank of the adapters (default %(default)s)")
-    p.add_argument("--alpha", type=float, default=32.0, help="the adapters' update is scaled by alpha / rank "
-                   "(default %(default)g)")  # fmt: skip
-    p.add_argument("--targets", type=lambda text: tuple(text.split(",")), default=LINEAR,
-                   help="modules that get an adapter, such as q_proj,v_proj (default: all linear layers)")  # fmt: skip
-    p.add_argument("--rate", type=float, help="peak learning rate (default 5e-4; 5e-3 for tiny)")
-    p.add_argument("--batch", type=cli.positive, default=4, help="windows in a step (default %(default)s)")
-    p.add_argument("--accumulate", type=cli.positive, default=1, help="read a batch in so many parts, which takes less "
-                   "memory (default %(default)s)")  # fmt: skip
-    p.add_argument("--full-head", action="store_true", help="train with a softmax over the whole vocabulary, not only "
-                   "over the tokens of numbers")  # fmt: skip
-    p.add_argument("--decimals", type=int, default=2, choices=range(1, 7), metavar="1-6", help="places after the point "
-                   "(default %(default)s)")  # fmt: skip
-    p.add_argument("--samples", type=int, default=20, help="paths of each held-out forecast, whose median is judged; "
-                   "0: the likeliest path (default %(default)s)")  # fmt: skip
-    p.add_argument("--patience", type=cli.positive, help="stop after so many checks of the held-out loss in a row "
-                   "without a better one (default: never)")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help="seed of the adapter and the batches (default %(default)s)")
-    p.add_argument("--out", type=Path, help="folder for the results (default runs/NAME of the first file)")
+    add("--budget", type=cli.flops, help="FLOPs that the training may cost, such as 1e15; it decides the number of "
+        "steps")  # fmt: skip
+    add("--steps", type=cli.positive, help="optimizer steps (default: those that fit the budget, else 300)")
+    add("--rank", type=cli.positive, default=8, help="rank of the adapters (default %(default)s)")
+    add("--alpha", type=float, default=32.0, help="the adapters' update is scaled by alpha / rank (default "
+        "%(default)g)")  # fmt: skip
+    add("--targets", type=lambda text: tuple(text.split(",")), default=LINEAR, help="modules that get an adapter, such "
+        "as q_proj,v_proj (default: all linear layers)")  # fmt: skip
+    add("--rate", dest="learning_rate", type=float, default=argparse.SUPPRESS, help="peak learning rate (default 5e-4; "
+        "5e-3 for tiny)")  # fmt: skip
+    add("--batch", type=cli.positive, default=4, help="windows in a step (default %(default)s)")
+    add("--accumulate", type=cli.positive, default=1, help="read a batch in so many parts, which takes less memory "
+        "(default %(default)s)")  # fmt: skip
+    add("--full-head", dest="numeric_head", action="store_false", help="train with a softmax over the whole "
+        "vocabulary, not only over the tokens of numbers")  # fmt: skip
+    add("--decimals", type=int, default=2, choices=range(1, 7), metavar="1-6", help="places after the point (default "
+        "%(default)s)")  # fmt: skip
+    add("--samples", type=int, default=20, help="paths of each held-out forecast, whose median is judged; 0: the "
+        "likeliest path (default %(default)s)")  # fmt: skip
+    add("--patience", type=cli.positive, help="stop after so many checks of the held-out loss in a row without a "
+        "better one (default: never)")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of the adapter and the batches (default %(default)s)")
+    add("--out", type=Path, help="folder for the results (default runs/NAME of the first file)")
     return p
 
 
@@ -72,26 +75,15 @@ def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
     series = [
         one for path in args.series for one in tables.read_series(path, args.columns, missing, args.id, args.wide)
     ]
-    first, variables = series[0], list(series[0].columns)
+    first = series[0]
     for one in series:
-        if list(one.columns) != variables:
+        if list(one.columns) != list(first.columns):
             raise cli.CommandError(
                 f"{one.attrs['name']} has the variables {', '.join(one.columns)}, {first.attrs['name']} has "
-                f"{', '.join(variables)}; expected the same in all series, choose with --columns"
+                f"{', '.join(first.columns)}; expected the same in all series, choose with --columns"
             )
     cli.tell(tables.told(series))
     return series
-
-
-def work(args: argparse.Namespace, interruption: Interruption) -> int:
-    """Join the processes that torchrun started, if it did; fine-tune and print the result; the exit status.
-
-    Raises an error that `cli.is_meant` for the user.
-    """
-    from experiments.training.team import joined
-
-    with joined(args.device) as (team, device):
-        return finetune(args, interruption, team, device)
 
 
 def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFrame"], "Finetuning"]:
@@ -99,55 +91,37 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFr
     from experiments.forecasting.text import Forecaster
     from experiments.training.finetuning import prepare
 
-    if args.seed < 0:
-        raise cli.CommandError(f"--seed is {args.seed}, expected 0 or more")
     cli.checked_device(device)
     series = read(args)
     forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
-    options = {} if args.rate is None else {"learning_rate": args.rate}
-    job = prepare(
-        forecaster,
-        [one.to_numpy() for one in series],
-        args.horizon,
-        args.budget,
-        steps=args.steps,
-        context=args.context,
-        decimals=args.decimals,
-        samples=args.samples,
-        patience=args.patience,
-        variables=list(series[0].columns),
-        rank=args.rank,
-        alpha=args.alpha,
-        targets=args.targets,
-        batch=args.batch,
-        accumulate=args.accumulate,
-        numeric_head=not args.full_head,
-        seed=args.seed,
-        **options,
-    )
+    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    job = prepare(forecaster, [one.to_numpy() for one in series], variables=list(series[0].columns), **settings)
     cli.tell(job.told)
     return series, job
 
 
-def finetune(args: argparse.Namespace, interruption: Interruption, team: "Team", device: str) -> int:
-    """Check the inputs and fine-tune; the exit status."""
+def work(args: argparse.Namespace, interruption: Interruption) -> int:
+    """Fine-tune, together with the processes that torchrun started, and print the result; the exit status.
+
+    Raises an error that `cli.is_meant` for the user.
+    """
     from experiments.report import write_report
     from experiments.tables.text import series_name
     from experiments.training.finetuning import summary
+    from experiments.training.team import joined
 
-    series, job = team.agreed(lambda: check_inputs(args, device))
-    first = series[0].attrs["name"]
-    folder = args.out or Path("runs") / series_name(args.series[0])
-    record = {
-        "command": cli.command_line("experiments.finetune"),
-        "title": first + (f" and {len(series) - 1} more series" if len(series) > 1 else ""),
-        "model": args.model,
-    }
-    metrics = job.run(folder, record, interruption, team, cli.tell)
-    page = team.told(lambda: write_report(folder))
-    cli.tell("\n".join(summary(metrics)))
-    cli.tell(f"adapter: {folder / 'adapter'}; results: {page}")
-    return 0
+    with joined(args.device) as (team, device):
+        series, job = team.agreed(lambda: check_inputs(args, device))
+        folder = args.out or Path("runs") / series_name(args.series[0])
+        record = {
+            "command": cli.command_line("experiments.finetune"),
+            "title": series[0].attrs["name"] + (f" and {len(series) - 1} more series" if len(series) > 1 else ""),
+            "model": args.model,
+        }
+        metrics = job.run(folder, record, interruption, team, cli.tell)
+        page = team.told(lambda: write_report(folder))
+        cli.tell("\n".join([*summary(metrics), f"adapter: {folder / 'adapter'}; results: {page}"]))
+        return 0
 
 
 def main(argv: list[str] | None = None) -> int:

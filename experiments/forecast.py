@@ -21,7 +21,7 @@ from experiments import cli
 if TYPE_CHECKING:  # --help need not wait for torch
     import pandas as pd
 
-    from experiments.forecasting.text import Forecaster
+    from experiments.forecasting.text import Forecast, Forecaster
 
 
 def fractions(text: str) -> list[float]:
@@ -39,35 +39,30 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     from experiments.forecasting.scores import BAND
 
-    p = argparse.ArgumentParser(
-        prog=cli.called("experiments.forecast"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    p.add_argument("series", type=Path, help="file with one series or several: CSV, Excel, Parquet, HDF5")
+    p = cli.new_parser("experiments.forecast", __doc__)
+    add = p.add_argument
+    add("series", type=Path, help="file with one series or several: CSV, Excel, Parquet, HDF5")
     cli.add_data(p)
-    p.add_argument("--adapter", type=Path, help="folder of an adapter, from experiments.finetune, experiments.run or "
-                   "peft")  # fmt: skip
-    p.add_argument("--model", help="checkpoint: a folder, a hub id or tiny (default: the adapter's, else tiny)")
-    p.add_argument("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
-    p.add_argument("--context", type=cli.positive, help="newest time steps that the model reads (default: as many as "
-                   "it was trained to read)")  # fmt: skip
-    p.add_argument("--backtest", action="store_true", help="forecast the newest rows from the older ones, print errors")
-    p.add_argument("--samples", type=int, default=20, help="paths to draw; 0: only the likeliest path, without an "
-                   "interval (default %(default)s)")  # fmt: skip
-    p.add_argument("--point", choices=("median", "mean"), default="median", help="what the forecast is of its samples: "
-                   "the median has the smallest absolute error, the mean the smallest squared error (default "
-                   "%(default)s)")  # fmt: skip
-    p.add_argument("--quantiles", type=fractions, default=list(BAND), help="quantiles of the paths (default "
-                   f"{','.join(map(str, BAND))}); 0.1 needs at least 9 samples, 0.01 needs 99")  # fmt: skip
-    p.add_argument("--scale", type=float, help="divisor of the values (default: the adapter's encoding, else fitted to "
-                   "each variable)")  # fmt: skip
-    p.add_argument("--decimals", type=int, help="places after the point (default: the adapter's, else 2)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the paths (default %(default)s)")
+    add("--adapter", type=Path, help="folder of an adapter: of finetune, of run, or in peft's format")
+    add("--model", help="checkpoint: a folder, a hub id or tiny (default: the adapter's, else tiny)")
+    add("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
+    add("--context", type=cli.positive, help="newest time steps that the model reads (default: as many as it was "
+        "trained to read)")  # fmt: skip
+    add("--backtest", action="store_true", help="forecast the newest rows from the older ones, print errors")
+    add("--samples", type=int, default=20, help="paths to draw; 0: only the likeliest path, without an interval "
+        "(default %(default)s)")  # fmt: skip
+    add("--point", choices=("median", "mean"), default="median", help="what the forecast is of its samples: the median "
+        "has the smallest absolute error, the mean the smallest squared error (default %(default)s)")  # fmt: skip
+    add("--quantiles", type=fractions, default=list(BAND), help="quantiles of the paths (default "
+        f"{','.join(map(str, BAND))}); 0.1 needs at least 9 samples, 0.01 needs 99")  # fmt: skip
+    add("--scale", type=float, help="divisor of the values (default: the adapter's encoding, else fitted to each "
+        "variable)")  # fmt: skip
+    add("--decimals", type=int, help="places after the point (default: the adapter's, else 2)")
+    add("--seed", type=cli.natural, default=0, help="seed of the paths (default %(default)s)")
     cli.add_device(p)
-    p.add_argument("--out", type=Path, help="CSV to write (default: NAME.forecast.csv next to the series NAME.csv)")
-    p.add_argument("--plot", type=Path, help="figure to write: .png, .svg or .pdf")
-    p.add_argument("--force", action="store_true", help="overwrite existing files")
+    add("--out", type=Path, help="CSV to write (default: NAME.forecast.csv next to the series NAME.csv)")
+    add("--plot", type=Path, help="figure to write: .png, .svg or .pdf")
+    add("--force", action="store_true", help="overwrite existing files")
     return p
 
 
@@ -90,99 +85,83 @@ def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
     """The forecaster; prints what it is, and what a user should know of it."""
     from experiments.forecasting.text import Forecaster
 
-    forecaster = Forecaster.load(
-        args.model,
-        args.adapter,
-        cli.checked_device(args.device),
-        cli.chosen_dtype(args.dtype, args.device),
-        scale=args.scale,
-        decimals=args.decimals,
-    )
+    device = cli.checked_device(args.device)
+    dtype = cli.chosen_dtype(args.dtype, device)
+    forecaster = Forecaster.load(args.model, args.adapter, device, dtype, args.scale, args.decimals)
     trained = forecaster.trained
     name = args.model or (trained.checkpoint if trained else "tiny")
     print(f"model: {name}" + (f" with the adapter {args.adapter}" if args.adapter else ""))
     if name == "tiny" and not args.adapter:
-        warnings.warn(
+        _warn(
             "tiny is a demonstration: it is small and was not trained on your data. See --backtest, and "
-            "python -m experiments.finetune",
-            stacklevel=2,
+            "python -m experiments.finetune"
         )
     if trained and trained.variables and trained.variables != variables:
-        warnings.warn(
-            f"the adapter was trained on {', '.join(trained.variables)}, the series has {', '.join(variables)}",
-            stacklevel=2,
-        )
+        _warn(f"the adapter was trained on {', '.join(trained.variables)}, the series has {', '.join(variables)}")
     return forecaster
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def forecasts(args: argparse.Namespace, forecaster: "Forecaster", contexts: list, quantiles: list) -> "Forecast":
+    """Continue the contexts, arrays (T, D), as the command line says."""
+    from tqdm import tqdm
+
+    with tqdm(total=max(1, args.samples) * len(contexts), desc="forecasts", disable=None) as bar:
+        return forecaster.forecast(
+            contexts, args.horizon, args.samples, quantiles, args.seed, args.point, args.context, bar.update
+        )
 
 
 def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["pd.DataFrame"]) -> None:
     """Print the errors of forecasts of the newest time steps, next to those of baselines."""
-    from experiments.forecasting.backtest import (
-        baseline_forecasts,
-        better_baseline,
-        check_context,
-        coverage,
-        held_out,
-        scores,
-    )
+    import pandas as pd
 
-    check_context(args.context)
-    trained = forecaster.trained
-    ends = set(trained.ends or []) if trained else set()
-    if trained and not trained.ends:
-        warnings.warn("the adapter does not record its training rows: it may have seen the rows below", stacklevel=2)
+    from experiments.forecasting import backtest as tests
+
+    tests.check_context(args.context)
+    ends = set(forecaster.trained.ends or []) if forecaster.trained else set()
+    if forecaster.trained and not ends:
+        _warn("the adapter does not record its training rows: it may have seen the rows below")
     arrays = [one.to_numpy() for one in series]
-    places = held_out(arrays, args.horizon, ends=ends)
-    if ends and (left_out := len(held_out(arrays, args.horizon)) - len(places)):
+    places = tests.held_out(arrays, args.horizon, ends=ends)
+    if ends and (left_out := len(tests.held_out(arrays, args.horizon)) - len(places)):
         print(f"{left_out} forecast{'s' * (left_out > 1)} left out: the adapter was trained on their rows")
-    with cli.progress(max(1, args.samples) * len(places), "forecasts") as update:
-        found = forecaster.forecast(
-            [place.context for place in places],
-            args.horizon,
-            args.samples,
-            (),
-            args.seed,
-            args.point,
-            args.context,
-            update,
-        )
-    methods = {"model": found.values} | baseline_forecasts(places)
-    errors = {method: scores(forecast, places) for method, forecast in methods.items()}
-    names = list(series[0].columns)
+    found = forecasts(args, forecaster, [place.context for place in places], [])
+    methods = {"model": found.values} | tests.baseline_forecasts(places)
+    errors = {method: tests.scores(forecast, places) for method, forecast in methods.items()}
     count, over = len(places), {"series": "series", "forecasts": "these forecasts"}[errors["model"]["over"]]
     print(
         f"\n{count} held-out forecast{'s' * (count > 1)} of {args.horizon} steps; RMSE in standard deviations of each "
         f"variable before the forecast, its 95 % interval over {over}\n"
     )
-    widths = [max(len(name) + 6, 12) for name in names]
-    maes = "".join(f"{'MAE ' + name:>{width}}" for name, width in zip(names, widths, strict=True))
-    print(f"{'method':<16}{'RMSE':>8}  {'95 % interval':<16}{maes}")
-    for method, error in errors.items():
-        interval = "[{:.3f}, {:.3f}]".format(*error["interval"]) if error["interval"] else ""
-        found_maes = ["" if mae is None else f"{mae:.4g}" for mae in error["mae"]]
-        each = "".join(f"{mae:>{width}}" for mae, width in zip(found_maes, widths, strict=True))
-        print(f"{method:<16}{error['rmse']:>8.3f}  {interval:<16}{each}")
-    if found.samples is not None and (share := coverage(found.samples, places)) is not None:
+    rows = [
+        [f"{error['rmse']:.3f}", "[{:.3f}, {:.3f}]".format(*error["interval"]) if error["interval"] else ""]
+        + ["" if mae is None else f"{mae:.4g}" for mae in error["mae"]]
+        for error in errors.values()
+    ]
+    columns = ["RMSE", "95 % interval", *(f"MAE {name}" for name in series[0].columns)]
+    print(pd.DataFrame(rows, list(errors), columns).to_string())
+    if found.samples is not None and (share := tests.coverage(found.samples, places)) is not None:
         print(f"\nThe central 80 % of the samples hold {share:.0%} of the true values.")
-    if better := better_baseline(errors, "model"):
+    if better := tests.better_baseline(errors, "model"):
         print(better)
 
 
-def run(args: argparse.Namespace) -> list[Path]:
-    """Read, forecast, write; return the paths of the files written.
+def work(args: argparse.Namespace) -> int:
+    """Read, forecast, write, and print the paths of the files written; the exit status.
 
     For bad input it writes nothing and raises an error that `cli.is_meant` for the user.
     """
     from experiments import tables
     from experiments.forecasting.scores import require_samples
-    from experiments.report import figures
     from experiments.storage.files import write_whole
     from experiments.tables.text import series_name
 
     quantiles = args.quantiles if args.samples and not args.backtest else []
     require_samples(quantiles, args.samples)
-    if args.seed < 0:
-        raise cli.CommandError(f"--seed is {args.seed}, expected 0 or more")
     # held-out forecasts fill the values before them themselves, so that these know nothing of what follows
     missing = "keep" if args.backtest and args.missing == "interpolate" else args.missing
     series = tables.read_series(args.series, args.columns, missing, args.id, args.wide)
@@ -193,44 +172,41 @@ def run(args: argparse.Namespace) -> list[Path]:
     forecaster = load_model(args, list(series[0].columns))
     if args.backtest:
         backtest(args, forecaster, series)
-        return []
-    arrays = [one.to_numpy() for one in series]
-    with cli.progress(max(1, args.samples) * len(series), "forecasts") as update:
-        forecast = forecaster.forecast(
-            arrays, args.horizon, args.samples, quantiles, args.seed, args.point, args.context, update
-        )
+        return 0
+    forecast = forecasts(args, forecaster, [one.to_numpy() for one in series], quantiles)
     write_whole(out, tables.write(series, forecast.values, forecast.quantiles, quantiles))
-    written = [out]
+    print(out)
     if args.plot:
-        times = None
-        if all(one.index.name is not None for one in series):  # the index has times, which a figure shows without zone
-            axes = [one.index.append(tables.following(one.index, args.horizon)) for one in series]
-            times = [axis.tz_localize(None) if hasattr(axis, "tz_localize") else axis for axis in axes]
-        label = f"{quantiles[-1] - quantiles[0]:.0%} interval" if quantiles else ""
-        figures.fan(
-            list(series[0].columns),
-            arrays,
-            forecast.values,
-            forecast.quantiles if len(quantiles) > 1 else None,
-            args.plot,
-            titles=[one.attrs["name"] for one in series],
-            times=times,
-            band_label=label.replace("%", " %"),
-        )
-        written.append(args.plot)
-    return written
+        plot(args, series, forecast, quantiles)
+        print(args.plot)
+    return 0
+
+
+def plot(args: argparse.Namespace, series: list["pd.DataFrame"], forecast: "Forecast", quantiles: list) -> None:
+    """Draw the series and their forecasts."""
+    from experiments import tables
+    from experiments.report import figures
+
+    times = None
+    if all(one.index.name is not None for one in series):  # the index has times, which a figure shows without zone
+        axes = [one.index.append(tables.following(one.index, args.horizon)) for one in series]
+        times = [axis.tz_localize(None) if hasattr(axis, "tz_localize") else axis for axis in axes]
+    figures.fan(
+        list(series[0].columns),
+        [one.to_numpy() for one in series],
+        forecast.values,
+        forecast.quantiles if len(quantiles) > 1 else None,
+        args.plot,
+        titles=[one.attrs["name"] for one in series],
+        times=times,
+        band_label=f"{round(100 * (quantiles[-1] - quantiles[0]))} % interval" if quantiles else "",
+    )
 
 
 def main() -> int:
     """Return the exit status, as `cli.exit_status` does."""
     args = parser().parse_args()
-
-    def work(_) -> int:
-        for path in run(args):
-            print(path)
-        return 0
-
-    return cli.exit_status(work)
+    return cli.exit_status(lambda _: work(args))
 
 
 if __name__ == "__main__":

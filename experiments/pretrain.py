@@ -6,7 +6,6 @@ The series are oscillators, van der Pol cycles, sums of sines, logistic growth, 
 encoding of the study. Shapes: n series, T = 100 time steps, 2 variables.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -19,7 +18,9 @@ import torch
 from safetensors.torch import save_file
 from tqdm import trange
 
+from experiments import cli
 from experiments.forecasting.encoding import SCALED_MAX, Encoding
+from experiments.training.settings import Training
 from qwen_min.config import QwenConfig
 from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
@@ -141,21 +142,12 @@ def series(seed: int, n: int) -> np.ndarray:
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
     """A tokenizer of the 256 bytes in GPT-2's order and the end of text; numeric text gets the ids of Qwen2.5."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens([PAD])
     return tokenizer
-
-
-def learning_rate(step: int, num_steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5 % of the steps, then a cosine to zero."""
-    warmup = max(1, num_steps // 20)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (num_steps - warmup)))
 
 
 def pretrain(ids: torch.Tensor, num_steps: int, batch: int, peak_rate: float, seed: int) -> Qwen:
@@ -176,11 +168,12 @@ def pretrain(ids: torch.Tensor, num_steps: int, batch: int, peak_rate: float, se
         torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
     ]
+    settings = Training(rank=None, learning_rate=peak_rate, context=None, steps=num_steps, cosine=True)
     progress = trange(num_steps, desc="pretrain", mininterval=5)
     for step in progress:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, num_steps, peak_rate)
+                group["lr"] = settings.rate(step)
             optimizer.zero_grad()
         with torch.autocast(ids.device.type, torch.bfloat16):
             loss = next_token_loss(model, ids[step * batch : (step + 1) * batch])
@@ -194,12 +187,13 @@ def pretrain(ids: torch.Tensor, num_steps: int, batch: int, peak_rate: float, se
 
 def main() -> None:
     """Pretrain, and write the checkpoint with a README."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="series per step (default %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-2, help="peak rate (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and weights (default %(default)s)")
+    parser = cli.new_parser("experiments.pretrain", __doc__)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder to write the checkpoint to")
+    add("--steps", type=int, default=4000, help="optimizer steps (default %(default)s)")
+    add("--batch", type=int, default=8, help="series per step (default %(default)s)")
+    add("--learning-rate", type=float, default=1e-2, help="peak rate (default %(default)s)")
+    add("--seed", type=int, default=0, help="seed of data and weights (default %(default)s)")
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -34,9 +34,7 @@ def sequences(text: str) -> int | None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog=cli.called("experiments.run"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.new_parser("experiments.run", __doc__)
     add = p.add_argument
     add("--plan", choices=plans.PLANS, default="quick", help="which experiments to run (default %(default)s)")
     add("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
@@ -45,10 +43,15 @@ def parser() -> argparse.ArgumentParser:
     add("--sequences", type=sequences, metavar="N|all", help="evaluate the first N of each split (default all)")
     add("--decoding", choices=("constrained", "free"), default="constrained", help="how forecasts are decoded: "
         "constrained to well-formed numbers (default), or free, by raw argmax, as in the study")  # fmt: skip
-    add("--samples", type=int, default=20, help="paths that the last model draws for each sequence; 0: none (default "
+    add("--samples", type=cli.natural, default=20, help="paths that the last model draws for each sequence; 0: none (default "
         "%(default)s)")  # fmt: skip
     add("--numeric-head", action="store_true", help="train with a softmax over the tokens of numbers only")
-    add("--seed", type=int, default=0, help="seed of adapters, batches, samples and the GRU (default %(default)s)")
+    add(
+        "--seed",
+        type=cli.natural,
+        default=0,
+        help="seed of adapters, batches, samples and the GRU (default %(default)s)",
+    )
     add("--budget", type=cli.flops, default=10**17, help="FLOPs that all trainings may cost together (default 1e17)")
     add("--convention", choices=("exact", "study", "published"), default="study", help="how FLOPs are counted (default "
         "%(default)s, the strictest)")  # fmt: skip
@@ -93,9 +96,6 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
     from qwen_min import load
     from qwen_min.weights import checkpoint_folder
 
-    for name in ("seed", "samples"):
-        if getattr(args, name) < 0:
-            raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
     cli.checked_device(device)
     plan = plans.PLANS[args.plan](args.seed)
     if args.numeric_head:

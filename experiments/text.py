@@ -9,60 +9,38 @@ Ctrl-C stops an answer; at the prompt of a chat it ends the chat.
 import argparse
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import suppress
 
 from experiments import cli
 from experiments.storage.interruption import Interrupted, Interruption
-
-if TYPE_CHECKING:
-    from qwen_min import Qwen, Tokenizer
 
 INSTRUCT = "Qwen/Qwen2.5-0.5B-Instruct"  # the defaults of the rules are those of its generation_config.json
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog=cli.called("experiments.text"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = cli.new_parser("experiments.text", __doc__)
     verbs = p.add_subparsers(dest="verb", required=True)
     generate = verbs.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     generate.add_argument("prompt", help="the text to continue; - reads it from standard input")
-    generate.add_argument(
-        "--num-samples", type=cli.positive, default=1, help="so many continuations (default %(default)s)"
-    )
+    generate.add_argument("--num-samples", type=cli.positive, default=1, help="so many continuations (default "
+                          "%(default)s)")  # fmt: skip
     chat = verbs.add_parser("chat", help="chat with an instruct checkpoint", description="Chat, a line at a time.")
     chat.add_argument("--system", help="the system message (default: the checkpoint's)")
     for verb in (generate, chat):
-        verb.add_argument(
-            "--model",
-            default=INSTRUCT,
-            help="checkpoint: a folder, a hub id or the embedded tiny (default %(default)s)",
-        )
-        verb.add_argument("--adapter", help="folder of a LoRA adapter in peft's format")
+        add = verb.add_argument
+        add("--model", default=INSTRUCT, help="checkpoint: a folder, a hub id or the embedded tiny (default "
+            "%(default)s)")  # fmt: skip
+        add("--adapter", help="folder of a LoRA adapter in peft's format")
         cli.add_device(verb, dtype=None)
-        verb.add_argument(
-            "--max-tokens", type=cli.positive, default=512, help="most tokens of an answer (default %(default)s)"
-        )
-        verb.add_argument(
-            "--temperature", type=float, default=0.7, help="0: always the likeliest token (default %(default)s)"
-        )
-        verb.add_argument(
-            "--top-k", type=cli.positive, default=20, help="draw among so many tokens (default %(default)s)"
-        )
-        verb.add_argument(
-            "--top-p", type=float, default=0.8, help="draw among the likeliest tokens that together have this "
-            "probability (default %(default)s)",
-        )  # fmt: skip
-        verb.add_argument(
-            "--repetition-penalty", type=float, default=1.1, help="more than 1: tokens that the text already has "
-            "become less likely (default %(default)s)",
-        )  # fmt: skip
-        verb.add_argument("--seed", type=int, default=0, help="seed of the draws (default %(default)s)")
+        add("--max-tokens", type=cli.positive, default=512, help="most tokens of an answer (default %(default)s)")
+        add("--temperature", type=float, default=0.7, help="0: always the likeliest token (default %(default)s)")
+        add("--top-k", type=cli.positive, default=20, help="draw among so many tokens (default %(default)s)")
+        add("--top-p", type=float, default=0.8, help="draw among the likeliest tokens that together have this "
+            "probability (default %(default)s)")  # fmt: skip
+        add("--repetition-penalty", type=float, default=1.1, help="more than 1: tokens that the text already has "
+            "become less likely (default %(default)s)")  # fmt: skip
+        add("--seed", type=int, default=0, help="seed of the draws (default %(default)s)")
     return p
 
 
@@ -81,8 +59,6 @@ class Writer:
         self.rules = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
         device = cli.checked_device(args.device)
         self.folder = checkpoint_folder(args.model)
-        self.model: Qwen
-        self.tokenizer: Tokenizer
         self.model, self.tokenizer = load(self.folder, device, cli.chosen_dtype(args.dtype, device))
         if args.adapter:
             load_adapter(self.model, args.adapter)
@@ -101,28 +77,22 @@ class Writer:
             )
         return ids
 
-    def write(self, ids: list[int], seed: int) -> Iterator[str]:
-        """Print the continuation of a prompt while it is generated; yield its pieces as well."""
+    def write(self, ids: list[int], seed: int, pieces: list[str]) -> None:
+        """Print the continuation of a prompt while it is generated, and add its pieces to a list.
+
+        At the end, also after Ctrl-C, stderr tells how quick that was.
+        """
         from qwen_min.generation import stream
 
-        characters = self.tokenizer.stream()
-        for token in stream(self.model, ids, self.args.max_tokens, self.tokenizer.end_ids, self.rules, seed):
-            piece = characters(token)
-            print(piece, end="", flush=True)
-            yield piece
-
-
-@contextmanager
-def told_speed() -> Iterator[list[str]]:
-    """Tell on stderr how many pieces were added to the list, and how quickly, also after Ctrl-C."""
-    pieces: list[str] = []
-    started = time.monotonic()
-    try:
-        yield pieces
-    finally:
-        seconds = time.monotonic() - started
-        print(flush=True)
-        print(f"[{len(pieces)} tokens in {seconds:.1f} s: {len(pieces) / seconds:.1f} tokens/s]", file=sys.stderr)
+        characters, started = self.tokenizer.stream(), time.monotonic()
+        try:
+            for token in stream(self.model, ids, self.args.max_tokens, self.tokenizer.end_ids, self.rules, seed):
+                pieces.append(characters(token))
+                print(pieces[-1], end="", flush=True)
+        finally:
+            seconds = time.monotonic() - started
+            print(flush=True)
+            print(f"[{len(pieces)} tokens in {seconds:.1f} s: {len(pieces) / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
 def generate(args: argparse.Namespace, _: Interruption) -> int:
@@ -134,8 +104,7 @@ def generate(args: argparse.Namespace, _: Interruption) -> int:
         if number:
             print()
         print(prompt, end="", flush=True)
-        with told_speed() as pieces:
-            pieces.extend(writer.write(ids, args.seed + number))
+        writer.write(ids, args.seed + number, [])
     return 0
 
 
@@ -147,25 +116,17 @@ def chat(args: argparse.Namespace, interruption: Interruption) -> int:
     template = ChatTemplate(writer.folder)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     print("An empty line or Ctrl-D ends the chat; Ctrl-C stops an answer.", file=sys.stderr)
-    while line := _asked():
-        messages.append({"role": "user", "content": line})
-        ids = writer.checked(template.encode(writer.tokenizer, messages))
-        try:
-            with told_speed() as pieces:
-                for piece in writer.write(ids, args.seed + len(messages)):
-                    pieces.append(piece)
-        except Interrupted:
-            interruption.asked = None  # the answer was to stop, not the chat
-        messages.append({"role": "assistant", "content": "".join(pieces)})
+    with suppress(EOFError):
+        while line := input("> " if sys.stdin.isatty() else "").strip():
+            messages.append({"role": "user", "content": line})
+            ids = writer.checked(template.encode(writer.tokenizer, messages))
+            pieces: list[str] = []
+            try:
+                writer.write(ids, args.seed + len(messages), pieces)
+            except Interrupted:
+                interruption.asked = None  # the answer was to stop, not the chat
+            messages.append({"role": "assistant", "content": "".join(pieces)})
     return 0
-
-
-def _asked() -> str:
-    """The next line of the user; empty at the end."""
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,17 +1,20 @@
-"""Every command of the documents runs, one after the other, in a folder that has what they name.
+"""The documents: every command parses and runs, links lead somewhere, an example prints what the page says.
 
-The checkpoints there are copies of the embedded one, trainings take two steps, and there is neither a GPU nor a second
-machine. CI runs the commands of the README as they are. The benchmark is run by test_benchmark.py.
+The commands run one after the other, in a folder that has what they name: copies of the embedded checkpoint, trainings
+of two steps, neither a GPU nor a second machine. CI runs those of the README; test_benchmark.py runs the benchmark.
 """
 
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,9 +23,11 @@ from experiments import __main__ as command
 from experiments.forecasting import gru
 from experiments.study import data, plans
 from qwen_min.weights import TINY
-from test_docs import COMMANDS, MODULES, ROOT
 from test_text import TEMPLATE
 
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+VERB_OF = {module.removesuffix(".__main__"): verb for verb, (module, _) in command.VERBS.items()}
 SMALLER = {  # by what is written: what runs here
     "--plan study --model Qwen/Qwen2.5-0.5B-Instruct": "--plan quick",
     "--budget 1e15": "--budget 2e10",
@@ -34,8 +39,46 @@ SMALLER = {  # by what is written: what runs here
     "--rdzv-backend c10d --rdzv-endpoint HOST:PORT": "--standalone",
     " 2 -m experiments.run": f" 2 {ROOT / 'tests' / 'teamwork.py'} run",  # with the small plan
 }
-ELSEWHERE = ("README.md", "speed.md")
-LINES = [line for page, line in COMMANDS if page not in ELSEWHERE]
+
+
+def commands(path: Path) -> list[str]:
+    """The commands in the fenced blocks of a page; those in blocks with a language are quoted from elsewhere."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for language, block in found if not language for line in block.splitlines()]
+    parts = [part.partition("#")[0].strip() for line in lines for part in line.split("&&")]
+    return [part for part in parts if part.startswith(("qwen-min ", "python -m experiments.", "torchrun"))]
+
+
+COMMANDS = {page.name: commands(page) for page in PAGES}
+LINES = [line for page, lines in COMMANDS.items() if page not in ("README.md", "speed.md") for line in lines]
+
+
+def arguments(words: list[str]) -> list[str]:
+    """The words of a command after `qwen-min`."""
+    if "-m" in words:
+        module, *rest = words[words.index("-m") + 1 :]
+        return rest if module == "experiments.text" else [VERB_OF[module], *rest]
+    return words[1:]
+
+
+@pytest.mark.parametrize("line", [line for lines in COMMANDS.values() for line in lines])
+def test_a_command_in_the_documents_is_one_that_its_parser_takes(line):
+    verb, *rest = arguments(shlex.split(line))
+    module = command.VERBS[verb][0]
+    import_module(module).parser().parse_args([verb, *rest] if module == "experiments.text" else rest)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_example_of_costs_prints_what_the_page_says(capsys):
+    page = (ROOT / "docs" / "costs.md").read_text()
+    code, printed = re.search(r"```python\n(.*?)```\s+```text\n(.*?)```", page, re.DOTALL).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed
 
 
 def smaller(line: str) -> str:
@@ -86,11 +129,7 @@ def expanded(line: str, folder) -> list[str]:
 
 @pytest.mark.parametrize("line", [line for line in LINES if not line.startswith("torchrun")])
 def test_a_command_of_the_documents_runs(small, monkeypatch, folder, line):
-    words = expanded(smaller(line), folder)
-    if words[0] == "python":
-        module = MODULES.get(words[2], words[2])
-        words = ["", next(verb for verb, (name, _) in command.VERBS.items() if name == module), *words[3:]]
-    monkeypatch.setattr(sys, "argv", ["qwen-min", *words[1:]])
+    monkeypatch.setattr(sys, "argv", ["qwen-min", *arguments(expanded(smaller(line), folder))])
     assert command.main() == 0
 
 
@@ -103,14 +142,3 @@ def test_a_command_with_torchrun_runs(folder, tmp_path, line):
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_pages_left_out_are_run_elsewhere():
-    left_out = {line for page, line in COMMANDS if page in ELSEWHERE}
-    ci = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
-    for line in left_out:
-        assert (
-            any(one == line or one.startswith(f"{line} --out ") for one in ci)
-            or line in LINES
-            or line.startswith("python -m experiments.benchmark ")
-        ), line

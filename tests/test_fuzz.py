@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from conftest import GROUPED, config_fields, random_model
+from conftest import GROUPED, random_model
 from experiments.forecasting.adapter import Trained, read_trained, write_trained
 from experiments.forecasting.encoding import Encoding
 from experiments.report import build as report
@@ -35,9 +35,9 @@ from experiments.study.evaluation import Evaluation, evaluate
 from experiments.tables import following, read_series
 from experiments.training.loop import Progress, load_state, save_state
 from experiments.training.windows import TrainingError
-from flops import Ledger
+from flops import Ledger, LedgerError
 from lora import AdapterError, LoraConfig, adapter_parameters, inject, load_adapter, remove, save_adapter
-from qwen_min import Qwen, QwenConfig, Tokenizer
+from qwen_min import Qwen, Tokenizer
 from qwen_min.config import CheckpointError
 from qwen_min.weights import TINY, load, load_weights, weight_files
 
@@ -79,30 +79,17 @@ def changed_bytes(draw, good: bytes) -> bytes:
     content = bytearray(good)
     for _ in range(draw(st.integers(1, 4))):
         # headers are at the beginning, and they are changed more often
-        front = draw(st.booleans())
-        at = draw(st.integers(0, min(len(content), 256) if front else len(content)))
+        at = draw(st.integers(0, min(len(content), 256) if draw(st.booleans()) else len(content)))
         piece = draw(st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([b"\xff" * 8, b"\0" * 8, b"9" * 12])))
         kind = draw(st.sampled_from(["over", "over", "in", "out", "cut"]))
-        if kind == "over":
-            content[at : at + len(piece)] = piece
-        elif kind == "in":
-            content[at:at] = piece
-        elif kind == "out":
-            del content[at : at + len(piece)]
-        else:
-            del content[at:]
+        end = {"over": at + len(piece), "in": at, "out": at + len(piece), "cut": len(content)}[kind]
+        content[at:end] = piece if kind in ("over", "in") else b""
     return bytes(content)
 
 
 def _paths(value, path=()) -> list[tuple]:
-    found = [path]
-    if len(path) > 5:
-        return found
-    if isinstance(value, dict):
-        found += [p for key, inner in value.items() for p in _paths(inner, (*path, key))]
-    elif isinstance(value, list):
-        found += [p for i, inner in enumerate(value[:20]) for p in _paths(inner, (*path, i))]
-    return found
+    pairs = value.items() if isinstance(value, dict) else enumerate(value[:20]) if isinstance(value, list) else ()
+    return [path, *(found for key, inner in pairs if len(path) < 6 for found in _paths(inner, (*path, key)))]
 
 
 @st.composite
@@ -126,17 +113,7 @@ def changed_json(draw, good) -> bytes:
     return json.dumps(document).encode()
 
 
-@fuzz
-@given(content=changed_json(config_fields(GROUPED)))
-def test_config(content, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "config.json"
-    path.write_bytes(content)
-    with suppress(CheckpointError):
-        assert QwenConfig.from_file(path).head_dim > 0
-
-
 WEIGHTS = {name: t.clone() for name, t in random_model(GROUPED).state_dict().items()}
-INDEX = {"metadata": {}, "weight_map": dict.fromkeys(WEIGHTS, "model-00001-of-00001.safetensors")}
 
 
 @fuzz
@@ -153,40 +130,74 @@ def test_weights(content, tmp_path_factory):
         assert model.head_weight.is_meta  # unchanged
 
 
-@fuzz
-@given(content=changed_json(INDEX))
-def test_index(content, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sharded")
-    (folder / "model-00001-of-00001.safetensors").touch()
-    (folder / "model.safetensors.index.json").write_bytes(content)
-    with suppress(CheckpointError):
-        assert all(path.parent == folder for path in weight_files(folder))
-
-
-@fuzz
-@given(content=changed_json(json.loads((TINY / "config.json").read_text())))
-def test_checkpoint_with_another_config(content, tmp_path_factory):
+def read_checkpoint(path):
     """A config with arbitrary sizes is refused before any memory is taken for them."""
-    folder = tmp_path_factory.mktemp("checkpoint")
     for name in ("model.safetensors", "tokenizer.json"):
-        (folder / name).symlink_to(TINY / name)
-    (folder / "config.json").write_bytes(content)
-    with suppress(CheckpointError):
-        model, _ = load(folder)
-        model(torch.tensor([[1]]))
+        (path.parent / name).symlink_to(TINY / name)
+    model, _ = load(path.parent)
+    model(torch.tensor([[1]]))
 
 
+def read_index(path):
+    (path.parent / "model-00001-of-00001.safetensors").touch()
+    assert all(found.parent == path.parent for found in weight_files(path.parent))
+
+
+def read_record(path):
+    trained = read_trained(path.parent)
+    if trained.encoding is None:
+        assert json.loads(path.read_bytes())["scale"] is None
+    else:
+        assert (trained.encoding.scaled(np.ones((3, np.size(trained.encoding.scale)))) < np.inf).all()
+
+
+def read_plan(path):
+    with open_run(path.parent, PLAN["identity"], {}) as continued:
+        assert continued
+
+
+def read_ledger(path):
+    ledger = Ledger(path, budget=100)
+    assert ledger.spent == sum(ledger.by_experiment().values()) >= 0
+
+
+def read_evaluation(path):
+    assume(read_json(path) != [])  # an empty state is valid, and the evaluation would use the model
+    assert evaluate(None, None, Encoding(1.0), np.ones((2, 80, 2)), 70, 10, state=path).values.shape == (2, 10, 2)
+
+
+INDEX = {"metadata": {}, "weight_map": dict.fromkeys(WEIGHTS, "model-00001-of-00001.safetensors")}
+PLAN = {"identity": {"plan": "quick", "experiments": [{"name": "untrained"}], "seed": 0}, "model": "tiny"}
+RECORD = {
+    "scale": [0.5, 2.0], "decimals": 2, "offset": [-1.0, 0.0], "checkpoint": "tiny", "checkpoint_sha256": "0" * 64,
+    "variables": ["a", "b"], "tokens": 768,
+}  # fmt: skip
 TOKENIZER = (TINY / "tokenizer.json").read_bytes()
+DEBITS = b"".join(b'{"experiment": "a", "step": %d, "flops": 10}\n' % i for i in range(9))
+EVALUATION = Evaluation(["1.00"] * 2, np.ones((2, 10, 2)), np.ones((2, 7)), np.ones((2, 7)), np.ones(2))
+READERS = {  # by name of the file: changed contents, who reads it, what he may raise
+    "config.json": (changed_json(json.loads((TINY / "config.json").read_text())), read_checkpoint, CheckpointError),
+    "model.safetensors.index.json": (changed_json(INDEX), read_index, CheckpointError),
+    "tokenizer.json": (
+        st.one_of(changed_bytes(TOKENIZER), changed_json(json.loads(TOKENIZER))), Tokenizer, CheckpointError
+    ),
+    "encoding.json": (changed_json(RECORD), read_record, AdapterError),
+    "plan.json": (changed_json(PLAN), read_plan, RunError),
+    "ledger.jsonl": (changed_bytes(DEBITS), read_ledger, LedgerError),
+    "part.state.json": (changed_json([EVALUATION.plain()]), read_evaluation, RunError),
+}  # fmt: skip
 
 
+@pytest.mark.parametrize("name", READERS)
 @fuzz
-@given(content=st.one_of(changed_bytes(TOKENIZER), changed_json(json.loads(TOKENIZER))))
-def test_tokenizer(content, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "tokenizer.json"
+@given(source=st.data())
+def test_a_file(name, source, tmp_path_factory):
+    contents, read, error = READERS[name]
+    path, content = tmp_path_factory.mktemp("fuzzed") / name, source.draw(contents)
     path.write_bytes(content)
-    with suppress(CheckpointError):
-        tokenizer = Tokenizer(path)
-        assert tokenizer.pad_id >= 0
+    with suppress(error):
+        read(path)
+    assert path.read_bytes() == content
 
 
 @pytest.fixture(scope="module")
@@ -220,32 +231,6 @@ def test_adapter(source, adapter, tmp_path_factory):
     except AdapterError:
         with pytest.raises(ValueError, match="no LoRA layer"):
             adapter_parameters(model)
-
-
-@fuzz
-@given(
-    content=changed_json(
-        {
-            "scale": [0.5, 2.0],
-            "decimals": 2,
-            "offset": [-1.0, 0.0],
-            "checkpoint": "tiny",
-            "checkpoint_sha256": "0" * 64,
-            "variables": ["a", "b"],
-            "tokens": 768,
-        }
-    )
-)
-def test_training_record_of_an_adapter(content, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "encoding.json").write_bytes(content)
-    with suppress(AdapterError):
-        trained = read_trained(folder)
-        assert isinstance(trained.checkpoint, str)
-        if trained.encoding is None:
-            assert json.loads(content)["scale"] is None
-        else:
-            assert (trained.encoding.scaled(np.ones((3, np.size(trained.encoding.scale)))) < np.inf).all()
 
 
 @pytest.fixture(scope="module")
@@ -311,19 +296,6 @@ def test_hdf5_series(source, hdf5, tmp_path_factory):
             assert np.isfinite(one.to_numpy()).all()
 
 
-PLAN = {"identity": {"plan": "quick", "experiments": [{"name": "untrained"}], "seed": 0}, "model": "tiny"}
-
-
-@fuzz
-@given(content=changed_json(PLAN))
-def test_plan(content, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "plan.json").write_bytes(content)
-    with suppress(RunError), open_run(folder, PLAN["identity"], {}) as continued:
-        assert continued
-    assert (folder / "plan.json").read_bytes() == content
-
-
 @pytest.fixture(scope="module", params=["untrained", "frontier"])
 def run_folder(request) -> Path:
     return Path(__file__).parents[1] / "results" / request.param
@@ -355,18 +327,6 @@ def test_run_folder(source, run_folder, tmp_path_factory):
 
 
 @fuzz
-@given(content=changed_bytes(b"".join(b'{"experiment": "a", "step": %d, "flops": 10}\n' % i for i in range(9))))
-def test_ledger(content, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "ledger.jsonl"
-    path.write_bytes(content)
-    try:
-        ledger = Ledger(path, budget=100)
-        assert ledger.spent == sum(ledger.by_experiment().values()) >= 0
-    except ValueError:
-        assert path.read_bytes() == content
-
-
-@fuzz
 @given(source=st.data())
 def test_state_of_training(source, adapter, tmp_path_factory):
     model, _ = adapter
@@ -387,19 +347,6 @@ def test_state_of_training(source, adapter, tmp_path_factory):
             assert all(torch.equal(parameters[name], value) for name, value in before.items())
     finally:
         remove(model)
-
-
-EVALUATION = Evaluation(["1.00"] * 2, np.ones((2, 10, 2)), np.ones((2, 7)), np.ones((2, 7)), np.ones(2))
-
-
-@fuzz
-@given(content=changed_json([EVALUATION.plain()]))
-def test_state_of_an_evaluation(content, tmp_path_factory):
-    path = tmp_path_factory.getbasetemp() / "part.state.json"
-    path.write_bytes(content)
-    with suppress(RunError):
-        assume(read_json(path) != [])  # an empty state is valid, and the evaluation would use the model
-        assert evaluate(None, None, Encoding(1.0), np.ones((2, 80, 2)), 70, 10, state=path).values.shape == (2, 10, 2)
 
 
 DATED = b"date;load\n" + b"".join(b"%02d.01.2023;1.23%d,5\n" % (day, day % 10) for day in range(1, 32))

@@ -91,7 +91,7 @@ def test_every_file_has_its_rule_and_commands_do_not_import_each_other():
 
 @pytest.mark.parametrize("name", [
     "report", "report.comparison", "study.plans", "study.records", "forecasting", "cli",
-    "benchmark", "benchmarking.engines", "benchmarking.processes",
+    "benchmark", "benchmarking.engines",
 ])  # fmt: skip
 def test_what_draws_reports_and_prints_help_needs_no_torch(name):
     code = f"import sys, experiments.{name}; sys.exit('torch' in sys.modules)"

@@ -1,6 +1,6 @@
 import resource
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,21 +12,16 @@ def path(tmp_path):
     return tmp_path / "ledger.jsonl"
 
 
-def test_debits_add_up_and_survive(path):
+def test_debits_add_up_survive_and_are_booked_once(path):
     ledger = Ledger(path, budget=100)
-    for step in range(3):
+    for step in (0, 1, 2, 2):
         ledger.debit("a", step, 10)
     ledger.debit("b", 0, 25)
     reopened = Ledger(path, budget=100)
     assert reopened.spent == ledger.spent == 55
     assert reopened.by_experiment() == {"a": 30, "b": 25}
-
-
-def test_a_repeated_step_is_booked_once(path):
-    ledger = Ledger(path, budget=100)
-    ledger.debit("a", 0, 10)
-    Ledger(path, budget=100).debit("a", 0, 10)
-    assert Ledger(path, budget=100).spent == 10
+    reopened.debit("a", 0, 10)
+    assert Ledger(path, budget=100).spent == 55
     with pytest.raises(ValueError, match="step 0 of a is booked at 10 FLOPs, not 11"):
         ledger.debit("a", 0, 11)
 
@@ -75,20 +70,12 @@ def test_an_entry_that_could_not_be_read_back_is_not_booked(path, entry):
 
 @pytest.mark.parametrize(
     "line", ["nonsense", "[]", '{"experiment": "a", "step": 0}', '{"experiment": "a", "step": 0, "flops": -1}',
-             '{"experiment": "a", "step": 0, "flops": 1.5}']
+             '{"experiment": "a", "step": 0, "flops": 1.5}', '{"experiment": "a", "step": 1, "flops": 10}']
 )  # fmt: skip
 def test_a_damaged_ledger_is_refused(path, line):
-    path.write_text(line + "\n")
-    with pytest.raises(ValueError, match="line 1: not a ledger entry"):
-        Ledger(path, budget=100)
-
-
-@pytest.mark.parametrize("flops", [3, 10])
-def test_two_lines_for_a_step_are_refused(path, flops):
-    Ledger(path, budget=100).debit("a", 0, 10)
-    whole = path.read_text()
-    path.write_text(whole + whole.replace("10", str(flops)))
-    with pytest.raises(ValueError, match=r"line 2: not a ledger entry .*the step is booked above"):
+    Ledger(path, budget=100).debit("a", 1, 10)
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match="line 2: not a ledger entry"):  # the last one books a step again
         Ledger(path, budget=100)
 
 
@@ -117,26 +104,15 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(path, written):
 def test_writers_in_two_threads_lose_no_line(path, monkeypatch):
     """The budget is not theirs to keep together, but every line is."""
     monkeypatch.setattr("os.fsync", lambda _: None)
+    ledgers = {name: Ledger(path, budget=10**6) for name in "ab"}
 
     def write(name):
-        ledger = Ledger(path, budget=10**6)
         for step in range(200):
-            ledger.debit(name, step, 1)
+            ledgers[name].debit(name, step, 1)
 
-    threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(write, ledgers))
     assert Ledger(path, budget=10**6).by_experiment() == {"a": 200, "b": 200}
-
-
-def test_a_second_writer_loses_no_line_of_the_first(path):
-    Ledger(path, budget=100).debit("a", 0, 10)
-    first, second = Ledger(path, budget=100), Ledger(path, budget=100)
-    first.debit("a", 1, 10)
-    second.debit("b", 0, 10)
-    assert Ledger(path, budget=100).by_experiment() == {"a": 20, "b": 10}
 
 
 @pytest.mark.parametrize("budget", [float("nan"), -1, 10**400, float("inf"), "5"])

@@ -1,12 +1,11 @@
 """The engines: llama.cpp and OpenVINO. They run on a CPU, read files made of the checkpoint, and cannot train."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.benchmarking.side import BenchmarkError, Completion, Side
+from experiments.benchmarking.side import DECODE_STEPS, BenchmarkError, Side
 
 SLOTS, SLOT = 10, 1024  # prompts that llama.cpp holds at once, and positions of each with its continuation
 
@@ -14,7 +13,8 @@ SLOTS, SLOT = 10, 1024  # prompts that llama.cpp holds at once, and positions of
 class Engine(Side):
     """A side that reads a GGUF file."""
 
-    weights: str  # as `write_gguf` takes it
+    weights: str  # of its matrices, as `write_gguf` takes it
+    decoding: float  # seconds of the last `complete` after the first token, as the engine tells
 
     def file(self) -> Path:
         """The file, in a folder of its own."""
@@ -27,6 +27,10 @@ class Engine(Side):
         self.file().parent.mkdir()
         write_gguf(Path(self.setup.folder), self.file(), self.weights)
 
+    def decode(self, batch: int, context: int) -> float:
+        self.complete(self.tokens(batch, context), 1 + DECODE_STEPS)
+        return self.decoding / DECODE_STEPS
+
 
 class LlamaCpp(Engine):
     """llama.cpp's server inside this process, by the package xllamacpp; the checkpoint's own weights, a cache in fp16.
@@ -34,7 +38,6 @@ class LlamaCpp(Engine):
     The prompts of a batch are read and continued next to each other.
     """
 
-    packages = ("xllamacpp", "gguf")
     weights = "BF16"
     server: Any = None
 
@@ -52,36 +55,17 @@ class LlamaCpp(Engine):
         params.verbosity = -1
         self.server = xllamacpp.Server(params)
 
-    def complete(self, ids: list[list[int]], tokens: int) -> Completion:
+    def complete(self, ids: list[list[int]], tokens: int) -> list[str]:
         request = {"prompt": ids, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
-        # only a stream tells the timings of each prompt; its pieces arrive too late to be timed here
-        request |= {"cache_prompt": False, "stream": True}
-        texts, decoding = [""] * len(ids), [0.0] * len(ids)
-
-        def receive(piece: dict | None) -> bool:
-            """Take a piece of a text; return True to stop. None says that nothing is new."""
-            if piece is None:
-                return False
-            if "error" in piece:
-                raise BenchmarkError(f"llama.cpp refused {len(ids)} prompts of {len(ids[0])} tokens: {piece['error']}")
-            for choice in piece["choices"]:
-                texts[choice["index"]] += choice["text"]
-                if "timings" in piece:
-                    decoding[choice["index"]] = piece["timings"]["predicted_ms"] / 1000
-            return False
-
-        started = time.perf_counter()
-        self.server.handle_completions(request, receive)
-        whole = time.perf_counter() - started
-        if not all(decoding):
-            raise BenchmarkError(f"llama.cpp told the times of {sum(map(bool, decoding))} prompts, expected {len(ids)}")
-        # the prompt that is read last decodes for the shortest time: the others have their first tokens by then
-        return Completion({"prefill": whole - min(decoding), "free": min(decoding)}, {"free": texts})
+        answers: list[dict] = []
+        self.server.handle_completions(request | {"cache_prompt": False}, answers.append)
+        if "error" in (answer := answers[-1]):
+            raise BenchmarkError(f"llama.cpp refused {len(ids)} prompts of {len(ids[0])} tokens: {answer['error']}")
+        self.decoding = answer["timings"]["predicted_ms"] / 1000
+        return [choice["text"] for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
 
 
 class LlamaCppQ8(LlamaCpp):
-    """llama.cpp with weights of 8 bits, and a scale for each 32."""
-
     weights = "Q8_0"
 
 
@@ -91,7 +75,6 @@ class OpenVINO(Engine):
     It computes in fp32 or, where the CPU has it, in bf16, whatever the weights are.
     """
 
-    packages = ("openvino_genai", "gguf")
     weights = "F16"
     pipeline: Any = None
 
@@ -106,12 +89,11 @@ class OpenVINO(Engine):
         import openvino_genai
 
         self.pipeline = None
-        folder = str(self.file().parent)
         # this backend keeps no prompts for later requests, and was as fast as the other
         options = {"ATTENTION_BACKEND": "SDPA", "INFERENCE_NUM_THREADS": self.setup.threads}
-        self.pipeline = openvino_genai.LLMPipeline(folder, "CPU", **options)
+        self.pipeline = openvino_genai.LLMPipeline(str(self.file().parent), "CPU", **options)
 
-    def complete(self, ids: list[list[int]], tokens: int) -> Completion:
+    def complete(self, ids: list[list[int]], tokens: int) -> list[str]:
         import openvino
         import openvino_genai
 
@@ -119,15 +101,11 @@ class OpenVINO(Engine):
         settings.max_new_tokens, settings.ignore_eos, settings.do_sample = tokens, True, False
         rows = np.array(ids, np.int64)
         inputs = openvino_genai.TokenizedInputs(openvino.Tensor(rows), openvino.Tensor(np.ones_like(rows)))
-        started = time.perf_counter()
         found = self.pipeline.generate(inputs, settings)
-        whole = time.perf_counter() - started
-        prefill = found.perf_metrics.get_ttft().mean / 1000
-        texts = self.pipeline.get_tokenizer().decode(found.tokens)
-        return Completion({"prefill": prefill, "free": whole - prefill}, {"free": texts})
+        times = found.perf_metrics
+        self.decoding = (times.get_generate_duration().mean - times.get_ttft().mean) / 1000
+        return self.pipeline.get_tokenizer().decode(found.tokens)
 
 
 class OpenVINOQ8(OpenVINO):
-    """OpenVINO with weights of 8 bits, and a scale for each 32."""
-
     weights = "Q8_0"

@@ -9,8 +9,6 @@ from safetensors import safe_open
 from qwen_min import QwenConfig
 from qwen_min.weights import HEAD, weight_files
 
-END = "<|endoftext|>"
-
 
 def write_gguf(folder: Path, path: Path, weights: str) -> None:
     """Write the checkpoint in `folder` to `path`. Matrices become `weights`: "BF16", "F16" or "Q8_0".
@@ -20,9 +18,7 @@ def write_gguf(folder: Path, path: Path, weights: str) -> None:
     """
     config = QwenConfig.from_file(folder / "config.json")
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN2])
-    writer.add_name("qwen-min")
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{weights}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -65,8 +61,4 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict, vocab_size: int) ->
     writer.add_token_types([kind for _, kind in listed])
     # an array cannot be empty; the embedded tokenizer has one token for each byte and merges nothing
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges] or ["! !"])
-    end = texts.index(END)
-    writer.add_bos_token_id(end)
-    writer.add_eos_token_id(end)
-    writer.add_pad_token_id(end)
-    writer.add_add_bos_token(False)
+    writer.add_eos_token_id(texts.index("<|endoftext|>"))

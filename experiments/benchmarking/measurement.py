@@ -1,148 +1,104 @@
-"""Asks all sides in turn for each piece of work, and measures the limits of the machine meanwhile."""
+"""Asks all sides in turn for each piece of work."""
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 
-from experiments.benchmarking.engines import Engine
-from experiments.benchmarking.processes import ask, processes
-from experiments.benchmarking.side import Completion, Setup, Side, seconds_of
-from experiments.benchmarking.work import Contexts, Work, generation, position_bytes, training
+from experiments.benchmarking.engines import Engine, LlamaCpp, LlamaCppQ8, OpenVINO, OpenVINOQ8
+from experiments.benchmarking.side import TOKENS_PER_STEP, BenchmarkError, Setup, Side, ask, processes
+from experiments.benchmarking.torch_sides import Ours, Transformers
+from experiments.benchmarking.work import CONTEXT, CONTEXTS, Work, generation, training
+from experiments.forecasting.encoding import Encoding
 from experiments.study import data
 from qwen_min import QwenConfig, Tokenizer
-from qwen_min.weights import checkpoint_folder
 
-FORECAST_LINES = {  # of a forecast: the seconds that each line adds up
-    "prefill": ("prefill",),
-    "free decoding": ("free",),
-    "constrained decoding": ("constrained",),
-    "whole, free": ("prefill", "free"),
-    "whole, constrained": ("prefill", "constrained"),
+OURS = "qwen-min"
+PEERS: dict[str, tuple[tuple[str, ...], dict[str, type[Side]]]] = {  # packages, and sides by their names in the table
+    "transformers": (("transformers", "peft"), {"transformers": Transformers}),
+    "llama.cpp": (("xllamacpp", "gguf"), {"llama.cpp bf16": LlamaCpp, "llama.cpp Q8_0": LlamaCppQ8}),
+    "openvino": (("openvino_genai", "gguf"), {"OpenVINO fp16": OpenVINO, "OpenVINO Q8_0": OpenVINOQ8}),
 }
+LEGEND = f"""
+A cell is the median; in brackets, how many times {OURS}'s. spread: the largest of a side in the line, largest minus
+smallest run over the median. -: not measured, mostly because the side cannot do it. In an MSE, the mean of the context
+stands in for a malformed value."""
 
 
-class Machine:
-    """Measures the limits of the machine."""
+def chosen(names: str, device: str) -> dict[str, type[Side]]:
+    """The sides of this project and of peers, by their names in the table.
 
-    def __init__(self, device: str, dtype: torch.dtype):
-        self.device = device
-        self.factors = [torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2)]
-        self.block = torch.ones(2**28, device=device)  # 1 GiB, beyond any cache
+    names: "none", "all", or names separated by commas; BenchmarkError for a name that is none. A peer that is not
+    installed or does not run on the device is left out, and a line says so.
+    """
+    sides: dict[str, type[Side]] = {OURS: Ours}
+    for name in {"none": [], "all": list(PEERS)}.get(names, names.split(",")):
+        if name not in PEERS:
+            raise BenchmarkError(f"--peers names {name!r}, expected all, none, or some of {','.join(PEERS)}")
+        packages, its_sides = PEERS[name]
+        if missing := [package for package in packages if find_spec(package) is None]:
+            print(f'{name} is left out, it needs {missing[0]}: pip install "qwen-min[peers]"', file=sys.stderr)
+        elif device != "cpu" and any(issubclass(side, Engine) for side in its_sides.values()):
+            print(f"{name} is left out, it is measured on the CPU only, got --device {device}", file=sys.stderr)
+        else:
+            sides |= its_sides
+    return sides
 
-    def limits(self) -> tuple[float, float]:
-        """Matrix rate in FLOP/s and read bandwidth in bytes/s at this moment, each the best of three runs."""
-        multiply = min(seconds_of(lambda: self.factors[0] @ self.factors[1], self.device) for _ in range(3))
-        read = min(seconds_of(self.block.sum, self.device) for _ in range(3))
-        return 2 * 4096**3 / multiply, self.block.nbytes / read
+
+def setup_of(folder: Path, device: str, dtype: str, scratch: str, dataset: data.Dataset) -> Setup:
+    """What all sides are given: the checkpoint in `folder`, and the first validation series of a data set.
+
+    Raises BenchmarkError when the tokenizer needs another number of tokens than CONTEXT and a `;`.
+    """
+    series, tokenizer = dataset.trajectories, Tokenizer(folder / "tokenizer.json")
+    parts, steps = data.split(len(series)), (CONTEXT + 1) // TOKENS_PER_STEP
+    encoding = Encoding.fit(series[parts.train])
+    contexts, truth = np.split(series[parts.val[:CONTEXTS]], [steps], axis=1)
+    ids = [tokenizer.encode(encoding.encode(one) + encoding.separator) for one in contexts]
+    if wrong := [len(row) for row in ids if len(row) != CONTEXT + 1]:
+        raise BenchmarkError(
+            f"the tokenizer makes {wrong[0]} tokens of {steps} time steps, expected {CONTEXT + 1}: one for each "
+            "character, as Qwen2.5's does"
+        )
+    return Setup(str(folder), device, dtype, scratch, torch.get_num_threads(), encoding, ids, contexts, truth)
 
 
-def measure(model: str, device: str, dtype: str, runs: int, sides: Mapping[str, type[Side]]) -> dict:
-    """Measure everything: lines (seconds of each run by side, and what limits them), growth, memory, errors, limits."""
-    folder, kind = checkpoint_folder(model), getattr(torch, dtype)
+def measure(folder: Path, device: str, dtype: str, runs: int, sides: Mapping[str, type[Side]]) -> Iterator[str]:
+    """Measure everything, `runs` times. Yield the lines of a table in Markdown, with a column for each side."""
     config = QwenConfig.from_file(folder / "config.json")
-    contexts = Contexts(Tokenizer(folder / "tokenizer.json"), data.simulate())
-    parts = generation(config, kind.itemsize), training(config)
-    machine = Machine(device, kind)
-    engines = {name: side for name, side in sides.items() if issubclass(side, Engine)}
-    lines: list[dict] = []
-    scores: dict[str, dict[str, dict]] = {}  # by name of the line and side
-    peak: dict[str, dict[str, int]] = {}  # bytes, by name of the line and side
+    found: dict[str, dict[str, list[float]]] = {}  # of each run, by names of work and side
     with tempfile.TemporaryDirectory(prefix="qwen-min-benchmark-") as scratch:
-        setup = Setup(str(folder), device, dtype, scratch, torch.get_num_threads(), contexts.ids, contexts.wide)
+        setup = setup_of(folder, device, dtype, scratch, data.simulate())
+        engines = {name: side for name, side in sides.items() if issubclass(side, Engine)}
         with processes(setup, engines) as started:
             for name, process in started.items():
                 ask(process, name, "prepare")
-        for part in parts:
+        yield "| " + " | ".join(["", *sides, "spread"]) + " |"
+        yield "|" + " --- |" * (len(sides) + 2)
+        for part in generation(config.max_position_embeddings), training():
             with processes(setup, sides) as started:
                 for work in part:
-                    asked = {name: process for name, process in started.items() if work.engines or name not in engines}
-                    if work.method == "peak":
-                        peak[work.name] = {name: ask(process, name, "peak") for name, process in asked.items()}
-                        continue
-                    answers, limits = _in_turns(asked, work, runs, machine)
-                    lines += _lines(work, answers, limits)
-                    if work.method == "forecast":
-                        scores |= _scores(work, answers, contexts)
-    bandwidth = median(line["bandwidth"] for line in lines)
-    return {
-        "sides": list(sides),
-        "lines": lines,
-        "scores": scores,
-        "growth": _growth([work for part in parts for work in part], lines, list(sides)),
-        "peak": peak,
-        "cache_read_seconds_per_position": position_bytes(config, kind.itemsize) / bandwidth,
-    }
+                    asked = {name: started[name] for name, side in sides.items() if issubclass(side, work.asked)}
+                    numbers: dict[str, list[float]] = {name: [] for name in asked}
+                    for _ in range(work.warm_up + runs if work.unit == "s" else 1):
+                        for name, process in asked.items():
+                            numbers[name].append(ask(process, name, work.method, *work.values))
+                    kept = {name: each[-runs:] for name, each in numbers.items()}
+                    found[work.name] = found.get(work.instead, {}) | kept
+                    yield row(work, found[work.name], list(sides))
+    yield LEGEND
 
 
-def _in_turns(
-    asked: Mapping[str, ProcessPoolExecutor], work: Work, runs: int, machine: Machine
-) -> tuple[dict[str, list], list[tuple[float, float]]]:
-    """The answers of each side in each run, and the machine's limits before each round.
-
-    The answers of a round before them, which warms up, are dropped. Forecasts have none, because they take minutes.
-    """
-    warm_up = 0 if work.method == "forecast" else 1
-    answers: dict[str, list] = {name: [] for name in asked}
-    limits = []
-    for _ in range(warm_up + runs):
-        limits.append(machine.limits())
-        for name, process in asked.items():
-            answers[name].append(ask(process, name, work.method, *work.values))
-    return {name: each[warm_up:] for name, each in answers.items()}, limits
-
-
-def _lines(work: Work, answers: Mapping[str, list], limits: Sequence[tuple[float, float]]) -> list[dict]:
-    """Lines of the table. A side without constrained decoding stands there with free decoding."""
-    named = {work.name: answers}
-    if work.method == "forecast":
-        others = " (others: free)" if len(answers) > 1 else ""
-        named = {}
-        for line, summed in FORECAST_LINES.items():
-            named[f"{work.name}, {line}{others * ('constrained' in summed)}"] = {
-                side: [sum(one.seconds.get(part, one.seconds["free"]) for part in summed) for one in each]
-                for side, each in answers.items()
-            }
-    rate, bandwidth = (median(values) for values in zip(*limits, strict=True))
-    for name, seconds in named.items():
-        medians = ", ".join(f"{side} {median(times):.3f} s" for side, times in seconds.items())
-        print(f"{name}: {medians}", file=sys.stderr, flush=True)
-    limited = {"flops": work.flops, "bytes": work.bytes, "matrix_flops": rate, "bandwidth": bandwidth}
-    return [
-        {"name": name, "work": work.amount, "unit": work.unit, "seconds": seconds} | limited
-        for name, seconds in named.items()
-    ]
-
-
-def _scores(work: Work, answers: Mapping[str, list[Completion]], contexts: Contexts) -> dict[str, dict[str, dict]]:
-    """The errors of each way to decode in the last run, by side."""
-    (steps,) = work.values
-    return {
-        f"{work.name}, {way}: validation MSE": {
-            side: contexts.score(each[-1].texts[way], steps) for side, each in answers.items() if way in each[-1].texts
-        }
-        for way in ("free", "constrained")
-    }
-
-
-def _growth(works: Sequence[Work], lines: Sequence[dict], sides: Sequence[str]) -> dict[str, dict[str, dict]]:
-    """How the median seconds of each side grow along each curve that it was measured on as a whole."""
-    seconds = {line["name"]: line["seconds"] for line in lines}
-    found: dict[str, dict[str, dict]] = {side: {} for side in sides}
-    for curve in dict.fromkeys(work.curve for work in works if work.curve):
-        points = {work.size: seconds[work.name] for work in works if work.curve == curve}
-        for side in sides:
-            if all(side in point for point in points.values()):
-                found[side][curve] = growth([*points], [median(point[side]) for point in points.values()])
-    return found
-
-
-def growth(sizes: Sequence[int], seconds: Sequence[float]) -> dict[str, float]:
-    """Least-squares line of seconds over sizes (seconds_per_unit, start), and the exponent of a power law."""
-    slope, start = np.polyfit(sizes, seconds, 1)
-    exponent, _ = np.polyfit(np.log(sizes), np.log(seconds), 1)
-    return {"seconds_per_unit": float(slope), "start": float(start), "exponent": float(exponent)}
+def row(work: Work, found: Mapping[str, list[float]], sides: list[str]) -> str:
+    """A line of the table. found: the numbers of each run, by side."""
+    medians, cells = {side: median(numbers) for side, numbers in found.items()}, [work.name]
+    for side in sides:
+        times = f" ({medians[side] / medians[OURS]:.2f} x)" if work.unit and side in medians and side != OURS else ""
+        cells.append(f"{medians[side]:.4g} {work.unit}".strip() + times if side in medians else "-")
+    spread = max((max(numbers) - min(numbers)) / medians[side] for side, numbers in found.items())
+    return "| " + " | ".join([*cells, f"{spread:.0%}" if work.unit == "s" else "-"]) + " |"

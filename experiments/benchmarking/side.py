@@ -1,17 +1,26 @@
-"""What each side of a benchmark can do. Imports no torch: an engine without it would pay for it in memory.
+"""What each side of a benchmark can do, in a process of its own. Imports no torch: an engine would pay for its memory.
 
-B rows of a batch, T tokens of a prompt, D variables.
+N prompts of T tokens that write D variables, h forecast steps.
 """
 
-import sys
+import multiprocessing
+import os
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from itertools import cycle, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-OURS = "qwen-min"
+import numpy as np
+
+from experiments.forecasting.encoding import Encoding
+
 TOKENS_PER_STEP = 10  # a time step of two values is `1.23,4.56;`
 DECODE_STEPS = 8  # the seconds of a decode step are the mean of so many
 
@@ -21,88 +30,115 @@ class BenchmarkError(ValueError):
 
 
 class Setup(NamedTuple):
-    """What all sides are given."""
+    """What all sides are given: where to compute, and what to forecast, in the units of the data."""
 
     folder: str  # of the checkpoint
     device: str
     dtype: str
     scratch: str  # folder for files made of the checkpoint
     threads: int
-    ids: list[list[int]]  # (B, T), contexts to forecast from; each ends in `;`
-    wide: list[list[bool]]  # (B, D), the variables that may need a second digit, see `Grammar.follow`
-
-
-class Completion(NamedTuple):
-    """What a side made of a batch. Ways to decode are "free" (greedy) and "constrained" (by a grammar)."""
-
-    seconds: dict[str, float]  # "prefill", until each prompt has its first token; by way to decode, the rest
-    texts: dict[str, list[str]]  # by way to decode, one for each prompt
+    encoding: Encoding
+    ids: list[list[int]]  # (N, T): the text of each context, which ends in `;`
+    contexts: np.ndarray  # (N, time steps, D)
+    truth: np.ndarray  # (N, h, D): what follows
 
 
 class Side(ABC):
-    """A program that is measured. It holds one model at a time, the one that it loaded last."""
+    """A program that is measured: `ask` times a method that returns no number, the others measure something themselves.
 
-    packages: tuple[str, ...] = ()  # what it needs besides this project
+    It holds one model at a time, the one that it loaded last.
+    """
+
+    texts: list[str]  # of the last forecast
 
     def __init__(self, setup: Setup):
-        self.setup = setup
+        self.setup, self.device = setup, setup.device
 
     @abstractmethod
     def start(self) -> None:
         """Load tokenizer and model. The model loaded before is dropped first."""
 
     @abstractmethod
-    def complete(self, ids: list[list[int]], tokens: int) -> Completion:
-        """Continue prompts (B, T) greedily by so many tokens, past any end of the text."""
+    def complete(self, ids: list[list[int]], tokens: int) -> list[str]:
+        """Continue prompts (N, T) greedily by so many tokens, past any end of the text."""
 
-    def load(self) -> float:
-        """Seconds to load, and to compute the logits of a first token."""
-
-        def run() -> None:
-            self.start()
-            self.complete(self.tokens(1, 1), 1)
-
-        return seconds_of(run, self.setup.device)
-
-    def prefill(self, length: int) -> float:
-        """Seconds to prefill a cache with one prompt of `length` tokens."""
-        return self.complete(self.tokens(1, length), 1).seconds["prefill"]
-
+    @abstractmethod
     def decode(self, batch: int, context: int) -> float:
         """Seconds of a greedy decode step after `context` tokens, mean of DECODE_STEPS."""
-        return self.complete(self.tokens(batch, context), 1 + DECODE_STEPS).seconds["free"] / DECODE_STEPS
 
-    def forecast(self, steps: int) -> Completion:
-        """Forecast `steps` time steps after each context."""
-        return self.complete(self.setup.ids, steps * TOKENS_PER_STEP)
+    def load(self) -> None:
+        """Load the model, and choose a first token."""
+        self.start()
+        self.prefill(1)
 
-    def peak(self) -> int:
-        """Largest number of bytes that this process had in memory so far."""
+    def prefill(self, length: int) -> None:
+        """Read one prompt of `length` tokens, and choose a token."""
+        self.complete(self.tokens(1, length), 1)
+
+    def free(self, steps: int) -> None:
+        """Forecast `steps` time steps after each context by free text."""
+        self.texts = self.complete(self.setup.ids, steps * TOKENS_PER_STEP)
+
+    def mse(self, steps: int) -> float:
+        """MSE of the last forecast in scaled units. The mean of the context stands in for a malformed value."""
+        encoding, truth = self.setup.encoding, self.setup.truth[:, :steps]
+        means = encoding.scaled(self.setup.contexts).mean(axis=1, keepdims=True)
+        forecast = np.stack([encoding.decode(text, *truth.shape[1:]) for text in self.texts])
+        return float(((np.where(np.isnan(forecast), means, forecast) - encoding.scaled(truth)) ** 2).mean())
+
+    def peak(self) -> float:
+        """The largest memory of this process so far, in GB."""
         status = Path("/proc/self/status")
-        if status.exists():
-            # Linux; ru_maxrss, below, also counts the memory of the process that started this one
-            (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-            return int(line.split()[1]) * 1024
+        if status.exists():  # on Linux, ru_maxrss also counts the memory of the process that started this one
+            return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
         import resource
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts bytes
 
     def tokens(self, batch: int, length: int) -> list[list[int]]:
         """Ids (batch, length) of numbers, `1.23,4.56;...`: the first context, over and over."""
         return [list(islice(cycle(self.setup.ids[0]), length))] * batch
 
 
-def seconds_of(function: Callable[[], object], device: str) -> float:
-    """Seconds that a call takes, including its work on a torch device."""
+@contextmanager
+def processes(setup: Setup, sides: Mapping[str, type[Side]]) -> Iterator[dict[str, ProcessPoolExecutor]]:
+    """A new process for each side, by name. It starts when it is first asked, and ends with this context."""
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(ProcessPoolExecutor(1, context, _start, (side, setup)))
+            for name, side in sides.items()
+        }
 
-    def wait() -> None:
-        if device.startswith("cuda"):
-            import torch
 
-            torch.cuda.synchronize(device)
+def ask(process: ProcessPoolExecutor, name: str, method: str, *values: int) -> float:
+    """The number that a method of the side in this process returns, or the seconds that it takes.
 
-    wait()
+    Raises its errors, and BenchmarkError if the process died.
+    """
+    try:
+        return process.submit(_call, method, values).result()
+    except BrokenProcessPool as error:
+        raise BenchmarkError(f"the process of {name} died in {method}; it may have run out of memory") from error
+
+
+_side: Side  # of this process
+
+
+def _start(side: type[Side], setup: Setup) -> None:
+    global _side
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+    # a parent that is killed cannot end this process, which would keep its memory
+    threading.Thread(target=_end_with, args=[multiprocessing.parent_process()], daemon=True).start()
+    _side = side(setup)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _call(method: str, values: tuple[int, ...]) -> float:
     started = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - started
+    result = getattr(_side, method)(*values)
+    return time.perf_counter() - started if result is None else result

@@ -3,15 +3,13 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from experiments.forecasting.text import Forecast, Forecaster
-
-__all__ = ["Forecast", "Forecaster"]
+    from experiments.forecasting.text import Forecaster as Forecaster
 
 
 def __getattr__(name: str):
-    """Import `Forecaster` and `Forecast` on first use: they import torch, which a report and --help do not need."""
-    if name not in __all__:
+    """Import `Forecaster` on first use: it imports torch, which a report and --help do not need."""
+    if name != "Forecaster":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from experiments.forecasting import text
+    from experiments.forecasting.text import Forecaster
 
-    return getattr(text, name)
+    return Forecaster

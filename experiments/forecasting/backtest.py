@@ -9,7 +9,6 @@ from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from experiments.forecasting.adapter import rows_seen
 from experiments.forecasting.baselines import BASELINES
@@ -50,6 +49,10 @@ def filled(series: np.ndarray) -> np.ndarray:
 
     Raises BacktestError for a variable with no known value.
     """
+    if not np.isnan(series).any():
+        return series
+    import pandas as pd  # slow, and seldom needed
+
     nothing = np.isnan(series).all(axis=0)
     if nothing.any():
         raise BacktestError(
@@ -139,7 +142,6 @@ def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
     `rmse` and its 95 % interval are in standard deviations of each variable before the forecast, so that series of all
     levels count alike; `each` has the mean squared error of each forecast in these units, `mae` the mean absolute error
     of each variable in the units of the data. Only known values count; a variable without any has the `mae` None.
-
     Forecasts of one series are not independent, so the interval is over series (`over`: "series"); of fewer than
     MIN_SERIES it is over their forecasts, and says nothing about other series (`over`: "forecasts").
     """

@@ -34,7 +34,7 @@ def is_frame(data) -> bool:
     return type(data).__module__.partition(".")[0] == "pandas"
 
 
-def forecast_frame(frame, levels: Sequence[float], forecast: Callable[[list[np.ndarray]], Forecast]):
+def framed(frame, levels: Sequence[float], forecast: Callable[[list[np.ndarray]], Forecast]):
     """The forecast of the series in a DataFrame, with quantiles at `levels`: a DataFrame that continues its times."""
     import pandas as pd
 
@@ -53,31 +53,28 @@ def checked_series(series, missing: str = "error", min_steps: int = 2) -> list[n
 
     missing: "keep" lets values be NaN. Raises SeriesError for a bad one, which it names by its number, and for none.
     """
-    if is_frame(series):
-        series = [series]
+    series = [series] if is_frame(series) else series
     parts = [part for one in series for part in (tables.from_frame(one, missing=missing) if is_frame(one) else [one])]
-    arrays = [_checked(np.asarray(one), f"series {at}", missing, min_steps) for at, one in enumerate(parts)]
+    arrays = []
+    for number, array in enumerate(map(np.asarray, parts)):
+        array = array[:, None] if array.ndim == 1 else array
+        if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
+            raise SeriesError(
+                f"series {number}: got an array of {array.dtype} {array.shape}, expected numbers (time steps, "
+                "variables); put a single series into a list"
+            )
+        if len(array) < min_steps:
+            raise SeriesError(f"series {number}: has 1 time step, expected at least {min_steps}")
+        array = array.astype(np.float64) + 0.0  # + 0.0 turns -0 into 0
+        bad = ~(np.abs(array) <= MAX_VALUE) & ~(np.isnan(array) & (missing == "keep"))
+        if bad.any():
+            step, variable = np.argwhere(bad)[0]
+            raise SeriesError(
+                f"series {number}, step {step}, variable {variable}: {array[step, variable]:g}, expected finite "
+                f"numbers of at most {MAX_VALUE:g}"
+            )
+        arrays.append(array)
     widths = {array.shape[1] for array in arrays}
     if len(widths) != 1:
         raise SeriesError(f"the series have {sorted(widths) or 'no'} variables, expected the same number for all")
     return arrays
-
-
-def _checked(array: np.ndarray, name: str, missing: str, min_steps: int) -> np.ndarray:
-    array = array[:, None] if array.ndim == 1 else array
-    if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
-        raise SeriesError(
-            f"{name}: got an array of {array.dtype} {array.shape}, expected numbers (time steps, variables); put a "
-            "single series into a list"
-        )
-    if len(array) < min_steps:
-        raise SeriesError(f"{name}: has 1 time step, expected at least {min_steps}")
-    array = array.astype(np.float64) + 0.0  # + 0.0 turns -0 into 0
-    bad = ~(np.abs(array) <= MAX_VALUE) & ~(np.isnan(array) & (missing == "keep"))
-    if bad.any():
-        step, variable = np.argwhere(bad)[0]
-        raise SeriesError(
-            f"{name}, step {step}, variable {variable}: {array[step, variable]:g}, expected finite numbers of at most "
-            f"{MAX_VALUE:g}"
-        )
-    return array

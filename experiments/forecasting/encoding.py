@@ -101,11 +101,6 @@ class Encoding:
         """All scaled values that text can have are from 0 to less than this."""
         return COMPACT_LIMIT if self.compact else SCALED_LIMIT
 
-    def unwritable(self, series: np.ndarray) -> np.ndarray:
-        """Where values (..., D) are too small or too large to be written."""
-        scaled = np.round(self.scaled(series), self.decimals)
-        return (scaled < 0) | (scaled >= self.limit)
-
     def writable(self, series: np.ndarray) -> np.ndarray:
         """The series (..., D), with values that cannot be written replaced by the nearest that can."""
         scaled = self.scaled(series)
@@ -130,8 +125,8 @@ class Encoding:
         """The scaled values of the first num_steps steps of a text, (num_steps, num_variables).
 
         A missing or malformed value is NaN. A value is well-formed if it consists of an optional minus, digits, a
-        point and exactly `decimals` digits, or in compact text of 1 + `decimals` digits. All values of a step that has
-        not exactly num_variables values are NaN.
+        point and exactly `decimals` digits, or in compact text of 1 + `decimals` digits. A step that has not exactly
+        num_variables values is NaN.
         """
         if self.compact:
             width = 1 + self.decimals

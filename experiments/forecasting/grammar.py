@@ -42,9 +42,7 @@ class Grammar:
         self.decimals, self.num_variables, self.compact = decimals, num_variables, compact
         encoded = [tokenizer.encode(character) for character in ALPHABET]
         if any(len(ids) != 1 for ids in encoded):
-            raise CheckpointError(
-                f"the tokenizer splits {ALPHABET!r} into {encoded}, expected one token for each character"
-            )
+            raise CheckpointError(f"the tokenizer splits {ALPHABET!r} into {encoded}, expected a token for each")
         self.ids = {character: ids[0] for character, ids in zip(ALPHABET, encoded, strict=True)}
         self.vocabulary = sorted(self.ids[character] for character in (DIGITS if compact else ALPHABET))
         self.pad_id = tokenizer.pad_id
@@ -52,8 +50,7 @@ class Grammar:
     def follow(self, text: str, wide: Sequence[bool] | None = None) -> str:
         """The characters that may come after `text`, the well-formed beginning of a forecast.
 
-        wide (D) says which variables may have a second digit before the point; None means all. The first of two digits
-        is never 0.
+        wide (D): the variables that may have a second digit before the point (after a 0 none has); None: all.
         """
         if self.compact:
             return DIGITS
@@ -71,10 +68,7 @@ class Grammar:
         return len(text) // (1 + self.decimals) if self.compact else text.count(",") + text.count(";")
 
     def choices(self, text: str, wide: Sequence[bool] | None = None) -> list[str]:
-        """For each character of a text, the characters that the grammar allows there; wide as in `follow`.
-
-        Raises ValueError when the text is not well-formed.
-        """
+        """What the grammar allows in place of each character of a text. Raises ValueError if it is not well-formed."""
         allowed = []
         for at, character in enumerate(text):
             allowed.append(self.follow(text[:at], wide))
@@ -83,10 +77,7 @@ class Grammar:
         return allowed
 
     def most_choices(self, num_values: int) -> int:
-        """The most choices in a forecast: for each value two digits (or a digit and the point), and the decimals.
-
-        In compact text there is no second choice before the decimals.
-        """
+        """The most choices in a forecast: for each value two digits (compact: one), or one and a point; and places."""
         return num_values * (1 + self.decimals + (not self.compact))
 
     def columns(self, num_values: int) -> int:
@@ -111,9 +102,8 @@ class _Row:
     guessed: bool = False  # True if pending ends in a guessed point, which is not in the text yet
 
     def advance(self, first: str, last: str) -> bool:
-        """Write the choices of a pass: `first` in place of the guessed point, `last` after all that it read.
-
-        Returns True if `first` is a second digit: the guessed point has to be taken back.
+        """Write a choice of a pass: `last`, after all that it read, or a second digit `first` in place of the guessed
+        point, which then has to be taken back: True.
         """
         if rejected := self.guessed and first != ".":
             self.choose(first)
@@ -158,9 +148,7 @@ def _on_cpu(logits: Tensor, *choices: Tensor) -> list[list[str]]:
     *columns, right = torch.stack([*choices, is_right.long()]).tolist()
     if not all(right):
         rows = [row for row, one in enumerate(right) if not one]
-        raise NotFiniteError(
-            f"the logits of forecasts {rows} are not finite; check the series, the weights and the dtype"
-        )
+        raise NotFiniteError(f"the logits of forecasts {rows} are not finite; check series, weights and dtype")
     return [[CHOICES[choice] for choice in column] for column in columns]
 
 
@@ -177,16 +165,13 @@ def decode(
 ) -> list[str]:
     """Continue a prefilled cache by num_values values. Returns B texts.
 
-    Each token is the allowed character with the largest logit, or a sample among them if uniforms are given.
-
-    hidden (B, C) is the hidden state of the last token in the cache, the end of a time step. attention_mask (B, length)
-    is 0 on padding in the cache, which holds `length` tokens. uniforms (B, n) in [0, 1) has a number for each choice in
-    turn; n is `Grammar.most_choices`. wide (B, D) is as in `Grammar.follow`. The cache needs room for `Grammar.columns`
-    more tokens.
+    Each token is the allowed character with the largest logit, or a sample among them if uniforms are given: (B, n) in
+    [0, 1), a number for each choice in turn; n is `Grammar.most_choices`. hidden (B, C) is the hidden state of the last
+    token in the cache, the end of a time step. attention_mask (B, filled) is 0 on padding in the cache, which needs
+    room for `Grammar.columns` more tokens. wide (B, D) is as in `Grammar.follow`.
 
     A pass reads a chosen digit together with the character that it forces. It also reads a guessed point after a first
     digit, because a point is likely there. If the model chooses a second digit instead, the point is taken back.
-
     Raises NotFiniteError for logits that are NaN or +infinity.
     """
     head, append = grammar.head(model), continuation(model, cache, attention_mask)

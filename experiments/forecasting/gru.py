@@ -53,12 +53,10 @@ class _Network(nn.Module):
 def fit(train: np.ndarray, seed: int = 0) -> Callable[[np.ndarray, int], np.ndarray]:
     """Train on series (N, T, D), on the CPU. Returns a function of contexts (N, C, D) and a horizon: (N, h, D).
 
-    The result depends on train and seed alone.
-
-    The loss is the mean of the fourth root of the squared error of each rolled-out path. A few trajectories with sharp
-    peaks have errors a thousand times the median; they would dominate a plain mean of squares. The number of steps is
-    fixed and the learning rate falls to zero at the end, so no validation data decide when to stop. Training half as
-    many steps more lowers the median error by two fifths, and changes the mean no more than another seed does.
+    The result depends on train and seed alone; no validation data decide when to stop. The loss is the mean of the
+    fourth root of the squared error of each rolled-out path: a few trajectories with sharp peaks have errors a thousand
+    times the median, and would dominate a plain mean of squares. Half as many steps more lower the median error by two
+    fifths, and change the mean no more than another seed does.
     """
     series, generator = torch.from_numpy(train).float(), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

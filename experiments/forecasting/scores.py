@@ -28,12 +28,9 @@ def mean_interval(values: np.ndarray) -> list[float] | None:
 
     It is Student's interval, corrected for skewness by Hall's cubic transformation of t (P. Hall 1992, On the removal
     of skewness by transformation, JRSS B 54, 221-228). A sample tells nothing about large errors that it does not
-    contain, so with errors as skewed as ours the interval contains the mean in somewhat less than 95 % of the cases.
-
-    We measured this on 5,000 simulated systems. From 150 systems at a time, the interval contains the mean over all
-    systems in 92 % of the cases for VAR(18), whose mean error is 89 times its median, and in 88 to 94 % for the other
-    baselines. A percentile bootstrap reaches 76 % and 73 to 89 %. From ten systems at a time, our interval reaches only
-    63 to 87 %.
+    contain, so with skewed errors the interval holds the mean less often. From 150 of 5,000 simulated systems at a
+    time it does in 92 % of the cases for VAR(18), whose mean error is 89 times its median, and in 88 to 94 % for the
+    other baselines (a percentile bootstrap: 76 %, 73 to 89 %); from ten systems at a time in only 63 to 87 %.
     """
     count = len(values)
     if count < 2:
@@ -70,15 +67,13 @@ def paired(
     it is 0. series: the number of each sequence's series, where several are of one: the intervals are then over series.
 
     Sequences without one of the two (None or NaN) are left out. The result has these keys:
-    - `difference` is the mean of ours minus theirs: negative means that ours is better. A few sequences with large
-      errors decide it.
-    - `better` is the share of sequences where ours is smaller.
-    - `ratio` is the geometric mean of ours divided by that of theirs: less than 1 means that ours is better. All
-      sequences count alike. It is None when floor is 0 and an error is 0.
-    - `interval` and `ratio_interval` are 95 % intervals of `difference` and `ratio` by `mean_interval`.
-
-    We measured the intervals as in `mean_interval`, for VAR(18) against AR(20) and seasonal naive. The interval of the
-    ratio contains the true ratio in 94 to 95 % of the cases, that of the difference in only 78 to 86 %.
+    - `difference`: the mean of ours minus theirs. A few sequences with large errors decide it.
+    - `better`: the share of sequences where ours is smaller.
+    - `ratio`: the geometric mean of ours divided by that of theirs; all sequences count alike. None when floor and an
+      error are 0.
+    - `interval`, `ratio_interval`: their 95 % intervals by `mean_interval`. Measured as there, for VAR(18) against
+      AR(20) and seasonal naive, that of the ratio holds the true one in 94 to 95 % of the cases, that of the difference
+      in only 78 to 86 %.
     """
     pairs = np.array([*zip(ours, theirs, strict=True)], dtype=float)
     known = np.isfinite(pairs).all(axis=1)
@@ -121,9 +116,8 @@ def quantiles(samples: np.ndarray, levels: Sequence[float], axis: int) -> np.nda
     """Estimate Q quantiles of a distribution from samples along an axis: (Q, ...). Errors as in `require_samples`.
 
     The k-th smallest of S samples is the quantile k / (S + 1), because a further draw falls below it with that
-    probability. A central interval then has its nominal coverage for any S (Hyndman and Fan 1996, definition 6).
-    numpy's default method gives the quantiles of the samples themselves: with 20 samples, an interval called 80 %
-    covers 72 %.
+    probability. A central interval then has its nominal coverage for any S (Hyndman and Fan 1996, definition 6); by
+    numpy's default method and 20 samples, an interval called 80 % covers 72 %.
     """
     require_samples(levels, samples.shape[axis])
     return np.quantile(samples, levels, axis=axis, method="weibull")
@@ -137,12 +131,10 @@ def squared_errors(forecast: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale: float) -> dict:
     """MSE and MAE of forecast (N, h, D) against truth (N, h, D), both scaled, over the well-formed values.
 
-    Each sequence contributes the mean over its well-formed values. `malformed_values` and `sequences_without_forecast`
-    count the missing ones. If no value is well-formed, `mse` is None and the other means are absent.
-
-    `mse_filled` replaces missing values by fallback (N, D), the mean of the context. Models are selected by it, so that
-    a model gains nothing from values that cannot be read. The keys with `populations` are in units of the data, by
-    `scale`.
+    Each sequence contributes the mean over its well-formed values; if there are none at all, `mse` is None and the
+    means below it are absent. In `mse_filled` the fallback (N, D), the mean of the context, replaces missing values.
+    Models are selected by it, so that a model gains nothing from values that cannot be read. The keys with
+    `populations` are in units of the data, by `scale`.
     """
     error = forecast - truth
     malformed = np.isnan(error)
@@ -170,11 +162,7 @@ def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale:
 
 
 def method_errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale: float) -> dict:
-    """The errors of a method whose forecasts are all well-formed; arguments as in `errors`.
-
-    The keys `first` and `all` give `errors` for the first ten sequences and for all of them, `mse_each` gives the MSE
-    of each sequence.
-    """
+    """`errors` of a method whose forecasts are all well-formed, by part of the split, and the MSE of each sequence."""
     by_part = {part: errors(forecast[rows], truth[rows], fallback[rows], scale) for part, rows in SPLIT_PARTS.items()}
     return by_part | {"mse_each": squared_errors(forecast, truth).round(8).tolist()}
 
@@ -188,8 +176,7 @@ def crps(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Continuous ranked probability score of samples (N, S, h, D) for truth (N, h, D), the mean of each sequence: (N).
 
     The score is E|x - y| - E|x - x'| / 2; the second term is the unbiased mean over pairs of different samples
-    (Gneiting and Raftery 2007, section 4.2). It has the units of the values. For a single sample it is the absolute
-    error.
+    (Gneiting and Raftery 2007, section 4.2). For a single sample it is the absolute error.
     """
     count = samples.shape[1]
     distance = np.abs(samples - truth[:, None]).mean(axis=1)

@@ -16,14 +16,7 @@ import torch
 
 from experiments.forecasting import scores
 from experiments.forecasting.adapter import Trained, resolve
-from experiments.forecasting.contexts import (
-    Forecast,
-    SeriesError,
-    SeriesWarning,
-    checked_series,
-    forecast_frame,
-    is_frame,
-)
+from experiments.forecasting.contexts import Forecast, SeriesError, SeriesWarning, checked_series, framed, is_frame
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
 from lora import load_adapter
@@ -97,18 +90,17 @@ class Forecaster:
     ) -> "Forecaster":
         """Load a checkpoint (folder, hub id or "tiny"), with or without an adapter in peft's format.
 
-        An adapter that this project trained records its checkpoint and its encoding, which are the defaults; so does a
-        checkpoint into which one was merged. Other adapters in peft's format name their checkpoint. Without an adapter
-        the defaults are "tiny", a scale and an offset fitted to each series, and 2 decimals. Raises CheckpointError or
-        AdapterError when one of the two cannot be read or the adapter was trained on another checkpoint.
+        The defaults are what an adapter records, or a checkpoint into which one was merged; without a record "tiny", a
+        scale and an offset fitted to each series, and 2 decimals. Raises CheckpointError or AdapterError when one of
+        the two cannot be read or the adapter was trained on another checkpoint.
         """
         name, folder, trained = resolve(checkpoint, adapter)
         model, tokenizer = load(folder, device, dtype)
         if adapter is not None:
             load_adapter(model, adapter)
-        known, tokens = (trained.decimals, trained.tokens) if trained else (None, None)
-        if not trained and folder == TINY:
-            known, tokens = TINY_DECIMALS, TINY_TOKENS
+        known, tokens = (TINY_DECIMALS, TINY_TOKENS) if folder == TINY else (None, None)
+        if trained:
+            known, tokens = trained.decimals, trained.tokens
         if decimals is not None and known is not None and decimals != known:
             _warn(f"the model was trained on numbers with {known} decimals, not {decimals}: expect nonsense")
         places = decimals if decimals is not None else known or 2
@@ -143,15 +135,14 @@ class Forecaster:
         a SeriesWarning says so.
         progress is called with a number of paths whenever they are done.
 
-        The result for a series depends on the seed and the series, not on the other series (in bf16, their rounding can
-        change a digit).
-
-        Raises before any forecast: SeriesError for values that are missing or that the encoding cannot write, and for
-        a text longer than the model has positions; SamplesError for quantiles that need more samples.
+        The result for a series depends on the seed and the series alone (in bf16, the rounding of other series in the
+        batch can change a digit). Raises before any forecast: SeriesError for values that are missing or that the
+        encoding cannot write, and for a text longer than the model has positions; SamplesError for quantiles that need
+        more samples.
         """
         if is_frame(contexts):
             others = (horizon, samples, quantiles, seed, point, context, progress)
-            return forecast_frame(contexts, quantiles, lambda arrays: self.forecast(arrays, *others))
+            return framed(contexts, quantiles, lambda arrays: self.forecast(arrays, *others))
         if samples is None:
             samples = DEFAULT_SAMPLES if len(quantiles) else 0
         if samples < 0:
@@ -161,15 +152,7 @@ class Forecaster:
         scores.require_samples(quantiles, samples)
         if horizon < 1:
             raise SeriesError(f"horizon is {horizon}, expected at least 1")
-        prompts = self._prompts(contexts, horizon, context)
-        texts = self._texts(prompts, horizon, samples, seed, progress)
-        num_variables = len(prompts[0].wide)
-        values = np.stack(
-            [
-                [prompt.encoding.restored(self.digits.decode(path, horizon, num_variables)) for path in paths]
-                for prompt, paths in zip(prompts, texts, strict=True)
-            ]
-        )
+        values = self._paths(self._prompts(contexts, horizon, context), horizon, samples, seed, progress)
         if not samples:
             return Forecast(values[:, 0], None, None)
         bounds = scores.quantiles(values, quantiles, axis=1).swapaxes(0, 1) if len(quantiles) else None
@@ -266,56 +249,45 @@ class Forecaster:
                 )
         return _Prompt(tokens, encoding, may_be_wide(scaled).tolist(), array[-1])
 
-    def _texts(
+    def _paths(
         self, prompts: list[_Prompt], horizon: int, samples: int, seed: int, progress: Callable[[int], None]
-    ) -> list[list[str]]:
-        """Texts after each prompt: drawn from the model, or, for no samples, one of the most likely characters.
+    ) -> np.ndarray:
+        """Paths (N, S, h, D) after each prompt, drawn from the model; for no samples one of the likeliest characters.
 
         The paths of a prompt share the keys and values of its context.
         """
-        num_values = horizon * len(prompts[0].wide)
-        grammar, reused = self._grammar(len(prompts[0].wide)), ReusedCache(self.model)
-        room, count = grammar.columns(num_values), grammar.most_choices(num_values)
-        at_once = min(samples, rows_at_once(self.model, room))
+        num_variables, device = len(prompts[0].wide), self.model.head_weight.device
+        grammar, reused, num_values = self._grammar(num_variables), ReusedCache(self.model), horizon * num_variables
+        room, num_paths = grammar.columns(num_values), max(1, samples)
+        at_once = min(num_paths, rows_at_once(self.model, room)) if samples else 1
         longest = max(len(prompt.tokens) for prompt in prompts)
-        size = rows_at_once(self.model, longest + max(1, at_once) * room)
+        size = rows_at_once(self.model, longest + at_once * room)
         if samples:
             pack(self.model)
-        texts: list[list[str]] = []
+        found = []
         for batch in (prompts[start : start + size] for start in range(0, len(prompts), size)):
-            ids, mask = self._padded(batch)
-            cache, last = prefill(self.model, ids, 0 if samples else room, mask, reused)
-            wide = [prompt.wide for prompt in batch]
-            if not samples:
-                texts += [[text] for text in decode(self.model, grammar, cache, last, num_values, mask, wide=wide)]
-                progress(len(batch))
-                continue
-            drawn: list[list[str]] = [[] for _ in batch]
-            for first in range(0, samples, at_once):
-                paths = range(first, min(first + at_once, samples))
-                draws = [_uniforms(seed, prompt.tokens, path, count) for prompt in batch for path in paths]
-                forked = reused.fork(len(paths), room)
-                found = decode(
-                    self.model,
-                    grammar,
-                    forked,
-                    last.repeat_interleave(len(paths), 0),
-                    num_values,
-                    forked.mask(mask),
-                    torch.from_numpy(np.stack(draws)).to(last.device),
-                    [prompt.wide for prompt in batch for _ in paths],
-                )
-                for number, one in enumerate(drawn):
-                    one += found[number * len(paths) : (number + 1) * len(paths)]
-                progress(len(batch) * len(paths))
-            texts += drawn
-        return texts
-
-    def _padded(self, batch: list[_Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """ids (B, T) of prompts and their mask on the model's device; see `pad_left`."""
-        ids, mask = pad_left([prompt.tokens for prompt in batch], self.tokenizer.pad_id)
-        device = self.model.head_weight.device
-        return ids.to(device), None if mask is None else mask.to(device)
+            ids, context_mask = pad_left([prompt.tokens for prompt in batch], self.tokenizer.pad_id)
+            ids, context_mask = ids.to(device), None if context_mask is None else context_mask.to(device)
+            cache, last = prefill(self.model, ids, 0 if samples else room, context_mask, reused)
+            mask, uniforms, parts = context_mask, None, []
+            for first in range(0, num_paths, at_once):
+                paths = range(first, min(first + at_once, num_paths))
+                rows = [(prompt, path) for prompt in batch for path in paths]
+                if samples:
+                    cache = reused.fork(len(paths), room)
+                    mask = cache.mask(context_mask)
+                    draws = [_uniforms(seed, prompt, path, grammar.most_choices(num_values)) for prompt, path in rows]
+                    uniforms = torch.from_numpy(np.stack(draws)).to(device)
+                hidden, wide = last.repeat_interleave(len(paths), 0), [prompt.wide for prompt, _ in rows]
+                texts = decode(self.model, grammar, cache, hidden, num_values, mask, uniforms, wide)
+                values = [
+                    prompt.encoding.restored(prompt.encoding.decode(text, horizon, num_variables))
+                    for (prompt, _), text in zip(rows, texts, strict=True)
+                ]
+                parts.append(np.reshape(values, (len(batch), len(paths), horizon, num_variables)))
+                progress(len(rows))
+            found.append(np.concatenate(parts, axis=1))
+        return np.concatenate(found)
 
 
 def _warn(message: str) -> None:
@@ -324,7 +296,8 @@ def _warn(message: str) -> None:
 
 def _require_writable(array: np.ndarray, encoding: Encoding, name: str) -> None:
     """Raise SeriesError for a value of a series (T, D) that is too small or too large for its encoding."""
-    if (bad := encoding.unwritable(array)).any():
+    scaled = np.round(encoding.scaled(array), encoding.decimals)
+    if (bad := (scaled < 0) | (scaled >= encoding.limit)).any():
         step, variable = np.argwhere(bad)[0]
         low, high = (encoding.restored(np.full(array.shape[1], end))[variable] for end in (0.0, encoding.limit))
         raise SeriesError(
@@ -333,7 +306,7 @@ def _require_writable(array: np.ndarray, encoding: Encoding, name: str) -> None:
         )
 
 
-def _uniforms(seed: int, prompt: list[int], sample: int, count: int) -> np.ndarray:
+def _uniforms(seed: int, prompt: _Prompt, sample: int, count: int) -> np.ndarray:
     """The random numbers of one sampled path, (count). They depend on these arguments alone, not on other series."""
-    key = np.frombuffer(hashlib.sha256(np.asarray(prompt, np.int64).tobytes()).digest(), np.uint32)
+    key = np.frombuffer(hashlib.sha256(np.asarray(prompt.tokens, np.int64).tobytes()).digest(), np.uint32)
     return np.random.default_rng([seed, sample, *key]).random(count)

@@ -65,13 +65,6 @@ def plain(values: np.ndarray) -> list:
     return result.tolist()
 
 
-def _parse(text: str):
-    def refuse(name: str):
-        raise ValueError(f"contains {name}, which JSON does not allow")
-
-    return json.loads(text, parse_constant=refuse)
-
-
 def read_text(path: Path) -> str:
     """The content of a text file. Raises RunError when it is missing or not text."""
     try:
@@ -82,20 +75,19 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path):
     """The value in a JSON file. Raises RunError when it is missing or damaged."""
-    try:
-        return _parse(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise error if isinstance(error, RunError) else RunError(f"{path}: not a JSON file ({error})") from error
-
-
-def read_json_lines(path: Path) -> list[dict]:
-    """The objects in a JSON lines file. Raises RunError when it is missing or damaged."""
-    return parse_json_lines(path, read_text(path))
+    return _parsed(path, [read_text(path)], "a JSON file")[0]
 
 
 def parse_json_lines(path: Path, text: str) -> list[dict]:
     """The objects in the text of a JSON lines file; path is for messages. Raises RunError when the text is damaged."""
+    return _parsed(path, text.splitlines(), "JSON lines")
+
+
+def _parsed(path: Path, texts: list[str], kind: str) -> list:
+    def refuse(name: str):
+        raise ValueError(f"contains {name}, which JSON does not allow")
+
     try:
-        return [_parse(line) for line in text.splitlines()]
+        return [json.loads(text, parse_constant=refuse) for text in texts]
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path}: not JSON lines ({error})") from error
+        raise RunError(f"{path}: not {kind} ({error})") from error

@@ -1,8 +1,6 @@
-"""Read JSON files as typed records. This module finds damage in a file, and imports no torch.
+"""Read JSON files as dataclasses. This module finds damage in a file, so code that uses the records need not expect it.
 
-`build` makes dataclasses from JSON. It raises RunError, which names the file and the field. Code that uses the records
-does not have to expect damage, so a bug in it is not mistaken for a damaged file. `build` ignores fields of the file
-that the dataclass does not have.
+Its RunError names the file and the field. Fields of the file that the dataclass does not have are ignored.
 """
 
 import csv
@@ -14,7 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from experiments.storage.files import RunError, read_json, read_json_lines, read_text
+from experiments.storage.files import RunError, parse_json_lines, read_json, read_text
 
 MAX_NUMBER = 1e300  # the largest number accepted, so that sums of numbers in a file stay finite
 
@@ -37,7 +35,10 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         return None if value is None else build(arguments[0], value, where)
     if origin is Annotated:
-        return _array(arguments[1], value, where)
+        array = np.array(value, dtype=object)
+        fits = array.ndim == arguments[1] and all(item is None or _is_number(item) for item in array.flat)
+        _require(fits, where, f"numbers of rank {arguments[1]}", value)
+        return array.astype(float)
     if is_dataclass(kind):
         return _record(kind, value, where)
     if origin is dict:
@@ -69,13 +70,6 @@ def _record(kind: Any, value: Any, where: str) -> Any:
         raise RunError(f"{where}: {error}") from error
 
 
-def _array(rank: int, value: Any, where: str) -> np.ndarray:
-    array = np.array(value, dtype=object)
-    fits = array.ndim == rank and all(item is None or _is_number(item) for item in array.flat)
-    _require(fits, where, f"numbers of rank {rank}", value)
-    return array.astype(float)
-
-
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= MAX_NUMBER
 
@@ -93,7 +87,8 @@ def read(path: Path, kind: Any) -> Any:
 
 def read_lines(path: Path, kind: Any) -> list:
     """Read a JSON lines file as a list of `kind`. Raises RunError when it is missing or damaged."""
-    return [build(kind, line, f"{path}, line {number}") for number, line in enumerate(read_json_lines(path), start=1)]
+    lines = parse_json_lines(path, read_text(path))
+    return [build(kind, line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def read_columns(path: Path, *names: str) -> list[list[float]]:

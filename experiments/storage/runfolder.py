@@ -17,9 +17,9 @@ LOCK_FILE, WRITER_FILE = ".lock", ".writer"  # the locked file; the id of the pr
 def resumable(state: Path | None, pieces: Sequence, make: Callable, to_plain: Callable, read: Callable) -> list:
     """The list of make(piece) for all pieces, in order.
 
-    The file `state` keeps to_plain(result), a JSON value, for each result, so that a killed run resumes after the last
-    complete piece. read(kept value, piece) must give the same result again. With state None nothing is kept. Raises
-    RunError when the state is damaged; `read` may raise it too.
+    The file `state`, if not None, keeps to_plain(result), a JSON value, for each result, so that a killed run resumes
+    after the last complete piece; read(kept value, piece) must give the same result again. Raises RunError when the
+    state is damaged; `read` may raise it too.
     """
     kept = read_json(state) if state and state.exists() else []
     if not isinstance(kept, list) or len(kept) > len(pieces):
@@ -46,9 +46,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         holder = writer.read_text(encoding="utf-8") if writer.exists() else "unknown"
-        raise RunError(
-            f"{folder}: process {holder} is writing to it; wait until it ends, or choose another folder"
-        ) from None
+        told = f"process {holder} is writing to it; wait until it ends, or choose another folder"
+        raise RunError(f"{folder}: {told}") from None
     try:
         writer.write_text(str(os.getpid()), encoding="utf-8")
         yield
@@ -68,21 +67,14 @@ def open_run(folder: Path, identity: dict, record: dict) -> Iterator[bool]:
     make_folder(folder)
     with only_writer(folder):
         continued = _holds(folder, identity)
-        if continued:
-            _warn_of_other_versions(folder, record.get("versions"))
-        else:
+        if not continued:
             write_whole(folder / "plan.json", to_json({"identity": identity} | record))
+        began, now = read_json(folder / "plan.json").get("versions"), record.get("versions")
+        if isinstance(began, dict) and now and (other := [name for name in now if began.get(name) != now[name]]):
+            told = ", ".join(f"{name} {_short(began.get(name))}, now {_short(now[name])}" for name in other)
+            # the rest of the run may not fit what it has
+            warnings.warn(f"{folder}: was begun with other versions: {told}", stacklevel=3)
         yield continued
-
-
-def _warn_of_other_versions(folder: Path, versions: dict | None) -> None:
-    """Warn of a run that other versions or sources began: the rest of it may not fit."""
-    began = read_json(folder / "plan.json").get("versions")
-    if not isinstance(began, dict) or not versions:
-        return
-    if other := [name for name in versions if began.get(name) != versions[name]]:
-        told = ", ".join(f"{name} {_short(began.get(name))}, now {_short(versions[name])}" for name in other)
-        warnings.warn(f"{folder}: was begun with other versions: {told}", stacklevel=4)
 
 
 def _holds(folder: Path, identity: dict) -> bool:
@@ -95,13 +87,13 @@ def _holds(folder: Path, identity: dict) -> bool:
             raise RunError(f"{plan}: describes no run; choose another --out")
         for name in identity | stored:
             old, new = stored.get(name), identity.get(name)
-            if old != new:
-                if isinstance(old, dict) and isinstance(new, dict):  # name what differs
-                    differ = [key for key in old | new if old.get(key) != new.get(key)]
-                    old, new = ({key: one.get(key) for key in differ} for one in (old, new))
-                raise RunError(
-                    f"{folder}: has a run with {name} {_short(old)}, this run has {_short(new)}; choose another --out"
-                )
+            if old == new:
+                continue
+            if isinstance(old, dict) and isinstance(new, dict):  # name what differs
+                differ = [key for key in old | new if old.get(key) != new.get(key)]
+                old, new = ({key: one.get(key) for key in differ} for one in (old, new))
+            told = f"has a run with {name} {_short(old)}, this run has {_short(new)}; choose another --out"
+            raise RunError(f"{folder}: {told}")
         return True
     leftovers = {"plan.json.partial", LOCK_FILE, WRITER_FILE}  # of a run that was killed before it had a plan
     if folder.exists() and (not folder.is_dir() or any(p.name not in leftovers for p in folder.iterdir())):

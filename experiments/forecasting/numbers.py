@@ -1,0 +1,335 @@
+"""A small Qwen2.5 that reads values in place of text: pretrained once, it forecasts any series.
+
+Between the blocks of `qwen_min` and their input and output stand three changes. A token is the newest PATCH values of
+one variable at some time, and what its seasons were at the times that it forecasts; tokens may overlap. The head gives
+quantiles of the next AHEAD values. And between two blocks, a gate lets the variables of a series see each other.
+
+N series, D variables, L time steps, T tokens, C hidden size, Q = len(LEVELS) quantiles, K = AHEAD steps.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.forecasting.adapter import Trained, resolve
+from experiments.forecasting.contexts import Forecast, SeriesError, checked_series, forecast_frame, is_frame
+from lora import load_adapter
+from qwen_min.config import QwenConfig
+from qwen_min.linear import Linear
+from qwen_min.model import Block, RMSNorm, rotary_tables
+from qwen_min.weights import load_weights
+
+PATCH, AHEAD = 16, 32
+LEVELS = tuple(level / 10 for level in range(1, 10))
+SEASONS = 3  # past values beside each value to forecast: two of the shortest season, one of the strongest
+FEATURES = 2 * PATCH + 2 * SEASONS * AHEAD + 2  # of a token: values, observed or not, how strong the seasons are
+# for contexts of at most so many time steps, the steps between two tokens; the model reads at most the last number
+STRIDES = {72: 2, 144: 4, 256: 8, 512: 16}
+MIN_STEPS = 3  # of a context
+FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
+BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
+CONFIG = QwenConfig(
+    vocab_size=len(LEVELS) * AHEAD,  # the size of the output
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-6,
+    rope_theta=100.0,
+    tie_word_embeddings=False,
+)
+
+
+class Seasons(NamedTuple):
+    """The seasons that a series seems to have, in time steps, and how strong they are: each (..., 2).
+
+    The first is the shortest of the strong ones, the second the strongest; 1 stands for none.
+    """
+
+    periods: Tensor
+    strengths: Tensor
+
+
+def find_seasons(x: Tensor, seen: Tensor, lengths: Tensor | None = None) -> Seasons:
+    """The seasons of series x (..., L) where seen (..., L): peaks of the autocorrelation of their changes.
+
+    A peak at lag m counts by 1 - m / L, because few cycles can agree by chance. lengths (..., 1): the parts of L that
+    are seen; None: all.
+    """
+    length = x.shape[-1]
+    lengths = torch.tensor(length) if lengths is None else lengths
+    both = (seen[..., 1:] & seen[..., :-1]).float()
+    change = (x[..., 1:] - x[..., :-1]) * both
+    change = (change - change.sum(-1, keepdim=True) / both.sum(-1, keepdim=True).clamp(min=1)) * both
+    size = 2 * length
+    parts = [torch.fft.rfft(part, size) for part in (change, change**2, both)]
+    products = [parts[0] * parts[0].conj(), parts[1] * parts[2].conj(), parts[2] * parts[1].conj()]
+    sums, early, late = (torch.fft.irfft(product, size)[..., :length] for product in products)
+    lags = torch.arange(length, device=x.device)
+    found = sums * (early.clamp(min=1e-9) * late.clamp(min=1e-9)).rsqrt() * (1 - lags / lengths).clamp(min=0)
+    before, after = nn.functional.pad(found, (1, 0))[..., :-1], nn.functional.pad(found, (0, 1))[..., 1:]
+    is_peak = (lags >= 2) & (lags <= lengths // 2) & (found > before) & (found >= after)
+    found = torch.where(is_peak, found, 0.0)
+    strongest = found.argmax(-1, keepdim=True)
+    shortest = (found >= 0.9 * found.gather(-1, strongest)).float().argmax(-1, keepdim=True)
+    periods = torch.cat((shortest, strongest), -1)
+    strengths = found.gather(-1, periods)
+    return Seasons(torch.where(strengths > 0, periods, 1), strengths)
+
+
+class Patches(NamedTuple):
+    """What the decoder reads of series: T tokens, of which the last ends with the series."""
+
+    features: Tensor  # (N, D, T, FEATURES)
+    newest: Tensor  # (N, D, T), the newest observed value of each token: forecasts are changes from it
+    ends: Tensor  # (T), the time after each
+
+
+def patches(x: Tensor, seen: Tensor, seasons: Seasons, stride: int) -> Patches:
+    """Tokens every `stride` steps of normalised series x (N, D, L); values that are not seen (N, D, L) count as 0."""
+    ends, ahead, seen = torch.arange(x.shape[-1], 0, -stride).flip(0), torch.arange(AHEAD), seen.to(x.dtype)
+    times = torch.arange(x.shape[-1]).expand(x.shape)
+    newest = torch.where(seen > 0, times, -1).cummax(-1).values[..., ends - 1]
+    newest = x.gather(-1, newest.clamp(min=0)) * (newest >= 0)
+    places = [(ends[:, None] - PATCH + torch.arange(PATCH)).expand(*x.shape[:2], -1, -1)]  # (N, D, T, PATCH)
+    for which, back in (
+        (0, 1),
+        (0, 2),
+        (1, 1),
+    ):  # of each value to forecast: one season before it, two, one of the other
+        period = seasons.periods[..., which, None]
+        places.append(ends[:, None] + (ahead - period * (ahead // period + back))[:, :, None])  # (N, D, T, K)
+    index = torch.cat(places, -1)
+    known = seen.gather(-1, index.clamp(min=0).flatten(2)).view(index.shape) * (index >= 0)
+    values = x.gather(-1, index.clamp(min=0).flatten(2)).view(index.shape) * known
+    values[..., PATCH:] -= newest[..., None] * known[..., PATCH:]
+    strengths = seasons.strengths[:, :, None].expand(-1, -1, len(ends), -1)
+    return Patches(torch.cat((values, known, strengths), -1), newest, ends)
+
+
+class Mix(nn.Module):
+    """Adds to each variable what the others offer at the same time. It starts as the identity."""
+
+    def __init__(self, size: int, inner: int, eps: float):
+        super().__init__()
+        self.norm = RMSNorm(size, eps)
+        self.gate_proj, self.up_proj = Linear(size, inner, bias=True), Linear(size, inner, bias=False)
+        self.down_proj = Linear(inner, size, bias=False)
+
+    def forward(self, x: Tensor, together: Tensor | None) -> Tensor:
+        """x (N, D, T, C), plus what the other variables add where together (N) is 1; None: everywhere."""
+        if x.shape[1] == 1:
+            return x
+        normed = self.norm(x)
+        offered = self.up_proj(normed)
+        others = (offered.sum(1, keepdim=True) - offered) / (x.shape[1] - 1)
+        added = self.down_proj(nn.functional.silu(self.gate_proj(normed)) * others)
+        return x + (added if together is None else added * together[:, None, None, None])
+
+
+class Numbers(nn.Module):
+    """The decoder: series of normalised values to quantiles of what follows each token."""
+
+    def __init__(self, config: QwenConfig = CONFIG):
+        super().__init__()
+        self.config = config
+        size, layers = config.hidden_size, range(config.num_hidden_layers)
+        self.read = Linear(FEATURES, size, bias=True)
+        self.gate_proj, self.up_proj = Linear(FEATURES, 2 * size, bias=True), Linear(FEATURES, 2 * size, bias=False)
+        self.down_proj = Linear(2 * size, size, bias=False)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in layers)
+        self.mixes = nn.ModuleList(Mix(size, size // 2, config.rms_norm_eps) for _ in layers)
+        self.norm = RMSNorm(size, config.rms_norm_eps)
+        self.head = Linear(size, config.vocab_size, bias=True)
+        self.skip = Linear(FEATURES, config.vocab_size, bias=False)
+
+    def start(self, seed: int) -> None:
+        """Random weights: it forecasts 0, and no variable sees another."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.5 / math.sqrt(parameter.shape[1]), generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        for part in (self.head, self.skip, *(mix.down_proj for mix in self.mixes)):
+            nn.init.zeros_(part.weight)
+
+    def forward(self, patches: Patches, together: Tensor | None = None) -> Tensor:
+        """Quantiles (N, D, T, Q, K) of what follows each token; together as in `Mix.forward`."""
+        features, newest, ends = patches
+        x = self.read(features)
+        x = x + self.down_proj(nn.functional.silu(self.gate_proj(features)) * self.up_proj(features))  # (N, D, T, C)
+        cos, sin = rotary_tables((ends / PATCH)[None], self.config, x.dtype)
+        for layer, mix in zip(self.layers, self.mixes, strict=True):
+            x = mix(layer(x.flatten(0, 1), cos, sin, None, None).view(x.shape), together)
+        out = self.head(self.norm(x)) + self.skip(features)
+        return newest[..., None, None] + out.unflatten(-1, (len(LEVELS), AHEAD))
+
+
+def statistics(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (..., 1) of x (..., L) where seen; the latter is 0 if all values are equal."""
+    count = seen.sum(-1, keepdim=True).clamp(min=1)
+    mean = (x * seen).sum(-1, keepdim=True) / count
+    spread = ((x - mean) * seen).square().sum(-1, keepdim=True).div(count).sqrt()
+    return mean, torch.where(spread > 1e-9 * mean.abs(), spread, 0.0)
+
+
+class Scale(NamedTuple):
+    """How values become what the decoder reads: asinh((x - mean) / spread).
+
+    Each part is (N or 1, D, 1), in fp64. Of a set of positive series that share their units it is (log(x + offset) -
+    mean) / spread; such a scale knows what the largest value of a context usually is.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    offset: Tensor | None = None
+    usual: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, seen: Tensor) -> "Scale":
+        """The scale of each context x (N, D, L), from its own values."""
+        largest = x.abs().amax(-1, keepdim=True)
+        largest = torch.where(largest > 0, largest, 1.0)  # the squares of large values would overflow
+        mean, spread = statistics(x / largest, seen)
+        return cls(mean * largest, spread * largest)
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the decoder reads of x (N, D, L)."""
+        spread = torch.where(self.spread > 0, self.spread, 1.0)
+        if self.offset is None:
+            return ((x - self.mean) / spread).asinh().float()
+        return (((x.clamp(min=0) + self.offset).log() - self.mean) / spread).float()
+
+    def write(self, z: Tensor) -> Tensor:
+        """The values (N, D, ...) that the decoder means by z (N, D, ...)."""
+        mean, spread = (part.view(*part.shape[:2], *[1] * (z.ndim - 2)) for part in (self.mean, self.spread))
+        z = z.to(mean.dtype).clamp(-FARTHEST, FARTHEST)
+        if self.offset is None:
+            return z.sinh() * spread + mean
+        return (z * spread + mean).exp() - self.offset.view(mean.shape)
+
+
+def at_levels(found: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+    """Quantiles at other levels, (N, len(levels), h, D), from those at LEVELS, (N, Q, h, D).
+
+    Between two levels, and beyond the outer ones, they lie on the line of a normal distribution.
+    """
+    known, wanted = ([NormalDist().inv_cdf(level) for level in some] for some in (LEVELS, levels))
+    low = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, len(known) - 2)
+    share = (wanted - np.take(known, low)) / (np.take(known, low + 1) - np.take(known, low))
+    return found[:, low] + share[:, None, None] * (found[:, low + 1] - found[:, low])
+
+
+class NumberForecaster:
+    """Forecasts series with a decoder that reads their values."""
+
+    def __init__(self, model: Numbers, scale: Scale | None = None):
+        """scale: how a training has read its series; None: each context by itself."""
+        self.model, self.scale = model.eval(), scale
+        self.checkpoint: tuple[str, Path] | None = None
+        self.trained: Trained | None = None
+
+    @classmethod
+    def load(
+        cls, checkpoint: str | Path | None = None, adapter: str | Path | None = None, device: str = "cpu"
+    ) -> "NumberForecaster":
+        """Load a checkpoint (a folder, or "numbers", the embedded one), with or without an adapter in peft's format.
+
+        Raises CheckpointError or AdapterError when one of the two cannot be read or they do not belong together.
+        """
+        name, folder, trained = resolve(checkpoint, adapter)
+        model = Numbers(QwenConfig.from_file(folder / "config.json"))
+        load_weights(model, folder, device, torch.float32)
+        if adapter is not None:
+            load_adapter(model, adapter)
+        forecaster = cls(model)
+        forecaster.trained, forecaster.checkpoint = trained, (name, folder)
+        return forecaster
+
+    def forecast(
+        self,
+        contexts,
+        horizon: int,
+        quantiles: Sequence[float] = (),
+        context: int | None = None,
+        progress: Callable[[int], None] = lambda count: None,
+    ):
+        """Continue series by `horizon` steps: a `Forecast` of medians, or a DataFrame for a DataFrame.
+
+        contexts: as for `text.Forecaster.forecast`, but values may be missing (NaN). quantiles: levels between 0 and 1;
+        those beyond 0.1 and 0.9 are extrapolated by a normal distribution. context: the model reads so many of the
+        newest time steps, and at most the last number of STRIDES. progress is called with a number of series whenever
+        they are done.
+
+        The result for a series does not depend on the others, and it moves with the series if that is shifted or
+        multiplied by a positive number; both up to rounding. Raises SeriesError for contexts that cannot be forecast.
+        """
+        if is_frame(contexts):
+            return forecast_frame(
+                contexts, quantiles, lambda series: self.forecast(series, horizon, quantiles, context, progress)
+            )
+        if horizon < 1 or (context is not None and context < MIN_STEPS):
+            raise SeriesError(f"horizon is {horizon}, context {context}; expected at least 1, and at least {MIN_STEPS}")
+        arrays = checked_series(contexts, missing="keep", min_steps=MIN_STEPS)
+        longest = min(context or max(STRIDES), max(STRIDES))
+        batches: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for number, array in enumerate(arrays):
+            if (empty := np.isnan(array[-longest:]).all(0)).any():
+                raise SeriesError(
+                    f"series {number}: variable {int(empty.argmax())} has no value in the newest {longest} time steps"
+                )
+            length = min(len(array), longest)
+            stride = next(stride for most, stride in STRIDES.items() if length <= most)
+            batches[stride, -(-length // stride)].append(number)
+        found = np.empty((len(arrays), len(LEVELS), horizon, arrays[0].shape[1]))
+        for (stride, tokens), numbers in batches.items():
+            at_once = max(1, BATCH_TOKENS // (tokens * arrays[0].shape[1]))
+            for rows in (numbers[at : at + at_once] for at in range(0, len(numbers), at_once)):
+                x = np.full((len(rows), arrays[0].shape[1], tokens * stride), np.nan)
+                for row, number in zip(x, rows, strict=True):
+                    newest = arrays[number][-longest:].T
+                    row[:, x.shape[2] - newest.shape[1] :] = newest
+                found[rows] = self._quantiles(torch.from_numpy(x), horizon, stride)
+                progress(len(rows))
+        return Forecast(found[:, len(LEVELS) // 2], None, at_levels(found, quantiles) if len(quantiles) else None)
+
+    @torch.inference_mode()
+    def _quantiles(self, x: Tensor, horizon: int, stride: int) -> np.ndarray:
+        """Quantiles (N, Q, h, D) of what follows x (N, D, L), NaN where a value is missing.
+
+        Beyond AHEAD steps, the decoder continues each of the Q paths, and the quantiles are those of all continuations.
+        """
+        x = x.to(self.model.norm.weight.device)
+        seen = x.isfinite()
+        x = x.nan_to_num()
+        scale = self.scale or Scale.of(x, seen)
+        if scale.usual is None:
+            shrunk = torch.ones_like(x[..., :1])
+        else:  # such systems have the same laws in all units, but the training has seen no such values
+            shrunk = (scale.usual / x.amax(-1, keepdim=True)).nan_to_num(1.0).clamp(max=1)
+        z = scale.read(x * shrunk)
+        seasons = find_seasons(z, seen)
+        found = self.model(patches(z, seen, seasons, stride))[:, :, -1].sort(2).values  # (N, D, Q, K)
+        of_each = Seasons(*(part.repeat_interleave(len(LEVELS), 0) for part in seasons))
+        while found.shape[-1] < horizon:
+            paths = found.transpose(1, 2)  # (N, Q, D, h)
+            before = [part[:, None].expand(-1, len(LEVELS), -1, -1) for part in (z, seen)]
+            longer = torch.cat((before[0], paths), -1).flatten(0, 1)[..., -z.shape[-1] :]
+            known = torch.cat((before[1], torch.ones_like(paths, dtype=torch.bool)), -1).flatten(0, 1)[
+                ..., -z.shape[-1] :
+            ]
+            more = self.model(patches(longer, known, of_each, stride))[:, :, -1]  # (N Q, D, Q, K)
+            more = more.unflatten(0, (-1, len(LEVELS))).transpose(1, 2).flatten(2, 3)  # (N, D, Q Q, K)
+            more = more.quantile(torch.tensor(LEVELS, device=x.device), dim=2)  # (Q, N, D, K)
+            found = torch.cat((found, more.permute(1, 2, 0, 3)), -1)
+        return (scale.write(found[..., :horizon]) / shrunk[..., None]).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,193 @@
+"""The forecaster that reads numbers: what its decoder sees, and what its forecasts promise."""
+
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.forecasting.contexts import SeriesError
+from experiments.forecasting.numbers import (
+    AHEAD,
+    FEATURES,
+    LEVELS,
+    PATCH,
+    NumberForecaster,
+    Numbers,
+    Patches,
+    Seasons,
+    at_levels,
+    find_seasons,
+    patches,
+)
+from experiments.training.number_costs import NUMBER_TARGETS, number_backward, number_forward
+from flops.trace import Tracer
+from lora import LoraConfig, inject
+
+
+@pytest.fixture(scope="module")
+def model() -> Numbers:
+    """Random weights in all parts, also in those that begin at zero."""
+    model = Numbers()
+    model.start(seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for part in (model.head, model.skip, *(mix.down_proj for mix in model.mixes)):
+        torch.nn.init.normal_(part.weight, std=0.03, generator=generator)
+    return model
+
+
+def wave(length: int, period: float, seed: int = 0, noise: float = 0.1) -> np.ndarray:
+    """A noisy sine (T) on a slope."""
+    t = np.arange(length)
+    return np.sin(2 * np.pi * t / period) + 0.01 * t + noise * np.random.default_rng(seed).normal(size=length)
+
+
+def seasons_of(x: np.ndarray, seen: np.ndarray | None = None) -> list[int]:
+    """The periods that are found in x (T)."""
+    seen = np.ones(len(x), bool) if seen is None else seen
+    return find_seasons(torch.from_numpy(x), torch.from_numpy(seen)).periods.tolist()
+
+
+def test_seasons_are_found_in_noise_trends_and_gaps():
+    """Also with a fifth of the values missing; a day inside a week; none in a straight line."""
+    assert seasons_of(wave(96, 12)) == [12, 12]
+    assert seasons_of(wave(96, 12), np.random.default_rng(3).random(96) > 0.2) == [12, 12]
+    hours = wave(500, 24) + (np.arange(500) // 24 % 7 == 0) * 3
+    assert seasons_of(hours)[1] == 168
+    assert seasons_of(np.arange(50.0)) == [1, 1]
+
+
+def test_a_token_holds_its_newest_values_and_the_seasons_of_what_it_forecasts():
+    """The last token ends with the series; the season before is repeated, relative to the newest value."""
+    x = torch.arange(40.0)[None, None]
+    seasons = Seasons(torch.tensor([[[5, 7]]]), torch.tensor([[[0.5, 0.6]]]))
+    read = patches(x, torch.ones_like(x, dtype=torch.bool), seasons, stride=4)
+    assert read.ends.tolist() == [*range(4, 41, 4)]
+    last = read.features[0, 0, -1]
+    assert last[:PATCH].tolist() == [*range(24, 40)]
+    assert last[PATCH : PATCH + 6].tolist() == [-4, -3, -2, -1, 0, -4]  # 35 to 39 again, minus 39
+    assert last[PATCH + AHEAD : PATCH + AHEAD + 6].tolist() == [-9, -8, -7, -6, -5, -9]
+    assert last[PATCH + 2 * AHEAD : PATCH + 2 * AHEAD + 2].tolist() == [-6, -5]
+    assert read.newest[0, 0, -1] == 39
+    assert read.features[0, 0, 0, PATCH + 96 : 2 * PATCH + 96].sum() == 4  # of the first token, 4 values are observed
+
+
+def test_a_token_sees_nothing_of_what_follows_and_of_what_is_missing(model):
+    """Values after a token, and values that are not seen, change nothing."""
+    x, seen = torch.from_numpy(wave(64, 12)).float()[None, None], torch.ones(1, 1, 64, dtype=torch.bool)
+    seen[..., 30] = False
+    seasons = find_seasons(x, seen)
+    changed = x.clone()
+    changed[..., 30], changed[..., 41:] = 100.0, -7.0
+    before, after = (model(patches(one, seen, seasons, 2)) for one in (x, changed))
+    assert torch.equal(before[:, :, :20], after[:, :, :20])
+    assert not torch.equal(before[:, :, 20:], after[:, :, 20:])
+
+
+def test_variables_see_each_other_through_the_gate_alone(model):
+    """A new decoder forecasts each variable as if it were alone; a trained one does not."""
+    x = torch.from_numpy(np.stack([wave(64, 12), wave(64, 7, 1)]))[None].float()
+    seen = torch.ones_like(x, dtype=torch.bool)
+    read = patches(x, seen, find_seasons(x, seen), 2)
+    alone = Patches(read.features[:, :1], read.newest[:, :1], read.ends)
+    assert not torch.allclose(model(read)[:, :1], model(alone))
+    assert torch.allclose(model(read, torch.zeros(1))[:, :1], model(alone), atol=1e-6)
+    new = Numbers()
+    new.start(0)
+    torch.nn.init.normal_(new.head.weight)
+    assert torch.allclose(new(read)[:, :1], new(alone), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def forecaster(model) -> NumberForecaster:
+    """A forecaster with random weights: what it promises holds for any."""
+    return NumberForecaster(model)
+
+
+def test_a_forecast_depends_on_its_series_alone_and_moves_with_it(forecaster):
+    """Other series in the batch, shifts and positive factors change it by rounding only."""
+    series = [wave(length, 12, length)[:, None] for length in (3, 40, 41, 42, 100, 300, 700)]
+    together = forecaster.forecast(series, 40, quantiles=(0.1, 0.9))
+    for number, one in enumerate(series):
+        alone = forecaster.forecast([one], 40, quantiles=(0.1, 0.9))
+        moved = forecaster.forecast([one * 1e6 - 3e7], 40)
+        np.testing.assert_allclose(together.values[number], alone.values[0], rtol=0, atol=1e-4)
+        np.testing.assert_allclose((moved.values[0] + 3e7) / 1e6, alone.values[0], rtol=0, atol=1e-3)
+
+
+GAPS = np.where(np.random.default_rng(0).random(200) < 0.9, np.nan, wave(200, 12))
+SERIES = {
+    "three steps": [1, 2, 4],
+    "constant": [5.0] * 30,
+    "zeros": [0] * 30,
+    "one value but for the last": [7.0] * 40 + [8.0],
+    "tiny": wave(50, 7) * 1e-300,
+    "huge": wave(50, 7) * 1e299,
+    "integers": np.arange(60) % 12,
+    "gaps of 90 %": GAPS,
+    "100,000 steps": wave(100_000, 168),
+    "one value": [np.nan, 3.0, np.nan],
+}
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_any_series_gets_finite_ordered_quantiles(forecaster, name):
+    """Of one step, of a pass of the decoder, and far beyond."""
+    for horizon in (1, 33, 200):
+        found = forecaster.forecast([np.asarray(SERIES[name])], horizon, quantiles=(0.02, 0.1, 0.5, 0.9, 0.98))
+        assert found.quantiles.shape == (1, 5, horizon, 1)
+        assert np.isfinite(found.quantiles).all()
+        assert (np.diff(found.quantiles, axis=1) >= 0).all()
+        np.testing.assert_allclose(found.values, found.quantiles[:, 2])
+    if name == "constant":
+        assert (found.quantiles == 5).all()
+
+
+def test_many_variables_and_far_horizons(forecaster):
+    """50 variables; 1,000 steps."""
+    wide = np.stack([wave(80, 5 + at, at) for at in range(50)], axis=1)
+    assert forecaster.forecast([wide], 5).values.shape == (1, 5, 50)
+    assert np.isfinite(forecaster.forecast([wave(30, 6)], 1000, quantiles=(0.1,)).quantiles).all()
+
+
+@pytest.mark.parametrize(
+    ("series", "horizon", "words"),
+    [
+        ([1.0, 2.0], 5, "expected at least 3"),
+        ([np.nan] * 9, 5, "variable 0 has no value"),
+        ([1.0, np.inf, 2.0], 5, "step 1, variable 0: inf"),
+        ([1.0, 2.0, 3.0], 0, "horizon is 0"),
+    ],
+)
+def test_what_cannot_be_forecast_is_refused_in_words(forecaster, series, horizon, words):
+    """Before anything is computed."""
+    with pytest.raises(SeriesError, match=words):
+        forecaster.forecast([np.array(series)], horizon)
+
+
+def test_other_levels_lie_on_the_lines_of_a_normal_distribution():
+    """The quantiles of a normal distribution are continued exactly."""
+    normal, levels = NormalDist(3, 2), (0.01, 0.1, 0.25, 0.5, 0.93)
+    known = np.array([normal.inv_cdf(level) for level in LEVELS])[None, :, None, None]
+    wanted = [normal.inv_cdf(level) for level in levels]
+    np.testing.assert_allclose(at_levels(known, levels)[0, :, 0, 0], wanted)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(("series", "variables", "tokens"), [(3, 1, 7), (2, 2, 5), (2, 3, 36)])
+def test_flops_are_those_of_the_trace(series, variables, tokens, rank):
+    """Forward and backward, with and without LoRA, operator by operator."""
+    with torch.device("meta"):
+        model = Numbers()
+        if rank:
+            inject(model, LoraConfig(rank, rank, NUMBER_TARGETS))
+        features = torch.empty(series, variables, tokens, FEATURES)
+        read = Patches(features, features[..., 0], torch.empty(tokens, dtype=torch.long))
+        ranks, shape = dict.fromkeys(NUMBER_TARGETS, rank) if rank else {}, (series, variables, tokens)
+        with torch.no_grad(), Tracer() as forward:
+            model(read)
+        with Tracer() as step:
+            out = model(read)
+            out.backward(torch.empty_like(out))
+    assert forward.total == number_forward(model.config, *shape, ranks)
+    assert step.total - forward.total == number_backward(model.config, *shape, ranks)

@@ -1,0 +1,53 @@
+"""Series to pretrain on, the optimizer that reads them, and what a step sees."""
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.forecasting.numbers import Numbers
+from experiments.training import synthetic
+from experiments.training.muon import Muon, orthogonal
+from experiments.training.pretraining import SyntheticWindows
+
+
+@pytest.mark.parametrize("family", [*synthetic.SINGLE, *synthetic.PAIRS])
+def test_families_make_finite_series_that_a_seed_decides(family):
+    """Of the length that was asked for, and all different."""
+    made, again = (family(np.random.default_rng(7), 24, 150) for _ in range(2))
+    assert np.isfinite(made).all()
+    assert made.shape == ((24, 2, 150) if family in synthetic.PAIRS else (24, 150))
+    assert np.array_equal(made, again)
+    assert len(np.unique(made.reshape(24, -1), axis=0)) > 12
+
+
+def test_groups_have_pairs_that_belong_together_only_if_asked_for():
+    """Zero mean, unit spread; without differential equations fewer belong together."""
+    x, together = synthetic.groups(np.random.default_rng(0), 300, 176)
+    assert x.shape == (300, 2, 176)
+    np.testing.assert_allclose(x.mean(2), 0, atol=1e-3)
+    alone = synthetic.groups(np.random.default_rng(0), 300, 176, pairs=False)[1]
+    assert 0.1 < alone.mean() < together.mean() < 0.5
+
+
+def test_a_step_depends_on_the_seed_and_its_number_alone():
+    """So that a training that was killed goes on with the same series."""
+    model = Numbers()
+    model.start(0)
+    first, second = SyntheticWindows(model, seed=1), SyntheticWindows(model, seed=1)
+    first.loss(torch.tensor([0]))
+    assert first.loss(torch.tensor([70])) == second.loss(torch.tensor([70]))
+    assert first.loss(torch.tensor([70])) != SyntheticWindows(model, seed=2).loss(torch.tensor([70]))
+
+
+def test_muon_makes_updates_orthogonal_as_torch_does():
+    """All singular values are near 1; a step is that of torch.optim.Muon, up to its bf16."""
+    x = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonal(x))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    ours, theirs = (torch.nn.Parameter(x[0].clone()) for _ in range(2))
+    for parameter in (ours, theirs):
+        parameter.grad = x[1].clone()
+    Muon([ours], lr=0.1, weight_decay=0.01).step()
+    torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw").step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05 * (ours - x[0]).abs().max().item())
