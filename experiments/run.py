@@ -12,10 +12,9 @@ import json
 import platform
 import sys
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from experiments import cli
 from experiments.storage.files import RunError
@@ -24,10 +23,8 @@ from experiments.storage.runfolder import open_run
 from experiments.study import plans
 
 if TYPE_CHECKING:  # --help need not wait for torch
-    from experiments.forecasting.encoding import Encoding
+    from experiments.study.judging import Judge
     from experiments.study.suite import Suite
-    from experiments.training.team import Team
-    from qwen_min import Qwen, Tokenizer
 
 
 def sequences(text: str) -> int | None:
@@ -37,42 +34,32 @@ def sequences(text: str) -> int | None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog=cli.called("experiments.run"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument(
-        "--plan", choices=plans.PLANS, default="quick", help="which experiments to run (default %(default)s)"
-    )
-    p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
-    p.add_argument("--data", type=Path, help="HDF5 file with /trajectories and /time (default: simulated, seed 0)")
+    p = cli.new_parser("experiments.run", __doc__)
+    add = p.add_argument
+    add("--plan", choices=plans.PLANS, default="quick", help="which experiments to run (default %(default)s)")
+    add("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
+    add("--data", type=Path, help="HDF5 file with /trajectories and /time (default: simulated, seed 0)")
     cli.add_device(p)
-    p.add_argument(
-        "--sequences", type=sequences, metavar="N|all", help="evaluate the first N of each split (default all)"
+    add("--sequences", type=sequences, metavar="N|all", help="evaluate the first N of each split (default all)")
+    add("--decoding", choices=("constrained", "free"), default="constrained", help="how forecasts are decoded: "
+        "constrained to well-formed numbers (default), or free, by raw argmax, as in the study")  # fmt: skip
+    add("--samples", type=cli.natural, default=20, help="paths that the last model draws for each sequence; 0: none "
+        "(default %(default)s)")  # fmt: skip
+    add("--numeric-head", action="store_true", help="train with a softmax over the tokens of numbers only")
+    add(
+        "--seed",
+        type=cli.natural,
+        default=0,
+        help="seed of adapters, batches, samples and the GRU (default %(default)s)",
     )
-    p.add_argument(
-        "--decoding", choices=("constrained", "free"), default="constrained", help="how forecasts are decoded: "
-        "constrained to well-formed numbers (default), or free, by raw argmax, as in the study",
-    )  # fmt: skip
-    p.add_argument(
-        "--samples", type=int, default=20, help="paths that the last model draws for each sequence; 0: none "
-        "(default %(default)s)",
-    )  # fmt: skip
-    p.add_argument("--numeric-head", action="store_true", help="train with a softmax over the tokens of numbers only")
-    p.add_argument(
-        "--seed", type=int, default=0, help="seed of adapters, batches, samples and the GRU (default %(default)s)"
-    )
-    p.add_argument(
-        "--budget", type=cli.flops, default=10**17, help="FLOPs that all trainings may cost together (default 1e17)"
-    )
-    p.add_argument(
-        "--convention", choices=("exact", "study", "published"), default="study",
-        help="how FLOPs are counted (default %(default)s, the strictest)",
-    )  # fmt: skip
-    p.add_argument("--out", type=Path, help="run folder (default runs/PLAN); all processes must see it")
+    add("--budget", type=cli.flops, default=10**17, help="FLOPs that all trainings may cost together (default 1e17)")
+    add("--convention", choices=("exact", "study", "published"), default="study", help="how FLOPs are counted (default "
+        "%(default)s, the strictest)")  # fmt: skip
+    add("--out", type=Path, help="run folder (default runs/PLAN); all processes must see it")
     return p
 
 
-def read_data(args: argparse.Namespace):
+def read_data(path: Path | None):
     """Return the trajectories (N, T, 2) in populations, their split, and the encoding fitted to the training part.
 
     Raises DataError for trajectories that are too short, or too large for the encoding.
@@ -80,108 +67,88 @@ def read_data(args: argparse.Namespace):
     from experiments.forecasting.encoding import Encoding
     from experiments.study import data
 
-    trajectories = (data.read(args.data) if args.data else data.simulate()).trajectories
+    trajectories = (data.read(path) if path else data.simulate()).trajectories
     if (num_steps := trajectories.shape[1]) < plans.CONTEXT_STEPS + plans.HORIZON:
         raise data.DataError(
-            f"{args.data}: trajectories have {num_steps} time steps, expected at least "
+            f"{path}: trajectories have {num_steps} time steps, expected at least "
             f"{plans.CONTEXT_STEPS} context + {plans.HORIZON} forecast steps"
         )
     parts = data.split(len(trajectories))
     encoding = Encoding.fit(trajectories[parts.train])
     if (largest := encoding.scaled(trajectories).max()) >= encoding.limit - 0.5:
         raise data.DataError(
-            f"{args.data}: a population is {largest:.4g} times the scale of the training trajectories, "
+            f"{path}: a population is {largest:.4g} times the scale of the training trajectories, "
             f"{encoding.scale:g}; expected less than {encoding.limit:g}"
         )
     return trajectories, parts, encoding
 
 
-class Inputs(NamedTuple):
-    """The checked inputs of a run: N trajectories of T time steps and 2 variables, checkpoint, encoding."""
-
-    plan: plans.Plan
-    trajectories: np.ndarray  # (N, T, 2) in populations
-    ids: dict[str, np.ndarray]  # rows of the trajectories, by split
-    encoding: "Encoding"  # of the text
-    units: "Encoding"  # of the scores: the study's
-    folder: Path  # of the checkpoint
-    model: "Qwen"
-    tokenizer: "Tokenizer"
-
-
-def check_inputs(args: argparse.Namespace, device: str) -> Inputs:
-    """Read and check everything that a run needs, with the model on the device. Write nothing.
+def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Judge", dict]:
+    """Read and check everything that a run needs, with the model on the device: also its identity. Write nothing.
 
     Raises an error that `cli.is_meant` for the user.
     """
     from experiments.forecasting.encoding import Encoding
     from experiments.forecasting.grammar import Grammar
     from experiments.study.evaluation import max_positions
-    from experiments.training.windows import check_direct, cut_tokens
+    from experiments.study.judging import Judge
+    from experiments.training.windows import cut_tokens
     from qwen_min import load
     from qwen_min.weights import checkpoint_folder
 
-    for name in ("seed", "samples"):
-        if getattr(args, name) < 0:
-            raise cli.CommandError(f"--{name} is {getattr(args, name)}, expected 0 or more")
     cli.checked_device(device)
     plan = plans.PLANS[args.plan](args.seed)
-    no_text = all(one.training and one.training.direct_layers for one in plan.experiments)
-    if no_text and (args.numeric_head or args.decoding == "free"):
-        raise cli.CommandError(f"plan {plan.name} writes no text: leave out --numeric-head and --decoding")
     if args.numeric_head:
         plan = plans.with_numeric_head(plan)
-    trajectories, parts, units = read_data(args)
+    trajectories, parts, units = read_data(args.data)
     encoding = Encoding.fit(trajectories[parts.train], compact=True) if plan.compact else units
     ids = {"train": parts.train, "val": parts.val[: args.sequences], "test": parts.test[: args.sequences]}
     folder = checkpoint_folder(args.model)
     model, tokenizer = load(folder, device, cli.chosen_dtype(args.dtype, device))
     grammar = Grammar(tokenizer, encoding.decimals, 2, encoding.compact)
     sample = [tokenizer.encode(encoding.encode(trajectories[parts.train[0]]))]
-    lengths = [max_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)]
-    for experiment in plan.experiments:
-        for training in plans.candidates(plan, experiment):
-            assert training.context is not None  # candidates have all their settings
-            if training.direct_layers:
-                check_direct(model, training, trajectories.shape[1], plans.HORIZON)
-            else:
-                cut_tokens(sample, training)  # refuses a context longer than a trajectory
-            lengths.append(training.context)
-    if max(lengths) > model.config.max_position_embeddings:
+    needed = max_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)
+    for training in (one for experiment in plan.experiments for one in plans.candidates(plan, experiment)):
+        assert training.context is not None  # candidates have all their settings
+        cut_tokens(sample, training)  # refuses a context longer than a trajectory
+        needed = max(needed, training.context)
+    if needed > (positions := model.config.max_position_embeddings):
         raise cli.CommandError(
-            f"{args.model}: has {model.config.max_position_embeddings} positions, plan {plan.name} needs "
-            f"{max(lengths)}; choose another --model or --plan"
+            f"{args.model}: has {positions} positions, plan {plan.name} needs {needed}; choose another --model or "
+            "--plan"
         )
-    return Inputs(plan, trajectories, ids, encoding, units, folder, model, tokenizer)
+    series = {name: trajectories[rows] for name, rows in ids.items()}
+    judge = Judge(model, tokenizer, encoding, units, series, ids, args.decoding, args.samples, args.seed)
+    data_sha256 = hashlib.sha256(repr(trajectories.shape).encode() + trajectories.tobytes()).hexdigest()
+    return plan, judge, identity_of(args, plan, judge, folder, data_sha256)
 
 
-def identity_of(args: argparse.Namespace, inputs: Inputs) -> dict:
-    """Everything that decides the results of a run, as JSON can hold it."""
+def identity_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge", folder: Path, data_sha256: str) -> dict:
+    """Everything that decides the results of a run, as JSON can hold it; folder: that of the checkpoint."""
     import torch
 
     from experiments.forecasting.adapter import checkpoint_hash
 
-    shape = inputs.trajectories.shape
     identity = {
         "plan": args.plan,
-        "experiments": plans.as_record(inputs.plan),
+        "experiments": [asdict(experiment) for experiment in plan.experiments],
         "seed": args.seed,
         "sequences": args.sequences,
         "decoding": args.decoding,
         "samples": args.samples,
-        "checkpoint_sha256": checkpoint_hash(inputs.folder),
-        "data_sha256": hashlib.sha256(repr(shape).encode() + inputs.trajectories.tobytes()).hexdigest(),
-        "encoding": inputs.units.record,
+        "checkpoint_sha256": checkpoint_hash(folder),
+        "data_sha256": data_sha256,
+        "encoding": judge.units.record,
         "convention": args.convention,
         "device": torch.device(args.device).type,
         "dtype": args.dtype,
     }
-    if inputs.encoding != inputs.units:
-        identity["text"] = inputs.encoding.record
+    if judge.encoding != judge.units:
+        identity["text"] = judge.encoding.record
     return json.loads(json.dumps(identity))  # tuples become lists, as they are when the file is read again
 
 
-def record_of(args: argparse.Namespace, inputs: Inputs) -> dict:
+def record_of(args: argparse.Namespace, judge: "Judge") -> dict:
     """The rest of plan.json: how and where the run began."""
     import torch
 
@@ -193,7 +160,7 @@ def record_of(args: argparse.Namespace, inputs: Inputs) -> dict:
         "command": cli.command_line("experiments.run"),
         "model": args.model,
         "data": args.data.name if args.data else "simulated, seed 0",
-        "parameters": sum(p.numel() for p in inputs.model.parameters()),
+        "parameters": sum(p.numel() for p in judge.model.parameters()),
         "device_name": torch.cuda.get_device_name(args.device) if cuda else platform.machine(),
         "conventions": flops.CONVENTIONS,
         "threads": torch.get_num_threads(),
@@ -211,61 +178,49 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def work(args: argparse.Namespace, interruption: Interruption) -> int:
-    """Join the processes that torchrun started, if it did, and do the work together; the exit status, as in `main`."""
+    """Check the inputs, open the run folder and run the plan in it, together with the processes that torchrun started,
+    if it did; the exit status, as in `main`.
+    """
     from experiments.training.team import joined
 
-    with joined(args.device) as (team, device):
-        return run_plan(args, interruption, team, device)
+    with ExitStack() as stack:
+        team, device = stack.enter_context(joined(args.device))
+        plan, judge, identity = team.agreed(lambda: check_inputs(args, device))
+        import flops
+        from experiments.study.suite import Suite
 
-
-def run_plan(args: argparse.Namespace, interruption: Interruption, team: "Team", device: str) -> int:
-    """Check the inputs, open the run folder and run the plan in it; the exit status, as in `main`."""
-    inputs = team.agreed(lambda: check_inputs(args, device))
-    import flops
-    from experiments.study.judging import Judge
-    from experiments.study.suite import Suite
-
-    out, identity = args.out or Path("runs") / args.plan, identity_of(args, inputs)
-    with ExitStack() as run:
-        continued = team.told(lambda: run.enter_context(open_run(out, identity, record_of(args, inputs))))
-        suite = Suite(
-            inputs.plan,
-            out,
-            Judge(
-                inputs.model,
-                inputs.tokenizer,
-                inputs.encoding,
-                inputs.units,
-                {name: inputs.trajectories[rows] for name, rows in inputs.ids.items()},
-                inputs.ids,
-                args.decoding,
-                args.samples,
-                args.seed,
-            ),
-            flops.Ledger(out / "ledger.jsonl", args.budget),
-            args.convention,
-            checkpoint=(args.model, identity["checkpoint_sha256"]),
-            interruption=interruption,
-            team=team,
-        )
-        if continued:
-            cli.tell(f"continuing {suite.folder}")
+        out = args.out or Path("runs") / args.plan
+        if team.told(lambda: stack.enter_context(open_run(out, identity, record_of(args, judge)))):
+            cli.tell(f"continuing {out}")
         if team.size > 1:
             cli.tell(f"{team.size} processes share out the batches of each experiment")
-        return finish(suite)
+        ledger, checkpoint = (
+            flops.Ledger(out / "ledger.jsonl", args.budget),
+            (args.model, identity["checkpoint_sha256"]),
+        )
+        return finish(Suite(plan, out, judge, ledger, args.convention, checkpoint, interruption, team))
 
 
 def finish(suite: "Suite") -> int:
-    """Run what is not finished yet and write the report; the exit status, as in `main`."""
+    """Run what is not finished yet and write the report; the exit status, as in `main`.
+
+    A process that does not lead only does its part. It ends after the leading one has written everything, because
+    torchrun stops all others once one has failed.
+    """
     import flops
     from experiments.report.build import verdict, write_report
     from experiments.report.results import load_run
-    from experiments.training.team import PeerLost
+    from experiments.training.team import PeerLost, StoppedElsewhere
     from experiments.training.windows import TrainingError
     from qwen_min.config import NotFiniteError
 
+    # all processes meet these at the same time; after any other error of one, the others cannot go on
+    known_to_all = flops.BudgetExceeded, StoppedElsewhere, TrainingError
     if not suite.team.leads:
-        return follow(suite)
+        with suppress(*known_to_all):  # the leading process tells them
+            suite.run()
+        suite.team.wait()
+        return 0
     if warning := suite.budget_warning():
         print(f"warning: {warning}", file=sys.stderr)
     stopped, all_know = None, True
@@ -277,10 +232,8 @@ def finish(suite: "Suite") -> int:
         except Interrupted as error:
             suite.write_status(f"Stopped by {error}.")
             raise
-        except (
-            flops.BudgetExceeded, flops.LedgerError, TrainingError, NotFiniteError, MemoryError, PeerLost
-        ) as error:  # fmt: skip
-            stopped, all_know = str(error), isinstance(error, known_to_all())
+        except (*known_to_all, flops.LedgerError, NotFiniteError, MemoryError, PeerLost) as error:
+            stopped, all_know = str(error), isinstance(error, known_to_all)
             print(f"stopped: {stopped}", file=sys.stderr)
         suite.write_status(stopped)
         page = write_report(suite.folder)
@@ -295,26 +248,6 @@ def finish(suite: "Suite") -> int:
         print(result)
     print(f"report: {page}")
     return 1 if stopped else 0
-
-
-def follow(suite: "Suite") -> int:
-    """Do the part of a process that does not lead; the exit status.
-
-    It ends after the leading process has written everything, because torchrun stops all others once one has failed.
-    """
-    with suppress(*known_to_all()):  # the leading process tells them
-        suite.run()
-    suite.team.wait()
-    return 0
-
-
-def known_to_all() -> tuple[type[Exception], ...]:
-    """The errors that all processes meet at the same time; after any other error of one, the others cannot go on."""
-    import flops
-    from experiments.training.team import StoppedElsewhere
-    from experiments.training.windows import TrainingError
-
-    return flops.BudgetExceeded, StoppedElsewhere, TrainingError
 
 
 if __name__ == "__main__":

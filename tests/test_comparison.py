@@ -57,10 +57,9 @@ def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
     flops = json.loads((path / "settings.json").read_text())["flops"]["published"]
     metrics = json.loads((path / "metrics.json").read_text())
     text = {"frontier", "frontier, mean of 20 samples", "trial", "zzz: frontier", "zzz: frontier, mean of 20 samples"}
-    short = {f"direct: direct-{steps}" for steps in (300, 1200, 4800, 9600)}  # not judged by the test set
     for split, part in (("val", "first"), ("val", "all"), ("test", "all")):
         points, levels, hollow = drawn[f"{split}-{part}-by-flops"]
-        assert set(points) == text | {"direct"} | (short if split == "val" else set())
+        assert set(points) == text
         assert len(levels) == 7  # six baselines and the untrained model
         errors = metrics[split]["mean_of_samples"][part]
         bar = errors["mse_interval"] if part == "all" else []

@@ -11,13 +11,12 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import config_fields, random_model, relative_error
-from experiments.forecasting.direct import DirectForecaster
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
 from experiments.training.loop import Account, train
 from experiments.training.settings import Training
-from experiments.training.windows import DirectWindows, TextWindows, cut_tokens
+from experiments.training.windows import TextWindows, cut_tokens
 from lora import LoraConfig, adapter_parameters, inject
 from qwen_min import KVCache, QwenConfig, generate, load
 from qwen_min.config import NotFiniteError
@@ -143,19 +142,6 @@ def test_training_steps_agree(on_cpu, on_gpu, precision, tmp_path):
             torch.testing.assert_close(found[1][1][key], parameter, rtol=1e-2, atol=1e-4)
         else:  # a gradient near zero may have another sign, and Adam's steps have one size
             torch.testing.assert_close(found[1][1][key], parameter, rtol=0, atol=2 * 3 * settings.learning_rate)
-
-
-def test_direct_forecasts_agree(on_cpu, on_gpu, precision):
-    settings = Training(4, 1e-3, 20, 3, batch=2, stride=5, clip=1.0, direct_layers=2)
-    series = torch.rand(4, 40, 2, generator=torch.Generator().manual_seed(0)).cumsum(1) / 4
-    found = []
-    for model in (on_cpu, on_gpu):
-        torch.manual_seed(settings.seed)
-        forecaster = DirectForecaster(model, settings.direct_layers, settings.lora, series, steps=5)
-        losses = train(DirectWindows(forecaster, series, series, settings), settings).losses
-        found.append((losses, *forecaster.forecast(series[:, :30].numpy(), 10)))
-    for ours, theirs in zip(*found, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=10 * precision[1], atol=precision[1])
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -483,63 +482,6 @@ def test_experiments_beyond_the_report_are_shown(monkeypatch, data_file, tmp_pat
     assert "with the central 80 % of its samples" not in markdown
     line = json.loads((tmp_path / "experiments" / "frontier" / "forecasts.val.jsonl").read_text().splitlines()[0])
     assert [quantile is None for quantile in line["quantiles"]] == [True, True, False, True, True]
-
-
-def test_direct_forecasts_are_trained_and_judged_like_text(monkeypatch, data_file, tmp_path, capsys):
-    full = plans.direct(0)
-    short = [replace(one, training=replace(one.training, steps=steps))
-             for one, steps in zip(full.experiments[-2:], (2, 30), strict=True)]  # fmt: skip
-    monkeypatch.setitem(plans.PLANS, "direct", lambda seed: replace(full, experiments=tuple(short)))
-    monkeypatch.setattr(gru, "STEPS", 3)
-    out = tmp_path / "out"
-    arguments = ["--plan", "direct", "--data", str(data_file), "--out", str(out), "--samples", "9"]
-    assert run.main(arguments) == 0
-    assert "Direct has a mean squared error of" in capsys.readouterr().out
-    markdown = (out / "report.md").read_text()
-    assert "direct: rank 8, learning_rate 0.0005, context 90, steps 30" in markdown
-    assert "The forecast is the median, with the central 80 % of its samples" in markdown
-    assert "likeliest digits" not in markdown.split("How this was made")[0]
-    found = {one.name: json.loads((out / "experiments" / one.name / "metrics.json").read_text()) for one in short}
-    assert found["direct"]["val"]["all"]["nats_per_value"] < found[short[0].name]["val"]["all"]["nats_per_value"]
-    assert len(found["direct"]["test"]["long"]["mse_by_horizon"]) == 30
-    assert found["direct"]["test"]["probabilistic"]["samples"] == 9
-    line = json.loads((out / "experiments" / "direct" / "forecasts.test.jsonl").read_text().splitlines()[0])
-    assert len(line["forecast"]) == 30
-    assert "forced_losses" not in line
-    settings = json.loads((out / "experiments" / "direct" / "settings.json").read_text())
-    spent = Ledger(out / "ledger.jsonl", budget=10**18).by_experiment()
-    assert spent["direct"] == settings["flops"]["study"]
-    before = {path: path.read_bytes() for path in out.rglob("*.json*")}
-    assert run.main(arguments) == 0  # nothing is left to do
-    assert {path: path.read_bytes() for path in out.rglob("*.json*")} == before
-
-
-def test_a_plan_of_direct_forecasts_needs_enough_layers(monkeypatch, data_file, tmp_path, capsys):
-    settings = replace(plans.direct(0).experiments[-1].training, direct_layers=9)
-    deep = plans.Plan("direct", (plans.Experiment("direct", "frontier", settings),))
-    monkeypatch.setitem(plans.PLANS, "direct", lambda seed: deep)
-    assert run.main(["--plan", "direct", "--data", str(data_file), "--out", str(tmp_path / "out")]) == 2
-    assert "direct_layers is 9, expected 1 to 4" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_direct_forecasts_that_are_not_finite_end_the_run_with_one_message(monkeypatch, data_file, tmp_path, capsys):
-    full = plans.direct(0)
-    short = replace(full.experiments[0], training=replace(full.experiments[0].training, steps=2))
-    monkeypatch.setitem(plans.PLANS, "direct", lambda seed: replace(full, experiments=(short,)))
-    monkeypatch.setattr(gru, "STEPS", 3)
-    broken = (np.full((3, 10, 2), np.nan), np.ones((3, 10, 2)))
-    monkeypatch.setattr("experiments.forecasting.direct.DirectForecaster.forecast", lambda *_: broken)
-    assert run.main(["--plan", "direct", "--data", str(data_file), "--out", str(tmp_path / "out")]) == 1
-    assert "the forecasts are not finite" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", [["--numeric-head"], ["--decoding", "free"]])
-def test_options_of_text_are_refused_where_none_is_written(data_file, tmp_path, capsys, option):
-    arguments = ["--plan", "direct", "--data", str(data_file), "--out", str(tmp_path / "out"), *option]
-    assert run.main(arguments) == 2
-    assert "plan direct writes no text: leave out --numeric-head and --decoding" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_with_too_few_positions_is_refused(small_plan, data_file, tmp_path, capsys):

@@ -67,16 +67,6 @@ class Run:
         """The experiments of a section."""
         return [e.name for e in self.plan.identity.experiments if e.section == section]
 
-    @property
-    def writes_text(self) -> bool:
-        """Whether the model of any experiment writes text."""
-        return len(self.without_text) < len(self.plan.identity.experiments)
-
-    @property
-    def without_text(self) -> list[str]:
-        """The experiments whose model reads and writes numbers."""
-        return [e.name for e in self.plan.identity.experiments if e.training and e.training.direct_layers]
-
 
 def load_run(folder: Path) -> Run:
     """Read a run folder. Raises RunError when a file of it is missing or damaged."""

@@ -27,18 +27,17 @@ from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer
 
 BATCH = 50  # sequences decoded together
-DECODINGS = ("constrained", "free")
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Forecasts of N sequences, and the losses of the truth."""
 
-    texts: list[str]  # empty if the model does not write text; then there are no losses (L = 0)
+    texts: list[str]
     values: Tensor3  # (N, h, D) scaled; NaN where the text has no well-formed value
     free_losses: Matrix  # (N, L) nats of each target token given the model's own text; NaN after the end of either
     forced_losses: Matrix  # (N, L) nats of each target token given the true tokens before it; NaN on padding
-    nats: Vector  # (N) per target value, among the tokens that the grammar allows (always two digits), or `direct.nats`
+    nats: Vector  # (N) per target value, among the tokens that the grammar allows (always two digits)
 
     def plain(self) -> dict:
         """The fields as JSON can hold them."""
@@ -47,19 +46,17 @@ class Evaluation:
     @staticmethod
     def join(parts: list["Evaluation"]) -> "Evaluation":
         """The sequences of all parts; shorter loss rows are filled with NaN."""
+        longest = max(part.forced_losses.shape[1] for part in parts)
 
-        def arrays(name: str) -> list[np.ndarray]:
-            return [getattr(part, name).astype(float) for part in parts]
-
-        def padded(name: str) -> np.ndarray:
-            width = max(a.shape[1] for a in arrays(name))
-            return np.concatenate(
-                [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=np.nan) for a in arrays(name)]
-            )
+        def joined(name: str, width: int | None = None) -> np.ndarray:
+            arrays = [getattr(part, name).astype(float) for part in parts]
+            if width is not None:
+                arrays = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=np.nan) for a in arrays]
+            return np.concatenate(arrays)
 
         texts = [text for part in parts for text in part.texts]
-        values, nats = (np.concatenate(arrays(name)) for name in ("values", "nats"))
-        return Evaluation(texts, values, padded("free_losses"), padded("forced_losses"), nats)
+        losses = joined("free_losses", longest), joined("forced_losses", longest)
+        return Evaluation(texts, joined("values"), *losses, joined("nats"))
 
 
 def max_positions(grammar: Grammar, encoding: Encoding, context_steps: int, steps: int) -> int:
@@ -76,8 +73,8 @@ class _Targets(NamedTuple):
     real: Tensor  # (N, L) bool, False on padding
 
 
-def _targets(tokenizer: Tokenizer, encoding: Encoding, series: np.ndarray, start: int, stop: int, device) -> _Targets:
-    texts = [encoding.separator + encoding.encode(one[start:stop]) for one in series]
+def _targets(tokenizer: Tokenizer, encoding: Encoding, truth: np.ndarray, device) -> _Targets:
+    texts = [encoding.separator + encoding.encode(one) for one in truth]
     tokens = [torch.tensor(tokenizer.encode(text)) for text in texts]
     ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_id)
     real = torch.arange(ids.shape[1]) < torch.tensor([[len(one)] for one in tokens])
@@ -88,17 +85,16 @@ def _batch(
     model: Qwen,
     tokenizer: Tokenizer,
     encoding: Encoding,
-    series: np.ndarray,
-    context_steps: int,
-    horizon: int,
+    contexts: np.ndarray,
+    truth: np.ndarray,
     steps: int,
     decoding: str,
     reused: ReusedCache,
 ) -> Evaluation:
-    device, num_variables = model.head_weight.device, series.shape[2]
-    ids, mask = pad_left([tokenizer.encode(encoding.encode(one[:context_steps])) for one in series], tokenizer.pad_id)
+    device, num_variables = model.head_weight.device, truth.shape[2]
+    ids, mask = pad_left([tokenizer.encode(encoding.encode(one)) for one in contexts], tokenizer.pad_id)
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
-    targets = _targets(tokenizer, encoding, series, context_steps, context_steps + horizon, device)
+    targets = _targets(tokenizer, encoding, truth, device)
     grammar = Grammar(tokenizer, encoding.decimals, num_variables, encoding.compact)
     num_values, before = steps * num_variables, len(encoding.separator)
     usual, length = steps * encoding.tokens_per_step(num_variables), targets.ids.shape[1]
@@ -118,13 +114,13 @@ def _batch(
     else:
         cache.truncate(ids.shape[1] + before)  # the first target token is the `;` after the context
         mask = None if mask is None else torch.nn.functional.pad(mask, (0, before), value=1)
-        wide = [may_be_wide(encoding.scaled(one[:context_steps])).tolist() for one in series]
+        wide = [may_be_wide(encoding.scaled(one)).tolist() for one in contexts]
         texts = decode(model, grammar, cache, hidden[:, before], num_values, mask, wide=wide)
     if not forced[targets.real].isfinite().all() or free.isinf().any():
         raise NotFiniteError("the model's logits are not finite: the weights or the adapter are damaged")
     values = np.stack([encoding.decode(text, steps, num_variables) for text in texts])
     forced = forced.masked_fill(~targets.real, torch.nan)
-    return Evaluation(texts, values, free.cpu().numpy(), forced.cpu().numpy(), nats / (horizon * num_variables))
+    return Evaluation(texts, values, free.cpu().numpy(), forced.cpu().numpy(), nats / truth[0].size)
 
 
 @torch.inference_mode()
@@ -201,30 +197,22 @@ def evaluate(
     steps. decoding "constrained" follows the grammar, so every value is well-formed. "free" is the protocol of the
     study: raw argmax over the whole vocabulary, until every row has all its values; only it has free losses. The file
     `state` is written after each batch, and an interrupted evaluation continues from it. The processes of a team share
-    out the batches; each gets the whole result.
-    Raises ValueError when a series is too short, NotFiniteError when logits are not finite.
+    out the batches; each gets the whole result. Raises NotFiniteError when logits are not finite.
     """
-    steps = steps or horizon
-    if min(context_steps, horizon, steps) < 1 or context_steps + max(horizon, steps) > series.shape[1]:
-        raise ValueError(
-            f"{context_steps} context + {max(horizon, steps)} forecast steps do not fit a series of "
-            f"{series.shape[1]} steps"
-        )
-    if decoding not in DECODINGS:
-        raise ValueError(f"decoding is {decoding!r}, expected one of {', '.join(DECODINGS)}")
-
-    reused = ReusedCache(model)
+    steps, reused = steps or horizon, ReusedCache(model)
 
     def make(start: int) -> Evaluation:
         batch = series[start : start + BATCH]
-        evaluated = _batch(model, tokenizer, encoding, batch, context_steps, horizon, steps, decoding, reused)
+        contexts, truth = batch[:, :context_steps], batch[:, context_steps : context_steps + horizon]
+        evaluated = _batch(model, tokenizer, encoding, contexts, truth, steps, decoding, reused)
         progress(len(batch))
         return evaluated
 
     def read(kept: object, start: int) -> Evaluation:
         evaluated, count = build(Evaluation, kept, str(state)), len(series[start : start + BATCH])
         rows = {len(value) for value in vars(evaluated).values()}
-        if rows != {count} or evaluated.values.shape[1:] != (steps, series.shape[2]):
+        losses = evaluated.free_losses.shape == evaluated.forced_losses.shape
+        if rows != {count} or not losses or evaluated.values.shape[1:] != (steps, series.shape[2]):
             raise RunError(f"{state}: not a state of this evaluation; delete it to start this part again")
         return evaluated
 
@@ -237,19 +225,15 @@ def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, sca
     truth (N, h, D) and fallback (N, D) are as in `errors`. If the forecasts have more than `horizon` steps, `long` has
     the errors over all steps. `unscored_tokens` counts the target tokens without a free loss: the text ended earlier.
     """
-
-    def part_metrics(rows: slice) -> dict:
+    result = {}
+    for name, rows in SPLIT_PARTS.items():
         free, forced = evaluation.free_losses[rows], evaluation.forced_losses[rows]
         part = errors(evaluation.values[rows, :horizon], truth[rows, :horizon], fallback[rows], scale)
-        part["nats_per_value"] = float(evaluation.nats[rows].mean())
-        if forced.size:
-            part["forced_loss"] = float(np.nanmean(forced))
-        if np.isnan(free).all():
-            return part
-        unscored = int((np.isfinite(forced) & np.isnan(free)).sum())
-        return part | {"free_loss": float(np.nanmean(free)), "unscored_tokens": unscored}
-
-    result = {name: part_metrics(rows) for name, rows in SPLIT_PARTS.items()}
+        part |= {"nats_per_value": float(evaluation.nats[rows].mean()), "forced_loss": float(np.nanmean(forced))}
+        if not np.isnan(free).all():
+            unscored = int((np.isfinite(forced) & np.isnan(free)).sum())
+            part |= {"free_loss": float(np.nanmean(free)), "unscored_tokens": unscored}
+        result[name] = part
     if truth.shape[1] > horizon:
         result["long"] = errors(evaluation.values, truth, fallback, scale)
     return result

@@ -10,26 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.forecasting import direct
+from experiments.forecasting import scores
 from experiments.forecasting.contexts import SeriesWarning
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.scores import (
-    QUANTILES,
-    method_errors,
-    probabilistic,
-    quantiles,
-    samples_needed,
-    squared_errors,
-)
 from experiments.forecasting.text import TextForecaster
 from experiments.storage.files import RunError, plain, to_json_lines, write_whole
 from experiments.storage.records import Tensor4, build
 from experiments.study.evaluation import BATCH, Evaluation, evaluate, metrics
-from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON, Experiment
+from experiments.study.plans import CONTEXT_STEPS, HORIZON
 from experiments.training.loop import progress_bar
 from experiments.training.team import Team
 from qwen_min import Qwen, Tokenizer
-from qwen_min.config import NotFiniteError
 
 
 @dataclass
@@ -60,41 +51,30 @@ class Judge:
         scaled = self.scaled(split)
         return scaled[:, :CONTEXT_STEPS], scaled[:, CONTEXT_STEPS : CONTEXT_STEPS + horizon]
 
-    def judge(
-        self,
-        experiment: Experiment,
-        split: str,
-        path: Path,
-        team: Team,
-        forecaster: direct.DirectForecaster | None,
-        draws: bool,
-    ) -> dict:
+    def judge(self, split: str, horizon: int, path: Path, team: Team, draws: bool) -> dict:
         """Forecast a split, write a line for each trajectory into the folder `path`, and return the metrics.
 
-        forecaster: None if the model writes text. draws: whether samples are drawn too.
-        Raises NotFiniteError when the model gives no finite numbers.
+        draws: whether samples are drawn too. Raises NotFiniteError when the model gives no finite numbers.
         """
-        context, truth = self.context_and_truth(split, LONG_HORIZON if experiment.judged else HORIZON)
-        fallback = context.mean(axis=1)
-        if forecaster:
-            evaluation, drawn = self._direct(forecaster, context, truth, draws)
-        else:
-            evaluation, drawn = self._text(split, truth.shape[1], path, team, draws)
-        lines = [self._line(self.ids[split][i], i, evaluation, truth) for i in range(len(truth))]
+        context, truth = self.context_and_truth(split, horizon)
+        fallback, near = context.mean(axis=1), truth[:, :HORIZON]
+        evaluation = self._evaluated(split, truth.shape[1], path, team)
         results = metrics(evaluation, truth, fallback, self.scale, HORIZON)
-        if drawn is not None:
-            results["probabilistic"] = probabilistic(drawn, truth[:, :HORIZON])
-            self._add_quantiles(lines, drawn)
-        if drawn is not None and not forecaster:  # without text, samples are no paths
-            results["mean_of_samples"] = method_errors(drawn.mean(axis=1), truth[:, :HORIZON], fallback, self.scale)
-            team.told(lambda: self._write_samples(path / f"samples.{split}.jsonl", split, drawn))
+        lines = [self._line(number, row, evaluation, truth) for row, number in enumerate(self.ids[split])]
+        if draws:
+            drawn = self._drawn(split, path / f"samples.{split}.state.json", team)
+            results["probabilistic"] = scores.probabilistic(drawn, near)
+            results["mean_of_samples"] = scores.method_errors(drawn.mean(axis=1), near, fallback, self.scale)
+            kept = []
+            for line, paths in zip(lines, drawn, strict=True):
+                kept.append(json.dumps({"id": line["id"], "samples": paths.tolist()}, separators=(",", ":")) + "\n")
+                line["quantiles"] = [self._quantile(paths, level) for level in scores.QUANTILES]
+            team.told(lambda: write_whole(path / f"samples.{split}.jsonl", "".join(kept)))
         team.told(lambda: write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(lines)))
         return results
 
-    def _text(
-        self, split: str, steps: int, path: Path, team: Team, draws: bool
-    ) -> tuple[Evaluation, np.ndarray | None]:
-        """Forecasts of `steps` steps as text, and paths (N, S, h, D) if they are drawn."""
+    def _evaluated(self, split: str, steps: int, path: Path, team: Team) -> Evaluation:
+        """Forecasts of `steps` steps, in the study's units."""
         series = self.series[split]
         with progress_bar(len(series), f"{path.name}, {split}", team.leads) as bar:
             evaluation = evaluate(
@@ -110,52 +90,17 @@ class Judge:
                 progress=lambda count: bar.update(min(count * team.size, len(series) - bar.n)) and None,
                 team=team,
             )
-        if self.encoding != self.units:
-            # a value in larger digits is known less precisely: the nats are those of the study's digits
-            ratio = float(np.asarray(self.encoding.scale)) / self.scale
-            values = (evaluation.values * ratio).round(6)
-            evaluation = replace(evaluation, values=values, nats=evaluation.nats + np.log(ratio))
-        if not draws:
-            return evaluation, None
-        return evaluation, self._draw(series[:, :CONTEXT_STEPS], path / f"samples.{split}.state.json", team)
+        if self.encoding == self.units:
+            return evaluation
+        # a value in larger digits is known less precisely: the nats are those of the study's digits
+        ratio = float(np.asarray(self.encoding.scale)) / self.scale
+        values = (evaluation.values * ratio).round(6)
+        return replace(evaluation, values=values, nats=evaluation.nats + np.log(ratio))
 
-    def _direct(
-        self, forecaster: direct.DirectForecaster, context: np.ndarray, truth: np.ndarray, draws: bool
-    ) -> tuple[Evaluation, np.ndarray | None]:
-        """Forecasts without text, and samples (N, S, h, D) if they are drawn. Each step is drawn by itself: no paths.
-
-        The scales are those that the model has at the end of the context, for all ten steps, while the medians of the
-        later steps come from later passes. So the intervals are approximate.
-        """
-        decimals, batches = self.units.decimals, range(0, len(context), BATCH)
-        found = [forecaster.forecast(context[i : i + BATCH].round(decimals), truth.shape[1]) for i in batches]
-        medians, scales = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        if not (np.isfinite(medians).all() and np.isfinite(scales).all() and (scales > 0).all()):
-            raise NotFiniteError("the forecasts are not finite: the training diverged; lower its learning rate")
-        first = medians[:, :HORIZON]
-        nats = direct.nats(first, scales[:, :HORIZON], truth[:, :HORIZON].round(decimals), 10.0**-decimals)
-        none = np.empty((len(truth), 0))
-        evaluation = Evaluation([""] * len(truth), medians.round(6), none, none, nats)
-        if not draws:
-            return evaluation, None
-        shape = (len(truth), self.samples, HORIZON, truth.shape[2])
-        drawn = np.random.default_rng(self.seed).laplace(first[:, None], scales[:, None, :HORIZON], shape)
-        return evaluation, drawn.clip(min=0).round(6)
-
-    def _add_quantiles(self, lines: list[dict], drawn: np.ndarray) -> None:
-        """Add to the line of each sequence the QUANTILES of its samples (N, S, h, D); None if there are too few."""
-        for line, paths in zip(lines, drawn, strict=True):
-            line["quantiles"] = [
-                quantiles(paths, [level], axis=0)[0].round(4).tolist()
-                if self.samples >= samples_needed(level)
-                else None
-                for level in QUANTILES
-            ]
-
-    def _draw(self, contexts: np.ndarray, state: Path, team: Team) -> np.ndarray:
+    def _drawn(self, split: str, state: Path, team: Team) -> np.ndarray:
         """Draw paths (N, S, h, D), scaled: exactly the numbers in the texts."""
         forecaster = TextForecaster(self.model, self.tokenizer, self.encoding)
-        contexts = self.encoding.writable(contexts)
+        contexts = self.encoding.writable(self.series[split][:, :CONTEXT_STEPS])
 
         def draw(start: int) -> np.ndarray:
             with warnings.catch_warnings():  # the study's encoding is given, however few digits a series has in it
@@ -174,13 +119,11 @@ class Judge:
         scaled = np.concatenate(parts) / self.scale
         return scaled.round(self.units.decimals if self.encoding == self.units else 6)
 
-    def _write_samples(self, path: Path, split: str, drawn: np.ndarray) -> None:
-        """Write sampled paths (N, S, h, D), a line for each trajectory, so that they can be scored without a model."""
-        lines = [
-            json.dumps({"id": int(trajectory), "samples": paths.tolist()}, separators=(",", ":"), allow_nan=False)
-            for trajectory, paths in zip(self.ids[split], drawn, strict=True)
-        ]
-        write_whole(path, "\n".join(lines) + "\n")
+    def _quantile(self, paths: np.ndarray, level: float) -> list | None:
+        """A quantile (h, D) of paths (S, h, D); None if they are too few for it."""
+        if self.samples < scores.samples_needed(level):
+            return None
+        return scores.quantiles(paths, [level], axis=0)[0].round(4).tolist()
 
     def _line(self, trajectory: int, row: int, evaluation: Evaluation, truth: np.ndarray) -> dict:
         values, true = evaluation.values[row, :HORIZON], truth[row, :HORIZON]
@@ -189,12 +132,11 @@ class Judge:
             "text": evaluation.texts[row],
             "forecast": plain(evaluation.values[row]),
             "truth": plain(truth[row].round(6)),
-            "mse": plain(squared_errors(values[None], true[None]))[0],
+            "mse": plain(scores.squared_errors(values[None], true[None]))[0],
             "malformed_values": int(np.isnan(values).sum()),
             "nats_per_value": round(float(evaluation.nats[row]), 6),
+            "forced_losses": plain(evaluation.forced_losses[row].round(4)),
         }
-        if evaluation.forced_losses.size:
-            line["forced_losses"] = plain(evaluation.forced_losses[row].round(4))
-        if self.decoding == "free" and evaluation.free_losses.size:
+        if self.decoding == "free":
             line["free_losses"] = plain(evaluation.free_losses[row].round(4))
         return line

@@ -1,12 +1,13 @@
 """Named plans: the experiments, their settings and their order. This module imports no torch."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 from experiments.training.settings import LINEAR, Training
 
 CONTEXT_STEPS, HORIZON = 70, 10  # the study's 699 context tokens and 100 target tokens, as time steps
 LONG_HORIZON = 30  # for models that are evaluated on the test set
+BOTH = ("val", "test")
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,8 @@ def fill(training: Training, best: Training) -> Training:
 
 def candidates(plan: Plan, experiment: Experiment) -> list[Training]:
     """All settings an experiment may run with: its own, or one for each earlier experiment in its `best_of`."""
-    if experiment.training is None:
-        return []
-    if not experiment.best_of:
-        return [experiment.training]
+    if experiment.training is None or not experiment.best_of:
+        return [experiment.training] if experiment.training else []
     earlier = [e for e in plan.experiments if e.name in experiment.best_of]
     return [fill(experiment.training, best) for e in earlier for best in candidates(plan, e)]
 
@@ -63,24 +62,15 @@ def _chain(name: str, trial: Training, grid: list[Training], contexts: list[int]
     The cells of the grid share a seed, so that only rank and rate differ. The later trainings use other seeds. The
     context run at the length of the grid therefore repeats the best cell independently, as in the study.
     """
-    seed = trial.seed
     cells = [Experiment(f"grid-r{t.rank}-lr{t.learning_rate:g}", "6.3", t) for t in grid]
     cell_names = tuple(cell.name for cell in cells)
     lengths = [
-        Experiment(f"context-{length}", "6.4", Training(None, None, length, steps, seed=seed + 1), cell_names)
+        Experiment(f"context-{length}", "6.4", Training(None, None, length, steps, seed=trial.seed + 1), cell_names)
         for length in contexts
     ]
-    all_names = (*cell_names, *(e.name for e in lengths))
-    return Plan(
-        name,
-        (
-            Experiment("untrained", "5.4", splits=("val", "test")),
-            Experiment("trial", "6.2", trial),
-            *cells,
-            *lengths,
-            Experiment("final", "6.5", final, all_names, ("val", "test")),
-        ),
-    )
+    last = Experiment("final", "6.5", final, (*cell_names, *(e.name for e in lengths)), BOTH)
+    first = Experiment("untrained", "5.4", splits=BOTH), Experiment("trial", "6.2", trial)
+    return Plan(name, (*first, *cells, *lengths, last))
 
 
 def study(seed: int) -> Plan:
@@ -93,28 +83,14 @@ def study(seed: int) -> Plan:
 def quick(seed: int) -> Plan:
     """The same chain for the embedded checkpoint: higher rates and fewer steps, minutes on two CPU cores.
 
-    Its final training has rank 8, and what ablations found to help. After it, the same model reads and writes
-    numbers in place of text.
+    Its final training has rank 8, and what ablations found to help.
     """
     grid = [Training(rank, rate, 768, 30, seed=seed) for rank, rate in product((2, 4, 8), (1e-3, 2e-3, 5e-3))]
     final = Training(
         8, None, None, 180, stride=10, seed=seed + 2, numeric_head=True, targets=LINEAR, whole_windows=True,
         cosine=True, alpha=32, clip=1.0,
     )  # fmt: skip
-    chain = _chain("quick", Training(4, 1e-3, 512, 20, seed=seed), grid, [128, 512, 768], 30, final)
-    numbers = replace(_numbers(seed), learning_rate=1e-2, steps=1000, batch=8)
-    last = Experiment("direct", "frontier", numbers, splits=("val", "test"))
-    return replace(chain, experiments=(*chain.experiments, last))
-
-
-def untrained(seed: int) -> Plan:
-    """The model without training, evaluated on validation and test."""
-    return Plan("untrained", (Experiment("untrained", "5.4", splits=("val", "test")),))
-
-
-def trial(seed: int) -> Plan:
-    """Only the trial of the study, evaluated on both splits."""
-    return Plan("trial", (Experiment("trial", "6.2", Training(4, 1e-5, 512, 500, seed=seed), splits=("val", "test")),))
+    return _chain("quick", Training(4, 1e-3, 512, 20, seed=seed), grid, [128, 512, 768], 30, final)
 
 
 def frontier(seed: int) -> Plan:
@@ -126,48 +102,24 @@ def frontier(seed: int) -> Plan:
         8, 5e-4, 480, 2500, batch=1, stride=6, seed=seed, numeric_head=True, targets=LINEAR, whole_windows=True,
         cosine=True, alpha=32, clip=1.0, beta2=0.997,
     )  # fmt: skip
-    return Plan("frontier", (Experiment("frontier", "frontier", settings, splits=("val", "test")),), compact=True)
+    return Plan("frontier", (Experiment("frontier", "frontier", settings, splits=BOTH),), compact=True)
 
 
-def _numbers(seed: int) -> Training:
-    """Numbers in and out of the first two layers.
-
-    A window is a trajectory: 90 steps are read, and ten are forecast after each.
-    """
-    return Training(
-        8, 5e-4, 90, 38_400, batch=1, stride=1, seed=seed, targets=LINEAR, cosine=True, alpha=32, clip=1.0, beta2=0.99,
-        direct_layers=2,
-    )  # fmt: skip
+def trial(seed: int) -> Plan:
+    """Only the trial of the study, evaluated on both splits."""
+    return Plan("trial", (Experiment("trial", "6.2", Training(4, 1e-5, 512, 500, seed=seed), splits=BOTH),))
 
 
-def direct(seed: int) -> Plan:
-    """Numbers in place of text: trainings of five lengths, the longest one judged."""
-    longest = _numbers(seed)
-    short = (Experiment(f"direct-{n}", "frontier", replace(longest, steps=n)) for n in (300, 1200, 4800, 9600))
-    return Plan("direct", (*short, Experiment("direct", "frontier", longest, splits=("val", "test"))))
+def untrained(seed: int) -> Plan:
+    """The model without training, evaluated on both splits."""
+    return Plan("untrained", (Experiment("untrained", "5.4", splits=BOTH),))
 
 
-PLANS = {
-    "quick": quick,
-    "study": study,
-    "untrained": untrained,
-    "trial": trial,
-    "frontier": frontier,
-    "direct": direct,
-}
+PLANS = {plan.__name__: plan for plan in (quick, study, untrained, trial, frontier)}
 
 
 def with_numeric_head(plan: Plan) -> Plan:
-    """The plan, but each training on text has a softmax over the tokens of numbers only."""
-
-    def changed(experiment: Experiment) -> Experiment:
-        if experiment.training is None or experiment.training.direct_layers:
-            return experiment
-        return replace(experiment, training=replace(experiment.training, numeric_head=True))
-
-    return replace(plan, experiments=tuple(map(changed, plan.experiments)))
-
-
-def as_record(plan: Plan) -> list[dict]:
-    """The experiments as plain dictionaries, for the run folder."""
-    return [asdict(experiment) for experiment in plan.experiments]
+    """The plan, but each training has a softmax over the tokens of numbers only."""
+    heads = [one.training and replace(one.training, numeric_head=True) for one in plan.experiments]
+    changed = [replace(one, training=head) for one, head in zip(plan.experiments, heads, strict=True)]
+    return replace(plan, experiments=tuple(changed))

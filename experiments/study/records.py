@@ -16,14 +16,6 @@ PUBLISHED = "published"  # the convention that reproduces the FLOPs of the study
 
 
 @dataclass(frozen=True)
-class TextEncoding:
-    """How numbers are written as text."""
-
-    scale: float
-    decimals: int
-
-
-@dataclass(frozen=True)
 class Identity:
     """Everything that decides the results of a run."""
 
@@ -34,17 +26,9 @@ class Identity:
     decoding: str
     checkpoint_sha256: str
     data_sha256: str
-    encoding: TextEncoding
     convention: str  # how the budget counts FLOPs
     device: str
     dtype: str
-
-
-@dataclass(frozen=True)
-class Versions:
-    """The versions that a run used."""
-
-    torch: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +43,7 @@ class PlanRecord:
     device_name: str
     conventions: dict[str, str]  # for FLOPs: name and meaning
     threads: int
-    versions: Versions
+    versions: dict[str, str]
 
     def __post_init__(self):
         for name in (self.identity.convention, PUBLISHED):
@@ -110,9 +94,8 @@ class Context:
     truth: Matrix  # (h, 2)
 
     def __post_init__(self):
-        for array in (self.context, self.truth):
-            if array.shape[1] != 2:
-                raise ValueError(f"an array is {array.shape}, expected two variables")
+        if {self.context.shape[1], self.truth.shape[1]} != {2}:
+            raise ValueError(f"context is {self.context.shape} and truth {self.truth.shape}, expected two variables")
 
 
 @dataclass(frozen=True)
@@ -122,7 +105,7 @@ class ForecastLine:
     forecast: Matrix  # (h, 2), NaN where the text has no value
     truth: Matrix  # (h, 2)
     mse: float | None
-    forced_losses: Vector | None = None  # None: the model does not write text
+    forced_losses: Vector | None = None
     free_losses: Vector | None = None
     nats_per_value: float | None = None
     quantiles: list[Matrix | None] | None = None  # (steps, 2) at each of QUANTILES; None if there are too few samples
@@ -130,10 +113,9 @@ class ForecastLine:
     def __post_init__(self):
         if self.forecast.shape != self.truth.shape or self.truth.shape[1] != 2:
             raise ValueError(f"forecast is {self.forecast.shape} and truth {self.truth.shape}, expected (steps, 2)")
-        levels = [] if self.quantiles is None else self.quantiles
-        if levels and len(levels) != len(QUANTILES):
-            raise ValueError(f"quantiles have {len(levels)} levels, expected {len(QUANTILES)}")
-        for level in levels:
+        if self.quantiles and len(self.quantiles) != len(QUANTILES):
+            raise ValueError(f"quantiles have {len(self.quantiles)} levels, expected {len(QUANTILES)}")
+        for level in self.quantiles or []:
             if level is not None and (len(level) > len(self.truth) or level.shape[1] != 2):
                 raise ValueError(f"a quantile is {level.shape}, expected (steps, 2)")
 

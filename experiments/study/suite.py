@@ -3,7 +3,7 @@
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import flops
 from experiments.forecasting import gru
 from experiments.forecasting.adapter import Trained
 from experiments.forecasting.baselines import BASELINES
-from experiments.forecasting.direct import DirectForecaster
 from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import errors, method_errors
 from experiments.storage.files import RunError, to_json, to_json_lines, write_whole
@@ -21,12 +20,11 @@ from experiments.storage.interruption import Interruption
 from experiments.study.judging import Judge
 from experiments.study.plans import HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import read_metrics, read_settings
-from experiments.training.costs import direct_step, text_step
 from experiments.training.loop import Account
 from experiments.training.run import clear, run_training, write_adapter
 from experiments.training.settings import Training
 from experiments.training.team import ALONE, Team
-from experiments.training.windows import DirectWindows, TextWindows, Windows, cut_tokens
+from experiments.training.windows import TextWindows, cut_tokens, step_flops
 from lora import inject, remove
 
 
@@ -42,43 +40,33 @@ class Suite:
     checkpoint: tuple[str, str]  # name from the command line, sha256
     interruption: Interruption
     team: Team = ALONE  # the processes that share out each experiment; its leader writes the files
-    started: float = field(default=0.0, init=False)  # when this process began with the first experiment
-    done_before: set[str] = field(default_factory=set, init=False)  # the experiments that were finished then
 
-    def step_flops(self, training: Training, convention: str | None = None) -> int:
-        """FLOPs of one optimizer step of a training whose settings are all set."""
-        convention = convention or self.convention
-        if training.direct_layers:
-            return direct_step(self.judge.model.config, training, HORIZON, 2, convention)
-        vocabulary = len(self.grammar.vocabulary) if training.numeric_head else None
-        return text_step(self.judge.model.config, training, vocabulary, convention)
+    def cost(self, training: Training | None, convention: str | None = None) -> int:
+        """FLOPs of a training whose settings are all set; 0 for none."""
+        if training is None:
+            return 0
+        vocabulary = len(self._vocabulary) if training.numeric_head else None
+        step = step_flops(self.judge.model.config, training, vocabulary, convention or self.convention)
+        return training.steps * step
 
     @property
-    def grammar(self) -> Grammar:
-        """The grammar of the forecast text."""
-        return Grammar(
-            self.judge.tokenizer, self.judge.encoding.decimals, num_variables=2, compact=self.judge.encoding.compact
-        )
-
-    def largest_costs(self) -> dict[str, int]:
-        """The largest cost that each experiment can have, in FLOPs of the ledger's convention."""
-        costs = {}
-        for experiment in self.plan.experiments:
-            possible = [t.steps * self.step_flops(t) for t in candidates(self.plan, experiment)]
-            costs[experiment.name] = max(possible, default=0)
-        return costs
+    def _vocabulary(self) -> list[int]:
+        """The tokens of the forecast text."""
+        encoding = self.judge.encoding
+        return Grammar(self.judge.tokenizer, encoding.decimals, 2, encoding.compact).vocabulary
 
     def budget_warning(self) -> str | None:
         """A message about experiments that do not fit the budget; None if all fit."""
-        costs, left = self.largest_costs(), self.ledger.budget
+        costs = {one.name: max(map(self.cost, candidates(self.plan, one)), default=0) for one in self.plan.experiments}
+        left = self.ledger.budget
         fits: list[str] = []
         for name, cost in costs.items():
             if cost > left:
-                misfits = list(costs)[len(fits) :]
                 return (
                     f"plan {self.plan.name} needs up to {sum(costs.values()):.3e} FLOPs ({self.convention}), the "
                     f"budget is {self.ledger.budget:.3e}. Fits: {', '.join(fits) or 'nothing'}. Does not fit: "
-                    f"{', '.join(misfits)}. Raise --budget, or choose another --convention, to run the whole plan"
+                    f"{', '.join([*costs][len(fits) :])}. Raise --budget, or choose another --convention, to run the "
+                    "whole plan"
                 )
             left -= cost
             fits.append(name)
@@ -91,38 +79,24 @@ class Suite:
         not finite, Interrupted if the process was asked to stop. All earlier results are kept.
         """
         self.team.told(self._write_shared)
-        self.started = time.monotonic()
-        self.done_before = {
-            one.name for one in self.plan.experiments if (self._path(one.name) / "metrics.json").exists()
-        }
-        for experiment in self.plan.experiments:
+        for number, experiment in enumerate(self.plan.experiments, start=1):
             training = self._settings(experiment)
-            if self.team.told(partial(self._is_open, experiment, training)):
+            if self.team.told(partial(self._is_open, experiment.name, training)):
+                if self.team.leads:
+                    print(f"experiment {number} of {len(self.plan.experiments)}: {experiment.name}", file=sys.stderr)
                 self._run(experiment, training)
 
-    def _is_open(self, experiment: Experiment, training: Training | None) -> bool:
+    def _is_open(self, name: str, training: Training | None) -> bool:
         """True if an experiment has still to run. Raises flops.BudgetExceeded if it does not fit the budget."""
-        path, cost = self._path(experiment.name), self.step_flops(training) if training else 0
+        cost = self.cost(training)
+        if not (self._path(name) / "metrics.json").exists():
+            self.ledger.require(name, cost)
+            return True
         steps = training.steps if training else 0
-        if (path / "metrics.json").exists():
-            for step in range(steps):
-                self.ledger.debit(experiment.name, step, cost)  # if the ledger was lost
-            clear(path)
-            return False
-        self.ledger.require(experiment.name, steps * cost)
-        self._tell_progress(experiment.name)
-        return True
-
-    def _tell_progress(self, name: str) -> None:
-        """Say on stderr which experiment begins, and how long the rest may take at the speed so far."""
-        order, costs = [one.name for one in self.plan.experiments], self.largest_costs()
-        done = [name for name in order if (self._path(name) / "metrics.json").exists()]
-        left, spent = "", sum(costs[name] for name in done if name not in self.done_before)
-        if spent:
-            seconds = (time.monotonic() - self.started) / spent * sum(costs[name] for name in order if name not in done)
-            left = f", about {max(1, round(seconds / 60))} min left"
-        if len(order) > 1:
-            print(f"experiment {order.index(name) + 1} of {len(order)}: {name}{left}", file=sys.stderr)
+        for step in range(steps):
+            self.ledger.debit(name, step, cost // steps)  # if the ledger was lost
+        clear(self._path(name))
+        return False
 
     def write_status(self, stopped: str | None) -> None:
         """Write the FLOPs spent so far, and the reason why the run stopped, or None."""
@@ -176,19 +150,17 @@ class Suite:
 
     def _run(self, experiment: Experiment, training: Training | None) -> None:
         """Train, if there is a training, judge, and write everything; the model is then as before."""
-        path, team = self._path(experiment.name), self.team
-        costs = {}
-        if training:
-            costs = {c: training.steps * self.step_flops(training, c) for c in flops.CONVENTIONS}
+        path, team, seconds = self._path(experiment.name), self.team, 0.0
+        costs = {c: self.cost(training, c) for c in flops.CONVENTIONS} if training else {}
         record = {"section": experiment.section, "training": training and asdict(training), "flops": costs}
         team.told(lambda: write_whole(path / "settings.json", to_json(record)))
         with ExitStack() as stack:
-            seconds, forecaster = self._trained(experiment.name, training, stack) if training else (0.0, None)
+            if training:
+                seconds = self._trained(experiment.name, training, stack)
             started = time.monotonic()
             draws = self.judge.samples > 0 and experiment == self.plan.experiments[-1]
-            results = {
-                split: self.judge.judge(experiment, split, path, team, forecaster, draws) for split in experiment.splits
-            }
+            horizon = LONG_HORIZON if experiment.judged else HORIZON
+            results = {split: self.judge.judge(split, horizon, path, team, draws) for split in experiment.splits}
             times = {"training": round(seconds, 1), "evaluation": round(time.monotonic() - started, 1)}
 
         def finish() -> None:
@@ -198,35 +170,20 @@ class Suite:
 
         team.told(finish)
 
-    def _trained(self, name: str, training: Training, stack: ExitStack) -> tuple[float, DirectForecaster | None]:
-        """Train an adapter, which `stack` removes; the seconds, and the forecaster if it does without text."""
-        model, path = self.judge.model, self._path(name)
+    def _trained(self, name: str, training: Training, stack: ExitStack) -> float:
+        """Train an adapter, which `stack` removes, on the training series; the seconds."""
+        judge, path = self.judge, self._path(name)
+        assert training.context is not None  # a plan fills it in before the training
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(training.seed)
-            forecaster, windows = self._prepared(training, stack)
-        ledger = self.ledger if self.team.leads else None
-        account = Account(name, ledger, self.step_flops(training), self.interruption, self.team)
-
-        def write() -> None:
-            if forecaster is None:
-                write_adapter(model, path, Trained(*self.checkpoint, self.judge.encoding))
-
-        done = run_training(path, windows, training, account, write=write)
-        return done.seconds, forecaster
-
-    def _prepared(self, training: Training, stack: ExitStack) -> tuple[DirectForecaster | None, Windows]:
-        """Inject an adapter: the forecaster if it does without text, and the windows of the training series."""
-        judge = self.judge
-        if training.direct_layers:
-            series = judge.scaled("train")
-            exact, rounded = (torch.from_numpy(v).float() for v in (series, series.round(judge.units.decimals)))
-            forecaster = DirectForecaster(judge.model, training.direct_layers, training.lora, rounded, HORIZON)
-            stack.callback(remove, judge.model)
-            return forecaster, DirectWindows(forecaster, exact, rounded, training)
-        inject(judge.model, training.lora)
+            inject(judge.model, training.lora)
         stack.callback(remove, judge.model)
         tokens = [judge.tokenizer.encode(judge.encoding.encode(one)) for one in judge.series["train"]]
-        assert training.context is not None  # a plan fills it in before the training
-        vocabulary = torch.tensor(self.grammar.vocabulary) if training.numeric_head else None
+        vocabulary = torch.tensor(self._vocabulary) if training.numeric_head else None
         cuts = cut_tokens(tokens, training)
-        return None, TextWindows(judge.model, cuts, training.context, judge.tokenizer.pad_id, vocabulary)
+        windows = TextWindows(judge.model, cuts, training.context, judge.tokenizer.pad_id, vocabulary)
+        ledger = self.ledger if self.team.leads else None
+        account = Account(name, ledger, self.cost(training) // training.steps, self.interruption, self.team)
+        trained = Trained(*self.checkpoint, judge.encoding)
+        done = run_training(path, windows, training, account, write=lambda: write_adapter(judge.model, path, trained))
+        return done.seconds

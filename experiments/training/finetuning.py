@@ -5,7 +5,6 @@ S samples of each.
 """
 
 import hashlib
-import io
 import json
 import tempfile
 import warnings
@@ -22,6 +21,7 @@ import flops
 from experiments import tables
 from experiments.forecasting.adapter import Trained, checkpoint_hash, end_hash
 from experiments.forecasting.backtest import (
+    Origin,
     Parts,
     baseline_forecasts,
     better_baseline,
@@ -37,19 +37,20 @@ from experiments.forecasting.scores import BAND, quantiles, samples_needed
 from experiments.forecasting.text import DEFAULT_POINT, DEFAULT_SAMPLES, POINTS, TextForecaster
 from experiments.storage.files import RunError, plain, read_json, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
+from experiments.storage.records import Tensor4, build
 from experiments.storage.runfolder import open_run
-from experiments.training.costs import text_step
 from experiments.training.loop import Account, HeldOut, Progress
 from experiments.training.run import clear, run_training, software, write_adapter
 from experiments.training.settings import LINEAR, Training
 from experiments.training.team import ALONE, Team
-from experiments.training.windows import Cuts, TextWindows, cut_series
+from experiments.training.windows import Cuts, TextWindows, cut_series, step_flops
 from lora import inject, load_adapter
 from lora.inject import new_layers
 from lora.layer import LoRALinear
 from qwen_min.weights import TINY
 
 WINDOW_TOKENS = 768  # the length of a window, if the series are long enough and the horizon leaves a context
+AT_ONCE = 50  # test forecasts that are made together, at most
 MAX_CHECKED = 8  # forecasts over which the held-out loss is measured
 STEPS = 300  # without a budget
 RATE, TINY_RATE = 5e-4, 5e-3  # of the real weights, and of the embedded checkpoint
@@ -81,12 +82,6 @@ def finetune(
     return prepare(forecaster, series, horizon, budget, **options).run(folder)
 
 
-def defaults(forecaster: TextForecaster) -> Training:
-    """DEFAULTS; the embedded checkpoint takes a higher rate."""
-    is_tiny = forecaster.checkpoint is not None and forecaster.checkpoint[1] == TINY
-    return replace(DEFAULTS, learning_rate=TINY_RATE) if is_tiny else DEFAULTS
-
-
 def prepare(
     forecaster: TextForecaster,
     series: Sequence,
@@ -107,8 +102,8 @@ def prepare(
     DataFrames. budget: FLOPs that the training may cost; it decides the number of steps unless `steps` is given.
     context: time steps that the model reads before a forecast; None: as many as make windows of WINDOW_TOKENS.
     samples: paths of each held-out forecast; 0: its likeliest path. patience: the training ends after so many checks of
-    the held-out loss in a row that found nothing better. The other settings are those of `Training`, by default those
-    of `defaults`.
+    the held-out loss in a row that found nothing better. The other settings are those of `Training`, by default
+    DEFAULTS, with TINY_RATE for the embedded checkpoint.
     Raises SeriesError, BacktestError or FitError for data, settings or a budget that do not allow it.
     """
     chosen, model = _chosen(forecaster, settings), forecaster.model
@@ -152,7 +147,8 @@ def _chosen(forecaster: TextForecaster, settings: dict) -> Training:
     if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
         raise FitError("the model has an adapter; load the forecaster anew, without it or from an exported checkpoint")
     try:
-        chosen = replace(defaults(forecaster), **settings)
+        rate = TINY_RATE if forecaster.checkpoint[1] == TINY else RATE
+        chosen = replace(DEFAULTS, **{"learning_rate": rate} | settings)
         with torch.random.fork_rng(devices=[]):
             new_layers(forecaster.model, chosen.lora)  # refuses modules that cannot be adapted
     except (TypeError, ValueError) as error:
@@ -188,7 +184,7 @@ class Finetuning:
     def cost(self) -> int:
         """FLOPs of a training step, as it runs (convention exact)."""
         vocabulary = None if self.vocabulary is None else len(self.vocabulary)
-        return text_step(self.forecaster.model.config, self.settings, vocabulary)
+        return step_flops(self.forecaster.model.config, self.settings, vocabulary)
 
     @property
     def told(self) -> str:
@@ -263,9 +259,9 @@ class Finetuning:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.settings.seed)
                 inject(model, self.settings.lora)
-            before = self._paths(path / "before.state.npy", team)  # the update of a new adapter is zero
+            before = self._paths(path / "before.state.json", team)  # the update of a new adapter is zero
             done, spent, budget = self._train(path, interruption or Interruption(), team)
-            after = self._paths(path / "after.state.npy", team)
+            after = self._paths(path / "after.state.json", team)
 
             def finish() -> dict:
                 write_whole(path / "forecasts.jsonl", to_json_lines(self._lines(before, after)))
@@ -298,42 +294,37 @@ class Finetuning:
     def _held_out_loss(self, team: Team) -> float:
         """The mean nats per value of some validation forecasts; their truth is cut to what can be written."""
         places = self.parts.val
-        places = [places[i] for i in np.linspace(0, len(places) - 1, min(len(places), MAX_CHECKED)).round().astype(int)]
-        pairs = []
-        for place in team.share(places):
-            context = place.context[-self.context :]
-            pairs.append((context, Encoding.fit_each([context], self.decimals).writable(place.truth)))
-        losses: list[float] = []
-        if pairs:
-            with warnings.catch_warnings():  # the test forecasts have given them
-                warnings.simplefilter("ignore", SeriesWarning)
-                losses = self.forecaster.nats_per_value(*zip(*pairs, strict=True)).tolist()
+        chosen = np.linspace(0, len(places) - 1, min(len(places), MAX_CHECKED)).round().astype(int)
+        own = team.share([places[i] for i in chosen])
+        contexts = [place.context[-self.context :] for place in own]
+        encodings = [Encoding.fit_each([context], self.decimals) for context in contexts]
+        truths = [encoding.writable(place.truth) for encoding, place in zip(encodings, own, strict=True)]
+        with warnings.catch_warnings():  # the test forecasts have given them
+            warnings.simplefilter("ignore", SeriesWarning)
+            losses = self.forecaster.nats_per_value(contexts, truths).tolist() if own else []
         return float(np.mean(team.collect(losses)))
 
-    def _paths(self, file: Path, team: Team) -> np.ndarray:
+    def _paths(self, state: Path, team: Team) -> np.ndarray:
         """Paths (M, S, h, D) of the test forecasts, or the likeliest ones (M, 1, h, D) if no samples are drawn.
 
-        They are kept in a file, from which a continued fine-tuning reads them.
+        The file `state` keeps them, so that a continued fine-tuning reads them.
         """
 
-        def kept() -> np.ndarray | None:
-            try:
-                return np.load(file, allow_pickle=False) if file.exists() else None
-            except (ValueError, EOFError) as error:
-                raise RunError(f"{file}: not an array of forecasts ({error}); delete it to make them anew") from error
-
-        if (paths := team.told(kept)) is not None:
-            return paths
-        contexts = team.share([place.context for place in self.parts.test])
-        each: list[np.ndarray] = []
-        if contexts:
+        def make(places: list[Origin]) -> np.ndarray:
+            contexts = [place.context for place in places]
             found = self.forecaster.forecast(contexts, self.horizon, samples=self.samples, context=self.context)
-            each = list(found.values[:, None] if found.samples is None else found.samples)
-        paths = np.stack(team.collect(each))
-        content = io.BytesIO()
-        np.save(content, paths)
-        team.told(lambda: write_whole(file, content.getvalue()))
-        return paths
+            return found.values[:, None] if found.samples is None else found.samples
+
+        def read(kept: object, places: list[Origin]) -> np.ndarray:
+            paths = build(Tensor4, kept, str(state))
+            if paths.shape != (len(places), max(1, self.samples), *places[0].truth.shape):
+                raise RunError(f"{state}: not a state of this run; delete it to make the forecasts anew")
+            return paths
+
+        places = self.parts.test
+        size = min(AT_ONCE, -(-len(places) // team.size))
+        pieces = [places[start : start + size] for start in range(0, len(places), size)]
+        return np.concatenate(team.worked(state, pieces, make, np.ndarray.tolist, read))
 
     def _metrics(self, before: np.ndarray, after: np.ndarray, done: Progress) -> dict:
         """What metrics.json holds, but for the FLOPs."""
@@ -363,7 +354,7 @@ class Finetuning:
             arrays = {"context": place.context[-self.context :], "truth": place.truth}
             arrays |= {"before": point(old, axis=0), "after": point(new, axis=0)}
             if with_band:
-                arrays |= dict(zip(("low", "high"), quantiles(new, BAND, axis=0), strict=True))
+                arrays |= zip(("low", "high"), quantiles(new, BAND, axis=0), strict=True)
             lines.append({name: plain(array) for name, array in arrays.items()})
         return lines
 

@@ -65,10 +65,6 @@ class Progress:
         """The number of steps after which the held-out loss was smallest."""
         return min(self.checks, key=lambda steps: (self.checks[steps], steps))
 
-    def is_enough(self, patience: int | None) -> bool:
-        """True if the last `patience` checks found nothing better."""
-        return patience is not None and list(self.checks).index(self.best_step) < len(self.checks) - patience
-
 
 def batch_rows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
     """The indices (B) of the windows of a step, which depend on the arguments alone.
@@ -95,33 +91,27 @@ def load_state(
     path: Path, content: bytes, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam, steps: int
 ) -> Progress:
     """Put what `save_state` wrote into the parameters and the optimizer. Raises TrainingError for anything else."""
-    kinds = {name: (p.dtype, p.shape) for name, p in parameters.items()}
-    best = {f"best.{name}": kind for name, kind in kinds.items()}
-    kinds |= {f"{name}.{moment}": kind for name, kind in kinds.items() for moment in MOMENTS}
     try:
         saved = load(content)
-        numbers = losses, seconds, checked, held_out = [
-            saved.pop(name) for name in ("losses", "seconds", "checked", "held_out")
-        ]
-        if {name: (t.dtype, t.shape) for name, t in saved.items()} != (kinds | best if len(checked) else kinds):
-            raise ValueError("its tensors are not those that are trained and their moments")
-        if {one.dtype for one in numbers} != {torch.float64} or [one.ndim for one in numbers] != [1, 0, 1, 1]:
-            raise ValueError("its losses are not numbers")
-        if len(losses) > steps or len(checked) != len(held_out) or any(checked > len(losses)):
-            raise ValueError("its losses are not those of this training")
-        if not all(one.isfinite().all() for one in (*saved.values(), *numbers)):
-            raise ValueError("it has values that are not finite")
-    except (SafetensorError, KeyError, ValueError, TypeError, IndexError) as error:
+        done, checks = min(len(saved["losses"]), steps), len(saved["checked"])
+        kinds = {"losses": (done,), "seconds": (), "checked": (checks,), "held_out": (checks,)}
+        wanted = {name: (torch.float64, shape) for name, shape in kinds.items()}
+        for name, parameter in parameters.items():
+            names = [name, *(f"{name}.{moment}" for moment in MOMENTS), *([f"best.{name}"] if checks else [])]
+            wanted |= dict.fromkeys(names, (parameter.dtype, parameter.shape))
+        if {name: (tensor.dtype, tensor.shape) for name, tensor in saved.items()} != wanted:
+            raise ValueError("its tensors are not those of this training")
+        if not all(tensor.isfinite().all() for tensor in saved.values()) or any(saved["checked"] > done):
+            raise ValueError("it has values that no training leaves")
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise TrainingError(f"{path}: not a state of this training ({error}); delete it to start again") from error
     for name, parameter in parameters.items():
         parameter.data.copy_(saved[name])
-        optimizer.state[parameter] = {"step": torch.tensor(float(len(losses)))} | {
-            moment: saved[f"{name}.{moment}"].to(parameter) for moment in MOMENTS
-        }
-    checks = dict(zip(map(int, checked.tolist()), held_out.tolist(), strict=True))
-    return Progress(
-        losses.tolist(), seconds.item(), checks, {name: saved[f"best.{name}"] for name in parameters if checks}
-    )
+        moments = {moment: saved[f"{name}.{moment}"].to(parameter) for moment in MOMENTS}
+        optimizer.state[parameter] = {"step": torch.tensor(float(done))} | moments
+    held_out = dict(zip(map(int, saved["checked"].tolist()), saved["held_out"].tolist(), strict=True))
+    best = {name: saved[f"best.{name}"] for name in parameters if checks}
+    return Progress(saved["losses"].tolist(), saved["seconds"].item(), held_out, best)
 
 
 def _backward(windows: Windows, rows: Tensor, accumulate: int, team: Team) -> float:
@@ -161,11 +151,18 @@ class _Trainer:
         self.state, self.parameters = state, windows.parameters
         self.optimizer = torch.optim.Adam(self.parameters.values(), betas=(0.9, settings.beta2))
         self.progress = Progress()
-        content = account.team.told(lambda: state.read_bytes() if state is not None and state.exists() else None)
-        if state is not None and content is not None:
+        content = account.team.told(lambda: state.read_bytes() if state and state.exists() else None)
+        if state and content is not None:
             self.progress = load_state(state, content, self.parameters, self.optimizer, settings.steps)
         self.num_saved = len(self.progress.losses)
         self.saved_at = time.monotonic()
+
+    def is_over(self) -> bool:
+        """True after the last step, or if the newest checks of the held-out loss found nothing better."""
+        checks, patience = list(self.progress.checks), self.held_out and self.held_out.patience
+        if patience and checks.index(self.progress.best_step) < len(checks) - patience:
+            return True
+        return len(self.progress.losses) == self.settings.steps
 
     def check(self) -> None:
         """Measure the held-out loss, and keep the parameters if it was never smaller."""
@@ -244,9 +241,7 @@ def train(
             trainer.debit(step)  # if the ledger was lost
         bar.initial = bar.n = bar.last_print_n = trainer.num_saved  # these are not part of the speed
         trainer.check()
-        while len(progress.losses) < settings.steps:
-            if held_out is not None and progress.is_enough(held_out.patience):
-                break
+        while not trainer.is_over():
             try:
                 trainer.stop_if_asked()
                 trainer.debit(len(progress.losses))

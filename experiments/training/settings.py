@@ -21,7 +21,7 @@ class Training:
 
     rank: int | None
     learning_rate: float | None
-    context: int | None  # window length in tokens, with `direct_layers` in time steps
+    context: int | None  # window length in tokens
     steps: int
     batch: int = 4
     stride: int = 256  # tokens between the starts of a trajectory's windows
@@ -34,18 +34,13 @@ class Training:
     clip: float | None = None  # gradients with a larger norm are scaled down to it
     beta2: float = 0.999  # Adam's second moments forget so slowly; with small batches a run needs less memory of them
     accumulate: int = 1  # a batch is read in so many parts, which takes less memory
-    # None: the model reads and writes text. A number: numbers go in and come out of so many of its first layers, see
-    # `experiments.forecasting.direct`; context and stride are then in time steps
-    direct_layers: int | None = None
 
     def __post_init__(self):
         # a context of one token has no next token to learn
-        for name, minimum in (("rank", 1), ("context", 2), ("steps", 1), ("batch", 1), ("stride", 1), ("seed", 0),
-                              ("accumulate", 1), ("direct_layers", 1)):  # fmt: skip
+        least = {"rank": 1, "context": 2, "steps": 1, "batch": 1, "stride": 1, "seed": 0, "accumulate": 1}
+        for name, minimum in least.items():
             value = getattr(self, name)
-            if value is None and name in ("rank", "context", "direct_layers"):
-                continue
-            if type(value) is not int or not minimum <= value < 2**63:
+            if name not in self.unset and (type(value) is not int or not minimum <= value < 2**63):
                 raise ValueError(f"{name} is {value!r}, expected an integer of at least {minimum}, below 2**63")
         for name in ("learning_rate", "alpha", "clip"):
             if (value := getattr(self, name)) is not None and not value > 0:

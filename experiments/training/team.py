@@ -6,9 +6,10 @@ A process that torchrun did not start is a team of one, for which nothing here c
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ class StoppedElsewhere(ValueError):
     told_elsewhere = True
 
 
+@dataclass(frozen=True)
 class Team:
     """The processes that share a piece of work, numbered by `rank` from 0; rank 0 leads and writes the files.
 
@@ -41,10 +43,8 @@ class Team:
     has ended.
     """
 
-    def __init__(self, ranks: Sequence[int] = (0,), group: dist.ProcessGroup | None = None):
-        """ranks: numbers in the world of all processes; group: their group, None for a team of one."""
-        self.ranks, self.group, self.size = list(ranks), group, len(ranks)
-        self.rank = self.ranks.index(dist.get_rank()) if group is not None else 0
+    rank: int = 0
+    size: int = 1
 
     @property
     def leads(self) -> bool:
@@ -61,7 +61,7 @@ class Team:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         with _lost_peers():
-            dist.all_reduce(flat, group=self.group)
+            dist.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -72,22 +72,18 @@ class Team:
         """
         if self.size == 1:
             return make()
-        answer: list = [None]
-        if self.leads:
-            try:
-                answer[0] = ("result", make())
-            except Exception:  # every error: the others wait for word of it
-                self._broadcast([("stopped", None)])
-                raise
-        kind, result = self._broadcast(answer)[0]
-        if kind == "stopped":
-            raise StoppedElsewhere("the leading process stopped")
-        return result
-
-    def _broadcast(self, answer: list) -> list:
+        answer: list = ["stopped", None]
+        error: Exception | None = None
+        try:
+            if self.leads:
+                answer = ["result", make()]
+        except Exception as raised:  # every error: the others wait for word of it
+            error = raised
         with _lost_peers():
-            dist.broadcast_object_list(answer, src=self.ranks[0], group=self.group, device=torch.device("cpu"))
-        return answer
+            dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        if error is not None or answer[0] == "stopped":
+            raise error or StoppedElsewhere("the leading process stopped")
+        return answer[1]
 
     def agreed(self, make: Callable[[], T]) -> T:
         """The result of make() in this process, if no process raises an error in it.
@@ -96,17 +92,18 @@ class Team:
         """
         if self.size == 1:
             return make()
+        result: T | None = None
         error: Exception | None = None
         try:
             result = make()
         except Exception as raised:  # every error: the others wait for word of it
             error = raised
         failed = self.collect([error is not None])
-        if not any(failed):
-            return result
         if error is not None and not any(failed[: self.rank]):
             raise error
-        raise StoppedElsewhere("another process stopped") from error
+        if any(failed):
+            raise StoppedElsewhere("another process stopped") from error
+        return cast(T, result)
 
     def collect(self, own: Sequence[T]) -> list[T]:
         """The results for all pieces, in their order, from those of each process for its `share`."""
@@ -114,7 +111,7 @@ class Team:
             return list(own)
         parts: list = [None] * self.size
         with _lost_peers():
-            dist.all_gather_object(parts, list(own), group=self.group)
+            dist.all_gather_object(parts, list(own))
         return [parts[index % self.size][index // self.size] for index in range(sum(map(len, parts)))]
 
     def any(self, flag: bool) -> bool:
@@ -150,7 +147,7 @@ def joined(device: str) -> Iterator[tuple[Team, str]]:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     try:
-        yield Team(range(dist.get_world_size()), dist.group.WORLD), device
+        yield Team(dist.get_rank(), dist.get_world_size()), device
     finally:
         dist.destroy_process_group()
 

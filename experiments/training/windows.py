@@ -1,7 +1,6 @@
 """What a training reads: windows of series, which are made when they are read, and the loss of a model on them.
 
-n windows, B batch size, T context length: tokens, or time steps without text; D variables, F features of a time step,
-K steps that are forecast at once.
+n windows, B batch size, T context length in tokens, D variables.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.forecasting.direct import DirectForecaster, changes, laplace_loss
+import flops
 from experiments.forecasting.encoding import Encoding
 from experiments.training.settings import Training
 from lora import adapter_parameters
+from qwen_min.config import QwenConfig
 from qwen_min.linear import unpack
 from qwen_min.loss import check_targets, next_token_loss
 from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer
 
-REPEATS = 4  # how often an epoch of `DirectWindows` reads a window, on average
 KEPT = 1024  # windows of text that are kept after they were made
 
 
@@ -141,65 +140,11 @@ class TextWindows:
         )
 
 
-def check_direct(model: Qwen, settings: Training, num_steps: int, ahead: int) -> None:
-    """Raise TrainingError when the model has too few layers, or series of num_steps steps are too short for a window
-    and the K = `ahead` steps after it.
-    """
-    available = len(model.model.layers)
-    assert settings.direct_layers is not None
-    assert settings.context is not None
-    if settings.direct_layers > available:
-        raise TrainingError(
-            f"direct_layers is {settings.direct_layers}, expected 1 to {available}, the layers of the model; choose "
-            "another --model or --plan"
-        )
-    if settings.context + ahead > num_steps:
-        raise TrainingError(
-            f"the series have {num_steps} time steps, expected at least {settings.context + ahead}, a window of "
-            f"{settings.context} and the {ahead} after it; use longer series, or choose another --plan"
-        )
-
-
-class DirectWindows:
-    """Windows of series for a model that reads and writes numbers."""
-
-    def __init__(self, forecaster: DirectForecaster, series: Tensor, rounded: Tensor, settings: Training):
-        """Windows of `settings.context` steps, which begin at every `settings.stride` steps of series (N, T, D).
-
-        The model reads the rounded values, as in the contexts of a test, and learns to forecast the exact ones. The
-        more the values of a series vary, the more often an epoch has its windows, on average REPEATS times: the series
-        that vary most decide a mean squared error.
-        """
-        length, steps = settings.context, forecaster.steps
-        assert length is not None  # a plan fills it in before the training
-        self.length, self.forecaster, self.device = length, forecaster, forecaster.mean.device
-        self.inputs = forecaster.normalised(rounded.to(self.device))  # (N, T, F)
-        wanted = changes(series, steps) + (series - rounded)[:, :-steps, None]  # from the value that was read
-        self.targets = wanted.to(self.device) / forecaster.change_spread  # (N, T - K, K, D)
-        starts = range(0, series.shape[1] - length - steps + 1, settings.stride)
-        swing = series.var(1).sum(1).sqrt()  # (N)
-        often = (REPEATS * swing / swing.mean().clamp(min=1e-6)).round().clamp(min=1).long()
-        places = torch.cartesian_prod(torch.tensor(starts), torch.arange(len(series)))
-        self.places = places.repeat_interleave(often.repeat(len(starts)), dim=0)  # (n, 2): start and series
-        self.parameters = {name: p for name, p in forecaster.named_parameters() if p.requires_grad}
-
-    def __len__(self) -> int:
-        """The number of windows in an epoch."""
-        return len(self.places)
-
-    def num_targets(self, rows: Tensor) -> int:
-        """The number of values that are forecast."""
-        return len(rows) * self.length * self.targets[0, 0].numel()
-
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The features (B, T, F) and the changes to forecast (B, T, K, D) of the windows in rows (B, on the CPU)."""
-        starts, series = self.places[rows].numpy().T
-        numbers = torch.from_numpy(series[:, None]).to(self.device, non_blocking=True)
-        steps = torch.from_numpy(starts[:, None] + np.arange(self.length)).to(self.device, non_blocking=True)
-        return self.inputs[numbers, steps], self.targets[numbers, steps]
-
-    def loss(self, rows: Tensor) -> Tensor:
-        """The mean nats of the changes in the windows in rows (B, on the CPU)."""
-        inputs, targets = self.batch(rows)
-        location, log_scale = self.forecaster(inputs)
-        return laplace_loss(location, log_scale, targets)
+def step_flops(config: QwenConfig, settings: Training, vocabulary: int | None, convention: str = "exact") -> int:
+    """FLOPs of one optimizer step; vocabulary: the number of tokens that the softmax runs over, None for all."""
+    assert settings.context is not None  # a plan fills it in before the training
+    batch, ranks = settings.batch // settings.accumulate, settings.ranks
+    part = flops.training_step(
+        config, batch, settings.context, convention=convention, ranks=ranks, vocabulary=vocabulary
+    )
+    return settings.accumulate * part
