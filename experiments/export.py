@@ -29,7 +29,7 @@ def work(args: argparse.Namespace) -> int:
     import torch
 
     from experiments.forecasting.adapter import TRAINED_FILE
-    from experiments.forecasting.text import Forecaster
+    from experiments.forecasting import Forecaster
     from lora import merge_and_unload
     from qwen_min.weights import save
 

@@ -88,7 +88,7 @@ def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
 
 def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFrame"], "Finetuning"]:
     """Read and check everything that a fine-tuning needs, and tell what it will be. Write nothing."""
-    from experiments.forecasting.text import Forecaster
+    from experiments.forecasting import Forecaster
     from experiments.training.finetuning import prepare
 
     cli.checked_device(device)

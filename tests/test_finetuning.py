@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import finetune, training
-from experiments.forecasting import backtest
+from experiments.forecasting import Forecaster, backtest
 from experiments.forecasting.adapter import end_hash
 from experiments.forecasting.backtest import BacktestError, Origin, baseline_forecasts, held_out, scores, split
 from experiments.forecasting.text import TextForecaster
@@ -88,7 +88,7 @@ def test_intervals_are_over_series_and_hold_the_mean_as_often_as_they_say():
 
 
 def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path):
-    forecaster = TextForecaster.load("tiny")
+    forecaster = Forecaster.load("tiny")
     options = {"context": 15, "samples": 0}
     cost = prepare(forecaster, waves(6), 5, steps=1, **options).cost
     job = prepare(forecaster, waves(6), 5, 7.9 * cost, **options)
@@ -104,14 +104,14 @@ def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path):
 
 def test_fitting_helps_and_keeps_the_best_state(tmp_path):
     """A pattern of seven steps that all series share."""
-    forecaster = TextForecaster.load("tiny")
+    forecaster = Forecaster.load("tiny")
     pattern = np.random.default_rng(0).uniform(1, 9, (7, 2))
     series = [np.tile(pattern, (9, 1))[number : number + 50] * (1 + number) for number in range(8)]
     options = {"steps": 24, "context": 20, "rank": 4, "learning_rate": 5e-3, "samples": 0}
     metrics = training.finetune(forecaster, series, 5, folder=tmp_path, **options)
     assert metrics["held_out_after"] < metrics["held_out_before"]
     contexts = [one[:30] for one in series]
-    loaded = TextForecaster.load(adapter=tmp_path / "adapter")
+    loaded = Forecaster.load(adapter=tmp_path / "adapter")
     np.testing.assert_array_equal(loaded.forecast(contexts, 5).values, forecaster.forecast(contexts, 5).values)
     rows = [line.split(",") for line in (tmp_path / "held_out.csv").read_text().splitlines()[1:]]
     assert min(rows, key=lambda row: float(row[1]))[0] == str(metrics["best_step"])
@@ -126,7 +126,7 @@ def test_the_level_of_a_series_does_not_decide_its_error():
     plain = [2 + np.sin(np.arange(40) / rate)[:, None] for rate in np.linspace(1, 3, 8)]
     found = []
     for factors in (np.ones(8), levels):
-        forecaster = TextForecaster.load("tiny")
+        forecaster = Forecaster.load("tiny")
         training.finetune(forecaster, [one * factor for one, factor in zip(plain, factors, strict=True)], 5, **options)
         values = forecaster.forecast([one[:30] * factor for one, factor in zip(plain, factors, strict=True)], 5).values
         found.append(values / factors[:, None, None])
@@ -134,7 +134,7 @@ def test_the_level_of_a_series_does_not_decide_its_error():
 
 
 def test_patience_ends_a_training_early(tmp_path, monkeypatch):
-    forecaster = TextForecaster.load("tiny")
+    forecaster = Forecaster.load("tiny")
     losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
     monkeypatch.setattr(TextForecaster, "nats_per_value", lambda *_: np.array([next(losses)]))
     metrics = training.finetune(forecaster, waves(6), 5, folder=tmp_path, steps=24, context=15, samples=0, patience=2)
@@ -167,7 +167,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             for module in ("training.loop", "training.run", "training.finetuning", "storage.runfolder"):
                 patch.setattr(f"experiments.{module}.write_whole", counted)
-            forecaster = TextForecaster.load("tiny")
+            forecaster = Forecaster.load("tiny")
             training.finetune(forecaster, waves(6), 5, folder=folder, context=15, steps=6, samples=2)
         return written
 
@@ -189,19 +189,19 @@ def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch):
 def test_a_folder_belongs_to_one_fine_tuning(tmp_path):
     """From Python as from the command: other series, also with the same numbers, or other settings are refused."""
     options = {"folder": tmp_path, "context": 15, "steps": 2, "samples": 0}
-    first = training.finetune(TextForecaster.load("tiny"), waves(6), 5, **options)
+    first = training.finetune(Forecaster.load("tiny"), waves(6), 5, **options)
     ledger = (tmp_path / "ledger.jsonl").read_bytes()
-    forecaster = TextForecaster.load("tiny")
+    forecaster = Forecaster.load("tiny")
     assert training.finetune(forecaster, waves(6), 5, **options) == first
     assert (tmp_path / "ledger.jsonl").read_bytes() == ledger
-    loaded = TextForecaster.load(adapter=tmp_path / "adapter")
+    loaded = Forecaster.load(adapter=tmp_path / "adapter")
     context = [waves(1)[0][:20]]
     np.testing.assert_array_equal(loaded.forecast(context, 5).values, forecaster.forecast(context, 5).values)
     plan = json.loads((tmp_path / "plan.json").read_text())
     plan["versions"]["torch"] = "1.0"
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     with pytest.warns(UserWarning, match=r'was begun with other versions: torch "1.0", now'):
-        training.finetune(TextForecaster.load("tiny"), waves(6), 5, **options)
+        training.finetune(Forecaster.load("tiny"), waves(6), 5, **options)
     joined = [np.concatenate(waves(6)[:2]), *waves(6)[2:]]
     for series, changes, name in (
         (waves(7)[1:], {}, "series"),
@@ -209,7 +209,7 @@ def test_a_folder_belongs_to_one_fine_tuning(tmp_path):
         (waves(6), {"seed": 1}, "settings"),
     ):
         with pytest.raises(RunError, match=f"has a run with {name}"):
-            training.finetune(TextForecaster.load("tiny"), series, 5, **(options | changes))
+            training.finetune(Forecaster.load("tiny"), series, 5, **(options | changes))
 
 
 @pytest.fixture
@@ -248,7 +248,7 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, tmp
     monkeypatch.setattr("sys.argv", ["report", "mine"])
     assert redraw() == 0
     assert (tmp_path / "mine" / "report.md").read_bytes() == before
-    forecaster = TextForecaster.load(adapter=tmp_path / "mine" / "adapter")
+    forecaster = Forecaster.load(adapter=tmp_path / "mine" / "adapter")
     assert forecaster.encoding is None  # it is fitted to each context
     assert forecaster.forecast([waves(1)[0][:20]], 5).values.shape == (1, 5, 2)
     status, _, err = command(*files, *few, "--budget", "9e9")
@@ -313,7 +313,7 @@ def test_a_back_test_leaves_out_the_rows_that_trained_an_adapter():
 
 
 def test_missing_values_do_not_count_in_the_loss():
-    forecaster, context = TextForecaster.load("tiny"), 5 + np.sin(np.arange(20) / 4)
+    forecaster, context = Forecaster.load("tiny"), 5 + np.sin(np.arange(20) / 4)
     whole = np.array([[5.1], [5.2], [5.3]])
     first, last = (forecaster.nats_per_value([context], [part])[0] for part in (whole[:1], whole))
     gap = np.array([[5.1], [np.nan], [np.nan]])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import Trained, checkpoint_hash, write_trained
 from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.encoding import Encoding
@@ -82,7 +83,7 @@ def save_fresh_adapter(model, folder, base=None):
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.1)
         save_adapter(model, folder, base)
-        return forecasts(TextForecaster(model, TextForecaster.load("tiny").tokenizer, Encoding(2.5, 1)))
+        return forecasts(TextForecaster(model, Forecaster.load("tiny").tokenizer, Encoding(2.5, 1)))
     finally:
         remove(model)
 
@@ -94,18 +95,18 @@ def forecasts(forecaster):
 def test_an_adapter_s_folder_restores_the_encoding_of_its_training(tmp_path, tiny):
     wanted = save_fresh_adapter(tiny[0], tmp_path)
     with pytest.raises(AdapterError, match=r"does not record its checkpoint; name it with --model"):
-        TextForecaster.load(adapter=tmp_path)
+        Forecaster.load(adapter=tmp_path)
     # peft's files suffice, with the checkpoint named or recorded in them
-    assert forecasts(TextForecaster.load("tiny", tmp_path, scale=2.5, decimals=1)) == wanted
+    assert forecasts(Forecaster.load("tiny", tmp_path, scale=2.5, decimals=1)) == wanted
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "tiny"}))
-    assert forecasts(TextForecaster.load(adapter=tmp_path, scale=2.5, decimals=1)) == wanted
+    assert forecasts(Forecaster.load(adapter=tmp_path, scale=2.5, decimals=1)) == wanted
     write_trained(tmp_path, Trained("tiny", checkpoint_hash(TINY), Encoding(2.5, 1)))
-    assert forecasts(TextForecaster.load(adapter=tmp_path)) == wanted
+    assert forecasts(Forecaster.load(adapter=tmp_path)) == wanted
     assert forecasts(TextForecaster(*tiny, Encoding(2.5, 1))) != wanted
     write_trained(tmp_path, Trained("other/model", "0" * 64, Encoding(2.5, 1)))
     with pytest.raises(AdapterError, match=r"was trained on other/model, but .*tiny has other files"):
-        TextForecaster.load("tiny", tmp_path)
+        Forecaster.load("tiny", tmp_path)
 
 
 def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories(tmp_path, monkeypatch, tiny):
@@ -116,26 +117,26 @@ def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for directory in (home, tmp_path, adapter):
         monkeypatch.chdir(directory)
-        assert TextForecaster.load(adapter=os.path.relpath(adapter)).encoding.decimals == 1
+        assert Forecaster.load(adapter=os.path.relpath(adapter)).encoding.decimals == 1
     (home / "models").rename(home / "moved")
     with pytest.raises(AdapterError, match=r"adapter: its checkpoint was not found; name it with --model \(models/sm"):
-        TextForecaster.load(adapter=adapter)
-    assert TextForecaster.load(home / "moved" / "small", adapter).encoding.decimals == 1
+        Forecaster.load(adapter=adapter)
+    assert Forecaster.load(home / "moved" / "small", adapter).encoding.decimals == 1
 
 
 def test_a_damaged_adapter_is_refused_and_a_folder_of_adapters_names_them(tmp_path, tiny):
     adapter = tmp_path / "mine"
     save_fresh_adapter(tiny[0], adapter, "tiny")
     with pytest.raises(AdapterError, match=r"adapters lie in .*mine"):
-        TextForecaster.load(adapter=tmp_path)
+        Forecaster.load(adapter=tmp_path)
     tensors = load_file(adapter / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] = float("nan")
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="NaN"):
-        TextForecaster.load("tiny", adapter)
+        Forecaster.load("tiny", adapter)
     (adapter / "adapter_config.json").write_text("[")
     with pytest.raises(AdapterError, match="not a readable adapter config"):
-        TextForecaster.load(adapter=adapter)
+        Forecaster.load(adapter=adapter)
 
 
 BAD = {
@@ -190,8 +191,8 @@ def test_series_at_a_level_or_below_zero_are_forecast_in_their_range(forecaster)
 
 def test_what_a_user_should_know_is_said_once(forecaster):
     with pytest.warns(SeriesWarning, match="was trained on numbers with 2 decimals, not 3"):
-        assert TextForecaster.load("tiny", decimals=3).digits.decimals == 3
-    tiny, series = TextForecaster.load("tiny"), 5 + np.sin(np.arange(500) / 3)[:, None]
+        assert Forecaster.load("tiny", decimals=3).digits.decimals == 3
+    tiny, series = Forecaster.load("tiny"), 5 + np.sin(np.arange(500) / 3)[:, None]
     with pytest.warns(SeriesWarning, match="series 0: only the newest 189 of 500 time steps are read"):
         found = tiny.forecast([series], 10)
     np.testing.assert_array_equal(found.values, tiny.forecast([series], 10, context=189).values)
@@ -225,7 +226,7 @@ def test_frames_give_frames_that_continue_their_times(forecaster):
 @pytest.mark.parametrize("samples", [0, 3])
 def test_a_model_that_computes_nan_writes_no_forecast(samples):
     """As it does where activations overflow; weights with NaN are refused when they are loaded."""
-    forecaster = TextForecaster.load("tiny")
+    forecaster = Forecaster.load("tiny")
     forecaster.model.model.norm.weight.data[3] = float("nan")
     with pytest.raises(NotFiniteError, match=r"logits of forecasts .* are not finite"):
         forecaster.forecast(waves(), 5, samples=samples)

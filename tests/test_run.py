@@ -16,9 +16,8 @@ import pytest
 from safetensors.torch import load_file
 
 from experiments import run
-from experiments.forecasting import gru, scores
+from experiments.forecasting import Forecaster, gru, scores
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.text import TextForecaster
 from experiments.report.build import write_report
 from experiments.report.results import load_run
 from experiments.storage.files import RunError
@@ -171,7 +170,7 @@ def test_the_seed_of_a_run_reaches_its_samples_and_the_gru(small_plan, data_file
     assert errors != other_errors
     trajectories = data.read(data_file).trajectories
     scale = Encoding.fit(trajectories[data.split(20).train]).scale
-    drawn = TextForecaster.load("tiny", scale=scale).forecast(trajectories[[row], :70], 10, samples=2).samples[0]
+    drawn = Forecaster.load("tiny", scale=scale).forecast(trajectories[[row], :70], 10, samples=2).samples[0]
     np.testing.assert_allclose(drawn / scale, samples)  # seed 0 of a run gives the samples of a forecaster with seed 0
 
 

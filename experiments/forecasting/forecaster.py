@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,13 +11,12 @@ from experiments.forecasting.adapter import Trained, resolve
 from qwen_min.config import read_json
 
 
-class Forecaster:
+class Forecaster(Protocol):
     """Forecasts series: `text.TextForecaster` continues their text, `numbers.NumberForecaster` reads their values."""
 
     model: nn.Module
-    # name and folder, and the record of a training, if `load` made this forecaster and found one
-    checkpoint: tuple[str, Path] | None = None
-    trained: Trained | None = None
+    checkpoint: tuple[str, Path] | None  # name and folder, if `load` made this forecaster
+    trained: Trained | None  # the record of a training, if `load` found one
 
     @staticmethod
     def load(
@@ -60,4 +59,4 @@ class Forecaster:
         The result for a series does not depend on the others. Raises SeriesError, before any forecast, for what cannot
         be forecast.
         """
-        raise NotImplementedError
+        ...

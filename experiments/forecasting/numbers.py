@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from experiments.forecasting.adapter import Trained
 from experiments.forecasting.contexts import Forecast, SeriesError, checked_series, framed, is_frame
-from experiments.forecasting.forecaster import Forecaster
 from lora import load_adapter
 from qwen_min.config import QwenConfig
 from qwen_min.linear import Linear
@@ -231,13 +230,14 @@ def at_levels(found: np.ndarray, levels: Sequence[float]) -> np.ndarray:
     return found[:, low] + share[:, None, None] * (found[:, low + 1] - found[:, low])
 
 
-class NumberForecaster(Forecaster):
+class NumberForecaster:
     """Forecasts series with a decoder that reads their values."""
 
     def __init__(self, model: Numbers, scale: Scale | None = None):
         """scale: how a training has read its series; None: each context by itself."""
-        self.model: Numbers = model.eval()
-        self.scale = scale
+        self.model, self.scale = model.eval(), scale
+        self.checkpoint: tuple[str, Path] | None = None  # name and folder, if `Forecaster.load` made this one
+        self.trained: Trained | None = None
 
     @classmethod
     def read(

@@ -18,7 +18,6 @@ from experiments.forecasting import scores
 from experiments.forecasting.adapter import Trained
 from experiments.forecasting.contexts import Forecast, SeriesError, SeriesWarning, checked_series, framed, is_frame
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.forecaster import Forecaster
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
 from lora import load_adapter
 from qwen_min import Qwen, Tokenizer, load
@@ -52,7 +51,7 @@ class _Prompt(NamedTuple):
     last: np.ndarray  # (D): the newest values
 
 
-class TextForecaster(Forecaster):
+class TextForecaster:
     """Forecasts series with a model that continues their text. Every forecast is well-formed."""
 
     def __init__(
@@ -68,8 +67,9 @@ class TextForecaster(Forecaster):
         tokens: the longest text, context and forecast, that the model can make sense of; None: as long as it has
         positions. Raises EncodingError for a bad number of decimals.
         """
-        self.model: Qwen = model
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
+        self.checkpoint: tuple[str, Path] | None = None  # name and folder, if `Forecaster.load` made this one
+        self.trained: Trained | None = None
         self.use(encoding, decimals, tokens)
 
     def use(self, encoding: Encoding | None, decimals: int, tokens: int | None) -> None:
