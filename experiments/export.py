@@ -28,8 +28,8 @@ def work(args: argparse.Namespace) -> int:
     """Load, merge and save; the exit status."""
     import torch
 
-    from experiments.forecasting.adapter import TRAINED_FILE
     from experiments.forecasting import Forecaster
+    from experiments.forecasting.adapter import TRAINED_FILE
     from lora import merge_and_unload
     from qwen_min.weights import save
 

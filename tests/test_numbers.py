@@ -20,7 +20,8 @@ from experiments.forecasting.numbers import (
     find_seasons,
     patches,
 )
-from experiments.training.number_costs import NUMBER_TARGETS, number_backward, number_forward
+from experiments.training.number_costs import NUMBER_TARGETS, number_backward, number_forward, number_step
+from experiments.training.pretraining import pinball
 from flops.trace import Tracer
 from lora import LoraConfig, inject
 
@@ -183,11 +184,17 @@ def test_flops_are_those_of_the_trace(series, variables, tokens, rank):
             inject(model, LoraConfig(rank, rank, NUMBER_TARGETS))
         features = torch.empty(series, variables, tokens, FEATURES)
         read = Patches(features, features[..., 0], torch.empty(tokens, dtype=torch.long))
+        together = torch.empty(series)
         ranks, shape = dict.fromkeys(NUMBER_TARGETS, rank) if rank else {}, (series, variables, tokens)
         with torch.no_grad(), Tracer() as forward:
             model(read)
         with Tracer() as step:
             out = model(read)
             out.backward(torch.empty_like(out))
+        model.zero_grad()
+        with Tracer() as whole:
+            loss = 2 * (pinball(model(read, together), features[..., :AHEAD]) * features[..., AHEAD : 2 * AHEAD]).sum()
+            (loss / features[..., :AHEAD].sum()).backward()
     assert forward.total == number_forward(model.config, *shape, ranks)
     assert step.total - forward.total == number_backward(model.config, *shape, ranks)
+    assert whole.total == number_step(model.config, *shape, ranks, masked=variables > 1)

@@ -10,9 +10,9 @@ from experiments.forecasting.encoding import Encoding
 from experiments.storage.interruption import Interrupted, Interruption
 from experiments.study import plans
 from experiments.training import loop
-from experiments.training.loop import Account, HeldOut, batch_rows, train
+from experiments.training.loop import Account, HeldOut, train
 from experiments.training.settings import Training
-from experiments.training.windows import TextWindows, TrainingError, cut_series, cut_tokens
+from experiments.training.windows import TextWindows, TrainingError, cut_series, cut_tokens, shuffled_rows
 from flops import BudgetExceeded, training_step
 from flops.trace import trace_training_step
 from lora import adapter_parameters, inject, remove
@@ -150,11 +150,12 @@ def test_every_named_linear_is_adapted_and_counted(tiny):
 
 
 def test_an_epoch_takes_each_window_once_and_the_next_epoch_has_another_order():
-    epochs = [[batch_rows(12, 4, seed=1, step=step) for step in range(start, start + 3)] for start in (0, 3)]
+    settings = Training(8, 1e-3, 2, steps=6, batch=4, seed=1)
+    epochs = [[shuffled_rows(12, step, settings).numpy() for step in range(start, start + 3)] for start in (0, 3)]
     for epoch in epochs:
         assert sorted(np.concatenate(epoch)) == list(range(12))
     assert not np.array_equal(epochs[0], epochs[1])
-    assert np.array_equal(batch_rows(12, 4, seed=1, step=4), epochs[1][1])
+    assert np.array_equal(shuffled_rows(12, 4, settings), epochs[1][1])
 
 
 def test_training_lowers_the_loss_and_leaves_the_base(tmp_path, tiny, token_lists):
@@ -266,7 +267,7 @@ def test_a_loss_that_is_not_finite_leaves_the_adapter(tiny, token_lists):
 
 def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path, tiny, token_lists):
     settings = Training(rank=2, learning_rate=float("inf"), context=24, steps=1, batch=3, stride=10)
-    with pytest.raises(TrainingError, match="the adapter is not finite after step 0"):
+    with pytest.raises(TrainingError, match="a weight is not finite after step 0"):
         run(tiny, token_lists, tmp_path / "state", settings)
     assert not (tmp_path / "state").exists()
 

@@ -1,4 +1,4 @@
-"""LoRA training on windows of series, with a state from which an interrupted training continues to the same bytes.
+"""Training on windows of series, with a state from which an interrupted training continues to the same bytes.
 
 The bytes agree between CPUs of the same kind, with the same number of threads and the same torch. On a GPU they agree
 only up to rounding, because the backward pass of attention sums in no fixed order.
@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -25,12 +24,13 @@ from tqdm import tqdm
 import flops
 from experiments.storage.files import write_whole
 from experiments.storage.interruption import Interruption
+from experiments.training.muon import Muon
 from experiments.training.settings import Training
 from experiments.training.team import ALONE, Team
 from experiments.training.windows import TrainingError, Windows
 
 SAVE_SECONDS = 30.0  # seconds between two saves: the most work that a kill can cost
-MOMENTS = ("exp_avg", "exp_avg_sq")  # the names of Adam's moments in the optimizer
+MOMENTS = {torch.optim.Adam: ("exp_avg", "exp_avg_sq"), Muon: ("momentum",)}  # what an optimizer keeps
 NUM_CHECKS = 8  # how often the held-out loss is measured in a training
 
 
@@ -66,38 +66,33 @@ class Progress:
         return min(self.checks, key=lambda steps: (self.checks[steps], steps))
 
 
-def batch_rows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """The indices (B) of the windows of a step, which depend on the arguments alone.
-
-    Each epoch has a new order of the windows. Every batch is full: the windows left over at its end are skipped.
-    """
-    epoch, index = divmod(step, num_windows // batch)
-    order = np.random.default_rng([seed, epoch]).permutation(num_windows)
-    return order[index * batch : (index + 1) * batch]
+Optimizers = Mapping[str, torch.optim.Optimizer]  # by the name of the parameter
 
 
-def save_state(path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam, progress: Progress) -> None:
+def save_state(path: Path, parameters: Mapping[str, Tensor], optimizers: Optimizers, progress: Progress) -> None:
     """Write everything that the next step needs."""
     numbers = {"losses": progress.losses, "seconds": progress.seconds, "checked": [*progress.checks]}
     numbers["held_out"] = [*progress.checks.values()]
     tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
     tensors |= {f"best.{name}": tensor for name, tensor in progress.best.items()}
     for name, parameter in parameters.items():
-        tensors |= {name: parameter} | {f"{name}.{moment}": optimizer.state[parameter][moment] for moment in MOMENTS}
+        state, moments = optimizers[name].state[parameter], MOMENTS[type(optimizers[name])]
+        tensors |= {name: parameter} | {f"{name}.{moment}": state[moment] for moment in moments}
     write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def load_state(
-    path: Path, content: bytes, parameters: Mapping[str, Tensor], optimizer: torch.optim.Adam, steps: int
+    path: Path, content: bytes, parameters: Mapping[str, Tensor], optimizers: Optimizers, steps: int
 ) -> Progress:
-    """Put what `save_state` wrote into the parameters and the optimizer. Raises TrainingError for anything else."""
+    """Put what `save_state` wrote into the parameters and the optimizers. Raises TrainingError for anything else."""
     try:
         saved = load(content)
         done, checks = min(len(saved["losses"]), steps), len(saved["checked"])
         kinds = {"losses": (done,), "seconds": (), "checked": (checks,), "held_out": (checks,)}
         wanted = {name: (torch.float64, shape) for name, shape in kinds.items()}
         for name, parameter in parameters.items():
-            names = [name, *(f"{name}.{moment}" for moment in MOMENTS), *([f"best.{name}"] if checks else [])]
+            moments = (f"{name}.{moment}" for moment in MOMENTS[type(optimizers[name])])
+            names = [name, *moments, *([f"best.{name}"] if checks else [])]
             wanted |= dict.fromkeys(names, (parameter.dtype, parameter.shape))
         if {name: (tensor.dtype, tensor.shape) for name, tensor in saved.items()} != wanted:
             raise ValueError("its tensors are not those of this training")
@@ -107,8 +102,8 @@ def load_state(
         raise TrainingError(f"{path}: not a state of this training ({error}); delete it to start again") from error
     for name, parameter in parameters.items():
         parameter.data.copy_(saved[name])
-        moments = {moment: saved[f"{name}.{moment}"].to(parameter) for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(done))} | moments
+        state = {moment: saved[f"{name}.{moment}"].to(parameter) for moment in MOMENTS[type(optimizers[name])]}
+        optimizers[name].state[parameter] = {"step": torch.tensor(float(done))} | state
     held_out = dict(zip(map(int, saved["checked"].tolist()), saved["held_out"].tolist(), strict=True))
     best = {name: saved[f"best.{name}"] for name in parameters if checks}
     return Progress(saved["losses"].tolist(), saved["seconds"].item(), held_out, best)
@@ -149,11 +144,15 @@ class _Trainer:
             raise TrainingError(f"{len(windows)} windows cannot fill a batch of {settings.batch}; use more series")
         self.windows, self.settings, self.account, self.held_out = windows, settings, account, held_out
         self.state, self.parameters = state, windows.parameters
-        self.optimizer = torch.optim.Adam(self.parameters.values(), betas=(0.9, settings.beta2))
+        by_muon = [p for name, p in self.parameters.items() if name in windows.matrices]
+        by_adam = [p for name, p in self.parameters.items() if name not in windows.matrices]
+        adam = torch.optim.Adam(by_adam, betas=(0.9, settings.beta2))
+        muon = Muon(by_muon) if by_muon else adam
+        self.optimizers = {name: muon if name in windows.matrices else adam for name in self.parameters}
         self.progress = Progress()
         content = account.team.told(lambda: state.read_bytes() if state and state.exists() else None)
         if state and content is not None:
-            self.progress = load_state(state, content, self.parameters, self.optimizer, settings.steps)
+            self.progress = load_state(state, content, self.parameters, self.optimizers, settings.steps)
         self.num_saved = len(self.progress.losses)
         self.saved_at = time.monotonic()
 
@@ -190,15 +189,17 @@ class _Trainer:
     def step(self) -> float:
         """Take the next step; return its loss."""
         step, settings = len(self.progress.losses), self.settings
-        rows = torch.from_numpy(batch_rows(len(self.windows), settings.batch, settings.seed, step))
-        self.optimizer.param_groups[0]["lr"] = settings.rate(step)
-        self.optimizer.zero_grad()
+        rows = self.windows.rows(step, settings)
+        for optimizer in set(self.optimizers.values()):
+            optimizer.param_groups[0]["lr"] = settings.rate(step)
+            optimizer.zero_grad()
         loss = _backward(self.windows, rows, settings.accumulate, self.account.team)
         if not math.isfinite(loss):
             raise TrainingError(f"step {step}: the loss is {loss} (windows {rows.tolist()}); lower the learning rate")
         if settings.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
-        self.optimizer.step()
+        for optimizer in set(self.optimizers.values()):
+            optimizer.step()
         self.progress.losses.append(loss)
         return loss
 
@@ -208,12 +209,12 @@ class _Trainer:
             return
         if not all(parameter.isfinite().all() for parameter in self.parameters.values()):
             last = len(self.progress.losses) - 1
-            raise TrainingError(f"the adapter is not finite after step {last}; lower the learning rate")
+            raise TrainingError(f"a weight is not finite after step {last}; lower the learning rate")
         now = time.monotonic()
         self.progress.seconds += now - self.saved_at
         self.saved_at, self.num_saved = now, len(self.progress.losses)
         if self.state is not None and self.account.team.leads:
-            save_state(self.state, self.parameters, self.optimizer, self.progress)
+            save_state(self.state, self.parameters, self.optimizers, self.progress)
 
 
 @torch.enable_grad()
@@ -224,7 +225,7 @@ def train(
     state: Path | None = None,
     held_out: HeldOut | None = None,
 ) -> Progress:
-    """Train the parameters of the windows with Adam; with `held_out` they end as those that had the smallest loss.
+    """Train the parameters of the windows; with `held_out` they end as those that had the smallest loss.
 
     Each step is debited before it runs. `state` is the file to continue from; it is saved every SAVE_SECONDS and at the
     end; with None nothing is saved. The processes of a team share out the rows of each batch; all end with the same

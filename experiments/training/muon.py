@@ -12,7 +12,7 @@ MOMENTUM = 0.95
 class Muon(torch.optim.Optimizer):
     """Muon for matrices in fp32; all of one shape at once, which is ten times as fast as `torch.optim.Muon` on CPUs."""
 
-    def __init__(self, matrices: Iterable[nn.Parameter], lr: float = 1e-3, weight_decay: float = 0.0):
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float = 1e-3, weight_decay: float = 0.01):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()

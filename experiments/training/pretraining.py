@@ -1,19 +1,41 @@
 """Pretrain the forecaster that reads numbers, on synthetic series alone.
 
-G groups, L time steps.
+A run continues after a kill to the same bytes, on CPUs of the same kind and with the same number of threads. G groups
+of two variables, L time steps, T tokens, K = AHEAD.
 """
 
+import json
+from dataclasses import asdict
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from experiments.forecasting.numbers import AHEAD, LEVELS, PATCH, Numbers, Scale, find_seasons, patches, statistics
+from experiments.forecasting.numbers import (
+    AHEAD,
+    CONFIG,
+    LEVELS,
+    PATCH,
+    Numbers,
+    Scale,
+    find_seasons,
+    patches,
+    statistics,
+)
+from experiments.storage.files import write_whole
+from experiments.storage.interruption import Interruption
 from experiments.training import synthetic
+from experiments.training.loop import Account, HeldOut, train
+from experiments.training.number_costs import muon_flops, number_step
+from experiments.training.settings import Training
 
 BLOCK, PER_BLOCK = 32, 512  # so many steps draw from the same groups; of each length, so many groups
+STEPS, RATE, BETA2 = 7000, 5e-3, 0.98
+HELD_OUT_SEED, HELD_OUT_STEPS = 10**6, 16  # the series of the held-out loss
 
 
 class Kind(NamedTuple):
@@ -61,21 +83,45 @@ def spoiled(rng: np.random.Generator, x: np.ndarray) -> tuple[np.ndarray, np.nda
 class SyntheticWindows:
     """The series of each step, which depend on the seed and the step alone."""
 
-    def __init__(self, model: Numbers, seed: int, pairs: bool = True, kinds=KINDS):
-        self.model, self.seed, self.pairs, self.kinds = model, seed, pairs, kinds
-        self.groups = lru_cache(4)(self._groups)
+    def __init__(self, model: Numbers, seed: int, pairs: bool = True):
+        """pairs: with series of two states, as `synthetic.groups`."""
+        self.model, self.seed, self.pairs = model, seed, pairs
         self.parameters = dict(model.named_parameters())
+        self.matrices = frozenset(name for name, parameter in self.parameters.items() if parameter.ndim == 2)
         self.device = model.norm.weight.device
+        self._groups = lru_cache(len(LENGTHS))(self._made)
 
-    def _groups(self, block: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def __len__(self) -> int:
+        """There is no end of them."""
+        return 2**31
+
+    def rows(self, step: int, settings: Training) -> Tensor:
+        """The step itself (1): all else follows from it."""
+        return torch.tensor([step])
+
+    def num_targets(self, rows: Tensor) -> int:
+        """The weight of a step."""
+        return len(rows)
+
+    def _made(self, block: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         return synthetic.groups(np.random.default_rng([self.seed, block, length]), PER_BLOCK, length, self.pairs)
 
-    def draw(self, step: int):
-        """x (G, 2, L + K), seen, together (G), and the stride."""
+    def kind(self, step: int) -> Kind:
+        """How a step reads series."""
+        return self._drawn_kind(step)[1]
+
+    def _drawn_kind(self, step: int) -> tuple[np.random.Generator, Kind]:
         rng = np.random.default_rng([self.seed, step])
-        kind = self.kinds[rng.choice(len(self.kinds), p=[kind.share for kind in self.kinds])]
+        return rng, KINDS[rng.choice(len(KINDS), p=[kind.share for kind in KINDS])]
+
+    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+        """Series (G, 2, L + K), what is seen of them, whether they belong together (G), and the stride.
+
+        Also the length of the prefix that normalises each, and the time at which it begins, (G, 1, 1) each.
+        """
+        rng, kind = self._drawn_kind(step)
         length = kind.length + AHEAD
-        made, together = self.groups(step // BLOCK, next(one for one in LENGTHS if one >= length))
+        made, together = self._groups(step // BLOCK, next(one for one in LENGTHS if one >= length))
         rows = rng.integers(len(made), size=kind.count)
         starts = rng.integers(0, made.shape[2] - length + 1, kind.count)
         x = np.stack([made[row, :, start : start + length] for row, start in zip(rows, starts, strict=True)])
@@ -88,7 +134,7 @@ class SyntheticWindows:
         prefix = np.exp(rng.uniform(np.log(kind.shortest), np.log(kind.length), (kind.count, 1, 1)))
         late = rng.integers(0, PATCH, (kind.count, 1, 1)) * (rng.random((kind.count, 1, 1)) < 0.5)
         tensors = [torch.from_numpy(one) for one in (x, seen, together.astype(np.float32), prefix.astype(int), late)]
-        return (*tensors, kind.stride)
+        return (*tensors, kind.stride)  # type: ignore[return-value]
 
     def loss(self, rows: Tensor) -> Tensor:
         """The mean pinball loss of a step.
@@ -108,3 +154,67 @@ class SyntheticWindows:
         counts = torch.where(read.ends >= stop, (stop / read.ends).sqrt(), 0.1)[..., None]
         weight = seen.unfold(-1, AHEAD, 1)[:, :, read.ends] * counts
         return 2 * (pinball(self.model(read, together), truth) * weight).sum() / weight.sum()
+
+
+def pretrain(
+    out: Path,
+    steps: int = STEPS,
+    seed: int = 0,
+    pairs: bool = True,
+    interruption: Interruption | None = None,
+) -> None:
+    """Write a checkpoint of `Numbers` into the folder out, with a card; continue there after a kill."""
+    out.mkdir(parents=True, exist_ok=True)
+    model = Numbers()
+    model.start(seed)
+    windows, held_out = SyntheticWindows(model, seed, pairs), SyntheticWindows(model, HELD_OUT_SEED)
+    settings = Training(None, RATE, None, steps, batch=1, seed=seed, cosine=True, clip=1.0, beta2=BETA2)
+
+    def checked() -> float:
+        return float(np.mean([held_out.loss(torch.tensor([step])).item() for step in range(HELD_OUT_STEPS)]))
+
+    account = Account("pretrain", interruption=interruption or Interruption())
+    done = train(windows, settings, account, out / "state.safetensors", HeldOut(checked))
+    kinds = [windows.kind(step) for step in range(steps)]
+    costs = np.cumsum(
+        [number_step(CONFIG, kind.count, 2, -(-kind.length // kind.stride), {}, masked=True) for kind in kinds]
+    )
+    by_muon = muon_flops([tuple(windows.parameters[name].shape) for name in windows.matrices])
+    curve = [
+        {"steps": at, "flops": int(costs[at - 1]) if at else 0, "muon_flops": at * by_muon, "held_out": loss}
+        for at, loss in done.checks.items()
+    ]
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    write_whole(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    config = {"architectures": ["Numbers"], "model_type": "qwen2", "hidden_act": "silu", **asdict(CONFIG)}
+    write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
+    write_whole(out / "curve.json", json.dumps(curve, indent=1) + "\n")
+    write_whole(out / "README.md", card(model, curve, steps, seed, pairs))
+    (out / "state.safetensors").unlink()
+
+
+def card(model: Numbers, curve: list[dict], steps: int, seed: int, pairs: bool) -> str:
+    """The page of the checkpoint."""
+    families = synthetic.SINGLE | (synthetic.PAIRS if pairs else {})
+    shares = ", ".join(f"{family.__name__} {round(100 * share)} %" for family, share in families.items())
+    rows = "".join(f"| {one['steps']} | {one['flops']:.2e} | {one['held_out']:.4f} |\n" for one in curve)
+    options = f"--steps {steps} --seed {seed}" + ("" if pairs else " --no-pairs")
+    return f"""# The embedded checkpoint that reads numbers
+
+{sum(p.numel() for p in model.parameters()):,} weights in fp32, pretrained on synthetic series alone: no public
+series, and no predators and prey.
+
+| | |
+|---|---|
+| command | `qwen-min pretrain numbers FOLDER {options}` |
+| series | {shares} |
+| steps | {steps}, of about 2,000 tokens; Muon for matrices, Adam for the rest, peak rate {RATE} |
+| FLOPs | {curve[-1]["flops"]:.3e} for forward and backward passes, {curve[-1]["muon_flops"]:.3e} for Muon's products |
+
+Held-out loss (pinball, in normalised units) against FLOPs:
+
+| steps | FLOPs | loss |
+|---|---|---|
+{rows}
+The same command gives the same weights on the same kind of CPU with the same number of threads.
+"""

@@ -32,10 +32,15 @@ class Windows(Protocol):
     """The windows that a training reads, and the loss of a model on them."""
 
     parameters: dict[str, nn.Parameter]  # what the training changes, by name
+    matrices: frozenset[str]  # those that Muon trains; Adam trains the others
     device: torch.device
 
     def __len__(self) -> int:
         """The number of windows."""
+        ...
+
+    def rows(self, step: int, settings: Training) -> Tensor:
+        """The windows (B) of a step, which depend on the arguments alone."""
         ...
 
     def num_targets(self, rows: Tensor) -> int:
@@ -96,8 +101,20 @@ def cut_series(
     return Cuts([range(max(1, len(one) - context - horizon + 1)) for one in series], cut)
 
 
+def shuffled_rows(num_windows: int, step: int, settings: Training) -> Tensor:
+    """The indices (B) of the windows of a step.
+
+    Each epoch has a new order of the windows. Every batch is full: the windows left over at its end are skipped.
+    """
+    epoch, index = divmod(step, num_windows // settings.batch)
+    order = np.random.default_rng([settings.seed, epoch]).permutation(num_windows)
+    return torch.from_numpy(order[index * settings.batch : (index + 1) * settings.batch])
+
+
 class TextWindows:
     """Windows of text, for a model with an injected adapter."""
+
+    matrices: frozenset[str] = frozenset()
 
     def __init__(self, model: Qwen, cuts: Cuts, length: int, pad_id: int, vocabulary: Tensor | None = None):
         """Windows of at most `length` tokens, which are padded to it; vocabulary is as in `next_token_loss`."""
@@ -110,6 +127,10 @@ class TextWindows:
     def __len__(self) -> int:
         """The number of windows."""
         return len(self.cuts)
+
+    def rows(self, step: int, settings: Training) -> Tensor:
+        """The windows (B) of a step, by `shuffled_rows`."""
+        return shuffled_rows(len(self), step, settings)
 
     def num_targets(self, rows: Tensor) -> int:
         """The number of tokens that have a token before them."""
