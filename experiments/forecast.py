@@ -156,8 +156,8 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     ]
     columns = ["RMSE", "95 % interval", *(f"MAE {name}" for name in series[0].columns)]
     print(pd.DataFrame(rows, list(errors), columns).to_string())
-    if judged:
-        share = inside(*found.quantiles.swapaxes(0, 1), np.stack([place.truth for place in places]))
+    if found.quantiles is not None:
+        share = inside(found.quantiles[:, 0], found.quantiles[:, 1], np.stack([place.truth for place in places]))
         print(f"\nThe 80 % interval holds {round(100 * share)} % of the true values.")
     if better := tests.better_baseline(errors, "model"):
         print(better)

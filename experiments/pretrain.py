@@ -1,236 +1,49 @@
-"""Pretrain the embedded checkpoint: a small Qwen2.5 that has read many series, but none of predators and prey.
+"""Pretrain an embedded checkpoint: `numbers`, which reads values, or `tiny`, which writes text.
 
-    python -m experiments.pretrain --out FOLDER
+    qwen-min pretrain numbers FOLDER
 
-The series are oscillators, van der Pol cycles, sums of sines, logistic growth, AR(2) and random walks, in the text
-encoding of the study. Shapes: n series, T = 100 time steps, 2 variables.
+Both read synthetic series alone, and none of predators and prey. `numbers` takes an hour on two cores; a command that
+was stopped or killed continues where it was.
 """
 
-import json
+import argparse
 import sys
-import time
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import tokenizers
-import torch
-from safetensors.torch import save_file
-from tqdm import trange
-
 from experiments import cli
-from experiments.forecasting.encoding import SCALED_MAX, Encoding
-from experiments.training.settings import Training
-from qwen_min.config import QwenConfig
-from qwen_min.loss import next_token_loss
-from qwen_min.model import Qwen
-from qwen_min.tokenizer import PAD, Tokenizer
-
-CONFIG = QwenConfig(
-    vocab_size=257,  # the 256 bytes and the end of text
-    hidden_size=128,
-    intermediate_size=384,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=2048,
-    rms_norm_eps=1e-6,
-    rope_theta=10_000.0,
-    tie_word_embeddings=True,
-)
-NUM_STEPS = 100
-SUBSTEPS = 10  # Runge-Kutta steps between two time steps
-HELD_OUT = 256  # series whose loss the card names
+from experiments.storage.interruption import Interruption
 
 
-def log_uniform(rng: np.random.Generator, low: float, high: float, size) -> np.ndarray:
-    """Random numbers whose logarithm is uniform."""
-    return np.exp(rng.uniform(np.log(low), np.log(high), size))
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = cli.new_parser("experiments.pretrain", __doc__)
+    add = p.add_argument
+    add("checkpoint", choices=("numbers", "tiny"))
+    add("out", type=Path, help="folder to write")
+    add("--steps", type=cli.positive, help="optimizer steps (default: those of the embedded checkpoint)")
+    add("--seed", type=cli.natural, default=0, help="seed of series and weights (default %(default)s)")
+    add("--no-pairs", action="store_true", help="numbers: without series of differential equations and maps")
+    return p
 
 
-def integrate(rates, state: np.ndarray, burn_in: int) -> np.ndarray:
-    """Integrate n systems with state (2, n) by fourth-order Runge-Kutta: (n, T, 2), the time steps after burn_in."""
-    path, h = [], 1 / SUBSTEPS
-    for step in range(burn_in + NUM_STEPS):
-        path.append(state)
-        for t in step + h * np.arange(SUBSTEPS):
-            k1 = rates(t, state)
-            k2 = rates(t + h / 2, state + h / 2 * k1)
-            k3 = rates(t + h / 2, state + h / 2 * k2)
-            k4 = rates(t + h, state + h * k3)
-            state = state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    return np.stack(path[burn_in:]).transpose(2, 0, 1)
+def work(args: argparse.Namespace, interruption: Interruption) -> int:
+    """Pretrain; the exit status."""
+    from experiments.training import pretraining, tiny
+
+    if args.checkpoint == "tiny":
+        tiny.pretrain(args.out, args.steps or tiny.STEPS, args.seed)
+    else:
+        pretraining.pretrain(args.out, args.steps or pretraining.STEPS, args.seed, not args.no_pairs, interruption)
+    print(args.out)
+    return 0
 
 
-def oscillators(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Damped linear oscillators, half of them driven: position and velocity."""
-    omega = 2 * np.pi / log_uniform(rng, 6, 60, n)
-    damping = log_uniform(rng, 1e-3, 0.3, n)
-    drive, drive_omega = rng.integers(0, 2, n) * omega**2, 2 * np.pi / log_uniform(rng, 6, 60, n)
-    phase = rng.uniform(0, 2 * np.pi, n)
-
-    def rates(t, state):
-        x, v = state
-        return np.stack([v, drive * np.cos(drive_omega * t + phase) - 2 * damping * omega * v - omega**2 * x])
-
-    return integrate(rates, np.stack([rng.normal(size=n), omega * rng.normal(size=n)]), burn_in=0)
-
-
-def van_der_pol(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Relaxation oscillators, from almost a sine to sharp spikes: position and velocity."""
-    mu = log_uniform(rng, 0.05, 4, n)
-    speed = (2 * np.pi + 1.6 * mu) / log_uniform(rng, 8, 60, n)  # the cycle takes about 2 pi + 1.6 mu
-
-    def rates(_, state):
-        x, v = state
-        return speed * np.stack([v, mu * (1 - x**2) * v - x])
-
-    return integrate(rates, rng.uniform(-2, 2, (2, n)), burn_in=20)
-
-
-def sums_of_sines(rng: np.random.Generator, n: int) -> np.ndarray:
-    """One to three sines, with the same periods in both variables but different phases and strengths."""
-    t = np.arange(NUM_STEPS)[None, :, None, None]
-    omega = 2 * np.pi / log_uniform(rng, 5, 60, (n, 1, 1, 3))
-    strength = rng.uniform(0.2, 1, (n, 1, 2, 3)) * (np.arange(3) < rng.integers(1, 4, (n, 1, 1, 1)))
-    return (strength * np.sin(omega * t + rng.uniform(0, 2 * np.pi, (n, 1, 2, 3)))).sum(-1)
-
-
-def logistic_growth(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Growth to a capacity of 1, or decline from it; the variables are independent."""
-    t = np.arange(NUM_STEPS)[None, :, None]
-    rate = log_uniform(rng, 0.03, 0.5, (n, 1, 2)) * rng.choice([-1, 1], (n, 1, 2))
-    return 1 / (1 + np.exp(-rate * (t - rng.uniform(0, NUM_STEPS, (n, 1, 2)))))
-
-
-def ar2(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Noisy second-order autoregressions with complex roots; the variables are independent."""
-    radius, angle = rng.uniform(0.8, 1, (n, 2)), 2 * np.pi / log_uniform(rng, 5, 60, (n, 2))
-    noise = log_uniform(rng, 1e-3, 0.3, (n, 1))
-    path = [rng.normal(size=(n, 2)), rng.normal(size=(n, 2))]
-    for _ in range(NUM_STEPS - 2):
-        kick = noise * rng.normal(size=(n, 2))
-        path.append(2 * radius * np.cos(angle) * path[-1] - radius**2 * path[-2] + kick)
-    return np.stack(path, axis=1)
-
-
-def random_walks(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Gaussian random walks; the variables are independent."""
-    return rng.normal(size=(n, NUM_STEPS, 2)).cumsum(axis=1)
-
-
-FAMILIES = {
-    oscillators: 0.3,
-    van_der_pol: 0.25,
-    sums_of_sines: 0.25,
-    logistic_growth: 0.1,
-    ar2: 0.05,
-    random_walks: 0.05,
-}
-
-
-def series(seed: int, n: int) -> np.ndarray:
-    """n series (n, T, 2) of all families, shuffled; each variable is scaled to a random range within 0 to 9.99."""
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(n, list(FAMILIES.values()))
-    raw = np.concatenate([family(rng, count) for family, count in zip(FAMILIES, counts, strict=True)])
-    low, high = raw.min(axis=1, keepdims=True), raw.max(axis=1, keepdims=True)
-    top = log_uniform(rng, 0.2, SCALED_MAX, (n, 1, 2))
-    bottom = top * rng.uniform(0, 0.8, (n, 1, 2)) * rng.integers(0, 2, (n, 1, 2))
-    return rng.permutation(bottom + (top - bottom) * (raw - low) / (high - low))
-
-
-def byte_tokenizer() -> tokenizers.Tokenizer:
-    """A tokenizer of the 256 bytes in GPT-2's order and the end of text; numeric text gets the ids of Qwen2.5."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens([PAD])
-    return tokenizer
-
-
-def pretrain(ids: torch.Tensor, num_steps: int, batch: int, peak_rate: float, seed: int) -> Qwen:
-    """Train a model on ids (n, T); each row is read once, in order, so num_steps * batch <= n is needed.
-
-    Muon trains the matrices of the layers, AdamW the rest. Weights are fp32, products bf16 by autocast.
-    """
-    torch.manual_seed(seed)
-    model = Qwen(CONFIG)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.zeros_(parameter)
-        elif parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.02)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
-    others = [p for name, p in model.named_parameters() if p.ndim == 1 or "layers" not in name]
-    optimizers = [
-        torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    settings = Training(rank=None, learning_rate=peak_rate, context=None, steps=num_steps, cosine=True)
-    progress = trange(num_steps, desc="pretrain", mininterval=5)
-    for step in progress:
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
-            optimizer.zero_grad()
-        with torch.autocast(ids.device.type, torch.bfloat16):
-            loss = next_token_loss(model, ids[step * batch : (step + 1) * batch])
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
-    return model
-
-
-def main() -> None:
-    """Pretrain, and write the checkpoint with a README."""
-    parser = cli.new_parser("experiments.pretrain", __doc__)
-    add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder to write the checkpoint to")
-    add("--steps", type=int, default=4000, help="optimizer steps (default %(default)s)")
-    add("--batch", type=int, default=8, help="series per step (default %(default)s)")
-    add("--learning-rate", type=float, default=1e-2, help="peak rate (default %(default)s)")
-    add("--seed", type=int, default=0, help="seed of data and weights (default %(default)s)")
-    args = parser.parse_args()
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    byte_tokenizer().save(str(args.out / "tokenizer.json"))
-    tokenizer, encoding = Tokenizer(args.out / "tokenizer.json"), Encoding(scale=1.0)
-    all_series = series(args.seed, args.steps * args.batch + HELD_OUT)
-    ids = torch.tensor([tokenizer.encode(encoding.encode(one)) for one in all_series])
-    started = time.monotonic()
-    model = pretrain(ids[:-HELD_OUT], args.steps, args.batch, args.learning_rate, args.seed).to(torch.bfloat16)
-    seconds = time.monotonic() - started
-    with torch.no_grad():
-        losses = [next_token_loss(model.float(), rows).item() for rows in ids[-HELD_OUT:].split(32)]
-    weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, args.out / "model.safetensors", metadata={"format": "pt"})
-    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **asdict(CONFIG)}
-    end = {"bos_token_id": None, "eos_token_id": tokenizer.pad_id, "use_sliding_window": False}
-    (args.out / "config.json").write_text(json.dumps(config | end, indent=2) + "\n")
-    families = ", ".join(f"{family.__name__} {share:.0%}" for family, share in FAMILIES.items())
-    (args.out / "README.md").write_text(
-        f"""# The embedded checkpoint
-
-A Qwen2.5 decoder of {sum(p.numel() for p in model.parameters()):,} parameters. It was pretrained from scratch on series
-that are not predator-prey, written as text. Tests, examples and the default run use it in place of the real weights,
-which have to be downloaded.
-
-| | |
-|---|---|
-| command | `python -m experiments.pretrain {" ".join(sys.argv[1:])}` |
-| data | {len(ids) - HELD_OUT:,} series of 100 x 2 values, each read once: {families} |
-| steps | {args.steps} of {args.batch} x {ids.shape[1]} tokens, Muon and AdamW, peak rate {args.learning_rate} |
-| seconds | {seconds:.0f} on {torch.get_num_threads()} CPU threads |
-| held-out loss | {np.mean(losses):.4f} nats per token over {HELD_OUT} further series |
-
-The same command gives the same weights on the same machine and number of threads. Weights are bf16.
-"""
-    )
+def main(argv: list[str] | None = None) -> int:
+    """Return the exit status, as `cli.exit_status` does."""
+    args = parser().parse_args(argv)
+    resume = cli.command_line("experiments.pretrain", argv)
+    return cli.exit_status(lambda interruption: work(args, interruption), resume)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,11 +1,19 @@
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 import torch
 
-from experiments import pretrain
+from experiments import pretrain as command
+from experiments.forecasting import Forecaster
+from experiments.forecasting.adapter import NUMBERS
+from experiments.forecasting.numbers import CONFIG
+from experiments.training import loop, pretraining
+from experiments.training import tiny as pretrain
 from qwen_min import load
+from qwen_min.config import QwenConfig
 from qwen_min.weights import TINY
 
 
@@ -35,9 +43,7 @@ def test_an_oscillator_without_drive_has_its_period():
 def test_the_command_writes_the_same_checkpoint_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "HELD_OUT", 4)
     for name in ("a", "b"):
-        arguments = ["pretrain", "--out", str(tmp_path / name), "--steps", "2", "--batch", "2", "--seed", "7"]
-        monkeypatch.setattr("sys.argv", arguments)
-        pretrain.main()
+        assert command.main(["tiny", str(tmp_path / name), "--steps", "2", "--seed", "7"]) == 0
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
     model, tokenizer = load(tmp_path / "a", dtype=None)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -50,3 +56,46 @@ def test_the_embedded_checkpoint_has_this_config_and_tokenizer():
     written = json.loads((TINY / "tokenizer.json").read_text())
     assert written == json.loads(pretrain.byte_tokenizer().to_str())
     assert load("tiny")[0].config == pretrain.CONFIG
+
+
+def small(monkeypatch):
+    """Steps that take a moment, each saved."""
+    kinds = (pretraining.Kind(16, 96, 3, 4, 0.5), pretraining.Kind(8, 48, 3, 4, 0.5))
+    for name, value in {"HELD_OUT_STEPS": 1, "KINDS": kinds, "PER_BLOCK": 16}.items():
+        monkeypatch.setattr(pretraining, name, value)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+
+
+def test_a_killed_pretraining_of_numbers_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    small(monkeypatch)
+    whole, killed = ([str(tmp_path / name), "--steps", "6", "--seed", "7"] for name in ("whole", "killed"))
+    assert command.main(["numbers", *whole]) == 0
+    draw = pretraining.SyntheticWindows.draw
+
+    def deadly(self, step):
+        if step == 4 and self.seed == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining.SyntheticWindows, "draw", deadly)
+        if (process := os.fork()) == 0:
+            command.main(["numbers", *killed])
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["state.safetensors"]
+    assert command.main(["numbers", *killed]) == 0
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
+    curve = json.loads((tmp_path / "whole" / "curve.json").read_text())
+    assert [point["steps"] for point in curve] == [*range(7)]
+    forecaster = Forecaster.load(tmp_path / "whole")
+    assert forecaster.forecast([np.sin(np.arange(30))], 3).values.shape == (1, 3, 1)
+
+
+def test_the_embedded_checkpoint_of_numbers_is_small_and_was_made_by_its_command():
+    assert sum(path.stat().st_size for path in NUMBERS.iterdir()) < 5e6
+    card, curve = (NUMBERS / "README.md").read_text(), json.loads((NUMBERS / "curve.json").read_text())
+    assert f"`qwen-min pretrain numbers FOLDER --steps {pretraining.STEPS} --seed 0`" in card
+    assert (curve[-1]["steps"], curve[-1]["held_out"]) == (pretraining.STEPS, min(one["held_out"] for one in curve))
+    assert QwenConfig.from_file(NUMBERS / "config.json") == CONFIG

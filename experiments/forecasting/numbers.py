@@ -160,7 +160,7 @@ class Numbers(nn.Module):
                 nn.init.normal_(parameter, std=0.5 / math.sqrt(parameter.shape[1]), generator=generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        for part in (self.head, self.skip, *(mix.down_proj for mix in self.mixes)):
+        for part in (self.head, self.skip, *(mix.down_proj for mix in self.modules() if isinstance(mix, Mix))):
             nn.init.zeros_(part.weight)
 
     def forward(self, patches: Patches, together: Tensor | None = None) -> Tensor:

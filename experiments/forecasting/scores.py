@@ -190,7 +190,8 @@ def share_inside(samples: np.ndarray, truth: np.ndarray, bounds: tuple[float, fl
     """The share of true values (N, h, D) between two quantiles of samples (N, S, h, D); None for too few samples."""
     if samples.shape[1] < samples_needed(bounds[0]):
         return None
-    return inside(*quantiles(samples, bounds, axis=1), truth)
+    low, high = quantiles(samples, bounds, axis=1)
+    return inside(low, high, truth)
 
 
 def inside(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> float:

@@ -105,7 +105,9 @@ class Judge:
         def draw(start: int) -> np.ndarray:
             with warnings.catch_warnings():  # the study's encoding is given, however few digits a series has in it
                 warnings.simplefilter("ignore", SeriesWarning)
-                found = forecaster.forecast(contexts[start : start + BATCH], HORIZON, self.samples, seed=self.seed)
+                found = forecaster.forecast(
+                    contexts[start : start + BATCH], HORIZON, samples=self.samples, seed=self.seed
+                )
             assert found.samples is not None  # they are None only where none were asked for
             return found.samples
 

@@ -49,6 +49,7 @@ class HeldOut(NamedTuple):
 
     loss: Callable[[], float]  # the held-out loss of the parameters as they are
     patience: int | None = None  # the training ends after so many checks in a row that found nothing better
+    checks: int = NUM_CHECKS
 
 
 @dataclass
@@ -165,9 +166,10 @@ class _Trainer:
 
     def check(self) -> None:
         """Measure the held-out loss, and keep the parameters if it was never smaller."""
-        done, every = len(self.progress.losses), max(1, self.settings.steps // NUM_CHECKS)
-        is_due = done % every == 0 or done == self.settings.steps
-        if self.held_out is None or not is_due or done in self.progress.checks:
+        done = len(self.progress.losses)
+        if self.held_out is None or done in self.progress.checks:
+            return
+        if done % max(1, self.settings.steps // self.held_out.checks) and done < self.settings.steps:
             return
         with torch.no_grad():
             self.progress.checks[done] = self.held_out.loss()

@@ -16,17 +16,17 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every matrix by its gradient."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault(tuple(p.shape), []).append(p)
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 1 - MOMENTUM)
+            gradients = {p: p.grad for p in group["params"] if p.grad is not None}
+            for p, gradient in gradients.items():
+                by_shape.setdefault(tuple(p.shape), []).append(p)
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(gradient, 1 - MOMENTUM)
             for shape, matrices in by_shape.items():
-                update = torch.stack([p.grad.lerp(self.state[p]["momentum"], MOMENTUM) for p in matrices])
+                update = torch.stack([gradients[p].lerp(self.state[p]["momentum"], MOMENTUM) for p in matrices])
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
                 for p, one in zip(matrices, orthogonal(update), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(one, alpha=rate)

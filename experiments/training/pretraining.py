@@ -36,14 +36,15 @@ from experiments.training.settings import Training
 BLOCK, PER_BLOCK = 32, 512  # so many steps draw from the same groups; of each length, so many groups
 STEPS, RATE, BETA2 = 7000, 5e-3, 0.98
 HELD_OUT_SEED, HELD_OUT_STEPS = 10**6, 16  # the series of the held-out loss
+CHECKS = 14  # how often it is measured
 
 
 class Kind(NamedTuple):
-    """How a step reads series: tokens every `stride` of `length` time steps of `count` groups."""
+    """How a step reads series: tokens every `stride` of `length` time steps of so many groups."""
 
     stride: int
     length: int
-    count: int
+    groups: int
     shortest: int  # prefix that normalises a series
     share: float  # of the steps
 
@@ -122,17 +123,17 @@ class SyntheticWindows:
         rng, kind = self._drawn_kind(step)
         length = kind.length + AHEAD
         made, together = self._groups(step // BLOCK, next(one for one in LENGTHS if one >= length))
-        rows = rng.integers(len(made), size=kind.count)
-        starts = rng.integers(0, made.shape[2] - length + 1, kind.count)
+        rows = rng.integers(len(made), size=kind.groups)
+        starts = rng.integers(0, made.shape[2] - length + 1, kind.groups)
         x = np.stack([made[row, :, start : start + length] for row, start in zip(rows, starts, strict=True)])
         together = together[rows]
-        mixed = np.flatnonzero(~together & (rng.random(kind.count) < 0.25))  # sums of series (arXiv 2403.07815)
+        mixed = np.flatnonzero(~together & (rng.random(kind.groups) < 0.25))  # sums of series (arXiv 2403.07815)
         share = rng.uniform(0.1, 0.9, (len(mixed), 2, 1)).astype(np.float32)
         x[mixed] = share * x[mixed] + (1 - share) * made[rng.integers(len(made), size=len(mixed)), :, :length]
         x, seen = spoiled(rng, x)
-        together = together | (rng.random(kind.count) < 0.15)
-        prefix = np.exp(rng.uniform(np.log(kind.shortest), np.log(kind.length), (kind.count, 1, 1)))
-        late = rng.integers(0, PATCH, (kind.count, 1, 1)) * (rng.random((kind.count, 1, 1)) < 0.5)
+        together = together | (rng.random(kind.groups) < 0.15)
+        prefix = np.exp(rng.uniform(np.log(kind.shortest), np.log(kind.length), (kind.groups, 1, 1)))
+        late = rng.integers(0, PATCH, (kind.groups, 1, 1)) * (rng.random((kind.groups, 1, 1)) < 0.5)
         tensors = [torch.from_numpy(one) for one in (x, seen, together.astype(np.float32), prefix.astype(int), late)]
         return (*tensors, kind.stride)  # type: ignore[return-value]
 
@@ -171,13 +172,13 @@ def pretrain(
     settings = Training(None, RATE, None, steps, batch=1, seed=seed, cosine=True, clip=1.0, beta2=BETA2)
 
     def checked() -> float:
-        return float(np.mean([held_out.loss(torch.tensor([step])).item() for step in range(HELD_OUT_STEPS)]))
+        return sum(held_out.loss(torch.tensor([step])).item() for step in range(HELD_OUT_STEPS)) / HELD_OUT_STEPS
 
     account = Account("pretrain", interruption=interruption or Interruption())
-    done = train(windows, settings, account, out / "state.safetensors", HeldOut(checked))
+    done = train(windows, settings, account, out / "state.safetensors", HeldOut(checked, checks=CHECKS))
     kinds = [windows.kind(step) for step in range(steps)]
     costs = np.cumsum(
-        [number_step(CONFIG, kind.count, 2, -(-kind.length // kind.stride), {}, masked=True) for kind in kinds]
+        [number_step(CONFIG, kind.groups, 2, -(-kind.length // kind.stride), {}, masked=True) for kind in kinds]
     )
     by_muon = muon_flops([tuple(windows.parameters[name].shape) for name in windows.matrices])
     curve = [
@@ -216,5 +217,6 @@ Held-out loss (pinball, in normalised units) against FLOPs:
 | steps | FLOPs | loss |
 |---|---|---|
 {rows}
-The same command gives the same weights on the same kind of CPU with the same number of threads.
+The same command gives the same weights on the same kind of CPU; these were made with {torch.get_num_threads()}
+thread(s).
 """
