@@ -43,8 +43,8 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--columns", type=names, help="names of the columns to forecast, separated by commas; one with a comma in "
         "double quotes (default: all but times and an index)")  # fmt: skip
-    add("--missing", choices=("error", "interpolate"), default="error", help="what to do about missing values (default "
-        "%(default)s)")  # fmt: skip
+    add("--missing", choices=("error", "interpolate"), help="what to do about missing values (default error; a model "
+        "that reads values leaves them as they are)")  # fmt: skip
     add("--id", metavar="COLUMN", help="column that tells several series in a file apart (default: unique_id, id or "
         "item_id, if its values repeat)")  # fmt: skip
     add("--wide", action="store_true", help="each column of a file is a series of its own")

@@ -71,7 +71,7 @@ def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
     """The series of all files, NaN where a value may be missing. Raises CommandError for different variables."""
     from experiments import tables
 
-    missing = "keep" if args.missing == "interpolate" else args.missing  # `backtest.split` fills what it trains on
+    missing = "keep" if args.missing == "interpolate" else "error"  # `backtest.split` fills what it trains on
     series = [
         one for path in args.series for one in tables.read_series(path, args.columns, missing, args.id, args.wide)
     ]

@@ -169,6 +169,8 @@ def work(args: argparse.Namespace) -> int:
     For bad input it writes nothing and raises an error that `cli.is_meant` for the user.
     """
     from experiments import tables
+    from experiments.forecasting.adapter import resolve
+    from experiments.forecasting.forecaster import reads_values
     from experiments.forecasting.scores import require_samples
     from experiments.storage.files import write_whole
     from experiments.tables.text import series_name
@@ -176,8 +178,9 @@ def work(args: argparse.Namespace) -> int:
     quantiles = [] if args.samples == 0 or args.backtest else args.quantiles
     if args.samples is not None:
         require_samples(quantiles, args.samples)
-    # held-out forecasts fill the values before them themselves, so that these know nothing of what follows
-    missing = "keep" if args.backtest and args.missing == "interpolate" else args.missing
+    missing = args.missing or ("keep" if reads_values(resolve(args.model, args.adapter)[1]) else "error")
+    if args.backtest and missing == "interpolate":
+        missing = "keep"  # held-out forecasts fill what is before them themselves, so that it tells nothing of the rest
     series = tables.read_series(args.series, args.columns, missing, args.id, args.wide)
     out = args.out or args.series.with_name(series_name(args.series) + ".forecast.csv")
     if not args.backtest:

@@ -109,7 +109,11 @@ def test_too_little_memory_and_a_stop_end_in_one_line_and_bugs_in_a_traceback(ru
 
 BAD = {
     "text": ("a,b\n1,2\n3,oak\n", [], "line 3, column 'b': holds 'oak', expected a number"),
-    "gap": ("a,b\n1,2\n3,\n", [], "1 of 4 values is missing, the first in line 3, column 'b'; fill them with"),
+    "gap": (
+        "a,b\n1,2\n3,\n",
+        ["--missing", "error"],
+        "1 of 4 values is missing, the first in line 3, column 'b'; fill them with",
+    ),
     "huge": (
         "a,b\n1,2\n3,4e9\n",
         ["--scale", "1", "--model", "tiny"],
@@ -182,7 +186,7 @@ def test_a_back_test_does_not_read_the_future_into_gaps(run, tmp_path):
     rows = ["" if 30 <= t < 36 else str(3 if t < 30 else 100) for t in range(40)]
     path, few = tmp_path / "gaps.csv", ("--backtest", "--horizon", 5)
     path.write_text("t,y\n" + "".join(f"{t},{y}\n" for t, y in enumerate(rows)))
-    assert run(path, *few)[0] == 2
+    assert run(path, *few, "--missing", "error")[0] == 2
     status, out, _, _ = run(path, *few, "--missing", "interpolate")
     (persistence,) = [line for line in out.splitlines() if line.startswith("persistence")]
     assert (status, persistence.split()[-1]) == (0, f"{97 * 4 / 19:.4g}")  # four of 19 known values are 97 off
@@ -207,3 +211,12 @@ def test_several_series_keep_their_names_their_times_and_their_digits(run, tmp_p
     wide = sine(tmp_path / "wide.csv")
     assert run(wide, *few, "--wide")[1].startswith("deer: 40 rows of 1 variable (value), and 1 more series")
     assert run(wide, *few, "--wide", "--backtest")[0] == 0
+
+
+def test_missing_values_need_no_filling(run, tmp_path):
+    path = tmp_path / "gaps.csv"
+    values = ["" if t % 7 == 3 else f"{np.sin(t / 4):.3f}" for t in range(60)]
+    path.write_text("t,y\n" + "".join(f"{t},{value}\n" for t, value in enumerate(values)))
+    assert run(path, "--horizon", 4)[0] == 0
+    status, _, err, _ = run(path, "--horizon", 4, "--force", "--model", "tiny")
+    assert (status, "values are missing" in err) == (2, True)

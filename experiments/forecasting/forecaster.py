@@ -11,6 +11,11 @@ from experiments.forecasting.adapter import Trained, resolve
 from qwen_min.config import read_json
 
 
+def reads_values(folder: Path) -> bool:
+    """True for a checkpoint of `numbers.Numbers`. Raises CheckpointError for a folder without a readable config."""
+    return read_json(folder / "config.json").get("architectures") == ["Numbers"]
+
+
 class Forecaster(Protocol):
     """Forecasts series: `text.TextForecaster` continues their text, `numbers.NumberForecaster` reads their values."""
 
@@ -33,7 +38,7 @@ class Forecaster(Protocol):
         the adapter was trained on another checkpoint.
         """
         name, folder, trained = resolve(checkpoint, adapter)
-        if read_json(folder / "config.json").get("architectures") == ["Numbers"]:
+        if reads_values(folder):
             from experiments.forecasting.numbers import NumberForecaster as Kind
         else:
             from experiments.forecasting.text import TextForecaster as Kind  # type: ignore[assignment]

@@ -65,5 +65,5 @@ def load_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
 
 def _compared(run: Run) -> dict[str, Any]:
     """What must be equal in runs that are compared."""
-    fields = {name: getattr(run.plan.identity, name) for name in ("data_sha256", "sequences", "encoding")}
+    fields = {name: getattr(run.plan.identity, name) for name in ("data_sha256", "sequences")}
     return fields | {"conventions of FLOPs": list(run.plan.conventions)}
