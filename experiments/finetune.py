@@ -89,11 +89,14 @@ def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
 def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFrame"], "Finetuning"]:
     """Read and check everything that a fine-tuning needs, and tell what it will be. Write nothing."""
     from experiments.forecasting import Forecaster
+    from experiments.forecasting.text import TextForecaster
     from experiments.training.finetuning import prepare
 
     cli.checked_device(device)
     series = read(args)
     forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
+    if not isinstance(forecaster, TextForecaster):
+        raise cli.CommandError(f"{args.model} reads values; only models that write text can be fine-tuned")
     settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
     job = prepare(forecaster, [one.to_numpy() for one in series], variables=list(series[0].columns), **settings)
     cli.tell(job.told)

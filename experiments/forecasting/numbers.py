@@ -33,6 +33,8 @@ FEATURES = 2 * PATCH + 2 * SEASONS * AHEAD + 2  # of a token: values, observed o
 # for contexts of at most so many time steps, the steps between two tokens; the model reads at most the last number
 STRIDES = {72: 2, 144: 4, 256: 8, 512: 16}
 MIN_STEPS = 3  # of a context
+WIDER = 2.0  # zero-shot quantiles of a context of n values are so much / sqrt(n) farther from the median: real series
+# change more than synthetic ones (chosen on the M1 competition, where 80 % intervals then hold 75 to 84 %)
 FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
 BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
 CONFIG = QwenConfig(
@@ -321,4 +323,8 @@ class NumberForecaster:
             more = more.unflatten(0, (-1, len(LEVELS))).transpose(1, 2).flatten(2, 3)  # (N, D, Q Q, K)
             more = more.quantile(torch.tensor(LEVELS, device=x.device), dim=2)  # (Q, N, D, K)
             found = torch.cat((found, more.permute(1, 2, 0, 3)), -1)
-        return (scale.write(found[..., :horizon]) / shrunk[..., None]).permute(0, 2, 3, 1).cpu().numpy()
+        values = scale.write(found[..., :horizon]) / shrunk[..., None]  # (N, D, Q, h)
+        if self.scale is None:
+            median = values[:, :, len(LEVELS) // 2, None]
+            values = median + (values - median) * (1 + WIDER * seen.sum(-1).rsqrt())[..., None, None]
+        return values.permute(0, 2, 3, 1).cpu().numpy()
