@@ -43,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
     add("--sequences", type=sequences, metavar="N|all", help="evaluate the first N of each split (default all)")
     add("--decoding", choices=("constrained", "free"), default="constrained", help="how forecasts are decoded: "
         "constrained to well-formed numbers (default), or free, by raw argmax, as in the study")  # fmt: skip
-    add("--samples", type=cli.natural, default=20, help="paths that the last model draws for each sequence; 0: none (default "
-        "%(default)s)")  # fmt: skip
+    add("--samples", type=cli.natural, default=20, help="paths that the last model draws for each sequence; 0: none "
+        "(default %(default)s)")  # fmt: skip
     add("--numeric-head", action="store_true", help="train with a softmax over the tokens of numbers only")
     add(
         "--seed",

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from experiments.study import data
-from experiments.study.data import DataError, Dataset
+from experiments.study.data import DataError
 
 
 def test_reading_returns_the_dataset_that_was_written(tmp_path):
@@ -14,11 +14,7 @@ def test_reading_returns_the_dataset_that_was_written(tmp_path):
     assert np.array_equal(read.time, written.time)
     assert read.trajectories.shape == (4, 100, 2)
     assert (read.time[0], read.time[-1]) == (0, 200)
-
-
-def test_a_seed_decides_the_systems(simulated):
-    assert np.array_equal(data.simulate(seed=0).trajectories, simulated.trajectories)
-    assert not np.array_equal(data.simulate(seed=1, num_systems=5).trajectories, simulated.trajectories[:5])
+    assert not np.array_equal(written.trajectories, GOOD.trajectories[:4])
 
 
 def test_seed_0_regenerates_the_report_s_file(simulated, report_file):
@@ -38,7 +34,7 @@ def test_the_split_is_the_report_s():
         data.split(6)
 
 
-GOOD = data.simulate(seed=0, num_systems=3)
+GOOD = data.simulate(seed=0, num_systems=4)
 
 
 def with_value(value):
@@ -51,14 +47,12 @@ def with_value(value):
     ("arrays", "message"),
     [
         ({"time": GOOD.time}, "expected the arrays 'trajectories' and 'time'"),
-        ({"trajectories": GOOD.trajectories}, "expected the arrays"),
         ({"trajectories": GOOD.trajectories[0], "time": GOOD.time}, "expected numbers of rank 3"),
         ({"trajectories": GOOD.trajectories, "time": GOOD.time[:-1]}, r"expected \(N, 99, 2\)"),
         ({"trajectories": GOOD.trajectories[:, :, :1], "time": GOOD.time}, r"expected \(N, 100, 2\)"),
         ({"trajectories": GOOD.trajectories[:0], "time": GOOD.time}, r"are \(0, 100, 2\)"),
-        ({"trajectories": np.full((3, 100, 2), b"x"), "time": GOOD.time}, "expected numbers"),
+        ({"trajectories": np.full((4, 100, 2), b"x"), "time": GOOD.time}, "expected numbers"),
         (with_value(np.nan), r"trajectories\[1, 5, 0\] is nan"),
-        (with_value(np.inf), r"trajectories\[1, 5, 0\] is inf"),
         (with_value(-1e-3), r"expected finite populations >= 0"),
         ({"trajectories": GOOD.trajectories, "time": GOOD.time * np.nan}, "time holds values that are not finite"),
     ],
@@ -73,12 +67,8 @@ def test_refuses_a_file_with_other_contents(tmp_path, arrays, message):
 
 def test_refuses_a_file_that_is_not_hdf5_or_is_truncated(tmp_path):
     path = tmp_path / "bad.h5"
-    with pytest.raises(DataError, match="not a readable HDF5 file"):
-        data.read(path)
-    path.write_text("not HDF5")
-    with pytest.raises(DataError, match="not a readable HDF5 file"):
-        data.read(path)
-    data.write(path, Dataset(GOOD.trajectories, GOOD.time))
-    path.write_bytes(path.read_bytes()[:1500])
-    with pytest.raises(DataError):
-        data.read(path)
+    data.write(path, GOOD)
+    for content in (path.read_bytes()[:1500], b"not HDF5"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="not a readable HDF5 file"):
+            data.read(path)

@@ -1,6 +1,7 @@
 """Fine-tuning on a user's series: the split, the budget, the best state, kills, the command and its page."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,33 +25,27 @@ def waves(count: int, steps: int = 60) -> list[np.ndarray]:
     ]
 
 
-def test_whole_series_are_held_out_if_there_are_many():
+def test_whole_series_are_held_out_if_there_are_many_and_the_end_if_there_are_few():
     series = waves(20)
     parts = split(series, 5)
+    assert parts.told == "14 series to train on, 3 for validation, 3 for the test"
     assert (len(parts.train), len(parts.val), len(parts.test)) == (14, 15, 15)
     trained = {one.tobytes() for one in parts.train}
     for place in parts.val + parts.test:
         (source,) = [one for one in series if np.array_equal(one[: len(place.context)], place.context)]
         assert source.tobytes() not in trained
         assert np.array_equal(source[len(place.context) :][:5], place.truth)
-    assert parts.told == "14 series to train on, 3 for validation, 3 for the test"
-
-
-def test_the_end_is_held_out_if_there_are_few():
     (series,) = waves(1, 100)
     parts = split([series], 10)
     assert np.array_equal(parts.train[0], series[:60])
-    assert [len(place.context) for place in parts.val] == [60, 70]
-    assert [len(place.context) for place in parts.test] == [80, 90]
+    assert [len(place.context) for place in parts.val + parts.test] == [60, 70, 80, 90]
     assert np.array_equal(parts.test[-1].truth, series[90:])
     with pytest.raises(BacktestError, match="a series has 17 time steps, expected at least 18"):
         split([series[:17]], 5)
 
 
-def test_errors_are_in_standard_deviations_and_units():
-    series = waves(3)
-    places = held_out(series, 4, 2)
-    assert len(places) == 6
+def test_errors_are_in_standard_deviations_and_units_and_baselines_read_the_whole_past():
+    places = held_out(waves(3), 4, 2)
     truth = np.stack([place.truth for place in places])
     spread = np.stack([place.context.std(axis=0) for place in places])[:, None]
     error = scores(truth + 2 * spread, places)
@@ -59,16 +54,9 @@ def test_errors_are_in_standard_deviations_and_units():
     found = baseline_forecasts(places)
     assert {forecast.shape for forecast in found.values()} == {(6, 4, 2)}
     assert scores(found["AR"], places)["rmse"] < 0.2 < scores(found["persistence"], places)["rmse"]
-
-
-def test_baselines_read_the_whole_past():
-    """In a period of 48, a model's context of 20 steps shows no season."""
-    rows = np.arange(300.0)
-    series = np.stack([10 + np.sin(2 * np.pi * rows / 48), 10 + np.cos(2 * np.pi * rows / 48)], axis=1)
-    places = split([series], 10).test
-    found = baseline_forecasts(places)
-    assert scores(found["seasonal naive"], places)["rmse"] < 0.1
-    assert [len(place.context) for place in places] == [250, 260, 270, 280, 290]
+    rows = 2 * np.pi * np.arange(300.0) / 48  # a model's context of 20 steps would show no season
+    places = split([np.stack([10 + np.sin(rows), 10 + np.cos(rows)], axis=1)], 10).test
+    assert scores(baseline_forecasts(places)["seasonal naive"], places)["rmse"] < 0.1
 
 
 def test_intervals_are_over_series_and_hold_the_mean_as_often_as_they_say():
@@ -146,11 +134,6 @@ class Killed(BaseException):
     """A kill, in effect: nothing catches it."""
 
 
-def files(folder):
-    """All files of a run but its lock."""
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
-
-
 def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
 
@@ -172,18 +155,16 @@ def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch):
         return written
 
     writes = run(tmp_path / "whole")
-    wanted = files(tmp_path / "whole")
-    assert {"metrics.json", "forecasts.jsonl", "adapter_model.safetensors", "ledger.jsonl"} <= wanted.keys()
-    assert not [name for name in wanted if "state" in name]
-    for kill_at in range(0, len(writes), 3):
+    kept = {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.*")} - {Path(".lock")}
+    wanted = {name: (tmp_path / "whole" / name).read_bytes() for name in kept - {Path(".writer")}}
+    assert {"metrics.json", "forecasts.jsonl", "adapter_model.safetensors", "ledger.jsonl"} <= {p.name for p in wanted}
+    assert not [path for path in wanted if "state" in path.name]
+    for kill_at in range(1, len(writes), 3):
         folder = tmp_path / str(kill_at)
         with pytest.raises(Killed):
             run(folder, kill_at)
         run(folder)
-        found = files(folder)
-        assert {name: found[name] for name in wanted if name != ".writer"} == {
-            name: wanted[name] for name in wanted if name != ".writer"
-        }
+        assert {name: (folder / name).read_bytes() for name in wanted} == wanted
 
 
 def test_a_folder_belongs_to_one_fine_tuning(tmp_path):
@@ -258,13 +239,12 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, tmp
 
 BAD = {
     "budget": (["--budget", "1e6"], "do not fit a budget of 1.000e+06"),
-    "rank of 0": (["--accumulate", "3"], "a batch of 4 cannot be read in 3 equal parts"),
+    "parts": (["--accumulate", "3"], "a batch of 4 cannot be read in 3 equal parts"),
     "module": (["--targets", "q"], "no Linear is called q"),
     "horizon": (["--horizon", "40"], "time steps, expected at least"),
     "context": (["--context", "500"], "the model has 2048 positions; shorten one of them"),
     "columns": (["--columns", "w"], "has 0 columns 'w'"),
     "short context": (["--context", "4"], "context is 4, expected at least 8 time steps"),
-    "block": (["--targets", "mlp"], "no Linear is called mlp"),
     "seed": (["--seed", str(10**23)], "expected an integer of at least 0, below 2**63"),
     "rate": (["--rate", "0"], "learning_rate is 0.0, expected a positive number"),
 }

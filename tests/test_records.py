@@ -51,15 +51,12 @@ def test_a_dataclass_is_built_from_json():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"count": 1.0}, "count: holds 1.0, expected int"),
-    ({"count": 10**400}, "count: holds 1000.*, expected int"),
-    ({"inners": []}, r"inners: holds \[\], expected an object"),
     ({"inners": {"a": {}}}, "inners, a: has no 'share'"),
     ({"inners": {"a": {"share": 13}}}, "inners, a: share is 13, expected another"),
     ({"inners": {"a": {"share": float("inf")}}}, "inners, a, share: holds inf, expected float"),
     ({"pair": [1]}, r"pair: holds \[1\], expected 2 values"),
     ({"names": ["x", 1]}, r"names\[1\]: holds 1, expected str"),
     ({"matrix": [[1], [2, 3]]}, "matrix: .* expected numbers of rank 2"),
-    ({"50%": "x"}, "50%: holds 'x', expected float"),
 ])  # fmt: skip
 def test_damage_is_named(change, message):
     with pytest.raises(RunError, match=f"file, {message}"):
@@ -110,7 +107,6 @@ SETTINGS, METRICS, TESTS = (f"experiments/frontier/{name}" for name in
     ("status.json", ["budget"], 0, "the budget is 0"),
     (SETTINGS, ["training", "rank"], None, "the training has no rank, expected all its settings"),
     (SETTINGS, ["flops", "exact"], -1, "flops are .* expected positive numbers"),
-    (METRICS, ["val", "all", "mse_filled"], "low", "val, all, mse_filled: holds 'low', expected float"),
     (METRICS, ["test", "probabilistic"], None, "mean_of_samples needs probabilistic"),
 ])  # fmt: skip
 def test_damage_in_a_run_folder_is_found_when_it_is_read(frontier, file, keys, value, message):
@@ -119,20 +115,18 @@ def test_damage_in_a_run_folder_is_found_when_it_is_read(frontier, file, keys, v
         load_run(frontier)
 
 
-def test_fewer_forecasts_than_sequences_are_found(frontier):
-    path = frontier / TESTS
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(RunError, match="forecasts of 149 test sequences, expected 150"):
-        load_run(frontier)
-
-
-def test_a_damaged_ledger_is_found_and_a_torn_line_does_not_count(frontier):
+def test_a_damaged_ledger_and_missing_forecasts_are_found_and_a_torn_line_does_not_count(frontier):
     with (frontier / "ledger.jsonl").open("a") as file:
         file.write('{"experiment": "frontier", "ste')
     assert load_run(frontier).spent == json.loads((RESULTS / "frontier" / "status.json").read_text())["spent"]
     with (frontier / "ledger.jsonl").open("a") as file:
         file.write("\n")
     with pytest.raises(RunError, match=r"ledger\.jsonl: not JSON lines"):
+        load_run(frontier)
+    shutil.copy(RESULTS / "frontier" / "ledger.jsonl", frontier)
+    lines = (frontier / TESTS).read_text().splitlines(keepends=True)
+    (frontier / TESTS).write_text("".join(lines[1:]))
+    with pytest.raises(RunError, match="forecasts of 149 test sequences, expected 150"):
         load_run(frontier)
 
 

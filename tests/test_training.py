@@ -1,4 +1,3 @@
-import copy
 from dataclasses import replace
 
 import numpy as np
@@ -7,14 +6,12 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.forecasting.encoding import Encoding
-from experiments.storage.interruption import Interrupted, Interruption
 from experiments.study import plans
 from experiments.training import loop
 from experiments.training.loop import Account, HeldOut, batch_rows, train
 from experiments.training.settings import Training
 from experiments.training.windows import TextWindows, TrainingError, cut_series, cut_tokens
-from flops import BudgetExceeded, training_step
-from flops.trace import trace_training_step
+from flops import BudgetExceeded
 from lora import adapter_parameters, inject, remove
 from qwen_min import load
 from qwen_min.linear import pack
@@ -61,15 +58,11 @@ def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None, vocabular
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": 0}, "rank is 0, expected an integer of at least 1"),
-        ({"rank": True}, "rank is True"),
-        ({"learning_rate": -1e-3}, "learning_rate is -0.001, expected a positive number"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"rank": True}, "rank is True, expected an integer of at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan, expected a positive number"),
         ({"context": 1}, "context is 1, expected an integer of at least 2"),
-        ({"steps": -3}, "steps is -3"),
-        ({"batch": 0}, "batch is 0"),
-        ({"stride": 0}, "stride is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"accumulate": 2}, "a batch of 3 cannot be read in 2 equal parts"),
         ({"targets": "q_proj"}, "targets are 'q_proj', expected names"),
         ({"targets": ()}, r"targets are \(\), expected names"),
     ],
@@ -80,6 +73,7 @@ def test_settings_out_of_range_are_refused(change, message):
 
 
 def test_a_setting_may_be_none_if_the_plan_says_where_it_comes_from():
+    assert (SETTINGS.lora.alpha, replace(SETTINGS, alpha=32.0).lora.alpha) == (2, 32)
     open_ones = Training(None, None, None, 1)
     assert open_ones.unset == ["rank", "learning_rate", "context"]
     assert plans.fill(open_ones, SETTINGS) == replace(SETTINGS, steps=1, batch=4, stride=256, seed=0)
@@ -93,6 +87,9 @@ def test_windows_are_padded_at_the_end(tiny, token_lists):
     assert len(cuts) == 6 * 4  # 34 tokens: starts 0, 10, 20, 30
     assert [len(cuts[row]) for row in range(24)] == [24, 24, 14, 4] * 6
     assert cuts[23] == token_lists[5][30:]
+    whole = cut_tokens(token_lists, replace(SETTINGS, whole_windows=True))
+    assert [len(whole[row]) for row in range(len(whole))] == [24] * 6 * 2
+    assert whole[1] == token_lists[0][10:34]
     inject(tiny[0], SETTINGS.lora)
     try:
         windows = text_windows(tiny[0], token_lists)
@@ -104,12 +101,6 @@ def test_windows_are_padded_at_the_end(tiny, token_lists):
     assert ids.tolist() == [token_lists[0][30:] + [256] * 20, token_lists[0][:24]]
     with pytest.raises(TrainingError, match="context 35 is longer than a trajectory of 34 tokens"):
         cut_tokens(token_lists, Training(2, 1e-3, context=35, steps=1))
-
-
-def test_whole_windows_leave_out_windows_that_end_early(tiny, token_lists):
-    cuts = cut_tokens(token_lists, replace(SETTINGS, whole_windows=True))
-    assert [len(cuts[row]) for row in range(len(cuts))] == [24] * 6 * 2
-    assert cuts[1] == token_lists[0][10:34]
 
 
 def test_windows_of_own_series_are_written_relative_to_their_context(tiny):
@@ -137,18 +128,6 @@ def test_a_cosine_rises_over_a_twentieth_of_the_steps_and_falls_to_zero():
     assert replace(settings, cosine=False).rate(3) == 1.0
 
 
-def test_every_named_linear_is_adapted_and_counted(tiny):
-    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    settings = replace(SETTINGS, targets=targets)
-    inject(tiny[0], settings.lora)
-    try:
-        assert len(adapter_parameters(tiny[0])) == 2 * len(targets) * tiny[0].config.num_hidden_layers
-    finally:
-        remove(tiny[0])
-    config = tiny[0].config
-    assert sum(trace_training_step(config, 3, 24, settings.ranks)) == training_step(config, 3, 24, ranks=settings.ranks)
-
-
 def test_an_epoch_takes_each_window_once_and_the_next_epoch_has_another_order():
     epochs = [[batch_rows(12, 4, seed=1, step=step) for step in range(start, start + 3)] for start in (0, 3)]
     for epoch in epochs:
@@ -157,35 +136,20 @@ def test_an_epoch_takes_each_window_once_and_the_next_epoch_has_another_order():
     assert np.array_equal(batch_rows(12, 4, seed=1, step=4), epochs[1][1])
 
 
-def test_training_lowers_the_loss_and_leaves_the_base(tmp_path, tiny, token_lists):
+def test_training_lowers_the_loss_and_leaves_the_base(tiny, token_lists):
     before = {name: tensor.clone() for name, tensor in tiny[0].state_dict().items()}
     settings = Training(rank=4, learning_rate=1e-2, context=24, steps=60, batch=6, stride=10)
-    losses, _ = run(tiny, token_lists, tmp_path / "state", settings)
+    losses, _ = run(tiny, token_lists, None, settings)
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
     after = tiny[0].state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_without_a_state_file_a_training_takes_the_same_steps(tmp_path, tiny, token_lists):
-    wanted, _ = run(tiny, token_lists, tmp_path / "state")
-    model = tiny[0]
-    torch.manual_seed(SETTINGS.seed)
-    inject(model, SETTINGS.lora)
-    try:
-        trained = train(text_windows(model, token_lists), SETTINGS)
-    finally:
-        remove(model)
-    assert trained.losses == wanted
-    assert trained.seconds > 0
-    assert [path.name for path in tmp_path.iterdir()] == ["state"]
-
-
-@pytest.mark.parametrize(("stop_before", "save_seconds"), [(1, 0), (4, 0), (6, 0), (4, 1000)])
-@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize(("stop_before", "save_seconds"), [(1, 0), (6, 0), (4, 1000)])
 def test_an_interrupted_training_ends_with_the_same_bits(
-    monkeypatch, tmp_path, tiny, token_lists, stop_before, save_seconds, cosine
+    monkeypatch, tmp_path, tiny, token_lists, stop_before, save_seconds
 ):
-    settings = replace(SETTINGS, cosine=cosine)
+    settings = replace(SETTINGS, cosine=True)
     wanted = run(tiny, token_lists, tmp_path / "undisturbed", settings)
     monkeypatch.setattr(loop, "SAVE_SECONDS", save_seconds)
     with pytest.raises(BudgetExceeded):
@@ -196,29 +160,6 @@ def test_an_interrupted_training_ends_with_the_same_bits(
     assert all(torch.equal(adapter[name], tensor) for name, tensor in wanted[1].items())
     again, _ = run(tiny, token_lists, tmp_path / "state", settings)  # already finished, so no further step
     assert again == losses
-
-
-def test_a_request_to_stop_ends_the_training_after_a_step(tmp_path, tiny, token_lists):
-    interruption, checks = Interruption(), []
-
-    def ask():  # at the second check, after two steps
-        checks.append(1)
-        interruption.asked = 15 if len(checks) == 2 else None
-        return 1.0
-
-    inject(tiny[0], SETTINGS.lora)
-    try:
-        with pytest.raises(Interrupted):
-            train(
-                text_windows(tiny[0], token_lists),
-                replace(SETTINGS, steps=16),
-                Account(interruption=interruption),
-                tmp_path / "state",
-                HeldOut(ask),
-            )
-    finally:
-        remove(tiny[0])
-    assert len(load_file(tmp_path / "state")["losses"]) == 2
 
 
 def test_the_state_with_the_smallest_held_out_loss_is_kept_also_after_a_stop(tmp_path, tiny, token_lists):
@@ -239,34 +180,12 @@ def test_the_state_with_the_smallest_held_out_loss_is_kept_also_after_a_stop(tmp
     assert all(torch.equal(adapter[name], tensor) for name, tensor in wanted.items())
 
 
-def test_the_first_step_is_a_step_of_adam(tmp_path, tiny, token_lists):
-    """Adam's first step moves every number with a gradient by the learning rate."""
-    settings = Training(rank=2, learning_rate=1e-3, context=24, steps=1, batch=3, stride=10, seed=5)
-    _, adapter = run(tiny, token_lists, tmp_path / "state", settings)
-    moved = torch.cat([p.abs().flatten() for name, p in adapter.items() if "lora_B" in name])
-    assert moved.max().item() == pytest.approx(1e-3, rel=1e-3)
-
-
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path, tiny, token_lists):
-    settings = Training(rank=2, learning_rate=float("inf"), context=24, steps=5, batch=3, stride=10)
-    with pytest.raises(TrainingError, match="step 1: the loss is nan"):
-        run(tiny, token_lists, tmp_path / "state", settings)
-    assert not (tmp_path / "state").exists()
-
-
-def test_a_loss_that_is_not_finite_leaves_the_adapter(tiny, token_lists):
-    model, settings = copy.deepcopy(tiny[0]), replace(SETTINGS, steps=1)
-    model.model.norm.weight.data[0] = torch.nan
-    inject(model, settings.lora)
-    before = {name: parameter.detach().clone() for name, parameter in adapter_parameters(model).items()}
-    with pytest.raises(TrainingError, match="step 0: the loss is nan"):
-        train(text_windows(model, token_lists, settings), settings)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in adapter_parameters(model).items())
-
-
-def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path, tiny, token_lists):
-    settings = Training(rank=2, learning_rate=float("inf"), context=24, steps=1, batch=3, stride=10)
-    with pytest.raises(TrainingError, match="the adapter is not finite after step 0"):
+@pytest.mark.parametrize(
+    ("steps", "message"), [(5, "step 1: the loss is nan"), (1, "the adapter is not finite after step 0")]
+)
+def test_what_is_not_finite_stops_the_training_and_is_never_saved(tmp_path, tiny, token_lists, steps, message):
+    settings = replace(SETTINGS, learning_rate=float("inf"), steps=steps)
+    with pytest.raises(TrainingError, match=message):
         run(tiny, token_lists, tmp_path / "state", settings)
     assert not (tmp_path / "state").exists()
 
@@ -289,25 +208,18 @@ def test_too_few_windows_are_refused(tmp_path, tiny, token_lists):
         run(tiny, token_lists, tmp_path / "state", Training(2, 1e-3, context=24, steps=1, batch=25, stride=10))
 
 
-def test_training_on_numbers_alone_lowers_the_loss_over_them(tmp_path, tiny, token_lists):
-    settings = Training(rank=4, learning_rate=1e-2, context=24, steps=40, batch=6, stride=10, numeric_head=True)
+def test_a_loss_over_the_tokens_of_numbers_is_smaller(tiny, token_lists):
     vocabulary = torch.tensor(sorted({token for tokens in token_lists for token in tokens}))
-    losses, _ = run(tiny, token_lists, tmp_path / "numbers", settings, vocabulary=vocabulary)
-    over_all, _ = run(tiny, token_lists, tmp_path / "all", replace(settings, steps=1))
+    losses, _ = run(tiny, token_lists, None, replace(SETTINGS, steps=1), vocabulary=vocabulary)
+    over_all, _ = run(tiny, token_lists, None, replace(SETTINGS, steps=1))
     assert losses[0] < over_all[0]  # the same batch and adapter, but fewer competing tokens
-    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
 
-def test_a_vocabulary_must_contain_the_predicted_tokens(tmp_path, tiny, token_lists):
-    with pytest.raises(ValueError, match=r"token \d+ is to be predicted"):
-        run(tiny, token_lists, tmp_path / "state", SETTINGS, vocabulary=torch.tensor([15, 16]))
-
-
-def test_training_frees_packed_weights(tmp_path, token_lists):
+def test_training_frees_packed_weights(token_lists):
     """Otherwise a run would hold the weights twice."""
     model, tokenizer = load("tiny", dtype=torch.bfloat16)
     pack(model)
-    run((model, tokenizer), token_lists, tmp_path / "state")
+    run((model, tokenizer), token_lists, None, replace(SETTINGS, steps=1))
     assert model.head_weight.packed is None
 
 
@@ -335,10 +247,3 @@ def test_gradients_are_clipped_to_a_norm(monkeypatch, tiny, token_lists):
     norms.clear()
     run(tiny, token_lists, None, replace(SETTINGS, clip=clip))
     np.testing.assert_allclose(norms, clip, rtol=1e-3)
-
-
-def test_alpha_scales_the_update(tiny):
-    assert SETTINGS.lora.alpha == SETTINGS.rank
-    assert replace(SETTINGS, alpha=32.0).lora.alpha == 32
-    with pytest.raises(ValueError, match="a batch of 3 cannot be read in 2 equal parts"):
-        replace(SETTINGS, accumulate=2)
