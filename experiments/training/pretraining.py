@@ -197,13 +197,14 @@ def pretrain(
 def card(model: Numbers, curve: list[dict], steps: int, seed: int, pairs: bool) -> str:
     """The page of the checkpoint."""
     families = synthetic.SINGLE | (synthetic.PAIRS if pairs else {})
-    shares = ", ".join(f"{family.__name__} {round(100 * share)} %" for family, share in families.items())
+    total = sum(families.values())
+    shares = ", ".join(f"{family.__name__} {round(100 * share / total)} %" for family, share in families.items())
     rows = "".join(f"| {one['steps']} | {one['flops']:.2e} | {one['held_out']:.4f} |\n" for one in curve)
     options = f"--steps {steps} --seed {seed}" + ("" if pairs else " --no-pairs")
     return f"""# The embedded checkpoint that reads numbers
 
-{sum(p.numel() for p in model.parameters()):,} weights in fp32, pretrained on synthetic series alone: no public
-series, and no predators and prey.
+{sum(p.numel() for p in model.parameters()):,} weights in fp32, pretrained on synthetic series alone: no public series,
+and no predators and prey. The same command gives the same weights on CPUs of the same kind with as many threads.
 
 | | |
 |---|---|
@@ -211,12 +212,10 @@ series, and no predators and prey.
 | series | {shares} |
 | steps | {steps}, of about 2,000 tokens; Muon for matrices, Adam for the rest, peak rate {RATE} |
 | FLOPs | {curve[-1]["flops"]:.3e} for forward and backward passes, {curve[-1]["muon_flops"]:.3e} for Muon's products |
+| threads | {torch.get_num_threads()} |
 
 Held-out loss (pinball, in normalised units) against FLOPs:
 
 | steps | FLOPs | loss |
 |---|---|---|
-{rows}
-The same command gives the same weights on the same kind of CPU; these were made with {torch.get_num_threads()}
-thread(s).
-"""
+{rows}"""
