@@ -98,16 +98,14 @@ class Patches(NamedTuple):
 
 def patches(x: Tensor, seen: Tensor, seasons: Seasons, stride: int) -> Patches:
     """Tokens every `stride` steps of normalised series x (N, D, L); values that are not seen (N, D, L) count as 0."""
-    ends, ahead, seen = torch.arange(x.shape[-1], 0, -stride).flip(0), torch.arange(AHEAD), seen.to(x.dtype)
-    times = torch.arange(x.shape[-1]).expand(x.shape)
+    seen, times, ahead = seen.to(x.dtype), torch.arange(x.shape[-1], device=x.device), torch.arange(AHEAD).to(x.device)
+    ends = (times + 1).flip(0)[::stride].flip(0)  # (T)
+    times = times.expand(x.shape)
     newest = torch.where(seen > 0, times, -1).cummax(-1).values[..., ends - 1]
     newest = x.gather(-1, newest.clamp(min=0)) * (newest >= 0)
-    places = [(ends[:, None] - PATCH + torch.arange(PATCH)).expand(*x.shape[:2], -1, -1)]  # (N, D, T, PATCH)
-    for which, back in (
-        (0, 1),
-        (0, 2),
-        (1, 1),
-    ):  # of each value to forecast: one season before it, two, one of the other
+    places = [(ends[:, None] + torch.arange(-PATCH, 0).to(x.device)).expand(*x.shape[:2], -1, -1)]  # (N, D, T, PATCH)
+    # of each value to forecast: one of the shortest season before it, two, one of the strongest
+    for which, back in ((0, 1), (0, 2), (1, 1)):
         period = seasons.periods[..., which, None]
         places.append(ends[:, None] + (ahead - period * (ahead // period + back))[:, :, None])  # (N, D, T, K)
     index = torch.cat(places, -1)
@@ -186,16 +184,10 @@ def statistics(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Scale(NamedTuple):
-    """How values become what the decoder reads: asinh((x - mean) / spread).
-
-    Each part is (N or 1, D, 1), in fp64. Of a set of positive series that share their units it is (log(x + offset) -
-    mean) / spread; such a scale knows what the largest value of a context usually is.
-    """
+    """How values become what the decoder reads, asinh((x - mean) / spread), and back; each (N, D, 1), in fp64."""
 
     mean: Tensor
     spread: Tensor
-    offset: Tensor | None = None
-    usual: Tensor | None = None
 
     @classmethod
     def of(cls, x: Tensor, seen: Tensor) -> "Scale":
@@ -207,18 +199,11 @@ class Scale(NamedTuple):
 
     def read(self, x: Tensor) -> Tensor:
         """What the decoder reads of x (N, D, L)."""
-        spread = torch.where(self.spread > 0, self.spread, 1.0)
-        if self.offset is None:
-            return ((x - self.mean) / spread).asinh().float()
-        return (((x.clamp(min=0) + self.offset).log() - self.mean) / spread).float()
+        return ((x - self.mean) / torch.where(self.spread > 0, self.spread, 1.0)).asinh().float()
 
     def write(self, z: Tensor) -> Tensor:
-        """The values (N, D, ...) that the decoder means by z (N, D, ...)."""
-        mean, spread = (part.view(*part.shape[:2], *[1] * (z.ndim - 2)) for part in (self.mean, self.spread))
-        z = z.to(mean.dtype).clamp(-FARTHEST, FARTHEST)
-        if self.offset is None:
-            return z.sinh() * spread + mean
-        return (z * spread + mean).exp() - self.offset.view(mean.shape)
+        """The values (N, D, Q, h) that the decoder means by z."""
+        return z.double().clamp(-FARTHEST, FARTHEST).sinh() * self.spread[..., None] + self.mean[..., None]
 
 
 def at_levels(found: np.ndarray, levels: Sequence[float]) -> np.ndarray:
@@ -235,9 +220,8 @@ def at_levels(found: np.ndarray, levels: Sequence[float]) -> np.ndarray:
 class NumberForecaster:
     """Forecasts series with a decoder that reads their values."""
 
-    def __init__(self, model: Numbers, scale: Scale | None = None):
-        """scale: how a training has read its series; None: each context by itself."""
-        self.model, self.scale = model.eval(), scale
+    def __init__(self, model: Numbers):
+        self.model = model.eval()
         self.checkpoint: tuple[str, Path] | None = None  # name and folder, if `Forecaster.load` made this one
         self.trained: Trained | None = None
 
@@ -303,28 +287,24 @@ class NumberForecaster:
         x = x.to(self.model.norm.weight.device)
         seen = x.isfinite()
         x = x.nan_to_num()
-        scale = self.scale or Scale.of(x, seen)
-        if scale.usual is None:
-            shrunk = torch.ones_like(x[..., :1])
-        else:  # such systems have the same laws in all units, but the training has seen no such values
-            shrunk = (scale.usual / x.amax(-1, keepdim=True)).nan_to_num(1.0).clamp(max=1)
-        z = scale.read(x * shrunk)
+        scale = Scale.of(x, seen)
+        z = scale.read(x)
         seasons = find_seasons(z, seen)
         found = self.model(patches(z, seen, seasons, stride))[:, :, -1].sort(2).values  # (N, D, Q, K)
-        of_each = Seasons(*(part.repeat_interleave(len(LEVELS), 0) for part in seasons))
         while found.shape[-1] < horizon:
-            paths = found.transpose(1, 2)  # (N, Q, D, h)
-            before = [part[:, None].expand(-1, len(LEVELS), -1, -1) for part in (z, seen)]
-            longer = torch.cat((before[0], paths), -1).flatten(0, 1)[..., -z.shape[-1] :]
-            known = torch.cat((before[1], torch.ones_like(paths, dtype=torch.bool)), -1).flatten(0, 1)[
-                ..., -z.shape[-1] :
-            ]
-            more = self.model(patches(longer, known, of_each, stride))[:, :, -1]  # (N Q, D, Q, K)
-            more = more.unflatten(0, (-1, len(LEVELS))).transpose(1, 2).flatten(2, 3)  # (N, D, Q Q, K)
-            more = more.quantile(torch.tensor(LEVELS, device=x.device), dim=2)  # (Q, N, D, K)
-            found = torch.cat((found, more.permute(1, 2, 0, 3)), -1)
-        values = scale.write(found[..., :horizon]) / shrunk[..., None]  # (N, D, Q, h)
-        if self.scale is None:
-            median = values[:, :, len(LEVELS) // 2, None]
-            values = median + (values - median) * (1 + WIDER * seen.sum(-1).rsqrt())[..., None, None]
+            found = torch.cat((found, self._further(z, seen, seasons, stride, found)), -1)
+        values = scale.write(found[..., :horizon])
+        median = values[:, :, len(LEVELS) // 2, None]
+        values = median + (values - median) * (1 + WIDER * seen.sum(-1).rsqrt())[..., None, None]
         return values.permute(0, 2, 3, 1).cpu().numpy()
+
+    def _further(self, z: Tensor, seen: Tensor, seasons: Seasons, stride: int, found: Tensor) -> Tensor:
+        """Quantiles (N, D, Q, K) of what follows normalised z (N, D, L) and the forecast of it, found (N, D, Q, h)."""
+        count = len(LEVELS)
+        paths = torch.cat((z[:, None].expand(-1, count, -1, -1), found.transpose(1, 2)), -1)  # (N, Q, D, L + h)
+        known = nn.functional.pad(seen, (0, found.shape[-1]), value=True).repeat_interleave(count, 0)
+        seasons = Seasons(*(part.repeat_interleave(count, 0) for part in seasons))
+        newest = patches(paths.flatten(0, 1)[..., -z.shape[-1] :], known[..., -z.shape[-1] :], seasons, stride)
+        more = self.model(newest)[:, :, -1].unflatten(0, (-1, count))  # (N, Q, D, Q, K)
+        levels = torch.tensor(LEVELS, device=z.device)
+        return more.transpose(1, 2).flatten(2, 3).quantile(levels, dim=2).permute(1, 2, 0, 3)

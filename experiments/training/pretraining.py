@@ -56,7 +56,7 @@ LENGTHS = (144 + AHEAD, 512 + AHEAD)  # of the series that are made
 
 def pinball(found: Tensor, truth: Tensor) -> Tensor:
     """The pinball loss (..., K) of quantiles (..., Q, K), averaged over LEVELS."""
-    gap, level = truth.unsqueeze(-2) - found, torch.tensor(LEVELS)[:, None]
+    gap, level = truth.unsqueeze(-2) - found, torch.tensor(LEVELS, device=found.device)[:, None]
     return torch.maximum(level * gap, (level - 1) * gap).mean(-2)
 
 
