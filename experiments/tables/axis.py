@@ -37,27 +37,21 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, source: 
     if axis is not None:
         return axis, used
     first = next((at for at, one in enumerate(free) if one.name), 0)
-    head: list[Column] = []
-    later: list[Column] = []
-    for at, one in enumerate(free):
-        if one.kind != "numbers" or named == bool(one.name):  # nothing else could be forecast
-            continue
-        if at <= first:
-            head.insert(0 if tells_time(one.name) else at, one)
-        elif (tells_time(one.name) or _is_long_date(one, source)) and all(_rises(one.values[rows]) for rows in groups):
-            later.append(one)
-    if not head or not tells_time(head[0].name):
-        head = later + head
-    for one in head:
+
+    def rank(one: Column) -> int:
+        """In which order columns are tried: a telling first one, telling later ones, the first ones; 3 is never."""
+        if one in free[: first + 1]:
+            return 0 if tells_time(one.name) else 2
+        is_long = one.values.dtype.kind == "i" and one.values.min() >= 10**7  # 20231231, 2023123123 and longer ones
+        is_long = is_long and dates_of_numbers(one.values, one.name, source, False) is not None
+        return 1 if (tells_time(one.name) or is_long) and all(_rises(one.values[rows]) for rows in groups) else 3
+
+    # the only column with, or without a name is what can be forecast
+    numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
+    for one in sorted((one for one in numbers if rank(one) < 3), key=rank):
         if (axis := _of_numbers(one, groups, source)) is not None:
             return axis, [one]
     return None, []
-
-
-def _is_long_date(one: Column, source: Source) -> bool:
-    """True for numbers such as 20231231, 2023123123 and longer ones."""
-    is_long = one.kind == "numbers" and one.values.dtype.kind == "i" and one.values.min() >= 10**7
-    return is_long and dates_of_numbers(one.values, one.name, source, False) is not None
 
 
 def _of_dates(free: list[Column], groups: list[np.ndarray], source: Source, notes: list[str]) -> Found:

@@ -9,7 +9,8 @@ from experiments.tables.source import Source
 from experiments.tables.times import regular
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
-YEARS = (1800, 2200)  # of numbers such as 202312 that are dates
+MONTH_NUMBERS = range(1, 13)
+YEARS = range(1800, 2201)  # of numbers such as 202312 that are dates
 CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp][Mm])?"
 MONTH = rf"({'|'.join(MONTHS)})(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?"
 _ZONE = r"(?:Z|UTC|GMT|[+-]\d{2}:?\d{2})"
@@ -55,14 +56,14 @@ def _fits(form: str, cell: str) -> bool:
 
 
 def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
-    """The dates in the cells of text (T) of column `name`, all in the form of the first one, which `is_date`.
+    """The dates in the cells of text (T) of column `name`, all in the form of the first date.
 
     A month or a quarter is its first day, a week its Monday. Times with several offsets are in UTC. Whether 1/2/2023
     starts with the day is decided for all cells together: such that all are dates, such that they rise, and such that
     the steps are equal. Raises DataError for another cell, for years of two digits, for seasons such as 2010/11, and
     for cells that can be two dates.
     """
-    first = cells.iloc[0]
+    first = next(filter(is_date, cells))
     if _fits(_SHORT_YEAR, first):
         problem = "has a year of two digits, which can be in this century or in the last one"
         raise source.error(f"{first!r} {problem}; write years with four digits", name)
@@ -109,7 +110,7 @@ def _parsed(text: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
     how = "%G-W%V-%u" if "-W" in first else "ISO8601"
     if re.search("[ap]m", first, re.IGNORECASE):
         how = f"%Y-%m-%d %I:%M{':%S' if first.count(':') == 2 else ''} %p"
-    zoned = text.str.contains(rf"\d ?{_ZONE}$", regex=True) if re.search(r":\d\d", first) else pd.Series([False])
+    zoned = text.str.contains(rf":.*\d ?{_ZONE}$", regex=True)
     if zoned.any() and not zoned.all():
         raise source.error("some times have an offset from UTC and some have none; write it for all", name)
     try:
@@ -130,15 +131,15 @@ def dates_of_numbers(values: np.ndarray, name: str, source: Source, is_telling: 
         return None
     digits = len(str(values[0]))
     year = values // 10 ** max(digits - 4, 0)
-    if digits not in _OF_DIGITS or not _within(year, YEARS):
+    if digits not in _OF_DIGITS or not np.isin(year, YEARS).all():
         return None
     if digits == 6:
         part = values % 100
         _refuse_seasons(year, part, values[0], name, source)
-        if ("week" in name.lower() or (is_telling and part.max() > 12)) and _within(part, (1, 53)):
+        if ("week" in name.lower() or (is_telling and part.max() > 12)) and np.isin(part, range(1, 54)).all():
             problem = f"{values[0]} is a week, and weeks are counted in several ways"
             raise source.error(f"{problem}; write its first day", name)
-        if not _within(part, (1, 12)) or not (is_telling or (np.diff(values) > 0).all()):
+        if not np.isin(part, MONTH_NUMBERS).all() or not (is_telling or (np.diff(values) > 0).all()):
             return None
         if not is_telling and year[0] == year[-1]:
             problem = f"{values[0]} can be the month {year[0]}-{part[0]:02d} or a number"
@@ -155,10 +156,7 @@ def _refuse_points(values: np.ndarray, name: str, source: Source) -> None:
     for factor in (100, 10**4):
         whole = np.round(values * factor)
         year, month = np.divmod(whole, 100) if factor == 100 else np.divmod(whole, 10**4)[::-1]
-        if np.allclose(values * factor, whole, rtol=0, atol=1e-6) and _within(year, YEARS) and _within(month, (1, 12)):
+        is_month = np.isin(year, YEARS) & np.isin(month, MONTH_NUMBERS) & (np.abs(values * factor - whole) <= 1e-6)
+        if is_month.all():
             advice = f"write months as {year[0]:.0f}-{month[0]:02.0f}"
             raise source.error(f"{values[0]} can be a month or a number; {advice}", name)
-
-
-def _within(values: np.ndarray, bounds: tuple[int, int]) -> bool:
-    return bool(values.min() >= bounds[0] and values.max() <= bounds[1])

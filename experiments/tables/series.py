@@ -96,7 +96,7 @@ def assemble(
     groups, titles, rest = _groups(columns, wanted, source)
     free = [one for one in rest if one.name not in asked]
     axis, used = time_axis(free, groups, sum(bool(one.name) for one in rest), source, notes)
-    free = [one for one in free if not any(one is other for other in used)]
+    free = [one for one in free if one not in used]
     notes += ["a column without a name left out" for one in free if not one.name and not _counts(one)]
     for title, rows in zip(titles, groups, strict=True):
         if axis is not None:

@@ -7,11 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
-from pyarrow.csv import ConvertOptions, ParseOptions, ReadOptions, read_csv
 
 from experiments.tables import DataError
-from experiments.tables.cells import STYLES, is_missing
+from experiments.tables.cells import MISSING_CELLS, STYLES
 from experiments.tables.dates import is_date
 from experiments.tables.series import Wanted, assemble
 from experiments.tables.source import Source
@@ -32,32 +30,37 @@ NO_WINDOWS_1252 = (
 def read_text(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
     """The series in a text table. Raises DataError as `reading.read_series`."""
     notes: list[str] = []
-    text = _decoded(path, content, notes)
-    lines = [line.strip(" ") for line in text.split("\n")]
-    numbers = [number for number, line in enumerate(lines, start=1) if line]
-    lines = [line for line in lines if line]
+    lines = enumerate(_decoded(path, content, notes).split("\n"), start=1)
+    rows = [(number, line.strip(" ")) for number, line in lines if line.strip(" ")]
     delimiter = ""
-    if lines and (match := re.fullmatch(r"\"?sep=(.)\"?", lines[0])):
-        delimiter, lines, numbers = match[1], lines[1:], numbers[1:]
-    rows = [line for line in lines if line[0] != "#"]
-    if not rows:
+    if rows and (match := re.fullmatch(r"\"?sep=(.)\"?", rows[0][1])):
+        delimiter, rows = match[1], rows[1:]
+    plain = [(number, line) for number, line in rows if line[0] != "#"]
+    if not plain:
         raise DataError(f"{path}: is empty, expected a row for each time step")
-    delimiter = delimiter or _delimiter(rows[:SAMPLE])
-    width = len(_split(rows[0], delimiter))
-    if len(rows) < len(lines):  # lines such as `# made by a logger`, but also rows that begin with #
-        kept = [at for at, line in enumerate(lines) if line[0] != "#" or len(_split(line, delimiter)) == width]
-        if left := len(lines) - len(kept):
-            notes.append(f"{left} line{'s' * (left != 1)} after # left out")
-        lines, numbers = [lines[at] for at in kept], [numbers[at] for at in kept]
-    elif width == 1 and len(numbers) <= numbers[-1] - numbers[0]:
-        gap = next(number for number, after in pairwise(numbers) if after > number + 1) + 1
-        raise DataError(
-            f"{path}, line {gap}: is empty, which can be a missing value or nothing; write NA, or delete it"
-        )
-    cells = _cells(path, lines, numbers, delimiter)
-    if len(cells) < len(lines):  # a cell holds the end of a line
-        return read_cells(path, cells, "row", range(1, len(cells) + 1), delimiter, wanted, notes)
-    return read_cells(path, cells, "line", numbers, delimiter, wanted, notes)
+    delimiter = delimiter or _delimiter([line for _, line in plain[:SAMPLE]])
+    width = len(_split(plain[0][1], delimiter))
+    # lines such as `# made by a logger`, but also rows that begin with #
+    kept = [row for row in rows if row[1][0] != "#" or len(_split(row[1], delimiter)) == width]
+    if left := len(rows) - len(kept):
+        notes.append(f"{left} line{'s' * (left != 1)} after # left out")
+    gap = next((number + 1 for (number, _), (after, _) in pairwise(rows) if after > number + 1), None)
+    if gap and width == 1 and len(plain) == len(rows):
+        problem = "is empty, which can be a missing value or nothing; write NA, or delete it"
+        raise DataError(f"{path}, line {gap}: {problem}")
+    reader = csv.reader([f"{line}\n" for _, line in kept], delimiter=delimiter, skipinitialspace=True, strict=True)
+    cells, numbers = [], []
+    try:
+        for row in reader:  # not by pandas, which fills rows that are too short
+            cells.append(row)
+            numbers.append(kept[reader.line_num - 1][0])
+            if len(row) != len(cells[0]):
+                problem = f"has {len(row)} columns, the first line has {len(cells[0])}"
+                advice = "leave out lines that are not of the table, such as a title or a note, and name all columns"
+                raise DataError(f"{path}, line {numbers[-1]}: {problem}; {advice}")
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot be read ({error}); is a quotation mark not closed?") from error
+    return read_cells(path, pd.DataFrame(cells, dtype="str"), "line", numbers, delimiter, wanted, notes)
 
 
 def read_cells(
@@ -128,42 +131,9 @@ def _split(line: str, delimiter: str) -> list[str]:
     return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
 
 
-def _cells(path: Path, lines: list[str], numbers: list[int], delimiter: str) -> pd.DataFrame:
-    """The cells (rows, columns) as text. Raises DataError for rows of another width than the first one."""
-    text = "\n".join(lines)
-    if delimiter == " ":
-        text, delimiter = re.sub(" +", "\t", text), "\t"
-    text = re.sub(rf'{re.escape(delimiter)} +"', f'{delimiter}"', text)
-    width = len(next(csv.reader(text.split("\n"), delimiter=delimiter)))
-    content, wrong = text.encode() + b"\n", []
-
-    def skip(row):
-        wrong.append(row)
-        return "skip"
-
-    try:  # not by pandas, which fills rows that are too short
-        table = read_csv(
-            pa.BufferReader(content),
-            ReadOptions(autogenerate_column_names=True, use_threads=False, block_size=len(content) + 1),
-            ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip),
-            ConvertOptions(column_types={f"f{at}": pa.string() for at in range(width)}, strings_can_be_null=False),
-        )
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    if wrong:
-        row = wrong[0]
-        problem = f"has {row.actual_columns} columns, the first line has {row.expected_columns}"
-        advice = "leave out lines that are not of the table, such as a title or a note, and name all columns"
-        raise DataError(f"{path}, line {numbers[row.number - 1]}: {problem}; {advice}")
-    cells = table.to_pandas()
-    if cells.iloc[-1, -1].endswith("\n"):
-        raise DataError(f"{path}: cannot be read, as a quotation mark is not closed")
-    return cells
-
-
 def _is_number(cell: str) -> bool:
     """True for a number, or a mark of a missing one."""
-    return is_missing(cell) or any(re.fullmatch(pattern, cell) for pattern in STYLES.values())
+    return cell.lower() in MISSING_CELLS or any(re.fullmatch(pattern, cell) for pattern in STYLES.values())
 
 
 def _has_names(first: list[str]) -> bool:
@@ -173,4 +143,9 @@ def _has_names(first: list[str]) -> bool:
     """
     if any(not _is_number(cell) and not is_date(cell) for cell in first):
         return True
-    return len(first) > 1 and not first[0] and not any(map(is_missing, first[1:])) and len(set(first)) == len(first)
+    return (
+        len(first) > 1
+        and not first[0]
+        and not MISSING_CELLS.intersection(map(str.lower, first[1:]))
+        and len(set(first)) == len(first)
+    )
