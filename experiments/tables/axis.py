@@ -142,17 +142,15 @@ def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column
     if index.is_monotonic_increasing and index.is_unique:
         return
     at = int((index[1:] <= index[:-1]).argmax()) + 1
-    clock = ""
-    is_night = isinstance(index, pd.DatetimeIndex) and index.tz is None and index[at].hour < 4
-    if is_night and (index != index.normalize()).any() and index[at - 1] - index[at] <= pd.Timedelta(hours=1):
-        clock = "; if the clock was set back there, write times with their offset from UTC"
-    twice = index.duplicated()
-    if index[at] == index[at - 1] or (not of and twice.any()):
-        text, count = time_texts(index[twice][:1], index)[0], int((index == index[twice][0]).sum())
-        others = ", ".join([one.name for one in columns if one.kind == "text"][:3] or ["..."])
-        problem = f"the time {text}{of} repeats ({count} rows have it); if the table has several series, name"
-        advice = f"the column that tells them apart with --id ({others}), else keep one row for each time"
-        raise source.error(f"{problem} {advice}{clock}", name, rows[at])
     before, now = time_texts(index[[at - 1, at]], index)
     problem = f"the time {now}{of} comes after {before}; sort the rows by time, the oldest first"
-    raise source.error(problem + clock, name, rows[at])
+    twice = index[index.duplicated()]
+    if now == before or (not of and len(twice)):
+        others = ", ".join([one.name for one in columns if one.kind == "text"][:3] or ["..."])
+        repeats = f"{time_texts(twice, index)[0]}{of} repeats ({(index == twice[0]).sum()} rows have it)"
+        advice = f"name the column that tells them apart with --id ({others}), else keep one row for each time"
+        problem = f"the time {repeats}; if the table has several series, {advice}"
+    is_night = isinstance(index, pd.DatetimeIndex) and index.tz is None and index[at].hour < 4
+    if is_night and (index != index.normalize()).any() and index[at - 1] - index[at] <= pd.Timedelta(hours=1):
+        problem += "; if the clock was set back there, write times with their offset from UTC"
+    raise source.error(problem, name, rows[at])

@@ -1,21 +1,15 @@
-"""Read series from HDF5 files, with little memory for damaged ones. N series, T time steps, D variables."""
+"""Arrays in HDF5 files, read with little memory for damaged ones. N series, T time steps, D variables."""
 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
 
 from experiments.tables import DataError
-
-if TYPE_CHECKING:  # the study reads arrays without pandas
-    import pandas as pd
-
-    from experiments.tables.series import Wanted
 
 MAX_ARRAY_BYTES = 2**30  # limit for an array in a file, and for all series of a file as float64
 MAX_COMPRESSION = 1100  # bytes of an array per byte in the file; deflate reaches 1032
@@ -58,19 +52,13 @@ def numbers_in(path: str | Path, file: h5py.File, name: str, ranks: Sequence[int
     return array
 
 
-def read_hdf5(path: Path, wanted: "Wanted") -> "list[pd.DataFrame]":
-    """The series in a file, made by `series.assemble`.
+def arrays_in(path: Path) -> Iterator[tuple[str, list[tuple[str, np.ndarray]], str, list[str]]]:
+    """The series in a file: the name of each, its columns (names, and T numbers), how a row is called, what to tell.
 
     The file has `/trajectories` (N, T, D), or else arrays (T, D) or (T) at its root, one for each series. `/time` (T)
     is the time axis of all series of T steps. Names of variables are in an attribute `variables` or `names` of the
     array or the file. netCDF's scale_factor, add_offset and _FillValue are applied. Raises DataError for other files.
     """
-    import pandas as pd
-
-    from experiments.tables.series import assemble
-    from experiments.tables.source import Source
-
-    found = []
     with opened(path) as file:
         arrays, clock = _arrays(path, file)
         for name, array in arrays.items():
@@ -78,13 +66,11 @@ def read_hdf5(path: Path, wanted: "Wanted") -> "list[pd.DataFrame]":
             variables = _variables(path, file, array, clock is not None)
             values, notes = _unpacked(path, name, array)
             for number, one in enumerate(values if together else [values.reshape(len(values), -1)]):
-                parts = [(title, pd.Series(part)) for title, part in zip(variables, one.T, strict=True)]
+                parts = list(zip(variables, one.T, strict=True))
                 if clock is not None and len(clock) == len(one):
-                    parts.insert(0, ("time", pd.Series(clock[:])))
+                    parts.insert(0, ("time", clock[:]))
                 at = f"{name}[{number}, " if together else f"{name}["
-                title = f"{path.stem}[{number}]" if together else name
-                found += assemble(title, parts, wanted, Source(str(path), (at + "{}]").format), notes)
-    return found
+                yield f"{path.stem}[{number}]" if together else name, parts, at + "{}]", notes
 
 
 def _arrays(path: Path, file: h5py.File) -> tuple[dict[str, h5py.Dataset], h5py.Dataset | None]:
@@ -129,7 +115,7 @@ def _unpacked(path: Path, name: str, array: h5py.Dataset) -> tuple[np.ndarray, l
     for key, default in {"_FillValue": np.nan, "missing_value": np.nan, "scale_factor": 1.0, "add_offset": 0.0}.items():
         found = _attribute(path, array, key, default=default)
         if found.dtype.kind not in "fiu":
-            raise DataError(f"{path}: the attribute {key!r} of {name} is {found[0]!r}, expected a number")
+            raise DataError(f"{path}: the attribute {key!r} of {name} is {str(found[0])!r}, expected a number")
         means.append(float(found[0]))
     *fills, scale, offset = means
     values = array[:].astype(np.float64)

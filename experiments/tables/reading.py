@@ -14,8 +14,8 @@ from typing import IO, Any
 import pandas as pd
 
 from experiments.tables import DataError
-from experiments.tables.hdf5 import read_hdf5
-from experiments.tables.series import Wanted, from_frame
+from experiments.tables.hdf5 import arrays_in
+from experiments.tables.series import Wanted, assemble, from_frame
 from experiments.tables.source import Source
 from experiments.tables.text import read_cells, read_text, series_name
 
@@ -80,7 +80,11 @@ def _read(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
             raise DataError(f"{path}: not a readable Parquet file ({error})") from error
         return from_frame(found, series_name(path), wanted=wanted, source=Source(str(path)))
     if content.startswith(b"\x89HDF\r\n\x1a\n"):
-        return read_hdf5(path, wanted)
+        series = []
+        for title, parts, place, notes in arrays_in(path):
+            cells = [(name, pd.Series(values)) for name, values in parts]
+            series += assemble(title, cells, wanted, Source(str(path), place.format), notes)
+        return series
     start = content.lstrip()[:20]
     if other := next((what for mark, what in OTHERS.items() if start.startswith(mark)), None):
         raise DataError(f"{path}: is {other}; save it as CSV or Parquet")
@@ -126,8 +130,8 @@ def _read_excel(path: Path, content: bytes, sheets_xml: list[bytes], wanted: Wan
     if len(filled) != 1:
         raise DataError(f"{path}: has {len(filled)} sheets with a table, {list(filled)}; save one of them as CSV")
     (sheet,) = filled.values()
-    cells = sheet.map(_cell_text).astype("str")
-    return read_cells(path, cells, "row", range(1, len(cells) + 1), "", wanted, [])
+    cells = sheet.map(_cell_text).astype("str").set_axis(pd.RangeIndex(1, len(sheet) + 1, name="row"))
+    return read_cells(path, cells, "", wanted, [])
 
 
 def _cell_text(cell) -> str:

@@ -61,18 +61,18 @@ def from_frame(
         raise source.error(f"got a {type(frame).__name__}, expected a pandas DataFrame or Series")
     if frame.columns.nlevels > 1:
         raise source.error("has several levels of columns; select one level")
+    dates = frame.select_dtypes(["datetime", "datetimetz"]).columns
     parts = [(str(title), cells) for title, cells in frame.items()]
-    dated = [title for title, cells in parts if pd.api.types.is_datetime64_any_dtype(cells.dtype)]
     for at in reversed(range(frame.index.nlevels)):
         level = frame.index.get_level_values(at)
-        is_number, title = level.dtype.kind in "iuf", level.name
-        if is_number and title is None and (dated or not equal_steps(level.to_numpy(float))):
+        is_number = level.dtype.kind in "iuf"
+        if is_number and level.name is None and (len(dates) or not equal_steps(level.to_numpy(float))):
             notes += [] if isinstance(level, pd.RangeIndex) else ["the row numbers of the frame left out"]
             continue
         if pd.api.types.is_datetime64_any_dtype(level.dtype):  # it goes before columns of dates
-            parts = [part for part in parts if part[0] not in dated]
-            notes += [f"{one!r} left out, as the index has the times" for one in dated]
-        title = str(title) if title is not None else "" if is_number else "time"
+            parts = [part for part in parts if part[0] not in dates]
+            notes += [f"{one!r} left out, as the index has the times" for one in dates]
+        title = str(level.name) if level.name is not None else "" if is_number else "time"
         parts.insert(0, (title, level.to_series()))
     return assemble(name, [(title, cells.reset_index(drop=True)) for title, cells in parts], wanted, source, notes)
 
@@ -97,10 +97,12 @@ def assemble(
     free = [one for one in rest if one.name not in asked]
     axis, used = time_axis(free, groups, sum(bool(one.name) for one in rest), source, notes)
     free = [one for one in free if one not in used]
-    notes += ["a column without a name left out" for one in free if not one.name and not _counts(one)]
-    for title, rows in zip(titles, groups, strict=True):
-        if axis is not None:
-            check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, source)
+    rows_counted = np.arange(len(parts[0][1]))  # as pandas writes the index of a frame
+    notes += [
+        "a column without a name left out" for one in free if not (one.name or np.array_equal(one.values, rows_counted))
+    ]
+    for title, rows in zip(titles, groups, strict=True) if axis is not None else ():
+        check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, source)
     names = asked if wanted.columns is not None else [one.name for one in free if one.name]
     whole = _numbers(names, columns, source)
     if wanted.columns is None and not wanted.wide:
@@ -134,11 +136,6 @@ def _groups(
     order = np.argsort(codes, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
     return groups, [str(title) for title in titles], [one for one in columns if one is not found[0]]
-
-
-def _counts(column: Column) -> bool:
-    """True if a column holds 0, 1, 2, ..., as pandas numbers rows."""
-    return column.kind == "numbers" and np.array_equal(column.values, np.arange(len(column.values)))
 
 
 def _the_one(name: str, columns: Sequence[Column], source: Source) -> Column:

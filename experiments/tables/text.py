@@ -2,10 +2,9 @@
 
 import csv
 import re
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from experiments.tables import DataError
@@ -30,62 +29,60 @@ NO_WINDOWS_1252 = (
 def read_text(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
     """The series in a text table. Raises DataError as `reading.read_series`."""
     notes: list[str] = []
-    lines = enumerate(_decoded(path, content, notes).split("\n"), start=1)
-    rows = [(number, line.strip(" ")) for number, line in lines if line.strip(" ")]
+    lines = pd.Series(_decoded(path, content, notes).split("\n"), dtype="str").str.strip(" ")
+    lines.index = lines.index.rename("line") + 1
+    lines = lines[lines != ""]
     delimiter = ""
-    if rows and (match := re.fullmatch(r"\"?sep=(.)\"?", rows[0][1])):
-        delimiter, rows = match[1], rows[1:]
-    plain = [(number, line) for number, line in rows if line[0] != "#"]
-    if not plain:
+    if len(lines) and (match := re.fullmatch(r"\"?sep=(.)\"?", lines.iloc[0])):
+        delimiter, lines = match[1], lines[1:]
+    hashed = lines.str.startswith("#")
+    if hashed.all():
         raise DataError(f"{path}: is empty, expected a row for each time step")
-    delimiter = delimiter or _delimiter([line for _, line in plain[:SAMPLE]])
-    width = len(_split(plain[0][1], delimiter))
-    # lines such as `# made by a logger`, but also rows that begin with #
-    kept = [row for row in rows if row[1][0] != "#" or len(_split(row[1], delimiter)) == width]
-    if left := len(rows) - len(kept):
-        notes.append(f"{left} line{'s' * (left != 1)} after # left out")
-    gap = next((number + 1 for (number, _), (after, _) in pairwise(rows) if after > number + 1), None)
-    if gap and width == 1 and len(plain) == len(rows):
+    delimiter = delimiter or _delimiter(lines[~hashed][:SAMPLE])
+    width = len(_split(lines[~hashed].iloc[0], delimiter))
+    # lines such as `# made by a logger`, but not rows that begin with #
+    comments = [number for number, line in lines[hashed].items() if len(_split(line, delimiter)) != width]
+    if comments:
+        notes.append(f"{len(comments)} line{'s' * (len(comments) != 1)} after # left out")
+    gaps = lines.index[:-1][np.diff(lines.index) > 1] + 1
+    if len(gaps) and width == 1 and not hashed.any():
         problem = "is empty, which can be a missing value or nothing; write NA, or delete it"
-        raise DataError(f"{path}, line {gap}: {problem}")
-    reader = csv.reader([f"{line}\n" for _, line in kept], delimiter=delimiter, skipinitialspace=True, strict=True)
+        raise DataError(f"{path}, line {gaps[0]}: {problem}")
+    lines = lines.drop(comments)
+    reader = csv.reader(lines + "\n", delimiter=delimiter, skipinitialspace=True, strict=True)
     cells, numbers = [], []
     try:
         for row in reader:  # not by pandas, which fills rows that are too short
             cells.append(row)
-            numbers.append(kept[reader.line_num - 1][0])
+            numbers.append(lines.index[reader.line_num - 1])
             if len(row) != len(cells[0]):
                 problem = f"has {len(row)} columns, the first line has {len(cells[0])}"
                 advice = "leave out lines that are not of the table, such as a title or a note, and name all columns"
                 raise DataError(f"{path}, line {numbers[-1]}: {problem}; {advice}")
     except csv.Error as error:
         raise DataError(f"{path}: cannot be read ({error}); is a quotation mark not closed?") from error
-    return read_cells(path, pd.DataFrame(cells, dtype="str"), "line", numbers, delimiter, wanted, notes)
+    table = pd.DataFrame(cells, pd.Index(numbers, name="line"), dtype="str")
+    return read_cells(path, table, delimiter, wanted, notes)
 
 
-def read_cells(
-    path: Path, cells: pd.DataFrame, unit: str, numbers: Sequence[int], delimiter: str, wanted: Wanted, notes: list[str]
-) -> list[pd.DataFrame]:
-    """The series in cells of text (rows, columns), of which the first row may hold names. Rows are a `unit` each."""
+def read_cells(path: Path, cells: pd.DataFrame, delimiter: str, wanted: Wanted, notes: list[str]) -> list[pd.DataFrame]:
+    """The series in cells of text (rows, columns), where the first row may hold names. The index numbers the rows."""
     filled = (cells != "").any(axis=1).to_numpy().nonzero()[0]
     if 0 < len(filled) < len(cells) and any(map(is_date, cells.iloc[filled[-1]])):  # a row without a date is none
-        table = slice(filled[0], filled[-1] + 1)
-        cells, numbers, count = cells[table], numbers[table], len(cells)
-        if len(cells) < count:
-            notes.append(f"{count - len(cells)} empty rows before or after the table left out")
+        before, cells = len(cells), cells[filled[0] : filled[-1] + 1]
+        if left := before - len(cells):
+            notes.append(f"{left} empty rows before or after the table left out")
     names = [cell.strip() for cell in cells.iloc[0]]
     if has_names := _has_names(names):
-        cells, numbers = cells.iloc[1:], numbers[1:]
-    elif (
-        delimiter == "," and len(names) == 2 and (cells.iloc[:, 0] + "," + cells.iloc[:, 1]).str.fullmatch(COMMA).all()
-    ):
+        cells = cells[1:]
+    elif delimiter == "," and len(names) == 2 and (cells[0] + "," + cells[1]).str.fullmatch(COMMA).all():
         text = ",".join(names)
         raise DataError(f"{path}: {text!r} can be two numbers, or one with a decimal comma; write names above them")
-    if not len(cells):
+    if cells.empty:
         raise DataError(f"{path}: has names but no numbers, expected a row for each time step")
-    source = Source(str(path), lambda row: f"{unit} {numbers[row]}", has_names, delimiter)
+    source = Source(str(path), lambda row: f"{cells.index.name} {cells.index[row]}", has_names, delimiter)
     titles = names if has_names else [f"x{at}" for at in range(len(names))]
-    parts = [(title, cells.iloc[:, at].reset_index(drop=True)) for at, title in enumerate(titles)]
+    parts = [(title, cells[at].reset_index(drop=True)) for at, title in enumerate(titles)]
     return assemble(series_name(path), parts, wanted, source, notes)
 
 
@@ -111,7 +108,7 @@ def _decoded(path: Path, content: bytes, notes: list[str]) -> str:
     return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _delimiter(lines: Sequence[str]) -> str:
+def _delimiter(lines: pd.Series) -> str:
     """The mark that divides most rows into as many cells as the first row, and into more than one.
 
     If there is none, the rows are divided by spaces where they end in a space and a number, or else not at all.
@@ -123,7 +120,7 @@ def _delimiter(lines: Sequence[str]) -> str:
 
     if share(best := max(DELIMITERS, key=share)):
         return best
-    words = lines[-1].split()
+    words = lines.iloc[-1].split()
     return " " if len(words) > 1 and _is_number(words[-1]) else "\t"
 
 
