@@ -64,7 +64,7 @@ def test_what_looks_like_a_date_but_is_not_in_the_calendar(cell):
 
 @pytest.mark.parametrize("cell", ["Jan-59", "30.12.55", "5-Jan-59", "1/2/03", "99/1/23", "Jan '59"])
 def test_years_of_two_digits_are_refused(cell):
-    with pytest.raises(DataError, match="has a year of two digits, which can be in this century or in the last one"):
+    with pytest.raises(DataError, match="has a year of two digits, of this century or the last; write all four"):
         read([cell])
 
 

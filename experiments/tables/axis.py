@@ -27,9 +27,7 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, source: 
 
     free: the columns that are not asked for as variables; `named` columns have names. groups: the rows of each series.
     Times are in a column of dates, with a clock or an hour in another one; in columns with parts of dates; or in a
-    column of numbers: the first one, or the first with a name, if its name or its steps say so, or another one that
-    rises and is called by a time. What was put together is added to `notes`. Raises DataError for columns that can both
-    be the times.
+    column of numbers, whose name or steps say so. Raises DataError for columns that can both be the times.
     """
     if any(one.kind == "dates" for one in free):
         return _of_dates(free, groups, source, notes)
@@ -68,8 +66,7 @@ def _of_dates(free: list[Column], groups: list[np.ndarray], source: Source, note
         notes.append(f"{first.name!r} and {clocks[0].name!r} put together")
         return dates_of(both, clocks[0].name, source).rename(first.name), [*dated, clocks[0]]
     if len(moving) > 1:
-        names = f"{moving[0].name!r} and {moving[1].name!r}"
-        raise source.error(f"{names} can both be the times; delete one of them")
+        raise source.error(f"{moving[0].name!r} and {moving[1].name!r} can both be the times; delete one of them")
     axis = (moving or dated)[0]
     notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in dated if one is not axis]
     in_utc = is_text(axis.cells) and str(axis.values.tz) == "UTC"
@@ -112,11 +109,10 @@ def tells_time(name: str) -> bool:
 
 def _rises(values) -> bool:
     """True if times, or finite numbers, rise strictly, by finite steps."""
-    if isinstance(values, pd.DatetimeIndex):
-        return values.is_monotonic_increasing and values.is_unique
-    with np.errstate(over="ignore", invalid="ignore"):
-        steps = np.diff(values)
-        return bool(np.isfinite(values).all() and np.isfinite(steps.sum()) and (steps > 0).all())
+    index = pd.Index(values)
+    with np.errstate(over="ignore"):  # from the first to the last is no further than a float can tell
+        is_finite = isinstance(index, pd.DatetimeIndex) or np.isfinite(values[-1] - values[0])
+    return bool(is_finite and index.is_monotonic_increasing and index.is_unique)
 
 
 def equal_steps(values: np.ndarray) -> bool:
@@ -126,12 +122,9 @@ def equal_steps(values: np.ndarray) -> bool:
 
 
 def _is_axis(name: str, values: np.ndarray) -> bool:
-    """True if numbers (T) without a telling name are a time axis.
-
-    They rise in equal steps, and the name is a counter's, or at least three numbers have no name, or they are whole.
-    """
-    whole = bool((values == np.round(values)).all())
-    return equal_steps(values) and (name.lower() in COUNTER_NAMES or (len(values) >= 3 and (not name or whole)))
+    """True if numbers (T) rise in equal steps and are called by a counter, or are three without a name, or whole."""
+    is_many = len(values) >= 3 and (not name or bool((values == np.round(values)).all()))
+    return equal_steps(values) and (is_many or name.lower() in COUNTER_NAMES)
 
 
 def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column], source: Source) -> None:

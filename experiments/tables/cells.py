@@ -90,8 +90,8 @@ def _column_of_text(name: str, cells: pd.Series, mark: str, source: Source, may_
 def decimal_mark(parts: Sequence[tuple[str, pd.Series]], asked: Sequence[str], source: Source) -> str:
     """The decimal mark of the numbers in columns of text (name, cells): the other mark groups digits by three.
 
-    The columns `asked` for decide; where both marks fit these, the other columns. Raises DataError if two of them, or
-    any two if none are asked for, contradict each other, and if both marks fit and would give other numbers.
+    The columns `asked` for decide; where both marks fit these, the other columns. Raises DataError for columns that
+    contradict each other, and if both marks fit and would give other numbers.
     """
     marks, doubtful = set(STYLES), []
     for title, cells in sorted(parts, key=lambda one: one[0] not in asked):

@@ -59,14 +59,12 @@ def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
     """The dates in the cells of text (T) of column `name`, all in the form of the first date.
 
     A month or a quarter is its first day, a week its Monday. Times with several offsets are in UTC. Whether 1/2/2023
-    starts with the day is decided for all cells together: such that all are dates, such that they rise, and such that
-    the steps are equal. Raises DataError for another cell, for years of two digits, for seasons such as 2010/11, and
-    for cells that can be two dates.
+    starts with the day is decided for all cells together: such that all are dates, that they rise, and in equal steps.
+    Raises DataError for another cell, years of two digits, seasons such as 2010/11, and cells that can be two dates.
     """
     first = next(filter(is_date, cells))
     if _fits(_SHORT_YEAR, first):
-        problem = "has a year of two digits, which can be in this century or in the last one"
-        raise source.error(f"{first!r} {problem}; write years with four digits", name)
+        raise source.error(f"{first!r} has a year of two digits, of this century or the last; write all four", name)
     form, *orders = next(one for one in _FORMS if _fits(one[0], first))
     fits = cells.str.fullmatch(f"(?i:{form})").to_numpy(bool)
     if not fits.all():
@@ -86,9 +84,8 @@ def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
     for is_good in (lambda found: found.is_monotonic_increasing, regular):
         readings = [found for found in readings if is_good(found)] or readings
     if not readings[0].equals(readings[-1]):
-        days = [str(found[0].date()) for found in readings]
-        problem = f"{first!r} can start with the day or with the month, {' or '.join(days)}"
-        raise source.error(f"{problem}; write dates as {days[0]}", name)
+        problem = f"{first!r} can start with the day or with the month, {readings[0][0]:%Y-%m-%d} or {readings[-1][0]:%Y-%m-%d}"
+        raise source.error(f"{problem}; write dates as {readings[0][0]:%Y-%m-%d}", name)
     return readings[0]
 
 
@@ -122,13 +119,11 @@ def _parsed(text: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
 def dates_of_numbers(values: np.ndarray, name: str, source: Source, is_telling: bool) -> pd.DatetimeIndex | None:
     """The dates in numbers (T) such as 202312, 20231231, 2023123123 and longer ones; None if they are no such dates.
 
-    is_telling: the name of the column says that it holds times. Raises DataError for weeks, seasons, days that are not
-    in the calendar, and for numbers that can be months or numbers.
+    is_telling: the name of the column says that it holds times. Raises DataError for weeks, seasons, numbers that may
+    be months, and days that are not in the calendar.
     """
     if values.dtype.kind != "i":
-        if is_telling and np.isfinite(values).all():
-            _refuse_points(values, name, source)
-        return None
+        return _refuse_points(values, name, source) if is_telling and np.isfinite(values).all() else None
     digits = len(str(values[0]))
     year = values // 10 ** max(digits - 4, 0)
     if digits not in _OF_DIGITS or not np.isin(year, YEARS).all():
@@ -137,13 +132,14 @@ def dates_of_numbers(values: np.ndarray, name: str, source: Source, is_telling: 
         part = values % 100
         _refuse_seasons(year, part, values[0], name, source)
         if ("week" in name.lower() or (is_telling and part.max() > 12)) and np.isin(part, range(1, 54)).all():
-            problem = f"{values[0]} is a week, and weeks are counted in several ways"
-            raise source.error(f"{problem}; write its first day", name)
+            raise source.error(
+                f"{values[0]} is a week, and weeks are counted in several ways; write its first day", name
+            )
         if not np.isin(part, MONTH_NUMBERS).all() or not (is_telling or (np.diff(values) > 0).all()):
             return None
         if not is_telling and year[0] == year[-1]:
-            problem = f"{values[0]} can be the month {year[0]}-{part[0]:02d} or a number"
-            raise source.error(f"{problem}; call the column 'month', or write a date", name)
+            advice = "call the column 'month', or write a date"
+            raise source.error(f"{values[0]} can be the month {year[0]}-{part[0]:02d} or a number; {advice}", name)
     found = pd.DatetimeIndex(pd.to_datetime(pd.Series(values).astype(str), format=_OF_DIGITS[digits], errors="coerce"))
     bad = found.isna()
     if digits == 8 and is_telling and bad.any() and not bad.all():

@@ -149,8 +149,7 @@ def _the_one(name: str, columns: Sequence[Column], source: Source) -> Column:
 def _numbers(names: Sequence[str], columns: Sequence[Column], source: Source) -> pd.DataFrame:
     """The columns with these names as float64 (T, D). Raises DataError for others than numbers."""
     if not names:
-        all_names = [one.name for one in columns]
-        raise source.error(f"has no column of numbers to forecast, only {all_names}; expected at least one")
+        raise source.error(f"has no column of numbers to forecast, only {[one.name for one in columns]}; expected one")
     found = [_the_one(name, columns, source) for name in names]
     for one in (one for one in found if one.kind != "numbers"):
         cell = str(one.cells.iloc[one.problem])[:40] or "nothing"
@@ -168,10 +167,10 @@ def _refuse_times_as_names(names: Sequence[str], source: Source) -> None:
     times = rf"(?i:{MONTH}|{CLOCK}|q(?:tr|uarter)?[ _]?[1-4]|(?:1[89]|20)\d\d)"
     found = [name for name in names if is_date(name) or re.fullmatch(times, name)]
     if len(found) > 2 or list(names) == [str(month) for month in range(1, 13)]:
-        raise source.error(
-            f"has columns {names[0]!r} to {names[-1]!r}, which can be variables, or the times of a series in each row; "
-            "write a row for each time, or name the variables with --columns"
+        problem = (
+            f"has columns {names[0]!r} to {names[-1]!r}, which can be variables, or the times of a series in each row"
         )
+        raise source.error(f"{problem}; write a row for each time, or name the variables with --columns")
 
 
 def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, source: Source) -> pd.DataFrame:
@@ -189,8 +188,8 @@ def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, source: Sourc
         raise source.error(f"{problem} {source.place(rows[row])}, column {frame.columns[at]!r}; {FILL}; or {LEAVE_OUT}")
     for name, known in frame.count().items():
         if known < 2:
-            problem = f"{name!r} has {known} of {len(frame)} values, expected at least 2 to interpolate"
-            raise source.error(f"{problem}; {LEAVE_OUT}")
+            problem = f"{name!r} has {known} of {len(frame)} values, expected at least 2 to interpolate; {LEAVE_OUT}"
+            raise source.error(problem)
     filled = frame.interpolate(method="index", limit_direction="both")
     if not np.isfinite(filled.to_numpy()).all():
         raise source.error("its values are too far apart to interpolate")
