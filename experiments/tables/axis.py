@@ -111,7 +111,7 @@ def _rises(values) -> bool:
     """True if times, or finite numbers, rise strictly, by finite steps."""
     index = pd.Index(values)
     with np.errstate(over="ignore"):  # from the first to the last is no further than a float can tell
-        is_finite = isinstance(index, pd.DatetimeIndex) or np.isfinite(values[-1] - values[0])
+        is_finite = isinstance(index, pd.DatetimeIndex) or np.isfinite(values[-1:] - values[:1]).all()
     return bool(is_finite and index.is_monotonic_increasing and index.is_unique)
 
 

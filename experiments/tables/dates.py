@@ -84,8 +84,9 @@ def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
     for is_good in (lambda found: found.is_monotonic_increasing, regular):
         readings = [found for found in readings if is_good(found)] or readings
     if not readings[0].equals(readings[-1]):
-        problem = f"{first!r} can start with the day or with the month, {readings[0][0]:%Y-%m-%d} or {readings[-1][0]:%Y-%m-%d}"
-        raise source.error(f"{problem}; write dates as {readings[0][0]:%Y-%m-%d}", name)
+        one, other = (f"{found[0]:%Y-%m-%d}" for found in readings)
+        problem = f"{first!r} can start with the day or with the month, {one} or {other}"
+        raise source.error(f"{problem}; write dates as {one}", name)
     return readings[0]
 
 
@@ -132,9 +133,7 @@ def dates_of_numbers(values: np.ndarray, name: str, source: Source, is_telling: 
         part = values % 100
         _refuse_seasons(year, part, values[0], name, source)
         if ("week" in name.lower() or (is_telling and part.max() > 12)) and np.isin(part, range(1, 54)).all():
-            raise source.error(
-                f"{values[0]} is a week, and weeks are counted in several ways; write its first day", name
-            )
+            raise source.error(f"{values[0]} is a week, which is counted in several ways; write its first day", name)
         if not np.isin(part, MONTH_NUMBERS).all() or not (is_telling or (np.diff(values) > 0).all()):
             return None
         if not is_telling and year[0] == year[-1]:
