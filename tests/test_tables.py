@@ -4,7 +4,6 @@ import gzip
 import io
 import lzma
 import zipfile
-from contextlib import suppress
 from datetime import datetime, time
 from pathlib import Path
 
@@ -141,15 +140,15 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "clock set back": ("d,a\n2023-10-29 02:45,1\n2023-10-29 02:00,2\n", "write times with their offset from UTC"),
     "day or month": ("date,a\n1/2/2023,1\n2/3/2023,2\n", "with the day or with the month, 2023-02-01 or 2023-01-02"),
     "two digits": ("m,a\nJan-59,1\nFeb-59,2\n", "'Jan-59' has a year of two digits, of this century or the last"),
-    "weeks": ("week,a\n202252,1\n202301,2\n", "202252 is a week, and weeks are counted in several ways"),
+    "weeks": ("week,a\n202252,1\n202301,2\n", "202252 is a week, which is counted in several ways"),
     "seasons": ("s,a\n2010/11,1\n2011/12,2\n", "'2010/11' can be month 11 of 2010 or the season 2010 to 2011"),
     "months with a point": ("date,a\n2022.11,1\n2022.12,2\n2023.01,3\n", "2022.11 can be a month or a number"),
     "no such day": ("date,a\n20230228,1\n20230229,2\n", "line 3, .*20230229 is not a day of the calendar"),
     "a month in each": (
         "year,jan,feb,mar\n2020,1,1,1\n2021,2,2,2\n",
-        "'jan' to 'mar', which can be variables, or the times",
+        "'jan' to 'mar', which can be variables, or times",
     ),
-    "a year in each": ("site,2019,2020,2021\n1,5,6,7\n2,4,5,6\n", "which can be variables, or the times"),
+    "a year in each": ("site,2019,2020,2021\n1,5,6,7\n2,4,5,6\n", "which can be variables, or times"),
     "a decimal comma": ("1,5\n1,6\n", "'1,5' can be two numbers, or one with a decimal comma; write names"),
     "months or a count": ("n,a\n202301,1\n202302,2\n", "202301 can be the month 2023-01 or a number"),
     "24 o'clock": ("d,a\n2023-01-01 23:00,1\n2023-01-01 24:00,2\n", "write 00:00 of the next day"),
@@ -162,6 +161,9 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "NumPy": (b"\x93NUMPY\x01", "is a NumPy array; save it as CSV"),
     "JSON": ('{"a": 1}', "is JSON"),
     "UTF-16": ("a\0,\0b\0", "has zero bytes, as UTF-16 without a mark has; save it as .* encoded as UTF-8"),
+    "GBK": ("d,销量\n2023-01-01,1\n".encode("gbk"), "is no text in UTF-8 .*, nor in Windows-1252, which would give"),
+    "Cyrillic": ("d,продажи\n2023-01-01,1\n".encode("cp1251"), "is no text in UTF-8 .*, nor in Windows-1252"),
+    "Polish": ("d,sprzedaż\n2023-01-01,1\n".encode("cp1250"), "is no text in UTF-8 .*, nor in Windows-1252"),
     "damaged bzip2": ("BZh9", "cannot be read"),
     "two files": (zipped(a=b"1", b=b"2"), r"is a zip file of \['a', 'b'\], expected one table in it"),
     "damaged Excel": (zipped(**{"[Content_Types].xml": b""}), "Excel file"),
@@ -209,15 +211,6 @@ def test_cells_of_excel(rows, expected, tmp_path):
     book.save(tmp_path / "a.csv")
     with pytest.raises(DataError, match=r"has (2 sheets with a table|formulas)"):
         read_series(tmp_path / "a.csv")
-
-
-NAMES_IN = {"gbk": "销量", "shift-jis": "売上", "cp1251": "продажи", "cp1250": "sprzedaż", "mac-roman": "Größe"}
-
-
-@pytest.mark.parametrize(("encoding", "name"), NAMES_IN.items())
-def test_names_in_another_encoding_are_refused(table, encoding, name):
-    with pytest.raises(DataError, match=r"is no text in UTF-8 .*, nor in Windows-1252, which would give"):
-        table(f"date,{name}\n2023-01-01,1\n2023-01-02,2\n".encode(encoding))
 
 
 def test_what_is_chosen_is_said(table):
@@ -287,29 +280,6 @@ def test_a_small_file_cannot_claim_much_memory(table, monkeypatch):
         table(gzip.compress(b"1.5\n" * 1000), name="a.csv.gz")
 
 
-numbers = st.floats(allow_nan=False, allow_infinity=False, width=64)
-
-
-@pytest.mark.parametrize(("delimiter", "mark"), [",.", ";,", "\t.", " ."])
-def test_numbers_come_back_exactly(delimiter, mark, tmp_path_factory):
-    path = tmp_path_factory.mktemp("round") / "a.csv"
-
-    @settings(deadline=None)
-    @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6))
-    def check(rows):
-        lines = (delimiter.join(repr(value).replace(".", mark) for value in row) for row in rows)
-        path.write_text(f"a{delimiter}b\n" + "\n".join(lines) + "\n")
-        try:
-            (found,) = read_series(path, ["a", "b"])
-        except DataError as error:
-            if "write all numbers with a decimal point" in str(error):  # 1,234 alone can be two numbers
-                return
-            raise
-        assert found.values.tolist() == [list(row) for row in rows]
-
-    check()
-
-
 def test_columns_are_chosen_by_name(table):
     assert table("a,b,a\n1,2,3\n4,5,6\n", ["b"]).values.tolist() == [[2], [5]]
     assert list(table("a,b\n1,2\n", ["b", "a", "b"]).columns) == ["b", "a"]
@@ -352,39 +322,32 @@ def test_hdf5_files_of_any_number_of_variables(hdf5):
     assert [one.attrs["name"] for one in hdf5({f"s{at}": np.ones(3) for at in range(12)})][:3] == ["s0", "s1", "s2"]
 
 
-@pytest.mark.parametrize(
-    ("arrays", "attributes", "names"),
-    [
-        ({"trajectories": THREE}, [], ["x0", "x1", "x2"]),
-        ({"trajectories": THREE[..., :2], "time": np.arange(4.0)}, [], ["prey", "predator"]),
-        ({"trajectories": THREE}, [("trajectories", "names", "u, v, w")], ["u", "v", "w"]),
-        ({"trajectories": THREE}, [("trajectories", "names", np.array([b"u", b"v", b"w"]))], ["u", "v", "w"]),
-        ({"a": np.ones(4)}, [("a", "variables", "load")], ["load"]),
-    ],
-)
-def test_names_in_hdf5(hdf5, arrays, attributes, names):
-    assert list(hdf5(arrays, attributes)[0].columns) == names
+ARRAYS = [  # arrays and attributes: the names of the variables, or what is said
+    ({"trajectories": THREE}, [], ["x0", "x1", "x2"]),
+    ({"trajectories": THREE[..., :2], "time": np.arange(4.0)}, [], ["prey", "predator"]),
+    ({"trajectories": THREE}, [("trajectories", "names", "u, v, w")], ["u", "v", "w"]),
+    ({"trajectories": THREE}, [("trajectories", "names", np.array([b"u", b"v", b"w"]))], ["u", "v", "w"]),
+    ({"a": np.ones(4)}, [("a", "variables", "load")], ["load"]),
+    ({"time": np.arange(3.0)}, [], r"holds \['time'\], expected the array 'trajectories', or arrays"),
+    ({"group/a": np.ones(3)}, [], r"holds \['group'\], expected"),
+    ({"a": np.ones((2, 3, 4))}, [], "expected numbers of rank 1 or 2"),
+    ({"a": np.ones((0, 2))}, [], "expected at least one number"),
+    ({"trajectories": THREE, "time": np.arange(3.0)}, [], r"are \(1, 4, 3\), time \(3,\), expected"),
+    ({"a": np.ones(3), "time": np.array([0, 1, np.nan])}, [], "has no time in 'time'"),
+    ({"a": np.array([1, np.inf])}, [], r"a\[1\], column 'x0': is infinite"),
+    ({"trajectories": THREE * np.nan}, [], r"12 of 12 values are missing, the first in trajectories\[0, 0\]"),
+    ({"trajectories": THREE}, [("/", "names", ["u", "v", "v"])], "expected 3 different names"),
+    ({"a": np.ones(3)}, [("a", "scale_factor", "x")], "of a is 'x', expected a number"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arrays", "attributes", "message"),
-    [
-        ({"time": np.arange(3.0)}, [], r"holds \['time'\], expected the array 'trajectories', or arrays"),
-        ({"group/a": np.ones(3)}, [], r"holds \['group'\], expected"),
-        ({"a": np.ones((2, 3, 4))}, [], "expected numbers of rank 1 or 2"),
-        ({"a": np.ones((0, 2))}, [], "expected at least one number"),
-        ({"trajectories": THREE, "time": np.arange(3.0)}, [], r"are \(1, 4, 3\), time \(3,\), expected"),
-        ({"a": np.ones(3), "time": np.array([0.0, 2, 1])}, [], "time 1 comes after 2"),
-        ({"a": np.ones(3), "time": np.array([0, 1, np.nan])}, [], "has no time in 'time'"),
-        ({"a": np.array([1, np.inf])}, [], r"a\[1\], column 'x0': is infinite"),
-        ({"trajectories": THREE * np.nan}, [], r"12 of 12 values are missing, the first in trajectories\[0, 0\]"),
-        ({"trajectories": THREE}, [("/", "names", ["u", "v", "v"])], "expected 3 different names"),
-        ({"a": np.ones(3)}, [("a", "scale_factor", "x")], "of a is 'x', expected a number"),
-    ],
-)
-def test_other_hdf5_files_are_refused(hdf5, arrays, attributes, message):
-    with pytest.raises(DataError, match=message):
-        hdf5(arrays, attributes)
+@pytest.mark.parametrize(("arrays", "attributes", "expected"), ARRAYS)
+def test_names_in_hdf5_and_what_is_refused(hdf5, arrays, attributes, expected):
+    if isinstance(expected, list):
+        assert list(hdf5(arrays, attributes)[0].columns) == expected
+    else:
+        with pytest.raises(DataError, match=expected):
+            hdf5(arrays, attributes)
 
 
 def test_conventions_of_netcdf(hdf5):
@@ -485,7 +448,7 @@ def test_no_column_overwrites_another():
 
 
 # what pandas may write: marks, quotes, a mark for missing values
-DIALECTS = [{}, {"sep": ";", "decimal": ","}, {"sep": "\t", "quoting": 2}, {"na_rep": "NA"}]
+DIALECTS = [{}, {"sep": ";", "decimal": ","}, {"sep": "\t", "quoting": 2}, {"na_rep": "NA"}, {"sep": " "}]
 INDEX = {
     None: lambda rows: pd.RangeIndex(rows),
     "day": lambda rows: pd.date_range("2023-12-25", periods=rows),
@@ -494,23 +457,27 @@ INDEX = {
     "year": lambda rows: pd.Index(range(1990, 1990 + rows)),
 }
 NAMES = st.text("abc xyzäß#'$_%", min_size=1, max_size=5).map(str.strip).filter(bool)
+CELLS = st.floats(allow_infinity=False) | st.integers(-(10**6), 10**6).map(float)
 
 
 @pytest.mark.parametrize("options", DIALECTS)
-def test_what_pandas_writes_comes_back_or_is_refused(options, tmp_path_factory):
+def test_what_pandas_writes_comes_back_exactly_or_is_refused(options, tmp_path_factory):
     path = tmp_path_factory.mktemp("dialect") / "a.csv"
-    cell = st.one_of(numbers, st.integers(-(10**6), 10**6).map(float), st.just(float("nan")))
 
     @settings(deadline=None)
     @given(st.lists(NAMES, min_size=1, max_size=3, unique=True), st.sampled_from(list(INDEX)), st.data())
     def check(names, kind, source):
-        row = st.lists(cell, min_size=len(names), max_size=len(names))
+        row = st.lists(CELLS, min_size=len(names), max_size=len(names))
         values = source.draw(st.lists(row, min_size=2, max_size=8))
-        index = INDEX[kind](len(values)).rename(kind)
-        frame = pd.DataFrame(values, index, names, dtype=float)
+        frame = pd.DataFrame(values, INDEX[kind](len(values)).rename(kind), names, dtype=float)
         frame.to_csv(path, index=kind is not None or source.draw(st.booleans()), **options)
-        with suppress(DataError):
+        try:
             (found,) = read_series(path, missing="keep")
+        except DataError as error:
+            is_plain = kind == "day" and "".join(names).isalpha() and not frame.isna().any(axis=None)
+            if is_plain and "write all numbers with a decimal point" not in str(error):  # 1,234 can be two numbers
+                raise
+        else:
             pd.testing.assert_frame_equal(
                 found, frame, check_exact=True, check_freq=False, check_index_type=False, check_column_type=False
             )

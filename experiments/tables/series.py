@@ -166,9 +166,7 @@ def _refuse_times_as_names(names: Sequence[str], source: Source) -> None:
     times = rf"(?i:{MONTH}|{CLOCK}|q(?:tr|uarter)?[ _]?[1-4]|(?:1[89]|20)\d\d)"
     found = [name for name in names if is_date(name) or re.fullmatch(times, name)]
     if len(found) > 2 or list(names) == [str(month) for month in range(1, 13)]:
-        problem = (
-            f"has columns {names[0]!r} to {names[-1]!r}, which can be variables, or the times of a series in each row"
-        )
+        problem = f"has columns {names[0]!r} to {names[-1]!r}, which can be variables, or times of a series in each row"
         raise source.error(f"{problem}; write a row for each time, or name the variables with --columns")
 
 
