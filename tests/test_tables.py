@@ -1,6 +1,5 @@
 """Files as people have them: text tables, Excel, HDF5, Parquet, pandas; several series; forecasts back to tables."""
 
-import bz2
 import gzip
 import io
 import lzma
@@ -16,13 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.tables import DataError, following, forecast_frame, from_frame, read_series, reading, told, write
-from experiments.tables.dates import MONTHS
 from experiments.tables.times import time_texts
-
-
-def texts(index, steps=2):
-    """The next times of a series, as a forecast has them."""
-    return time_texts(following(index, steps), index)
 
 
 @pytest.fixture
@@ -36,13 +29,6 @@ def table(tmp_path):
         return found
 
     return read
-
-
-def test_a_header_is_a_row_with_a_cell_that_is_no_number(table):
-    assert list(table("site,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n").columns) == ["site", "2019", "2020"]
-    assert list(table(",0,1\n0,1.5,4\n1,1.6,4\n").columns) == ["0", "1"]
-    years = table("2018,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n")  # years alone are numbers, so data
-    assert (list(years.columns), len(years.values)) == (["x0", "x1", "x2"], 3)
 
 
 def zipped(**files: bytes) -> bytes:
@@ -63,18 +49,15 @@ STYLES = {
     "quoted cells": '"a","b"\n"1.5","2"\n"1.6","3"\n',
     "comments and empty lines": "# made by a logger\na,b\n\n1.5,2\n# a pause\n1.6,3\n\n",
     "Excel's mark": "sep=;\na;b\n1,5;2\n1,6;3\n",
-    "byte order mark": "\ufeffa,b\n1.5,2\n1.6,3\n",
     "western Europe": "a,b,Höhe (m³)\n1.5,2,1\n1.6,3,1\n".encode("cp1252"),
     "spaces in a row": "  a   b\n  1.5 2\n1.6   3\n",
     "windows": "a,b\r\n1.5,2\r\n1.6,3\r\n",
     "utf-16": "a,b\n1.5,2\n1.6,3\n".encode("utf-16"),
-    "two byte order marks": "\ufeff\ufeffa,b\n1.5,2\n1.6,3\n",
-    "pipes": "a|b\n1.5|2\n1.6|3\n",
     "old Macs": "a,b\r1.5,2\r1.6,3\r",
     "rows that Excel left empty": "d;a;b\n2023-01-01;1,5;2\n2023-01-02;1,6;3\n;;\n",
     "gzip": gzip.compress(PACKED),
     "zip": zipped(**{"a.csv": PACKED}),
-    "bzip2": bz2.compress(PACKED),
+    "two byte order marks": "\ufeff\ufeffa,b\n1.5,2\n1.6,3\n",
     "xz": lzma.compress(PACKED),
     "a column of texts is left out by name": "a,b,site\n1.5,2,Ham\n1.6,3,Ham\n",
 }
@@ -107,7 +90,6 @@ TIMES = {  # text: (name of the times, the next one)
     "not in equal steps": ("t,a\n0,1\n1,2\n2,3\n7,4\n", "t", "8"),
     "a clock in its column": ("d;at;a\n1.1.2023;23:58;1\n1.1.2023;23:59;2\n", "d", "2023-01-02 00:00:00"),
     "an hour in its column": ("d,hour,a\n2023-01-01,22,1\n2023-01-01,23,2\n", "d", "2023-01-02 00:00:00"),
-    "year and month": ("year,month,a\n2023,11,1\n2023,12,2\n", "time", "2024-01-01"),
     "year and quarter": ("year,quarter,a\n2022,3,1\n2022,4,2\n", "time", "2023-01-01"),
     "a date that stands still": ("made,d,a\n2023-01-01,2023-02-01,1\n2023-01-01,2023-02-02,2\n", "d", "2023-02-03"),
     "a count of rows before it": (",year,a\n1,1900,1\n2,1901,2\n", "year", "1902"),
@@ -125,68 +107,69 @@ def test_a_time_axis_is_found_and_continued(table, text, name, expected):
     assert write([found], np.ones((1, 1, found.shape[1]))).splitlines()[1].startswith(f"a,1,{expected},1.0")
 
 
-def test_what_is_no_time_axis_is_a_variable(table):
-    assert list(table("weight,a\n1.1,1\n1.2,2\n1.4,3\n").columns) == ["weight", "a"]
+VARIABLES = {  # text: the variables, all but the times
+    "weight,a\n1.1,1\n1.2,2\n1.4,3\n": ["weight", "a"],
+    "1\n2\n3\n": ["x0"],  # the only column
+    ",a,b\n2023-01-01,1,5\n2023-01-02,2,6\n2023-01-03,3,9\n": ["a", "b"],  # dates are it
+    "20231115.10,1\n20231215.11,2\n": ["x0", "x1"],  # decimals are no dates
+    "site,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n": ["site", "2019", "2020"],  # names, as a cell is no number
+    ",0,1\n0,1.5,4\n1,1.6,4\n": ["0", "1"],  # as pandas writes them
+    "2018,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n": ["x0", "x1", "x2"],  # years alone are numbers, so data
+}
+
+
+@pytest.mark.parametrize(("text", "names"), VARIABLES.items())
+def test_what_is_a_variable(table, text, names):
+    assert list(table(text).columns) == names
     assert list(table("year,a\n1900,1\n1901,2\n", ["year", "a"]).columns) == ["year", "a"]  # asked for by name
-    assert list(table("1\n2\n3\n").columns) == ["x0"]  # the only column
-    assert list(table(",a,b\n2023-01-01,1,5\n2023-01-02,2,6\n2023-01-03,3,9\n").columns) == ["a", "b"]  # dates are it
-    assert list(table("20231115.10,1\n20231215.11,2\n").columns) == ["x0", "x1"]  # decimals are no dates
 
 
 REFUSED = {  # what can mean two things, would have to be guessed, or is no table
     "text": ("a,b\n1,2\n3,oak\n", "line 3, column 'b': holds 'oak', expected a number"),
     "infinite": ("a,b\n1,2\n3,inf\n", "line 3, column 'b': is infinite"),
-    "ragged": ("1,2\n3,4,5\n", "line 2: has 3 columns, the first line has 2"),
     "empty": ("", "is empty"),
     "names only": ("a,b\n", "has names but no numbers"),
     "only dates": ("date\n2023-01-01\n2023-01-02\n", "has no column of numbers"),
     "twice": ("a,a\n1,2\n3,4\n", "has 2 columns 'a', expected one"),
     "quote": ('a\n"1\n', "cannot be read"),
     "both marks": ("a;b\n1,5;1.5\n1,6;1.6\n", "has the other mark"),
-    "no rows for the sample": ("# only a comment\n\n", "is empty"),
     "a date is missing": ("date,a\n2023-01-01,1\n,2\n", "line 3, column 'date': holds 'nothing', expected a date"),
-    "a date is another text": ("a,date\n1,2023-01-01\n2,oak\n", "line 3, column 'date': holds 'oak', expected a date"),
-    "names of months over numbers": ("Jan 2020,Feb 2020\n1,2\n", "line 2, column 'x0': holds '1', expected a date"),
-    "no text": (b"a\n\x81\n", "is no text in UTF-8"),
-    "damaged gzip": (gzip.compress(b"a\n1\n2\n")[:-4], "cannot be read"),
     "falls": ("date,a\n2023-01-02,1\n2023-01-01,2\n", r"line 3, column 'date': the time 2023-01-01 comes after 2023-"),
     "a year twice": ("year,a\n2018,1\n2019,2\n2019,3\n2020,4\n", r"the time 2019 repeats \(2 rows have it\)"),
     "a day twice": ("d,site,a\n2023-01-01,x,1\n2023-01-01,y,2\n", r"tells them apart with --id \(site\), else keep"),
-    "the clock was set back": (
-        "d,a\n2023-10-29 02:30,1\n2023-10-29 02:45,2\n2023-10-29 02:00,3\n",
-        "write times with their offset from UTC",
-    ),
-    "day or month": (
-        "date,a\n1/2/2023,1\n2/3/2023,2\n",
-        "start with the day or with the month, 2023-02-01 or 2023-01-02",
-    ),
-    "two digits": ("m,a\nJan-59,1\nFeb-59,2\n", "'Jan-59' has a year of two digits, which can be in this century or"),
-    "weeks": ("week,a\n202252,1\n202301,2\n", "202252 is a week, and weeks are counted in several ways"),
+    "clock set back": ("d,a\n2023-10-29 02:45,1\n2023-10-29 02:00,2\n", "write times with their offset from UTC"),
+    "day or month": ("date,a\n1/2/2023,1\n2/3/2023,2\n", "with the day or with the month, 2023-02-01 or 2023-01-02"),
+    "two digits": ("m,a\nJan-59,1\nFeb-59,2\n", "'Jan-59' has a year of two digits, of this century or the last"),
+    "weeks": ("week,a\n202252,1\n202301,2\n", "202252 is a week, which is counted in several ways"),
     "seasons": ("s,a\n2010/11,1\n2011/12,2\n", "'2010/11' can be month 11 of 2010 or the season 2010 to 2011"),
-    "the season of 2000": ("s,a\n1999/00,1\n2000/01,2\n", "'1999/00' can be the season 1999 to 2000"),
-    "seasons as numbers": ("year,a\n201011,1\n201112,2\n", "'201011' can be month 11 of 2010 or the season"),
     "months with a point": ("date,a\n2022.11,1\n2022.12,2\n2023.01,3\n", "2022.11 can be a month or a number"),
-    "the month first": ("date,a\n01.2023,1\n02.2023,2\n", "1.2023 can be a month or a number; .* 2023-01"),
     "no such day": ("date,a\n20230228,1\n20230229,2\n", "line 3, .*20230229 is not a day of the calendar"),
-    "a month in each column": (
-        "," + ",".join(MONTHS) + "\n2020" + ",1" * 12 + "\n2021" + ",2" * 12 + "\n",
-        "'jan' to 'dec', which can be variables, or the times of a series in each row",
+    "a month in each": (
+        "year,jan,feb,mar\n2020,1,1,1\n2021,2,2,2\n",
+        "'jan' to 'mar', which can be variables, or times",
     ),
-    "a quarter in each": ("year,Qtr1,Qtr2,Qtr3,Qtr4\n2020,1,2,3,4\n2021,1,2,3,4\n", "'Qtr1' to 'Qtr4', which can be"),
-    "a year in each": ("site,2019,2020,2021\n1,5,6,7\n2,4,5,6\n", "which can be variables, or the times"),
+    "a year in each": ("site,2019,2020,2021\n1,5,6,7\n2,4,5,6\n", "which can be variables, or times"),
     "a decimal comma": ("1,5\n1,6\n", "'1,5' can be two numbers, or one with a decimal comma; write names"),
-    "a comma below a comment": ("# a\n0,0\n-1,5e+16\n", "'0,0' can be two numbers, or one with a decimal comma"),
     "months or a count": ("n,a\n202301,1\n202302,2\n", "202301 can be the month 2023-01 or a number"),
     "24 o'clock": ("d,a\n2023-01-01 23:00,1\n2023-01-01 24:00,2\n", "write 00:00 of the next day"),
     "two dates": ("b,d,a\n2023-01-01,2023-02-01,1\n2023-01-02,2023-02-02,2\n", "'b' and 'd' can both be the times"),
     "some offsets": ("d,a\n2023-01-01 01:00Z,1\n2023-01-01 02:00,2\n", "some times have an offset from UTC and some"),
     "an empty line": ("a\n1\n\n2\n", "line 3: is empty, which can be a missing value or nothing"),
     "other dates": ("Monat,a\nJanuar 2023,1\n", "holds 'Januar 2023', which is no date that is known"),
-    "other times": ("time,a\n2022-51-1-1,1\n", "no date that is known here; write dates such as 2023-01-31"),
     "no id": ("unique_id,t,a\nx,1,1\nx,2,2\n,3,3\n", "line 4: has no 'unique_id', which names its series"),
+    "a note": ("date,y\n2023-01-01,1\nsource\n", "line 3: has 1 columns, the first line has 2; leave out lines that"),
+    "NumPy": (b"\x93NUMPY\x01", "is a NumPy array; save it as CSV"),
+    "JSON": ('{"a": 1}', "is JSON"),
+    "UTF-16": ("a\0,\0b\0", "has zero bytes, as UTF-16 without a mark has; save it as .* encoded as UTF-8"),
+    "GBK": ("d,销量\n2023-01-01,1\n".encode("gbk"), "is no text in UTF-8 .*, nor in Windows-1252, which would give"),
+    "Cyrillic": ("d,продажи\n2023-01-01,1\n".encode("cp1251"), "is no text in UTF-8 .*, nor in Windows-1252"),
+    "Polish": ("d,sprzedaż\n2023-01-01,1\n".encode("cp1250"), "is no text in UTF-8 .*, nor in Windows-1252"),
+    "damaged bzip2": ("BZh9", "cannot be read"),
+    "two files": (zipped(a=b"1", b=b"2"), r"is a zip file of \['a', 'b'\], expected one table in it"),
+    "damaged Excel": (zipped(**{"[Content_Types].xml": b""}), "Excel file"),
+    "damaged zip": (zipped(a=PACKED).replace(b"1.5", b""), "cannot be unpacked"),
     "units": ("t,a\ns,K\n0,1\n1,2\n", "leave out titles, units and notes"),
     "a title": ("Sales\ndate,y\n2023-01-01,1\n", "holds 'date,y', expected a number; leave out titles"),
-    "a note": ("date,y\n2023-01-01,1\nsource\n", "line 3: has 1 columns, the first line has 2; leave out lines that"),
 }
 
 
@@ -196,93 +179,38 @@ def test_what_is_refused(table, text, message):
         table(text)
 
 
-FORMATS = {
-    "\x93NUMPY\x01": "is a NumPy array; save it as CSV",
-    "CDF\x01": "is a netCDF 3 file",
-    "ARROW1": "is a Feather file",
-    "\x80\x04": "is a Python pickle",
-    '{"a": 1}': "is JSON",
-    "<html>": "is HTML or XML",
-    "BZh9": "cannot be read",
-    "a\0,\0b\0": "has zero bytes, as UTF-16 without a mark has; save it as CSV or Parquet, encoded as UTF-8",
-}
-
-
-@pytest.mark.parametrize(("start", "message"), FORMATS.items(), ids=map(repr, FORMATS))
-def test_the_first_bytes_name_what_is_not_read(table, start, message):
-    with pytest.raises(DataError, match=message):
-        table(start.encode("latin-1"), name="a.csv")
-
-
-def test_zip_files_with_no_table(table):
-    with pytest.raises(DataError, match=r"is a zip file of \['a', 'b'\], expected one table in it"):
-        table(zipped(a=b"1", b=b"2"))
-    with pytest.raises(DataError, match="Excel file"):
-        table(zipped(**{"[Content_Types].xml": b""}))
-
-
 DAYS = [datetime(2023, 1, day) for day in (1, 2, 3)]
-EXCEL = {  # the rows below the names `d` and `a`: the values of `a`, or what is said
-    "numbers as text": ([[DAYS[0], "1,5"], [DAYS[1], "2"]], [1.5, 2]),
-    "three decimals": ([[DAYS[0], 1.234], [DAYS[1], 2]], [1.234, 2]),
-    "rows left empty": ([[DAYS[0], 1.5], [DAYS[1], 2], [" ", None]], [1.5, 2]),
-    "a text between numbers": ([[DAYS[0], 1], [DAYS[1], "n.a."]], "row 3, column 'a': holds 'n.a.'"),
-    "a truth value": ([[DAYS[0], 1], [DAYS[1], True]], "row 3, column 'a': holds 'True'"),
-    "a date as text": ([[DAYS[0], 1], ["13.01.2023", 2]], "row 3, column 'd': holds '13.01.2023'"),
-    "an empty row": ([[DAYS[0], 1], [], [DAYS[1], 2]], "row 3, column 'd': holds 'nothing'"),
-    "a formula": ([[DAYS[0], 1], [DAYS[1], "=B2+1"]], "has formulas without values; open it in Excel"),
-    "a clock": ([[time(1), 1], [time(2), 2]], "holds '01:00:00', expected a number"),
+EXCEL = {  # the rows of a sheet: the values of `a`, or what is said
+    "numbers as text": ([["d", "a"], [DAYS[0], "1,5"], [DAYS[1], "2"]], [1.5, 2]),
+    "three decimals": ([["d", "a"], [DAYS[0], 1.234], [DAYS[1], 2]], [1.234, 2]),
+    "rows left empty": ([["d", "a"], [DAYS[0], 1.5], [DAYS[1], 2], [" ", None]], [1.5, 2]),
+    "as pandas writes an index": ([[None, "a"], [0, 1.5], [1, 2], [2, 4]], [1.5, 2, 4]),
+    "a clock": ([["d", "at", "a"], [DAYS[0], time(1), 1], [DAYS[0], time(2), 2]], [1, 2]),
+    "a text between numbers": ([["d", "a"], [DAYS[0], 1], [DAYS[1], "n.a."]], "row 3, column 'a': holds 'n.a.'"),
+    "a truth value": ([["d", "a"], [DAYS[0], 1], [DAYS[1], True]], "row 3, column 'a': holds 'True'"),
+    "a date as text": ([["d", "a"], [DAYS[0], 1], ["13.01.2023", 2]], "row 3, column 'd': holds '13.01.2023'"),
+    "an empty row": ([["d", "a"], [DAYS[0], 1], [], [DAYS[1], 2]], "row 3, column 'd': holds 'nothing'"),
+    "a formula": ([["d", "a"], [DAYS[0], 1], [DAYS[1], "=B2+1"]], "has formulas without values; open it in Excel"),
+    "a title": ([["Sales"], [], ["d", "a"], [DAYS[0], 1]], "row 3, column 'Sales': holds 'd', expected a number"),
 }
-
-
-@pytest.fixture
-def excel(tmp_path):
-    """Read rows as the first sheet of an Excel file: the one table in it."""
-    openpyxl = pytest.importorskip("openpyxl")
-
-    def read(rows, others=()):
-        book = openpyxl.Workbook()
-        for number, sheet in enumerate([rows, *others]):
-            made = book.create_sheet(str(number), number)
-            for row in sheet:
-                made.append(row)
-        book.save(tmp_path / "a.csv")
-        return read_series(tmp_path / "a.csv")[0]
-
-    return read
 
 
 @pytest.mark.parametrize(("rows", "expected"), EXCEL.values(), ids=EXCEL.keys())
-def test_cells_of_excel(excel, rows, expected):
+def test_cells_of_excel(rows, expected, tmp_path):
+    book = pytest.importorskip("openpyxl").Workbook()
+    for row in rows:
+        book.active.append(row)
+    book.create_sheet("empty")
+    book.save(tmp_path / "a.csv")
     if isinstance(expected, str):
         with pytest.raises(DataError, match=expected):
-            excel([["d", "a"], *rows])
+            read_series(tmp_path / "a.csv")
     else:
-        found = excel([["d", "a"], *rows])
-        assert (found["a"].tolist(), texts(found.index, 1)) == (expected, ["2023-01-03"])
-
-
-def test_sheets_of_excel(excel):
-    assert excel([[None, "a"], [0, 1.5], [1, 2], [2, 4]])["a"].tolist() == [1.5, 2, 4]  # as pandas writes an index
-    assert texts(excel([["d", "at", "a"], [DAYS[0], time(1), 1], [DAYS[0], time(2), 2]]).index, 1)[0].endswith(
-        "03:00:00"
-    )
-    assert excel([[day, 5] for day in DAYS], others=[[]])["x1"].tolist() == [5, 5, 5]  # no names, and an empty sheet
-    with pytest.raises(DataError, match="row 3, column 'Sales': holds 'd', expected a number; leave out titles"):
-        excel([["Sales"], [], ["d", "a"], [DAYS[0], 1]])
-    with pytest.raises(DataError, match="has 2 columns 'a'"):
-        excel([["a", "a"], [1, 2], [3, 4]])
-    with pytest.raises(DataError, match="has 2 sheets with a table"):
-        excel([["a"], [1]], others=[[["b"]]])
-
-
-NAMES_IN = {"gbk": "销量", "shift-jis": "売上", "cp1251": "продажи", "cp1250": "sprzedaż", "mac-roman": "Größe"}
-
-
-@pytest.mark.parametrize(("encoding", "name"), NAMES_IN.items())
-def test_names_in_another_encoding_are_refused(table, encoding, name):
-    with pytest.raises(DataError, match=r"is no text in UTF-8 .*, nor in Windows-1252, which would give"):
-        table(f"date,{name}\n2023-01-01,1\n2023-01-02,2\n".encode(encoding))
+        assert read_series(tmp_path / "a.csv")[0]["a"].tolist() == expected
+    book["empty"].append(["b"])
+    book.save(tmp_path / "a.csv")
+    with pytest.raises(DataError, match=r"has (2 sheets with a table|formulas)"):
+        read_series(tmp_path / "a.csv")
 
 
 def test_what_is_chosen_is_said(table):
@@ -295,6 +223,8 @@ def test_what_is_chosen_is_said(table):
     offsets = table("d,a\n2023-03-26 01:00+01:00,1\n2023-03-26 03:00+02:00,2\n")
     assert told([offsets]).endswith("'d' has several offsets, its times are in UTC")
     assert "'made' left out, as 'd' has the times" in told([table(TIMES["a date that stands still"][0])])
+    example = read_series(Path(__file__).parents[1] / "examples" / "hare-lynx.csv")
+    assert told(example) == "hare-lynx: 21 rows of 2 variables (hare, lynx), time: year, 1900 to 1920"
 
 
 LONG = "unique_id,ds,y\n007,2023-01-01,1\nB,2023-01-01,5\n007,2023-01-02,2\nB,2023-01-02,6\nB,2023-01-03,7\n"
@@ -302,104 +232,52 @@ LONG = "unique_id,ds,y\n007,2023-01-01,1\nB,2023-01-01,5\n007,2023-01-02,2\nB,20
 
 def test_several_series_one_below_the_other(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text(LONG)
-    first, second = read_series(path)
-    assert (first.attrs["name"], second.attrs["name"]) == ("007", "B")
-    assert (first["y"].tolist(), second["y"].tolist()) == ([1, 2], [5, 6, 7])
-    assert texts(second.index, 1) == ["2023-01-04"]
-    assert told([first, second]).startswith(
-        "007: 2 rows of 1 variable (y), time: ds, 2023-01-01 to 2023-01-02, and 1 more"
-    )
-    path.write_text(LONG.replace("unique_id", "site"))
+
+    def read(text, **wanted):
+        path.write_text(text)
+        return read_series(path, **wanted)
+
+    found = read(LONG)
+    assert [(one.attrs["name"], one["y"].tolist()) for one in found] == [("007", [1, 2]), ("B", [5, 6, 7])]
+    assert time_texts(following(found[1].index, 1), found[1].index) == ["2023-01-04"]
+    assert told(found).startswith("007: 2 rows of 1 variable (y), time: ds, 2023-01-01 to 2023-01-02, and 1 more")
+    other = LONG.replace("unique_id", "site")
+    assert [len(one) for one in read(other, id="site")] == [2, 3]
     with pytest.raises(DataError, match=r"time 2023-01-01 repeats \(2 rows have it\); .*--id \(site\)"):
-        read_series(path, ["y"])
-    assert [len(one) for one in read_series(path, id="site")] == [2, 3]
+        read(other, columns=["y"])
     with pytest.raises(DataError, match="has 0 columns 'shop', expected one"):
-        read_series(path, id="shop")
-    path.write_text(LONG + "B,2023-01-02,7\n")
+        read(other, id="shop")
     with pytest.raises(DataError, match="the time 2023-01-02 of series 'B' comes after 2023-01-03"):
-        read_series(path)
-    path.write_text("item_id,t,y\n1,0,5\n2,0,6\n1,1,7\n2,1,8\n")
-    assert [one["y"].tolist() for one in read_series(path)] == [[5, 7], [6, 8]]
+        read(LONG + "B,2023-01-02,7\n")
+    with pytest.raises(DataError, match="has 2 series, one below the other; leave out --wide"):
+        read(LONG, wide=True)
+    assert [one["y"].tolist() for one in read("item_id,t,y\n1,0,5\n2,0,6\n1,1,7\n2,1,8\n")] == [[5, 7], [6, 8]]
     frame = pd.read_csv(path).set_index(["item_id", "t"])
     assert [one["y"].tolist() for one in from_frame(frame)] == [[5, 7], [6, 8]]
-    path.write_text("id,y\n1,5\n2,6\n3,7\n")  # a count, not ids
-    assert [one.index.name for one in read_series(path)] == ["id"]
-
-
-def test_a_column_for_each_series(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("d,north,south\n2023-01-01,1,5\n2023-01-02,2,6\n")
-    north, south = read_series(path, wide=True)
-    assert (north.attrs["name"], south.attrs["name"]) == ("north", "south")
-    assert south.to_dict("list") == {"value": [5, 6]}
-    path.write_text(LONG)
-    with pytest.raises(DataError, match="has 2 series, one below the other; leave out --wide"):
-        read_series(path, wide=True)
+    assert [one.index.name for one in read("id,y\n1,5\n2,6\n3,7\n")] == ["id"]  # a count, not ids
+    north, south = read("d,north,south\n2023-01-01,1,5\n2023-01-02,2,6\n", wide=True)
+    assert (north.attrs["name"], south.attrs["name"], south.to_dict("list")) == ("north", "south", {"value": [5, 6]})
 
 
 @pytest.mark.parametrize("mark", ["", "nan", "NA", "null", "-", "?", "#N/A", "..", "."])
-def test_missing_values_are_counted_or_interpolated(table, mark):
+def test_missing_values_are_counted_or_interpolated_in_time(table, mark):
     text = f"t,a,b\n0,1,5\n1,{mark},{mark}\n3,4,7\n4,{mark},8\n"
     with pytest.raises(DataError, match=r"3 of 8 values are missing, the first in line 3, column 'a'; fill them with"):
         table(text)
     assert table(text, missing="interpolate").values.tolist() == [[1, 5], [2, pytest.approx(17 / 3)], [4, 7], [4, 8]]
+    assert table(text, missing="keep")["a"].isna().tolist() == [False, True, False, True]
+    days = f"day,a\n2023-01-01,1\n2023-01-02,{mark}\n2023-01-05,2\n"
+    assert table(days, missing="interpolate").values[1] == 1.25
     with pytest.raises(DataError, match="'a' has 1 of 2 values, expected at least 2 to interpolate"):
         table(f"a,b\n1,1\n{mark},2\n", missing="interpolate")
+    with pytest.raises(DataError, match="missing is 'zero', expected one of error, interpolate, keep"):
+        table(text, missing="zero")
 
 
 def test_a_small_file_cannot_claim_much_memory(table, monkeypatch):
     monkeypatch.setattr(reading, "MAX_BYTES", 1000)
     with pytest.raises(DataError, match="unpacks to more than 1,000 bytes"):
         table(gzip.compress(b"1.5\n" * 1000), name="a.csv.gz")
-
-
-numbers = st.floats(allow_nan=False, allow_infinity=False, width=64)
-
-
-@pytest.mark.parametrize(("delimiter", "mark"), [*((mark, ".") for mark in ",;\t "), *((mark, ",") for mark in ";\t ")])
-def test_numbers_come_back_exactly(delimiter, mark, tmp_path_factory):
-    path = tmp_path_factory.mktemp("round") / "a.csv"
-
-    @settings(deadline=None)
-    @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=6))
-    def check(rows):
-        lines = (delimiter.join(repr(value).replace(".", mark) for value in row) for row in rows)
-        path.write_text(f"a{delimiter}b\n" + "\n".join(lines) + "\n")
-        try:
-            (found,) = read_series(path, ["a", "b"])
-        except DataError as error:
-            if "write all numbers with a decimal point" in str(error):
-                return  # 1,234 alone can be two numbers
-            raise
-        assert found.values.tolist() == [list(row) for row in rows]
-
-    check()
-
-
-def test_frames_in_and_out():
-    index = pd.date_range("2023-01-31", periods=3, freq="ME", name="month")
-    frame = pd.DataFrame({"a": [1.0, 2, 4], "b": [4, 5, 6]}, index=index)
-    made = forecast_frame(*from_frame(frame), np.ones((2, 2)), np.zeros((1, 2, 2)), [0.1])
-    assert list(made.columns) == ["a", "b", "a_q0.1", "b_q0.1"]
-    assert (made.index.name, list(made.index)) == ("month", list(pd.to_datetime(["2023-04-30", "2023-05-31"])))
-    assert from_frame(frame["a"])[0].shape == (3, 1)
-    assert "'c' left out, as the index has the times" in told(from_frame(frame.assign(c=index)))
-
-
-def test_no_column_overwrites_another():
-    (found,) = from_frame(pd.DataFrame({"a": [1, 2, 4], "a_q0.1": [4, 5, 7], "step": [7, 5, 7]}))
-    made = forecast_frame(found, np.array([[1.0, 2, 3]]), np.full((2, 1, 3), 9.0), [0.1, 0.1])
-    assert len(set(made.columns)) == 9
-    assert made[["a", "a_q0.1", "step"]].to_numpy().tolist() == [[1, 2, 3]]
-    header, row = write([found], np.array([[[1.0, 2, 3]]])).splitlines()
-    assert (header, row) == ("series,step_,a,a_q0.1,step", "series,1,1.0,2.0,3.0")
-
-
-def test_the_example_is_described_in_one_line():
-    (found,) = read_series(Path(__file__).parents[1] / "examples" / "hare-lynx.csv")
-    assert told([found]) == "hare-lynx: 21 rows of 2 variables (hare, lynx), time: year, 1900 to 1920"
-    assert found.values.sum(axis=0).tolist() == pytest.approx([715.7, 423.5])
 
 
 def test_columns_are_chosen_by_name(table):
@@ -409,18 +287,6 @@ def test_columns_are_chosen_by_name(table):
         table("a,b\n1,2\n", ["c"])
     with pytest.raises(DataError, match="has no column of numbers"):
         table("a,b\n1,2\n", [])
-
-
-def test_missing_values_are_interpolated_in_time(table):
-    assert table("t,a\n0,1\n1,\n4,2\n", missing="interpolate").values.ravel().tolist() == [1, 1.25, 2]
-    assert table("day,a\n2023-01-01,1\n2023-01-02,\n2023-01-05,2\n", missing="interpolate").values[1] == 1.25
-    assert table("t,a\n0,1\n1,\n", missing="keep").isna().to_numpy().ravel().tolist() == [False, True]
-    assert table("a\n1\nNA\nNA\n4\n", missing="interpolate").values.ravel().tolist() == [1, 2, 3, 4]
-    assert table("t,a\n0,\n1,1\n2,2\n9,\n", missing="interpolate").values.ravel().tolist() == [1, 1, 2, 2]
-    with pytest.raises(DataError, match="is infinite"):
-        table("a\n1\ninf\nNA\n", missing="interpolate")
-    with pytest.raises(DataError, match="missing is 'zero', expected one of error, interpolate, keep"):
-        table("a\n1\n", missing="zero")
 
 
 @pytest.fixture
@@ -439,6 +305,9 @@ def hdf5(tmp_path):
     return read
 
 
+THREE = np.ones((1, 4, 3))
+
+
 def test_hdf5_files_of_any_number_of_variables(hdf5):
     values = np.arange(24.0).reshape(2, 4, 3) - 5
     arrays, names = {"trajectories": values, "time": np.arange(4) * 0.5}, [("/", "variables", ["u", "v", "w"])]
@@ -447,73 +316,53 @@ def test_hdf5_files_of_any_number_of_variables(hdf5):
     assert np.array_equal(second.values, values[1])
     assert following(second.index, 1).tolist() == [2.0]
     assert hdf5(arrays, names, ["w"])[0].values.tolist() == values[0][:, 2:].tolist()
-    series = hdf5({"north": np.ones((5, 2)), "south": np.ones(7)})  # an array for each series
-    assert [(one.attrs["name"], one.shape) for one in series] == [("north", (5, 2)), ("south", (7, 1))]
-    with pytest.raises(DataError, match=r"1 of 3 values is missing, the first in trajectories\[0, 1\], column 'x0'"):
-        hdf5({"trajectories": np.array([[[1.0], [np.nan], [3.0]]])})
+    long, short = hdf5({"short": np.ones(3), "time": np.arange(4.0), "long": np.ones((4, 2))})
+    assert (long.attrs["name"], long.shape, following(long.index, 1).tolist()) == ("long", (4, 2), [4])
+    assert (short.attrs["name"], short.shape, short.index.tolist()) == ("short", (3, 1), [0, 1, 2])
+    assert [one.attrs["name"] for one in hdf5({f"s{at}": np.ones(3) for at in range(12)})][:3] == ["s0", "s1", "s2"]
 
 
-THREE = np.ones((1, 4, 3))
+ARRAYS = [  # arrays and attributes: the names of the variables, or what is said
+    ({"trajectories": THREE}, [], ["x0", "x1", "x2"]),
+    ({"trajectories": THREE[..., :2], "time": np.arange(4.0)}, [], ["prey", "predator"]),
+    ({"trajectories": THREE}, [("trajectories", "names", "u, v, w")], ["u", "v", "w"]),
+    ({"trajectories": THREE}, [("trajectories", "names", np.array([b"u", b"v", b"w"]))], ["u", "v", "w"]),
+    ({"a": np.ones(4)}, [("a", "variables", "load")], ["load"]),
+    ({"time": np.arange(3.0)}, [], r"holds \['time'\], expected the array 'trajectories', or arrays"),
+    ({"group/a": np.ones(3)}, [], r"holds \['group'\], expected"),
+    ({"a": np.ones((2, 3, 4))}, [], "expected numbers of rank 1 or 2"),
+    ({"a": np.ones((0, 2))}, [], "expected at least one number"),
+    ({"trajectories": THREE, "time": np.arange(3.0)}, [], r"are \(1, 4, 3\), time \(3,\), expected"),
+    ({"a": np.ones(3), "time": np.array([0, 1, np.nan])}, [], "has no time in 'time'"),
+    ({"a": np.array([1, np.inf])}, [], r"a\[1\], column 'x0': is infinite"),
+    ({"trajectories": THREE * np.nan}, [], r"12 of 12 values are missing, the first in trajectories\[0, 0\]"),
+    ({"trajectories": THREE}, [("/", "names", ["u", "v", "v"])], "expected 3 different names"),
+    ({"a": np.ones(3)}, [("a", "scale_factor", "x")], "of a is 'x', expected a number"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arrays", "attributes", "names"),
-    [
-        ({"trajectories": THREE}, [], ["x0", "x1", "x2"]),
-        ({"trajectories": THREE[..., :2], "time": np.arange(4.0)}, [], ["prey", "predator"]),
-        ({"trajectories": THREE}, [("/", "names", ["u", "v", "w"])], ["u", "v", "w"]),
-        ({"trajectories": THREE}, [("trajectories", "names", "u, v, w")], ["u", "v", "w"]),
-        ({"trajectories": THREE}, [("trajectories", "names", np.array([b"u", b"v", b"w"]))], ["u", "v", "w"]),
-        ({"a": np.ones(4)}, [("a", "variables", "load")], ["load"]),
-    ],
-)
-def test_names_in_hdf5(hdf5, arrays, attributes, names):
-    assert list(hdf5(arrays, attributes)[0].columns) == names
-
-
-@pytest.mark.parametrize(
-    ("arrays", "attributes", "message"),
-    [
-        ({}, [], r"holds \[\], expected the array 'trajectories', or arrays"),
-        ({"time": np.arange(3.0)}, [], r"holds \['time'\], expected"),
-        ({"group/a": np.ones(3)}, [], r"holds \['group'\], expected"),
-        ({"a": np.ones((2, 3, 4))}, [], "expected numbers of rank 1 or 2"),
-        ({"trajectories": np.ones((2, 3))}, [], "expected numbers of rank 3"),
-        ({"a": np.ones((0, 2))}, [], "expected at least one number"),
-        ({"trajectories": THREE, "time": np.arange(3.0)}, [], r"are \(1, 4, 3\), time \(3,\), expected"),
-        ({"a": np.ones(3), "time": np.array([0.0, 2, 1])}, [], "time 1 comes after 2"),
-        ({"a": np.ones(3), "time": np.array([0, 1, np.nan])}, [], "has no time in 'time'"),
-        ({"a": np.array([1, np.inf])}, [], r"a\[1\], column 'x0': is infinite"),
-        ({"trajectories": THREE}, [("/", "names", ["u", "v", "v"])], "expected 3 different names"),
-    ],
-)
-def test_other_hdf5_files_are_refused(hdf5, arrays, attributes, message):
-    with pytest.raises(DataError, match=message):
-        hdf5(arrays, attributes)
-
-
-def test_times_of_hdf5(hdf5):
-    long, short = hdf5({"short": np.ones(3), "time": np.arange(4.0), "long": np.ones(4)})
-    assert isinstance(short.index, pd.RangeIndex)
-    assert following(long.index, 1).tolist() == [4]
+@pytest.mark.parametrize(("arrays", "attributes", "expected"), ARRAYS)
+def test_names_in_hdf5_and_what_is_refused(hdf5, arrays, attributes, expected):
+    if isinstance(expected, list):
+        assert list(hdf5(arrays, attributes)[0].columns) == expected
+    else:
+        with pytest.raises(DataError, match=expected):
+            hdf5(arrays, attributes)
 
 
 def test_conventions_of_netcdf(hdf5):
     attributes = [("a", "scale_factor", 0.01), ("a", "add_offset", 273.15), ("a", "_FillValue", np.int16(-9999))]
-    packed = {"a": np.array([100, -9999], np.int16), "Time": np.arange(2)}
     with pytest.raises(DataError, match=r"1 of 2 values is missing, the first in a\[1\]"):
-        hdf5(packed, attributes)
+        hdf5({"a": np.array([100, -9999], np.int16)}, attributes)
     (found,) = hdf5({"a": np.array([100, 200], np.int16), "Time": np.arange(2)}, attributes)
     assert found["x0"].tolist() == pytest.approx([274.15, 275.15])
     assert "multiplied by scale_factor 0.01" in told([found])
-    assert [one.attrs["name"] for one in hdf5({f"s{at}": np.ones(3) for at in range(12)})][:3] == ["s0", "s1", "s2"]
 
 
-BERLIN = "Europe/Berlin"
 INDEXES = {  # index of three rows: the time after the last, or None if it is no time axis
     "dates": (pd.date_range("2023-01-30", periods=3), "2023-02-02"),
     "hours in a zone": (pd.date_range("2023-01-01", periods=3, freq="h", tz="Asia/Tokyo"), "2023-01-01 03:00:00+09:00"),
-    "midnights when clocks change": (pd.date_range("2023-03-25", periods=3, tz=BERLIN), "2023-03-28 00:00:00+02:00"),
+    "clocks change": (pd.date_range("2023-03-25", periods=3, tz="Europe/Berlin"), "2023-03-28 00:00:00+02:00"),
     "months": (pd.period_range("2023-01", periods=3, freq="M"), "2023-04-01"),
     "durations": (pd.to_timedelta([0, 10, 20], unit="s"), "30"),
     "days": (pd.Index([day.date() for day in DAYS]), "2023-01-04"),
@@ -537,10 +386,17 @@ def test_the_index_of_a_frame(index, expected):
         assert (made.index.name, *time_texts(made.index, found.index)) == ("time", expected)
 
 
-def test_row_numbers_are_no_times_where_there_are_dates():
-    frame = pd.DataFrame({"date": pd.date_range("2023-01-01", periods=20), "y": range(20)})
-    (found,) = from_frame(frame[frame.date > "2023-01-05"])
-    assert (list(found.columns), found.index[0]) == (["y"], pd.Timestamp("2023-01-06"))
+def test_columns_of_frames():
+    days = pd.date_range("2023-01-01", periods=20)
+    frame = pd.DataFrame({"day": days, "a": pd.array([1, None] * 10, dtype="Int64"), "b": ["1.5", "2.5"] * 10})
+    (found,) = from_frame(frame[frame.day > "2023-01-05"], missing="keep")  # row numbers are no times
+    assert (list(found.columns), found.index[0]) == (["a", "b"], pd.Timestamp("2023-01-06"))
+    assert found["b"].tolist()[:2] == [2.5, 1.5]
+    assert found["a"].isna().tolist()[:2] == [True, False]
+    assert from_frame(frame["b"])[0].shape == (20, 1)
+    assert "'day' left out, as the index has the times" in told(from_frame(frame.set_index(days), missing="keep"))
+    with pytest.raises(DataError, match="got a Index, expected a pandas DataFrame or Series"):
+        from_frame(frame.columns)
 
 
 @pytest.mark.parametrize(
@@ -553,7 +409,6 @@ def test_row_numbers_are_no_times_where_there_are_dates():
         ({"a": [1, 2]}, pd.to_datetime(["2023-01-02", "2023-01-01"]), "time 2023-01-01 comes after 2023-01-02"),
         ({"a": [1, 2]}, pd.to_datetime(["2023-01-02", None]), "1 of 2 dates are missing"),
         ({"a": [1, 2]}, ["x", "y"], "holds 'x', which is no date that is known here"),
-        ({"date": ["2023-01-01", "2023-01-02"]}, None, "has no column of numbers"),
     ],
 )
 def test_frames_that_are_refused(columns, index, message):
@@ -561,23 +416,12 @@ def test_frames_that_are_refused(columns, index, message):
         from_frame(pd.DataFrame(columns, index=index))
 
 
-def test_columns_of_frames():
-    days = pd.Series(pd.date_range("2023-01-01", periods=3))
-    frame = pd.DataFrame({"day": days, "a": pd.Series([1, None, 3], dtype="Int64"), "b": ["1.5", "2.5", "4"]})
-    (found,) = from_frame(frame, missing="interpolate")
-    assert list(found.columns) == ["a", "b"]
-    assert found.values.tolist() == [[1, 1.5], [2, 2.5], [3, 4]]
-    assert found.index[0] == pd.Timestamp("2023-01-01")
-    with pytest.raises(DataError, match="got a Index, expected a pandas DataFrame or Series"):
-        from_frame(frame.columns)
-
-
 def test_parquet(tmp_path):
     path = tmp_path / "a.data"
     pd.DataFrame({"day": pd.date_range("2023-01-01", periods=2), "a": [1.5, 2], "b": [3, 5]}).to_parquet(path)
     (found,) = read_series(path, ["b"])
     assert (found.attrs["name"], list(found.columns), found.values.tolist()) == ("a", ["b"], [[3], [5]])
-    assert texts(found.index, 1) == ["2023-01-03"]
+    assert found.index[1] == pd.Timestamp("2023-01-02")
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(DataError, match="not a readable Parquet file"):
         read_series(path)
@@ -594,45 +438,48 @@ def test_forecasts_as_csv(table):
     assert [float(line.split(",")[-1]) for line in lines[1:]] == values
 
 
-DIALECTS = {  # what pandas may write
-    "commas": {},
-    "semicolons and decimal commas": {"sep": ";", "decimal": ","},
-    "tabs": {"sep": "\t"},
-    "quoted": {"quoting": 2},
-    "a mark for missing values": {"na_rep": "NA"},
-}
+def test_no_column_overwrites_another():
+    (found,) = from_frame(pd.DataFrame({"a": [1, 2, 4], "a_q0.1": [4, 5, 7], "step": [7, 5, 7]}))
+    made = forecast_frame(found, np.array([[1.0, 2, 3]]), np.full((2, 1, 3), 9.0), [0.1, 0.1])
+    assert len(set(made.columns)) == 9
+    assert made[["a", "a_q0.1", "step"]].to_numpy().tolist() == [[1, 2, 3]]
+    header, row = write([found], np.array([[[1.0, 2, 3]]])).splitlines()
+    assert (header, row) == ("series,step_,a,a_q0.1,step", "series,1,1.0,2.0,3.0")
+
+
+# what pandas may write: marks, quotes, a mark for missing values
+DIALECTS = [{}, {"sep": ";", "decimal": ","}, {"sep": "\t", "quoting": 2}, {"na_rep": "NA"}, {"sep": " "}]
 INDEX = {
-    "counted": lambda rows: pd.RangeIndex(rows),
-    "none": lambda rows: pd.RangeIndex(rows),
-    "days": lambda rows: pd.date_range("2023-12-25", periods=rows, name="day"),
-    "months": lambda rows: pd.date_range("2023-11-30", periods=rows, freq="ME", name="month"),
-    "quarter hours": lambda rows: pd.date_range("2023-12-31 22:00", periods=rows, freq="15min", name="at"),
-    "years": lambda rows: pd.Index(range(1990, 1990 + rows), name="year"),
+    None: lambda rows: pd.RangeIndex(rows),
+    "day": lambda rows: pd.date_range("2023-12-25", periods=rows),
+    "month": lambda rows: pd.date_range("2023-11-30", periods=rows, freq="ME"),
+    "at": lambda rows: pd.date_range("2023-12-31 22:00", periods=rows, freq="15min"),
+    "year": lambda rows: pd.Index(range(1990, 1990 + rows)),
 }
 NAMES = st.text("abc xyzäß#'$_%", min_size=1, max_size=5).map(str.strip).filter(bool)
+CELLS = st.floats(allow_infinity=False) | st.integers(-(10**6), 10**6).map(float)
 
 
-@pytest.mark.parametrize("options", DIALECTS.values(), ids=DIALECTS.keys())
-def test_what_pandas_writes_comes_back_or_is_refused(options, tmp_path_factory):
+@pytest.mark.parametrize("options", DIALECTS)
+def test_what_pandas_writes_comes_back_exactly_or_is_refused(options, tmp_path_factory):
     path = tmp_path_factory.mktemp("dialect") / "a.csv"
-    cell = st.one_of(numbers, st.integers(-(10**6), 10**6).map(float), st.just(float("nan")))
 
     @settings(deadline=None)
-    @given(
-        st.lists(NAMES, min_size=1, max_size=3, unique=True), st.integers(2, 8), st.sampled_from(list(INDEX)), st.data()
-    )
-    def check(names, rows, kind, source):
-        values = source.draw(
-            st.lists(st.lists(cell, min_size=len(names), max_size=len(names)), min_size=rows, max_size=rows)
-        )
-        frame = pd.DataFrame(values, index=INDEX[kind](rows), columns=names, dtype=float)
-        frame.to_csv(path, index=kind != "none", **options)
+    @given(st.lists(NAMES, min_size=1, max_size=3, unique=True), st.sampled_from(list(INDEX)), st.data())
+    def check(names, kind, source):
+        row = st.lists(CELLS, min_size=len(names), max_size=len(names))
+        values = source.draw(st.lists(row, min_size=2, max_size=8))
+        frame = pd.DataFrame(values, INDEX[kind](len(values)).rename(kind), names, dtype=float)
+        frame.to_csv(path, index=kind is not None or source.draw(st.booleans()), **options)
         try:
             (found,) = read_series(path, missing="keep")
-        except DataError:
-            return
-        pd.testing.assert_frame_equal(
-            found, frame, check_exact=True, check_freq=False, check_index_type=False, check_column_type=False
-        )
+        except DataError as error:
+            is_plain = kind == "day" and "".join(names).isalpha() and not frame.isna().any(axis=None)
+            if is_plain and "write all numbers with a decimal point" not in str(error):  # 1,234 can be two numbers
+                raise
+        else:
+            pd.testing.assert_frame_equal(
+                found, frame, check_exact=True, check_freq=False, check_index_type=False, check_column_type=False
+            )
 
     check()

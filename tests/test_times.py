@@ -14,24 +14,17 @@ from experiments.tables.times import time_texts
 FIFTH = datetime(2020, 3, 5)
 DATES = {
     "2020-03-05": FIFTH,
-    "2020-3-5": FIFTH,
     "2020/03/05": FIFTH,
-    "2020.03.05": FIFTH,
     "5.3.2020": FIFTH,
     "5 March 2020": FIFTH,
     "Mar 5, 2020": FIFTH,
-    "Thu, 5 Mar 2020": FIFTH,
     "2020-03": datetime(2020, 3, 1),
-    "Mar 2020": datetime(2020, 3, 1),
-    "5-Mar-2020": FIFTH,
     "05MAR2020": FIFTH,
     "2020M03": datetime(2020, 3, 1),
     "3/2020": datetime(2020, 3, 1),
-    "2020-Mar": datetime(2020, 3, 1),
     "Q3 2020": datetime(2020, 7, 1),
     "2020-W10": datetime(2020, 3, 2),
     "2020Q3": datetime(2020, 7, 1),
-    "2020-Q3": datetime(2020, 7, 1),
     "2020-03-02/2020-03-08": datetime(2020, 3, 2),
     "2020-03-05 14:30": datetime(2020, 3, 5, 14, 30),
     "2020-03-05T14:30:15.5": datetime(2020, 3, 5, 14, 30, 15, 500000),
@@ -54,24 +47,25 @@ def test_a_date(cell, date):
     assert found.utcoffset() == date.utcoffset()
 
 
-@pytest.mark.parametrize(
-    "cell",
-    ["", "5", "2020", "20200305", "20200305.10", "20200305,10", "20200305e10", "1.5", "1-2", "14:30", "March",
-     "5 March", "oak 5, 2020", "Januar 2020", "5 Mar 2020" + " " * 50],
-)  # fmt: skip
+NO_DATES = ["", "5", "20200305", "20200305.10", "20200305,10", "20200305e10", "1-2", "14:30", "March", "5 March",
+            "oak 5, 2020", "Januar 2020", "5 Mar 2020" + " " * 50]  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", NO_DATES)
 def test_no_date(cell):
     assert not is_date(cell)
 
 
-@pytest.mark.parametrize("cell", ["2020-13-05", "31.02.2020", "45/1/2020", "2020-01-01 24:00", "2020-W54"])
-def test_what_looks_like_a_date_but_is_not_in_the_calendar(cell):
-    with pytest.raises(DataError, match="is not a date of the calendar"):
-        read([cell])
+NOT_IN_CALENDAR = ["2020-13-05", "31.02.2020", "45/1/2020", "2020-01-01 24:00", "2020-W54"]
+TWO_DIGITS = ["Jan-59", "30.12.55", "5-Jan-59", "1/2/03", "99/1/23", "Jan '59"]
 
 
-@pytest.mark.parametrize("cell", ["Jan-59", "30.12.55", "5-Jan-59", "1/2/03", "99/1/23", "Jan '59"])
-def test_years_of_two_digits_are_refused(cell):
-    with pytest.raises(DataError, match="has a year of two digits, which can be in this century or in the last one"):
+@pytest.mark.parametrize("cell", NOT_IN_CALENDAR + TWO_DIGITS)
+def test_dates_that_are_refused(cell):
+    message = (
+        "a year of two digits, of this century or the last" if cell in TWO_DIGITS else "not a date of the calendar"
+    )
+    with pytest.raises(DataError, match=message):
         read([cell])
 
 
@@ -91,18 +85,14 @@ def test_years_of_two_digits_are_refused(cell):
 )
 def test_the_column_decides_whether_the_day_is_first(cells, first):
     if first is None:
-        with pytest.raises(
-            DataError, match=f"here, column 'd': '{cells[0]}' can start with the day or with the month, "
-        ):
+        with pytest.raises(DataError, match=f"here, column 'd': '{cells[0]}' can start with the day or with the month"):
             read(cells)
     else:
         assert read(cells)[0] == first
 
 
 def test_dates_of_one_column_are_written_alike():
-    with pytest.raises(
-        DataError, match="here, row 1, column 'd': holds 'oak', expected a date written like the first one"
-    ):
+    with pytest.raises(DataError, match="row 1, column 'd': holds 'oak', expected a date written like the first one"):
         read(["2020-03-05", "oak"])
     with pytest.raises(DataError, match="some times have an offset from UTC and some have none"):
         read(["2020-03-05T00:00", "2020-03-06T00:00Z"])
@@ -137,27 +127,17 @@ def days(*cells: str) -> pd.DatetimeIndex:
 
 DAILY = pd.date_range("2024-01-01", periods=26, name="t")  # from a Monday to a Friday
 WEEKDAYS = DAILY[DAILY.weekday < 5]
-HOURS = pd.date_range("2024-01-01 21:00", periods=6, freq="h")
 MONTHS = pd.date_range("2023-01-01", periods=12, freq="MS")
 WORKING = pd.date_range("2023-01-31", periods=12, freq="BME")
 CONTINUED = {  # times, whether they are regular, the next two
-    "days": (days("2024-02-27", "2024-02-28"), True, ["2024-02-29", "2024-03-01"]),
     "weekdays": (WEEKDAYS, True, ["2024-01-29", "2024-01-30"]),
     "weekdays with a holiday": (WEEKDAYS[:12].append(WEEKDAYS[13:]), False, ["2024-01-29", "2024-01-30"]),
-    "month starts": (days("2023-11-01", "2023-12-01"), True, ["2024-01-01", "2024-02-01"]),
     "a month is missing": (MONTHS.delete(5), False, ["2024-01-01", "2024-02-01"]),
     "month ends": (days("2023-11-30", "2023-12-31"), True, ["2024-01-31", "2024-02-29"]),
-    "a month end is missing": (
-        days("2023-09-30", "2023-10-31", "2023-12-31", "2024-01-31"),
-        False,
-        ["2024-02-29", "2024-03-31"],
-    ),
+    "a month end is missing": (WORKING.delete(5), False, ["2024-01-31", "2024-02-29"]),
     "working month ends": (WORKING, True, ["2024-01-31", "2024-02-29"]),
-    "one is missing": (WORKING.delete(5), False, ["2024-01-31", "2024-02-29"]),
     "the 30th": (days("2024-01-30", "2024-02-29", "2024-03-30"), True, ["2024-04-30", "2024-05-30"]),
     "years": (days("2023-02-28", "2024-02-28"), True, ["2025-02-28", "2026-02-28"]),
-    "hours": (days("2024-01-01 22:00", "2024-01-01 23:00"), True, ["2024-01-02 00:00:00", "2024-01-02 01:00:00"]),
-    "an hour is missing": (HOURS.delete(2), False, ["2024-01-02 03:00:00", "2024-01-02 04:00:00"]),
     "hours when clocks change": (
         pd.date_range("2020-10-25 00:30", periods=3, freq="h", tz="Europe/Berlin"),
         True,
@@ -165,7 +145,6 @@ CONTINUED = {  # times, whether they are regular, the next two
     ),
     "irregular": (days("2024-01-01", "2024-01-03", "2024-01-05", "2024-01-15"), False, ["2024-01-17", "2024-01-19"]),
     "a count": (pd.RangeIndex(3), True, ["3", "4"]),
-    "years as numbers": (pd.Index([1900, 1901, 1902]), True, ["1903", "1904"]),
     "a number is missing": (pd.Index([1900, 1901, 1903, 1904]), False, ["1905", "1906"]),
     "microseconds": (pd.Index([1700000004000001, 1700000005000002]), True, ["1700000006000003", "1700000007000004"]),
     "rounded numbers": (pd.Index([0, 0.333, 0.667, 1]), True, ["1.3333333", "1.6666667"]),
@@ -181,15 +160,17 @@ def test_continuation(index, is_regular, expected):
     longer = index.append(following(index, 5))
     assert longer.is_monotonic_increasing
     assert longer.is_unique
-    assert following(index, 1).name == index.name
+    assert longer.name == index.name
 
 
-@pytest.mark.parametrize("index", [days("9998-12-30", "9999-12-30"), pd.Index([1e308, 1.7e308])])
-def test_times_cannot_continue_for_ever(index):
-    with pytest.raises(DataError, match=r"ends at .*, too late for 400000 more times .*; forecast fewer steps"):
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (days("9998-12-30", "9999-12-30"), "ends at .*, too late for 400000 more times .*; forecast fewer steps"),
+        (pd.Index([1e308, 1.7e308]), "ends at .*, too late for 400000 more times .*; forecast fewer steps"),
+        (days("2024-01-01"), r"'t' has one time, .*, expected at least two, whose step can be continued"),
+    ],
+)
+def test_times_that_cannot_continue(index, message):
+    with pytest.raises(DataError, match=message):
         following(index, 400000)
-
-
-def test_one_time_has_no_step():
-    with pytest.raises(DataError, match=r"'t' has one time, .*, expected at least two, whose step can be continued"):
-        following(days("2024-01-01"), 2)

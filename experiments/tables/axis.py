@@ -27,9 +27,7 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, source: 
 
     free: the columns that are not asked for as variables; `named` columns have names. groups: the rows of each series.
     Times are in a column of dates, with a clock or an hour in another one; in columns with parts of dates; or in a
-    column of numbers: the first one, or the first with a name, if its name or its steps say so, or another one that
-    rises and is called by a time. What was put together is added to `notes`. Raises DataError for columns that can both
-    be the times.
+    column of numbers, whose name or steps say so. Raises DataError for columns that can both be the times.
     """
     if any(one.kind == "dates" for one in free):
         return _of_dates(free, groups, source, notes)
@@ -37,27 +35,21 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, source: 
     if axis is not None:
         return axis, used
     first = next((at for at, one in enumerate(free) if one.name), 0)
-    head: list[Column] = []
-    later: list[Column] = []
-    for at, one in enumerate(free):
-        if one.kind != "numbers" or named == bool(one.name):  # nothing else could be forecast
-            continue
-        if at <= first:
-            head.insert(0 if tells_time(one.name) else at, one)
-        elif (tells_time(one.name) or _is_long_date(one, source)) and all(_rises(one.values[rows]) for rows in groups):
-            later.append(one)
-    if not head or not tells_time(head[0].name):
-        head = later + head
-    for one in head:
+
+    def rank(one: Column) -> int:
+        """In which order columns are tried: a telling first one, telling later ones, the first ones; 3 is never."""
+        if one in free[: first + 1]:
+            return 0 if tells_time(one.name) else 2
+        is_long = one.values.dtype.kind == "i" and one.values.min() >= 10**7  # 20231231, 2023123123 and longer ones
+        is_long = is_long and dates_of_numbers(one.values, one.name, source, False) is not None
+        return 1 if (tells_time(one.name) or is_long) and all(_rises(one.values[rows]) for rows in groups) else 3
+
+    # the only column with, or without a name is what can be forecast
+    numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
+    for one in sorted((one for one in numbers if rank(one) < 3), key=rank):
         if (axis := _of_numbers(one, groups, source)) is not None:
             return axis, [one]
     return None, []
-
-
-def _is_long_date(one: Column, source: Source) -> bool:
-    """True for numbers such as 20231231, 2023123123 and longer ones."""
-    is_long = one.kind == "numbers" and one.values.dtype.kind == "i" and one.values.min() >= 10**7
-    return is_long and dates_of_numbers(one.values, one.name, source, False) is not None
 
 
 def _of_dates(free: list[Column], groups: list[np.ndarray], source: Source, notes: list[str]) -> Found:
@@ -74,8 +66,7 @@ def _of_dates(free: list[Column], groups: list[np.ndarray], source: Source, note
         notes.append(f"{first.name!r} and {clocks[0].name!r} put together")
         return dates_of(both, clocks[0].name, source).rename(first.name), [*dated, clocks[0]]
     if len(moving) > 1:
-        names = f"{moving[0].name!r} and {moving[1].name!r}"
-        raise source.error(f"{names} can both be the times; delete one of them")
+        raise source.error(f"{moving[0].name!r} and {moving[1].name!r} can both be the times; delete one of them")
     axis = (moving or dated)[0]
     notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in dated if one is not axis]
     in_utc = is_text(axis.cells) and str(axis.values.tz) == "UTC"
@@ -118,11 +109,10 @@ def tells_time(name: str) -> bool:
 
 def _rises(values) -> bool:
     """True if times, or finite numbers, rise strictly, by finite steps."""
-    if isinstance(values, pd.DatetimeIndex):
-        return values.is_monotonic_increasing and values.is_unique
-    with np.errstate(over="ignore", invalid="ignore"):
-        steps = np.diff(values)
-        return bool(np.isfinite(values).all() and np.isfinite(steps.sum()) and (steps > 0).all())
+    index = pd.Index(values)
+    with np.errstate(over="ignore"):  # from the first to the last is no further than a float can tell
+        is_finite = isinstance(index, pd.DatetimeIndex) or np.isfinite(values[-1:] - values[:1]).all()
+    return bool(is_finite and index.is_monotonic_increasing and index.is_unique)
 
 
 def equal_steps(values: np.ndarray) -> bool:
@@ -132,12 +122,9 @@ def equal_steps(values: np.ndarray) -> bool:
 
 
 def _is_axis(name: str, values: np.ndarray) -> bool:
-    """True if numbers (T) without a telling name are a time axis.
-
-    They rise in equal steps, and the name is a counter's, or at least three numbers have no name, or they are whole.
-    """
-    whole = bool((values == np.round(values)).all())
-    return equal_steps(values) and (name.lower() in COUNTER_NAMES or (len(values) >= 3 and (not name or whole)))
+    """True if numbers (T) rise in equal steps and are called by a counter, or are three without a name, or whole."""
+    is_many = len(values) >= 3 and (not name or bool((values == np.round(values)).all()))
+    return equal_steps(values) and (is_many or name.lower() in COUNTER_NAMES)
 
 
 def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column], source: Source) -> None:
@@ -148,17 +135,15 @@ def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column
     if index.is_monotonic_increasing and index.is_unique:
         return
     at = int((index[1:] <= index[:-1]).argmax()) + 1
-    clock = ""
-    is_night = isinstance(index, pd.DatetimeIndex) and index.tz is None and index[at].hour < 4
-    if is_night and (index != index.normalize()).any() and index[at - 1] - index[at] <= pd.Timedelta(hours=1):
-        clock = "; if the clock was set back there, write times with their offset from UTC"
-    twice = index.duplicated()
-    if index[at] == index[at - 1] or (not of and twice.any()):
-        text, count = time_texts(index[twice][:1], index)[0], int((index == index[twice][0]).sum())
-        others = ", ".join([one.name for one in columns if one.kind == "text"][:3] or ["..."])
-        problem = f"the time {text}{of} repeats ({count} rows have it); if the table has several series, name"
-        advice = f"the column that tells them apart with --id ({others}), else keep one row for each time"
-        raise source.error(f"{problem} {advice}{clock}", name, rows[at])
     before, now = time_texts(index[[at - 1, at]], index)
     problem = f"the time {now}{of} comes after {before}; sort the rows by time, the oldest first"
-    raise source.error(problem + clock, name, rows[at])
+    twice = index[index.duplicated()]
+    if now == before or (not of and len(twice)):
+        others = ", ".join([one.name for one in columns if one.kind == "text"][:3] or ["..."])
+        repeats = f"{time_texts(twice, index)[0]}{of} repeats ({(index == twice[0]).sum()} rows have it)"
+        advice = f"name the column that tells them apart with --id ({others}), else keep one row for each time"
+        problem = f"the time {repeats}; if the table has several series, {advice}"
+    is_night = isinstance(index, pd.DatetimeIndex) and index.tz is None and index[at].hour < 4
+    if is_night and (index != index.normalize()).any() and index[at - 1] - index[at] <= pd.Timedelta(hours=1):
+        problem += "; if the clock was set back there, write times with their offset from UTC"
+    raise source.error(problem, name, rows[at])

@@ -1,16 +1,13 @@
-"""Columns of a table as dates or numbers. T cells.
-
-Numbers in text are read here, as pandas takes 1,5 for 15 where commas group digits, and its `to_numeric` may round.
-"""
+"""Columns of a table as dates or numbers, of T cells. (pandas takes 1,5 for 15 where commas group digits.)"""
 
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 
 from experiments.tables.dates import dates_of, is_date
 from experiments.tables.source import Source
@@ -29,7 +26,8 @@ def _number_pattern(point: str, group: str) -> str:
 STYLES = {".": _number_pattern(r"\.", ","), ",": _number_pattern(",", r"\.")}  # by the decimal mark
 
 
-class Column(NamedTuple):
+@dataclass(eq=False)
+class Column:
     """A column of a table."""
 
     name: str  # "" if it has none
@@ -39,16 +37,11 @@ class Column(NamedTuple):
     problem: int = 0  # of text: the first row that is no number
 
 
-def is_missing(cell: str) -> bool:
-    """True if a cell is a mark of a missing value."""
-    return cell.lower() in MISSING_CELLS
-
-
 def as_text(cells: pd.Series) -> pd.Series:
     """A column of text or of various objects as text, missing cells (T) as ""; another column as it is."""
-    if cells.dtype.kind not in "ObTU" and not isinstance(cells.dtype, pd.StringDtype):
+    if cells.dtype.kind not in "ObTU" and not is_text(cells):
         return cells
-    if not isinstance(cells.dtype, pd.StringDtype):
+    if not is_text(cells):
         cells = cells.map(lambda cell: "" if pd.isna(cell) is True else str(cell))
     return cells.astype("str").fillna("").str.strip()
 
@@ -66,11 +59,11 @@ def column_of(name: str, cells: pd.Series, mark: str, source: Source, may_be_dat
         cells = cells.dt.to_timestamp()
     elif cells.dtype.kind == "m":
         cells = cells.dt.total_seconds()
-    if pd.api.types.is_datetime64_any_dtype(cells.dtype):
+    if cells.dtype.kind == "M":
         if gaps := cells.isna().sum():
             raise source.error(f"{gaps} of {len(cells)} dates are missing; leave out their rows, or the column", name)
         return Column(name, cells, "dates", pd.DatetimeIndex(cells))
-    if cells.dtype.kind in "iuf" and pd.api.types.is_numeric_dtype(cells.dtype):
+    if pd.api.types.is_numeric_dtype(cells.dtype) and cells.dtype.kind in "iuf":
         whole = cells.dtype.kind == "i" and not cells.isna().any()
         return Column(name, cells, "numbers", cells.to_numpy(np.int64 if whole else np.float64, na_value=np.nan))
     return Column(name, cells.astype("str"), "text")
@@ -78,13 +71,10 @@ def column_of(name: str, cells: pd.Series, mark: str, source: Source, may_be_dat
 
 def _column_of_text(name: str, cells: pd.Series, mark: str, source: Source, may_be_date: bool) -> Column:
     gaps = cells.str.lower().isin(MISSING_CELLS).to_numpy(bool)
+    numbers, known = np.full(len(cells), np.nan), cells[~gaps]
     if gaps.all():
-        return Column(name, cells, "numbers", np.full(len(cells), np.nan))
-    known = cells[~gaps] if gaps.any() else cells
+        return Column(name, cells, "numbers", numbers)
     if may_be_date and is_date(known.iloc[0]):
-        if gaps.any():
-            cell = cells.iloc[row := int(gaps.argmax())] or "nothing"
-            raise source.error(f"holds {cell!r}, expected a date written like the others", name, row)
         return Column(name, cells, "dates", dates_of(cells, name, source))
     fits = known.str.fullmatch(STYLES[mark]).to_numpy(bool)
     if not fits.all():
@@ -93,16 +83,15 @@ def _column_of_text(name: str, cells: pd.Series, mark: str, source: Source, may_
         with suppress(OverflowError, ValueError):  # more than 64 bits
             return Column(name, cells, "numbers", known.astype("int64").to_numpy())
     plain = known.str.replace("," if mark == "." else ".", "", regex=False).str.replace(",", ".", regex=False)
-    numbers = np.full(len(cells), np.nan)
-    numbers[~gaps] = pa.array(plain).cast(pa.float64()).to_numpy(zero_copy_only=False)
+    numbers[~gaps] = plain.astype(float)
     return Column(name, cells, "numbers", numbers)
 
 
 def decimal_mark(parts: Sequence[tuple[str, pd.Series]], asked: Sequence[str], source: Source) -> str:
     """The decimal mark of the numbers in columns of text (name, cells): the other mark groups digits by three.
 
-    The columns `asked` for decide; where both marks fit these, the other columns. Raises DataError if two of them, or
-    any two if none are asked for, contradict each other, and if both marks fit and would give other numbers.
+    The columns `asked` for decide; where both marks fit these, the other columns. Raises DataError for columns that
+    contradict each other, and if both marks fit and would give other numbers.
     """
     marks, doubtful = set(STYLES), []
     for title, cells in sorted(parts, key=lambda one: one[0] not in asked):

@@ -9,7 +9,8 @@ from experiments.tables.source import Source
 from experiments.tables.times import regular
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
-YEARS = (1800, 2200)  # of numbers such as 202312 that are dates
+MONTH_NUMBERS = range(1, 13)
+YEARS = range(1800, 2201)  # of numbers such as 202312 that are dates
 CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp][Mm])?"
 MONTH = rf"({'|'.join(MONTHS)})(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?"
 _ZONE = r"(?:Z|UTC|GMT|[+-]\d{2}:?\d{2})"
@@ -55,17 +56,15 @@ def _fits(form: str, cell: str) -> bool:
 
 
 def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
-    """The dates in the cells of text (T) of column `name`, all in the form of the first one, which `is_date`.
+    """The dates in the cells of text (T) of column `name`, all in the form of the first date.
 
     A month or a quarter is its first day, a week its Monday. Times with several offsets are in UTC. Whether 1/2/2023
-    starts with the day is decided for all cells together: such that all are dates, such that they rise, and such that
-    the steps are equal. Raises DataError for another cell, for years of two digits, for seasons such as 2010/11, and
-    for cells that can be two dates.
+    starts with the day is decided for all cells together: such that all are dates, that they rise, and in equal steps.
+    Raises DataError for another cell, years of two digits, seasons such as 2010/11, and cells that can be two dates.
     """
-    first = cells.iloc[0]
+    first = next(filter(is_date, cells))
     if _fits(_SHORT_YEAR, first):
-        problem = "has a year of two digits, which can be in this century or in the last one"
-        raise source.error(f"{first!r} {problem}; write years with four digits", name)
+        raise source.error(f"{first!r} has a year of two digits, of this century or the last; write all four", name)
     form, *orders = next(one for one in _FORMS if _fits(one[0], first))
     fits = cells.str.fullmatch(f"(?i:{form})").to_numpy(bool)
     if not fits.all():
@@ -85,9 +84,9 @@ def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
     for is_good in (lambda found: found.is_monotonic_increasing, regular):
         readings = [found for found in readings if is_good(found)] or readings
     if not readings[0].equals(readings[-1]):
-        days = [str(found[0].date()) for found in readings]
-        problem = f"{first!r} can start with the day or with the month, {' or '.join(days)}"
-        raise source.error(f"{problem}; write dates as {days[0]}", name)
+        one, other = (f"{found[0]:%Y-%m-%d}" for found in readings)
+        problem = f"{first!r} can start with the day or with the month, {one} or {other}"
+        raise source.error(f"{problem}; write dates as {one}", name)
     return readings[0]
 
 
@@ -109,7 +108,7 @@ def _parsed(text: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
     how = "%G-W%V-%u" if "-W" in first else "ISO8601"
     if re.search("[ap]m", first, re.IGNORECASE):
         how = f"%Y-%m-%d %I:%M{':%S' if first.count(':') == 2 else ''} %p"
-    zoned = text.str.contains(rf"\d ?{_ZONE}$", regex=True) if re.search(r":\d\d", first) else pd.Series([False])
+    zoned = text.str.contains(rf":.*\d ?{_ZONE}$", regex=True)
     if zoned.any() and not zoned.all():
         raise source.error("some times have an offset from UTC and some have none; write it for all", name)
     try:
@@ -121,28 +120,25 @@ def _parsed(text: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
 def dates_of_numbers(values: np.ndarray, name: str, source: Source, is_telling: bool) -> pd.DatetimeIndex | None:
     """The dates in numbers (T) such as 202312, 20231231, 2023123123 and longer ones; None if they are no such dates.
 
-    is_telling: the name of the column says that it holds times. Raises DataError for weeks, seasons, days that are not
-    in the calendar, and for numbers that can be months or numbers.
+    is_telling: the name of the column says that it holds times. Raises DataError for weeks, seasons, numbers that may
+    be months, and days that are not in the calendar.
     """
     if values.dtype.kind != "i":
-        if is_telling and np.isfinite(values).all():
-            _refuse_points(values, name, source)
-        return None
+        return _refuse_points(values, name, source) if is_telling and np.isfinite(values).all() else None
     digits = len(str(values[0]))
     year = values // 10 ** max(digits - 4, 0)
-    if digits not in _OF_DIGITS or not _within(year, YEARS):
+    if digits not in _OF_DIGITS or not np.isin(year, YEARS).all():
         return None
     if digits == 6:
         part = values % 100
         _refuse_seasons(year, part, values[0], name, source)
-        if ("week" in name.lower() or (is_telling and part.max() > 12)) and _within(part, (1, 53)):
-            problem = f"{values[0]} is a week, and weeks are counted in several ways"
-            raise source.error(f"{problem}; write its first day", name)
-        if not _within(part, (1, 12)) or not (is_telling or (np.diff(values) > 0).all()):
+        if ("week" in name.lower() or (is_telling and part.max() > 12)) and np.isin(part, range(1, 54)).all():
+            raise source.error(f"{values[0]} is a week, which is counted in several ways; write its first day", name)
+        if not np.isin(part, MONTH_NUMBERS).all() or not (is_telling or (np.diff(values) > 0).all()):
             return None
         if not is_telling and year[0] == year[-1]:
-            problem = f"{values[0]} can be the month {year[0]}-{part[0]:02d} or a number"
-            raise source.error(f"{problem}; call the column 'month', or write a date", name)
+            advice = "call the column 'month', or write a date"
+            raise source.error(f"{values[0]} can be the month {year[0]}-{part[0]:02d} or a number; {advice}", name)
     found = pd.DatetimeIndex(pd.to_datetime(pd.Series(values).astype(str), format=_OF_DIGITS[digits], errors="coerce"))
     bad = found.isna()
     if digits == 8 and is_telling and bad.any() and not bad.all():
@@ -155,10 +151,7 @@ def _refuse_points(values: np.ndarray, name: str, source: Source) -> None:
     for factor in (100, 10**4):
         whole = np.round(values * factor)
         year, month = np.divmod(whole, 100) if factor == 100 else np.divmod(whole, 10**4)[::-1]
-        if np.allclose(values * factor, whole, rtol=0, atol=1e-6) and _within(year, YEARS) and _within(month, (1, 12)):
+        is_month = np.isin(year, YEARS) & np.isin(month, MONTH_NUMBERS) & (np.abs(values * factor - whole) <= 1e-6)
+        if is_month.all():
             advice = f"write months as {year[0]:.0f}-{month[0]:02.0f}"
             raise source.error(f"{values[0]} can be a month or a number; {advice}", name)
-
-
-def _within(values: np.ndarray, bounds: tuple[int, int]) -> bool:
-    return bool(values.min() >= bounds[0] and values.max() <= bounds[1])

@@ -1,20 +1,15 @@
-"""Read series from HDF5 files, with little memory for damaged ones. N series, T time steps, D variables."""
+"""Arrays in HDF5 files, read with little memory for damaged ones. N series, T time steps, D variables."""
 
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
 
 from experiments.tables import DataError
-
-if TYPE_CHECKING:  # the study reads arrays without pandas
-    import pandas as pd
-
-    from experiments.tables.series import Wanted
 
 MAX_ARRAY_BYTES = 2**30  # limit for an array in a file, and for all series of a file as float64
 MAX_COMPRESSION = 1100  # bytes of an array per byte in the file; deflate reaches 1032
@@ -57,19 +52,13 @@ def numbers_in(path: str | Path, file: h5py.File, name: str, ranks: Sequence[int
     return array
 
 
-def read_hdf5(path: Path, wanted: "Wanted") -> "list[pd.DataFrame]":
-    """The series in a file, made by `series.assemble`.
+def arrays_in(path: Path) -> Iterator[tuple[str, list[tuple[str, np.ndarray]], str, list[str]]]:
+    """The series in a file: the name of each, its columns (names, and T numbers), how a row is called, what to tell.
 
     The file has `/trajectories` (N, T, D), or else arrays (T, D) or (T) at its root, one for each series. `/time` (T)
     is the time axis of all series of T steps. Names of variables are in an attribute `variables` or `names` of the
     array or the file. netCDF's scale_factor, add_offset and _FillValue are applied. Raises DataError for other files.
     """
-    import pandas as pd
-
-    from experiments.tables.series import assemble
-    from experiments.tables.source import Source
-
-    found = []
     with opened(path) as file:
         arrays, clock = _arrays(path, file)
         for name, array in arrays.items():
@@ -77,27 +66,27 @@ def read_hdf5(path: Path, wanted: "Wanted") -> "list[pd.DataFrame]":
             variables = _variables(path, file, array, clock is not None)
             values, notes = _unpacked(path, name, array)
             for number, one in enumerate(values if together else [values.reshape(len(values), -1)]):
-                parts = [(title, pd.Series(part)) for title, part in zip(variables, one.T, strict=True)]
+                parts = list(zip(variables, one.T, strict=True))
                 if clock is not None and len(clock) == len(one):
-                    parts.insert(0, ("time", pd.Series(clock[:])))
+                    parts.insert(0, ("time", clock[:]))
                 at = f"{name}[{number}, " if together else f"{name}["
-                title = f"{path.stem}[{number}]" if together else name
-                found += assemble(title, parts, wanted, Source(str(path), (at + "{}]").format), notes)
-    return found
+                yield f"{path.stem}[{number}]" if together else name, parts, at + "{}]", notes
 
 
 def _arrays(path: Path, file: h5py.File) -> tuple[dict[str, h5py.Dataset], h5py.Dataset | None]:
     """The arrays with series, by name, and the one with the times, none of them read yet."""
     clocks = [name for name in file if name.lower() in TIMES and getattr(file[name], "ndim", 0) == 1]
-    names = sorted((name for name in file if name not in clocks), key=_natural)
-    names, ranks = (["trajectories"], (3,)) if "trajectories" in file else (names, (1, 2))
+    if len(clocks) > 1:
+        raise DataError(f"{path}: {clocks[0]!r} and {clocks[1]!r} can both be the times; delete one of them")
+    names, ranks = ["trajectories"], [3]
+    if "trajectories" not in file:  # s2 before s10
+        names = sorted({*file} - {*clocks}, key=lambda name: [part.zfill(20) for part in re.split(r"(\d+)", name)])
+        ranks = [1, 2]
     expected = "the array 'trajectories', or arrays (T, D) and nothing else"
     if not names:
         raise DataError(f"{path}: holds {sorted(file)}, expected {expected}")
-    if len(clocks) > 1:
-        raise DataError(f"{path}: {clocks[0]!r} and {clocks[1]!r} can both be the times; delete one of them")
     arrays = {name: numbers_in(path, file, name, ranks, expected) for name in names}
-    clock = numbers_in(path, file, clocks[0], (1,), "an array of times") if clocks else None
+    clock = numbers_in(path, file, clocks[0], [1], "an array of times") if clocks else None
     size = 8 * sum(array.size for array in arrays.values())
     series = sum(len(array) if array.ndim == 3 else 1 for array in arrays.values())
     if size > MAX_ARRAY_BYTES or series > MAX_SERIES:
@@ -111,22 +100,26 @@ def _arrays(path: Path, file: h5py.File) -> tuple[dict[str, h5py.Dataset], h5py.
     return arrays, clock
 
 
-def _natural(name: str) -> list:
-    """The key that sorts s2 before s10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+def _attribute(path: Path, owner, key: str, count: int = 1, default=()) -> np.ndarray:
+    """The values of an attribute of an array or a file, `default` if it has none; at most `count` are read."""
+    if key not in owner.attrs:
+        return np.atleast_1d(default)
+    if (shape := owner.attrs.get_id(key).shape) not in ((), (1,), (count,)):
+        raise DataError(f"{path}: the attribute {key!r} of {owner.name} has the shape {shape}, expected ({count},)")
+    return np.atleast_1d(owner.attrs[key])
 
 
 def _unpacked(path: Path, name: str, array: h5py.Dataset) -> tuple[np.ndarray, list[str]]:
     """The numbers of an array as netCDF 4 means them, NaN for missing ones, and what to tell of it."""
-    means = {"_FillValue": np.nan, "missing_value": np.nan, "scale_factor": 1.0, "add_offset": 0.0}
-    for key in means.keys() & array.attrs.keys():
-        value = np.asarray(array.attrs[key] if array.attrs.get_id(key).shape in ((), (1,)) else "")
-        if value.dtype.kind not in "fiu":
-            raise DataError(f"{path}: the attribute {key!r} of {name} is {array.attrs[key]!r}, expected a number")
-        means[key] = float(value.ravel()[0])
-    fill, other_fill, scale, offset = means.values()
+    means = []
+    for key, default in {"_FillValue": np.nan, "missing_value": np.nan, "scale_factor": 1.0, "add_offset": 0.0}.items():
+        found = _attribute(path, array, key, default=default)
+        if found.dtype.kind not in "fiu":
+            raise DataError(f"{path}: the attribute {key!r} of {name} is {str(found[0])!r}, expected a number")
+        means.append(float(found[0]))
+    *fills, scale, offset = means
     values = array[:].astype(np.float64)
-    values[(values == fill) | (values == other_fill)] = np.nan
+    values[np.isin(values, fills)] = np.nan
     if (scale, offset) == (1.0, 0.0):
         return values, []
     return values * scale + offset, [f"{name} multiplied by scale_factor {scale:g}, plus add_offset {offset:g}"]
@@ -135,15 +128,13 @@ def _unpacked(path: Path, name: str, array: h5py.Dataset) -> tuple[np.ndarray, l
 def _variables(path: Path, file: h5py.File, array: h5py.Dataset, has_time: bool) -> list[str]:
     """The names of an array's variables: of its attributes, of the study's data set, or x0, x1, ..."""
     count = array.shape[-1] if array.ndim > 1 else 1
-    for attributes in (array.attrs, file.attrs):
-        for key in (key for key in ("variables", "names") if key in attributes):
-            shape = attributes.get_id(key).shape
-            found = np.atleast_1d(attributes[key] if shape in ((), (count,)) else [])
-            names = [name.decode() if isinstance(name, bytes) else str(name) for name in found]
-            names = [name.strip() for name in (names[0].split(",") if len(names) == 1 else names)]
-            if len(names) != count or len(set(names)) != count or "" in names:
-                problem = f"the attribute {key!r} has the shape {shape} and the names {names}"
-                raise DataError(f"{path}: {problem}, expected {count} different names")
+    for owner, key in product((array, file), ("variables", "names")):
+        found = _attribute(path, owner, key, count)
+        names = [name.decode() if isinstance(name, bytes) else str(name) for name in found]
+        names = [name.strip() for name in (names[0].split(",") if len(names) == 1 else names)]
+        if names and (len(names) != count or len(set(names)) != count or "" in names):
+            raise DataError(f"{path}: the attribute {key!r} has the names {names}, expected {count} different names")
+        if names:
             return names
     if array.ndim == 3 and count == 2 and has_time:
         return ["prey", "predator"]

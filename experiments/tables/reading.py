@@ -1,7 +1,6 @@
 """Read a file with series: its first bytes decide how. T time steps, one row each."""
 
 import bz2
-import csv
 import gzip
 import io
 import lzma
@@ -15,8 +14,8 @@ from typing import IO, Any
 import pandas as pd
 
 from experiments.tables import DataError
-from experiments.tables.hdf5 import read_hdf5
-from experiments.tables.series import Wanted, from_frame
+from experiments.tables.hdf5 import arrays_in
+from experiments.tables.series import Wanted, assemble, from_frame
 from experiments.tables.source import Source
 from experiments.tables.text import read_cells, read_text, series_name
 
@@ -62,7 +61,7 @@ def read_series(
     path = Path(path)
     try:
         return _read(path, path.read_bytes(), Wanted(columns, missing, id, wide))
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
@@ -73,17 +72,7 @@ def _read(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
             with unpack(io.BytesIO(content)) as file:
                 return _read(path, _limited(path, file), wanted)
     if content.startswith(b"PK\x03\x04"):
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
-            if "[Content_Types].xml" in names:
-                return _read_excel(path, archive, wanted)
-            if len(names) != 1 or names[0].endswith(".npy"):
-                raise DataError(f"{path}: is a zip file of {names[:6]}, expected one table in it; unpack it")
-            try:
-                with archive.open(names[0]) as file:
-                    return _read(path, _limited(path, file), wanted)
-            except (RuntimeError, NotImplementedError) as error:  # a password, an unknown compression
-                raise DataError(f"{path}: cannot be unpacked ({error})") from error
+        return _read_zip(path, content, wanted)
     if content.startswith(b"PAR1"):
         try:
             found = pd.read_parquet(io.BytesIO(content))
@@ -91,11 +80,32 @@ def _read(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
             raise DataError(f"{path}: not a readable Parquet file ({error})") from error
         return from_frame(found, series_name(path), wanted=wanted, source=Source(str(path)))
     if content.startswith(b"\x89HDF\r\n\x1a\n"):
-        return read_hdf5(path, wanted)
+        series = []
+        for title, parts, place, notes in arrays_in(path):
+            cells = [(name, pd.Series(values)) for name, values in parts]
+            series += assemble(title, cells, wanted, Source(str(path), place.format), notes)
+        return series
     start = content.lstrip()[:20]
     if other := next((what for mark, what in OTHERS.items() if start.startswith(mark)), None):
         raise DataError(f"{path}: is {other}; save it as CSV or Parquet")
     return read_text(path, content, wanted)
+
+
+def _read_zip(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
+    """The series in an Excel file, or in the only file of an archive."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
+            is_excel = "[Content_Types].xml" in names
+            if not is_excel and (len(names) != 1 or names[0].endswith(".npy")):
+                raise DataError(f"{path}: is a zip file of {names[:6]}, expected one table in it; unpack it")
+            wanted_names = [name for name in names if not is_excel or name.startswith("xl/worksheets/")]
+            files = [_limited(path, archive.open(name)) for name in wanted_names]
+    except DataError:
+        raise
+    except (RuntimeError, ValueError) as error:  # a password, an unknown compression, damage
+        raise DataError(f"{path}: cannot be unpacked ({error})") from error
+    return _read_excel(path, content, files, wanted) if is_excel else _read(path, files[0], wanted)
 
 
 def _limited(path: Path, file: IO[bytes]) -> bytes:
@@ -106,13 +116,12 @@ def _limited(path: Path, file: IO[bytes]) -> bytes:
     return content
 
 
-def _read_excel(path: Path, archive: zipfile.ZipFile, wanted: Wanted) -> list[pd.DataFrame]:
+def _read_excel(path: Path, content: bytes, sheets_xml: list[bytes], wanted: Wanted) -> list[pd.DataFrame]:
     """The series in an Excel file with one sheet that is not empty; its cells are read as text."""
-    for name in archive.namelist():
-        if name.startswith("xl/worksheets/") and re.search(NO_VALUE, _limited(path, archive.open(name))):
-            raise DataError(f"{path}: has formulas without values; open it in Excel or LibreOffice, and save it")
+    if any(re.search(NO_VALUE, one) for one in sheets_xml):
+        raise DataError(f"{path}: has formulas without values; open it in Excel or LibreOffice, and save it")
     try:
-        sheets = pd.read_excel(archive.fp, sheet_name=None, header=None, dtype=object, na_filter=False)
+        sheets = pd.read_excel(io.BytesIO(content), sheet_name=None, header=None, dtype=object, na_filter=False)
     except ImportError as error:
         raise DataError(f"{path}: is an Excel file; save it as CSV, or install openpyxl") from error
     except Exception as error:  # the library documents nothing narrower
@@ -121,8 +130,8 @@ def _read_excel(path: Path, archive: zipfile.ZipFile, wanted: Wanted) -> list[pd
     if len(filled) != 1:
         raise DataError(f"{path}: has {len(filled)} sheets with a table, {list(filled)}; save one of them as CSV")
     (sheet,) = filled.values()
-    cells = sheet.map(_cell_text).astype("str")
-    return read_cells(path, cells, "row", range(1, len(cells) + 1), "", wanted, [])
+    cells = sheet.map(_cell_text).astype("str").set_axis(pd.RangeIndex(1, len(sheet) + 1, name="row"))
+    return read_cells(path, cells, "", wanted, [])
 
 
 def _cell_text(cell) -> str:

@@ -61,18 +61,18 @@ def from_frame(
         raise source.error(f"got a {type(frame).__name__}, expected a pandas DataFrame or Series")
     if frame.columns.nlevels > 1:
         raise source.error("has several levels of columns; select one level")
+    dates = [str(title) for title in frame.select_dtypes(["datetime", "datetimetz"])]
     parts = [(str(title), cells) for title, cells in frame.items()]
-    dated = [title for title, cells in parts if pd.api.types.is_datetime64_any_dtype(cells.dtype)]
     for at in reversed(range(frame.index.nlevels)):
         level = frame.index.get_level_values(at)
-        is_number, title = level.dtype.kind in "iuf", level.name
-        if is_number and title is None and (dated or not equal_steps(level.to_numpy(float))):
+        is_number = level.dtype.kind in "iuf"
+        if is_number and level.name is None and (dates or not equal_steps(level.to_numpy(float))):
             notes += [] if isinstance(level, pd.RangeIndex) else ["the row numbers of the frame left out"]
             continue
         if pd.api.types.is_datetime64_any_dtype(level.dtype):  # it goes before columns of dates
-            parts = [part for part in parts if part[0] not in dated]
-            notes += [f"{one!r} left out, as the index has the times" for one in dated]
-        title = str(title) if title is not None else "" if is_number else "time"
+            parts = [part for part in parts if part[0] not in dates]
+            notes += [f"{one!r} left out, as the index has the times" for one in dates]
+        title = str(level.name) if level.name is not None else "" if is_number else "time"
         parts.insert(0, (title, level.to_series()))
     return assemble(name, [(title, cells.reset_index(drop=True)) for title, cells in parts], wanted, source, notes)
 
@@ -93,14 +93,15 @@ def assemble(
     parts = [(re.sub(r"^Unnamed: \d+$", "", title).strip(), as_text(cells)) for title, cells in parts]
     mark = decimal_mark([part for part in parts if is_text(part[1])], asked, source)
     columns = [column_of(title, cells, mark, source, title not in asked) for title, cells in parts]
-    groups, titles, rest = _groups(columns, wanted, source)
+    groups, rest = _groups(name, columns, wanted, source)
     free = [one for one in rest if one.name not in asked]
-    axis, used = time_axis(free, groups, sum(bool(one.name) for one in rest), source, notes)
-    free = [one for one in free if not any(one is other for other in used)]
-    notes += ["a column without a name left out" for one in free if not one.name and not _counts(one)]
-    for title, rows in zip(titles, groups, strict=True):
-        if axis is not None:
-            check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, source)
+    axis, used = time_axis(free, [*groups.values()], sum(bool(one.name) for one in rest), source, notes)
+    free = [one for one in free if one not in used]
+    count = np.arange(len(parts[0][1]))  # as pandas writes the index of a frame
+    unnamed = [one for one in free if not one.name and not np.array_equal(one.values, count)]
+    notes += ["a column without a name left out"] * len(unnamed)
+    for title, rows in groups.items() if axis is not None else ():
+        check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, source)
     names = asked if wanted.columns is not None else [one.name for one in free if one.name]
     whole = _numbers(names, columns, source)
     if wanted.columns is None and not wanted.wide:
@@ -108,10 +109,10 @@ def assemble(
     if wanted.wide and len(groups) > 1:
         raise source.error(f"has {len(groups)} series, one below the other; leave out --wide or the ids")
     series = []
-    for title, rows in zip(titles, groups, strict=True):
+    for title, rows in groups.items():
         index = pd.RangeIndex(len(rows)) if axis is None else axis[rows]
         frame = _complete(whole.iloc[rows].set_axis(index), wanted.missing, rows, source)
-        for label in names if wanted.wide else [title or name]:
+        for label in names if wanted.wide else [title]:
             series.append(frame[[label]].set_axis(["value"], axis=1) if wanted.wide else frame)
             series[-1].attrs["name"] = label
     series[0].attrs["notes"] = notes
@@ -119,26 +120,21 @@ def assemble(
 
 
 def _groups(
-    columns: Sequence[Column], wanted: Wanted, source: Source
-) -> tuple[list[np.ndarray], list[str], list[Column]]:
-    """The rows of each series, the names of the series ("" for the only one), and the columns without the id."""
+    name: str, columns: Sequence[Column], wanted: Wanted, source: Source
+) -> tuple[dict[str, np.ndarray], list[Column]]:
+    """The rows of each series by its name, which is `name` for the only one, and the columns without the id."""
     found = [one for one in columns if one.name.lower() in IDS and one.name not in (wanted.columns or ())]
     found = [one for one in found if one.cells.nunique() < len(one.cells)][:1]
     if wanted.id is not None:
         found = [_the_one(wanted.id, columns, source)]
+    rows = pd.Series(range(len(columns[0].cells)))
     if not found:
-        return [np.arange(len(columns[0].cells))], [""], list(columns)
-    codes, titles = pd.factorize(found[0].cells.where(found[0].cells != "").astype("str"))
-    if (codes < 0).any():
-        raise source.error(f"has no {found[0].name!r}, which names its series", row=int(codes.argmin()))
-    order = np.argsort(codes, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
-    return groups, [str(title) for title in titles], [one for one in columns if one is not found[0]]
-
-
-def _counts(column: Column) -> bool:
-    """True if a column holds 0, 1, 2, ..., as pandas numbers rows."""
-    return column.kind == "numbers" and np.array_equal(column.values, np.arange(len(column.values)))
+        return {name: rows.to_numpy()}, list(columns)
+    ids = found[0].cells.where(found[0].cells != "").astype("str")
+    if ids.isna().any():
+        raise source.error(f"has no {found[0].name!r}, which names its series", row=int(ids.isna().argmax()))
+    groups = {str(title): part.to_numpy() for title, part in rows.groupby(ids, sort=False)}
+    return groups, [one for one in columns if one is not found[0]]
 
 
 def _the_one(name: str, columns: Sequence[Column], source: Source) -> Column:
@@ -152,8 +148,7 @@ def _the_one(name: str, columns: Sequence[Column], source: Source) -> Column:
 def _numbers(names: Sequence[str], columns: Sequence[Column], source: Source) -> pd.DataFrame:
     """The columns with these names as float64 (T, D). Raises DataError for others than numbers."""
     if not names:
-        all_names = [one.name for one in columns]
-        raise source.error(f"has no column of numbers to forecast, only {all_names}; expected at least one")
+        raise source.error(f"has no column of numbers to forecast, only {[one.name for one in columns]}; expected one")
     found = [_the_one(name, columns, source) for name in names]
     for one in (one for one in found if one.kind != "numbers"):
         cell = str(one.cells.iloc[one.problem])[:40] or "nothing"
@@ -171,10 +166,8 @@ def _refuse_times_as_names(names: Sequence[str], source: Source) -> None:
     times = rf"(?i:{MONTH}|{CLOCK}|q(?:tr|uarter)?[ _]?[1-4]|(?:1[89]|20)\d\d)"
     found = [name for name in names if is_date(name) or re.fullmatch(times, name)]
     if len(found) > 2 or list(names) == [str(month) for month in range(1, 13)]:
-        raise source.error(
-            f"has columns {names[0]!r} to {names[-1]!r}, which can be variables, or the times of a series in each row; "
-            "write a row for each time, or name the variables with --columns"
-        )
+        problem = f"has columns {names[0]!r} to {names[-1]!r}, which can be variables, or times of a series in each row"
+        raise source.error(f"{problem}; write a row for each time, or name the variables with --columns")
 
 
 def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, source: Source) -> pd.DataFrame:
@@ -192,8 +185,8 @@ def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, source: Sourc
         raise source.error(f"{problem} {source.place(rows[row])}, column {frame.columns[at]!r}; {FILL}; or {LEAVE_OUT}")
     for name, known in frame.count().items():
         if known < 2:
-            problem = f"{name!r} has {known} of {len(frame)} values, expected at least 2 to interpolate"
-            raise source.error(f"{problem}; {LEAVE_OUT}")
+            problem = f"{name!r} has {known} of {len(frame)} values, expected at least 2 to interpolate; {LEAVE_OUT}"
+            raise source.error(problem)
     filled = frame.interpolate(method="index", limit_direction="both")
     if not np.isfinite(filled.to_numpy()).all():
         raise source.error("its values are too far apart to interpolate")

@@ -2,16 +2,13 @@
 
 import csv
 import re
-from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-import pyarrow as pa
-from pyarrow.csv import ConvertOptions, ParseOptions, ReadOptions, read_csv
 
 from experiments.tables import DataError
-from experiments.tables.cells import STYLES, is_missing
+from experiments.tables.cells import MISSING_CELLS, STYLES
 from experiments.tables.dates import is_date
 from experiments.tables.series import Wanted, assemble
 from experiments.tables.source import Source
@@ -32,57 +29,60 @@ NO_WINDOWS_1252 = (
 def read_text(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
     """The series in a text table. Raises DataError as `reading.read_series`."""
     notes: list[str] = []
-    text = _decoded(path, content, notes)
-    lines = [line.strip(" ") for line in text.split("\n")]
-    numbers = [number for number, line in enumerate(lines, start=1) if line]
-    lines = [line for line in lines if line]
+    lines = pd.Series(_decoded(path, content, notes).split("\n"), dtype="str").str.strip(" ")
+    lines.index = lines.index.rename("line") + 1
+    lines = lines[lines != ""]
     delimiter = ""
-    if lines and (match := re.fullmatch(r"\"?sep=(.)\"?", lines[0])):
-        delimiter, lines, numbers = match[1], lines[1:], numbers[1:]
-    rows = [line for line in lines if line[0] != "#"]
-    if not rows:
+    if len(lines) and (match := re.fullmatch(r"\"?sep=(.)\"?", lines.iloc[0])):
+        delimiter, lines = match[1], lines[1:]
+    hashed = lines.str.startswith("#")
+    if hashed.all():
         raise DataError(f"{path}: is empty, expected a row for each time step")
-    delimiter = delimiter or _delimiter(rows[:SAMPLE])
-    width = len(_split(rows[0], delimiter))
-    if len(rows) < len(lines):  # lines such as `# made by a logger`, but also rows that begin with #
-        kept = [at for at, line in enumerate(lines) if line[0] != "#" or len(_split(line, delimiter)) == width]
-        if left := len(lines) - len(kept):
-            notes.append(f"{left} line{'s' * (left != 1)} after # left out")
-        lines, numbers = [lines[at] for at in kept], [numbers[at] for at in kept]
-    elif width == 1 and len(numbers) <= numbers[-1] - numbers[0]:
-        gap = next(number for number, after in pairwise(numbers) if after > number + 1) + 1
-        raise DataError(
-            f"{path}, line {gap}: is empty, which can be a missing value or nothing; write NA, or delete it"
-        )
-    cells = _cells(path, lines, numbers, delimiter)
-    if len(cells) < len(lines):  # a cell holds the end of a line
-        return read_cells(path, cells, "row", range(1, len(cells) + 1), delimiter, wanted, notes)
-    return read_cells(path, cells, "line", numbers, delimiter, wanted, notes)
+    delimiter = delimiter or _delimiter(lines[~hashed][:SAMPLE])
+    width = len(_split(lines[~hashed].iloc[0], delimiter))
+    # lines such as `# made by a logger`, but not rows that begin with #
+    comments = [number for number, line in lines[hashed].items() if len(_split(line, delimiter)) != width]
+    if comments:
+        notes.append(f"{len(comments)} line{'s' * (len(comments) != 1)} after # left out")
+    gaps = lines.index[:-1][np.diff(lines.index) > 1] + 1
+    if len(gaps) and width == 1 and not hashed.any():
+        problem = "is empty, which can be a missing value or nothing; write NA, or delete it"
+        raise DataError(f"{path}, line {gaps[0]}: {problem}")
+    lines = lines.drop(comments)
+    reader = csv.reader(lines + "\n", delimiter=delimiter, skipinitialspace=True, strict=True)
+    cells, numbers = [], []
+    try:
+        for row in reader:  # not by pandas, which fills rows that are too short
+            cells.append(row)
+            numbers.append(lines.index[reader.line_num - 1])
+            if len(row) != len(cells[0]):
+                problem = f"has {len(row)} columns, the first line has {len(cells[0])}"
+                advice = "leave out lines that are not of the table, such as a title or a note, and name all columns"
+                raise DataError(f"{path}, line {numbers[-1]}: {problem}; {advice}")
+    except csv.Error as error:
+        raise DataError(f"{path}: cannot be read ({error}); is a quotation mark not closed?") from error
+    table = pd.DataFrame(cells, pd.Index(numbers, name="line"), dtype="str")
+    return read_cells(path, table, delimiter, wanted, notes)
 
 
-def read_cells(
-    path: Path, cells: pd.DataFrame, unit: str, numbers: Sequence[int], delimiter: str, wanted: Wanted, notes: list[str]
-) -> list[pd.DataFrame]:
-    """The series in cells of text (rows, columns), of which the first row may hold names. Rows are a `unit` each."""
+def read_cells(path: Path, cells: pd.DataFrame, delimiter: str, wanted: Wanted, notes: list[str]) -> list[pd.DataFrame]:
+    """The series in cells of text (rows, columns), where the first row may hold names. The index numbers the rows."""
     filled = (cells != "").any(axis=1).to_numpy().nonzero()[0]
     if 0 < len(filled) < len(cells) and any(map(is_date, cells.iloc[filled[-1]])):  # a row without a date is none
-        table = slice(filled[0], filled[-1] + 1)
-        cells, numbers, count = cells[table], numbers[table], len(cells)
-        if len(cells) < count:
-            notes.append(f"{count - len(cells)} empty rows before or after the table left out")
+        before, cells = len(cells), cells[filled[0] : filled[-1] + 1]
+        if left := before - len(cells):
+            notes.append(f"{left} empty rows before or after the table left out")
     names = [cell.strip() for cell in cells.iloc[0]]
     if has_names := _has_names(names):
-        cells, numbers = cells.iloc[1:], numbers[1:]
-    elif (
-        delimiter == "," and len(names) == 2 and (cells.iloc[:, 0] + "," + cells.iloc[:, 1]).str.fullmatch(COMMA).all()
-    ):
+        cells = cells[1:]
+    elif delimiter == "," and len(names) == 2 and (cells[0] + "," + cells[1]).str.fullmatch(COMMA).all():
         text = ",".join(names)
         raise DataError(f"{path}: {text!r} can be two numbers, or one with a decimal comma; write names above them")
-    if not len(cells):
+    if cells.empty:
         raise DataError(f"{path}: has names but no numbers, expected a row for each time step")
-    source = Source(str(path), lambda row: f"{unit} {numbers[row]}", has_names, delimiter)
+    source = Source(str(path), lambda row: f"{cells.index.name} {cells.index[row]}", has_names, delimiter)
     titles = names if has_names else [f"x{at}" for at in range(len(names))]
-    parts = [(title, cells.iloc[:, at].reset_index(drop=True)) for at, title in enumerate(titles)]
+    parts = [(title, cells[at].reset_index(drop=True)) for at, title in enumerate(titles)]
     return assemble(series_name(path), parts, wanted, source, notes)
 
 
@@ -108,7 +108,7 @@ def _decoded(path: Path, content: bytes, notes: list[str]) -> str:
     return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _delimiter(lines: Sequence[str]) -> str:
+def _delimiter(lines: pd.Series) -> str:
     """The mark that divides most rows into as many cells as the first row, and into more than one.
 
     If there is none, the rows are divided by spaces where they end in a space and a number, or else not at all.
@@ -120,7 +120,7 @@ def _delimiter(lines: Sequence[str]) -> str:
 
     if share(best := max(DELIMITERS, key=share)):
         return best
-    words = lines[-1].split()
+    words = lines.iloc[-1].split()
     return " " if len(words) > 1 and _is_number(words[-1]) else "\t"
 
 
@@ -128,42 +128,9 @@ def _split(line: str, delimiter: str) -> list[str]:
     return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
 
 
-def _cells(path: Path, lines: list[str], numbers: list[int], delimiter: str) -> pd.DataFrame:
-    """The cells (rows, columns) as text. Raises DataError for rows of another width than the first one."""
-    text = "\n".join(lines)
-    if delimiter == " ":
-        text, delimiter = re.sub(" +", "\t", text), "\t"
-    text = re.sub(rf'{re.escape(delimiter)} +"', f'{delimiter}"', text)
-    width = len(next(csv.reader(text.split("\n"), delimiter=delimiter)))
-    content, wrong = text.encode() + b"\n", []
-
-    def skip(row):
-        wrong.append(row)
-        return "skip"
-
-    try:  # not by pandas, which fills rows that are too short
-        table = read_csv(
-            pa.BufferReader(content),
-            ReadOptions(autogenerate_column_names=True, use_threads=False, block_size=len(content) + 1),
-            ParseOptions(delimiter=delimiter, newlines_in_values=True, invalid_row_handler=skip),
-            ConvertOptions(column_types={f"f{at}": pa.string() for at in range(width)}, strings_can_be_null=False),
-        )
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    if wrong:
-        row = wrong[0]
-        problem = f"has {row.actual_columns} columns, the first line has {row.expected_columns}"
-        advice = "leave out lines that are not of the table, such as a title or a note, and name all columns"
-        raise DataError(f"{path}, line {numbers[row.number - 1]}: {problem}; {advice}")
-    cells = table.to_pandas()
-    if cells.iloc[-1, -1].endswith("\n"):
-        raise DataError(f"{path}: cannot be read, as a quotation mark is not closed")
-    return cells
-
-
 def _is_number(cell: str) -> bool:
     """True for a number, or a mark of a missing one."""
-    return is_missing(cell) or any(re.fullmatch(pattern, cell) for pattern in STYLES.values())
+    return cell.lower() in MISSING_CELLS or any(re.fullmatch(pattern, cell) for pattern in STYLES.values())
 
 
 def _has_names(first: list[str]) -> bool:
@@ -173,4 +140,9 @@ def _has_names(first: list[str]) -> bool:
     """
     if any(not _is_number(cell) and not is_date(cell) for cell in first):
         return True
-    return len(first) > 1 and not first[0] and not any(map(is_missing, first[1:])) and len(set(first)) == len(first)
+    return (
+        len(first) > 1
+        and not first[0]
+        and not MISSING_CELLS.intersection(map(str.lower, first[1:]))
+        and len(set(first)) == len(first)
+    )

@@ -105,5 +105,5 @@ def time_texts(times: pd.Index, whole: pd.Index) -> list[str]:
     """Times as files have them. A date has its time of day only if some date of `whole` has one."""
     if not isinstance(times, pd.DatetimeIndex):
         return [str(time) if times.dtype.kind in "iu" else repr(float(time)).removesuffix(".0") for time in times]
-    has_days = bool((whole == whole.normalize()).all() and (times == times.normalize()).all())
-    return [str(time.date()) if has_days and time.tzinfo is None else str(time) for time in times]
+    has_days = times.tz is None and all((one == one.normalize()).all() for one in (times, whole))
+    return [str(time).removesuffix(" 00:00:00") if has_days else str(time) for time in times]

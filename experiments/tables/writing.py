@@ -37,13 +37,13 @@ def write(
     times cannot be continued.
     """
     parts = []
-    clock = next((one.index.name for one in series if not isinstance(one.index, pd.RangeIndex)), None)
+    clock = next((str(one.index.name) for one in series if not isinstance(one.index, pd.RangeIndex)), None)
     for number, one in enumerate(series):
         part = forecast_frame(one, values[number], None if quantiles is None else quantiles[number], levels)
         times = [""] * len(part) if isinstance(one.index, pd.RangeIndex) else time_texts(part.index, one.index)
-        labels: dict[str, object] = {"series": one.attrs["name"], "step": range(1, len(part) + 1)}
+        labels = {"series": one.attrs["name"], "step": range(1, len(part) + 1)}
         if clock is not None:
-            labels[_unused(str(clock), {*labels, *part.columns})] = times
+            labels[_unused(clock, {*labels, *part.columns})] = times
         for name, label in reversed(labels.items()):
             part.insert(0, _unused(name, part.columns), label)
         parts.append(part)
