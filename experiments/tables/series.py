@@ -100,8 +100,9 @@ def assemble(
     count = np.arange(len(parts[0][1]))  # as pandas writes the index of a frame
     unnamed = [one for one in free if not one.name and not np.array_equal(one.values, count)]
     notes += ["a column without a name left out"] * len(unnamed)
-    for title, rows in groups.items() if axis is not None else ():
-        check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, source)
+    for title, rows in groups.items():
+        if axis is not None:
+            check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, source)
     names = asked if wanted.columns is not None else [one.name for one in free if one.name]
     whole = _numbers(names, columns, source)
     if wanted.columns is None and not wanted.wide:
