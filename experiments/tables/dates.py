@@ -124,7 +124,9 @@ def dates_of_numbers(values: np.ndarray, name: str, source: Source, is_telling: 
     be months, and days that are not in the calendar.
     """
     if values.dtype.kind != "i":
-        return _refuse_points(values, name, source) if is_telling and np.isfinite(values).all() else None
+        if is_telling and np.isfinite(values).all():
+            _refuse_points(values, name, source)
+        return None
     digits = len(str(values[0]))
     year = values // 10 ** max(digits - 4, 0)
     if digits not in _OF_DIGITS or not np.isin(year, YEARS).all():
