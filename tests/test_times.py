@@ -14,7 +14,6 @@ from experiments.tables.times import time_texts
 FIFTH = datetime(2020, 3, 5)
 DATES = {
     "2020-03-05": FIFTH,
-    "2020/03/05": FIFTH,
     "5.3.2020": FIFTH,
     "5 March 2020": FIFTH,
     "Mar 5, 2020": FIFTH,
@@ -26,7 +25,6 @@ DATES = {
     "2020-W10": datetime(2020, 3, 2),
     "2020Q3": datetime(2020, 7, 1),
     "2020-03-02/2020-03-08": datetime(2020, 3, 2),
-    "2020-03-05 14:30": datetime(2020, 3, 5, 14, 30),
     "2020-03-05T14:30:15.5": datetime(2020, 3, 5, 14, 30, 15, 500000),
     "5.3.2020 2:30 PM": datetime(2020, 3, 5, 14, 30),
     "2020-03-05T14:30:00Z": datetime(2020, 3, 5, 14, 30, tzinfo=UTC),
@@ -105,12 +103,10 @@ def test_dates_of_one_column_are_written_alike():
     [
         ("month", [202311, 202312], datetime(2023, 11, 1)),
         ("n", [202312, 202401], datetime(2023, 12, 1)),
-        ("n", [20231231, 20240101], datetime(2023, 12, 31)),
         ("n", [2023123123, 2024010100], datetime(2023, 12, 31, 23)),
         ("n", [202312312358, 202312312359], datetime(2023, 12, 31, 23, 58)),
         ("n", [20231231235958, 20231231235959], datetime(2023, 12, 31, 23, 59, 58)),
         ("t", [1700000000, 1700000060], None),
-        ("t", [100, 101], None),
         ("n", [20231231, 20231232], None),
         ("n", [999912, 999913], None),
     ],
@@ -137,14 +133,12 @@ CONTINUED = {  # times, whether they are regular, the next two
     "a month end is missing": (WORKING.delete(5), False, ["2024-01-31", "2024-02-29"]),
     "working month ends": (WORKING, True, ["2024-01-31", "2024-02-29"]),
     "the 30th": (days("2024-01-30", "2024-02-29", "2024-03-30"), True, ["2024-04-30", "2024-05-30"]),
-    "years": (days("2023-02-28", "2024-02-28"), True, ["2025-02-28", "2026-02-28"]),
     "hours when clocks change": (
         pd.date_range("2020-10-25 00:30", periods=3, freq="h", tz="Europe/Berlin"),
         True,
         ["2020-10-25 02:30:00+01:00", "2020-10-25 03:30:00+01:00"],
     ),
     "irregular": (days("2024-01-01", "2024-01-03", "2024-01-05", "2024-01-15"), False, ["2024-01-17", "2024-01-19"]),
-    "a count": (pd.RangeIndex(3), True, ["3", "4"]),
     "a number is missing": (pd.Index([1900, 1901, 1903, 1904]), False, ["1905", "1906"]),
     "microseconds": (pd.Index([1700000004000001, 1700000005000002]), True, ["1700000006000003", "1700000007000004"]),
     "rounded numbers": (pd.Index([0, 0.333, 0.667, 1]), True, ["1.3333333", "1.6666667"]),

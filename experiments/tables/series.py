@@ -105,10 +105,10 @@ def assemble(
             check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, source)
     names = asked if wanted.columns is not None else [one.name for one in free if one.name]
     whole = _numbers(names, columns, source)
-    if wanted.columns is None and not wanted.wide:
-        _refuse_times_as_names(names, source)
     if wanted.wide and len(groups) > 1:
         raise source.error(f"has {len(groups)} series, one below the other; leave out --wide or the ids")
+    if wanted.columns is None and not wanted.wide:
+        _refuse_times_as_names(names, source)
     series = []
     for title, rows in groups.items():
         index = pd.RangeIndex(len(rows)) if axis is None else axis[rows]
@@ -186,8 +186,7 @@ def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, source: Sourc
         raise source.error(f"{problem} {source.place(rows[row])}, column {frame.columns[at]!r}; {FILL}; or {LEAVE_OUT}")
     for name, known in frame.count().items():
         if known < 2:
-            problem = f"{name!r} has {known} of {len(frame)} values, expected at least 2 to interpolate; {LEAVE_OUT}"
-            raise source.error(problem)
+            raise source.error(f"{name!r} has {known} of {len(frame)} values, expected at least 2; {LEAVE_OUT}")
     filled = frame.interpolate(method="index", limit_direction="both")
     if not np.isfinite(filled.to_numpy()).all():
         raise source.error("its values are too far apart to interpolate")
