@@ -89,15 +89,17 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
 def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
     """The forecaster; prints what it is, and what a user should know of it."""
     from experiments.forecasting import Forecaster
-    from experiments.forecasting.numbers import NumberForecaster
+    from experiments.forecasting.adapter import resolve
+    from experiments.forecasting.forecaster import reads_values
 
+    name, folder, _ = resolve(args.model, args.adapter)
+    if reads_values(folder) and (given := [one for one in TEXT if getattr(args, one) is not None]):
+        raise cli.CommandError(f"--{given[0]} is for models that write text, and {name} reads values; leave it out")
     device = cli.checked_device(args.device)
     dtype = cli.chosen_dtype(args.dtype, device)
     encoding = {name: value for name in ("scale", "decimals") if (value := getattr(args, name)) is not None}
     forecaster = Forecaster.load(args.model, args.adapter, device, dtype, **encoding)
-    trained, (name, _) = forecaster.trained, forecaster.checkpoint
-    if isinstance(forecaster, NumberForecaster) and (given := [one for one in TEXT if getattr(args, one) is not None]):
-        raise cli.CommandError(f"--{given[0]} is for models that write text, and {name} reads values; leave it out")
+    trained = forecaster.trained
     print(f"model: {name}" + (f" with the adapter {args.adapter}" if args.adapter else ""))
     if name == "tiny" and not args.adapter:
         _warn("tiny is a demonstration of a model that writes text; the default model forecasts better. See --backtest")

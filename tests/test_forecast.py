@@ -62,6 +62,9 @@ def test_a_model_that_writes_text_takes_its_own_options(run, tmp_path):
         2,
         "error: --samples is for models that write text, and numbers reads values; leave it out\n",
     )
+    for option in ("--point", "--scale", "--decimals", "--seed"):
+        status, _, err, _ = run(series, option, "mean" if option == "--point" else 2)
+        assert (status, err.startswith(f"error: {option} is for models that write text")) == (2, True)
 
 
 def test_nothing_is_written_over_unless_by_force_and_the_series_never(run, tmp_path):

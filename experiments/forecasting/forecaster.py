@@ -34,15 +34,18 @@ class Forecaster(Protocol):
         """Load a checkpoint (folder, hub id, "numbers" or "tiny"), with or without an adapter in peft's format.
 
         The default is what the adapter records, else "numbers", the embedded checkpoint that reads values. options: as
-        `TextForecaster.read` takes them. Raises CheckpointError or AdapterError when one of the two cannot be read or
+        `TextForecaster.read` takes them; a model that reads values takes none, and is always in fp32. Raises CheckpointError or AdapterError when one of the two cannot be read or
         the adapter was trained on another checkpoint.
         """
         name, folder, trained = resolve(checkpoint, adapter)
         if reads_values(folder):
-            from experiments.forecasting.numbers import NumberForecaster as Kind
+            from experiments.forecasting.numbers import NumberForecaster
+
+            forecaster: Any = NumberForecaster.read(folder, adapter, device, **options)
         else:
-            from experiments.forecasting.text import TextForecaster as Kind  # type: ignore[assignment]
-        forecaster = Kind.read(folder, adapter, trained, device, dtype, **options)
+            from experiments.forecasting.text import TextForecaster
+
+            forecaster = TextForecaster.read(folder, adapter, trained, device, dtype, **options)
         forecaster.trained, forecaster.checkpoint = trained, (name, folder)
         return forecaster
 

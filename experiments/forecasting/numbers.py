@@ -226,10 +226,8 @@ class NumberForecaster:
         self.trained: Trained | None = None
 
     @classmethod
-    def read(
-        cls, folder: Path, adapter: str | Path | None, trained: Trained | None, device: str, dtype: torch.dtype
-    ) -> "NumberForecaster":
-        """`Forecaster.load` of a checkpoint that reads values, always in fp32."""
+    def read(cls, folder: Path, adapter: str | Path | None, device: str) -> "NumberForecaster":
+        """`Forecaster.load` of a checkpoint that reads values, in fp32."""
         model = Numbers(QwenConfig.from_file(folder / "config.json"))
         load_weights(model, folder, device, torch.float32)
         if adapter is not None:

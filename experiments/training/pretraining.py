@@ -134,14 +134,16 @@ class SyntheticWindows:
         together = together | (rng.random(kind.groups) < 0.15)
         prefix = np.exp(rng.uniform(np.log(kind.shortest), np.log(kind.length), (kind.groups, 1, 1)))
         late = rng.integers(0, PATCH, (kind.groups, 1, 1)) * (rng.random((kind.groups, 1, 1)) < 0.5)
-        tensors = [torch.from_numpy(one) for one in (x, seen, together.astype(np.float32), prefix.astype(int), late)]
-        return (*tensors, kind.stride)  # type: ignore[return-value]
+        x, seen, together, prefix, late = map(
+            torch.from_numpy, (x, seen, together.astype(np.float32), prefix.astype(int), late)
+        )
+        return x, seen, together, prefix, late, kind.stride
 
     def loss(self, rows: Tensor) -> Tensor:
         """The mean pinball loss of a step.
 
         A random prefix normalises each series, as a context does in a forecast. Tokens within it hardly count, because
-        its statistics tell them of their future, and the later ones the less the longer it ago.
+        its statistics tell them of their future, and later ones the less the farther they are from it.
         """
         x, seen, together, prefix, late, stride = self.draw(int(rows))
         length, times = x.shape[-1] - AHEAD, torch.arange(x.shape[-1])
