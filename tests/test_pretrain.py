@@ -83,8 +83,9 @@ def test_a_killed_pretraining_of_numbers_ends_with_the_same_bytes(tmp_path, monk
             command.main(["numbers", *killed])
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["state.safetensors"]
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["steps6-seed7.state.safetensors"]
     assert command.main(["numbers", *killed]) == 0
+    assert command.main(["numbers", *killed]) == 2  # it has a checkpoint already
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
     curve = json.loads((tmp_path / "whole" / "curve.json").read_text())

@@ -34,8 +34,9 @@ class Forecaster(Protocol):
         """Load a checkpoint (folder, hub id, "numbers" or "tiny"), with or without an adapter in peft's format.
 
         The default is what the adapter records, else "numbers", the embedded checkpoint that reads values. options: as
-        `TextForecaster.read` takes them; a model that reads values takes none, and is always in fp32. Raises CheckpointError or AdapterError when one of the two cannot be read or
-        the adapter was trained on another checkpoint.
+        `TextForecaster.read` takes them; a model that reads values takes none, and is always in fp32. Raises
+        CheckpointError or AdapterError when one of the two cannot be read or the adapter was trained on another
+        checkpoint.
         """
         name, folder, trained = resolve(checkpoint, adapter)
         if reads_values(folder):

@@ -26,7 +26,7 @@ from experiments.forecasting.numbers import (
     patches,
     statistics,
 )
-from experiments.storage.files import write_whole
+from experiments.storage.files import RunError, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.training import synthetic
 from experiments.training.loop import Account, HeldOut, train
@@ -166,7 +166,13 @@ def pretrain(
     pairs: bool = True,
     interruption: Interruption | None = None,
 ) -> None:
-    """Write a checkpoint of `Numbers` into the folder out, with a card; continue there after a kill."""
+    """Write a checkpoint of `Numbers` into the folder out, with a card; continue there after a kill.
+
+    Raises RunError for a folder that has a checkpoint already, Interrupted, and TrainingError for a damaged state.
+    """
+    if (out / "model.safetensors").exists():
+        raise RunError(f"{out}: has a checkpoint already; name another folder")
+    state = out / f"steps{steps}-seed{seed}{'' if pairs else '-no-pairs'}.state.safetensors"  # of this run alone
     out.mkdir(parents=True, exist_ok=True)
     model = Numbers()
     model.start(seed)
@@ -177,7 +183,7 @@ def pretrain(
         return sum(held_out.loss(torch.tensor([step])).item() for step in range(HELD_OUT_STEPS)) / HELD_OUT_STEPS
 
     account = Account("pretrain", interruption=interruption or Interruption())
-    done = train(windows, settings, account, out / "state.safetensors", HeldOut(checked, checks=CHECKS))
+    done = train(windows, settings, account, state, HeldOut(checked, checks=CHECKS))
     kinds = [windows.kind(step) for step in range(steps)]
     costs = np.cumsum(
         [number_step(CONFIG, kind.groups, 2, -(-kind.length // kind.stride), {}, masked=True) for kind in kinds]
@@ -188,12 +194,12 @@ def pretrain(
         for at, loss in done.checks.items()
     ]
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    write_whole(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     config = {"architectures": ["Numbers"], "model_type": "qwen2", "hidden_act": "silu", **asdict(CONFIG)}
     write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
     write_whole(out / "curve.json", json.dumps(curve, indent=1) + "\n")
     write_whole(out / "README.md", card(model, curve, steps, seed, pairs))
-    (out / "state.safetensors").unlink()
+    write_whole(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))  # the last, as it marks the end
+    state.unlink()
 
 
 def card(model: Numbers, curve: list[dict], steps: int, seed: int, pairs: bool) -> str:
