@@ -134,10 +134,14 @@ class SyntheticWindows:
         together = together | (rng.random(kind.groups) < 0.15)
         prefix = np.exp(rng.uniform(np.log(kind.shortest), np.log(kind.length), (kind.groups, 1, 1)))
         late = rng.integers(0, PATCH, (kind.groups, 1, 1)) * (rng.random((kind.groups, 1, 1)) < 0.5)
-        x, seen, together, prefix, late = map(
-            torch.from_numpy, (x, seen, together.astype(np.float32), prefix.astype(int), late)
+        return (
+            torch.from_numpy(x),
+            torch.from_numpy(seen),
+            torch.from_numpy(together.astype(np.float32)),
+            torch.from_numpy(prefix.astype(int)),
+            torch.from_numpy(late),
+            kind.stride,
         )
-        return x, seen, together, prefix, late, kind.stride
 
     def loss(self, rows: Tensor) -> Tensor:
         """The mean pinball loss of a step.
