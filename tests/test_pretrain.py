@@ -1,6 +1,8 @@
 import json
-import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +12,13 @@ from experiments import pretrain as command
 from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import NUMBERS
 from experiments.forecasting.numbers import CONFIG
-from experiments.training import loop, pretraining
+from experiments.training import pretraining
 from experiments.training import tiny as pretrain
 from qwen_min import load
 from qwen_min.config import QwenConfig
 from qwen_min.weights import TINY
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("family", pretrain.FAMILIES, ids=lambda family: family.__name__)
@@ -58,34 +62,36 @@ def test_the_embedded_checkpoint_has_this_config_and_tokenizer():
     assert load("tiny")[0].config == pretrain.CONFIG
 
 
-def small(monkeypatch):
-    """Steps that take a moment, each saved."""
-    kinds = (pretraining.Kind(16, 96, 3, 4, 0.5), pretraining.Kind(8, 48, 3, 4, 0.5))
-    for name, value in {"HELD_OUT_STEPS": 1, "KINDS": kinds, "PER_BLOCK": 16}.items():
-        monkeypatch.setattr(pretraining, name, value)
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+SMALL = """
+from experiments import pretrain
+from experiments.training import loop, pretraining
+pretraining.HELD_OUT_STEPS, pretraining.PER_BLOCK, loop.SAVE_SECONDS = 1, 16, 0
+pretraining.KINDS = (pretraining.Kind(16, 96, 3, 4, 0.5), pretraining.Kind(8, 48, 3, 4, 0.5))
+"""
+KILL = """
+import os, signal
+draw = pretraining.SyntheticWindows.draw
+def deadly(self, step):
+    if step == 4 and self.seed == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return draw(self, step)
+pretraining.SyntheticWindows.draw = deadly
+"""
 
 
-def test_a_killed_pretraining_of_numbers_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    small(monkeypatch)
-    whole, killed = ([str(tmp_path / name), "--steps", "6", "--seed", "7"] for name in ("whole", "killed"))
-    assert command.main(["numbers", *whole]) == 0
-    draw = pretraining.SyntheticWindows.draw
+def pretrained(folder, before="") -> int:
+    """The status of a pretraining of six steps that take a moment, each saved, in a new process."""
+    code = f"import sys\n{SMALL}{before}\nsys.exit(pretrain.main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, "numbers", str(folder), "--steps", "6", "--seed", "7"]
+    return subprocess.run(words, cwd=ROOT).returncode
 
-    def deadly(self, step):
-        if step == 4 and self.seed == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return draw(self, step)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pretraining.SyntheticWindows, "draw", deadly)
-        if (process := os.fork()) == 0:
-            command.main(["numbers", *killed])
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+def test_a_killed_pretraining_of_numbers_ends_with_the_same_bytes(tmp_path):
+    assert pretrained(tmp_path / "whole") == 0
+    assert pretrained(tmp_path / "killed", KILL) == -signal.SIGKILL
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["steps6-seed7.state.safetensors"]
-    assert command.main(["numbers", *killed]) == 0
-    assert command.main(["numbers", *killed]) == 2  # it has a checkpoint already
+    assert pretrained(tmp_path / "killed") == 0
+    assert pretrained(tmp_path / "killed") == 2  # it has a checkpoint already
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
     curve = json.loads((tmp_path / "whole" / "curve.json").read_text())
