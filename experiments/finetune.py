@@ -1,6 +1,6 @@
 """Fine-tune a model on your own series within a budget of FLOPs, and learn how good it is.
 
-    python -m experiments.finetune series.csv --horizon 20 --budget 1e13 --out runs/mine
+    python -m experiments.finetune series.csv --horizon 20 --budget 1e12 --out runs/mine
     python -m experiments.finetune data/*.csv --model Qwen/Qwen2.5-0.5B-Instruct --dtype bfloat16 --steps 300
 
 A file (CSV, Excel, Parquet, HDF5) holds one series or many. Part of the data is held out: the result is the error of
@@ -10,6 +10,8 @@ results. A command that was stopped or killed continues where it was.
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:  # --help need not wait for torch
 
     from experiments.training.finetuning import Finetuning
 
-# the options that `prepare` takes by their names here
+# the options that `prepare` takes by their names here, if they are given
 SETTINGS = (
     "horizon", "budget", "steps", "context", "decimals", "samples", "patience", "rank", "alpha", "targets",
     "learning_rate", "batch", "accumulate", "numeric_head", "seed",
@@ -30,40 +32,44 @@ SETTINGS = (
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    from experiments.training.settings import LINEAR
-
     p = cli.new_parser("experiments.finetune", __doc__)
     add = p.add_argument
-    add("series", type=Path, nargs="+", help="files with series: CSV, HDF5, Parquet")
+    add("series", type=Path, nargs="+", help="files with series: CSV, Excel, Parquet, HDF5")
     cli.add_data(p)
     add("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
-    add("--context", type=cli.positive, help="time steps that the model reads before a forecast (default: so many that "
-        "a window has 768 tokens)")  # fmt: skip
-    add("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
+    add("--model", default="numbers", help="checkpoint: numbers, which reads values (default), or one that writes "
+        "text: a folder, a hub id or tiny")  # fmt: skip
     cli.add_device(p)
-    add("--budget", type=cli.flops, help="FLOPs that the training may cost, such as 1e15; it decides the number of "
+    add("--budget", type=cli.flops, help="FLOPs that the training may cost, such as 1e12; it decides the number of "
         "steps")  # fmt: skip
+    add("--out", type=Path, help="folder for the results (default runs/NAME of the first file)")
+
+    def group(title: str) -> Callable[..., argparse.Action]:
+        """Options without a default: what is not given is not in the arguments."""
+        return partial(p.add_argument_group(title).add_argument, default=argparse.SUPPRESS)
+
+    add = group("training")
+    add("--context", type=cli.positive, help="time steps that the model reads before a forecast (default: as many as "
+        "there are, at most 512; of text, 768 tokens)")  # fmt: skip
     add("--steps", type=cli.positive, help="optimizer steps (default: those that fit the budget, else 300)")
-    add("--rank", type=cli.positive, default=8, help="rank of the adapters (default %(default)s)")
-    add("--alpha", type=float, default=32.0, help="the adapters' update is scaled by alpha / rank (default "
-        "%(default)g)")  # fmt: skip
-    add("--targets", type=lambda text: tuple(text.split(",")), default=LINEAR, help="modules that get an adapter, such "
-        "as q_proj,v_proj (default: all linear layers)")  # fmt: skip
-    add("--rate", dest="learning_rate", type=float, default=argparse.SUPPRESS, help="peak learning rate (default 5e-4; "
-        "5e-3 for tiny)")  # fmt: skip
-    add("--batch", type=cli.positive, default=4, help="windows in a step (default %(default)s)")
-    add("--accumulate", type=cli.positive, default=1, help="read a batch in so many parts, which takes less memory "
-        "(default %(default)s)")  # fmt: skip
-    add("--full-head", dest="numeric_head", action="store_false", help="train with a softmax over the whole "
-        "vocabulary, not only over the tokens of numbers")  # fmt: skip
-    add("--decimals", type=int, default=2, choices=range(1, 7), metavar="1-6", help="places after the point (default "
-        "%(default)s)")  # fmt: skip
-    add("--samples", type=int, default=20, help="paths of each held-out forecast, whose median is judged; 0: the "
-        "likeliest path (default %(default)s)")  # fmt: skip
+    add("--rank", type=cli.positive, help="rank of the adapters (default 16; of text 8)")
+    add("--alpha", type=float, help="the adapters' update is scaled by alpha / rank (default 16; of text 32)")
+    add(
+        "--rate", dest="learning_rate", type=float, help="peak learning rate (default 6e-3; of text 5e-4, of tiny 5e-3)"
+    )
+    add("--batch", type=cli.positive, help="windows in a step (default 4)")
+    add("--accumulate", type=cli.positive, help="read a batch in so many parts, which takes less memory (default 1)")
     add("--patience", type=cli.positive, help="stop after so many checks of the held-out loss in a row without a "
         "better one (default: never)")  # fmt: skip
-    add("--seed", type=int, default=0, help="seed of the adapter and the batches (default %(default)s)")
-    add("--out", type=Path, help="folder for the results (default runs/NAME of the first file)")
+    add("--seed", type=int, help="seed of the adapter and the batches (default 0)")
+    add = group("models that write text")
+    add("--targets", type=lambda text: tuple(text.split(",")), help="modules that get an adapter, such as "
+        "q_proj,v_proj (default: all linear layers)")  # fmt: skip
+    add("--full-head", dest="numeric_head", action="store_false", help="train with a softmax over the whole "
+        "vocabulary, not only over the tokens of numbers")  # fmt: skip
+    add("--decimals", type=int, choices=range(1, 7), metavar="1-6", help="places after the point (default 2)")
+    add("--samples", type=int, help="paths of each held-out forecast, whose median is judged; 0: the likeliest path "
+        "(default 20)")  # fmt: skip
     return p
 
 
@@ -89,14 +95,11 @@ def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
 def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFrame"], "Finetuning"]:
     """Read and check everything that a fine-tuning needs, and tell what it will be. Write nothing."""
     from experiments.forecasting import Forecaster
-    from experiments.forecasting.text import TextForecaster
     from experiments.training.finetuning import prepare
 
     cli.checked_device(device)
     series = read(args)
     forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
-    if not isinstance(forecaster, TextForecaster):
-        raise cli.CommandError(f"{args.model} reads values; only models that write text can be fine-tuned")
     settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
     job = prepare(forecaster, [one.to_numpy() for one in series], variables=list(series[0].columns), **settings)
     cli.tell(job.told)

@@ -143,8 +143,9 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     if ends and (left_out := len(tests.held_out(arrays, args.horizon)) - len(places)):
         print(f"{left_out} forecast{'s' * (left_out > 1)} left out: the adapter was trained on their rows")
     judged = args.samples is None or args.samples >= samples_needed(BAND[0])  # by an interval, too
-    found = forecasts(args, forecaster, [place.context for place in places], list(BAND) if judged else [])
-    methods = {"model": found.values} | tests.baseline_forecasts(places)
+    pasts = [place.context for place in places]
+    found = forecasts(args, forecaster, pasts, list(BAND) if judged else [])
+    methods = {"model": found.values} | tests.baseline_forecasts(pasts, args.horizon)
     errors = {method: tests.scores(forecast, places) for method, forecast in methods.items()}
     count, over = len(places), {"series": "series", "forecasts": "these forecasts"}[errors["model"]["over"]]
     print(

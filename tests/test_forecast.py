@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments import forecast
-from experiments.forecasting.numbers import NumberForecaster
+from experiments.forecasting.values import NumberForecaster
 
 
 @pytest.fixture

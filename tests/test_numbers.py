@@ -12,16 +12,15 @@ from experiments.forecasting.numbers import (
     FEATURES,
     LEVELS,
     PATCH,
-    NumberForecaster,
     Numbers,
     Patches,
     Seasons,
-    at_levels,
     find_seasons,
     patches,
 )
+from experiments.forecasting.values import NumberForecaster, at_levels
 from experiments.training.number_costs import NUMBER_TARGETS, number_backward, number_forward, number_step
-from experiments.training.pretraining import pinball
+from experiments.training.number_windows import weighted_loss
 from flops.trace import Tracer
 from lora import LoraConfig, inject
 
@@ -193,8 +192,7 @@ def test_flops_are_those_of_the_trace(series, variables, tokens, rank):
             out.backward(torch.empty_like(out))
         model.zero_grad()
         with Tracer() as whole:
-            loss = 2 * (pinball(model(read, together), features[..., :AHEAD]) * features[..., AHEAD : 2 * AHEAD]).sum()
-            (loss / features[..., :AHEAD].sum()).backward()
+            weighted_loss(model, read, features[..., :AHEAD], features[..., AHEAD : 2 * AHEAD], together).backward()
     assert forward.total == number_forward(model.config, *shape, ranks)
     assert step.total - forward.total == number_backward(model.config, *shape, ranks)
     assert whole.total == number_step(model.config, *shape, ranks, masked=variables > 1)

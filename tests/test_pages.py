@@ -25,7 +25,7 @@ def metrics_of(after: list[float], ar: list[float]) -> dict:
         for name, e in errors.items()
     }
     numbers = {"horizon": 2, "context": 73, "samples": 0, "steps": 2, "best_step": 2, "spent": 20, "budget": 99}
-    losses = {"held_out_before": 2.0, "held_out_after": 1.0}
+    losses = {"held_out_before": 2.0, "held_out_after": 1.0, "unit": "nats per value"}
     return {"split": "all", "forecasts": len(after), "series": [*range(len(after))], "errors": each} | numbers | losses
 
 
@@ -39,7 +39,7 @@ def folder(tmp_path) -> Path:
     (tmp_path / "metrics.json").write_text(json.dumps(metrics_of([1.0] * 10, [2.0] * 10)))
     (tmp_path / "forecasts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "losses.csv").write_text("step,loss\n0,1.5\n1,0.5\n")
-    (tmp_path / "held_out.csv").write_text("steps,nats_per_value\n0,2.0\n2,1.0\n")
+    (tmp_path / "held_out.csv").write_text("steps,loss\n0,2.0\n2,1.0\n")
     steps = [{"experiment": "finetune", "step": step, "flops": 10} for step in range(2)]
     (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     return tmp_path

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Container
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,36 @@ HASHED_ROWS = 32  # so many of a series tell it from others
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a fine-tuned decoder reads values, and what its forecasts are made of. Lists have a number per variable."""
+
+    context: int  # the most time steps
+    stride: int  # time steps between two tokens
+    ahead: int  # time steps after a token that it was trained to forecast
+    mean: list[float] | None = None  # of all series, as `values.Scale` has it; None: each context by its own values
+    spread: list[float] | None = None
+    offset: list[float] | None = None  # of the logarithm; None: asinh
+    usual: list[float] | None = None  # contexts with a larger value are shrunk, so that this is their largest
+    # shares of what forecasts are made of, in the first half of `ahead` and after it
+    near: dict[str, float] = field(default_factory=lambda: {"fine-tuned": 1.0})
+    far: dict[str, float] = field(default_factory=lambda: {"fine-tuned": 1.0})
+    width: float = 1.0  # of the intervals
+
+    def __post_init__(self):
+        shares = [*self.near.values(), *self.far.values()]
+        if min(self.context, self.stride, self.ahead) < 1 or not (self.near and self.far and min(shares) >= 0):
+            raise ValueError(f"got {self}, expected positive numbers")
+        if (self.mean is None) != (self.spread is None):
+            raise ValueError("expected both mean and spread, or neither")
+
+    @property
+    def shares(self) -> str:
+        """What forecasts are made of, in words."""
+        near, far = (", ".join(f"{one:.0%} {name}" for name, one in some.items()) for some in (self.near, self.far))
+        return near if near == far else f"{near} in the first {-(-self.ahead // 2)} steps, then {far}"
+
+
+@dataclass(frozen=True)
 class Trained:
     """What an adapter was trained with. `encoding.json` in its folder holds it, next to peft's files."""
 
@@ -32,6 +62,7 @@ class Trained:
     variables: list[str] | None = None  # names, in order; None: not recorded
     tokens: int | None = None  # the longest text that the training read; None: not recorded
     ends: list[str] | None = None  # `end_hash` of the rows of each series that the training saw; None: not recorded
+    reading: Reading | None = None  # of a decoder that reads values
 
     def __post_init__(self):
         if not 1 <= self.decimals <= 6 or (self.tokens is not None and self.tokens < 1):
@@ -97,7 +128,7 @@ def resolve(checkpoint: str | Path | None, adapter: str | Path | None) -> tuple[
 
 def write_trained(folder: Path, trained: Trained) -> None:
     """Write the record of a training next to its adapter; `Forecaster.load` reads it."""
-    fields = {name: value for name, value in vars(trained).items() if name != "encoding" and value is not None}
+    fields = {name: value for name, value in asdict(trained).items() if name != "encoding" and value is not None}
     encoding = trained.encoding.record if trained.encoding else {"scale": None}
     write_whole(folder / TRAINED_FILE, to_json(fields | encoding))
 

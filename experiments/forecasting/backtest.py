@@ -5,7 +5,7 @@ Missing values are NaN. A context is filled from itself alone, so that it knows 
 are not scored.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from experiments.forecasting.adapter import rows_seen
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.scores import group_means, mean_interval, share_inside
+from experiments.forecasting.scores import group_means, mean_interval
 from experiments.storage.files import plain
 
 MIN_CONTEXT = 8  # time steps before a forecast; with fewer the baselines cannot be fitted
@@ -124,16 +124,18 @@ def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
     return Parts([filled(one[: -2 * steps]) for one in series], val, test, [one[:-steps] for one in series], told)
 
 
-def baseline_forecasts(places: Sequence[Origin]) -> dict[str, np.ndarray]:
-    """The forecasts (M, h, D) of each baseline, which reads all that is known before them."""
-    encodings = [Encoding.fit_each([place.context]) for place in places]  # the regressions expect about 0 to 10
+def baseline_forecasts(
+    pasts: Sequence[np.ndarray], horizon: int, names: Iterable[str] = BASELINES
+) -> dict[str, np.ndarray]:
+    """The forecasts (M, h, D) of baselines, which read all that is known, M pasts (T, D) without missing values."""
+    encodings = [Encoding.fit_each([past]) for past in pasts]  # the regressions expect about 0 to 10
 
     def forecasts(baseline: Callable) -> np.ndarray:
-        pairs = zip(encodings, places, strict=True)
-        return np.stack([one.restored(baseline(one.scaled(at.context)[None], len(at.truth))[0]) for one, at in pairs])
+        pairs = zip(encodings, pasts, strict=True)
+        return np.stack([one.restored(baseline(one.scaled(past)[None], horizon)[0]) for one, past in pairs])
 
-    several = places[0].truth.shape[1] > 1  # of one variable, VAR is AR
-    return {name: forecasts(baseline) for name, baseline in BASELINES.items() if name != "VAR" or several}
+    several = pasts[0].shape[1] > 1  # of one variable, VAR is AR
+    return {name: forecasts(BASELINES[name]) for name in BASELINES if name in names and (name != "VAR" or several)}
 
 
 def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
@@ -168,8 +170,3 @@ def better_baseline(errors: dict[str, dict], ours: str) -> str:
     if errors[best]["rmse"] >= errors[ours]["rmse"]:
         return ""
     return f"{best} is better here: it has {errors[best]['rmse'] / errors[ours]['rmse']:.2g} times the model's error"
-
-
-def coverage(paths: np.ndarray, places: Sequence[Origin]) -> float | None:
-    """The share of known true values inside the central 80 % of paths (M, S, h, D); None for too few samples."""
-    return share_inside(paths, np.stack([place.truth for place in places]))

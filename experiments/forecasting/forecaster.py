@@ -17,7 +17,7 @@ def reads_values(folder: Path) -> bool:
 
 
 class Forecaster(Protocol):
-    """Forecasts series: `text.TextForecaster` continues their text, `numbers.NumberForecaster` reads their values."""
+    """Forecasts series: `text.TextForecaster` continues their text, `values.NumberForecaster` reads their values."""
 
     model: nn.Module
     checkpoint: tuple[str, Path] | None  # name and folder, if `load` made this forecaster
@@ -40,9 +40,9 @@ class Forecaster(Protocol):
         """
         name, folder, trained = resolve(checkpoint, adapter)
         if reads_values(folder):
-            from experiments.forecasting.numbers import NumberForecaster
+            from experiments.forecasting.values import NumberForecaster
 
-            forecaster: Any = NumberForecaster.read(folder, adapter, device, **options)
+            forecaster: Any = NumberForecaster.read(folder, adapter, trained, device, **options)
         else:
             from experiments.forecasting.text import TextForecaster
 

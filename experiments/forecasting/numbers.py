@@ -8,35 +8,19 @@ N series, D variables, L time steps, T tokens, C hidden size, Q = len(LEVELS) qu
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from statistics import NormalDist
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.forecasting.adapter import Trained
-from experiments.forecasting.contexts import Forecast, SeriesError, checked_series, framed, is_frame
-from lora import load_adapter
 from qwen_min.config import QwenConfig
 from qwen_min.linear import Linear
 from qwen_min.model import Block, RMSNorm, rotary_tables
-from qwen_min.weights import load_weights
 
 PATCH, AHEAD = 16, 32
 LEVELS = tuple(level / 10 for level in range(1, 10))
 SEASONS = 3  # past values beside each value to forecast: two of the shortest season, one of the strongest
 FEATURES = 2 * PATCH + 2 * SEASONS * AHEAD + 2  # of a token: values, observed or not, how strong the seasons are
-# for contexts of at most so many time steps, the steps between two tokens; the model reads at most the last number
-STRIDES = {72: 2, 144: 4, 256: 8, 512: 16}
-MIN_STEPS = 3  # of a context
-WIDER = 2.0  # zero-shot quantiles of a context of n values are so much / sqrt(n) farther from the median: real series
-# change more than synthetic ones (chosen on the M1 competition, where 80 % intervals then hold 75 to 84 %)
-FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
-BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
 CONFIG = QwenConfig(
     vocab_size=len(LEVELS) * AHEAD,  # the size of the output
     hidden_size=128,
@@ -173,136 +157,3 @@ class Numbers(nn.Module):
             x = mix(layer(x.flatten(0, 1), cos, sin, None, None).view(x.shape), together)
         out = self.head(self.norm(x)) + self.skip(features)
         return newest[..., None, None] + out.unflatten(-1, (len(LEVELS), AHEAD))
-
-
-def statistics(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (..., 1) of x (..., L) where seen; the latter is 0 if all values are equal."""
-    count = seen.sum(-1, keepdim=True).clamp(min=1)
-    mean = (x * seen).sum(-1, keepdim=True) / count
-    spread = ((x - mean) * seen).square().sum(-1, keepdim=True).div(count).sqrt()
-    return mean, torch.where(spread > 1e-12 * mean.abs(), spread, 0.0)
-
-
-class Scale(NamedTuple):
-    """How values become what the decoder reads, asinh((x - mean) / spread), and back; each (N, D, 1), in fp64."""
-
-    mean: Tensor
-    spread: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor, seen: Tensor) -> "Scale":
-        """The scale of each context x (N, D, L), from its own values."""
-        largest = x.abs().amax(-1, keepdim=True)
-        largest = torch.where(largest > 0, largest, 1.0)  # the squares of large values would overflow
-        mean, spread = statistics(x / largest, seen)
-        return cls(mean * largest, spread * largest)
-
-    def read(self, x: Tensor) -> Tensor:
-        """What the decoder reads of x (N, D, L)."""
-        return ((x - self.mean) / torch.where(self.spread > 0, self.spread, 1.0)).asinh().float()
-
-    def write(self, z: Tensor) -> Tensor:
-        """The values (N, D, Q, h) that the decoder means by z."""
-        return z.double().clamp(-FARTHEST, FARTHEST).sinh() * self.spread[..., None] + self.mean[..., None]
-
-
-def at_levels(found: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-    """Quantiles at other levels, (N, len(levels), h, D), from those at LEVELS, (N, Q, h, D).
-
-    Between two levels, and beyond the outer ones, they lie on the line of a normal distribution.
-    """
-    known, wanted = ([NormalDist().inv_cdf(level) for level in some] for some in (LEVELS, levels))
-    low = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, len(known) - 2)
-    share = (wanted - np.take(known, low)) / (np.take(known, low + 1) - np.take(known, low))
-    return found[:, low] + share[:, None, None] * (found[:, low + 1] - found[:, low])
-
-
-class NumberForecaster:
-    """Forecasts series with a decoder that reads their values."""
-
-    def __init__(self, model: Numbers):
-        self.model = model.eval()
-        self.checkpoint: tuple[str, Path] | None = None  # name and folder, if `Forecaster.load` made this one
-        self.trained: Trained | None = None
-
-    @classmethod
-    def read(cls, folder: Path, adapter: str | Path | None, device: str) -> "NumberForecaster":
-        """`Forecaster.load` of a checkpoint that reads values, in fp32."""
-        model = Numbers(QwenConfig.from_file(folder / "config.json"))
-        load_weights(model, folder, device, torch.float32)
-        if adapter is not None:
-            load_adapter(model, adapter)
-        return cls(model)
-
-    def forecast(
-        self,
-        contexts,
-        horizon: int,
-        quantiles: Sequence[float] = (),
-        context: int | None = None,
-        progress: Callable[[int], None] = lambda count: None,
-    ):
-        """Continue series by `horizon` steps: a `Forecast` of medians, or a DataFrame; see `Forecaster.forecast`.
-
-        Values may be missing (NaN). Quantiles beyond 0.1 and 0.9 are extrapolated by a normal distribution. The newest
-        512 time steps are read, the last number of STRIDES. A forecast moves with its series if that is shifted or
-        multiplied by a positive number, up to rounding.
-        """
-        if is_frame(contexts):
-            others = (horizon, quantiles, context, progress)
-            return framed(contexts, quantiles, lambda arrays: self.forecast(arrays, *others), missing="keep")
-        if horizon < 1 or (context is not None and context < MIN_STEPS):
-            raise SeriesError(f"horizon is {horizon}, context {context}; expected at least 1, and at least {MIN_STEPS}")
-        arrays = checked_series(contexts, missing="keep", min_steps=MIN_STEPS)
-        longest = min(context or max(STRIDES), max(STRIDES))
-        batches: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for number, array in enumerate(arrays):
-            if (empty := np.isnan(array[-longest:]).all(0)).any():
-                raise SeriesError(
-                    f"series {number}: variable {int(empty.argmax())} has no value in the newest {longest} time steps"
-                )
-            length = min(len(array), longest)
-            stride = next(stride for most, stride in STRIDES.items() if length <= most)
-            batches[stride, -(-length // stride)].append(number)
-        found = np.empty((len(arrays), len(LEVELS), horizon, arrays[0].shape[1]))
-        for (stride, tokens), numbers in batches.items():
-            at_once = max(1, BATCH_TOKENS // (tokens * arrays[0].shape[1]))
-            for rows in (numbers[at : at + at_once] for at in range(0, len(numbers), at_once)):
-                x = np.full((len(rows), arrays[0].shape[1], tokens * stride), np.nan)
-                for row, number in zip(x, rows, strict=True):
-                    newest = arrays[number][-longest:].T
-                    row[:, x.shape[2] - newest.shape[1] :] = newest
-                found[rows] = self._quantiles(torch.from_numpy(x), horizon, stride)
-                progress(len(rows))
-        return Forecast(found[:, len(LEVELS) // 2], None, at_levels(found, quantiles) if len(quantiles) else None)
-
-    @torch.inference_mode()
-    def _quantiles(self, x: Tensor, horizon: int, stride: int) -> np.ndarray:
-        """Quantiles (N, Q, h, D) of what follows x (N, D, L), NaN where a value is missing.
-
-        Beyond AHEAD steps, the decoder continues each of the Q paths, and the quantiles are those of all continuations.
-        """
-        x = x.to(self.model.norm.weight.device)
-        seen = x.isfinite()
-        x = x.nan_to_num()
-        scale = Scale.of(x, seen)
-        z = scale.read(x)
-        seasons = find_seasons(z, seen)
-        found = self.model(patches(z, seen, seasons, stride))[:, :, -1].sort(2).values  # (N, D, Q, K)
-        while found.shape[-1] < horizon:
-            found = torch.cat((found, self._further(z, seen, seasons, stride, found)), -1)
-        values = scale.write(found[..., :horizon])
-        median = values[:, :, len(LEVELS) // 2, None]
-        values = median + (values - median) * (1 + WIDER * seen.sum(-1).rsqrt())[..., None, None]
-        return values.permute(0, 2, 3, 1).cpu().numpy()
-
-    def _further(self, z: Tensor, seen: Tensor, seasons: Seasons, stride: int, found: Tensor) -> Tensor:
-        """Quantiles (N, D, Q, K) of what follows normalised z (N, D, L) and the forecast of it, found (N, D, Q, h)."""
-        count = len(LEVELS)
-        paths = torch.cat((z[:, None].expand(-1, count, -1, -1), found.transpose(1, 2)), -1)  # (N, Q, D, L + h)
-        known = nn.functional.pad(seen, (0, found.shape[-1]), value=True).repeat_interleave(count, 0)
-        seasons = Seasons(*(part.repeat_interleave(count, 0) for part in seasons))
-        newest = patches(paths.flatten(0, 1)[..., -z.shape[-1] :], known[..., -z.shape[-1] :], seasons, stride)
-        more = self.model(newest)[:, :, -1].unflatten(0, (-1, count))  # (N, Q, D, Q, K)
-        levels = torch.tensor(LEVELS, device=z.device)
-        return more.transpose(1, 2).flatten(2, 3).quantile(levels, dim=2).permute(1, 2, 0, 3)

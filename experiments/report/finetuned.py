@@ -48,6 +48,8 @@ class Metrics:
     spent: int
     budget: int
     errors: dict[str, Errors]
+    unit: str  # of the held-out loss
+    shares: str = ""  # what the forecasts are made of, in words; "": of the model alone
     coverage_80: float | None = None
 
     def __post_init__(self):
@@ -114,7 +116,7 @@ def page(folder: Path) -> dict[str, Any]:
         | {f"MAE, {name}": f"mae.{i}" for i, name in enumerate(variables)},
         "errors": dict(sorted(errors.items(), key=lambda named: named[1].rmse)),
         "losses": read_losses(losses, metrics.steps if metrics else len(ledger)) if metrics or losses.exists() else [],
-        "checks": read_columns(checks, "steps", "nats_per_value") if metrics or checks.exists() else ([], []),
+        "checks": read_columns(checks, "steps", "loss") if metrics or checks.exists() else ([], []),
         "steps": len(ledger),
         "spent": sum(ledger.values()),
     }

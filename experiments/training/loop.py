@@ -116,12 +116,13 @@ def _backward(windows: Windows, rows: Tensor, accumulate: int, team: Team) -> fl
     The rows of each part are shared out in the team. A share counts by its number of targets, so that the
     gradients are those of the whole batch in a single pass.
     """
-    targets = windows.num_targets(rows)
+    shared = accumulate > 1 or team.size > 1
+    targets = windows.num_targets(rows) if shared else 1
     total = torch.zeros((), dtype=torch.float64, device=windows.device)
     for part in rows.chunk(accumulate):
         if len(share := team.share(part)):
             loss = windows.loss(share)
-            if accumulate > 1 or team.size > 1:
+            if shared:
                 loss = loss * (windows.num_targets(share) / targets)
             loss.backward()
             total += loss.detach()

@@ -18,19 +18,18 @@ from torch import Tensor
 from experiments.forecasting.numbers import (
     AHEAD,
     CONFIG,
-    LEVELS,
     PATCH,
     Numbers,
-    Scale,
     find_seasons,
     patches,
-    statistics,
 )
+from experiments.forecasting.values import Scale, statistics
 from experiments.storage.files import RunError, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.training import synthetic
 from experiments.training.loop import Account, HeldOut, train
 from experiments.training.number_costs import muon_flops, number_step
+from experiments.training.number_windows import counts_after, weighted_loss
 from experiments.training.settings import Training
 
 BLOCK, PER_BLOCK = 32, 512  # so many steps draw from the same groups; of each length, so many groups
@@ -52,12 +51,6 @@ class Kind(NamedTuple):
 # all cost nearly the same
 KINDS = (Kind(2, 72, 28, 4, 0.4), Kind(4, 144, 28, 4, 0.25), Kind(8, 256, 32, 24, 0.15), Kind(16, 512, 32, 48, 0.2))
 LENGTHS = (144 + AHEAD, 512 + AHEAD)  # of the series that are made
-
-
-def pinball(found: Tensor, truth: Tensor) -> Tensor:
-    """The pinball loss (..., K) of quantiles (..., Q, K), averaged over LEVELS."""
-    gap, level = truth.unsqueeze(-2) - found, torch.tensor(LEVELS, device=found.device)[:, None]
-    return torch.maximum(level * gap, (level - 1) * gap).mean(-2)
 
 
 def spoiled(rng: np.random.Generator, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -158,9 +151,8 @@ class SyntheticWindows:
         seasons = find_seasons(x[..., :length], within[..., :length], stop)
         read = patches(x[..., :length], known[..., :length], seasons, stride)
         truth = x.unfold(-1, AHEAD, 1)[:, :, read.ends]
-        counts = torch.where(read.ends >= stop, (stop / read.ends).sqrt(), 0.1)[..., None]
-        weight = seen.unfold(-1, AHEAD, 1)[:, :, read.ends] * counts
-        return 2 * (pinball(self.model(read, together), truth) * weight).sum() / weight.sum()
+        weight = seen.unfold(-1, AHEAD, 1)[:, :, read.ends] * counts_after(stop, read.ends)[..., None]
+        return weighted_loss(self.model, read, truth, weight, together)
 
 
 def pretrain(

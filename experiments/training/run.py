@@ -42,7 +42,7 @@ def run_training(
         write_whole(folder / "losses.csv", "step,loss\n" + "".join(rows))
         if held_out:
             rows = (f"{steps},{loss!r}\n" for steps, loss in done.checks.items())
-            write_whole(folder / "held_out.csv", "steps,nats_per_value\n" + "".join(rows))
+            write_whole(folder / "held_out.csv", "steps,loss\n" + "".join(rows))
         write()
 
     account.team.told(files)

@@ -40,10 +40,10 @@ class Windows(Protocol):
         ...
 
     def rows(self, step: int, settings: Training) -> Tensor:
-        """The windows (B) of a step, which depend on the arguments alone."""
+        """The windows of a step (B, or a row for each of B), which depend on the arguments alone."""
         ...
 
-    def num_targets(self, rows: Tensor) -> int:
+    def num_targets(self, rows: Tensor) -> float:
         """The number of values or tokens that the windows in rows (B) ask for: the weight of their loss."""
         ...
 

@@ -1,0 +1,284 @@
+"""Forecast any series with a decoder that reads its values, pretrained or fine-tuned: arrays in, arrays out.
+
+N series, D variables, L time steps, Q = len(LEVELS) quantiles, h forecast steps.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.forecasting.adapter import Reading, Trained
+from experiments.forecasting.backtest import baseline_forecasts, filled
+from experiments.forecasting.baselines import BASELINES
+from experiments.forecasting.contexts import Forecast, SeriesError, checked_series, framed, is_frame
+from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, Seasons, find_seasons, patches
+from lora import AdapterError, load_adapter
+from qwen_min.config import QwenConfig
+from qwen_min.weights import load_weights
+
+# for contexts of at most so many time steps, the steps between two tokens; the model reads at most the last number
+STRIDES = {72: 2, 144: 4, 256: 8, 512: 16}
+MIN_STEPS = 3  # of a context
+WIDER = 2.0  # zero-shot quantiles of a context of n values are so much / sqrt(n) farther from the median: real series
+# change more than synthetic ones (chosen on the M1 competition, where 80 % intervals then hold 75 to 84 %)
+FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
+BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
+MEDIAN = len(LEVELS) // 2
+ZERO_SHOT, TUNED = "zero-shot", "fine-tuned"  # the parts of a forecast that are not baselines
+
+
+def statistics(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (..., 1) of x (..., L) where seen; the latter is 0 if all values are equal."""
+    count = seen.sum(-1, keepdim=True).clamp(min=1)
+    mean = (x * seen).sum(-1, keepdim=True) / count
+    spread = ((x - mean) * seen).square().sum(-1, keepdim=True).div(count).sqrt()
+    return mean, torch.where(spread > 1e-12 * mean.abs(), spread, 0.0)
+
+
+class Scale(NamedTuple):
+    """How values x become what the decoder reads, and back: asinh((x - mean) / spread), in fp64.
+
+    With an offset, (log(x + offset) - mean) / spread, for values that are not negative. Each (D, 1) or (N, D, 1).
+    """
+
+    mean: Tensor
+    spread: Tensor
+    offset: Tensor | None = None
+    factor: Tensor | float = 1.0  # of x, before all else
+
+    @classmethod
+    def of(cls, x: Tensor, seen: Tensor) -> "Scale":
+        """The scale of each context x (N, D, L), from its own values."""
+        largest = x.abs().amax(-1, keepdim=True)
+        largest = torch.where(largest > 0, largest, 1.0)  # the squares of large values would overflow
+        mean, spread = statistics(x / largest, seen)
+        return cls(mean * largest, spread * largest)
+
+    @classmethod
+    def recorded(cls, reading: Reading, x: Tensor | None = None) -> "Scale | None":
+        """The scale that all series of a fine-tuning share; None if each context has its own.
+
+        x: contexts (N, D, L), of which those with larger values than usual are read as if they had the usual ones.
+        """
+        if reading.mean is None or reading.spread is None:
+            return None
+        device = None if x is None else x.device
+
+        def tensor(numbers: list[float]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.float64, device=device)[:, None]
+
+        scale = cls(tensor(reading.mean), tensor(reading.spread), tensor(reading.offset) if reading.offset else None)
+        if x is None or reading.usual is None:
+            return scale
+        return scale._replace(factor=(tensor(reading.usual) / x.amax(-1, keepdim=True).clamp(min=1e-300)).clamp(max=1))
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the decoder reads of x (N, D, L)."""
+        x, spread = x * self.factor, torch.where(self.spread > 0, self.spread, 1.0)
+        if self.offset is None:
+            return ((x - self.mean) / spread).asinh().float()
+        return (((x.clamp(min=0) + self.offset).log() - self.mean) / spread).float()
+
+    def write(self, z: Tensor) -> Tensor:
+        """The values (N, D, Q, h) that the decoder means by z."""
+        z, spread, mean = z.double().clamp(-FARTHEST, FARTHEST), self.spread[..., None], self.mean[..., None]
+        if self.offset is None:
+            x = z.sinh() * spread + mean
+        else:
+            x = ((z * spread + mean).exp() - self.offset[..., None]).clamp(min=0)
+        return x / (self.factor[..., None] if isinstance(self.factor, Tensor) else self.factor)
+
+    def slope(self, x: Tensor) -> Tensor:
+        """How fast the values grow with what the decoder means, at x (N, D, L)."""
+        if self.offset is None:
+            return ((x - self.mean).square() + self.spread.square()).sqrt()
+        return self.spread * (x.clamp(min=0) + self.offset)
+
+
+def at_levels(found: np.ndarray, levels: Sequence[float]) -> np.ndarray:
+    """Quantiles at other levels, (N, len(levels), h, D), from those at LEVELS, (N, Q, h, D).
+
+    Between two levels, and beyond the outer ones, they lie on the line of a normal distribution.
+    """
+    known, wanted = ([NormalDist().inv_cdf(level) for level in some] for some in (LEVELS, levels))
+    low = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, len(known) - 2)
+    share = (wanted - np.take(known, low)) / (np.take(known, low + 1) - np.take(known, low))
+    return found[:, low] + share[:, None, None] * (found[:, low + 1] - found[:, low])
+
+
+def combined(parts: Mapping[str, np.ndarray], reading: Reading) -> np.ndarray:
+    """The forecast (N, Q, h, D) that `reading` makes of its parts; see `NumberForecaster.parts`.
+
+    Its quantiles lie around its median as those of the decoders do, `width` times as far.
+    """
+    steps = next(iter(parts.values())).shape[2]
+    near = np.arange(steps) < -(-reading.ahead // 2)
+    shares = {
+        name: np.where(near, reading.near.get(name, 0.0), reading.far.get(name, 0.0))[:, None] for name in parts
+    }  # (h, 1) each
+    decoders = [name for name in (ZERO_SHOT, TUNED) if name in parts]
+    total = np.sum([shares[name] for name in decoders], axis=0)
+    median, spread = 0.0, 0.0
+    for name, part in parts.items():
+        median = median + shares[name] * part[:, part.shape[1] // 2]
+        if name in decoders:  # where they have no share, all have the same in the spread
+            own = np.where(total > 0, shares[name] / np.where(total > 0, total, 1.0), 1 / len(decoders))
+            spread = spread + own * (part - part[:, MEDIAN, None])
+    return np.expand_dims(median, 1) + reading.width * spread
+
+
+class NumberForecaster:
+    """Forecasts series with a decoder that reads their values."""
+
+    def __init__(self, model: Numbers):
+        """model: pretrained; `tune` gives the forecaster an adapter too."""
+        self.model = self.base = model.eval()
+        self.checkpoint: tuple[str, Path] | None = None  # name and folder, if `Forecaster.load` made this one
+        self.trained: Trained | None = None
+
+    @classmethod
+    def read(cls, folder: Path, adapter: str | Path | None, trained: Trained | None, device: str) -> "NumberForecaster":
+        """`Forecaster.load` of a checkpoint that reads values, in fp32. Raises AdapterError."""
+        model = Numbers(QwenConfig.from_file(folder / "config.json"))
+        load_weights(model, folder, device, torch.float32)
+        forecaster = cls(model)
+        if adapter is not None:
+            if trained is None or trained.reading is None:
+                raise AdapterError(f"{adapter}: does not record how it reads values; expected one that finetune wrote")
+            load_adapter(forecaster.copied(), adapter)
+        return forecaster
+
+    def copied(self) -> Numbers:
+        """The model, which an adapter may change from now on: the pretrained one is kept."""
+        self.model = deepcopy(self.base)
+        return self.model
+
+    def forecast(
+        self,
+        contexts,
+        horizon: int,
+        quantiles: Sequence[float] = (),
+        context: int | None = None,
+        progress: Callable[[int], None] = lambda count: None,
+    ):
+        """Continue series by `horizon` steps: a `Forecast` of medians, or a DataFrame; see `Forecaster.forecast`.
+
+        Values may be missing (NaN). Quantiles beyond 0.1 and 0.9 are extrapolated by a normal distribution. The newest
+        512 time steps are read, the last number of STRIDES. A zero-shot forecast moves with its series if that is
+        shifted or multiplied by a positive number, up to rounding.
+        """
+        if is_frame(contexts):
+            others = (horizon, quantiles, context, progress)
+            return framed(contexts, quantiles, lambda arrays: self.forecast(arrays, *others), missing="keep")
+        if horizon < 1 or (context is not None and context < MIN_STEPS):
+            raise SeriesError(f"horizon is {horizon}, context {context}; expected at least 1, and at least {MIN_STEPS}")
+        arrays = checked_series(contexts, missing="keep", min_steps=MIN_STEPS)
+        if (reading := self.reading) is None:
+            found = self.parts(arrays, horizon, [ZERO_SHOT], context, progress)[ZERO_SHOT]
+        else:
+            found = combined(self.parts(arrays, horizon, reading.near | reading.far, context, progress), reading)
+        return Forecast(found[:, MEDIAN], None, at_levels(found, quantiles) if len(quantiles) else None)
+
+    def parts(
+        self,
+        arrays: Sequence[np.ndarray],
+        horizon: int,
+        names: Iterable[str],
+        context: int | None = None,
+        progress: Callable[[int], None] = lambda count: None,
+        reading: Reading | None = None,
+    ) -> dict[str, np.ndarray]:
+        """What forecasts are made of, by name: quantiles (N, Q, h, D) of the decoders, (N, 1, h, D) of baselines.
+
+        At least one is of a decoder. reading: how the fine-tuned one reads; None: as it is recorded. Raises SeriesError
+        for a variable without values.
+        """
+        found, names = {}, set(names)
+        if TUNED in names:
+            found[TUNED] = self._read(self.model, reading or self.reading, arrays, horizon, context, progress)
+        if ZERO_SHOT in names or not found:
+            count = progress if not found else lambda count: None  # each series counts once
+            found[ZERO_SHOT] = self._read(self.base, None, arrays, horizon, context, count)
+        if simple := names & BASELINES.keys():
+            pasts = [filled(array) for array in arrays]
+            found |= {name: one[:, None] for name, one in baseline_forecasts(pasts, horizon, simple).items()}
+        return found
+
+    @property
+    def reading(self) -> Reading | None:
+        """How the adapter reads series."""
+        return self.trained.reading if self.trained else None
+
+    def _read(self, model, reading, arrays, horizon, context, progress) -> np.ndarray:
+        """Quantiles (N, Q, h, D) of what follows the arrays, by a decoder and how it reads; None: zero-shot."""
+        longest = min(context or max(STRIDES), reading.context if reading else max(STRIDES))
+        variables = arrays[0].shape[1]
+        if reading and reading.mean is not None and len(reading.mean) != variables:
+            raise SeriesError(f"the series have {variables} variables, the adapter was trained on {len(reading.mean)}")
+        batches: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for number, array in enumerate(arrays):
+            if (empty := np.isnan(array[-longest:]).all(0)).any():
+                raise SeriesError(
+                    f"series {number}: variable {int(empty.argmax())} has no value in the newest {longest} time steps"
+                )
+            length = min(len(array), longest)
+            stride = reading.stride if reading else stride_of(length)
+            batches[stride, -(-length // stride)].append(number)
+        found = np.empty((len(arrays), len(LEVELS), horizon, variables))
+        for (stride, tokens), numbers in batches.items():
+            at_once = max(1, BATCH_TOKENS // (tokens * variables))
+            for rows in (numbers[at : at + at_once] for at in range(0, len(numbers), at_once)):
+                x = np.full((len(rows), variables, tokens * stride), np.nan)
+                for row, number in zip(x, rows, strict=True):
+                    newest = arrays[number][-longest:].T
+                    row[:, x.shape[2] - newest.shape[1] :] = newest
+                found[rows] = _quantiles(model, reading, torch.from_numpy(x), horizon, stride)
+                progress(len(rows))
+        return found
+
+
+def stride_of(length: int) -> int:
+    """The time steps between two tokens of a context."""
+    return next(stride for most, stride in STRIDES.items() if length <= most)
+
+
+@torch.inference_mode()
+def _quantiles(model: Numbers, reading: Reading | None, x: Tensor, horizon: int, stride: int) -> np.ndarray:
+    """Quantiles (N, Q, h, D) of what follows x (N, D, L), NaN where a value is missing.
+
+    Beyond the steps that it was trained for, the decoder continues each of the Q paths, and the quantiles are those of
+    all continuations.
+    """
+    x = x.to(model.norm.weight.device)
+    seen, ahead = x.isfinite(), reading.ahead if reading else AHEAD
+    x = x.nan_to_num()
+    scale = (reading and Scale.recorded(reading, x)) or Scale.of(x, seen)
+    z = scale.read(x)
+    seasons = find_seasons(z, seen)
+    found = model(patches(z, seen, seasons, stride))[:, :, -1, :, :ahead].sort(2).values  # (N, D, Q, at most K)
+    while found.shape[-1] < horizon:
+        found = torch.cat((found, _further(model, z, seen, seasons, stride, found)[..., :ahead]), -1)
+    values = scale.write(found[..., :horizon])
+    if reading is None:
+        median = values[:, :, MEDIAN, None]
+        values = median + (values - median) * (1 + WIDER * seen.sum(-1).rsqrt())[..., None, None]
+    return values.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _further(model: Numbers, z: Tensor, seen: Tensor, seasons: Seasons, stride: int, found: Tensor) -> Tensor:
+    """Quantiles (N, D, Q, K) of what follows normalised z (N, D, L) and the forecast of it, found (N, D, Q, h)."""
+    count = len(LEVELS)
+    paths = torch.cat((z[:, None].expand(-1, count, -1, -1), found.transpose(1, 2)), -1)  # (N, Q, D, L + h)
+    known = nn.functional.pad(seen, (0, found.shape[-1]), value=True).repeat_interleave(count, 0)
+    seasons = Seasons(*(part.repeat_interleave(count, 0) for part in seasons))
+    newest = patches(paths.flatten(0, 1)[..., -z.shape[-1] :], known[..., -z.shape[-1] :], seasons, stride)
+    more = model(newest)[:, :, -1].unflatten(0, (-1, count))  # (N, Q, D, Q, K)
+    levels = torch.tensor(LEVELS, device=z.device)
+    return more.transpose(1, 2).flatten(2, 3).quantile(levels, dim=2).permute(1, 2, 0, 3)

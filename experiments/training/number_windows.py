@@ -1,0 +1,133 @@
+"""What a fine-tuning of the decoder that reads values reads: tokens at all offsets of series, and their loss.
+
+N rows, D variables, L time steps that are read, T tokens, K = AHEAD.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.forecasting.adapter import Reading
+from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, Patches, find_seasons, patches
+from experiments.forecasting.values import MIN_STEPS, Scale, statistics
+from experiments.training.settings import Training
+from experiments.training.windows import shuffled_rows
+
+FIRST = 24  # tokens count from so many time steps on, or from half of a shorter series on
+STRETCH = 0.4  # series are multiplied by up to e to this power, so that levels are learned that are not in the data
+
+
+def pinball(found: Tensor, truth: Tensor) -> Tensor:
+    """The pinball loss (..., K) of quantiles (..., Q, K), averaged over LEVELS."""
+    gap, level = truth.unsqueeze(-2) - found, torch.tensor(LEVELS, device=found.device)[:, None]
+    return torch.maximum(level * gap, (level - 1) * gap).mean(-2)
+
+
+def weighted_loss(model: Numbers, read: Patches, truth: Tensor, weight: Tensor, together: Tensor | None = None):
+    """Twice the mean pinball loss of what follows each token, truth (N, D, T, K), by weight (N, D, T, K)."""
+    return 2 * (pinball(model(read, together), truth) * weight).sum() / weight.sum()
+
+
+def counts_after(stop: Tensor, ends: Tensor) -> Tensor:
+    """The weight (..., T) of tokens at `ends` (T) of a series that its values before `stop` normalise.
+
+    These tell earlier tokens of their future; later ones count the less the farther they are.
+    """
+    return torch.where(ends >= stop, (stop / ends.clamp(min=1)).sqrt(), 0.1)
+
+
+def by_muon(name: str, shape: Sequence[int]) -> bool:
+    """True for the parameters that Muon trains in a fine-tuning: the matrices between input and output."""
+    return len(shape) == 2 and name.split(".")[0] in ("layers", "mixes")
+
+
+def learns(name: str, variables: int) -> bool:
+    """True for the parameters that series of so many variables train: one alone goes through no gate."""
+    return variables > 1 or not name.startswith("mixes.")
+
+
+class NumberWindows:
+    """Windows of series, which end at any time; what is drawn for one depends on the seed and its number alone."""
+
+    def __init__(
+        self, model: Numbers, parameters: dict[str, nn.Parameter], series: Sequence[np.ndarray], reading: Reading,
+        settings: Training,
+    ):  # fmt: skip
+        """series: (T, D), each with at least MIN_STEPS + reading.ahead time steps."""
+        self.model, self.reading, self.seed = model, reading, settings.seed
+        self.parameters = {name: one for name, one in parameters.items() if learns(name, series[0].shape[1])}
+        self.matrices = frozenset(name for name, one in self.parameters.items() if by_muon(name, one.shape))
+        self.device = model.norm.weight.device
+        self.series = [np.ascontiguousarray(one.T) for one in series]
+        assert settings.context is not None  # tokens; `NumberTuning.prepare` fills it in
+        self.length = settings.context * reading.stride
+        windows = [number for number, one in enumerate(series) for _ in range(max(1, len(one) // self.length))]
+        self.windows = windows * -(-settings.batch // len(windows))
+        self.scale = Scale.recorded(reading)
+        spread = np.concatenate(self.series, axis=1).std(axis=1)
+        self.unit = torch.from_numpy(np.where(spread > 0, spread, 1.0))[:, None]
+
+    def __len__(self) -> int:
+        """The number of windows that do not overlap; a short list is repeated to fill a batch."""
+        return len(self.windows)
+
+    def rows(self, step: int, settings: Training) -> Tensor:
+        """The windows (B, 2) of a step: series and number of the draw."""
+        chosen = shuffled_rows(len(self), step, settings).tolist()
+        return torch.tensor([[self.windows[row], step * settings.batch + at] for at, row in enumerate(chosen)])
+
+    def num_targets(self, rows: Tensor) -> float:
+        """The weight of the windows in rows."""
+        return self._batch(rows)[-1].sum().item()
+
+    def loss(self, rows: Tensor) -> Tensor:
+        """The mean pinball loss of the windows in rows: to first order, in standard deviations of the data."""
+        return weighted_loss(self.model, *self._batch(rows))
+
+    def _draw(self, number: int, draw: int) -> tuple[np.ndarray, int, int]:
+        """A window (D, L + K), NaN before its series begins and after what is to be forecast.
+
+        Also the time at which its series begins, and how many steps after it a context may end.
+        """
+        rng, series, ahead = np.random.default_rng([self.seed, draw]), self.series[number], self.reading.ahead
+        total, most = series.shape[1], self.length + ahead
+        if total > most + self.reading.stride:
+            end = int(rng.integers(most, total + 1))
+        else:
+            end = total - int(rng.integers(0, min(self.reading.stride, total - ahead - MIN_STEPS + 1)))
+        part = series[:, max(0, end - most) : end]
+        known = part.shape[1] - ahead
+        if self.scale is not None:
+            stretch = np.exp(rng.uniform(-STRETCH, STRETCH, (len(part), 1)))
+            centre = 0 if self.scale.offset is not None else self.scale.mean.numpy()
+            part = centre + (part - centre) * stretch
+        x = np.full((len(part), self.length + AHEAD), np.nan)
+        x[:, self.length - known : self.length + ahead] = part
+        first = min(FIRST, (known + 1) // 2)
+        return x, self.length - known, int(np.exp(rng.uniform(np.log(first), np.log(known))))
+
+    def _batch(self, rows: Tensor) -> tuple[Patches, Tensor, Tensor]:
+        """What the decoder reads, the truth (N, D, T, K), and its weight."""
+        drawn = [self._draw(*row) for row in rows.tolist()]
+        x = torch.from_numpy(np.stack([one for one, _, _ in drawn]))
+        begin, prefix = (torch.tensor(part)[:, None, None] for part in list(zip(*drawn, strict=True))[1:])
+        seen, length, times = x.isfinite(), self.length, torch.arange(x.shape[-1])
+        x = x.nan_to_num()
+        within = seen & (times < begin + prefix)
+        scale = self.scale or Scale(*statistics(x, within))
+        z = scale.read(x).clamp(-8, 8)
+        seasons = find_seasons(z[..., :length], within[..., :length], begin + prefix)
+        read = patches(z[..., :length], seen[..., :length], seasons, self.reading.stride)
+        known = read.ends - begin  # (N, 1, T)
+        counts = known >= ((length - begin + 1) // 2).clamp(max=FIRST)
+        if self.scale is None:
+            weight = (counts * counts_after(prefix, known))[..., None].expand(*x.shape[:2], -1, AHEAD)
+        else:
+            slope = (scale.slope(x) / self.unit).float()
+            weight = counts[..., None] * slope.unfold(-1, AHEAD, 1)[:, :, read.ends]
+        weight = weight * seen.unfold(-1, AHEAD, 1)[:, :, read.ends]
+        weight = torch.where(torch.arange(AHEAD) < self.reading.ahead, weight, 0.0)
+        truth = z.unfold(-1, AHEAD, 1)[:, :, read.ends]
+        return Patches(*(part.to(self.device) for part in read)), truth.to(self.device), weight.to(self.device)

@@ -1,0 +1,212 @@
+"""Fine-tuning of the decoder that reads values: what it reads, what its forecasts are made of, budgets and kills."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+
+from experiments import training
+from experiments.forecasting import Forecaster
+from experiments.forecasting.adapter import AdapterError, Reading, read_trained
+from experiments.forecasting.backtest import Origin, split
+from experiments.forecasting.contexts import SeriesError
+from experiments.forecasting.numbers import LEVELS
+from experiments.forecasting.values import TUNED, ZERO_SHOT, Scale, combined
+from experiments.training import loop
+from experiments.training.finetuning import FitError, prepare
+from experiments.training.number_costs import NUMBER_TARGETS
+from experiments.training.number_tuning import best_shares, with_scale
+from experiments.training.number_windows import NumberWindows
+from experiments.training.settings import Training
+
+FEW = {"steps": 3, "batch": 2, "rank": 2, "context": 16}
+
+
+def patterns(count: int, steps: int = 60, seed: int = 0) -> list[np.ndarray]:
+    """Series (T, 2) of one rule that no context tells: what rises, at any rate, falls back as it would pass 2."""
+    rng = np.random.default_rng(seed)
+    rising = rng.uniform(0, 1, (count, 1)) + rng.uniform(0.03, 0.12, (count, 1)) * np.arange(steps)
+    return [np.stack([1 + one % 1, 2 - one % 1], axis=1) for one in rising]
+
+
+def test_logarithms_are_read_where_values_are_positive_and_one_scale_where_levels_agree():
+    series = patterns(6)
+    reading = Reading(40, 4, 5)
+    assert with_scale(reading, series).offset is not None
+    below = with_scale(reading, [one - 1.5 for one in series])
+    assert (below.offset, below.usual) == (None, None)
+    assert below.mean is not None
+    levels = [one * 10.0**number for number, one in enumerate(series)]
+    assert with_scale(reading, levels) == reading
+    assert with_scale(reading, [np.arange(500.0)[:, None]]) == reading  # a trend
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.5])
+def test_a_shared_scale_is_undone_and_large_series_are_read_smaller(shift):
+    series = [one + shift for one in patterns(6)]
+    scale = Scale.recorded(with_scale(Reading(40, 4, 5), series))
+    x = torch.from_numpy(np.stack(series)).mT
+    z = scale.read(x)
+    np.testing.assert_allclose(scale.write(z[:, :, None])[:, :, 0], x, atol=1e-5)
+    step = 1e-4
+    slope = (scale.write(z[:, :, None] + step) - scale.write(z[:, :, None] - step))[:, :, 0] / (2 * step)
+    np.testing.assert_allclose(scale.slope(x), slope, rtol=2e-2)
+    halved = scale._replace(factor=torch.full((6, 2, 1), 0.5, dtype=torch.float64))
+    np.testing.assert_allclose(halved.write(halved.read(x)[:, :, None])[:, :, 0], x, atol=1e-5)
+
+
+def windows_of(series, scaled: bool = True, **changes) -> NumberWindows:
+    settings = replace(Training(2, 1e-3, 4, 5, batch=4, targets=NUMBER_TARGETS), **changes)
+    forecaster = Forecaster.load("numbers")
+    reading = Reading(16, 4, 5)
+    reading = with_scale(reading, series) if scaled else reading
+    return NumberWindows(forecaster.model, dict(forecaster.model.named_parameters()), series, reading, settings)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_batch_in_parts_has_the_loss_of_the_whole(scaled):
+    """Rows depend on the seed and the step alone; a part counts by the weight of what it forecasts."""
+    series, settings = [*patterns(3), patterns(1, 12)[0]], Training(2, 1e-3, 4, 5)
+    windows = windows_of(series, scaled)
+    rows = windows.rows(3, settings)
+    assert torch.equal(rows, windows_of(series, scaled).rows(3, settings))
+    parts = [(windows.loss(part).item(), windows.num_targets(part)) for part in rows.chunk(2)]
+    mean = sum(loss * weight for loss, weight in parts) / windows.num_targets(rows)
+    assert windows.loss(rows).item() == pytest.approx(mean, rel=1e-5)
+
+
+def test_windows_end_at_all_times_and_ask_only_for_what_is_known():
+    series = [np.arange(30.0)[:, None] + 1, np.arange(9.0)[:, None] + 1]
+    windows = windows_of(series)
+    last = set()
+    for draw in range(200):
+        x, begin, prefix = windows._draw(draw % 2, draw)
+        known = np.flatnonzero(~np.isnan(x[0]))
+        assert known[0] == begin
+        assert known[-1] + 1 == windows.length + windows.reading.ahead
+        assert np.array_equal(known, np.arange(known[0], known[-1] + 1))
+        assert 1 <= prefix <= windows.length - begin
+        ratios = x[0, known] / x[0, known[0]]  # a stretched piece of the series
+        start = 1 / (ratios[1] - 1)
+        np.testing.assert_allclose(x[0, known] / x[0, known[0]] * start, start + np.arange(len(known)), rtol=1e-6)
+        last.add((draw % 2, round(start + len(known) - 1)))
+        _, _, weight = windows._batch(torch.tensor([[draw % 2, draw]]))
+        assert weight.sum() > 0
+        assert (weight[..., windows.reading.ahead :] == 0).all()
+    assert last == {(0, end) for end in range(21, 31)} | {(1, 8), (1, 9)}
+
+
+def places(count: int) -> list[Origin]:
+    rng = np.random.default_rng(0)
+    return [Origin(rng.normal(size=(20, 1)), rng.normal(size=(3, 1)), number) for number in range(count)]
+
+
+def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_forecast():
+    held = places(20)
+    truth = np.stack([place.truth for place in held])[:, None]
+    spread = np.array([NormalDist(0, 0.3).inv_cdf(level) for level in LEVELS])[:, None, None]
+    error = np.random.default_rng(1).normal(0, 0.3, truth.shape)
+    ar = truth - np.array([1, 1, 0])[:, None]
+    parts = {TUNED: truth + 1 + spread, ZERO_SHOT: truth + 9 * error + spread, "AR": ar}
+    found = best_shares(parts, held, Reading(16, 4, 3))
+    assert (found.near, found.far) == ({TUNED: 0.5, "AR": 0.5}, {"AR": 1.0})
+    assert found.shares == "50% fine-tuned, 50% AR in the first 2 steps, then 100% AR"
+    assert found.width == 0.5
+    np.testing.assert_allclose(combined(parts, found)[:, 4], truth[:, 0])
+    kept = replace(found, near={ZERO_SHOT: 1.0}, far={ZERO_SHOT: 1.0}, width=1.0)
+    parts = {TUNED: truth + error + 1e-3 * error[::-1] + spread, ZERO_SHOT: truth + error + spread}
+    assert best_shares(parts, held, found) == kept
+    parts = {TUNED: truth[:1] + spread, ZERO_SHOT: truth[:1] + 5 + spread}
+    assert best_shares(parts, held[:1], found) == kept
+
+
+def test_fine_tuning_helps_where_there_is_something_to_learn_and_its_adapter_forecasts(tmp_path):
+    series = patterns(24)
+    forecaster = Forecaster.load("numbers")
+    zero_shot = forecaster.forecast([one[:40] for one in series], 4)
+    metrics = training.finetune(forecaster, series, 4, folder=tmp_path, steps=60, batch=8)
+    assert metrics["errors"]["after"]["rmse"] < 0.7 * metrics["errors"]["before"]["rmse"]
+    assert "fine-tuned" in metrics["shares"]
+    loaded = Forecaster.load(adapter=tmp_path / "adapter")
+    contexts = [one[:40] for one in series]
+    ours, theirs = (one.forecast(contexts, 4, [0.1, 0.9]) for one in (forecaster, loaded))
+    np.testing.assert_array_equal(ours.quantiles, theirs.quantiles)
+    assert not np.allclose(ours.values, zero_shot.values)
+    assert np.isfinite(loaded.forecast(contexts, 50).values).all()  # far beyond what it was trained for
+    with pytest.raises(SeriesError, match="have 1 variables, the adapter was trained on 2"):
+        loaded.forecast([np.arange(20.0)], 4)
+    (tmp_path / "adapter" / "encoding.json").unlink()
+    with pytest.raises(AdapterError, match="does not record how it reads values"):
+        Forecaster.load(adapter=tmp_path / "adapter")
+
+
+def test_one_short_series_keeps_the_zero_shot_forecast(tmp_path):
+    series = [np.random.default_rng(0).normal(size=(20, 1))]
+    zero_shot = Forecaster.load("numbers").forecast(series, 4, [0.1])
+    forecaster = Forecaster.load("numbers")
+    metrics = training.finetune(forecaster, series, 4, **FEW | {"context": None})
+    assert metrics["shares"] == "100% zero-shot"
+    assert metrics["errors"]["after"] == metrics["errors"]["before"]
+    np.testing.assert_array_equal(forecaster.forecast(series, 4, [0.1]).quantiles, zero_shot.quantiles)
+
+
+def test_a_budget_pays_for_every_step_and_text_options_are_refused(tmp_path):
+    forecaster, series = Forecaster.load("numbers"), patterns(6)
+    cost = prepare(forecaster, series, 4, **FEW).cost
+    options = {name: value for name, value in FEW.items() if name != "steps"}
+    metrics = training.finetune(forecaster, series, 4, 2.5 * cost, tmp_path, **options)
+    assert metrics["spent"] == 2 * cost
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    assert [line["flops"] for line in lines] == [cost] * 2
+    assert read_trained(tmp_path / "adapter").reading.shares == metrics["shares"]
+    for wrong in ({"samples": 20}, {"targets": ("q_proj",)}, {"decimals": 3}):
+        with pytest.raises(FitError, match="is for models that write text"):
+            prepare(Forecaster.load("numbers"), series, 4, **wrong)
+    with pytest.raises(FitError, match="the model has an adapter"):
+        prepare(forecaster, series, 4)
+
+
+class Killed(BaseException):
+    """A kill, in effect: nothing catches it."""
+
+
+def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+
+    def run(folder, kill_at=None):
+        written = []
+
+        def counted(path, content, write=loop.write_whole):
+            if len(written) == kill_at:
+                raise Killed
+            written.append(path.name)
+            write(path, content)
+
+        with monkeypatch.context() as patch:
+            for module in ("training.loop", "training.run", "training.finetuning", "storage.runfolder"):
+                patch.setattr(f"experiments.{module}.write_whole", counted)
+            training.finetune(Forecaster.load("numbers"), patterns(6), 4, folder=folder, **FEW)
+        return written
+
+    writes = run(tmp_path / "whole")
+    kept = {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.*")} - {Path(".lock")}
+    wanted = {name: (tmp_path / "whole" / name).read_bytes() for name in kept - {Path(".writer")}}
+    assert not [path for path in wanted if "state" in path.name]
+    for kill_at in range(1, len(writes), 4):
+        folder = tmp_path / str(kill_at)
+        with pytest.raises(Killed):
+            run(folder, kill_at)
+        run(folder)
+        assert {name: (folder / name).read_bytes() for name in wanted} == wanted
+
+
+def test_short_series_are_trained_on_with_a_shorter_horizon():
+    parts = split([one[:27] for one in patterns(1)], 9)
+    assert len(parts.train[0]) == 9
+    job = prepare(Forecaster.load("numbers"), [patterns(1)[0][:27]], 9, steps=1)
+    assert (job.tuning.reading.ahead, job.tuning.reading.context) == (4, 5)
+    assert "AR" in job.run()["errors"]
