@@ -185,6 +185,34 @@ def errors(values: Mapping[str, tuple[float, Sequence[float] | None]], ours: set
 
 
 @rc_context(STYLE)
+def relative(ratios: Mapping[str, Any], ours: str, path: Path) -> None:
+    """Draw errors relative to a method whose ratios are 1: a panel for each score, a row for each method.
+
+    ratios: by score, a DataFrame with a column for each method, the best first, and a row for each set. A pale dot is a
+    set, a large one the geometric mean; `ours` is in colour.
+    """
+    names = list(next(iter(ratios.values())))
+    figure = Figure(figsize=(9, 1.2 + 0.4 * len(names)))
+    panels = figure.subplots(1, len(ratios), sharey=True, squeeze=False)[0]
+    for panel, (score, table) in zip(panels, ratios.items(), strict=True):
+        for row, name in enumerate(names):
+            color, each = PREY if name == ours else "#8c8c8c", table[name].dropna()
+            panel.plot(each, np.full(len(each), row), "o", color=color, markersize=3, alpha=0.35, markeredgewidth=0)
+            mean = np.exp(np.log(each).mean())
+            panel.plot(mean, row, "o", color=color, markersize=8, markeredgecolor="white")
+            panel.annotate(
+                f"{mean:.2f}", (mean, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8
+            )
+        panel.axvline(1, color=TEXT, linewidth=1, linestyle="--")
+        panel.set(xscale="log", xlabel=f"relative {score}", ylim=(len(names) - 0.4, -0.8))
+        panel.minorticks_off()
+        panel.set_xticks((0.25, 0.5, 1, 2, 4), ("1/4", "1/2", "1", "2", "4"))
+    panels[0].set_yticks(range(len(names)), names)
+    figure.tight_layout()
+    _write(figure, path)
+
+
+@rc_context(STYLE)
 def against_flops(
     points: Mapping[str, tuple],
     levels: Mapping[str, float | None],
