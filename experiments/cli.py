@@ -30,6 +30,12 @@ def new_parser(module: str, about: str | None) -> argparse.ArgumentParser:
     )
 
 
+def add_season(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the seasonal baseline."""
+    parser.add_argument("--season", type=positive, help="time steps of a season that the baseline seasonal naive "
+        "repeats, such as 12 for months (default: those that it finds)")  # fmt: skip
+
+
 def add_device(parser: argparse.ArgumentParser, dtype: str | None = "float32") -> None:
     """Add the options --device and --dtype; `chosen_dtype` reads the second one. dtype: its default."""
     add = parser.add_argument

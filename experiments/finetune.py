@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # --help need not wait for torch
 # the options that `prepare` takes by their names here, if they are given
 SETTINGS = (
     "horizon", "budget", "steps", "context", "decimals", "samples", "patience", "rank", "alpha", "targets",
-    "learning_rate", "batch", "accumulate", "numeric_head", "seed",
+    "learning_rate", "batch", "accumulate", "numeric_head", "seed", "season",
 )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     add("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
     add("--model", default="numbers", help="checkpoint: numbers, which reads values (default), or one that writes "
         "text: a folder, a hub id or tiny")  # fmt: skip
+    cli.add_season(p)
     cli.add_device(p)
     add("--budget", type=cli.flops, help="FLOPs that the training may cost, such as 1e12; it decides the number of "
         "steps")  # fmt: skip
@@ -111,6 +112,7 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
 
     Raises an error that `cli.is_meant` for the user.
     """
+    from experiments.forecasting.backtest import better_baseline
     from experiments.report import write_report
     from experiments.tables.text import series_name
     from experiments.training.finetuning import summary
@@ -127,6 +129,8 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
         metrics = job.run(folder, record, interruption, team, cli.tell)
         page = team.told(lambda: write_report(folder))
         cli.tell("\n".join([*summary(metrics), f"adapter: {folder / 'adapter'}; results: {page}"]))
+        if better := better_baseline(metrics["errors"], "after"):
+            cli.tell(better)
         return 0
 
 

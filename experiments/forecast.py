@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--context", type=cli.positive, help="newest time steps that the model reads (default: as many as it was "
         "trained to read)")  # fmt: skip
     add("--backtest", action="store_true", help="forecast the newest rows from the older ones, print errors")
+    cli.add_season(p)
     add("--quantiles", type=fractions, default=list(BAND), help="quantiles to write (default "
         f"{','.join(map(str, BAND))}); of text, 0.1 needs at least 9 samples, 0.01 needs 99")  # fmt: skip
     text = p.add_argument_group("models that write text").add_argument
@@ -145,7 +146,7 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     judged = args.samples is None or args.samples >= samples_needed(BAND[0])  # by an interval, too
     pasts = [place.context for place in places]
     found = forecasts(args, forecaster, pasts, list(BAND) if judged else [])
-    methods = {"model": found.values} | tests.baseline_forecasts(pasts, args.horizon)
+    methods = {"model": found.values} | tests.baseline_forecasts(pasts, args.horizon, args.season)
     errors = {method: tests.scores(forecast, places) for method, forecast in methods.items()}
     count, over = len(places), {"series": "series", "forecasts": "these forecasts"}[errors["model"]["over"]]
     print(

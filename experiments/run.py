@@ -108,7 +108,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
     grammar = Grammar(tokenizer, encoding.decimals, 2, encoding.compact)
     sample = [tokenizer.encode(encoding.encode(trajectories[parts.train[0]]))]
     needed = max_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)
-    for training in (one for experiment in plan.experiments for one in plans.candidates(plan, experiment)):
+    for training in (one for experiment in plan.texts for one in plans.candidates(plan, experiment)):
         assert training.context is not None  # candidates have all their settings
         cut_tokens(sample, training)  # refuses a context longer than a trajectory
         needed = max(needed, training.context)

@@ -1,5 +1,7 @@
 """A quick plan with few steps, whose state is saved after each step."""
 
+from dataclasses import replace
+
 from experiments.forecasting import gru
 from experiments.study import plans
 from experiments.training import loop
@@ -7,10 +9,11 @@ from experiments.training.settings import Training
 
 
 def quick(seed: int) -> plans.Plan:
-    """Seven experiments that take seconds."""
+    """Eight experiments that take seconds."""
     grid = [Training(2, rate, 64, 2, seed=seed) for rate in (1e-3, 1e-2)]
     final = Training(None, None, None, 6, seed=seed + 2)
-    return plans._chain("quick", Training(4, 1e-3, 64, 2, seed=seed), grid, [32, 96], 2, final)
+    chain = plans._chain("quick", Training(4, 1e-3, 64, 2, seed=seed), grid, [32, 96], 2, final)
+    return replace(chain, experiments=(*chain.experiments, plans._numbers("numbers", 3, seed)))
 
 
 def install() -> None:

@@ -68,3 +68,9 @@ def test_the_network_beats_the_context_mean_and_depends_on_the_seed_alone(monkey
     first, again, other = (gru.fit(train, seed)(train[:, :40], 4) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_a_given_season_is_repeated_and_a_longer_one_is_the_whole_context():
+    context = np.random.default_rng(0).random((1, 20, 2))
+    np.testing.assert_allclose(seasonal(context, 15, 7)[0], context[0, [*range(13, 20)] * 3][:15])
+    np.testing.assert_allclose(seasonal(context, 3, 50)[0], context[0, :3])

@@ -220,9 +220,9 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, tmp
     assert lines[0] == "s0: 60 rows of 2 variables (u, v), and 5 more series"
     assert lines[1] == "held out: 4 series to train on, 1 for validation, 1 for the test"
     assert lines[3].startswith("error ")
-    assert lines[-3].startswith("VAR is better here: it has ")
-    assert "of 5.000e+09 FLOPs spent in" in lines[-2]
-    assert lines[-1] == "adapter: mine/adapter; results: mine/report.html"
+    assert lines[-1].startswith("VAR is better here: it has ")
+    assert "of 5.000e+09 FLOPs spent in" in lines[-3]
+    assert lines[-2] == "adapter: mine/adapter; results: mine/report.html"
     page = (tmp_path / "mine" / "report.html").read_text()
     assert ">Forecasting s0 and 5 more series</h1>" in page
     before = (tmp_path / "mine" / "report.md").read_bytes()

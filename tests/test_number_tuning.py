@@ -18,10 +18,9 @@ from experiments.forecasting.numbers import LEVELS
 from experiments.forecasting.values import TUNED, ZERO_SHOT, Scale, combined
 from experiments.training import loop
 from experiments.training.finetuning import FitError, prepare
-from experiments.training.number_costs import NUMBER_TARGETS
 from experiments.training.number_tuning import best_shares, with_scale
 from experiments.training.number_windows import NumberWindows
-from experiments.training.settings import Training
+from experiments.training.settings import NUMBER_TARGETS, Training
 
 FEW = {"steps": 3, "batch": 2, "rank": 2, "context": 16}
 
@@ -115,7 +114,7 @@ def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_
     found = best_shares(parts, held, Reading(16, 4, 3))
     assert (found.near, found.far) == ({TUNED: 0.5, "AR": 0.5}, {"AR": 1.0})
     assert found.shares == "50% fine-tuned, 50% AR in the first 2 steps, then 100% AR"
-    assert found.width == 0.5
+    assert found.width == 1 / 16
     np.testing.assert_allclose(combined(parts, found)[:, 4], truth[:, 0])
     kept = replace(found, near={ZERO_SHOT: 1.0}, far={ZERO_SHOT: 1.0}, width=1.0)
     parts = {TUNED: truth + error + 1e-3 * error[::-1] + spread, ZERO_SHOT: truth + error + spread}

@@ -19,8 +19,9 @@ from experiments.forecasting.numbers import (
     patches,
 )
 from experiments.forecasting.values import NumberForecaster, at_levels
-from experiments.training.number_costs import NUMBER_TARGETS, number_backward, number_forward, number_step
+from experiments.training.number_costs import number_backward, number_forward, number_step
 from experiments.training.number_windows import weighted_loss
+from experiments.training.settings import NUMBER_TARGETS
 from flops.trace import Tracer
 from lora import LoraConfig, inject
 

@@ -64,19 +64,19 @@ def finished(data_file, tmp_path_factory):
     return out, start("--data", data_file, "--out", out)
 
 
-NAMES = ["untrained", "trial", "grid-r2-lr0.001", "grid-r2-lr0.01", "context-32", "context-96", "final"]
+NAMES = ["untrained", "trial", "grid-r2-lr0.001", "grid-r2-lr0.01", "context-32", "context-96", "final"]  # and numbers
 
 
 def test_one_command_gives_a_finished_report(finished):
     out, process = finished
     assert process.returncode == 0, process.stderr
     assert process.stdout.strip().endswith(f"report: {out / 'report.html'}")
-    assert "Final, mean of 20 samples, has a mean squared error of " in process.stdout
-    assert "experiment 7 of 7: final\n" in process.stderr
+    assert "Numbers has a mean squared error of " in process.stdout
+    assert "experiment 7 of 8: final\n" in process.stderr
     spent = Ledger(out / "ledger.jsonl", budget=10**17).by_experiment()
-    for name in NAMES:
+    for name in (*NAMES, "numbers"):
         metrics = read(out / "experiments" / name / "metrics.json")
-        assert set(metrics) == ({"val", "test"} if name in ("untrained", "final") else {"val"})
+        assert set(metrics) == ({"val", "test"} if name in ("untrained", "final", "numbers") else {"val"})
         assert metrics["val"]["all"]["sequences"] == 3
         assert ("mean_of_samples" in metrics["val"]) == (name == "final")
         assert spent.get(name) == read(out / "experiments" / name / "settings.json")["flops"].get("study")
@@ -89,8 +89,8 @@ def test_one_command_gives_a_finished_report(finished):
         assert (out / "figures" / f"{name}.png").stat().st_size > 5000
     assert page.count("data:image/png;base64,") == 11 + 5
     assert "0.2702" in markdown  # published, next to ours
-    assert markdown.count("| final, mean of 20 samples |") == 2  # in the results, and in the comparison with `final`
-    assert "final, mean of 20 samples against the others, paired" in markdown
+    assert markdown.count("| final, mean of 20 samples |") == 3  # in the results, and in two comparisons with numbers
+    assert "numbers, exact contexts against the others, paired" in markdown
     assert not [*out.rglob("*.partial"), *out.rglob("*state.*")]
 
 
@@ -194,7 +194,7 @@ def test_a_killed_run_ends_with_the_same_bytes(finished, data_file, tmp_path):
         if damage:
             (killed / damage).unlink()
         page = write_report(killed).with_suffix(".md").read_text()
-        assert "Not finished, and shown as -: final." in page
+        assert "Not finished, and shown as -: final, numbers." in page
         spent = sum(json.loads(line)["flops"] for line in (killed / "ledger.jsonl").read_text().splitlines())
         assert f"Spent {spent:.3e}{message}" in page
     whole = state.read_bytes()

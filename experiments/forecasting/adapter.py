@@ -36,6 +36,7 @@ class Reading:
     near: dict[str, float] = field(default_factory=lambda: {"fine-tuned": 1.0})
     far: dict[str, float] = field(default_factory=lambda: {"fine-tuned": 1.0})
     width: float = 1.0  # of the intervals
+    season: int | None = None  # that the seasonal baseline repeats; None: it finds one
 
     def __post_init__(self):
         shares = [*self.near.values(), *self.far.values()]

@@ -6,12 +6,13 @@ are not scored.
 """
 
 from collections.abc import Callable, Container, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.forecasting.adapter import rows_seen
-from experiments.forecasting.baselines import BASELINES
+from experiments.forecasting.baselines import BASELINES, seasonal
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.scores import group_means, mean_interval
 from experiments.storage.files import plain
@@ -125,9 +126,12 @@ def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
 
 
 def baseline_forecasts(
-    pasts: Sequence[np.ndarray], horizon: int, names: Iterable[str] = BASELINES
+    pasts: Sequence[np.ndarray], horizon: int, season: int | None = None, names: Iterable[str] = BASELINES
 ) -> dict[str, np.ndarray]:
-    """The forecasts (M, h, D) of baselines, which read all that is known, M pasts (T, D) without missing values."""
+    """The forecasts (M, h, D) of baselines, which read all that is known, M pasts (T, D) without missing values.
+
+    season: time steps that the seasonal one repeats; None: those that it finds.
+    """
     encodings = [Encoding.fit_each([past]) for past in pasts]  # the regressions expect about 0 to 10
 
     def forecasts(baseline: Callable) -> np.ndarray:
@@ -135,7 +139,8 @@ def baseline_forecasts(
         return np.stack([one.restored(baseline(one.scaled(past)[None], horizon)[0]) for one, past in pairs])
 
     several = pasts[0].shape[1] > 1  # of one variable, VAR is AR
-    return {name: forecasts(BASELINES[name]) for name in BASELINES if name in names and (name != "VAR" or several)}
+    methods = BASELINES | {"seasonal naive": partial(seasonal, season=season)}
+    return {name: forecasts(one) for name, one in methods.items() if name in names and (name != "VAR" or several)}
 
 
 def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:

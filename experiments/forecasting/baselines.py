@@ -30,8 +30,12 @@ def _interpolate(context: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return context[below] * (1 - share) + context[below + 1] * share
 
 
-def seasonal(contexts: np.ndarray, horizon: int) -> np.ndarray:
-    """Repeat each context (N, C, D) with the lag, from 2 to C/2 steps, that best explains its end: (N, h, D)."""
+def seasonal(contexts: np.ndarray, horizon: int, season: int | None = None) -> np.ndarray:
+    """Repeat the last season of each context (N, C, D): (N, h, D).
+
+    None: the lag, from 2 to C/2 steps, that best explains its end. A season that is longer than the context is the
+    whole context.
+    """
     length = contexts.shape[1]
     end, future = np.arange(max(length - MATCHED_STEPS, length // 2), length), length + np.arange(horizon)
 
@@ -39,7 +43,7 @@ def seasonal(contexts: np.ndarray, horizon: int) -> np.ndarray:
         def misfit(lag: float) -> float:
             return ((context[end] - _interpolate(context, end - lag)) ** 2).sum()
 
-        lag = min(np.arange(2, length / 2, LAG_SPACING), key=misfit)
+        lag = min(season, length) if season else min(np.arange(2, length / 2, LAG_SPACING), key=misfit)
         num_seasons = np.ceil((future - length + 1) / lag)  # how many seasons to go back to reach the context
         return _interpolate(context, future - num_seasons * lag)
 

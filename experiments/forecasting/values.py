@@ -200,15 +200,16 @@ class NumberForecaster:
         At least one is of a decoder. reading: how the fine-tuned one reads; None: as it is recorded. Raises SeriesError
         for a variable without values.
         """
-        found, names = {}, set(names)
+        found, names, reading = {}, set(names), reading or self.reading
         if TUNED in names:
-            found[TUNED] = self._read(self.model, reading or self.reading, arrays, horizon, context, progress)
+            found[TUNED] = self._read(self.model, reading, arrays, horizon, context, progress)
         if ZERO_SHOT in names or not found:
             count = progress if not found else lambda count: None  # each series counts once
             found[ZERO_SHOT] = self._read(self.base, None, arrays, horizon, context, count)
         if simple := names & BASELINES.keys():
-            pasts = [filled(array) for array in arrays]
-            found |= {name: one[:, None] for name, one in baseline_forecasts(pasts, horizon, simple).items()}
+            pasts, season = [filled(array) for array in arrays], reading.season if reading else None
+            simple_ones = baseline_forecasts(pasts, horizon, season, simple)
+            found |= {name: one[:, None] for name, one in simple_ones.items()}
         return found
 
     @property

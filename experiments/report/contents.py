@@ -130,7 +130,8 @@ def compute(run: Run) -> Rows:
     sections = {experiment.section for experiment in run.plan.identity.experiments}
     for section, (title, theirs) in published.SECTIONS.items():
         if section in sections or section == "all":
-            parts = run.trained(None if section == "all" else section).values()
+            chosen = published.SECTIONS if section == "all" else {section}
+            parts = [one for one in run.trained().values() if one.section in chosen]
             sums = {name: sum(each.flops[name] for each in parts) for name in run.plan.conventions}
             is_comparable = section in sections or sections >= published.SECTIONS.keys() - {"all"}
             rows[f"{title}: sum"] = {"flops": sums, "published": 10**theirs if is_comparable else None}

@@ -121,9 +121,12 @@ def _read_result(path: Path, counts: dict[str, int], conventions: dict[str, str]
 
 
 def methods_of(experiments: Mapping[str, Result]) -> dict[str, dict[str, Scores]]:
-    """The scores of each experiment's forecast and, if it drew samples, of their mean, by name and split."""
+    """The scores of each experiment's forecast, of the mean of its samples, of exact contexts, by name and split."""
     methods: dict[str, dict[str, Scores]] = {}
     for name, result in experiments.items():
+        for split, metrics in result.metrics.items():
+            if metrics.exact:
+                methods.setdefault(f"{name}, exact contexts", {})[split] = metrics.exact
         methods[name] = dict(result.metrics)
         for split, metrics in result.metrics.items():
             if metrics.mean_of_samples and metrics.probabilistic:

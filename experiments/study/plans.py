@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from itertools import product
 
-from experiments.training.settings import LINEAR, Training
+from experiments.training.settings import LINEAR, NUMBERS, Training
 
 CONTEXT_STEPS, HORIZON = 70, 10  # the study's 699 context tokens and 100 target tokens, as time steps
 LONG_HORIZON = 30  # for models that are evaluated on the test set
@@ -41,6 +41,11 @@ class Plan:
     name: str
     experiments: tuple[Experiment, ...]
     compact: bool = False  # the text is that of `Encoding.compact`
+
+    @property
+    def texts(self) -> tuple[Experiment, ...]:
+        """The experiments whose model writes text."""
+        return tuple(one for one in self.experiments if not (one.training and one.training.reads != "text"))
 
 
 def fill(training: Training, best: Training) -> Training:
@@ -90,7 +95,25 @@ def quick(seed: int) -> Plan:
         8, None, None, 180, stride=10, seed=seed + 2, numeric_head=True, targets=LINEAR, whole_windows=True,
         cosine=True, alpha=32, clip=1.0,
     )  # fmt: skip
-    return _chain("quick", Training(4, 1e-3, 512, 20, seed=seed), grid, [128, 512, 768], 30, final)
+    chain = _chain("quick", Training(4, 1e-3, 512, 20, seed=seed), grid, [128, 512, 768], 30, final)
+    return replace(chain, experiments=(*chain.experiments, _numbers("numbers", 868, seed)))
+
+
+def _numbers(name: str, steps: int, seed: int, **changes) -> Experiment:
+    """A training of the decoder that reads values, on tokens of four time steps each."""
+    return Experiment(name, "numbers", replace(NUMBERS, context=23, steps=steps, seed=seed, **changes), splits=BOTH)
+
+
+def numbers(seed: int) -> Plan:
+    """The decoder that reads values, for 1e12, 1e13 and 5e13 FLOPs: LoRA, all weights, and a new one."""
+    whole = {"rank": 0, "batch": 8}
+    new = whole | {"reads": "numbers, from scratch"}
+    rows = [_numbers(f"numbers-{flops}", steps, seed) for flops, steps in (("1e12", 868), ("1e13", 8687))]
+    for name, changes in (("whole", whole), ("scratch", new)):
+        rows += [
+            _numbers(f"{name}-{flops}", steps, seed, **changes) for flops, steps in (("1e12", 198), ("1e13", 1983))
+        ]
+    return Plan("numbers", (*rows, _numbers("whole-5e13", 9918, seed, **whole)))
 
 
 def frontier(seed: int) -> Plan:
@@ -115,7 +138,7 @@ def untrained(seed: int) -> Plan:
     return Plan("untrained", (Experiment("untrained", "5.4", splits=BOTH),))
 
 
-PLANS = {plan.__name__: plan for plan in (quick, study, untrained, trial, frontier)}
+PLANS = {plan.__name__: plan for plan in (quick, study, untrained, trial, frontier, numbers)}
 
 
 def with_numeric_head(plan: Plan) -> Plan:

@@ -164,10 +164,11 @@ class Probabilistic:
 
 @dataclass(frozen=True)
 class Metrics(Scores):
-    """The scores of an experiment on a split, and of its samples and their mean if it drew samples."""
+    """The scores of an experiment on a split, and of its samples, their mean and exact contexts where it has them."""
 
     probabilistic: Probabilistic | None = None
     mean_of_samples: Scores | None = None
+    exact: Scores | None = None  # from contexts with all their digits
 
     def __post_init__(self):
         if self.mean_of_samples and not (self.probabilistic and self.mean_of_samples.mse_each):

@@ -18,14 +18,15 @@ from experiments.forecasting.scores import errors, method_errors
 from experiments.storage.files import RunError, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.study.judging import Judge
+from experiments.study.numbers import judge_numbers, number_tuning, train_numbers
 from experiments.study.plans import HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import read_metrics, read_settings
 from experiments.training.loop import Account
-from experiments.training.run import clear, run_training, write_adapter
+from experiments.training.run import clear, inject_adapter, run_training, write_adapter
 from experiments.training.settings import Training
 from experiments.training.team import ALONE, Team
 from experiments.training.windows import TextWindows, cut_tokens, step_flops
-from lora import inject, remove
+from lora import remove
 
 
 @dataclass
@@ -45,6 +46,8 @@ class Suite:
         """FLOPs of a training whose settings are all set; 0 for none."""
         if training is None:
             return 0
+        if training.reads != "text":
+            return training.steps * number_tuning(self.judge, training).cost
         vocabulary = len(self._vocabulary) if training.numeric_head else None
         step = step_flops(self.judge.model.config, training, vocabulary, convention or self.convention)
         return training.steps * step
@@ -155,12 +158,20 @@ class Suite:
         record = {"section": experiment.section, "training": training and asdict(training), "flops": costs}
         team.told(lambda: write_whole(path / "settings.json", to_json(record)))
         with ExitStack() as stack:
-            if training:
-                seconds = self._trained(experiment.name, training, stack)
-            started = time.monotonic()
-            draws = self.judge.samples > 0 and experiment == self.plan.experiments[-1]
-            horizon = LONG_HORIZON if experiment.judged else HORIZON
-            results = {split: self.judge.judge(split, horizon, path, team, draws) for split in experiment.splits}
+            if training and training.reads != "text":
+                tuning = number_tuning(self.judge, training)
+                seconds = train_numbers(tuning, self.judge, path, self._account(experiment.name, training))
+                started, forecaster = time.monotonic(), tuning.forecaster
+                results = team.told(
+                    lambda: {split: judge_numbers(forecaster, self.judge, split, path) for split in experiment.splits}
+                )
+            else:
+                if training:
+                    seconds = self._trained(experiment.name, training, stack)
+                started = time.monotonic()
+                draws = self.judge.samples > 0 and experiment == self.plan.texts[-1]
+                horizon = LONG_HORIZON if experiment.judged else HORIZON
+                results = {split: self.judge.judge(split, horizon, path, team, draws) for split in experiment.splits}
             times = {"training": round(seconds, 1), "evaluation": round(time.monotonic() - started, 1)}
 
         def finish() -> None:
@@ -170,20 +181,22 @@ class Suite:
 
         team.told(finish)
 
+    def _account(self, name: str, training: Training) -> Account:
+        """What pays for a training."""
+        ledger = self.ledger if self.team.leads else None
+        return Account(name, ledger, self.cost(training) // training.steps, self.interruption, self.team)
+
     def _trained(self, name: str, training: Training, stack: ExitStack) -> float:
         """Train an adapter, which `stack` removes, on the training series; the seconds."""
         judge, path = self.judge, self._path(name)
         assert training.context is not None  # a plan fills it in before the training
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(training.seed)
-            inject(judge.model, training.lora)
+        inject_adapter(judge.model, training)
         stack.callback(remove, judge.model)
         tokens = [judge.tokenizer.encode(judge.encoding.encode(one)) for one in judge.series["train"]]
         vocabulary = torch.tensor(self._vocabulary) if training.numeric_head else None
         cuts = cut_tokens(tokens, training)
         windows = TextWindows(judge.model, cuts, training.context, judge.tokenizer.pad_id, vocabulary)
-        ledger = self.ledger if self.team.leads else None
-        account = Account(name, ledger, self.cost(training) // training.steps, self.interruption, self.team)
+        account = self._account(name, training)
         trained = Trained(*self.checkpoint, judge.encoding)
         done = run_training(path, windows, training, account, write=lambda: write_adapter(judge.model, path, trained))
         return done.seconds

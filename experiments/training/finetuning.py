@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import flops
 from experiments import tables
@@ -22,7 +21,6 @@ from experiments.forecasting.backtest import (
     Origin,
     Parts,
     baseline_forecasts,
-    better_baseline,
     check_context,
     scores,
     split,
@@ -37,12 +35,11 @@ from experiments.storage.records import Tensor4, build
 from experiments.storage.runfolder import open_run
 from experiments.training.loop import Account, HeldOut, Progress
 from experiments.training.number_tuning import NumberTuning
-from experiments.training.run import clear, run_training, software, write_adapter
+from experiments.training.run import clear, inject_adapter, run_training, software, write_adapter
 from experiments.training.settings import Training
 from experiments.training.team import ALONE, Team
 from experiments.training.text_tuning import TextTuning
 from experiments.training.tuning import STEPS, FitError
-from lora import inject
 from lora.layer import LoRALinear
 
 AT_ONCE = 50  # test forecasts that are made together, at most
@@ -78,6 +75,7 @@ def prepare(
     context: int | None = None,
     patience: int | None = None,
     variables: list[str] | None = None,
+    season: int | None = None,
     **options,
 ) -> "Finetuning":
     """Check everything that a fine-tuning needs, and split the series; nothing is spent or written.
@@ -85,8 +83,8 @@ def prepare(
     forecaster: one that `Forecaster.load` made. series: arrays (T, D) or (T), NaN where a value is missing, or
     DataFrames. budget: FLOPs that the training may cost; it decides the number of steps unless `steps` is given.
     context: time steps that the model reads before a forecast. patience: the training ends after so many checks of the
-    held-out loss in a row that found nothing better. The other options are those of `TextTuning.prepare` or
-    `NumberTuning.prepare`.
+    held-out loss in a row that found nothing better. season: time steps that the seasonal baseline repeats. The other
+    options are those of `TextTuning.prepare` or `NumberTuning.prepare`.
     Raises SeriesError, BacktestError or FitError for data, settings or a budget that do not allow it.
     """
     if horizon < 1:
@@ -96,24 +94,7 @@ def prepare(
     arrays = checked_series(series, missing="keep")
     if variables is None and is_frame(series[0]):
         variables = [*tables.from_frame(series[0], missing="keep")[0].columns]
-    return planned(
-        forecaster, arrays, split(arrays, horizon), horizon, budget, steps, context, patience, variables, options
-    )
-
-
-def planned(
-    forecaster: AnyForecaster,
-    arrays: list[np.ndarray],
-    parts: Parts,
-    horizon: int,
-    budget: float | None,
-    steps: int | None,
-    context: int | None,
-    patience: int | None,
-    variables: list[str] | None,
-    options: dict,
-) -> "Finetuning":
-    """`prepare`, for series (T, D) that are split already."""
+    parts = split(arrays, horizon)
     if forecaster.checkpoint is None:
         raise FitError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
     if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
@@ -121,7 +102,7 @@ def planned(
     tuning: Tuning
     try:
         if isinstance(forecaster, NumberForecaster):
-            tuning = NumberTuning.prepare(forecaster, parts, horizon, context, **options)
+            tuning = NumberTuning.prepare(forecaster, parts, horizon, context, season, **options)
         else:
             tuning = TextTuning.prepare(forecaster, parts, horizon, context, **options)
     except TypeError as error:
@@ -134,7 +115,7 @@ def planned(
             "fewer steps, a smaller batch or a shorter context"
         )
     tuning = replace(tuning, settings=replace(tuning.settings, steps=steps))
-    return Finetuning(forecaster, arrays, variables, parts, patience, tuning, budget)
+    return Finetuning(forecaster, arrays, variables, parts, patience, season, tuning, budget)
 
 
 @dataclass(frozen=True)
@@ -146,6 +127,7 @@ class Finetuning:
     variables: list[str] | None
     parts: Parts
     patience: int | None
+    season: int | None
     tuning: Tuning
     budget: float | None
 
@@ -191,6 +173,7 @@ class Finetuning:
             "settings": asdict(self.settings),
             **self.tuning.identity,
             "patience": self.patience,
+            "season": self.season,
             "checkpoint_sha256": self.trained.checkpoint_sha256,
             "device": weight.device.type,
             "dtype": str(weight.dtype).removeprefix("torch."),
@@ -228,9 +211,7 @@ class Finetuning:
                 team.told(lambda: clear(path))
                 return read_json(path / "metrics.json")
             before = self._forecasts(path / "before.state.json", team)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.settings.seed)
-                inject(self.forecaster.model, self.settings.lora)
+            inject_adapter(self.forecaster.model, self.settings)
             done, spent, budget = self._train(path, interruption or Interruption(), team)
             after = self._forecasts(path / "after.state.json", team)
 
@@ -287,7 +268,7 @@ class Finetuning:
         places, trained = self.parts.test, self.forecaster.trained
         truth = np.stack([place.truth for place in places])
         forecasts = {"before": before[:, 0], "after": after[:, 0]}
-        forecasts |= baseline_forecasts([place.context for place in places], self.tuning.horizon)
+        forecasts |= baseline_forecasts([place.context for place in places], self.tuning.horizon, self.season)
         return {
             "split": self.parts.told,
             "horizon": self.tuning.horizon,
@@ -316,16 +297,15 @@ class Finetuning:
 
 
 def summary(metrics: dict) -> list[str]:
-    """The result of a fine-tuning in lines; the last but one says which baseline is better, if one is."""
+    """The result of a fine-tuning in two lines."""
     errors = {name: f"{error['rmse']:.3g}" for name, error in metrics["errors"].items()}
     before, after = errors.pop("before"), errors.pop("after")
     others = ", ".join(f"{name} {errors[name]}" for name in ("seasonal naive", "AR", "VAR") if name in errors)
     kept = f"the adapter is that of step {metrics['best_step']}, which had the smallest held-out loss"
     if metrics["shares"]:
         kept += f"; forecasts are {metrics['shares']}, as was best on the validation forecasts"
-    lines = [
+    return [
         f"error {after} after, {before} before; {others} (RMSE in standard deviations over {metrics['forecasts']} "
         f"held-out forecasts of {metrics['horizon']} steps)",
         f"{metrics['spent']:.3e} of {metrics['budget']:.3e} FLOPs spent in {metrics['steps']} steps; {kept}",
     ]
-    return [*lines[:1], *filter(None, [better_baseline(metrics["errors"], "after")]), *lines[1:]]

@@ -1,19 +1,16 @@
 """FLOPs of the decoder that reads numbers, as it runs on a CPU: what flops.trace counts when it runs.
 
-N series, D variables, T tokens; ranks: the LoRA rank by module name, none or all of NUMBER_TARGETS. masked: not all
-variables see each other.
+N series, D variables, T tokens; ranks: the LoRA rank by module name, none or all of
+`settings.NUMBER_TARGETS`. masked: not all variables see each other.
 """
 
 from experiments.forecasting.numbers import AHEAD, FEATURES, LEVELS
 from experiments.training.muon import ITERATIONS
-from experiments.training.settings import LINEAR
 from flops import primitives as p
 from flops.model import block, linear, rms_norm, rotary_tables, total
 from flops.primitives import ADD, MUL, matmul
 from flops.training import block_backward, linear_backward, rms_norm_backward
 from qwen_min.config import QwenConfig
-
-NUMBER_TARGETS = (*LINEAR, "read", "head", "skip")  # all that LoRA can adapt in it
 
 
 def number_forward(

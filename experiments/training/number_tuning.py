@@ -25,18 +25,16 @@ from experiments.forecasting.values import (
     combined,
     stride_of,
 )
-from experiments.training.number_costs import NUMBER_TARGETS, muon_flops, number_step
+from experiments.training.number_costs import muon_flops, number_step
 from experiments.training.number_windows import NumberWindows, by_muon, learns
-from experiments.training.settings import Training
-from experiments.training.tuning import STEPS, FitError, chosen_settings
+from experiments.training.settings import NUMBERS, Training
+from experiments.training.tuning import FitError, chosen_settings
 from lora import adapter_parameters, load_adapter
 
-# chosen on the validation series of the study, for 1e12 FLOPs
-DEFAULTS = Training(16, 6e-3, None, STEPS, targets=NUMBER_TARGETS, cosine=True, alpha=16, clip=1.0, beta2=0.98)
 OPTIONS = ("rank", "alpha", "learning_rate", "batch", "accumulate", "seed", "steps")
 STRIDE = 4  # the smallest between two tokens
 SIMPLE = ("AR", "VAR", "seasonal naive")  # baselines that a forecast may be made of
-WIDTHS = (0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0)
+WIDTHS = tuple(2 ** (step / 4) for step in range(-16, 9))  # of intervals, 1/16 to 4
 OFFSET = 0.01  # of the mean, which is added before the logarithm
 OFTEN = 0.9  # the share of training series whose largest value is not above `Reading.usual`
 
@@ -65,42 +63,55 @@ def pieces(series: np.ndarray, length: int) -> list[np.ndarray]:
     return np.array_split(series, -(-len(series) // length))
 
 
-def pinball(found: np.ndarray, places: Sequence[Origin], steps: slice = slice(None)) -> np.ndarray:
-    """Twice the pinball loss (M) of quantiles (M, Q, h, D) of some steps, in standard deviations before them."""
-    gap = np.stack([place.truth[steps] for place in places])[:, None] - found
+def spreads(places: Sequence[Origin]) -> np.ndarray:
+    """The standard deviations (M, 1, D) before each forecast."""
     spread = np.stack([place.context.std(axis=0) for place in places])
-    together = np.concatenate([place.context for place in places]).std(axis=0)
-    spread = np.where(spread > 0, spread, np.where(together > 0, together, 1.0))[:, None, None]
+    together = np.concatenate([place.context for place in places]).std(axis=0)  # for a variable that is constant
+    return np.where(spread > 0, spread, np.where(together > 0, together, 1.0))[:, None]
+
+
+def pinball(found: np.ndarray, places: Sequence[Origin]) -> np.ndarray:
+    """Twice the pinball loss (M) of quantiles (M, Q, h, D), in standard deviations before each forecast."""
+    gap = np.stack([place.truth for place in places])[:, None] - found
     level = np.array(LEVELS)[:, None, None]
-    return 2 * np.nanmean(np.maximum(level * gap, (level - 1) * gap) / spread, axis=(1, 2, 3))
+    return 2 * np.nanmean(np.maximum(level * gap, (level - 1) * gap) / spreads(places)[:, None], axis=(1, 2, 3))
+
+
+def is_certain(gain: np.ndarray, places: Sequence[Origin]) -> bool:
+    """True if gains (M) are more than a standard error above 0, over series or, for one, over its forecasts."""
+    by_series = group_means(gain, [place.series for place in places])
+    gain = by_series if len(by_series) > 1 else gain
+    return len(gain) > 1 and bool(gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5)
 
 
 def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], reading: Reading) -> Reading:
     """The reading with the shares, in tenths, and the width whose forecasts of the places have the smallest loss.
 
-    The zero-shot forecast is kept unless that is better by more than a standard error. See `values.combined`.
+    The best part alone is taken unless a mixture is certainly better, and the zero-shot forecast is kept unless the
+    result is. See `values.combined`.
     """
-    tenths = [some for some in product(range(11), repeat=len(parts) - 1) if sum(some) <= 10]
-    mixes = [
-        {name: count / 10 for name, count in zip(parts, (*some, 10 - sum(some)), strict=True) if count}
-        for some in tenths
-    ]
+    medians = np.stack([part[:, part.shape[1] // 2] for part in parts.values()])  # (K, M, h, D) of K parts
+    truth, spread = np.stack([place.truth for place in places]), spreads(places)
+    some = [tenths for tenths in product(range(11), repeat=len(parts) - 1) if sum(tenths) <= 10]
+    mixes = np.array([(*tenths, 10 - sum(tenths)) for tenths in some]) / 10
 
-    def losses(changed: Reading, steps: slice = slice(None)) -> np.ndarray:
-        return pinball(combined(parts, changed)[:, :, steps], places, steps)
+    def best(steps: slice) -> dict[str, float]:
+        """The shares for these steps, by the absolute error of the median."""
+        gaps = (np.tensordot(mix, medians[:, :, steps], 1) - truth[:, steps] for mix in mixes)
+        errors = np.stack([np.nan_to_num(np.abs(gap) / spread).mean(axis=(1, 2)) for gap in gaps])
+        alone = min(np.flatnonzero(mixes.max(axis=1) == 1), key=lambda row: errors[row].mean())
+        mixed = errors.mean(axis=1).argmin()
+        row = mixed if is_certain(errors[alone] - errors[mixed], places) else alone
+        return {name: float(share) for name, share in zip(parts, mixes[row], strict=True) if share}
 
     half = -(-reading.ahead // 2)
-    reading = replace(reading, near=min(mixes, key=lambda mix: losses(replace(reading, near=mix), slice(half)).mean()))
-    if len(places[0].truth) > half:
-        far = min(mixes, key=lambda mix: losses(replace(reading, far=mix), slice(half, None)).mean())
-        reading = replace(reading, far=far)
-    reading = min((replace(reading, width=width) for width in WIDTHS), key=lambda one: losses(one).mean())
+    near = best(slice(half))
+    reading = replace(reading, near=near, far=best(slice(half, None)) if truth.shape[1] > half else near)
+    widths = [replace(reading, width=width) for width in WIDTHS]
+    reading = min(widths, key=lambda one: pinball(combined(parts, one), places).mean())
     before = replace(reading, near={ZERO_SHOT: 1.0}, far={ZERO_SHOT: 1.0}, width=1.0)
-    gain = losses(before) - losses(reading)
-    by_series = group_means(gain, [place.series for place in places])
-    gain = by_series if len(by_series) > 1 else gain
-    is_certain = len(gain) > 1 and gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5
-    return reading if is_certain else before
+    gain = pinball(combined(parts, before), places) - pinball(combined(parts, reading), places)
+    return reading if is_certain(gain, places) else before
 
 
 @dataclass(frozen=True)
@@ -119,15 +130,21 @@ class NumberTuning:
 
     @classmethod
     def prepare(
-        cls, forecaster: NumberForecaster, parts: Parts, horizon: int, context: int | None = None, **settings
+        cls,
+        forecaster: NumberForecaster,
+        parts: Parts,
+        horizon: int,
+        context: int | None = None,
+        season: int | None = None,
+        **settings,
     ) -> "NumberTuning":
-        """context: None: as many time steps as there are, up to the most that it reads.
+        """context: None: as many time steps as there are, up to the most that it reads. season: that the baseline has.
 
-        The settings are those of OPTIONS, by default DEFAULTS. Raises FitError.
+        The settings are those of OPTIONS, by default NUMBERS. Raises FitError.
         """
         if others := sorted(settings.keys() - set(OPTIONS)):
             raise FitError(f"{others[0]} is for models that write text, and this one reads values; leave it out")
-        chosen, shapes = chosen_settings(forecaster.model, DEFAULTS, settings)
+        chosen, shapes = chosen_settings(forecaster.model, NUMBERS, settings)
         longest = max(map(len, parts.train))
         ahead = min(horizon, AHEAD, longest // 2)
         series = [one for one in parts.train if len(one) >= ahead + MIN_STEPS]
@@ -135,7 +152,7 @@ class NumberTuning:
             raise FitError(f"the longest series to train on has {longest} time steps, expected {2 * MIN_STEPS} or more")
         context = min(context or max(STRIDES), max(STRIDES), longest - ahead)
         stride = max(STRIDE, stride_of(context))
-        reading = with_scale(Reading(context, stride, ahead), series)
+        reading = with_scale(Reading(context, stride, ahead, season=season), series)
         chosen = replace(chosen, context=max(2, -(-context // stride)))
         return cls(forecaster, series, horizon, reading, chosen, shapes)
 
@@ -178,7 +195,8 @@ class NumberTuning:
     def windows(self) -> NumberWindows:
         """What the training reads."""
         model = self.forecaster.model
-        return NumberWindows(model, adapter_parameters(model), self.series, self.reading, self.settings)
+        parameters = adapter_parameters(model) if self.settings.rank else dict(model.named_parameters())
+        return NumberWindows(model, parameters, self.series, self.reading, self.settings)
 
     def checked(self, places: Sequence[Origin]) -> Sequence[Origin]:
         """The validation forecasts over which the held-out loss is measured."""

@@ -18,7 +18,7 @@ from experiments.storage.files import sync, write_whole
 from experiments.training.loop import Account, HeldOut, Progress, train
 from experiments.training.settings import Training
 from experiments.training.windows import Windows
-from lora import save_adapter
+from lora import inject, save_adapter
 
 STATE_FILE = "state.safetensors"
 
@@ -47,6 +47,14 @@ def run_training(
 
     account.team.told(files)
     return done
+
+
+def inject_adapter(model: nn.Module, settings: Training) -> None:
+    """Inject the adapter of the settings, if they have a rank, as their seed decides."""
+    if settings.rank:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            inject(model, settings.lora)
 
 
 def write_adapter(model: nn.Module, folder: Path, trained: Trained) -> None:

@@ -28,6 +28,8 @@ def chosen_settings(
     """
     try:
         chosen = replace(defaults, **settings)
+        if chosen.rank == 0 and chosen.reads != "text":
+            return chosen, {name: tuple(weight.shape) for name, weight in model.named_parameters()}
         with torch.random.fork_rng(devices=[]):
             tensors = tensors_of(new_layers(model, chosen.lora))  # refuses modules that cannot be adapted
     except (TypeError, ValueError) as error:

@@ -1,0 +1,89 @@
+"""The study's series forecast by the decoder that reads values: it is trained and judged next to the text.
+
+N sequences, h forecast steps, 2 variables.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from experiments.forecasting import Forecaster
+from experiments.forecasting.adapter import Trained, checkpoint_hash
+from experiments.forecasting.backtest import Origin, Parts
+from experiments.forecasting.numbers import Numbers
+from experiments.forecasting.scores import QUANTILES, errors, method_errors, squared_errors
+from experiments.forecasting.values import NumberForecaster
+from experiments.storage.files import plain, to_json_lines, write_whole
+from experiments.study.judging import Judge
+from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON
+from experiments.training.loop import Account, HeldOut
+from experiments.training.number_tuning import OPTIONS, STRIDE, NumberTuning
+from experiments.training.run import inject_adapter, run_training, write_adapter
+from experiments.training.settings import Training
+
+
+def number_tuning(judge: Judge, training: Training) -> NumberTuning:
+    """A training on the study's training series, in populations; its validation series choose."""
+    device = judge.model.head_weight.device
+    forecaster = Forecaster.load("numbers", device=str(device))
+    if training.reads == "numbers, from scratch":
+        model = Numbers()
+        model.start(training.seed)
+        forecaster = NumberForecaster(model.to(device))
+    assert training.context is not None  # a plan fills it in before the training
+    settings = {name: getattr(training, name) for name in OPTIONS}
+    parts = Parts(list(judge.series["train"].astype(float)), places(judge), [], [], "")
+    return NumberTuning.prepare(forecaster, parts, HORIZON, training.context * STRIDE, **settings)
+
+
+def places(judge: Judge) -> list[Origin]:
+    """The validation forecasts."""
+    series = judge.series["val"].astype(float)
+    stop = CONTEXT_STEPS + HORIZON
+    return [Origin(one[:CONTEXT_STEPS], one[CONTEXT_STEPS:stop], number) for number, one in enumerate(series)]
+
+
+def train_numbers(tuning: NumberTuning, judge: Judge, path: Path, account: Account) -> float:
+    """Train, and leave the adapter, if there is one, in the folder `path`; the seconds."""
+    tuning.begin()
+    inject_adapter(tuning.model(), tuning.settings)
+    val, team = places(judge), account.team
+
+    def held_out() -> float:
+        return float(np.mean(team.collect(tuning.losses(team.share(val)))))
+
+    done = run_training(path, tuning.windows(), tuning.settings, account, HeldOut(held_out))
+    forecaster = tuning.forecaster
+    name, folder = forecaster.checkpoint or ("", None)
+    trained = Trained(name, checkpoint_hash(folder) if folder else "", variables=["prey", "predator"])
+    forecaster.trained = trained = tuning.finished(trained, val)
+    if tuning.settings.rank and folder:
+        team.told(lambda: write_adapter(tuning.model(), path, trained))
+    return done.seconds
+
+
+def judge_numbers(forecaster: NumberForecaster, judge: Judge, split: str, path: Path) -> dict:
+    """Forecast a split from contexts as the text has them, write a line for each into `path`, and return the metrics.
+
+    Those with the key `exact` are of contexts with all their digits.
+    """
+    context, truth = judge.context_and_truth(split, LONG_HORIZON)
+    fallback, near, scale = context.mean(axis=1), truth[:, :HORIZON], judge.scale
+    rounded = forecaster.forecast(context.round(judge.units.decimals) * scale, truth.shape[1], QUANTILES)
+    exact = forecaster.forecast(context * scale, HORIZON).values / scale
+    assert rounded.quantiles is not None  # they were asked for
+    values, quantiles = rounded.values / scale, rounded.quantiles[:, :, :HORIZON] / scale
+    results = method_errors(values[:, :HORIZON], near, fallback, scale)
+    results |= {"long": errors(values, truth, fallback, scale), "exact": method_errors(exact, near, fallback, scale)}
+    lines = [
+        {
+            "id": int(number),
+            "forecast": plain(values[row].round(6)),
+            "truth": plain(truth[row].round(6)),
+            "mse": plain(squared_errors(values[row : row + 1, :HORIZON], near[row : row + 1]))[0],
+            "quantiles": plain(quantiles[row].round(4)),
+        }
+        for row, number in enumerate(judge.ids[split])
+    ]
+    write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(lines))
+    return results
