@@ -30,10 +30,16 @@ def work(args: argparse.Namespace) -> int:
 
     from experiments.forecasting import Forecaster
     from experiments.forecasting.adapter import TRAINED_FILE
+    from experiments.forecasting.text import TextForecaster
     from lora import merge_and_unload
     from qwen_min.weights import save
 
     forecaster = Forecaster.load(args.model, args.adapter, dtype=getattr(torch, args.dtype))
+    if not isinstance(forecaster, TextForecaster):
+        raise cli.CommandError(
+            f"{args.adapter} is of a model that reads values, whose forecasts need the weights as they were, too; "
+            "forecast with --adapter"
+        )
     merge_and_unload(forecaster.model)
     assert forecaster.checkpoint is not None  # `load` sets it
     save(forecaster.model, args.out, forecaster.checkpoint[1])

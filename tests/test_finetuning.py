@@ -56,7 +56,7 @@ def test_errors_are_in_standard_deviations_and_units_and_baselines_read_the_whol
     assert scores(found["AR"], places)["rmse"] < 0.2 < scores(found["persistence"], places)["rmse"]
     rows = 2 * np.pi * np.arange(300.0) / 48  # a model's context of 20 steps would show no season
     places = split([np.stack([10 + np.sin(rows), 10 + np.cos(rows)], axis=1)], 10).test
-    found = baseline_forecasts([place.context for place in places], 10, ["seasonal naive"])
+    found = baseline_forecasts([place.context for place in places], 10, names=["seasonal naive"])
     assert list(found) == ["seasonal naive"]
     assert scores(found["seasonal naive"], places)["rmse"] < 0.1
 

@@ -129,7 +129,7 @@ def test_fine_tuning_helps_where_there_is_something_to_learn_and_its_adapter_for
     zero_shot = forecaster.forecast([one[:40] for one in series], 4)
     metrics = training.finetune(forecaster, series, 4, folder=tmp_path, steps=60, batch=8)
     assert metrics["errors"]["after"]["rmse"] < 0.7 * metrics["errors"]["before"]["rmse"]
-    assert "fine-tuned" in metrics["shares"]
+    assert metrics["held_out_after"] < 0.8 * metrics["held_out_before"]
     loaded = Forecaster.load(adapter=tmp_path / "adapter")
     contexts = [one[:40] for one in series]
     ours, theirs = (one.forecast(contexts, 4, [0.1, 0.9]) for one in (forecaster, loaded))

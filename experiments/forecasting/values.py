@@ -201,6 +201,8 @@ class NumberForecaster:
         for a variable without values.
         """
         found, names, reading = {}, set(names), reading or self.reading
+        if reading and reading.mean is not None and len(reading.mean) != (variables := arrays[0].shape[1]):
+            raise SeriesError(f"the series have {variables} variables, the adapter was trained on {len(reading.mean)}")
         if TUNED in names:
             found[TUNED] = self._read(self.model, reading, arrays, horizon, context, progress)
         if ZERO_SHOT in names or not found:
@@ -221,8 +223,6 @@ class NumberForecaster:
         """Quantiles (N, Q, h, D) of what follows the arrays, by a decoder and how it reads; None: zero-shot."""
         longest = min(context or max(STRIDES), reading.context if reading else max(STRIDES))
         variables = arrays[0].shape[1]
-        if reading and reading.mean is not None and len(reading.mean) != variables:
-            raise SeriesError(f"the series have {variables} variables, the adapter was trained on {len(reading.mean)}")
         batches: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, array in enumerate(arrays):
             if (empty := np.isnan(array[-longest:]).all(0)).any():
