@@ -167,7 +167,8 @@ def best(trained: Mapping[str, Result]) -> str:
 
 def settings(training: Training) -> str:
     """The settings of a training, without its seed and those that are not set."""
-    shown = {key: value for key, value in vars(training).items() if key != "seed" and value is not None}
+    hidden = (None, "text")  # what is not set, and what most trainings read
+    shown = {key: value for key, value in vars(training).items() if key != "seed" and value not in hidden}
     return ", ".join(f"{key} {_setting(value)}" for key, value in shown.items())
 
 
