@@ -130,8 +130,9 @@ def compute(run: Run) -> Rows:
     sections = {experiment.section for experiment in run.plan.identity.experiments}
     for section, (title, theirs) in published.SECTIONS.items():
         if section in sections or section == "all":
-            chosen = published.SECTIONS if section == "all" else {section}
-            parts = [one for one in run.trained().values() if one.section in chosen]
+            parts = [
+                one for one in run.trained().values() if section in (one.section, "all") and one.section != "numbers"
+            ]
             sums = {name: sum(each.flops[name] for each in parts) for name in run.plan.conventions}
             is_comparable = section in sections or sections >= published.SECTIONS.keys() - {"all"}
             rows[f"{title}: sum"] = {"flops": sums, "published": 10**theirs if is_comparable else None}
