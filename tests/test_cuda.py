@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import config_fields, random_model, relative_error
+from experiments.forecasting import Forecaster
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
+from experiments.training.finetuning import prepare
 from experiments.training.loop import Account, train
 from experiments.training.settings import Training
 from experiments.training.windows import TextWindows, cut_tokens
@@ -271,3 +273,15 @@ def test_a_training_pass_does_not_synchronise(on_gpu):
             next_token_loss(on_gpu, ids[rows.to("cuda", non_blocking=True)], lengths).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_decoder_that_reads_values_forecasts_and_is_fine_tuned_alike():
+    series = [np.exp(np.sin(np.arange(60.0) / 4 + at))[:, None] + [[1.0, 2.0]] for at in range(8)]
+    found: dict[str, list] = {}
+    for device in ("cpu", "cuda"):
+        forecaster = Forecaster.load("numbers", device=device)
+        zero_shot = forecaster.forecast([one[:40] for one in series], 40, [0.1, 0.9]).quantiles
+        metrics = prepare(forecaster, series, 5, steps=2, rank=4).run()
+        found[device] = [zero_shot, metrics["held_out_before"], metrics["held_out_after"]]
+    for cpu, cuda in zip(found["cpu"], found["cuda"], strict=True):
+        np.testing.assert_allclose(cuda, cpu, rtol=1e-2, atol=1e-2)

@@ -58,7 +58,7 @@ def find_seasons(x: Tensor, seen: Tensor, lengths: Tensor | None = None) -> Seas
     change = (change - change.sum(-1, keepdim=True) / both.sum(-1, keepdim=True).clamp(min=1)) * both
     size = 2 * length
     parts = [torch.fft.rfft(part, size) for part in (change, change**2, both)]
-    products = [parts[0] * parts[0].conj(), parts[1] * parts[2].conj(), parts[2] * parts[1].conj()]
+    products = [parts[a] * parts[b].conj_physical() for a, b in ((0, 0), (1, 2), (2, 1))]
     sums, early, late = (torch.fft.irfft(product, size)[..., :length] for product in products)
     lags = torch.arange(length, device=x.device)
     found = sums * (early.clamp(min=1e-9) * late.clamp(min=1e-9)).rsqrt() * (1 - lags / lengths).clamp(min=0)
