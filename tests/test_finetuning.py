@@ -136,7 +136,14 @@ class Killed(BaseException):
     """A kill, in effect: nothing catches it."""
 
 
-def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("tiny", {"context": 15, "steps": 6, "samples": 2}),
+        ("numbers", {"context": 16, "steps": 3, "batch": 2, "rank": 2}),
+    ],
+)
+def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch, model, options):
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
 
     def run(folder, kill_at=None):
@@ -152,8 +159,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             for module in ("training.loop", "training.run", "training.finetuning", "storage.runfolder"):
                 patch.setattr(f"experiments.{module}.write_whole", counted)
-            forecaster = Forecaster.load("tiny")
-            training.finetune(forecaster, waves(6), 5, folder=folder, context=15, steps=6, samples=2)
+            training.finetune(Forecaster.load(model), waves(6), 5, folder=folder, **options)
         return written
 
     writes = run(tmp_path / "whole")

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
@@ -16,7 +15,6 @@ from experiments.forecasting.backtest import Origin, split
 from experiments.forecasting.contexts import SeriesError
 from experiments.forecasting.numbers import LEVELS
 from experiments.forecasting.values import TUNED, ZERO_SHOT, Scale, combined
-from experiments.training import loop
 from experiments.training.finetuning import FitError, prepare
 from experiments.training.number_tuning import best_shares, with_scale
 from experiments.training.number_windows import NumberWindows
@@ -113,7 +111,7 @@ def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_
     parts = {TUNED: truth + 1 + spread, ZERO_SHOT: truth + 9 * error + spread, "AR": ar}
     found = best_shares(parts, held, Reading(16, 4, 3))
     assert (found.near, found.far) == ({TUNED: 0.5, "AR": 0.5}, {"AR": 1.0})
-    assert found.shares == "50% fine-tuned, 50% AR in the first 2 steps, then 100% AR"
+    assert found.shares == "50 % fine-tuned, 50 % AR in the first 2 steps, then 100 % AR"
     assert found.width == 1 / 16
     np.testing.assert_allclose(combined(parts, found)[:, 4], truth[:, 0])
     kept = replace(found, near={ZERO_SHOT: 1.0}, far={ZERO_SHOT: 1.0}, width=1.0)
@@ -148,7 +146,7 @@ def test_one_short_series_keeps_the_zero_shot_forecast(tmp_path):
     zero_shot = Forecaster.load("numbers").forecast(series, 4, [0.1])
     forecaster = Forecaster.load("numbers")
     metrics = training.finetune(forecaster, series, 4, **FEW | {"context": None})
-    assert metrics["shares"] == "100% zero-shot"
+    assert metrics["shares"] == "100 % zero-shot"
     assert metrics["errors"]["after"] == metrics["errors"]["before"]
     np.testing.assert_array_equal(forecaster.forecast(series, 4, [0.1]).quantiles, zero_shot.quantiles)
 
@@ -167,40 +165,6 @@ def test_a_budget_pays_for_every_step_and_text_options_are_refused(tmp_path):
             prepare(Forecaster.load("numbers"), series, 4, **wrong)
     with pytest.raises(FitError, match="the model has an adapter"):
         prepare(forecaster, series, 4)
-
-
-class Killed(BaseException):
-    """A kill, in effect: nothing catches it."""
-
-
-def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
-
-    def run(folder, kill_at=None):
-        written = []
-
-        def counted(path, content, write=loop.write_whole):
-            if len(written) == kill_at:
-                raise Killed
-            written.append(path.name)
-            write(path, content)
-
-        with monkeypatch.context() as patch:
-            for module in ("training.loop", "training.run", "training.finetuning", "storage.runfolder"):
-                patch.setattr(f"experiments.{module}.write_whole", counted)
-            training.finetune(Forecaster.load("numbers"), patterns(6), 4, folder=folder, **FEW)
-        return written
-
-    writes = run(tmp_path / "whole")
-    kept = {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.*")} - {Path(".lock")}
-    wanted = {name: (tmp_path / "whole" / name).read_bytes() for name in kept - {Path(".writer")}}
-    assert not [path for path in wanted if "state" in path.name]
-    for kill_at in range(1, len(writes), 4):
-        folder = tmp_path / str(kill_at)
-        with pytest.raises(Killed):
-            run(folder, kill_at)
-        run(folder)
-        assert {name: (folder / name).read_bytes() for name in wanted} == wanted
 
 
 def test_short_series_are_trained_on_with_a_shorter_horizon():

@@ -48,7 +48,9 @@ class Reading:
     @property
     def shares(self) -> str:
         """What forecasts are made of, in words."""
-        near, far = (", ".join(f"{one:.0%} {name}" for name, one in some.items()) for some in (self.near, self.far))
+        near, far = (
+            ", ".join(f"{round(100 * one)} % {name}" for name, one in some.items()) for some in (self.near, self.far)
+        )
         return near if near == far else f"{near} in the first {-(-self.ahead // 2)} steps, then {far}"
 
 

@@ -5,8 +5,6 @@ N sequences, h forecast steps, 2 variables.
 
 from pathlib import Path
 
-import numpy as np
-
 from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import Trained, checkpoint_hash
 from experiments.forecasting.backtest import Origin, Parts
@@ -16,9 +14,10 @@ from experiments.forecasting.values import NumberForecaster
 from experiments.storage.files import plain, to_json_lines, write_whole
 from experiments.study.judging import Judge
 from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON
-from experiments.training.loop import Account, HeldOut
+from experiments.training.finetuning import train_and_choose
+from experiments.training.loop import Account
 from experiments.training.number_tuning import OPTIONS, STRIDE, NumberTuning
-from experiments.training.run import inject_adapter, run_training, write_adapter
+from experiments.training.run import inject_adapter
 from experiments.training.settings import Training
 
 
@@ -46,20 +45,10 @@ def places(judge: Judge) -> list[Origin]:
 def train_numbers(tuning: NumberTuning, judge: Judge, path: Path, account: Account) -> float:
     """Train, and leave the adapter, if there is one, in the folder `path`; the seconds."""
     tuning.begin()
-    inject_adapter(tuning.model(), tuning.settings)
-    val, team = places(judge), account.team
-
-    def held_out() -> float:
-        return float(np.mean(team.collect(tuning.losses(team.share(val)))))
-
-    done = run_training(path, tuning.windows(), tuning.settings, account, HeldOut(held_out))
-    forecaster = tuning.forecaster
-    name, folder = forecaster.checkpoint or ("", None)
+    inject_adapter(tuning.forecaster.model, tuning.settings)
+    name, folder = tuning.forecaster.checkpoint or ("", None)  # a new decoder has none
     trained = Trained(name, checkpoint_hash(folder) if folder else "", variables=["prey", "predator"])
-    forecaster.trained = trained = tuning.finished(trained, val)
-    if tuning.settings.rank and folder:
-        team.told(lambda: write_adapter(tuning.model(), path, trained))
-    return done.seconds
+    return train_and_choose(tuning, path, account, places(judge), trained).seconds
 
 
 def judge_numbers(forecaster: NumberForecaster, judge: Judge, split: str, path: Path) -> dict:

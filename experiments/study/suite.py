@@ -3,7 +3,7 @@
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from experiments.study.numbers import judge_numbers, number_tuning, train_number
 from experiments.study.plans import HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import read_metrics, read_settings
 from experiments.training.loop import Account
+from experiments.training.number_tuning import NumberTuning
 from experiments.training.run import clear, inject_adapter, run_training, write_adapter
 from experiments.training.settings import Training
 from experiments.training.team import ALONE, Team
@@ -41,16 +42,23 @@ class Suite:
     checkpoint: tuple[str, str]  # name from the command line, sha256
     interruption: Interruption
     team: Team = ALONE  # the processes that share out each experiment; its leader writes the files
+    tunings: dict[Training, NumberTuning] = field(default_factory=dict)  # of the decoder that reads values, once made
 
     def cost(self, training: Training | None, convention: str | None = None) -> int:
         """FLOPs of a training whose settings are all set; 0 for none."""
         if training is None:
             return 0
         if training.reads != "text":
-            return training.steps * number_tuning(self.judge, training).cost
+            return training.steps * self._tuning(training).cost
         vocabulary = len(self._vocabulary) if training.numeric_head else None
         step = step_flops(self.judge.model.config, training, vocabulary, convention or self.convention)
         return training.steps * step
+
+    def _tuning(self, training: Training) -> NumberTuning:
+        """A training of the decoder that reads values, checked."""
+        if training not in self.tunings:
+            self.tunings[training] = number_tuning(self.judge, training)
+        return self.tunings[training]
 
     @property
     def _vocabulary(self) -> list[int]:
@@ -159,7 +167,7 @@ class Suite:
         team.told(lambda: write_whole(path / "settings.json", to_json(record)))
         with ExitStack() as stack:
             if training and training.reads != "text":
-                tuning = number_tuning(self.judge, training)
+                tuning = self._tuning(training)
                 seconds = train_numbers(tuning, self.judge, path, self._account(experiment.name, training))
                 started, forecaster = time.monotonic(), tuning.forecaster
                 results = team.told(

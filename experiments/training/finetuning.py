@@ -230,15 +230,8 @@ class Finetuning:
         tuning, total = self.tuning, self.settings.steps * self.cost
         ledger = flops.Ledger(folder / "ledger.jsonl", int(self.budget or total))
         team.told(lambda: ledger.require(NAME, total))
-        places = tuning.checked(self.parts.val)
-
-        def held_out() -> float:
-            return float(np.mean(team.collect(tuning.losses(team.share(places)))))
-
         account = Account(NAME, ledger if team.leads else None, self.cost, interruption, team)
-        done = run_training(folder, tuning.windows(), self.settings, account, HeldOut(held_out, self.patience))
-        self.forecaster.trained = trained = tuning.finished(self.trained, self.parts.val)
-        team.told(lambda: write_adapter(self.forecaster.model, folder, trained))
+        done = train_and_choose(tuning, folder, account, self.parts.val, self.trained, self.patience)
         return done, ledger.spent, ledger.budget
 
     def _forecasts(self, state: Path, team: Team) -> np.ndarray:
@@ -291,9 +284,30 @@ class Finetuning:
         lines = []
         for place, old, new in zip(self.parts.test, before, after, strict=True):
             arrays = {"context": place.context[-self.tuning.context :], "truth": place.truth}
-            arrays |= {"before": old[0], "after": new[0]} | dict(zip(("low", "high"), new[1:], strict=False))
+            arrays |= {"before": old[0], "after": new[0]}
+            if len(new) > 1:
+                arrays |= {"low": new[1], "high": new[2]}
             lines.append({name: plain(array) for name, array in arrays.items()})
         return lines
+
+
+def train_and_choose(
+    tuning: Tuning, folder: Path, account: Account, val: Sequence[Origin], trained: Trained, patience: int | None = None
+) -> Progress:
+    """Train with the validation forecasts `val` as the held-out part, and leave the adapter in the folder.
+
+    The forecaster then has the adapter, and `trained`, completed, as its record; see `run_training`.
+    """
+    places, team, forecaster = tuning.checked(val), account.team, tuning.forecaster
+
+    def held_out() -> float:
+        return float(np.mean(team.collect(tuning.losses(team.share(places)))))
+
+    done = run_training(folder, tuning.windows(), tuning.settings, account, HeldOut(held_out, patience))
+    forecaster.trained = record = tuning.finished(trained, val)
+    if tuning.settings.rank:
+        team.told(lambda: write_adapter(forecaster.model, folder, record))
+    return done
 
 
 def summary(metrics: dict) -> list[str]:

@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from torch import nn
 
 from experiments.forecasting.adapter import Reading, Trained
 from experiments.forecasting.backtest import Origin, Parts
@@ -187,10 +186,6 @@ class NumberTuning:
     def begin(self) -> None:
         """Train a copy of the model; the pretrained one stays a part of the forecasts."""
         self.forecaster.copied()
-
-    def model(self) -> nn.Module:
-        """The model that gets the adapter."""
-        return self.forecaster.model
 
     def windows(self) -> NumberWindows:
         """What the training reads."""

@@ -113,10 +113,6 @@ class TextTuning:
     def _per_step(self) -> int:
         return self.forecaster.digits.tokens_per_step(self.variables)
 
-    def model(self) -> torch.nn.Module:
-        """The model that gets the adapter."""
-        return self.forecaster.model
-
     def windows(self) -> TextWindows:
         """What the training reads."""
         assert self.settings.context is not None  # `prepare` fills it in
