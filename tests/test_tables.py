@@ -441,6 +441,12 @@ NAMES = st.text("abc xyzäß#'$_%", min_size=1, max_size=5).map(str.strip).filte
 CELLS = st.floats(allow_infinity=False) | st.integers(-(10**6), 10**6).map(float)
 
 
+def test_names_that_begin_with_a_space_and_a_hash_are_no_comment(table):
+    with pytest.raises(DataError, match="line 2: has 2 columns, the first line has 1"):
+        table(" #\n0 1.5\n1 2.5\n")
+    assert list(table("# of a logger\n#\na b\n0 1.5\n1 2.5\n").columns) == ["a", "b"]
+
+
 @pytest.mark.parametrize("options", DIALECTS)
 def test_what_pandas_writes_comes_back_exactly_or_is_refused(options, tmp_path_factory):
     path = tmp_path_factory.mktemp("dialect") / "a.csv"

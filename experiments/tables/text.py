@@ -29,13 +29,15 @@ NO_WINDOWS_1252 = (
 def read_text(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
     """The series in a text table. Raises DataError as `reading.read_series`."""
     notes: list[str] = []
-    lines = pd.Series(_decoded(path, content, notes).split("\n"), dtype="str").str.strip(" ")
+    lines = pd.Series(_decoded(path, content, notes).split("\n"), dtype="str")
     lines.index = lines.index.rename("line") + 1
+    hashed = lines.str.startswith("#")  # a space before it stands for the name of an index, which pandas leaves out
+    lines = lines.str.strip(" ")
     lines = lines[lines != ""]
     delimiter = ""
     if len(lines) and (match := re.fullmatch(r"\"?sep=(.)\"?", lines.iloc[0])):
         delimiter, lines = match[1], lines[1:]
-    hashed = lines.str.startswith("#")
+    hashed = hashed[lines.index]
     if hashed.all():
         raise DataError(f"{path}: is empty, expected a row for each time step")
     delimiter = delimiter or _delimiter(lines[~hashed][:SAMPLE])
