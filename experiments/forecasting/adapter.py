@@ -47,11 +47,14 @@ class Reading:
 
     @property
     def shares(self) -> str:
-        """What forecasts are made of, in words."""
+        """What forecasts are, in words."""
+        if self.near == self.far == {"zero-shot": 1.0}:
+            return "as before the training, which brought no certain gain on the validation forecasts"
         near, far = (
             ", ".join(f"{round(100 * one)} % {name}" for name, one in some.items()) for some in (self.near, self.far)
         )
-        return near if near == far else f"{near} in the first {-(-self.ahead // 2)} steps, then {far}"
+        mixed = near if near == far else f"{near} in the first {-(-self.ahead // 2)} steps, then {far}"
+        return f"{mixed}, as was best on the validation forecasts"
 
 
 @dataclass(frozen=True)

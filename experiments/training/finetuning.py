@@ -317,7 +317,7 @@ def summary(metrics: dict) -> list[str]:
     others = ", ".join(f"{name} {errors[name]}" for name in ("seasonal naive", "AR", "VAR") if name in errors)
     kept = f"the adapter is that of step {metrics['best_step']}, which had the smallest held-out loss"
     if metrics["shares"]:
-        kept += f"; forecasts are {metrics['shares']}, as was best on the validation forecasts"
+        kept += f"; forecasts are {metrics['shares']}"
     return [
         f"error {after} after, {before} before; {others} (RMSE in standard deviations over {metrics['forecasts']} "
         f"held-out forecasts of {metrics['horizon']} steps)",
