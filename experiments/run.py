@@ -134,6 +134,7 @@ def identity_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge", fold
         "experiments": [asdict(experiment) for experiment in plan.experiments],
         "seed": args.seed,
         "sequences": args.sequences,
+        "chosen_on": plan.chosen_on,
         "decoding": args.decoding,
         "samples": args.samples,
         "checkpoint_sha256": checkpoint_hash(folder),

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from experiments import run
 from experiments.report.build import write_report
 from experiments.storage.runfolder import LOCK_FILE, WRITER_FILE
-from experiments.study import data, evaluation, judging, plans, suite
+from experiments.study import data, evaluation, judging, plans
 from experiments.training.settings import Training
 from tests import small_plan
 
@@ -60,7 +60,7 @@ def child(folder: Path, source: Path, budget: int, log: Path, prepare=lambda: No
         small_plan.install()
         plans.PLANS["quick"] = plan
         evaluation.BATCH = judging.BATCH = 2
-        suite.LONG_HORIZON = 12
+        judging.LONG_HORIZON = 12
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)

@@ -24,9 +24,9 @@ def context_mean(contexts: np.ndarray, horizon: int) -> np.ndarray:
 
 
 def _interpolate(context: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Linear interpolation of one context (C, D) at fractional positions (n): (n, D)."""
+    """Linear interpolation of one context (C, D) at fractional positions (..., n): (..., n, D)."""
     below = np.clip(np.floor(positions).astype(int), 0, len(context) - 2)
-    share = (positions - below)[:, None]
+    share = (positions - below)[..., None]
     return context[below] * (1 - share) + context[below + 1] * share
 
 
@@ -38,12 +38,11 @@ def seasonal(contexts: np.ndarray, horizon: int, season: int | None = None) -> n
     """
     length = contexts.shape[1]
     end, future = np.arange(max(length - MATCHED_STEPS, length // 2), length), length + np.arange(horizon)
+    lags = np.array([min(season, length)]) if season else np.arange(2, length / 2, LAG_SPACING)
 
     def forecast(context: np.ndarray) -> np.ndarray:
-        def misfit(lag: float) -> float:
-            return ((context[end] - _interpolate(context, end - lag)) ** 2).sum()
-
-        lag = min(season, length) if season else min(np.arange(2, length / 2, LAG_SPACING), key=misfit)
+        misfits = ((context[end] - _interpolate(context, end - lags[:, None])) ** 2).sum((1, 2))
+        lag = lags[misfits.argmin()]
         num_seasons = np.ceil((future - length + 1) / lag)  # how many seasons to go back to reach the context
         return _interpolate(context, future - num_seasons * lag)
 

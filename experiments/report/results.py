@@ -90,8 +90,10 @@ def load_run(folder: Path) -> Run:
             raise RunError(f"{folder / 'baselines.json'}, {name}: has mse_each of {scored}, expected {counts}")
     for experiment in run.plan.identity.experiments:
         path = folder / "experiments" / Path(experiment.name).name
+        most = None if experiment.judged else run.plan.identity.chosen_on
+        expected = {split: min(count, most or count) for split, count in counts.items()}
         if (path / "metrics.json").exists():
-            run.experiments[experiment.name] = _read_result(path, counts, run.plan.conventions)
+            run.experiments[experiment.name] = _read_result(path, expected, run.plan.conventions)
     return run
 
 

@@ -17,7 +17,7 @@ from experiments.forecasting.text import TextForecaster
 from experiments.storage.files import RunError, plain, to_json_lines, write_whole
 from experiments.storage.records import Tensor4, build
 from experiments.study.evaluation import BATCH, Evaluation, evaluate, metrics
-from experiments.study.plans import CONTEXT_STEPS, HORIZON
+from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON
 from experiments.training.loop import progress_bar
 from experiments.training.team import Team
 from qwen_min import Qwen, Tokenizer
@@ -46,17 +46,22 @@ class Judge:
         """The series (N, T, 2) of a split, scaled."""
         return self.units.scaled(self.series[split]).astype(np.float64)
 
-    def context_and_truth(self, split: str, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-        """Contexts (N, 70, 2) and their true continuations (N, at most horizon, 2), scaled."""
-        scaled = self.scaled(split)
+    def first(self, count: int | None) -> "Judge":
+        """A judge of the first `count` sequences of each split; None: of all."""
+        series, ids = ({split: rows[:count] for split, rows in one.items()} for one in (self.series, self.ids))
+        return replace(self, series=series, ids=ids)
+
+    def context_and_truth(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Contexts (N, 70, 2) and their true continuations, at most 10 steps, on the test set 30 (N, h, 2), scaled."""
+        scaled, horizon = self.scaled(split), LONG_HORIZON if split == "test" else HORIZON
         return scaled[:, :CONTEXT_STEPS], scaled[:, CONTEXT_STEPS : CONTEXT_STEPS + horizon]
 
-    def judge(self, split: str, horizon: int, path: Path, team: Team, draws: bool) -> dict:
+    def judge(self, split: str, path: Path, team: Team, draws: bool) -> dict:
         """Forecast a split, write a line for each trajectory into the folder `path`, and return the metrics.
 
         draws: whether samples are drawn too. Raises NotFiniteError when the model gives no finite numbers.
         """
-        context, truth = self.context_and_truth(split, horizon)
+        context, truth = self.context_and_truth(split)
         fallback, near = context.mean(axis=1), truth[:, :HORIZON]
         evaluation = self._evaluated(split, truth.shape[1], path, team)
         results = metrics(evaluation, truth, fallback, self.scale, HORIZON)

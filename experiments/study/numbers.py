@@ -13,7 +13,7 @@ from experiments.forecasting.scores import QUANTILES, errors, method_errors, squ
 from experiments.forecasting.values import NumberForecaster
 from experiments.storage.files import plain, to_json_lines, write_whole
 from experiments.study.judging import Judge
-from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON
+from experiments.study.plans import CONTEXT_STEPS, HORIZON
 from experiments.training.finetuning import train_and_choose
 from experiments.training.loop import Account
 from experiments.training.number_tuning import OPTIONS, STRIDE, NumberTuning
@@ -56,14 +56,16 @@ def judge_numbers(forecaster: NumberForecaster, judge: Judge, split: str, path: 
 
     Those with the key `exact` are of contexts with all their digits.
     """
-    context, truth = judge.context_and_truth(split, LONG_HORIZON)
+    context, truth = judge.context_and_truth(split)
     fallback, near, scale = context.mean(axis=1), truth[:, :HORIZON], judge.scale
     rounded = forecaster.forecast(context.round(judge.units.decimals) * scale, truth.shape[1], QUANTILES)
     exact = forecaster.forecast(context * scale, HORIZON).values / scale
     assert rounded.quantiles is not None  # they were asked for
     values, quantiles = rounded.values / scale, rounded.quantiles[:, :, :HORIZON] / scale
     results = method_errors(values[:, :HORIZON], near, fallback, scale)
-    results |= {"long": errors(values, truth, fallback, scale), "exact": method_errors(exact, near, fallback, scale)}
+    results["exact"] = method_errors(exact, near, fallback, scale)
+    if truth.shape[1] > HORIZON:
+        results["long"] = errors(values, truth, fallback, scale)
     lines = [
         {
             "id": int(number),

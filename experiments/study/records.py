@@ -29,6 +29,7 @@ class Identity:
     convention: str  # how the budget counts FLOPs
     device: str
     dtype: str
+    chosen_on: int | None = None  # the first so many validation sequences are those of candidates; None: all
 
 
 @dataclass(frozen=True)

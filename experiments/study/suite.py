@@ -19,7 +19,7 @@ from experiments.storage.files import RunError, to_json, to_json_lines, write_wh
 from experiments.storage.interruption import Interruption
 from experiments.study.judging import Judge
 from experiments.study.numbers import judge_numbers, number_tuning, train_numbers
-from experiments.study.plans import HORIZON, LONG_HORIZON, Experiment, Plan, candidates, fill
+from experiments.study.plans import HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import read_metrics, read_settings
 from experiments.training.loop import Account
 from experiments.training.number_tuning import NumberTuning
@@ -133,7 +133,7 @@ class Suite:
         baselines = BASELINES | {f"GRU trained on the {len(train)}": gru.fit(train, judge.seed)}
         results: dict[str, dict[str, dict]] = {}  # by baseline and split
         for split in ("val", "test"):
-            context, truth = judge.context_and_truth(split, LONG_HORIZON)
+            context, truth = judge.context_and_truth(split)
             lines = [
                 {"id": int(i), "context": c.round(4).tolist(), "truth": t.round(6).tolist()}
                 for i, c, t in zip(judge.ids[split], context, truth, strict=True)
@@ -144,7 +144,9 @@ class Suite:
             for name, baseline in baselines.items():
                 long = baseline(rounded, truth.shape[1])
                 scores = method_errors(long[:, :HORIZON], truth[:, :HORIZON], fallback, scale)
-                results.setdefault(name, {})[split] = scores | {"long": errors(long, truth, fallback, scale)}
+                if truth.shape[1] > HORIZON:
+                    scores["long"] = errors(long, truth, fallback, scale)
+                results.setdefault(name, {})[split] = scores
         write_whole(self.folder / "baselines.json", to_json(results))
 
     def _settings(self, experiment: Experiment) -> Training | None:
@@ -177,9 +179,9 @@ class Suite:
                 if training:
                     seconds = self._trained(experiment.name, training, stack)
                 started = time.monotonic()
-                draws = self.judge.samples > 0 and experiment == self.plan.texts[-1]
-                horizon = LONG_HORIZON if experiment.judged else HORIZON
-                results = {split: self.judge.judge(split, horizon, path, team, draws) for split in experiment.splits}
+                judge = self.judge if experiment.judged else self.judge.first(self.plan.chosen_on)
+                drawn = {"test"} if self.judge.samples > 0 and experiment == self.plan.texts[-1] else set()
+                results = {split: judge.judge(split, path, team, split in drawn) for split in experiment.splits}
             times = {"training": round(seconds, 1), "evaluation": round(time.monotonic() - started, 1)}
 
         def finish() -> None:
