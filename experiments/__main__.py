@@ -13,6 +13,7 @@ VERBS = {  # verb: (module with a `main`, what it does)
     "report": ("experiments.report.__main__", "draw the report of a run folder again"),
     "compare": ("experiments.report.__main__", "put several runs next to each other"),
     "flops": ("experiments.costs", "count the FLOPs of a training step, operator by operator"),
+    "look": ("experiments.look", "show a text inside a model, as a page"),
     "pretrain": ("experiments.pretrain", "pretrain an embedded checkpoint on synthetic series"),
     "benchmark": ("experiments.benchmark", "measure time and memory next to other programs"),
 }

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "run", "forecast", "finetune", "costs", "benchmark", "pretrain", "report.__main__", "text", "export",
-    "__main__",
+    "look", "__main__",
 ]  # fmt: skip
 SERIES = ["experiments.tables", "experiments.storage", "flops", "lora", "qwen_min"]
 ALLOWED = {  # by package: what a module of it may import besides its own package
