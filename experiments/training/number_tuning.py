@@ -31,7 +31,7 @@ from experiments.training.tuning import FitError, chosen_settings
 from lora import adapter_parameters, load_adapter
 
 OPTIONS = ("rank", "alpha", "learning_rate", "batch", "accumulate", "seed", "steps")
-STRIDE = 4  # the smallest between two tokens
+STRIDE = 8  # the smallest between two tokens
 SIMPLE = ("AR", "VAR", "seasonal naive")  # baselines that a forecast may be made of
 WIDTHS = tuple(2 ** (step / 4) for step in range(-16, 9))  # of intervals, 1/16 to 4
 OFFSET = 0.01  # of the mean, which is added before the logarithm
