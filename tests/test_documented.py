@@ -1,7 +1,7 @@
 """The documents: every command parses and runs, links lead somewhere, an example prints what the page says.
 
 The commands run one after the other, in a folder that has what they name: copies of the embedded checkpoint, trainings
-of two steps, neither a GPU nor a second machine. CI runs those of the README; test_benchmark.py runs the benchmark.
+of two steps, neither a GPU nor a second machine. CI runs the main command, test_benchmark.py the benchmark.
 """
 
 import io
@@ -26,10 +26,12 @@ from qwen_min.weights import TINY
 from test_text import TEMPLATE
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text()
 VERB_OF = {module.removesuffix(".__main__"): verb for verb, (module, _) in command.VERBS.items()}
 SMALLER = {  # by what is written: what runs here
     "--plan study --model Qwen/Qwen2.5-0.5B-Instruct": "--plan quick",
+    "--plan study --model FOLDER": "--plan trial --model FOLDER",
     "--budget 1e15": "--budget 2e10",
     "--budget 1e12": "--budget 1e10",
     "--horizon 20 --device cuda": "--horizon 20 --budget 2e10",  # without a budget it takes 300 steps
@@ -51,7 +53,13 @@ def commands(path: Path) -> list[str]:
 
 
 COMMANDS = {page.name: commands(page) for page in PAGES}
-LINES = [line for page, lines in COMMANDS.items() if page not in ("README.md", "speed.md") for line in lines]
+ELSEWHERE = ("python -m experiments.run", *COMMANDS["speed.md"])
+LINES = [line for lines in COMMANDS.values() for line in lines if line not in ELSEWHERE]
+EXAMPLES = [
+    (page, code)
+    for page in PAGES
+    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+]
 
 
 def arguments(words: list[str]) -> list[str]:
@@ -71,15 +79,27 @@ def test_a_command_in_the_documents_is_one_that_its_parser_takes(line):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_links_lead_to_files(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-        assert target.startswith("http") or (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+        file = page.parent / target if target else page
+        assert target.startswith("http") or file.exists(), target
+        headings = re.findall("^#+ (.*)", file.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor
 
 
-def test_the_example_of_costs_prints_what_the_page_says(capsys):
-    page = (ROOT / "docs" / "costs.md").read_text()
-    code, printed = re.search(r"```python\n(.*?)```\s+```text\n(.*?)```", page, re.DOTALL).groups()
+@pytest.mark.parametrize(("page", "code"), EXAMPLES, ids=[page.name for page, _ in EXAMPLES])
+def test_an_example_prints_what_its_page_says(monkeypatch, capsys, page, code):
+    monkeypatch.chdir(ROOT)
     exec(code, {})
-    assert capsys.readouterr().out == printed
+    assert (printed := capsys.readouterr().out.strip())
+    assert printed in page.read_text()
+
+
+def test_the_readme_counts_lines():
+    found = re.findall(r"^\| `(\w+)/` \| ([\d,]+) \|", README, re.MULTILINE)
+    assert [name for name, _ in found] == ["qwen_min", "lora", "flops", "experiments", "tests"]
+    for name, lines in found:
+        counted = sum(len(path.read_text().splitlines()) for path in (ROOT / name).rglob("*.py"))
+        assert int(lines.replace(",", "")) == pytest.approx(counted, rel=0.05), name
 
 
 def smaller(line: str) -> str:
@@ -98,7 +118,8 @@ def folder(tmp_path_factory):
         (place / name / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     shutil.copytree(ROOT / "examples", place / "examples")
     systems = data.simulate(seed=0, num_systems=20)
-    data.write(place / "lotka_volterra_data.h5", systems)
+    for name in ("lotka_volterra_data.h5", "predators.h5"):
+        data.write(place / name, systems)
     (place / "data").mkdir()
     for name, series in zip(("data/a", "data/b", "new"), systems.trajectories, strict=False):
         np.savetxt(place / f"{name}.csv", series[:60], fmt="%.4f", delimiter=",", header="prey,predator", comments="")
@@ -132,6 +153,14 @@ def expanded(line: str, folder) -> list[str]:
 def test_a_command_of_the_documents_runs(small, monkeypatch, folder, line):
     monkeypatch.setattr(sys, "argv", ["qwen-min", *arguments(expanded(smaller(line), folder))])
     assert command.main() == 0
+
+
+def test_the_readme_shows_what_its_forecast_prints(monkeypatch, folder, capsys):
+    (line,) = [line for line in COMMANDS["README.md"] if line.endswith("--backtest")]
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    monkeypatch.chdir(folder)
+    assert command.main() == 0
+    assert re.search(r"^```text\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[1] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", sorted({smaller(line) for line in LINES if line.startswith("torchrun")}))
