@@ -37,7 +37,7 @@ def main() -> int:
         print(metadata.version("qwen-min"))
         return 0
     if verb not in VERBS:
-        print(f"error: {verb!r} is no verb\n\n{USAGE}", file=sys.stderr)
+        print(f"error: unknown command {verb!r}\n\n{USAGE}", file=sys.stderr)
         return 2
     module = VERBS[verb][0]
     # this is what a command calls itself in its messages (cli.called); experiments.text reads the verb itself

@@ -59,9 +59,9 @@ def parser() -> argparse.ArgumentParser:
         "--rate", dest="learning_rate", type=float, help="peak learning rate (default 6e-3; of text 5e-4, of tiny 5e-3)"
     )
     add("--batch", type=cli.positive, help="windows in a step (default 4)")
-    add("--accumulate", type=cli.positive, help="read a batch in so many parts, which takes less memory (default 1)")
-    add("--patience", type=cli.positive, help="stop after so many checks of the held-out loss in a row without a "
-        "better one (default: never)")  # fmt: skip
+    add("--accumulate", type=cli.positive, help="micro-batches of a step, which take less memory (default 1)")
+    add("--patience", type=cli.positive, help="stop after this number of checks in a row that found no better "
+        "held-out loss (default: never)")  # fmt: skip
     add("--seed", type=int, help="seed of the adapter and the batches (default 0)")
     add = group("models that write text")
     add("--targets", type=lambda text: tuple(text.split(",")), help="modules that get an adapter, such as "

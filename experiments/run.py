@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="seed of adapters, batches, samples and the GRU (default %(default)s)",
     )
-    add("--budget", type=cli.flops, default=10**17, help="FLOPs that all trainings may cost together (default 1e17)")
+    add("--budget", type=cli.flops, default=10**17, help="FLOPs that all training runs may cost together (default 1e17)")
     add("--convention", choices=("exact", "study", "published"), default="study", help="how FLOPs are counted (default "
         "%(default)s, the strictest)")  # fmt: skip
     add("--out", type=Path, help="run folder (default runs/PLAN); all processes must see it")
