@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="seed of adapters, batches, samples and the GRU (default %(default)s)",
     )
-    add("--budget", type=cli.flops, default=10**17, help="FLOPs that all training runs may cost together (default 1e17)")
+    add(
+        "--budget", type=cli.flops, default=10**17, help="FLOPs that all training runs may cost together (default 1e17)"
+    )
     add("--convention", choices=("exact", "study", "published"), default="study", help="how FLOPs are counted (default "
         "%(default)s, the strictest)")  # fmt: skip
     add("--out", type=Path, help="run folder (default runs/PLAN); all processes must see it")
@@ -64,7 +66,7 @@ def read_data(path: Path | None):
 
     Raises DataError for trajectories that are too short, or too large for the encoding.
     """
-    from experiments.forecasting.encoding import Encoding
+    from experiments.forecasting.encoding import SCALED_LIMIT, Encoding
     from experiments.study import data
 
     trajectories = (data.read(path) if path else data.simulate()).trajectories
@@ -75,10 +77,10 @@ def read_data(path: Path | None):
         )
     parts = data.split(len(trajectories))
     encoding = Encoding.fit(trajectories[parts.train])
-    if (largest := encoding.scaled(trajectories).max()) >= encoding.limit - 0.5:
+    if (largest := encoding.scaled(trajectories).max()) >= SCALED_LIMIT - 0.5:
         raise data.DataError(
             f"{path}: a population is {largest:.4g} times the scale of the training trajectories, "
-            f"{encoding.scale:g}; expected less than {encoding.limit:g}"
+            f"{encoding.scale:g}; expected less than {SCALED_LIMIT:g}"
         )
     return trajectories, parts, encoding
 
@@ -88,7 +90,6 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
 
     Raises an error that `cli.is_meant` for the user.
     """
-    from experiments.forecasting.encoding import Encoding
     from experiments.forecasting.grammar import Grammar
     from experiments.study.evaluation import max_positions
     from experiments.study.judging import Judge
@@ -100,12 +101,11 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
     plan = plans.PLANS[args.plan](args.seed)
     if args.numeric_head:
         plan = plans.with_numeric_head(plan)
-    trajectories, parts, units = read_data(args.data)
-    encoding = Encoding.fit(trajectories[parts.train], compact=True) if plan.compact else units
+    trajectories, parts, encoding = read_data(args.data)
     ids = {"train": parts.train, "val": parts.val[: args.sequences], "test": parts.test[: args.sequences]}
     folder = checkpoint_folder(args.model)
     model, tokenizer = load(folder, device, cli.chosen_dtype(args.dtype, device))
-    grammar = Grammar(tokenizer, encoding.decimals, 2, encoding.compact)
+    grammar = Grammar(tokenizer, encoding.decimals, 2)
     sample = [tokenizer.encode(encoding.encode(trajectories[parts.train[0]]))]
     needed = max_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)
     for training in (one for experiment in plan.texts for one in plans.candidates(plan, experiment)):
@@ -118,7 +118,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
             "--plan"
         )
     series = {name: trajectories[rows] for name, rows in ids.items()}
-    judge = Judge(model, tokenizer, encoding, units, series, ids, args.decoding, args.samples, args.seed)
+    judge = Judge(model, tokenizer, encoding, series, ids, args.decoding, args.samples, args.seed)
     data_sha256 = hashlib.sha256(repr(trajectories.shape).encode() + trajectories.tobytes()).hexdigest()
     return plan, judge, identity_of(args, plan, judge, folder, data_sha256)
 
@@ -139,13 +139,11 @@ def identity_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge", fold
         "samples": args.samples,
         "checkpoint_sha256": checkpoint_hash(folder),
         "data_sha256": data_sha256,
-        "encoding": judge.units.record,
+        "encoding": judge.encoding.record,
         "convention": args.convention,
         "device": torch.device(args.device).type,
         "dtype": args.dtype,
     }
-    if judge.encoding != judge.units:
-        identity["text"] = judge.encoding.record
     return json.loads(json.dumps(identity))  # tuples become lists, as they are when the file is read again
 
 

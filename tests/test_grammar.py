@@ -14,10 +14,7 @@ from qwen_min.continuation import GraphContinuation
 from qwen_min.generation import pad_left, prefill
 from qwen_min.model import Decoder
 
-CONTEXTS = {
-    False: ["1.25,0.50;2.41,1.73;", "0.07,9.81;12.50,3.44;0.31,0.02;", "5.00,5.00;", "8.13,0.90;7.55,1.21;"],
-    True: ["125050241173", "007981999344031002", "500500", "813090755121"],  # compact
-}
+CONTEXTS = ["1.25,0.50;2.41,1.73;", "0.07,9.81;12.50,3.44;0.31,0.02;", "5.00,5.00;", "8.13,0.90;7.55,1.21;"]
 VALUES = 6  # three steps of two variables
 
 
@@ -28,10 +25,8 @@ def models(request, tiny):
     return (random_model(model.config) if request.param == "random" else model), tokenizer
 
 
-def allowed_next(text: str, num_values: int, compact: bool = False) -> set[str]:
+def allowed_next(text: str, num_values: int) -> set[str]:
     """The characters that may follow, found by trial: the text with the character must be the start of a forecast."""
-    if compact:
-        return set(DIGITS) if len(text) < 3 * num_values else set()
     value, begun = r"(0|[1-9][0-9]?)\.[0-9]{2}", r"|[0-9]|[1-9][0-9]|(0|[1-9][0-9]?)\.[0-9]{0,2}"
     pattern = re.compile(rf"(?:{value},{value};)*(?:{begun}|{value},(?:{begun}))")
     limit = num_values - 1
@@ -44,50 +39,47 @@ def logits_of(model, tokenizer, text: str, characters: list[str]) -> torch.Tenso
     return logits[[tokenizer.encode(c)[0] for c in characters]]
 
 
-def masked_argmax(model, tokenizer, context: str, compact: bool) -> str:
+def masked_argmax(model, tokenizer, context: str) -> str:
     """The oracle: recompute the full logits of the whole text for each token, and take the largest that is allowed."""
     text = ""
-    while allowed := sorted(allowed_next(text, VALUES, compact)):
+    while allowed := sorted(allowed_next(text, VALUES)):
         text += allowed[int(logits_of(model, tokenizer, context + text, allowed).argmax())]
     return text
 
 
-def decoded(model, tokenizer, contexts: list[str], compact: bool = False, **options) -> list[str]:
-    grammar = Grammar(tokenizer, 2, 2, compact)
+def decoded(model, tokenizer, contexts: list[str], **options) -> list[str]:
+    grammar = Grammar(tokenizer, 2, 2)
     ids, mask = pad_left([tokenizer.encode(context) for context in contexts], tokenizer.pad_id)
     cache, hidden = prefill(model, ids, grammar.columns(VALUES), mask)
     return decode(model, grammar, cache, hidden, VALUES, mask, **options)
 
 
-@pytest.mark.parametrize("compact", [False, True])
-def test_equals_the_masked_argmax_token_for_token_in_an_uneven_batch(monkeypatch, tiny, models, compact):
-    contexts = CONTEXTS[compact]
-    wanted = [masked_argmax(*models, context, compact) for context in contexts]
-    assert decoded(*models, contexts, compact) == wanted
-    assert [decoded(*models, [context], compact)[0] for context in contexts] == wanted
+def test_equals_the_masked_argmax_token_for_token_in_an_uneven_batch(monkeypatch, tiny, models):
+    wanted = [masked_argmax(*models, context) for context in CONTEXTS]
+    assert decoded(*models, CONTEXTS) == wanted
+    assert [decoded(*models, [context])[0] for context in CONTEXTS] == wanted
     monkeypatch.setattr("experiments.forecasting.grammar.continuation", GraphContinuation)  # that of a GPU
-    assert decoded(*models, contexts, compact) == wanted
-    if not compact and models[0] is not tiny[0]:
+    assert decoded(*models, CONTEXTS) == wanted
+    if models[0] is not tiny[0]:
         assert {len(word) for word in re.findall("[0-9.]+", ";".join(wanted))} == {4, 5}
 
 
 def test_only_wide_variables_get_a_second_digit(models):
     wide = [[True, False], [False, False], [False, True], [True, True]]
-    texts = decoded(*models, CONTEXTS[False], wide=wide)
-    for text, free, allowed in zip(texts, decoded(*models, CONTEXTS[False]), wide, strict=True):
+    texts = decoded(*models, CONTEXTS, wide=wide)
+    for text, free, allowed in zip(texts, decoded(*models, CONTEXTS), wide, strict=True):
         for step in text.split(";"):
             assert all(may or len(word) == 4 for word, may in zip(step.split(","), allowed, strict=True))
         assert text == free or not all(allowed)
     assert may_be_wide(np.array([[4.9, 5.1], [1.0, 0.2]])).tolist() == [False, True]
 
 
-@pytest.mark.parametrize(("compact", "passes"), [(False, [2, 1, 2] * 5 + [2, 1]), (True, [1] * 17)])
-def test_a_time_step_of_ten_tokens_costs_six_passes_and_a_compact_digit_one(tiny, compact, passes):
+def test_a_time_step_of_ten_tokens_costs_six_passes(tiny):
     widths = []
     hook = tiny[0].model.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
-    decoded(*tiny, CONTEXTS[compact][:1], compact)
+    decoded(*tiny, CONTEXTS[:1])
     hook.remove()
-    assert widths[1:] == passes  # the first follows the prefill, none the last digit
+    assert widths[1:] == [2, 1, 2] * 5 + [2, 1]  # the first follows the prefill, none the last digit
 
 
 @pytest.mark.parametrize("sampling", [False, True])
@@ -99,7 +91,7 @@ def test_a_pass_sends_once_and_reads_once(monkeypatch, models, sampling):
     monkeypatch.setattr(torch, "tensor", _counted(torch.tensor, lambda: counts.update(["sent"])))
     monkeypatch.setattr(torch.Tensor, "tolist", _counted(torch.Tensor.tolist, lambda: counts.update(["read"])))
     grammar = Grammar(models[1], 2, 2)
-    cache, hidden = prefill(models[0], torch.tensor([models[1].encode(CONTEXTS[False][0])] * 4), 99)
+    cache, hidden = prefill(models[0], torch.tensor([models[1].encode(CONTEXTS[0])] * 4), 99)
     counts.clear(), passes.clear()
     decode(models[0], grammar, cache, hidden, VALUES, None, uniforms)
     assert counts == {"sent": len(passes), "read": len(passes) + 1}  # the first choice follows the prefill
@@ -119,34 +111,30 @@ def test_samples_follow_the_model_s_probabilities(models):
     count = 2000
     uniforms = torch.from_numpy(np.random.default_rng(0).random((count, 100)))
     grammar = Grammar(tokenizer, 2, 2)
-    ids = torch.tensor([tokenizer.encode(CONTEXTS[False][0])])
+    ids = torch.tensor([tokenizer.encode(CONTEXTS[0])])
     cache, hidden = prefill(model, ids, 0)
     forked = ForkedCache(cache, count, grammar.columns(1))
     texts = decode(model, grammar, forked, hidden.repeat_interleave(count, 0), 1, None, uniforms)
     shares = torch.tensor([sum(text[0] == digit for text in texts) / count for digit in DIGITS])
-    wanted = logits_of(model, tokenizer, CONTEXTS[False][0], list(DIGITS)).softmax(-1)
+    wanted = logits_of(model, tokenizer, CONTEXTS[0], list(DIGITS)).softmax(-1)
     assert (shares - wanted).abs().max() < 4 * (0.25 / count) ** 0.5
 
 
-@pytest.mark.parametrize(
-    ("compact", "texts", "bad"),
-    [(False, ("1.25,0.50;12.00,3.07", "0.00,99.99"), "1.25;0.50"), (True, ("125050001",), "125,")],
-)
-def test_nats_are_summed_over_the_choices(models, compact, texts, bad):
+def test_nats_are_summed_over_the_choices(models):
     model, tokenizer = models
-    grammar, context = Grammar(tokenizer, 2, 2, compact), CONTEXTS[compact][1]
-    assert grammar.vocabulary == sorted(tokenizer.encode(c)[0] for c in DIGITS + ".,;" * (not compact))
-    for text in texts:
+    grammar, context = Grammar(tokenizer, 2, 2), CONTEXTS[1]
+    assert grammar.vocabulary == sorted(tokenizer.encode(c)[0] for c in DIGITS + ".,;")
+    for text in ("1.25,0.50;12.00,3.07", "0.00,99.99"):
         total = 0.0
         for i, character in enumerate(text):
-            allowed = sorted(allowed_next(text[:i], 4, compact))
+            allowed = sorted(allowed_next(text[:i], 4))
             logs = logits_of(model, tokenizer, context + text[:i], allowed).log_softmax(-1)
             total -= logs[allowed.index(character)].item()
         ids = torch.tensor([tokenizer.encode(context + text)])
         hidden = model.model(ids)[0, -len(text) - 1 : -1]
         assert nats_of(model, grammar, hidden, text) == pytest.approx(total, rel=1e-4)
     with pytest.raises(ValueError, match="is not a forecast of 2 variables"):
-        grammar.choices(bad)
+        grammar.choices("1.25;0.50")
 
 
 @settings(max_examples=200, deadline=None)

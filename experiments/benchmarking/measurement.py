@@ -59,7 +59,7 @@ def setup_of(folder: Path, device: str, dtype: str, scratch: str, dataset: data.
     parts, steps = data.split(len(series)), (CONTEXT + 1) // TOKENS_PER_STEP
     encoding = Encoding.fit(series[parts.train])
     contexts, truth = np.split(series[parts.val[:CONTEXTS]], [steps], axis=1)
-    ids = [tokenizer.encode(encoding.encode(one) + encoding.separator) for one in contexts]
+    ids = [tokenizer.encode(encoding.encode(one) + ";") for one in contexts]
     if wrong := [len(row) for row in ids if len(row) != CONTEXT + 1]:
         raise BenchmarkError(
             f"the tokenizer makes {wrong[0]} tokens of {steps} time steps, expected {CONTEXT + 1}: one for each "

@@ -1,7 +1,7 @@
 """Time series as text: scaling, encoding and decoding, after LLMTime (Gruver et al. 2023, arXiv 2310.07820).
 
 A series has T time steps and D variables. Its text is `0.92,0.74;0.56,0.77;...`: `,` separates the variables, `;`
-separates the time steps, and there is no `;` at the end. Compact text has the digits alone, `092074056077...`.
+separates the time steps, and there is no `;` at the end.
 """
 
 import re
@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 SCALED_MAX = 9.99  # the scaled value of the largest training value
-COMPACT_MAX = 7.99  # the same in compact text, where a value can be at most 9.99: room for larger held-out values
-SCALED_LIMIT, COMPACT_LIMIT = 100.0, 10.0  # scaled values are smaller: two digits before the point, in compact text one
+SCALED_LIMIT = 100.0  # all scaled values are from 0 to less than this: two digits before the point
 SHIFTED_RANGE = (2.0, 8.0)  # the scaled values of the smallest and the largest value of a shifted variable
 
 
@@ -25,16 +24,13 @@ class EncodingError(ValueError):
 class Encoding:
     """The text form of numbers: (x - offset) / scale, written with `decimals` places.
 
-    scale and offset are numbers for all variables, or tuples with a number for each of D variables. compact: each value
-    is written as 1 + decimals digits, without points and separators, which takes 3 tokens in place of 5 for 2 decimals;
-    scaled values are cut to the range that this can write, 0 to less than 10. Raises EncodingError for a scale that is
-    not positive, an offset that is not finite, or decimals that are not 1 to 6.
+    scale and offset are numbers for all variables, or tuples with a number for each of D variables. Raises
+    EncodingError for a scale that is not positive, an offset that is not finite, or decimals that are not 1 to 6.
     """
 
     scale: float | tuple[float, ...]
     decimals: int = 2
     offset: float | tuple[float, ...] = 0.0
-    compact: bool = False
 
     def __post_init__(self):
         if not (np.size(self.scale) and np.isfinite(self.scale).all() and np.all(np.asarray(self.scale) > 0)):
@@ -43,14 +39,11 @@ class Encoding:
             raise EncodingError(f"offset is {self.offset}, expected a finite number, or as many as scales")
         if not (isinstance(self.decimals, int) and 1 <= self.decimals <= 6):
             raise EncodingError(f"decimals is {self.decimals!r}, expected 1 to 6")
-        if not isinstance(self.compact, bool):
-            raise EncodingError(f"compact is {self.compact!r}, expected True or False")
 
     @classmethod
-    def fit(cls, train: np.ndarray, decimals: int = 2, compact: bool = False) -> "Encoding":
-        """The study's encoding, in the dtype of train: its largest value becomes 9.99, or 7.99 in compact text."""
-        largest = COMPACT_MAX if compact else SCALED_MAX
-        return cls(float(train.max() / train.dtype.type(largest)), decimals, compact=compact)
+    def fit(cls, train: np.ndarray, decimals: int = 2) -> "Encoding":
+        """The study's encoding, in the dtype of train: its largest value becomes 9.99."""
+        return cls(float(train.max() / train.dtype.type(SCALED_MAX)), decimals)
 
     @classmethod
     def fit_each(cls, series: Sequence[np.ndarray], decimals: int = 2) -> "Encoding":
@@ -73,7 +66,7 @@ class Encoding:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The fields as JSON can hold them; an offset of 0 and the usual form of the text are left out."""
+        """The fields as JSON can hold them; an offset of 0 is left out."""
         always = ("scale", "decimals")
         return {name: value for name, value in vars(self).items() if name in always or np.any(value)}
 
@@ -87,24 +80,14 @@ class Encoding:
         }
         return cls(**fields)
 
-    @property
-    def separator(self) -> str:
-        """What stands between two time steps."""
-        return "" if self.compact else ";"
-
     def scaled(self, series: np.ndarray) -> np.ndarray:
         """Values (..., D) in scaled units, in the dtype of series."""
         return (series - np.asarray(self.offset, series.dtype)) / np.asarray(self.scale, series.dtype)
 
-    @property
-    def limit(self) -> float:
-        """All scaled values that text can have are from 0 to less than this."""
-        return COMPACT_LIMIT if self.compact else SCALED_LIMIT
-
     def writable(self, series: np.ndarray) -> np.ndarray:
         """The series (..., D), with values that cannot be written replaced by the nearest that can."""
         scaled = self.scaled(series)
-        nearest = np.clip(scaled, 0, self.limit - 10.0**-self.decimals)
+        nearest = np.clip(scaled, 0, SCALED_LIMIT - 10.0**-self.decimals)
         return np.where((scaled < 0) | (scaled > nearest), self.restored(nearest), series).astype(series.dtype)
 
     def restored(self, scaled: np.ndarray) -> np.ndarray:
@@ -115,24 +98,14 @@ class Encoding:
         """The text of a series (T, D) of finite values."""
         steps = self.scaled(series)
         steps = np.where((steps < 0) & (np.round(steps, self.decimals) == 0), steps.dtype.type(0), steps)  # not -0.00
-        if self.compact:
-            whole = 10**self.decimals
-            numbers = np.clip(np.rint(steps.astype(np.float64) * whole), 0, 10 * whole - 1).astype(int)
-            return "".join(f"{number:0{1 + self.decimals}d}" for number in numbers.ravel().tolist())
         return ";".join(",".join(f"{value:.{self.decimals}f}" for value in step) for step in steps.tolist())
 
     def decode(self, text: str, num_steps: int, num_variables: int) -> np.ndarray:
         """The scaled values of the first num_steps steps of a text, (num_steps, num_variables).
 
         A missing or malformed value is NaN. A value is well-formed if it consists of an optional minus, digits, a
-        point and exactly `decimals` digits, or in compact text of 1 + `decimals` digits. A step that has not exactly
-        num_variables values is NaN.
+        point and exactly `decimals` digits. A step that has not exactly num_variables values is NaN.
         """
-        if self.compact:
-            width = 1 + self.decimals
-            words = [text[start : start + width] for start in range(0, num_steps * num_variables * width, width)]
-            numbers = [int(word) if re.fullmatch(rf"[0-9]{{{width}}}", word) else np.nan for word in words]
-            return np.array(numbers).reshape(num_steps, num_variables) / 10**self.decimals
         well_formed = re.compile(rf"-?[0-9]+\.[0-9]{{{self.decimals}}}")
         values = np.full((num_steps, num_variables), np.nan)
         for step, step_text in zip(values, text.split(";"), strict=False):
@@ -142,5 +115,5 @@ class Encoding:
         return values
 
     def tokens_per_step(self, num_variables: int) -> int:
-        """Tokens of a time step with one digit before each point: 10 for `1.23,4.56;`, 6 for the compact `123456`."""
-        return num_variables * (self.decimals + (1 if self.compact else 3))
+        """Tokens of a time step with one digit before each point: 10 for `1.23,4.56;`."""
+        return num_variables * (self.decimals + 3)

@@ -1,7 +1,6 @@
 """Decoding under the grammar of the encoding: every forecast is well-formed, and forced characters cost no model pass.
 
 A value is one or two digits, a point and `decimals` digits. `,` separates the variables of a time step, `;` the steps.
-In compact text (`Encoding.compact`) a value is 1 + `decimals` digits, and there is nothing between values.
 B rows (one forecast each), T tokens in a pass, C hidden size, D variables.
 """
 
@@ -34,17 +33,17 @@ def may_be_wide(context: np.ndarray) -> np.ndarray:
 class Grammar:
     """The characters that may follow in a forecast of num_variables with `decimals` places, and their token `ids`.
 
-    `vocabulary` has the ids of all characters that a text can have, ascending. Raises CheckpointError when the
+    `vocabulary` has them ascending. Raises CheckpointError when the
     tokenizer does not have one token for each character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, decimals: int, num_variables: int, compact: bool = False):
-        self.decimals, self.num_variables, self.compact = decimals, num_variables, compact
+    def __init__(self, tokenizer: Tokenizer, decimals: int, num_variables: int):
+        self.decimals, self.num_variables = decimals, num_variables
         encoded = [tokenizer.encode(character) for character in ALPHABET]
         if any(len(ids) != 1 for ids in encoded):
             raise CheckpointError(f"the tokenizer splits {ALPHABET!r} into {encoded}, expected a token for each")
         self.ids = {character: ids[0] for character, ids in zip(ALPHABET, encoded, strict=True)}
-        self.vocabulary = sorted(self.ids[character] for character in (DIGITS if compact else ALPHABET))
+        self.vocabulary = sorted(self.ids.values())
         self.pad_id = tokenizer.pad_id
 
     def follow(self, text: str, wide: Sequence[bool] | None = None) -> str:
@@ -52,8 +51,6 @@ class Grammar:
 
         wide (D): the variables that may have a second digit before the point (after a 0 none has); None: all.
         """
-        if self.compact:
-            return DIGITS
         *before, word = text[text.rfind(";") + 1 :].split(",")
         whole, point, places = word.partition(".")
         if point and len(places) == self.decimals:
@@ -65,7 +62,7 @@ class Grammar:
 
     def index(self, text: str) -> int:
         """The number (from 0) of the value that the next character after `text` is of, or ends."""
-        return len(text) // (1 + self.decimals) if self.compact else text.count(",") + text.count(";")
+        return text.count(",") + text.count(";")
 
     def choices(self, text: str, wide: Sequence[bool] | None = None) -> list[str]:
         """What the grammar allows in place of each character of a text. Raises ValueError if it is not well-formed."""
@@ -77,12 +74,12 @@ class Grammar:
         return allowed
 
     def most_choices(self, num_values: int) -> int:
-        """The most choices in a forecast: for each value two digits (compact: one), or one and a point; and places."""
-        return num_values * (1 + self.decimals + (not self.compact))
+        """The most choices in a forecast: for each value two digits, or one and a point; and places."""
+        return num_values * (2 + self.decimals)
 
     def columns(self, num_values: int) -> int:
-        """The most cache columns that `decode` can fill: a pass for each choice, with two tokens (compact: one)."""
-        return (1 if self.compact else 2) * self.most_choices(num_values)
+        """The most cache columns that `decode` can fill: a pass for each choice, with two tokens."""
+        return 2 * self.most_choices(num_values)
 
     def head(self, model: Qwen) -> Tensor:
         """The rows of the model's head for CHOICES, (11, C)."""

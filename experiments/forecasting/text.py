@@ -17,7 +17,7 @@ import torch
 from experiments.forecasting import scores
 from experiments.forecasting.adapter import Trained
 from experiments.forecasting.contexts import Forecast, SeriesError, SeriesWarning, checked_series, framed, is_frame
-from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.encoding import SCALED_LIMIT, Encoding
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
 from lora import load_adapter
 from qwen_min import Qwen, Tokenizer, load
@@ -150,7 +150,7 @@ class TextForecaster:
         return Forecast(POINTS[point](values, axis=1), values, bounds)
 
     def _grammar(self, num_variables: int) -> Grammar:
-        return Grammar(self.tokenizer, self.digits.decimals, num_variables, self.digits.compact)
+        return Grammar(self.tokenizer, self.digits.decimals, num_variables)
 
     def nats_per_value(self, contexts, continuations) -> np.ndarray:
         """-log p of each of continuations (N, h, D) after its context, in nats for each value that is not NaN: (N).
@@ -209,7 +209,7 @@ class TextForecaster:
             array = array[-kept:]
             encoding = self.encoding or Encoding.fit_each([array], self.digits.decimals)
             _require_writable(array, encoding, f"series {number}")
-            tokens = self.tokenizer.encode(encoding.encode(array) + encoding.separator)
+            tokens = self.tokenizer.encode(encoding.encode(array) + ";")
             if len(tokens) <= room:
                 break
             kept -= -(-(len(tokens) - room) // per_step)  # values with two digits before the point take more tokens
@@ -288,9 +288,9 @@ def _warn(message: str) -> None:
 def _require_writable(array: np.ndarray, encoding: Encoding, name: str) -> None:
     """Raise SeriesError for a value of a series (T, D) that is too small or too large for its encoding."""
     scaled = np.round(encoding.scaled(array), encoding.decimals)
-    if (bad := (scaled < 0) | (scaled >= encoding.limit)).any():
+    if (bad := (scaled < 0) | (scaled >= SCALED_LIMIT)).any():
         step, variable = np.argwhere(bad)[0]
-        low, high = (encoding.restored(np.full(array.shape[1], end))[variable] for end in (0.0, encoding.limit))
+        low, high = (encoding.restored(np.full(array.shape[1], end))[variable] for end in (0.0, SCALED_LIMIT))
         raise SeriesError(
             f"{name}, step {step}, variable {variable}: {array[step, variable]:g} cannot be written, expected values "
             f"from {low:g} to less than {high:g}; give another --scale, or fine-tune on data in these units"

@@ -68,13 +68,13 @@ def max_positions(grammar: Grammar, encoding: Encoding, context_steps: int, step
 class _Targets(NamedTuple):
     """The true continuation of each context, as tokens."""
 
-    texts: list[str]
+    texts: list[str]  # each begins with `;`
     ids: Tensor  # (N, L), padded at the end
     real: Tensor  # (N, L) bool, False on padding
 
 
 def _targets(tokenizer: Tokenizer, encoding: Encoding, truth: np.ndarray, device) -> _Targets:
-    texts = [encoding.separator + encoding.encode(one) for one in truth]
+    texts = [";" + encoding.encode(one) for one in truth]
     tokens = [torch.tensor(tokenizer.encode(text)) for text in texts]
     ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_id)
     real = torch.arange(ids.shape[1]) < torch.tensor([[len(one)] for one in tokens])
@@ -95,14 +95,14 @@ def _batch(
     ids, mask = pad_left([tokenizer.encode(encoding.encode(one)) for one in contexts], tokenizer.pad_id)
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
     targets = _targets(tokenizer, encoding, truth, device)
-    grammar = Grammar(tokenizer, encoding.decimals, num_variables, encoding.compact)
-    num_values, before = steps * num_variables, len(encoding.separator)
+    grammar = Grammar(tokenizer, encoding.decimals, num_variables)
+    num_values = steps * num_variables
     usual, length = steps * encoding.tokens_per_step(num_variables), targets.ids.shape[1]
     room = max(usual, length) + num_values  # a value of 10 or more takes one token more
     if decoding == "constrained":
-        room = max(length, before + grammar.columns(num_values))
+        room = max(length, 1 + grammar.columns(num_values))
     cache, last = prefill(model, ids, room, mask, reused)
-    hidden, forced, nats = _losses_of_truth(model, grammar, cache, last, mask, targets, before)
+    hidden, forced, nats = _losses_of_truth(model, grammar, cache, last, mask, targets)
     free = torch.full_like(forced, torch.nan)
     if decoding == "free":
         cache.truncate(ids.shape[1])
@@ -112,10 +112,10 @@ def _batch(
 
         texts, free = _free(model, tokenizer, cache, last, mask, targets, usual, room, complete)
     else:
-        cache.truncate(ids.shape[1] + before)  # the first target token is the `;` after the context
-        mask = None if mask is None else torch.nn.functional.pad(mask, (0, before), value=1)
+        cache.truncate(ids.shape[1] + 1)  # the first target token is the `;` after the context
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
         wide = [may_be_wide(encoding.scaled(one)).tolist() for one in contexts]
-        texts = decode(model, grammar, cache, hidden[:, before], num_values, mask, wide=wide)
+        texts = decode(model, grammar, cache, hidden[:, 1], num_values, mask, wide=wide)
     if not forced[targets.real].isfinite().all() or free.isinf().any():
         raise NotFiniteError("the model's logits are not finite: the weights or the adapter are damaged")
     values = np.stack([encoding.decode(text, steps, num_variables) for text in texts])
@@ -125,11 +125,10 @@ def _batch(
 
 @torch.inference_mode()
 def _losses_of_truth(
-    model: Qwen, grammar: Grammar, cache: KVCache, last: Tensor, mask: Tensor | None, targets: _Targets, before: int
+    model: Qwen, grammar: Grammar, cache: KVCache, last: Tensor, mask: Tensor | None, targets: _Targets
 ) -> tuple[Tensor, Tensor, np.ndarray]:
     """One pass over the targets, after the contexts in the cache: how unlikely the model finds the truth.
 
-    `before` is the number of target tokens before the first value.
     Returns the hidden states (N, L, C) that predict the targets, the loss of each target (N, L) over the whole
     vocabulary, and the nats of each continuation (N) among the tokens that the grammar allows.
     """
@@ -138,7 +137,7 @@ def _losses_of_truth(
     hidden = torch.cat((last[:, None], hidden), dim=1)
     forced = token_losses(hidden.flatten(0, 1), model.head_weight, targets.ids.flatten()).view(targets.ids.shape)
     rows = zip(hidden, targets.texts, strict=True)
-    nats = [nats_of(model, grammar, row[before : len(text)], text[before:]) for row, text in rows]
+    nats = [nats_of(model, grammar, row[1 : len(text)], text[1:]) for row, text in rows]
     return hidden, forced, np.array(nats)
 
 

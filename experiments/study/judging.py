@@ -29,8 +29,7 @@ class Judge:
 
     model: Qwen
     tokenizer: Tokenizer
-    encoding: Encoding  # of the text that the model reads and writes
-    units: Encoding  # the study's: scores and baselines have its scaled values
+    encoding: Encoding  # scores and baselines have its scaled values
     series: dict[str, np.ndarray]
     ids: dict[str, np.ndarray]  # rows of the trajectories in the data file, by split
     decoding: str
@@ -39,12 +38,12 @@ class Judge:
 
     @property
     def scale(self) -> float:
-        """The scale of the units, which is the same for both variables."""
-        return float(np.asarray(self.units.scale))
+        """The scale of the text, which is the same for both variables."""
+        return float(np.asarray(self.encoding.scale))
 
     def scaled(self, split: str) -> np.ndarray:
         """The series (N, T, 2) of a split, scaled."""
-        return self.units.scaled(self.series[split]).astype(np.float64)
+        return self.encoding.scaled(self.series[split]).astype(np.float64)
 
     def first(self, count: int | None) -> "Judge":
         """A judge of the first `count` sequences of each split; None: of all."""
@@ -79,10 +78,10 @@ class Judge:
         return results
 
     def _evaluated(self, split: str, steps: int, path: Path, team: Team) -> Evaluation:
-        """Forecasts of `steps` steps, in the study's units."""
+        """Forecasts of `steps` steps."""
         series = self.series[split]
         with progress_bar(len(series), f"{path.name}, {split}", team.leads) as bar:
-            evaluation = evaluate(
+            return evaluate(
                 self.model,
                 self.tokenizer,
                 self.encoding,
@@ -95,17 +94,11 @@ class Judge:
                 progress=lambda count: bar.update(min(count * team.size, len(series) - bar.n)) and None,
                 team=team,
             )
-        if self.encoding == self.units:
-            return evaluation
-        # a value in larger digits is known less precisely: the nats are those of the study's digits
-        ratio = float(np.asarray(self.encoding.scale)) / self.scale
-        values = (evaluation.values * ratio).round(6)
-        return replace(evaluation, values=values, nats=evaluation.nats + np.log(ratio))
 
     def _drawn(self, split: str, state: Path, team: Team) -> np.ndarray:
         """Draw paths (N, S, h, D), scaled: exactly the numbers in the texts."""
         forecaster = TextForecaster(self.model, self.tokenizer, self.encoding)
-        contexts = self.encoding.writable(self.series[split][:, :CONTEXT_STEPS])
+        contexts = self.series[split][:, :CONTEXT_STEPS]
 
         def draw(start: int) -> np.ndarray:
             with warnings.catch_warnings():  # the study's encoding is given, however few digits a series has in it
@@ -123,8 +116,7 @@ class Judge:
             return paths
 
         parts = team.worked(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
-        scaled = np.concatenate(parts) / self.scale
-        return scaled.round(self.units.decimals if self.encoding == self.units else 6)
+        return (np.concatenate(parts) / self.scale).round(self.encoding.decimals)
 
     def _quantile(self, paths: np.ndarray, level: float) -> list | None:
         """A quantile (h, D) of paths (S, h, D); None if they are too few for it."""

@@ -58,7 +58,7 @@ def judge_numbers(forecaster: NumberForecaster, judge: Judge, split: str, path: 
     """
     context, truth = judge.context_and_truth(split)
     fallback, near, scale = context.mean(axis=1), truth[:, :HORIZON], judge.scale
-    rounded = forecaster.forecast(context.round(judge.units.decimals) * scale, truth.shape[1], QUANTILES)
+    rounded = forecaster.forecast(context.round(judge.encoding.decimals) * scale, truth.shape[1], QUANTILES)
     exact = forecaster.forecast(context * scale, HORIZON).values / scale
     assert rounded.quantiles is not None  # they were asked for
     values, quantiles = rounded.values / scale, rounded.quantiles[:, :, :HORIZON] / scale

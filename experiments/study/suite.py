@@ -64,7 +64,7 @@ class Suite:
     def _vocabulary(self) -> list[int]:
         """The tokens of the forecast text."""
         encoding = self.judge.encoding
-        return Grammar(self.judge.tokenizer, encoding.decimals, 2, encoding.compact).vocabulary
+        return Grammar(self.judge.tokenizer, encoding.decimals, 2).vocabulary
 
     def budget_warning(self) -> str | None:
         """A message about experiments that do not fit the budget; None if all fit."""
@@ -129,7 +129,7 @@ class Suite:
         tokens = judge.tokenizer.encode(text)
         example = {"text": text[:40], "tokens": tokens[:20], "num_characters": len(text), "num_tokens": len(tokens)}
         write_whole(self.folder / "example.json", to_json(example))
-        train = judge.scaled("train").round(judge.units.decimals)
+        train = judge.scaled("train").round(judge.encoding.decimals)
         baselines = BASELINES | {f"GRU trained on the {len(train)}": gru.fit(train, judge.seed)}
         results: dict[str, dict[str, dict]] = {}  # by baseline and split
         for split in ("val", "test"):
@@ -139,7 +139,7 @@ class Suite:
                 for i, c, t in zip(judge.ids[split], context, truth, strict=True)
             ]
             write_whole(self.folder / f"{split}.jsonl", to_json_lines(lines))
-            rounded = context.round(judge.units.decimals)  # the context as the study writes it
+            rounded = context.round(judge.encoding.decimals)  # the context as the study writes it
             fallback, scale = context.mean(axis=1), judge.scale
             for name, baseline in baselines.items():
                 long = baseline(rounded, truth.shape[1])
