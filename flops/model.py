@@ -4,7 +4,7 @@ B batch, T new tokens, S cached + new tokens, C hidden size, F feed-forward size
 D head size, V vocabulary.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from flops import primitives as p
 from flops.primitives import ADD, EXP, MUL, TRIG, matmul
@@ -28,8 +28,7 @@ CONVENTIONS = {
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
-class Op:
+class Op(NamedTuple):
     """An operator, or several with the same name, and its FLOPs."""
 
     name: str
@@ -84,11 +83,6 @@ def attention(config: QwenConfig, batch: int, new: int, cached: int, padded: boo
     return flops
 
 
-def positions_from_mask(batch: int, total: int) -> int:
-    """The cumulative sum of the mask over `total` columns, minus one."""
-    return batch * (p.reduction(total) + total * ADD)
-
-
 def block(
     config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: dict[str, int], padded: bool = False
 ) -> list[Op]:
@@ -117,16 +111,11 @@ def block(
         Op("attention residual", rows * hidden * ADD),
         Op("post_attention_layernorm", rms_norm(rows, hidden, convention)),
     ]
-    if convention == "published":
-        width = 4 * hidden
-        ops += [Op("up_proj", linear(rows, hidden, width)), Op("SwiGLU", rows * width * p.SWIGLU)]
-    else:
+    width = 4 * hidden
+    if convention != "published":
         width = config.intermediate_size
-        ops += [
-            projection("gate_proj", hidden, width),
-            projection("up_proj", hidden, width),
-            Op("SwiGLU", rows * width * p.SWIGLU),
-        ]
+        ops.append(projection("gate_proj", hidden, width))
+    ops += [projection("up_proj", hidden, width), Op("SwiGLU", rows * width * p.SWIGLU)]
     return [*ops, projection("down_proj", width, hidden), Op("feed-forward residual", rows * hidden * ADD)]
 
 
@@ -188,8 +177,8 @@ def forward(
     if not exact:
         ops.append(Op("add positions", rows * hidden * ADD))
     else:
-        if padded:
-            ops.append(Op("positions", positions_from_mask(batch, cached + new)))
+        if padded:  # the cumulative sum of the mask over all columns, minus one
+            ops.append(Op("positions", batch * (p.reduction(cached + new) + (cached + new) * ADD)))
         ops.append(Op("rotary tables", rotary_tables(rows if padded else new, config.head_dim)))
     layer = block(config, batch, new, cached, convention, {} if convention == "published" else ranks or {}, padded)
     ops += [Op(op.name, op.flops * config.num_hidden_layers) for op in layer]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from flops import primitives as p
 from flops.model import check_pass
@@ -35,21 +35,12 @@ searchsorted sgn sort topk where
 """
 FREE = frozenset((MOVING + CHOOSING).split())
 PER_OUTPUT = {  # FLOPs per number of the result
+    **dict.fromkeys(("add", "add_", "sub", "neg"), ADD),
+    **dict.fromkeys(("mul", "mul_", "div", "reciprocal"), MUL),
+    **dict.fromkeys(("exp", "exp_", "log"), EXP),
+    **dict.fromkeys(("cos", "sin"), TRIG),
     "abs": p.ABS,
-    "add": ADD,
-    "add_": ADD,
-    "sub": ADD,
-    "neg": ADD,
-    "mul": MUL,
-    "mul_": MUL,
-    "div": MUL,
-    "reciprocal": MUL,
     "rsqrt": p.RSQRT,
-    "exp": EXP,
-    "exp_": EXP,
-    "log": EXP,
-    "cos": TRIG,
-    "sin": TRIG,
     "silu": p.SILU,
     "silu_backward": SILU_BACKWARD,
 }
@@ -105,21 +96,18 @@ PRICES: dict[str, Callable[..., int]] = {  # the FLOPs as a function of the oper
 class _AttentionAsOne(TorchFunctionMode):
     """Count a call of scaled_dot_product_attention as one operator; the operators inside it are not counted."""
 
-    def __init__(self, tracer: "Tracer"):
+    def __init__(self, flops: Counter[str]):
         super().__init__()
-        self.tracer = tracer
+        self.flops = flops
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         (batch, heads, new, size), total = args[0].shape, args[1].shape[2]
-        self.tracer.flops["attention"] += sum(p.attention(batch, heads, new, total, size).values())
-        self.tracer.inside_attention = True
-        try:
+        self.flops["attention"] += sum(p.attention(batch, heads, new, total, size).values())
+        with _disable_current_modes():
             return func(*args, **kwargs)
-        finally:
-            self.tracer.inside_attention = False
 
 
 class Tracer(TorchDispatchMode):
@@ -131,8 +119,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.flops: Counter[str] = Counter()
-        self.inside_attention = False
-        self._attention = _AttentionAsOne(self)
+        self._attention = _AttentionAsOne(self.flops)
 
     def __enter__(self):
         self._attention.__enter__()
@@ -144,16 +131,12 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        if self.inside_attention or name in FREE:
+        if name in FREE:
             return func(*args, **kwargs)
         if name not in PER_OUTPUT and name not in PRICES:
             # in inference mode, operators that consist of others arrive whole
-            with torch._C.DisableTorchFunction():
-                super().__enter__()
-                try:
-                    out = func.decompose(*args, **kwargs)
-                finally:
-                    super().__exit__(None, None, None)
+            with torch._C.DisableTorchFunction(), self:
+                out = func.decompose(*args, **kwargs)
             if out is NotImplemented:
                 raise ValueError(f"operator {func} has no price: add it to flops/trace.py, priced by Table 1")
             return out
