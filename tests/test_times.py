@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.tables import DataError, following, regular
+from experiments.tables import DataError, Source, following
 from experiments.tables.dates import dates_of, dates_of_numbers, is_date
-from experiments.tables.source import Source
-from experiments.tables.times import time_texts
+from experiments.tables.times import regular, time_texts
 
 FIFTH = datetime(2020, 3, 5)
 DATES = {

@@ -6,22 +6,37 @@ RangeIndex if there are no times, or numbers. `attrs["name"]` is what the user c
 pandas is imported only when a table is read: the study reads arrays by `hdf5` alone.
 """
 
+from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from experiments.tables.reading import read_series
     from experiments.tables.series import from_frame, told
-    from experiments.tables.times import following, regular
+    from experiments.tables.times import following
     from experiments.tables.writing import forecast_frame, write
 
-__all__ = ["DataError", "following", "forecast_frame", "from_frame", "read_series", "regular", "told", "write"]
-_HOMES = {"read_series": "reading", "from_frame": "series", "told": "series", "following": "times", "regular": "times",
+__all__ = ["DataError", "Source", "following", "forecast_frame", "from_frame", "read_series", "told", "write"]
+_HOMES = {"read_series": "reading", "from_frame": "series", "told": "series", "following": "times",
           "forecast_frame": "writing", "write": "writing"}  # fmt: skip
 
 
 class DataError(ValueError):
     """A data file, or a series given by a user, that cannot be used."""
+
+
+class Source(NamedTuple):
+    """Where a table comes from, for messages: a file, or a user."""
+
+    name: str  # such as the path
+    place: Callable[[int], str] = "row {}".format  # of a row, counted from 0
+    has_names: bool = True
+    delimiter: str = ","  # between cells of text; where it is a comma, commas in numbers group digits
+
+    def error(self, problem: str, column: str | None = None, row: int | None = None) -> DataError:
+        """The error for a problem in the table, or in a column or a row of it."""
+        where = self.name if row is None else f"{self.name}, {self.place(row)}"
+        return DataError(f"{where if column is None else f'{where}, column {column!r}'}: {problem}")
 
 
 def __getattr__(name: str):

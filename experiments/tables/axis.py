@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pandas as pd
 
+from experiments.tables import Source
 from experiments.tables.cells import Column, is_text
 from experiments.tables.dates import CLOCK, dates_of, dates_of_numbers
-from experiments.tables.source import Source
 from experiments.tables.times import time_texts
 
 EQUAL_STEPS = 1e-6  # by how much the steps of a column without a telling name may differ, relative to their mean

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from experiments.tables.source import Source
+from experiments.tables import Source
 from experiments.tables.times import regular
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
@@ -72,9 +72,6 @@ def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
         raise source.error(f"holds {cell!r}, expected a date written like the first one, {first!r}", name, row)
     if re.fullmatch(r"\d{4}[-/]\d{2}", first):
         _refuse_seasons(cells.str[:4].astype(int), cells.str[5:].astype(int), first, name, source)
-    if len(orders) == 2:  # a number above 12 is no month; where it shows, the other order need not be parsed
-        large = (r"\d+\D(?:1[3-9]|[2-9]\d)", r"1[3-9]|[2-9]\d")
-        orders = [order for order, no in zip(orders, large, strict=True) if not cells.str.match(no).any()] or orders
     parsed = [_parsed(cells.str.replace(f"(?i:{form})", order, regex=True), name, source) for order in orders]
     readings = [found for found in parsed if not found.isna().any()]
     if not readings:

@@ -13,10 +13,9 @@ from typing import IO, Any
 
 import pandas as pd
 
-from experiments.tables import DataError
+from experiments.tables import DataError, Source
 from experiments.tables.hdf5 import arrays_in
 from experiments.tables.series import Wanted, assemble, from_frame
-from experiments.tables.source import Source
 from experiments.tables.text import read_cells, read_text, series_name
 
 MAX_BYTES = 2**28  # limit for what a packed file unpacks to

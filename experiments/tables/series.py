@@ -7,16 +7,17 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from experiments.tables import DataError
+from experiments.tables import DataError, Source
 from experiments.tables.axis import check_order, equal_steps, tells_time, time_axis
 from experiments.tables.cells import Column, as_text, column_of, decimal_mark, is_text
 from experiments.tables.dates import CLOCK, MONTH, is_date
-from experiments.tables.source import FILL, LEAVE_OUT, Source
 from experiments.tables.times import regular, time_texts
 
 MISSING = ("error", "interpolate", "keep")
 IDS = ("unique_id", "item_id", "id")  # as Nixtla, AutoGluon, Chronos and GluonTS call what tells series apart
 MOST_NAMES = 6  # that a line for users lists
+FILL = 'fill them with --missing interpolate (missing="interpolate")'
+LEAVE_OUT = "leave the column out, or name the others with --columns"
 
 
 class Wanted(NamedTuple):

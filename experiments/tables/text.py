@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.tables import DataError
+from experiments.tables import DataError, Source
 from experiments.tables.cells import MISSING_CELLS, STYLES
 from experiments.tables.dates import is_date
 from experiments.tables.series import Wanted, assemble
-from experiments.tables.source import Source
 
 DELIMITERS = "\t;,|"
 SAMPLE = 100  # rows that decide the delimiter

@@ -26,16 +26,14 @@ def following(index: pd.Index, steps: int) -> pd.Index:
         if (made[1:] <= index[-1]).any() or len(made) != steps + 1:
             raise OverflowError("the calendar ends")
         return pd.DatetimeIndex(made[1:], freq=None, name=index.name)
-    except (OverflowError, ValueError) as error:
+    except (ArithmeticError, ValueError) as error:
         raise DataError(
             f"{index.name!r} ends at {index[-1]}, too late for {steps} more times ({error}); forecast fewer steps"
         ) from error
 
 
 def regular(index: pd.Index) -> bool:
-    """True if the steps are equal: in time, or in the calendar (months, weekdays)."""
-    if isinstance(index, pd.RangeIndex):
-        return True
+    """True if the steps of times are equal: in time, or in the calendar (months, weekdays)."""
     if len(index) < 2:
         return False
     return _calendar(index)[1] if isinstance(index, pd.DatetimeIndex) else _number_step(index.to_numpy())[1]
@@ -58,10 +56,8 @@ def _next_numbers(values: np.ndarray, steps: int) -> np.ndarray:
     step = _number_step(values)[0]
     if isinstance(step, int):
         return np.array([int(values[-1]) + step * number for number in range(1, steps + 1)], np.int64)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="raise"):
         made = float(values[-1]) + step * np.arange(1, steps + 1)
-    if not np.isfinite(made).all():
-        raise OverflowError("the numbers are too large")
     places = int(np.clip(6 - np.floor(np.log10(step)), 0, 300))
     return np.array([round(float(one), places) for one in made])
 
