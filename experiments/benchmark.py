@@ -31,11 +31,7 @@ steps, AutoETS and AutoARIMA leave the season out.
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog=cli.called("experiments.benchmark"),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = cli.new_parser("experiments.benchmark", __doc__)
     p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
     cli.add_device(p, dtype=None)
     p.add_argument("--runs", type=cli.positive, default=5, help="runs of each measurement (default %(default)s)")

@@ -101,17 +101,16 @@ def table(result: dict) -> str:
     return "\n".join([*lines, "", outcome, "", *(f"{name}: {meaning}." for name, meaning in CONVENTIONS.items())])
 
 
-def work(args: argparse.Namespace) -> int:
-    """Count and print; the exit status."""
-    result = counts(args.model, args.batch, args.context, args.rank)
-    print(f"{args.model}, {args.batch} x {args.context} tokens, LoRA rank {args.rank}\n\n{table(result)}")
-    return 0
-
-
 def main() -> int:
     """Return the exit status, as `cli.exit_status` does."""
     args = parser().parse_args()
-    return cli.exit_status(lambda _: work(args))
+
+    def work(_) -> int:
+        result = counts(args.model, args.batch, args.context, args.rank)
+        print(f"{args.model}, {args.batch} x {args.context} tokens, LoRA rank {args.rank}\n\n{table(result)}")
+        return 0
+
+    return cli.exit_status(work)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ from experiments.storage.runfolder import only_writer
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog=cli.called("experiments.report"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = cli.new_parser("experiments.report", __doc__)
     p.add_argument("folder", type=Path, help="folder of a run, of a fine-tuning, or with several run folders")
     return p
 
@@ -33,13 +31,11 @@ def main() -> int:
 
     def work(_) -> int:
         with only_writer(folder):
-            if (folder / "plan.json").exists():
-                print(write_report(folder))
-                return 0
-            page, left_out = write_comparison(folder)
-            for name, reason in left_out.items():
-                print(f"left out: {name}: {reason}", file=sys.stderr)
-            print(page)
+            is_run = (folder / "plan.json").exists()
+            page, left_out = (write_report(folder), {}) if is_run else write_comparison(folder)
+        for name, reason in left_out.items():
+            print(f"left out: {name}: {reason}", file=sys.stderr)
+        print(page)
         return 0
 
     return cli.exit_status(work)

@@ -1,5 +1,6 @@
 """Compares runs with each other, with the published numbers and with the baselines, from the run folders alone."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,11 @@ def load_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
     if not runs:
         reasons = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
         raise RunError(f"{folder}: holds no plan.json, and no run folders to compare{reasons}")
-    for run in runs:
-        for (name, theirs), ours in zip(_compared(runs[0]).items(), _compared(run).values(), strict=True):
-            if theirs != ours:
-                raise RunError(
-                    f"{run.folder}: has {name} {ours}, {runs[0].folder} has {theirs}; compare runs that agree"
-                )
+    first, *others = runs
+    for run, name in product(others, _compared(first)):
+        ours, theirs = _compared(run)[name], _compared(first)[name]
+        if ours != theirs:
+            raise RunError(f"{run.folder}: has {name} {ours}, {first.folder} has {theirs}; compare runs that agree")
     return runs, left_out
 
 

@@ -54,8 +54,8 @@ def _at(value: Any, path: str) -> Any:
             value = value.get(name)
         elif isinstance(value, list | tuple | np.ndarray):
             value = dict(enumerate(value)).get(int(name))
-        elif value is not None:
-            value = getattr(value, name)
+        else:
+            value = getattr(value, name, None)
     return value
 
 
@@ -63,8 +63,9 @@ def published_mse() -> Rows:
     """What the study published, for the columns MSE."""
     parts = {"val": published.VALIDATION, "test": published.TEST}
     found: dict[str, dict] = {f"published: {name}": {} for name in published.VALIDATION}
-    for split, (name, (mse, *_)) in ((split, one) for split, part in parts.items() for one in part.items()):
-        found[f"published: {name}"][split] = {"first": {"mse": mse}}
+    for split, part in parts.items():
+        for name, (mse, *_) in part.items():
+            found[f"published: {name}"][split] = {"first": {"mse": mse}}
     return found
 
 
@@ -80,9 +81,8 @@ def by_split(run: Run, incomplete: bool = False) -> dict[str, Metrics]:
 
 def long_errors(run: Run) -> dict[str, Errors]:
     """The test errors of the baselines and the judged experiments over the long horizon, where they are known."""
-    tests = {name: by_split["test"] for name, by_split in run.baselines.items()}
-    tests |= {name: experiment.metrics["test"] for name, experiment in run.judged.items()}
-    long = {name: scores.long or scores.all for name, scores in tests.items()}
+    scores = run.baselines | {name: experiment.metrics for name, experiment in run.judged.items()}
+    long = {name: by_split["test"].long or by_split["test"].all for name, by_split in scores.items()}
     return {name: errors for name, errors in long.items() if errors.mse_by_horizon}
 
 
@@ -126,22 +126,16 @@ def cost_columns(conventions: Mapping, flops: Callable, seconds: Callable = dura
 
 def compute(run: Run) -> Rows:
     """The costs of a run, and its sums by section with those that the study published for the same experiments."""
-    rows = costs(run.experiments)
+    rows: dict[str, Any] = dict(run.experiments)
+    texts = [one for one in run.trained().values() if one.section != "numbers"]
     sections = {experiment.section for experiment in run.plan.identity.experiments}
     for section, (title, theirs) in published.SECTIONS.items():
         if section in sections or section == "all":
-            parts = [
-                one for one in run.trained().values() if section in (one.section, "all") and one.section != "numbers"
-            ]
+            parts = [one for one in texts if section in (one.section, "all")]
             sums = {name: sum(each.flops[name] for each in parts) for name in run.plan.conventions}
             is_comparable = section in sections or sections >= published.SECTIONS.keys() - {"all"}
             rows[f"{title}: sum"] = {"flops": sums, "published": 10**theirs if is_comparable else None}
     return rows
-
-
-def costs(experiments: Mapping[str, Result]) -> dict[str, dict]:
-    """The costs of experiments, for `cost_columns`."""
-    return {name: vars(experiment) for name, experiment in experiments.items()}
 
 
 def compared(run: Run, names: list[str]) -> Rows:
@@ -240,4 +234,4 @@ def by_horizon(run: Run, path: Path) -> None:
     for name in sorted(found, key=lambda name: name in run.baselines):  # ours first
         curve = np.array(found[name].mse_by_horizon, dtype=float)
         lines[name] = (1 + np.arange(len(curve)), curve, figures.DASHED if name in run.baselines else {})
-    figures.curves(lines, path, "forecast step", "MSE (scaled units)", log=True)
+    figures.curves(lines, "forecast step", "MSE (scaled units)", log=True, path=path)

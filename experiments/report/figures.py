@@ -63,7 +63,7 @@ def _write(figure: Figure, path: Path) -> None:
 
 
 @rc_context(STYLE)
-def curves(lines: Mapping[str, tuple], path: Path, x: str, y: str, log: bool = False) -> None:
+def curves(lines: Mapping[str, tuple], x: str, y: str, log: bool = False, *, path: Path) -> None:
     """Draw lines (steps, values) or (steps, values, style) by label; NaN leaves a gap.
 
     x and y: what the axes show; log: on a logarithmic scale.
@@ -97,12 +97,7 @@ def losses(trainings: Mapping[str, Sequence[float]], best: str | None = None, *,
         means = smoothed(each)  # each at the middle of its steps
         middles = np.arange(len(means)) + (len(each) - len(means)) / 2
         lines[label] = (middles, means, PALE if best not in (label, None) else {})
-    curves(lines, path, "optimizer step", what)
-
-
-def by_token(losses: Sequence[float], path: Path) -> None:
-    """Draw the cross-entropy of each target token; NaN leaves a gap."""
-    curves({"": (range(len(losses)), losses)}, path, "prediction step (token)", "cross-entropy (nats)")
+    curves(lines, "optimizer step", what, path=path)
 
 
 def checks(steps: Sequence[float], losses: Sequence[float], path: Path) -> None:
@@ -110,7 +105,7 @@ def checks(steps: Sequence[float], losses: Sequence[float], path: Path) -> None:
     best = int(np.argmin(losses))
     kept = ([steps[best]], [losses[best]], {"markersize": 7})
     lines = {"validation forecasts": (steps, losses), "the adapter that is kept": kept}
-    curves(lines, path, "optimizer steps done", "held-out loss (nats per value)")
+    curves(lines, "optimizer steps done", "held-out loss (nats per value)", path=path)
 
 
 @rc_context(STYLE)
