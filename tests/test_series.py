@@ -72,6 +72,9 @@ def test_a_failing_method_gives_the_naive_forecast_and_means_are_geometric(capsy
     found = series.summary(rows)
     assert found["relative MASE"].to_dict() == pytest.approx({series.NAIVE: 1, "ours": 1, "far": 4})
     assert (found["seconds"] > 0).all()
+    mean, (low, high) = series.means(rows, "MASE")["far"]
+    assert low < mean < high
+    assert (mean, low * high) == pytest.approx((4, 16))  # even on the scale of logarithms
 
 
 def test_sets_are_found_in_the_tables(monkeypatch):
@@ -116,4 +119,4 @@ def test_the_command_writes_tables_and_a_picture(monkeypatch, capsys, tmp_path):
     assert set(found.index) == {series.OURS, *series.CLASSICAL}
     assert (found.loc[series.NAIVE, ["relative MASE", "relative WQL"]] == 1).all()
     assert found.loc[series.OURS, "relative WQL"] < 1
-    assert (tmp_path / "scores.png").stat().st_size > 5000
+    assert all((tmp_path / f"{score}.png").stat().st_size > 5000 for score in ("MASE", "WQL"))

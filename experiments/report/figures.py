@@ -162,7 +162,12 @@ def fan(
 
 
 @rc_context(STYLE)
-def errors(values: Mapping[str, tuple[float, Sequence[float] | None]], ours: set[str], path: Path) -> None:
+def errors(
+    values: Mapping[str, tuple[float, Sequence[float] | None]],
+    ours: set[str],
+    path: Path,
+    x: str = "mean squared error (scaled units)",
+) -> None:
     """Draw an error with its interval for each method, on a logarithmic axis, the largest on top; `ours` in colour."""
     ordered = sorted(values, key=lambda name: values[name][0])
     figure = Figure(figsize=(7.5, 0.6 + 0.32 * len(ordered)))
@@ -174,37 +179,9 @@ def errors(values: Mapping[str, tuple[float, Sequence[float] | None]], ours: set
             axes.plot(interval, [row, row], color=color, linewidth=2.5, alpha=0.6, solid_capstyle="round")
         axes.plot(error, row, "o", color=color, markersize=7)
         axes.annotate(f"{error:.2g}", (error, row), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7)
-    axes.set(xscale="log", xlabel="mean squared error (scaled units)", ylim=(-0.6, len(ordered) - 0.2))
+    axes.set(xscale="log", xlabel=x, ylim=(-0.6, len(ordered) - 0.2))
     axes.set_yticks(range(len(ordered)), ordered)
     _save(figure, path)
-
-
-@rc_context(STYLE)
-def relative(ratios: Mapping[str, Any], ours: str, path: Path) -> None:
-    """Draw errors relative to a method whose ratios are 1: a panel for each score, a row for each method.
-
-    ratios: by score, a DataFrame with a column for each method, the best first, and a row for each set. A pale dot is a
-    set, a large one the geometric mean; `ours` is in colour.
-    """
-    names = list(next(iter(ratios.values())))
-    figure = Figure(figsize=(9, 1.2 + 0.4 * len(names)))
-    panels = figure.subplots(1, len(ratios), sharey=True, squeeze=False)[0]
-    for panel, (score, table) in zip(panels, ratios.items(), strict=True):
-        for row, name in enumerate(names):
-            color, each = PREY if name == ours else "#8c8c8c", table[name].dropna()
-            panel.plot(each, np.full(len(each), row), "o", color=color, markersize=3, alpha=0.35, markeredgewidth=0)
-            mean = np.exp(np.log(each).mean())
-            panel.plot(mean, row, "o", color=color, markersize=8, markeredgecolor="white")
-            panel.annotate(
-                f"{mean:.2f}", (mean, row), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8
-            )
-        panel.axvline(1, color=TEXT, linewidth=1, linestyle="--")
-        panel.set(xscale="log", xlabel=f"relative {score}", ylim=(len(names) - 0.4, -0.8))
-        panel.minorticks_off()
-        panel.set_xticks((0.25, 0.5, 1, 2, 4), ("1/4", "1/2", "1", "2", "4"))
-    panels[0].set_yticks(range(len(names)), names)
-    figure.tight_layout()
-    _write(figure, path)
 
 
 @rc_context(STYLE)
