@@ -74,8 +74,7 @@ def _along(out: Tensor, dim: int, price: Callable[[int], int]) -> int:
 
 
 PRICES: dict[str, Callable[..., int]] = {  # the FLOPs as a function of the operator's arguments and its result
-    "mm": lambda args, _: _matmul(*args[:2]),
-    "bmm": lambda args, _: _matmul(*args[:2]),
+    **dict.fromkeys(("mm", "bmm"), lambda args, _: _matmul(*args[:2])),
     "addmm": lambda args, out: _matmul(*args[1:3]) + out.numel() * ADD,
     "pow": _pow,
     "sum": _sum,
@@ -85,9 +84,7 @@ PRICES: dict[str, Callable[..., int]] = {  # the FLOPs as a function of the oper
     "_softmax_backward_data": lambda args, out: _along(out, args[2], p.softmax_backward),
     "_linear_pointwise": _packed_linear,
     # sums into the places of an index: each number is added to its element
-    "index_add": lambda args, _: args[3].numel() * ADD,
-    "index_add_": lambda args, _: args[3].numel() * ADD,
-    "scatter_add_": lambda args, _: args[3].numel() * ADD,
+    **dict.fromkeys(("index_add", "index_add_", "scatter_add_"), lambda args, _: args[3].numel() * ADD),
     "index_put": lambda args, _: args[2].numel() * ADD,
     "embedding_dense_backward": lambda args, _: args[0].numel() * ADD,
 }
