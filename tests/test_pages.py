@@ -25,7 +25,7 @@ def metrics_of(after: list[float], ar: list[float]) -> dict:
         for name, e in errors.items()
     }
     numbers = {"horizon": 2, "context": 73, "samples": 0, "steps": 2, "best_step": 2, "spent": 20, "budget": 99}
-    losses = {"held_out_before": 2.0, "held_out_after": 1.0, "unit": "nats per value"}
+    losses = {"held_out_before": 2.0, "held_out_after": 1.0, "unit": "standard deviations"}
     return {"split": "all", "forecasts": len(after), "series": [*range(len(after))], "errors": each} | numbers | losses
 
 
@@ -78,6 +78,7 @@ def test_the_page_tells_which_forecasts_it_draws_and_what_the_model_read(folder,
     assert [title.rpartition(", ")[2] for title in titles] == ["forecast 1", "forecast 6", "forecast 10"]
     assert "US$ % AU$" in titles[0]  # no formula: `drawn` was written with these dollars
     assert text.count("![") == len(drawn) == 3
+    assert drawn[2].axes[0].get_ylabel() == "held-out loss (standard deviations)"
 
 
 def test_an_unfinished_fine_tuning_is_drawn_as_far_as_it_is(folder):

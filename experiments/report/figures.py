@@ -100,14 +100,6 @@ def losses(trainings: Mapping[str, Sequence[float]], best: str | None = None, *,
     curves(lines, "optimizer step", what, path=path)
 
 
-def checks(steps: Sequence[float], losses: Sequence[float], path: Path) -> None:
-    """Draw the held-out loss by the number of steps done, and mark the smallest."""
-    best = int(np.argmin(losses))
-    kept = ([steps[best]], [losses[best]], {"markersize": 7})
-    lines = {"validation forecasts": (steps, losses), "the adapter that is kept": kept}
-    curves(lines, "optimizer steps done", "held-out loss (nats per value)", path=path)
-
-
 @rc_context(STYLE)
 def fan(
     names: Sequence[str],
