@@ -23,8 +23,9 @@ def parser() -> argparse.ArgumentParser:
     verbs = p.add_subparsers(dest="verb", required=True)
     generate = verbs.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     generate.add_argument("prompt", help="the text to continue; - reads it from standard input")
-    generate.add_argument("--num-samples", type=cli.positive, default=1, help="so many continuations (default "
-                          "%(default)s)")  # fmt: skip
+    generate.add_argument(
+        "--num-samples", type=cli.positive, default=1, help="number of continuations (default %(default)s)"
+    )
     chat = verbs.add_parser("chat", help="chat with an instruct checkpoint", description="Chat, a line at a time.")
     chat.add_argument("--system", help="the system message (default: the checkpoint's)")
     for verb in (generate, chat):
@@ -34,8 +35,13 @@ def parser() -> argparse.ArgumentParser:
         add("--adapter", help="folder of a LoRA adapter in peft's format")
         cli.add_device(verb, dtype=None)
         add("--max-tokens", type=cli.positive, default=512, help="most tokens of an answer (default %(default)s)")
-        add("--temperature", type=float, default=0.7, help="0: always the likeliest token (default %(default)s)")
-        add("--top-k", type=cli.positive, default=20, help="draw among so many tokens (default %(default)s)")
+        add("--temperature", type=float, default=0.7, help="0: greedy decoding (default %(default)s)")
+        add(
+            "--top-k",
+            type=cli.positive,
+            default=20,
+            help="most tokens to draw among (default %(default)s)",
+        )
         add("--top-p", type=float, default=0.8, help="draw among the likeliest tokens that together have this "
             "probability (default %(default)s)")  # fmt: skip
         add("--repetition-penalty", type=float, default=1.1, help="more than 1: tokens that the text already has "
