@@ -106,10 +106,14 @@ def _numbers(name: str, steps: int, seed: int, **changes) -> Experiment:
 
 
 def numbers(seed: int) -> Plan:
-    """The decoder that reads values, for 1e12, 1e13 and 5e13 FLOPs: LoRA, all weights, and a new one."""
+    """The decoder that reads values: LoRA with three seeds, all weights, and a new one, for 1e12 to 5e13 FLOPs."""
     whole = {"rank": 0, "batch": 16}
     new = whole | {"reads": "numbers, from scratch"}
-    rows = [_numbers(f"numbers-{flops}", steps, seed) for flops, steps in (("1e12", 845), ("1e13", 8458))]
+    rows = [
+        _numbers(f"numbers-{flops}-seed{each}", steps, each)
+        for flops, steps in (("1e12", 845), ("1e13", 8458))
+        for each in range(seed, seed + 3)
+    ]
     for name, changes in (("whole", whole), ("scratch", new)):
         rows += [
             _numbers(f"{name}-{flops}", steps, seed, **changes) for flops, steps in (("1e12", 195), ("1e13", 1953))
