@@ -90,12 +90,12 @@ def quick(seed: int) -> Plan:
 
     Its final training has rank 8, and what ablations found to help.
     """
-    grid = [Training(rank, rate, 768, 15, seed=seed) for rank, rate in product((2, 4, 8), (1e-3, 2e-3, 5e-3))]
+    grid = [Training(rank, rate, 768, 10, seed=seed) for rank, rate in product((2, 4, 8), (1e-3, 2e-3, 5e-3))]
     final = Training(
-        8, None, None, 180, stride=10, seed=seed + 2, numeric_head=True, targets=LINEAR, whole_windows=True,
+        8, None, None, 100, stride=10, seed=seed + 2, numeric_head=True, targets=LINEAR, whole_windows=True,
         cosine=True, alpha=32, clip=1.0,
     )  # fmt: skip
-    chain = _chain("quick", Training(4, 1e-3, 512, 10, seed=seed), grid, [128, 512, 768], 15, final)
+    chain = _chain("quick", Training(4, 1e-3, 512, 10, seed=seed), grid, [128, 512, 768], 10, final)
     return replace(chain, experiments=(*chain.experiments, _numbers("numbers", 845, seed)), chosen_on=50)
 
 
