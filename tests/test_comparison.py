@@ -50,24 +50,27 @@ def test_the_comparison_matches_its_runs_and_names_what_it_leaves_out(results, m
 
 def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(figures, "against_flops", lambda *given, path: drawn.setdefault(path.stem, given))
+    monkeypatch.setattr(
+        figures, "against_flops", lambda *given, convention, path: drawn.setdefault(path.stem, (*given, convention))
+    )
     shutil.copytree(results / "frontier", results / "zzz")
     write_comparison(results)
     path = results / "frontier" / "experiments" / "frontier"
-    flops = json.loads((path / "settings.json").read_text())["flops"]["published"]
+    flops = json.loads((path / "settings.json").read_text())["flops"]
     metrics = json.loads((path / "metrics.json").read_text())
     text = {"frontier", "frontier, mean of 20 samples", "trial", "zzz: frontier", "zzz: frontier, mean of 20 samples"}
     for split, part in (("val", "first"), ("val", "all"), ("test", "all")):
-        points, levels, hollow = drawn[f"{split}-{part}-by-flops"]
+        points, levels, hollow, convention = drawn[f"{split}-{part}-by-flops"]
+        assert convention == ("published" if part == "first" else "study")
         assert set(points) == text
         assert len(levels) == 7  # six baselines and the untrained model
         errors = metrics[split]["mean_of_samples"][part]
         bar = errors["mse_interval"] if part == "all" else []
-        assert points["frontier, mean of 20 samples"] == (flops, errors["mse_filled"], *bar)
+        assert points["frontier, mean of 20 samples"] == (flops[convention], errors["mse_filled"], *bar)
         assert len(hollow) == (14 if part == "first" else 0)
     hollow = drawn["val-first-by-flops"][2]
-    assert hollow["published: grid-r8-lr0.0001"] == (10**15.68, 0.0071)
-    assert hollow["published: final"] == (10**16.35, 0.0021)
+    assert hollow["grid-r8-lr0.0001"] == (10**15.68, 0.0071)
+    assert hollow["final"] == (10**16.35, 0.0021)
 
 
 def test_runs_on_other_sequences_are_not_compared(results):

@@ -230,7 +230,7 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, tmp
     assert "of 5.000e+09 FLOPs spent in" in lines[-3]
     assert lines[-2] == "adapter: mine/adapter; results: mine/report.html"
     page = (tmp_path / "mine" / "report.html").read_text()
-    assert ">Forecasting s0 and 5 more series</h1>" in page
+    assert ">Run mine: a fine-tuning on s0 and 5 more series</h1>" in page
     before = (tmp_path / "mine" / "report.md").read_bytes()
     again = command(*files, *few, "--budget", "5e9")[1].splitlines()
     assert again[3:] == ["continuing mine", *lines[3:]]

@@ -3,15 +3,18 @@
 import json
 import re
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.text import Text
 
 from experiments.report import figures, write_report
 from experiments.report.finetuned import Metrics, verdict
-from experiments.report.words import markdown
+from experiments.report.words import markdown, number
 from experiments.storage.files import RunError
 from experiments.storage.records import build
 
@@ -59,7 +62,7 @@ def test_a_name_is_text_on_both_pages_whatever_it_contains(folder):
     Reader().feed(page.read_text())
     assert heads == [f"MAE, {NAME}"]
     lines = page.with_suffix(".md").read_text().splitlines()
-    assert lines[0] == f"# Forecasting {markdown(NAME)}"
+    assert lines[0] == f"# Run {folder.name}: a fine-tuning on {markdown(NAME)}"
     table = [line for line in lines if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {4}  # name, RMSE and one variable
     written = next(line for line in table if "MAE" in line)
@@ -74,9 +77,8 @@ def test_the_page_tells_which_forecasts_it_draws_and_what_the_model_read(folder,
     monkeypatch.setattr(figures, "_write", lambda figure, path: (drawn.append(figure), plain(figure, path)))
     text = write_report(folder).with_suffix(".md").read_text()
     assert "reads up to 37 time steps" in text
-    titles = [axes.get_title() for axes in drawn[0].axes]
-    assert [title.rpartition(", ")[2] for title in titles] == ["forecast 1", "forecast 6", "forecast 10"]
-    assert "US$ % AU$" in titles[0]  # no formula: `drawn` was written with these dollars
+    assert [axes.get_title() for axes in drawn[0].axes] == ["forecast 1", "forecast 6", "forecast 10"]
+    assert "US$ % AU$" in drawn[0].axes[0].get_ylabel()  # no formula: `drawn` was written with these dollars
     assert text.count("![") == len(drawn) == 3
     assert drawn[2].axes[0].get_ylabel() == "held-out loss (standard deviations)"
 
@@ -85,7 +87,7 @@ def test_an_unfinished_fine_tuning_is_drawn_as_far_as_it_is(folder):
     (folder / "metrics.json").unlink()
     settings = dict(matplotlib.rcParams)
     text = write_report(folder).with_suffix(".md").read_text()
-    assert "Not finished: 2 steps trained, which cost 2.000e+01 FLOPs." in text
+    assert "Not finished: 2 steps trained, which cost 20 FLOPs." in text
     assert text.count("![") == 2
     assert dict(matplotlib.rcParams) == settings
     for name in ("losses.csv", "held_out.csv", "ledger.jsonl", "forecasts.jsonl"):
@@ -134,22 +136,60 @@ def drawn(monkeypatch):
 
 
 def test_an_error_of_0_is_left_out_of_a_logarithmic_axis_whose_numbers_are_no_formulas(drawn):
-    figures.against_flops({"exact": (1.0, 0.0), "near": (2.0, 0.1)}, {"level": 0.2}, path=Path("errors.png"))
+    points = {"exact": (1e15, 0.0), "near": (2e15, 0.1), "far": (2e17, 0.0005)}
+    figures.against_flops(points, {"level": 0.2, "zero": 0.0}, convention="study", path=Path("errors.png"))
     axes = drawn[0].axes[0]
-    assert [text.get_text() for text in axes.texts] == ["near"]
-    labels = [label.get_text() for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels(which="both")]
-    assert any(labels)
-    assert not any("$" in label for label in labels)
+    assert {text.get_text() for text in axes.texts} == {"near", "far", "level"}
+    assert axes.get_xlabel() == "training FLOPs (convention: study)"
+    labels = {label.get_text() for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels(which="both")}
+    assert {"1e15", "1e16", "0.001", "0.1"} < labels
+    assert not any("$" in label or "+" in label for label in labels)
 
 
 def test_names_in_a_figure_do_not_cover_each_other_and_stay_inside(drawn):
     points = {f"one of twenty {i}": (1e10 * (1 + i / 1000), 0.1 * (1 + i / 100)) for i in range(20)}
     ends = {"first": (1e8, 0.5), "last": (1e13, 0.01)}
-    figures.against_flops(points | ends, {"level": 0.3}, path=Path("errors.png"))
+    levels = {f"level {i}": 0.3 + i / 1000 for i in range(5)}
+    figures.against_flops(points | ends, levels, convention="study", path=Path("errors.png"))
+    drawn[0].draw_without_rendering()
     axes = drawn[0].axes[0]
-    names = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    names = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}  # without the line to a level
+    beside = [names.pop(name) for name in levels]
+    assert not any(one.overlaps(other) for i, one in enumerate(beside) for other in beside[:i])
+    assert all(axes.bbox.x1 < box.x0 and box.x1 < drawn[0].bbox.x1 for box in beside)
     assert {"first", "last", "one of twenty 0"} <= set(names)
     assert 4 < len(names) < 22
     boxes = list(names.values())
     assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
     assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box.p0, box.p1))
+
+
+def test_a_forecast_picture_names_its_axes_and_marks_the_judged_steps(drawn):
+    past, following = np.ones((70, 2)), np.ones((30, 2))
+    arguments = (["prey", "predator"], [past], [following], None, Path("first.png"), ["one"], [following])
+    figures.fan(*arguments, judged=10)
+    for axes, name in zip(drawn[0].axes, ("prey", "predator"), strict=True):
+        assert axes.get_ylabel() == name
+        assert [(patch.get_x(), patch.get_width()) for patch in axes.patches] == [(69, 10)]
+    figures.fan(*arguments)
+    assert not drawn[1].axes[0].patches
+
+
+def test_colours_stand_out_from_the_paper_and_from_each_other_without_red_or_green():
+    rgb = {name: np.array(to_rgb(getattr(figures, name))) for name in ("OURS", "PREDATOR", "GREY", "TEXT")}
+    linear = {name: np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for name, c in rgb.items()}
+    light = {name: c @ [0.2126, 0.7152, 0.0722] for name, c in linear.items()}
+    assert min(1.05 / (each + 0.05) for each in light.values()) > 3  # contrast on white
+    deuteranopia = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])  # Machado 2009, sRGB
+    seen = {name: np.cbrt(xyz @ np.clip(deuteranopia @ c, 0, 1) / xyz.sum(1)) for name, c in linear.items()}
+    lab = {name: np.array([116 * y, 500 * (x - y), 200 * (y - z)]) for name, (x, y, z) in seen.items()}
+    assert min(np.linalg.norm(lab[a] - lab[b]) for a, b in combinations(lab, 2)) > 10
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (0.0, "0.0000"), (0.46689, "0.4669"), (0.001, "0.0010"), (0.00034, "0.00034"), (1.04e-4, "0.00010"),
+    (9.99e-5, "0.00010"), (2.43e-5, "0.000024"), (3e-9, "3.0e-09"), (None, "-"), (float("nan"), "-"),
+])  # fmt: skip
+def test_a_number_is_written_without_an_exponent_unless_it_is_tiny(value, text):
+    assert number(value) == text

@@ -29,7 +29,7 @@ def write_report(folder: Path) -> Path:
     else:
         run = load_run(folder)
         data = "predators and prey" if run.plan.data.startswith("simulated") else Path(run.plan.data).stem
-        title = f"Forecasting {data}: plan {run.plan.identity.plan}"
+        title = f"Run {folder.resolve().name}: forecasts of {data}"
         write_pages(pages, "run", title=title, verdict=verdict(run), run=run)
     return pages[-1]
 
@@ -60,7 +60,9 @@ def _environment(suffix: str) -> Environment:
         lstrip_blocks=True,
     )
     environment.globals |= {"contents": contents, "figures": figures, "words": words}
-    environment.filters |= {one.__name__: one for one in (words.counted, words.markdown, words.number, words.percent)}
+    environment.filters |= {
+        one.__name__: one for one in (words.counted, words.flops, words.markdown, words.number, words.percent)
+    }
     environment.filters["base64"] = lambda path: b64encode(path.read_bytes()).decode()
     return environment
 
@@ -74,16 +76,17 @@ def verdict(run: Run) -> str | None:
     best = min(run.baselines, key=lambda one: run.baselines[one]["test"].all.mse_filled)
     theirs = run.baselines[best]["test"]
     subject = f"{name[0].upper()}{name[1:]}" + ("," if "," in name else "")
+    beaten = sum(ours.all.mse_filled < scores["test"].all.mse_filled for scores in run.baselines.values())
     text = (
-        f"{subject} has a mean squared error of {words.with_interval(ours.all.mse, ours.all.mse_interval)} on "
-        f"{ours.all.sequences} test sequences. The best baseline, {best}, has "
-        f"{words.with_interval(theirs.all.mse, theirs.all.mse_interval)}."
+        f"{subject} has a smaller test error than {beaten} of {words.counted(len(run.baselines), 'baseline')}. "
+        f"Its mean squared error on {ours.all.sequences} sequences is {words.number(ours.all.mse)}. "
+        f"The best baseline, {best}, has {words.number(theirs.all.mse)}."
     )
     pair = paired(ours.mse_each or [], theirs.mse_each or [], ROUNDING_MSE)
     if pair and (interval := pair["ratio_interval"]):
         text += (
             f" Sequence by sequence, in the geometric mean, the error is {words.factor(pair['ratio'])} times "
-            f"{words.bracket(interval, words.factor)} that of the baseline."
+            f"({words.factor(interval[0])} to {words.factor(interval[1])}) that of the baseline."
         )
         if (pair["ratio"] < 1) != (pair["difference"] < 0):
             text += " The two means disagree: a few sequences with large errors decide the first one."

@@ -14,14 +14,15 @@ from experiments.forecasting.scores import BAND, QUANTILES, ROUNDING_MSE, paired
 from experiments.report import figures, published
 from experiments.report.results import SPLITS, Result, Run, methods_of
 from experiments.report.words import NO_VALUE, bracket, cell, duration, number, percent
+from experiments.study.plans import HORIZON
 from experiments.study.records import Errors, Metrics, Scores
 from experiments.training.settings import Training
 
 Rows = Mapping[str, Any]
 Columns = Mapping[str, str | tuple[str, Callable[[Any], str]]]  # by title: the path of the value, and what writes it
 
-PARTS = {"first ten": "first.mse", "all": "all.mse", "interval": "all.mse_interval", "median": "all.mse_median"}
-MSE = {f"{split}, {title}": f"{split}.{path}" for split, (title, path) in product(SPLITS, PARTS.items())}
+PARTS = {"all": "all.mse", "interval": "all.mse_interval", "median": "all.mse_median", "first ten": "first.mse"}
+MSE = {f"{split}, {title}": f"{split}.{path}" for split, (title, path) in product(SPLITS[::-1], PARTS.items())}
 SAMPLES = {
     "samples": "samples",
     "CRPS": "crps",
@@ -69,6 +70,17 @@ def published_mse() -> Rows:
     return found
 
 
+def ranked(run: Run) -> Rows:
+    """The scores of all methods: the smallest test error first, then those of validation alone."""
+    methods = run.baselines | methods_of(run.experiments)
+
+    def order(name: str) -> list[float]:
+        errors = (_at(methods[name], f"{split}.all.mse_filled") for split in SPLITS[::-1])
+        return [np.inf if error is None else error for error in errors]
+
+    return {name: methods[name] for name in sorted(methods, key=order)}
+
+
 def by_split(run: Run, incomplete: bool = False) -> dict[str, Metrics]:
     """The metrics of each experiment and split; incomplete: only where the model left out values or tokens."""
     return {
@@ -110,9 +122,9 @@ def against_columns() -> Columns:
     signed, relative = "{:+.4f}".format, "{:.3g}".format
     return {
         "difference of MSE": ("difference", signed),
-        "its 95 % interval": ("interval", lambda interval: bracket(interval, signed)),
+        "its interval, often too narrow": ("interval", lambda interval: bracket(interval, signed)),
         "ratio of geometric mean MSE": ("ratio", relative),
-        "95 % interval of the ratio": ("ratio_interval", lambda interval: bracket(interval, relative)),
+        "its 95 % interval": ("ratio_interval", lambda interval: bracket(interval, relative)),
         "sequences where it is better": ("better", lambda share: percent(share, 0)),
     }
 
@@ -183,7 +195,7 @@ def by_flops(
     """Draw the errors on a part of a split ("first" or "all") against the FLOPs of each training, as
     `figures.against_flops`; baselines and untrained models are levels.
     """
-    levels = {f"{name} (baseline)": getattr(scores[split], part).mse for name, scores in baselines.items()}
+    levels = {name: getattr(scores[split], part).mse for name, scores in baselines.items()}
     points = {}
     for each, experiment in experiments.items():
         for name, scores in methods_of({each: experiment}).items():
@@ -195,8 +207,8 @@ def by_flops(
                 points[name] = (experiment.flops[convention], errors.mse_filled, *interval)
             elif errors:
                 levels[name] = errors.mse_filled
-    theirs = {f"published: {name}": (10**flops, mse) for name, (mse, _, flops) in published.VALIDATION.items() if flops}
-    figures.against_flops(points, levels, theirs if with_published else {}, path=path)
+    theirs = {name: (10**flops, mse) for name, (mse, _, flops) in published.VALIDATION.items() if flops}
+    figures.against_flops(points, levels, theirs if with_published else {}, convention=convention, path=path)
 
 
 def bands(run: Run, name: str, split: str, rows: Sequence[int]) -> np.ndarray | None:
@@ -217,6 +229,7 @@ def sequences(run: Run, name: str, split: str, rows: Sequence[int], steps: int |
         path,
         [f"sequence {row}, MSE {number(line.mse)}" for row, line in zip(rows, lines, strict=True)],
         [line.truth[:steps] for line in lines],
+        judged=HORIZON,
     )
 
 
@@ -228,10 +241,9 @@ def errors(run: Run, path: Path) -> None:
 
 
 def by_horizon(run: Run, path: Path) -> None:
-    """Draw the test error at each forecast step; baselines are dashed."""
-    found = long_errors(run)
+    """Draw the test error at each forecast step; baselines are grey."""
     lines = {}
-    for name in sorted(found, key=lambda name: name in run.baselines):  # ours first
-        curve = np.array(found[name].mse_by_horizon, dtype=float)
-        lines[name] = (1 + np.arange(len(curve)), curve, figures.DASHED if name in run.baselines else {})
+    for name, errors in long_errors(run).items():
+        curve = np.array(errors.mse_by_horizon, dtype=float)
+        lines[name] = (1 + np.arange(len(curve)), curve, figures.OTHER if name in run.baselines else {"linestyle": "-"})
     figures.curves(lines, "forecast step", "MSE (scaled units)", log=True, path=path)

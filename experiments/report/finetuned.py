@@ -106,13 +106,13 @@ def page(folder: Path) -> dict[str, Any]:
     losses, checks = folder / "losses.csv", folder / "held_out.csv"
     errors = {METHODS.get(name, name): error for name, error in metrics.errors.items()} if metrics else {}
     return {
-        "title": f"Forecasting {plan.title}",
+        "title": f"Run {folder.resolve().name}: a fine-tuning on {plan.title}",
         "verdict": verdict(metrics) if metrics else None,
         "draw_forecasts": draw_forecasts,
         "lines": lines,
         "plan": plan,
         "metrics": metrics,
-        "columns": {"RMSE": "rmse", "95 % interval": "interval"}
+        "columns": {"RMSE": "rmse", "interval": "interval"}
         | {f"MAE, {name}": f"mae.{i}" for i, name in enumerate(variables)},
         "errors": dict(sorted(errors.items(), key=lambda named: named[1].rmse)),
         "losses": read_losses(losses, metrics.steps if metrics else len(ledger)) if metrics or losses.exists() else [],

@@ -10,10 +10,13 @@ NO_VALUE = "-"  # a cell without a value
 
 
 def number(value: float | None) -> str:
-    """The value with four decimals, or with two digits and an exponent if it is too small; `-` for None and NaN."""
+    """The value with four decimals, or with two digits if it is small; `-` for None and NaN."""
     if value is None or math.isnan(value):
         return NO_VALUE
-    return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"
+    if value >= 0.001 or value == 0:
+        return f"{value:.4f}"
+    exponential = f"{value:.1e}"
+    return f"{value:.{1 - int(exponential[-3:])}f}" if value >= 1e-6 else exponential
 
 
 def factor(value: float) -> str:
@@ -24,6 +27,11 @@ def factor(value: float) -> str:
 def percent(share: float | None, decimals: int = 1) -> str:
     """A share: `74.2 %`."""
     return NO_VALUE if share is None else f"{100 * share:.{decimals}f} %"
+
+
+def flops(count: float) -> str:
+    """FLOPs as people write them: `2.36e15`, `1e17`."""
+    return f"{count:.3g}".replace("e+", "e")
 
 
 def log10(flops: float) -> str:
@@ -42,11 +50,6 @@ def duration(seconds: float) -> str:
 def bracket(interval: Sequence[float] | None, write: Callable[[float], str] = number) -> str:
     """An interval: `[0.1000, 0.2000]`."""
     return f"[{write(interval[0])}, {write(interval[1])}]" if interval else NO_VALUE
-
-
-def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
-    """A value and, if it is known, its interval: `0.1500 [0.1000, 0.2000]`."""
-    return f"{number(value)} {bracket(interval)}" if interval else number(value)
 
 
 def counted(number_of: int, noun: str) -> str:
