@@ -1,5 +1,6 @@
-"""The walkthrough runs from top to bottom, and its committed outputs come from such a run."""
+"""The walkthrough runs from top to bottom, its answers are right, and its committed outputs come from such a run."""
 
+import os
 import re
 from pathlib import Path
 
@@ -15,18 +16,30 @@ def notebook():
     return nbformat.read(NOTEBOOK, as_version=4)
 
 
+def pictures(cell) -> list:
+    """The outputs of a cell that are pictures."""
+    return [output for output in cell.outputs if "image/png" in output.get("data", {})]
+
+
 def outputs(cell) -> str:
     """The text that a cell printed, and a word for each picture that it shows."""
-    printed = "".join(output.get("text", "") for output in cell.outputs)
-    return printed + "picture " * sum("image/png" in output.get("data", {}) for output in cell.outputs)
+    return "".join(output.get("text", "") for output in cell.outputs) + "picture " * len(pictures(cell))
 
 
-def test_it_runs_from_top_to_bottom(notebook):
-    committed = [outputs(cell) for cell in notebook.cells if cell.cell_type == "code"]
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
-    found = [outputs(cell) for cell in notebook.cells if cell.cell_type == "code"]
+def test_it_runs_in_an_empty_folder_with_its_answers(notebook, tmp_path):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    committed = [outputs(cell) for cell in code]
+    assert committed[-1].splitlines() == ["one not yet", "two not yet", "three not yet"]
+    (blanks,) = [cell for cell in code if cell.source.startswith("one = None\n")]
+    blanks.source = "\n".join(re.findall(r"^```python\n(.*?)^```", notebook.cells[-1].source, re.DOTALL | re.MULTILINE))
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=os.environ | {"PYTHONPATH": str(NOTEBOOK.parent)})
+    found = [outputs(cell) for cell in code]
+    assert found[-1].splitlines() == ["one right", "two right", "three right"]
     assert [text.count("picture ") for text in found] == [text.count("picture ") for text in committed]
     assert [bool(text) for text in found] == [bool(text) for text in committed]
+    assert not any("False" in text for text in found)  # what is written by hand gives what the project's code gives
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_its_outputs_are_committed_and_name_no_machine(notebook):
@@ -34,7 +47,17 @@ def test_its_outputs_are_committed_and_name_no_machine(notebook):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert sum("picture" in outputs(cell) for cell in code) >= 10
     for cell in code:
+        assert "False" not in outputs(cell)
         for output in cell.outputs:
             assert output.output_type in ("stream", "display_data")
             assert output.get("name") != "stderr"
             assert not re.search(r"/(?:root|home|tmp|usr|work|Users)/", output.get("text", ""))
+
+
+def test_it_is_a_small_file_that_stands_alone_and_describes_its_pictures(notebook):
+    assert NOTEBOOK.stat().st_size < 500_000
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)]*)\)", cell.source))
+        else:
+            assert all(len(picture.metadata["image/png"]["alt"]) > 20 for picture in pictures(cell))
