@@ -19,7 +19,6 @@ from experiments.storage.files import write_whole
 # the predators, where they share a picture with the prey
 OURS = PREY = "#1f6fb4"
 PREDATOR, GREY, TEXT, GRID = "#d1602b", "#767676", "#333333", "#dddddd"
-CURVES = (OURS, PREDATOR, GREY) * 3  # by number, for pictures outside of this module
 LINES = ("-", "--", "-.", ":")
 WIDTH = 5  # inches: on a phone's 360 pixels the letters have 8 to 10
 MAX_SERIES, MAX_COLUMNS = 5, 3  # per figure
