@@ -134,13 +134,19 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def drawn(config: QwenConfig) -> Tensor:
+    """Standard normal numbers (V, C), as nn.Embedding draws them; on the meta device it would import a compiler."""
+    matrix = torch.empty(config.vocab_size, config.hidden_size)
+    return matrix if matrix.is_meta else matrix.normal_()
+
+
 class Decoder(nn.Module):
     """Token ids to hidden states: the part of the checkpoint whose names begin with `model.`"""
 
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(drawn(config), freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -192,7 +198,7 @@ class Head(nn.Module):
 
     def __init__(self, config: QwenConfig):
         super().__init__()
-        self.weight = nn.Parameter(0.02 * torch.randn(config.vocab_size, config.hidden_size))
+        self.weight = nn.Parameter(0.02 * drawn(config))
 
 
 class Qwen(nn.Module):
