@@ -1,10 +1,11 @@
 """Checks runs that are killed and runs that cannot write: the files they leave, and the files after a continuation.
 
     python -m tests.faults --kills 100
+    python -m tests.faults --kills 20 --processes 2 --refusals 0 --cuts 0
 
-Each run is a forked process on a plan that takes seconds, with a budget that the plan uses up exactly. After each fault
-no finished file differs from that of the undisturbed run, and the ledger contains each step that was taken. At the end
-all files are equal.
+Each run is a forked process on a plan that takes seconds, or several that share it, of which one is killed; it has a
+budget that the plan uses up exactly. After each fault no finished file differs from that of the undisturbed run, and
+the ledger contains each step that was taken. At the end all files are equal.
 """
 
 import argparse
@@ -14,25 +15,24 @@ import os
 import random
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from signal import SIGKILL
 
-import torch
 from safetensors.torch import load_file
 
-from experiments import run
 from experiments.report.build import write_report
 from experiments.storage.runfolder import LOCK_FILE, WRITER_FILE
-from experiments.study import data, evaluation, judging, plans
+from experiments.study import data, plans
 from experiments.training.settings import Training
-from tests import small_plan
+from tests import forks, small_plan
 
-SYSTEMS = 20  # 3 validation and 3 test trajectories
 FINAL = ("**/metrics.json", "**/losses.csv", "**/adapter/*", "**/forecasts.*.jsonl", "**/samples.*.jsonl", "*.jsonl",
          "*.json")  # fmt: skip
 CHANGING = ("status.json", "ledger.jsonl", "seconds.json")  # these grow, or contain a time or the budget
@@ -50,32 +50,11 @@ def plan(seed: int) -> plans.Plan:
     return plans._chain("quick", trial, [cell], [96], 3, Training(None, None, None, 5, seed=seed + 2))
 
 
-def child(folder: Path, source: Path, budget: int, log: Path, prepare=lambda: None) -> int:
-    """Start a process that runs or continues the small plan in a folder; return its id."""
-    if pid := os.fork():
-        return pid
-    status = 70
-    try:
-        torch.set_num_threads(1)
-        small_plan.install()
-        plans.PLANS["quick"] = plan
-        evaluation.BATCH = judging.BATCH = 2
-        judging.LONG_HORIZON = 12
-        with log.open("ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        prepare()
-        options = ["--data", source, "--out", folder, "--budget", budget, "--samples", 2]
-        status = run.main([str(option) for option in options])
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)  # the child must never run the code of the parent
-
-
-def wait(pid: int) -> int:
-    """Wait for a child; return its exit status, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def redraw(folder: Path) -> int:
+    """Draw the report of a run again."""
+    small_plan.install()
+    write_report(folder)
+    return 0
 
 
 def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
@@ -91,22 +70,24 @@ def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
 class Campaign:
     """Faults on runs of one plan, and the undisturbed run with which they are compared."""
 
-    def __init__(self, work: Path, seed: int = 0):
-        self.work, self.random = work, random.Random(seed)
-        self.source, self.reference, self.log = work / "data.h5", work / "undisturbed", work / "log"
-        data.write(self.source, data.simulate(seed=0, num_systems=SYSTEMS))
-        started = time.monotonic()
-        if status := wait(child(self.reference, self.source, 10**17, self.log)):
-            raise Fault(f"the undisturbed run ended with {status}, see {self.log}")
+    def __init__(self, work: Path, seed: int = 0, processes: int = 1):
+        self.work, self.random, self.processes = work, random.Random(seed), processes
+        self.source, self.reference, self.log = work / "data.h5", work / "undisturbed" / "run", work / "log"
+        data.write(self.source, data.simulate(seed=0, num_systems=20))
+        self.budget, started = 10**17, time.monotonic()
+        if status := forks.wait(self.start(self.reference)):
+            raise Fault(f"the undisturbed run ended with {status}:\n{self.log.read_text()}")
         self.seconds = time.monotonic() - started
         self.budget = json.loads((self.reference / "status.json").read_text())["spent"]
         self.final = contents(self.reference, *FINAL)
         self.names = [str(p.relative_to(self.reference)) for p in self.reference.rglob("*") if p.is_file()]
         self.tally = Counter()
 
-    def start(self, folder: Path, prepare=lambda: None) -> int:
-        """Run or continue in a folder, with exactly the FLOPs of the plan as budget."""
-        return child(folder, self.source, self.budget, self.log, prepare)
+    def start(self, folder: Path, before: Callable | None = None) -> list[BaseProcess]:
+        """Run or continue in a folder, with exactly the FLOPs of the plan as budget; before() comes first."""
+        words = ["--data", self.source, "--out", folder, "--budget", self.budget, "--samples", 2]
+        work = partial(small_plan.main, plan=plan, before=before)
+        return forks.start(self.log, work, *words, size=self.processes)
 
     def check(self, folder: Path) -> None:
         """Check what must be true at any moment."""
@@ -128,14 +109,14 @@ class Campaign:
 
     def finish(self, folder: Path) -> None:
         """Continue undisturbed and compare all bytes, those of the reports after the times in them are made equal."""
-        if status := wait(self.start(folder)):
+        if status := forks.wait(self.start(folder)):
             raise Fault(f"the last run in {folder} ended with {status}, see {self.log}")
         self.check(folder)
         self.compare(folder, without=(*TIMED, "report.md", "report.html"))
         for path in self.reference.rglob("*"):
             if path.name in TIMED:
                 shutil.copy(path, folder / path.relative_to(self.reference))
-        write_report(folder)
+        forks.run(self.log, redraw, folder)
         self.compare(folder)
         shutil.rmtree(folder)
 
@@ -150,21 +131,22 @@ class Campaign:
         """Kill runs at random moments or right after a random file appears, and continue each until it finishes."""
         number = 0
         while kills > 0:
-            folder, number = self.work / f"killed-{number}", number + 1
+            folder, number = self.work / f"killed-{number}" / "run", number + 1
             for _ in range(20):
-                pid, landmark = self.start(folder), None
+                started, landmark = self.start(folder), None
                 deadline = time.monotonic() + self.random.uniform(0, self.seconds)
                 missing = sorted(name for name in self.names if not (folder / name).exists())
                 if missing and self.random.random() < 0.5:
                     landmark = folder / self.random.choice(missing)
-                while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                victim = self.random.choice(started)
+                while victim.exitcode is None:
                     if landmark.exists() if landmark else time.monotonic() > deadline:
                         time.sleep(self.random.uniform(0, 0.03))
-                        os.kill(pid, signal.SIGKILL)
+                        victim.kill()
                         break
                     time.sleep(0.001)
-                status = wait(pid)
-                if status == -signal.SIGKILL:
+                status = forks.wait(started, 600 if self.processes == 1 else 30)  # torchrun would end the others too
+                if victim.exitcode == -SIGKILL:
                     kills -= 1
                     self.tally["kills"] += 1
                     self.check(folder)
@@ -178,10 +160,10 @@ class Campaign:
 
     def refuse_writes(self, most: int) -> None:
         """Simulate a full disk at each place in turn where a run opens a file to write, makes, moves or deletes one."""
-        folder, refused = self.work / "refused", []
+        folder, refused = self.work / "refused" / "run", []
         sites = self.work / "sites"
         while len(refused) < most:
-            status = wait(self.start(folder, lambda refused=refused: refuse_the_next(folder, refused, sites)))
+            status = forks.wait(self.start(folder, partial(refuse_the_next, folder, refused, sites)))
             found = sites.read_text().splitlines() if sites.exists() else []
             if found == refused:
                 break  # nothing was refused
@@ -197,11 +179,11 @@ class Campaign:
         """Limit the size of files to a random number of bytes, so that writes end in the middle."""
         sizes = sorted(len(content) for content in contents(self.reference, "**/*").values())
         for number in range(times):
-            folder = self.work / f"cut-{number}"
+            folder = self.work / f"cut-{number}" / "run"
             size = max(1, self.random.choice(sizes) - self.random.randint(1, 200))
             limit = (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
             log, self.log = self.log, Path(os.devnull)  # the limit would cut the log too
-            status = wait(self.start(folder, lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, limit)))
+            status = forks.wait(self.start(folder, partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit)))
             self.log = log
             if status not in (1, 2):
                 raise Fault(f"files of at most {size} bytes: exit status {status}")
@@ -243,10 +225,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--refusals", type=int, default=10**6, help="refuse at most this many writes (default all)")
     parser.add_argument("--cuts", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=1, help="that share each run")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        campaign = Campaign(Path(work), args.seed)
+        campaign = Campaign(Path(work), args.seed, args.processes)
         print(
             f"undisturbed: {campaign.seconds:.1f} s, {len(campaign.names)} files, {campaign.budget:,} FLOPs", flush=True
         )

@@ -1,23 +1,61 @@
-"""A quick plan with few steps, whose state is saved after each step."""
+"""A quick plan that takes seconds, as a script too: short trainings and forecasts, and figures that are not drawn."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+from experiments import run
 from experiments.forecasting import gru
-from experiments.study import plans
+from experiments.report import figures
+from experiments.storage.files import write_whole
+from experiments.study import evaluation, judging, numbers, plans, suite
 from experiments.training import loop
 from experiments.training.settings import Training
 
+SMALL = {  # constants that replace those of these modules
+    (loop,): {"SAVE_SECONDS": 0},  # a state is saved after each step
+    (gru,): {"STEPS": 3},
+    (evaluation, judging): {"BATCH": 2},
+    (judging, numbers): {"CONTEXT_STEPS": 20},
+    (judging, numbers, suite): {"HORIZON": 3},
+    (judging,): {"LONG_HORIZON": 5},
+}
+
 
 def quick(seed: int) -> plans.Plan:
-    """Eight experiments that take seconds."""
+    """The chain of the study, and the decoder that reads values: eight experiments."""
     grid = [Training(2, rate, 64, 2, seed=seed) for rate in (1e-3, 1e-2)]
     final = Training(None, None, None, 6, seed=seed + 2)
     chain = plans._chain("quick", Training(4, 1e-3, 64, 2, seed=seed), grid, [32, 96], 2, final)
     return replace(chain, experiments=(*chain.experiments, plans._numbers("numbers", 3, seed)))
 
 
-def install() -> None:
-    """Replace the quick plan in this process."""
-    plans.PLANS["quick"] = quick
-    loop.SAVE_SECONDS = 0
-    gru.STEPS = 3
+def sketch(*shown, **more) -> None:
+    """Write what a figure shows, in place of its picture."""
+    given = [*shown, *more.values()]
+    (path,) = (one for one in given if isinstance(one, Path))
+    write_whole(path, repr([one for one in given if one is not path]).encode())
+
+
+def install(plan: Callable[[int], plans.Plan] = quick, put: Callable = setattr) -> None:
+    """Make runs small in this process. put: what sets an attribute, such as monkeypatch.setattr."""
+    put(plans, "PLANS", plans.PLANS | {"quick": plan})
+    for name in ("curves", "fan", "errors", "against_flops"):
+        put(figures, name, sketch)
+    for modules, constants in SMALL.items():
+        for module in modules:
+            for name, value in constants.items():
+                put(module, name, value)
+
+
+def main(*words, plan: Callable[[int], plans.Plan] = quick, before: Callable | None = None) -> int:
+    """`experiments.run` on a small plan; before() comes first."""
+    install(plan)
+    if before:
+        before()
+    return run.main(list(map(str, words)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

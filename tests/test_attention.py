@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import real_tokens
 from qwen_min import attention as module
 from qwen_min.attention import (
     BIAS_ALIGNMENT,
@@ -17,38 +18,47 @@ from qwen_min.attention import (
 )
 
 
-@pytest.fixture(params=[2, 4, 64])
-def block(request, monkeypatch):
-    """The number of queries in a block: some of the passes below take several blocks, some take none."""
-    monkeypatch.setattr(module, "QUERY_BLOCK", request.param)
-
-
 def sample(heads, num_cached, num_new, padded, dtype=torch.float32):
     generator, total = torch.Generator().manual_seed(0), num_cached + num_new
-    q = torch.randn(2, num_new, heads[0], 8, dtype=dtype, generator=generator).transpose(
-        1, 2
-    )  # the layout that projections return
+    # the layout that projections return
+    q = torch.randn(2, num_new, heads[0], 8, dtype=dtype, generator=generator).transpose(1, 2)
     k, v = torch.randn(2, 2, heads[1], total, 8, dtype=dtype, generator=generator).unbind()
-    real = torch.ones(2, total, dtype=torch.long)
-    real[1, :3] = 0
-    mask = pairs_mask(num_new, total, q.device, real.bool()[:, None, None] if padded else None)
-    return q, k, v, mask
+    real = real_tokens(total, 0, 3).bool()[:, None, None] if padded else None
+    return q, k, v, pairs_mask(num_new, total, q.device, real)
 
 
-@pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (0, 1), (5, 1), (5, 4)])
-@pytest.mark.parametrize("heads", [(7, 7), (4, 2), (14, 2)])
-@pytest.mark.parametrize("padded", [False, True])
-def test_values_and_gradients_equal_the_reference(block, num_cached, num_new, heads, padded):
-    *inputs, mask = sample(heads, num_cached, num_new, padded)
-    for tensor in inputs:
-        tensor.requires_grad_()
-    wanted, got = reference_attention(*inputs, mask), attention(*inputs, mask)
+def assert_equal_to_the_reference(q, k, v, mask, given=None):
+    """Compare values and gradients; given: the mask in another form."""
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    wanted, got = reference_attention(*inputs, mask), attention(*inputs, mask if given is None else given)
     torch.testing.assert_close(got, wanted)
     direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
-    for ours, theirs in zip(
-        torch.autograd.grad(got, inputs, direction), torch.autograd.grad(wanted, inputs, direction), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(out, inputs, direction) for out in (got, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [2, 4, 64])
+@pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (0, 1), (5, 1), (5, 4)])
+@pytest.mark.parametrize("heads", [(7, 7), (14, 2)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_values_and_gradients_equal_the_reference(monkeypatch, block, num_cached, num_new, heads, padded):
+    """Some passes take several blocks of queries, some take none."""
+    monkeypatch.setattr(module, "QUERY_BLOCK", block)
+    assert_equal_to_the_reference(*sample(heads, num_cached, num_new, padded))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("limit", [1, 5 * 9 * 4])
+def test_rows_split_by_heads_equal_the_reference(monkeypatch, padded, limit):
+    monkeypatch.setattr(module, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(module, "SCORES_OF_ROW", limit)
+    assert_equal_to_the_reference(*sample((14, 2), 0, 9, padded))
+
+
+@pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (5, 4), (70, 80)])
+def test_a_mask_of_the_real_tokens_is_that_of_all_pairs(num_cached, num_new):
+    real = real_tokens(num_cached + num_new, 0, 3).bool()[:, None, None]
+    assert_equal_to_the_reference(*sample((14, 2), num_cached, num_new, padded=True), real)
 
 
 @pytest.mark.parametrize(("num_cached", "num_new"), [(5, 4), (70, 80)])
@@ -62,8 +72,9 @@ def test_without_a_mask_the_new_tokens_are_the_last_ones(num_cached, num_new):
 
 @pytest.mark.parametrize("num_new", [1, 2])
 @pytest.mark.parametrize("masked", ["not", "alike", "by row", "biased"])
-@pytest.mark.parametrize("scores_at_once", [1, 2**20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("scores_at_once", "dtype"), [(1, torch.float32), (2**20, torch.float32), (2**20, torch.bfloat16)]
+)
 def test_rows_that_share_a_prefix_get_what_copies_of_it_give(monkeypatch, num_new, masked, scores_at_once, dtype):
     monkeypatch.setattr(module, "SCORES_PER_BLOCK", scores_at_once)
     generator = torch.Generator().manual_seed(0)
@@ -112,14 +123,13 @@ def test_only_the_needed_gradients_are_computed(monkeypatch, needed):
     assert len(products) == 3 * {(0,): 3, (1,): 3, (2,): 2, (0, 2): 4}[needed]  # in each of three blocks
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_gradients_by_finite_differences_in_fp64(monkeypatch, padded):
+def test_gradients_by_finite_differences_in_fp64(monkeypatch):
     monkeypatch.setattr(module, "QUERY_BLOCK", 2)
-    *inputs, mask = sample((4, 2), 2, 5, padded, torch.float64)
+    *inputs, mask = sample((4, 2), 1, 3, True, torch.float64)
     assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, mask), [t.requires_grad_() for t in inputs])
 
 
-def test_bf16_scores_are_not_rounded(monkeypatch):
+def test_bf16_scores_are_not_rounded():
     """Large scores, which the biases of real checkpoints cause, are as precise as in fp32."""
     q, k, v, _ = (None if t is None else t.bfloat16() for t in sample((14, 2), 0, 130, False))
     k = k + 30
@@ -176,8 +186,7 @@ class Memory(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("dtype", "padded"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_long_texts_need_no_memory_of_the_square_of_their_length(dtype, padded):
     """Half of the context of Qwen2.5, on tensors without content; a tensor of all pairs would have 256 MiB and more."""
     length, limit = 16384, 64 * 2**20
@@ -190,27 +199,3 @@ def test_long_texts_need_no_memory_of_the_square_of_their_length(dtype, padded):
     with Memory(q, k, v, mask, out, gradient) as backward:
         out.backward(gradient)
     assert backward.peak < q.nbytes + k.nbytes + v.nbytes + limit
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("limit", [1, 5 * 9 * 4])
-def test_rows_split_by_heads_equal_the_reference(monkeypatch, padded, limit):
-    monkeypatch.setattr(module, "QUERY_BLOCK", 4)
-    monkeypatch.setattr(module, "SCORES_OF_ROW", limit)
-    *inputs, mask = sample((14, 2), 0, 9, padded)
-    for tensor in inputs:
-        tensor.requires_grad_()
-    wanted, got = reference_attention(*inputs, mask), attention(*inputs, mask)
-    torch.testing.assert_close(got, wanted)
-    for ours, theirs in zip(
-        torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(wanted.sum(), inputs), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (5, 4), (70, 80)])
-def test_a_mask_of_the_real_tokens_is_that_of_all_pairs(num_cached, num_new):
-    q, k, v, mask = sample((14, 2), num_cached, num_new, padded=True)
-    real = torch.ones(2, 1, 1, num_cached + num_new, dtype=torch.bool)
-    real[1, ..., :3] = False
-    torch.testing.assert_close(attention(q, k, v, real), reference_attention(q, k, v, mask))

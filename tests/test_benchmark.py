@@ -5,8 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from experiments import benchmark
-from experiments.benchmarking import measurement, work
+from experiments.benchmarking import measurement, side, work
 from experiments.benchmarking.engines import LlamaCpp
 from experiments.benchmarking.measurement import OURS, chosen
 from experiments.benchmarking.side import BenchmarkError, Setup, Side, ask, processes
@@ -23,7 +22,6 @@ def small(monkeypatch, simulated):
     sizes = {"BATCHES": (1, 2), "GROWN_CONTEXTS": (32, 8192), "TRAINED": ((2, 64), (2, 96)), "FORECAST_STEPS": (2,)}
     for name, values in sizes.items():
         monkeypatch.setattr(work, name, values)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads wait for each other when other tests run
     monkeypatch.setattr(measurement.data, "simulate", lambda: simulated)
 
 
@@ -33,10 +31,20 @@ def cells(table: str) -> dict[str, list[str]]:
     return {name: row for name, *row in rows}
 
 
-def test_one_run_measures_this_project(small, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["benchmark", "--peers", "none", "--runs", "1", "--dtype", "float32"])
-    assert benchmark.main() == 0
-    found = {name: row[0].split() for name, row in cells(capsys.readouterr().out).items() if name.strip("- ")}
+def test_one_run_measures_this_project(small, command, monkeypatch):
+    """In this process; that of a side is tested below."""
+
+    def ask(process, name, method, *values):
+        monkeypatch.setattr(side, "_side", process, raising=False)
+        return side._call(method, values)
+
+    monkeypatch.setattr(measurement, "ask", ask)
+    monkeypatch.setattr(
+        measurement, "processes", lambda setup, sides: nullcontext({n: s(setup) for n, s in sides.items()})
+    )
+    status, out, _ = command("benchmark", "--peers", "none", "--runs", 1, "--dtype", "float32")
+    found = {name: row[0].split() for name, row in cells(out).items() if name.strip("- ")}
+    assert status == 0
     assert all(float(number) > 0 for number, *_ in found.values())
     assert len(found) == 13
     assert "decode step, context 8192" not in found  # the model has fewer positions
@@ -101,11 +109,6 @@ def test_a_malformed_value_counts_as_the_mean_of_its_context():
         assert side.mse(2) == mse
 
 
-def test_refuses_bad_input_in_one_line(monkeypatch, capsys):
+def test_refuses_bad_input_in_one_line(refused):
     for option, value in (("--model", "/none"), ("--device", "abacus"), ("--peers", "abacus")):
-        monkeypatch.setattr("sys.argv", ["benchmark", "--peers", "none", option, value])
-        assert benchmark.main() == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert value in error
-        assert error.count("\n") == 1
+        assert value in refused("benchmark", "--peers", "none", option, value)

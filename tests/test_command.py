@@ -10,43 +10,37 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import __main__ as command
+from experiments import __main__ as entry
 from experiments import cli
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def run(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["qwen-min", *arguments])
-    return command.main()
-
-
-@pytest.mark.parametrize("verb", command.VERBS)
-def test_every_verb_explains_itself_under_its_own_name(monkeypatch, capsys, verb):
+@pytest.mark.parametrize("verb", entry.VERBS)
+def test_every_verb_explains_itself_under_its_own_name(command, capsys, verb):
     with pytest.raises(SystemExit, match="0"):
-        run(monkeypatch, verb, "--help")
+        command(verb, "--help")
     assert capsys.readouterr().out.startswith(f"usage: qwen-min {verb} ")
 
 
 @pytest.mark.parametrize(("arguments", "status"), [([], 0), (["--help"], 0), (["fly"], 2)])
-def test_without_a_known_verb_all_verbs_are_listed(monkeypatch, capsys, arguments, status):
-    assert run(monkeypatch, *arguments) == status
-    out, err = capsys.readouterr()
-    assert all(f"  {verb} " in (err if status else out) for verb in command.VERBS)
+def test_without_a_known_verb_all_verbs_are_listed(command, arguments, status):
+    found, out, err = command(*arguments)
+    assert found == status
+    assert all(f"  {verb} " in (err if status else out) for verb in entry.VERBS)
 
 
-def test_a_missing_package_is_told_with_what_installs_it(monkeypatch, capsys):
+def test_a_missing_package_is_told_with_what_installs_it(monkeypatch, refused):
     def missing(name: str):
         raise ModuleNotFoundError("No module named 'h5py'", name="h5py")
 
-    monkeypatch.setattr(command, "import_module", missing)
-    assert run(monkeypatch, "run") == 2
-    assert "pip install 'qwen-min[experiments]'" in capsys.readouterr().err
+    monkeypatch.setattr(entry, "import_module", missing)
+    assert "pip install 'qwen-min[experiments]'" in refused("run")
 
 
 def test_text_and_flops_need_no_package_of_the_extra():
-    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in command.EXTRA)
+    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in entry.EXTRA)
     code = f"import sys; {blocked}; import experiments.text, flops.trace, qwen_min.chat, lora"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -70,11 +64,11 @@ def test_the_project_declares_every_package_that_it_imports():
     optional = declared("peers") | {"openvino", "markupsafe"}
     through_pandas = {"pyarrow"}  # it reads Parquet
     assert found - ours - optional - set(sys.stdlib_module_names) == names - through_pandas
-    assert set(command.EXTRA) <= names
+    assert set(entry.EXTRA) <= names
 
 
 def test_the_entry_point_is_the_function_that_these_tests_call():
-    assert PROJECT["project"]["scripts"]["qwen-min"] == f"{command.main.__module__}:main"
+    assert PROJECT["project"]["scripts"]["qwen-min"] == f"{entry.main.__module__}:main"
 
 
 @pytest.mark.parametrize(("has_bf16", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])

@@ -2,23 +2,23 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 from experiments.report import figures, write_report
-from experiments.report.__main__ import main
 from experiments.report.comparison import load_runs, write_comparison
 from experiments.storage.files import RunError
+from tests import small_plan
 
 RESULTS = Path(__file__).parents[1] / "results"
 RUNS = sorted(plan.parent.name for plan in RESULTS.glob("*/plan.json"))
 
 
 @pytest.fixture
-def results(tmp_path) -> Path:
-    """The committed runs, without their figures and pages."""
+def results(tmp_path, monkeypatch) -> Path:
+    """The committed runs, without their figures and pages; test_run.py draws figures."""
+    small_plan.install(put=monkeypatch.setattr)
     drawn = shutil.ignore_patterns("*.png", "*.md", "*.html")
     return shutil.copytree(RESULTS, tmp_path / "results", ignore=drawn)
 
@@ -32,17 +32,16 @@ def test_the_reports_that_come_with_the_project_match_their_files(results, name)
     assert html.count('<img alt="') == html.count("data:image/png;base64,") == markdown.count("![")
 
 
-def test_the_comparison_matches_its_runs_and_names_what_it_leaves_out(results, monkeypatch, capsys):
+def test_the_comparison_matches_its_runs_and_names_what_it_leaves_out(results, command):
     assert write_comparison(results)[0].read_text() == (RESULTS / "comparison.md").read_text()
     assert len(list(results.glob("*.png"))) == 3
     shutil.copytree(results / "trial", results / "no-baselines")
     (results / "no-baselines" / "baselines.json").unlink()
     (results / "mine").mkdir()  # a fine-tuning that was killed before its first check
     (results / "mine" / "plan.json").write_text('{"identity": {"variables": ["a"]}}')
-    monkeypatch.setattr(sys, "argv", ["compare", str(results)])
-    assert main() == 0
-    err, page = capsys.readouterr().err.splitlines(), (results / "comparison.md").read_text()
-    assert [line.split(": ")[1] for line in err] == ["mine", "no-baselines"]
+    status, _, err = command("compare", results)
+    page = (results / "comparison.md").read_text()
+    assert (status, [line.split(": ")[1] for line in err.splitlines()]) == (0, ["mine", "no-baselines"])
     assert "Left out: mine: a fine-tuning on series of its own\n" in page
     assert "baselines.json: not a readable text file" in page
     assert [run.folder.name for run in load_runs(results)[0]] == RUNS
@@ -83,7 +82,5 @@ def test_runs_on_other_sequences_are_not_compared(results):
     assert not (results / "comparison.md").exists()
 
 
-def test_a_folder_without_runs_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
-    assert main() == 2
-    assert "holds no plan.json, and no run folders to compare" in capsys.readouterr().err
+def test_a_folder_without_runs_is_refused(tmp_path, refused):
+    assert "holds no plan.json, and no run folders to compare" in refused("report", tmp_path)

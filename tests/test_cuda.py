@@ -1,16 +1,13 @@
 """A GPU gives the same results as the CPU. These tests are skipped where there is no GPU."""
 
-import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conftest import config_fields, random_model, relative_error
+from conftest import adapted, random_model, relative_error, write_checkpoint
 from experiments.forecasting import Forecaster
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
@@ -48,21 +45,13 @@ def checkpoint(request, tmp_path_factory):
     if request.param == "embedded":
         return TINY
     folder = tmp_path_factory.mktemp("heads")
-    config = replace(
-        QwenConfig.from_file(TINY / "config.json"),
-        hidden_size=14 * 64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-    )
+    sizes = {"hidden_size": 14 * 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 14}
+    config = replace(QwenConfig.from_file(TINY / "config.json"), num_key_value_heads=2, **sizes)
     model = random_model(config)
     for parameter in model.parameters():
         if parameter.ndim == 2:  # with this many inputs, smaller weights keep activations at their usual size
             parameter.data *= 0.2
-    (folder / "config.json").write_text(json.dumps(config_fields(config)))
-    shutil.copy(TINY / "tokenizer.json", folder)
-    save_file(model.state_dict(), folder / "model.safetensors")
+    write_checkpoint(folder, model)
     return folder
 
 
@@ -147,17 +136,13 @@ def test_training_steps_agree(on_cpu, on_gpu, precision, tmp_path):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("adapted", [False, True])
-def test_training_under_autocast_agrees(checkpoint, on_cpu, adapted, inside):
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_training_under_autocast_agrees(checkpoint, on_cpu, with_adapter, inside):
     """With the adapter in fp32 and the base in bf16, or every weight, and the backward pass on either side."""
     ids, found = torch.tensor([PROMPTS[0][:60]]), []
     for model in (on_cpu, load(checkpoint, "cuda")[0]):
-        torch.manual_seed(0)
-        if adapted:
-            inject(model, LoraConfig(rank=4, alpha=4))
-            for key, parameter in adapter_parameters(model).items():
-                if "lora_B" in key:
-                    parameter.data.copy_(torch.randn(parameter.shape) / 50)
+        if with_adapter:
+            adapted(model, LoraConfig(rank=4, alpha=4), 0.02)
         else:
             model.requires_grad_(True)
         with torch.autocast(model.head_weight.device.type, torch.bfloat16, enabled=model is not on_cpu):
@@ -192,11 +177,7 @@ def test_gradients_of_long_contexts_agree(on_cpu, on_gpu, precision, context):
     ids = torch.randint(15, 25, (2, context), generator=torch.Generator().manual_seed(0))
     found = []
     for model in (on_cpu, on_gpu):
-        torch.manual_seed(0)
-        inject(model, LoraConfig(rank=4, alpha=4))
-        for key, parameter in adapter_parameters(model).items():
-            if "lora_B" in key:
-                parameter.data.copy_(torch.randn(parameter.shape) / 50)
+        adapted(model, LoraConfig(rank=4, alpha=4), 0.02)
         next_token_loss(model, ids.to(model.head_weight.device), torch.tensor([context, context - 9])).backward()
         found.append(torch.cat([p.grad.flatten().cpu() for p in adapter_parameters(model).values()]))
     assert found[1].isfinite().all()

@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from importlib import import_module
@@ -20,10 +19,10 @@ import numpy as np
 import pytest
 
 from experiments import __main__ as command
-from experiments.forecasting import gru
 from experiments.study import data, plans
 from qwen_min.weights import TINY
 from test_text import TEMPLATE
+from tests import forks, small_plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,14 +32,14 @@ SMALLER = {  # by what is written: what runs here
     "--plan study --model Qwen/Qwen2.5-0.5B-Instruct": "--plan quick",
     "--plan study --model FOLDER": "--plan trial --model FOLDER",
     "--budget 1e15": "--budget 2e10",
-    "--budget 1e12": "--budget 1e10",
-    "--horizon 20 --device cuda": "--horizon 20 --budget 2e10",  # without a budget it takes 300 steps
+    "--budget 1e12": "--budget 1e9",
+    "--horizon 20 --device cuda": "--horizon 20 --budget 1e9",  # without a budget it takes 300 steps
     " --device cuda": "",
     " --dtype bfloat16": "",  # which most CPUs emulate slowly
     "--nproc-per-node 8": "--nproc-per-node 2",
     "--nnodes 2 ": "",
     "--rdzv-backend c10d --rdzv-endpoint HOST:PORT": "--standalone",
-    " 2 -m experiments.run": f" 2 {ROOT / 'tests' / 'teamwork.py'} run",  # with the small plan
+    " 2 -m experiments.run": f" 2 {ROOT / 'tests' / 'small_plan.py'}",
 }
 
 
@@ -128,15 +127,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch, folder):
-    """Trainings of two steps, and questions for the chat."""
+    """Small runs, trainings of two steps, and questions for the chat."""
 
     def shortened(plan):
         parts = [replace(e, training=e.training and replace(e.training, steps=2)) for e in plan.experiments]
         return replace(plan, experiments=tuple(parts))
 
+    small_plan.install(put=monkeypatch.setattr)
     for name, plan in plans.PLANS.items():
         monkeypatch.setitem(plans.PLANS, name, lambda seed, plan=plan: shortened(plan(seed)))
-    monkeypatch.setattr(gru, "STEPS", 3)
     monkeypatch.setattr("sys.stdin", io.StringIO("Why?\n"))
     monkeypatch.chdir(folder)
 
@@ -163,12 +162,19 @@ def test_the_readme_shows_what_its_forecast_prints(monkeypatch, folder, capsys):
     assert re.search(r"^```text\n(.*?)^```", README, re.DOTALL | re.MULTILINE)[1] in capsys.readouterr().out
 
 
+def torchrun(folder: Path, words: list[str]) -> int:
+    """What the command `torchrun` does, in a folder."""
+    from torch.distributed.run import main
+
+    os.chdir(folder)
+    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    main(words)
+    return 0
+
+
 @pytest.mark.parametrize("line", sorted({smaller(line) for line in LINES if line.startswith("torchrun")}))
 def test_a_command_with_torchrun_runs(folder, tmp_path, line):
-    words = [sys.executable, "-m", "torch.distributed.run", *expanded(line, folder)[1:]]
-    if "teamwork.py" in line:
-        words += ["--data", "lotka_volterra_data.h5", "--samples", "2", "--out", tmp_path / "out"]
-    paths = os.pathsep.join(map(str, (ROOT / "tests", ROOT)))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words, log = expanded(line, folder)[1:], tmp_path / "log"
+    if "small_plan.py" in line:
+        words += ["--data", "lotka_volterra_data.h5", "--samples", "2", "--out", str(tmp_path / "out")]
+    assert forks.run(log, torchrun, folder, words) == 0, log.read_text()

@@ -1,44 +1,31 @@
 """A merged adapter as an ordinary checkpoint."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 import transformers
 
-from conftest import relative_error
-from experiments import export
+from conftest import adapted, relative_error
 from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import Trained, checkpoint_hash
 from experiments.forecasting.encoding import Encoding
 from experiments.training.run import write_adapter
-from lora import LoraConfig, adapter_parameters, inject, save_adapter
+from lora import LoraConfig, save_adapter
 from qwen_min import CheckpointError, load
 from qwen_min.weights import TINY, save
 
 
 @pytest.fixture
-def adapted(tmp_path):
+def exported(tmp_path):
     """The embedded checkpoint with an adapter that changes it, the adapter's folder, and what `export` is to write."""
-    model, _ = load("tiny")
-    inject(model, LoraConfig(4, 8, ("q_proj", "v_proj", "down_proj")))
-    torch.manual_seed(0)
-    for name, parameter in adapter_parameters(model).items():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.05)
+    model = adapted(load("tiny")[0], LoraConfig(4, 8, ("q_proj", "v_proj", "down_proj")), 0.05)
     write_adapter(model, tmp_path, Trained("tiny", checkpoint_hash(TINY), Encoding(0.5, 2), ends=["00" * 8]))
     return model, tmp_path / "adapter", tmp_path / "merged"
 
 
-def run(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
-    return export.main()
-
-
-def test_the_merged_checkpoint_is_the_adapted_model_here_and_in_transformers(monkeypatch, adapted):
-    model, adapter, merged = adapted
-    assert run(monkeypatch, adapter, merged, "--dtype", "float32") == 0
+def test_the_merged_checkpoint_is_the_adapted_model_here_and_in_transformers(command, exported):
+    model, adapter, merged = exported
+    assert command("export", adapter, merged, "--dtype", "float32")[0] == 0
     ids = torch.randint(0, 200, (2, 30), generator=torch.Generator().manual_seed(1))
     ours, base = load(merged)[0], load("tiny")[0]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
@@ -53,26 +40,24 @@ def test_the_merged_checkpoint_is_the_adapted_model_here_and_in_transformers(mon
     assert exported.trained == with_adapter.trained is not None  # a back-test leaves out what trained it
 
 
-def test_weights_are_written_in_the_given_type_whole_or_not_at_all(monkeypatch, capsys, tmp_path, adapted):
-    _, adapter, merged = adapted
-    assert run(monkeypatch, adapter, merged) == 0
+def test_weights_are_written_in_the_given_type_whole_or_not_at_all(command, refused, tmp_path, exported):
+    _, adapter, merged = exported
+    assert command("export", adapter, merged)[0] == 0
     kept, _ = load(merged, dtype=None)
     assert {parameter.dtype for parameter in kept.parameters()} == {torch.bfloat16}
-    assert run(monkeypatch, adapter, merged) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "exists already" in refused("export", adapter, merged)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
 
 
-def test_an_adapter_of_unknown_origin_needs_a_checkpoint(monkeypatch, capsys, tmp_path, adapted):
-    model, _, merged = adapted
+def test_an_adapter_of_unknown_origin_needs_a_checkpoint(command, refused, tmp_path, exported):
+    model, _, merged = exported
     save_adapter(model, tmp_path / "plain")
-    assert run(monkeypatch, tmp_path / "plain", merged) == 2
-    assert "name it with --model" in capsys.readouterr().err
-    assert run(monkeypatch, tmp_path / "plain", merged, "--model", "tiny") == 0
+    assert "name it with --model" in refused("export", tmp_path / "plain", merged)
+    assert command("export", tmp_path / "plain", merged, "--model", "tiny")[0] == 0
 
 
-def test_a_model_with_an_adapter_cannot_be_saved(adapted):
-    model, _, merged = adapted
+def test_a_model_with_an_adapter_cannot_be_saved(exported):
+    model, _, merged = exported
     with pytest.raises(CheckpointError, match=r"unexpected .*lora_A"):
         save(model, merged, TINY)
     assert not merged.exists()

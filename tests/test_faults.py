@@ -1,15 +1,18 @@
-"""A short run of `tests/faults.py`, in its own process because it forks."""
+"""A short run of `tests/faults.py`."""
 
-import re
-import subprocess
-import sys
-from pathlib import Path
+from tests.faults import Campaign
 
 
-def test_kills_and_refused_writes_leave_no_trace():
-    command = [sys.executable, "-m", "tests.faults", "--kills", "3", "--refusals", "4", "--cuts", "1"]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert process.returncode == 0, process.stdout + process.stderr
-    tally = {what: int(count) for count, what in re.findall(r"^ +(\d+)  (.*)$", process.stdout, re.MULTILINE)}
-    assert (tally["kills"], tally["writes refused, ended in one message"]) == (3, 4)
-    assert tally["runs with writes cut in their middle"] == 1
+def test_kills_and_refused_writes_leave_no_trace(tmp_path):
+    campaign = Campaign(tmp_path)
+    campaign.kill(3)
+    campaign.refuse_writes(4)
+    campaign.cut_writes(1)
+    assert campaign.tally == {
+        "kills": 3,
+        "runs that ended with the undisturbed run's bytes": campaign.tally[
+            "runs that ended with the undisturbed run's bytes"
+        ],
+        "writes refused, ended in one message": 4,
+        "runs with writes cut in their middle": 1,
+    }

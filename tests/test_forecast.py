@@ -9,21 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import forecast
 from experiments.forecasting.values import NumberForecaster
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, capsys):
+def run(command, monkeypatch, tmp_path):
     """Run the command in an empty folder: (exit status, stdout, stderr, files written)."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments):
+    def call(*words):
         before = set(tmp_path.iterdir())
-        monkeypatch.setattr("sys.argv", ["forecast", *map(str, arguments)])
-        status = forecast.main()
-        out, err = capsys.readouterr()
-        return status, out, err, {path.name for path in set(tmp_path.iterdir()) - before}
+        result = command("forecast", *words)
+        return *result, {path.name for path in set(tmp_path.iterdir()) - before}
 
     return call
 
@@ -37,12 +34,8 @@ def test_a_csv_file_gives_a_table_with_intervals_and_a_picture(run, tmp_path):
     series = sine(tmp_path / "sine.csv")
     status, out, err, written = run(series, "--horizon", 5, "--plot", "picture.png")
     assert (status, written, err) == (0, {"sine.forecast.csv", "picture.png"}, "")
-    assert out.splitlines() == [
-        "sine: 40 rows of 2 variables (deer, wolves)",
-        "model: numbers",
-        str(tmp_path / "sine.forecast.csv"),
-        "picture.png",
-    ]
+    told = ["sine: 40 rows of 2 variables (deer, wolves)", "model: numbers"]
+    assert out.splitlines() == [*told, str(tmp_path / "sine.forecast.csv"), "picture.png"]
     with (tmp_path / "sine.forecast.csv").open() as file:
         rows = list(csv.DictReader(file))
     columns = ["series", "step", "deer", "wolves", "deer_q0.1", "wolves_q0.1", "deer_q0.9", "wolves_q0.9"]
@@ -52,19 +45,14 @@ def test_a_csv_file_gives_a_table_with_intervals_and_a_picture(run, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 5000
 
 
-def test_a_model_that_writes_text_takes_its_own_options(run, tmp_path):
+def test_a_model_that_writes_text_takes_its_own_options(run, refused, tmp_path):
     series, few = sine(tmp_path / "sine.csv"), ("--horizon", 2, "--samples", 9, "--out", "a.csv", "--force")
     status, out, err, _ = run(series, "--model", "tiny", *few)
     assert (status, "model: tiny" in out) == (0, True)
     assert err.startswith("warning: tiny is a demonstration")
-    status, _, err, _ = run(series, *few)
-    assert (status, err) == (
-        2,
-        "error: --samples is for models that write text, and numbers reads values; leave it out\n",
-    )
-    for option in ("--point", "--scale", "--decimals", "--seed"):
-        status, _, err, _ = run(series, option, "mean" if option == "--point" else 2)
-        assert (status, err.startswith(f"error: {option} is for models that write text")) == (2, True)
+    for option in ("--samples", "--point", "--scale", "--decimals", "--seed"):
+        line = refused("forecast", series, option, "mean" if option == "--point" else 9)
+        assert line == f"error: {option} is for models that write text, and numbers reads values; leave it out"
 
 
 def test_nothing_is_written_over_unless_by_force_and_the_series_never(run, tmp_path):
@@ -110,49 +98,35 @@ def test_too_little_memory_and_a_stop_end_in_one_line_and_bugs_in_a_traceback(ru
     assert [path.name for path in tmp_path.iterdir()] == ["sine.csv"]
 
 
+TEXT, THREE, MODEL = "a,b\n1,2\n3,4\n", "1\n2\n3\n", ("--model", "tiny")
 BAD = {
     "text": ("a,b\n1,2\n3,oak\n", [], "line 3, column 'b': holds 'oak', expected a number"),
     "gap": (
         "a,b\n1,2\n3,\n",
         ["--missing", "error"],
-        "1 of 4 values is missing, the first in line 3, column 'b'; fill them with",
+        "1 of 4 values is missing, the first in line 3, column 'b'; fill",
     ),
-    "huge": (
-        "a,b\n1,2\n3,4e9\n",
-        ["--scale", "1", "--model", "tiny"],
-        "4e+09 cannot be written, expected values from 0 to less than 100",
-    ),
-    "unknown column": ("a,b\n1,2\n3,4\n", ["--columns", "c"], "has 0 columns 'c'"),
-    "horizon": (
-        "1\n2\n3\n",
-        ["--horizon", "5000", "--model", "tiny"],
-        "a horizon of 5000 leaves no room for a context",
-    ),
-    "no adapter": ("1\n2\n3\n", ["--adapter", "nowhere"], "nowhere/adapter_config.json: no such file"),
-    "no checkpoint": ("1\n2\n3\n", ["--model", "nowhere"], "nowhere: no such folder"),
-    "no picture": ("1\n2\n3\n", ["--plot", "a.txt"], "expected a name that ends in .png, .svg, .pdf"),
-    "scale": ("1\n2\n3\n", ["--scale", "0", "--model", "tiny"], "scale is 0.0, expected a positive number"),
-    "decimals": ("1\n2\n3\n", ["--decimals", "9", "--model", "tiny"], "decimals is 9, expected 1 to 6"),
-    "samples": ("1\n2\n3\n", ["--samples", "-1"], "-1 samples"),
-    "few samples": ("oak\n", ["--samples", "8"], "8 samples do not reach the quantile 0.1, expected 9 or more"),
-    "far quantile": (
-        "1\n2\n3\n",
-        ["--quantiles", "0.5,0.975", "--model", "tiny"],
-        "20 samples do not reach the quantile 0.975, expected 39",
-    ),
+    "huge": ("a,b\n1,2\n3,4e9\n", ["--scale", 1, *MODEL], "4e+09 cannot be written, expected values from 0 to less"),
+    "unknown column": (TEXT, ["--columns", "c"], "has 0 columns 'c'"),
+    "horizon": (THREE, ["--horizon", 5000, *MODEL], "a horizon of 5000 leaves no room for a context"),
+    "no adapter": (THREE, ["--adapter", "nowhere"], "nowhere/adapter_config.json: no such file"),
+    "no checkpoint": (THREE, ["--model", "nowhere"], "nowhere: no such folder"),
+    "no picture": (THREE, ["--plot", "a.txt"], "expected a name that ends in .png, .svg, .pdf"),
+    "scale": (THREE, ["--scale", 0, *MODEL], "scale is 0.0, expected a positive number"),
+    "decimals": (THREE, ["--decimals", 9, *MODEL], "decimals is 9, expected 1 to 6"),
+    "samples": (THREE, ["--samples", -1], "-1 samples"),
+    "few samples": ("oak\n", ["--samples", 8], "8 samples do not reach the quantile 0.1, expected 9 or more"),
+    "far quantile": (THREE, ["--quantiles", "0.5,0.975", *MODEL], "20 samples do not reach the quantile 0.975"),
 }
 
 
-@pytest.mark.parametrize(("content", "arguments", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input_gives_one_clear_line_and_writes_nothing(run, tmp_path, content, arguments, message):
+@pytest.mark.parametrize(("content", "words", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_gives_one_clear_line_and_writes_nothing(refused, monkeypatch, tmp_path, content, words, message):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "series.csv"
     path.write_text(content)
-    status, _, err, written = run(path, *arguments)
-    assert (status, written) == (2, set())
-    errors = [line for line in err.splitlines() if not line.startswith("warning: ")]
-    assert len(errors) == 1
-    assert errors[0].startswith("error: ")
-    assert message in errors[0]
+    assert message in refused("forecast", path, *words)
+    assert [*tmp_path.iterdir()] == [path]
 
 
 def test_a_link_stays_one_and_a_packed_file_gives_its_name_without_the_suffix(run, tmp_path):

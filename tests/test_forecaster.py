@@ -5,16 +5,16 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import adapted
 from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import Trained, checkpoint_hash, write_trained
 from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.scores import SamplesError
 from experiments.forecasting.text import TextForecaster
-from lora import AdapterError, LoraConfig, adapter_parameters, inject, remove, save_adapter
+from lora import AdapterError, LoraConfig, remove, save_adapter
 from qwen_min.config import NotFiniteError
 from qwen_min.weights import TINY
 
@@ -76,12 +76,8 @@ def test_any_number_of_variables_is_forecast_in_the_units_of_the_context(tiny, n
 
 def save_fresh_adapter(model, folder, base=None):
     """A random adapter for the model, and the forecasts of both by an encoding."""
-    torch.manual_seed(0)
-    inject(model, LoraConfig(rank=4, alpha=4, targets=("q_proj", "v_proj")))
+    adapted(model, LoraConfig(rank=4, alpha=4))
     try:
-        for name, parameter in adapter_parameters(model).items():
-            if "lora_B" in name:
-                parameter.data.normal_(0, 0.1)
         save_adapter(model, folder, base)
         return forecasts(TextForecaster(model, Forecaster.load("tiny").tokenizer, Encoding(2.5, 1)))
     finally:

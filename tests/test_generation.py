@@ -1,10 +1,9 @@
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-from conftest import random_model
+from conftest import random_model, real_tokens
 from lora import LoraConfig, inject
 from qwen_min import KVCache, generate, generation
 from qwen_min.cache import ForkedCache
@@ -31,22 +30,11 @@ def test_equals_greedy_decoding_without_a_cache_in_a_batch_of_unequal_length(mod
     assert torch.equal(out.logits.argmax(-1), out.tokens)
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        [5, 9, 2],
-        torch.tensor([5, 9, 2]),
-        torch.tensor([[5, 9, 2]]),
-        np.array([5, 9, 2]),
-        np.array([[5, 9, 2]]),
-        [np.int64(5), np.int64(9), np.int64(2)],
-        [torch.tensor([5, 9, 2])],
-        list(torch.tensor([5, 9, 2])),
-        (5, 9, 2),
-    ],
-)
-def test_a_single_prompt_is_a_batch_of_one(model, prompt):
-    assert torch.equal(generate(model, prompt, 6).tokens, generate(model, [[5, 9, 2]], 6).tokens)
+def test_a_single_prompt_is_a_batch_of_one(model):
+    wanted, ids = generate(model, [[5, 9, 2]], 6).tokens, torch.tensor([5, 9, 2])
+    tensors, arrays = (ids, ids[None], [ids], list(ids)), (ids.numpy(), ids[None].numpy(), list(ids.numpy()))
+    for prompt in ([5, 9, 2], (5, 9, 2), *tensors, *arrays):
+        assert torch.equal(generate(model, prompt, 6).tokens, wanted)
 
 
 def test_n_tokens_are_one_prefill_and_n_minus_1_decode_steps(model):
@@ -84,33 +72,32 @@ def test_left_padding():
     assert pad_left([[1], [2]], pad_id=9)[1] is None
 
 
-def test_refuses_empty_prompts_no_tokens_and_too_many(model):
-    with pytest.raises(ValueError, match="at least one token"):
-        generate(model, [[1], []], 3)
-    with pytest.raises(ValueError, match="expected at least 1"):
-        generate(model, [[1]], 0)
-    with pytest.raises(ValueError, match=r"3 prompt \+ 255 new tokens exceed the model's 256 positions"):
-        generate(model, [[1, 2, 3]], 255)
-    assert generate(model, [[1, 2, 3]], 254).tokens.shape == (1, 254)
+TOKENS = [([97], 0), ([-1], 0), ([3], -1), ([3], 97)]
+REFUSED = [  # prompts, number of new tokens, padding: what is said
+    ([[1], []], 3, 0, "at least one token"),
+    ([[1]], 0, 0, "expected at least 1"),
+    ([[1, 2, 3]], 255, 0, r"3 prompt \+ 255 new tokens exceed the model's 256 positions"),
+    *(([prompt, [1, 2]], 3, pad_id, "tokens are .*; expected 0 to 96") for prompt, pad_id in TOKENS),
+]
+
+
+@pytest.mark.parametrize(("prompts", "num_new_tokens", "pad_id", "message"), REFUSED)
+def test_refuses_prompts_and_lengths_that_the_model_cannot_have(model, prompts, num_new_tokens, pad_id, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, num_new_tokens, pad_id=pad_id)
 
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_passes_of_fixed_shape_equal_the_simple_ones(model, ids, padded):
     """The passes of a CUDA graph, run without capture: same hidden states and cache, also with padding among them."""
-    mask, real = None, None
-    if padded:
-        mask = torch.ones_like(ids[:, :5])
-        mask[0, :3] = 0
-        real = torch.ones_like(ids[:, 5:8])
-        real[1, 1:] = 0
+    mask = real_tokens(5, 3, 0) if padded else None
+    real = torch.tensor([[1, 1, 1], [1, 0, 0]]) if padded else None
     caches = [KVCache(model.config, 2, 20) for _ in range(2)]
     with torch.inference_mode():
         for cache in caches:
             model(ids[:, :5], cache, mask)
-            cache.keys[:, :, :, 5:], cache.values[:, :, :, 5:] = (
-                torch.nan,
-                torch.nan,
-            )  # uninitialised memory may contain NaN
+            for tensor in (cache.keys, cache.values):
+                tensor[:, :, :, 5:] = torch.nan  # uninitialised memory may contain it
         simple, fixed = continuation(model, caches[0], mask), GraphContinuation(model, caches[1], mask)
         for piece, holes in ((ids[:, 5:8], real), (ids[:, 8:9], None), (ids[:, 9:], None), (ids[:, :1], None)):
             torch.testing.assert_close(fixed(piece, holes), simple(piece, holes), rtol=1e-5, atol=1e-5)
@@ -126,10 +113,7 @@ def test_passes_of_fixed_shape_equal_the_simple_ones(model, ids, padded):
 @pytest.mark.parametrize("unused", [0, 4])
 def test_forked_rows_continue_as_copies_of_their_context(model, ids, padded, kind, unused):
     """Three continuations of each of two rows; a GPU rounds capacities up, so columns of the context may be unused."""
-    mask = None
-    if padded:
-        mask = torch.ones_like(ids[:, :5])
-        mask[0, :3] = 0
+    mask = real_tokens(5, 3, 0) if padded else None
     with torch.inference_mode():
         context = KVCache(model.config, 2, 5 + unused)
         context.keys[:], context.values[:] = torch.nan, torch.nan
@@ -153,8 +137,7 @@ def test_forked_rows_continue_as_copies_of_their_context(model, ids, padded, kin
 
 
 def test_a_pass_that_does_not_fit_leaves_a_continuation_usable(model, ids):
-    mask = torch.ones_like(ids[:, :5])
-    mask[0, :3] = 0
+    mask = real_tokens(5, 3, 0)
     cache = KVCache(model.config, 2, 7)
     with torch.inference_mode():
         model(ids[:, :5], cache, mask)
@@ -181,28 +164,17 @@ def test_a_cache_refuses_gradients_and_has_the_dtype_of_its_model(model, ids):
         assert torch.equal(model(ids, cache), model(ids))
 
 
-def test_the_gpu_code_path_generates_the_same_tokens(monkeypatch, model):
-    """The CUDA path, run on the CPU without capture, gives the same tokens as the simple path."""
-    wanted = generate(model, PROMPTS, 15)
-    monkeypatch.setattr(generation, "continuation", GraphContinuation)
-    assert torch.equal(generate(model, PROMPTS, 15).tokens, wanted.tokens)
-
-
-@pytest.mark.parametrize(("prompt", "pad_id"), [([97], 0), ([-1], 0), ([3], -1), ([3], 97)])
-def test_tokens_that_the_model_does_not_have_are_refused(model, prompt, pad_id):
-    with pytest.raises(ValueError, match=r"tokens are .*; expected 0 to 96"):
-        generate(model, [prompt, [1, 2]], 3, pad_id=pad_id)
-
-
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_samples_near_the_last_position_count_tokens_not_columns(monkeypatch, model, num_samples):
     """As on a GPU, where capacities are rounded up: the unused columns of the prompt's cache are no tokens."""
     monkeypatch.setattr(ReusedCache, "_rounded", lambda self, capacity: -(-capacity // 64) * 64)
     model = random_model(replace(model.config, max_position_embeddings=80))
-    for kind in (Continuation, GraphContinuation):
+    prompt, found = [1 + token % 90 for token in range(70)], []
+    for kind in (Continuation, GraphContinuation):  # the latter without capture
         monkeypatch.setattr(generation, "continuation", kind)
-        out = generate(model, [[1 + token % 90 for token in range(70)]], 11, temperature=1.0, num_samples=num_samples)
-        assert out.tokens.shape == (num_samples, 11)
+        found.append(generate(model, [prompt], 11, temperature=1.0, num_samples=num_samples).tokens)
+    assert found[0].shape == (num_samples, 11)
+    assert torch.equal(*found)
 
 
 def test_rows_of_a_fork_continue_the_rows_of_its_prefix(model, ids):
@@ -244,9 +216,7 @@ def test_a_mask_has_to_cover_the_filled_cache(model, ids, kind):
 
 @pytest.mark.parametrize("kind", [Continuation, GraphContinuation])
 def test_a_mask_of_0_and_255_is_one_of_0_and_1(model, ids, kind):
-    mask = torch.ones_like(ids[:, :5])
-    mask[0, :3] = 0
-    found = []
+    mask, found = real_tokens(5, 3, 0), []
     for factor in (1, 255):
         with torch.inference_mode():
             cache = KVCache(model.config, 2, 20)

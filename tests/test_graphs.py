@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import recorded
-from conftest import random_model
+from conftest import random_model, real_tokens
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
@@ -37,8 +37,7 @@ def assert_equal_passes(graphs, simple, ids):
 
 def test_replayed_passes_equal_simple_ones(monkeypatch, model, ids):
     recorded.install(monkeypatch)
-    mask = torch.ones_like(ids[:, :3])
-    mask[0, 0] = 0
+    mask = real_tokens(3, 1, 0)
     caches = [filled(model, ids[:, :3], mask) for _ in range(2)]
     graphs = recorded.RecordedContinuation(model, caches[0], mask)
     assert_equal_passes(graphs, Continuation(model, caches[1], mask), ids)
@@ -50,8 +49,7 @@ def test_the_next_batch_reuses_the_captured_graphs(monkeypatch, model, ids):
     recorded.install(monkeypatch)
     reused = ReusedCache(model)
     for length, padding in ((5, 0), (3, 2), (4, 1)):
-        mask = torch.ones_like(ids[:, :length])
-        mask[1, :padding] = 0
+        mask = real_tokens(length, 0, padding)
         prompt = ids.roll(length, 1)[:, :length]
         simple = Continuation(model, filled(model, prompt, mask), mask)
         with torch.inference_mode():
@@ -61,18 +59,14 @@ def test_the_next_batch_reuses_the_captured_graphs(monkeypatch, model, ids):
     assert recorded.Graph.captured == 2
 
 
-def test_a_cache_is_reused_only_for_the_same_shape(model):
+def test_a_cache_is_reused_only_for_the_same_shape_and_dtype(model, ids):
     reused = ReusedCache(model)
-    first = reused.take(2, 9)
+    first = reused.take(2, 15)
     first.advance(4)
-    assert reused.take(2, 9) is first
+    assert reused.take(2, 15) is first
     assert first.length == 0
-    assert reused.take(3, 9) is not first
+    assert reused.take(3, 15) is not first
     assert reused.take(3, 10).keys.shape[1:4:2] == (3, 10)
-
-
-def test_a_cache_is_not_reused_for_another_dtype(model, ids):
-    reused = ReusedCache(model)
     prefill(model, ids, 3, None, reused)
     model.bfloat16()
     cache, hidden = prefill(model, ids, 3, None, reused)

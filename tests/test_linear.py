@@ -1,5 +1,4 @@
 import copy
-import inspect
 import io
 import pickle
 import weakref
@@ -9,9 +8,9 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from conftest import CONFIGS, random_model, relative_error
+from conftest import CONFIGS, adapted, random_model, relative_error
 from experiments.cli import multiplies_bfloat16
-from lora import LoraConfig, adapter_parameters, inject, merge, remove, unmerge
+from lora import LoraConfig, inject, merge, remove, unmerge
 from qwen_min import Qwen, generate
 from qwen_min.linear import (
     MKLDNN_OPERATORS,
@@ -74,18 +73,6 @@ def test_a_torch_without_a_private_operator_multiplies_plainly(monkeypatch, mode
         assert torch.equal(model(ids), plain)
 
 
-def test_a_packed_product_equals_the_plain_one(model):
-    torch.manual_seed(0)
-    layer = model.model.layers[0].self_attn.q_proj
-    x = torch.randn(3, 5, 56).to(layer.weight.dtype)
-    pack(model)
-    with torch.no_grad():
-        got = layer(x)
-    wanted = x.float() @ layer.weight.float().T + layer.bias.float()
-    assert got.shape == wanted.shape
-    assert relative_error(got.float(), wanted) < 0.01
-
-
 def test_a_changed_weight_does_not_use_its_old_copy(model, ids):
     pack(model)
     with torch.no_grad():
@@ -102,14 +89,12 @@ def test_a_merged_adapter_is_seen(model, ids):
     pack(model)
     with torch.no_grad():
         base = model(ids).float()
-    inject(model, LoraConfig(rank=2, alpha=20))
-    for parameter in adapter_parameters(model).values():
-        parameter.data.fill_(0.1)
+    adapted(model, LoraConfig(rank=2, alpha=20))
     with torch.no_grad():
-        adapted = model(ids).float()
+        apart = model(ids).float()
         merge(model)
         merged = model(ids).float()
-    assert relative_error(merged, adapted) < 0.3 * relative_error(base, adapted)
+    assert relative_error(merged, apart) < 0.3 * relative_error(base, apart)
 
 
 def test_a_weight_at_a_reused_address_is_not_taken_for_the_old_one(monkeypatch):
@@ -143,12 +128,6 @@ def test_inference_tensors_autocast_and_pickling_work(model, ids):
     assert torch.equal(restored.head_weight, model.head_weight)
 
 
-def _options(optimizer, ways=("fused", "foreach", "capturable")):
-    """The ways in which an optimizer may write, as keyword arguments; plainly first."""
-    known = inspect.signature(optimizer).parameters
-    return [{}, *({way: True} for way in ways[:2] if way in known)]
-
-
 class ThroughData(torch.optim.SGD):
     """An optimizer that writes past autograd, as some published ones do."""
 
@@ -166,10 +145,11 @@ OPTIMIZERS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "options"), [(o, options) for o in (*OPTIMIZERS, ThroughData) for options in _options(o)]
-)
-@pytest.mark.parametrize("name", ["ratio 7, tied", "ratio 2, untied"])
+WAYS = [(optimizer, {way: True}) for optimizer in (torch.optim.SGD, torch.optim.Adam) for way in ("fused", "foreach")]
+CASES = [("ratio 7, tied", *case) for case in [*((one, {}) for one in (*OPTIMIZERS, ThroughData)), *WAYS]]
+
+
+@pytest.mark.parametrize(("name", "optimizer", "options"), [*CASES, ("ratio 2, untied", torch.optim.Adam, {})])
 def test_no_optimizer_leaves_a_stale_copy(monkeypatch, ids, name, optimizer, options):
     """Generate, which packs; train every weight; compare with the same weights without packed copies."""
     monkeypatch.setattr("qwen_min.linear.SMALLEST_PACKED_FP32", 1)
@@ -246,17 +226,8 @@ def test_gradients_ignore_the_packed_copies(model, ids):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
-def test_small_fp32_weights_are_left_alone():
-    model = random_model(CONFIGS["ratio 2, untied"])
-    pack(model)
-    assert model.head_weight.packed is None
-    assert torch.equal(linear(torch.ones(1, 56), model.head_weight), torch.ones(1, 56) @ model.head_weight.T)
-
-
 def test_a_model_of_packed_weights_alone_gives_the_same_text_and_frees_the_weights(model):
-    inject(model, LoraConfig(4, 8))
-    for name, parameter in adapter_parameters(model).items():
-        parameter.data.normal_(0, 0.1 if "lora_B" in name else 1.0)
+    adapted(model, LoraConfig(4, 8))
     wanted = generate(model, [[5, 9, 2, 44, 7], [8]], 12, return_logits=True)
     weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
     keep_only_packed(model)
@@ -304,8 +275,10 @@ def test_an_adapter_over_packed_weights_can_be_removed_but_not_merged(model, ids
         torch.testing.assert_close(model(ids), before)
 
 
-def test_small_fp32_weights_stay():
+def test_small_fp32_weights_are_left_alone():
     model = random_model(CONFIGS["ratio 2, untied"])
+    pack(model)
+    assert model.head_weight.packed is None
     keep_only_packed(model)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import conftest
 from conftest import CONFIGS, random_model
 from lora import (
     AdapterError,
@@ -24,12 +25,15 @@ CONFIG = LoraConfig(rank=3, alpha=6.0)
 
 
 def adapted(model, config=CONFIG):
-    """The model with an adapter that changes its output."""
-    inject(model, config)
-    torch.manual_seed(3)
-    for parameter in adapter_parameters(model).values():
-        parameter.data.normal_(0, 0.1)
-    return model
+    return conftest.adapted(model, config)
+
+
+def fresh():
+    return random_model(CONFIGS["ratio 7, tied"])
+
+
+def has_lora(model) -> bool:
+    return any(isinstance(module, LoRALinear) for module in model.modules())
 
 
 def test_a_fresh_adapter_changes_nothing_and_only_it_trains(model, ids):
@@ -68,33 +72,24 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(model, ids):
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, AttributeError])
-def test_merge_is_all_or_nothing_whatever_is_raised(monkeypatch, model, ids, error):
+@pytest.mark.parametrize(
+    ("error", "message"), [(torch.OutOfMemoryError, None), (KeyboardInterrupt, None), (AdapterError, "not finite")]
+)
+def test_merge_is_all_or_nothing_whatever_is_raised(monkeypatch, model, ids, error, message):
     adapted(model)
-    before, whole = model(ids), LoRALinear.delta
-    calls = []
+    before, whole, calls = model(ids), LoRALinear.delta, []
 
-    def fail(layer):
+    def third_fails(layer):
         calls.append(layer)
-        if len(calls) == 3:
+        if len(calls) == 3 and error is not AdapterError:
             raise error
-        return whole(layer)
+        return whole(layer) * (torch.inf if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(LoRALinear, "delta", fail)
-    with pytest.raises(error):
+    monkeypatch.setattr(LoRALinear, "delta", third_fails)
+    with pytest.raises(error, match=message):
         merge(model)
     assert not any(module.merged for module in model.modules() if isinstance(module, LoRALinear))
     assert torch.equal(model(ids), before)
-
-
-def test_merge_refuses_what_is_not_finite(model):
-    adapted(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "base_layer" in name}
-    model.model.layers[-1].self_attn.v_proj.lora_B.weight.data[0, 0] = float("inf")
-    with pytest.raises(AdapterError, match="not finite"):
-        merge(model)
-    assert not any(module.merged for module in model.modules() if isinstance(module, LoRALinear))
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 def test_adapters_stay_fp32_over_a_bf16_base(model, ids):
@@ -113,66 +108,53 @@ def test_no_match_raises_and_changes_nothing(model):
         merge(model)
 
 
-@pytest.mark.parametrize(("rank", "alpha", "targets"), [(0, 1, ("q_proj",)), (2, 0, ("q_proj",)), (2, 2, ())])
-def test_refuses_bad_settings(rank, alpha, targets):
-    with pytest.raises(ValueError, match="LoRA"):
-        LoraConfig(rank, alpha, targets)
+NAN = float("nan")
+BAD = [
+    (0, 1),
+    (True, 1),
+    (2.0, 1),
+    (2, 0),
+    (2, "2"),
+    (2, True),
+    (2, NAN),
+    (2, 1, "q"),
+    (2, 1, ()),
+    (2, 1, (3,)),
+    (2, 1, None),
+]
 
 
-def test_save_and_load_give_the_same_model(tmp_path, model, ids):
-    adapted(model)
-    logits = model(ids)
+@pytest.mark.parametrize("settings", BAD)
+def test_settings_are_checked(settings):
+    with pytest.raises(ValueError, match=r"LoRA (rank|alpha|targets)"):
+        LoraConfig(*settings)
+
+
+def test_a_list_of_targets_is_a_tuple():
+    config = LoraConfig(2, 2, ["q_proj", "v_proj"])
+    assert config == LoraConfig(2, 2)
+    assert hash(config) == hash(LoraConfig(2, 2))
+
+
+def test_save_and_load_give_the_same_model_with_the_settings_of_its_layers(tmp_path, model, ids):
+    """The caller cannot pass other settings: a wrong alpha would change the loaded model."""
+    config = LoraConfig(rank=2, alpha=5.0, targets=("up_proj",))
+    logits = adapted(model, config)(ids)
     save_adapter(model, tmp_path, base="somewhere")
     remove(model)
-    assert load_adapter(model, tmp_path) == CONFIG
+    assert load_adapter(model, tmp_path) == config
     assert torch.equal(model(ids), logits)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "somewhere"
 
 
-@pytest.fixture
-def saved(tmp_path):
-    save_adapter(adapted(random_model(CONFIGS["ratio 7, tied"])), tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize("trainable", [False, True])
-def test_one_error_lists_what_does_not_fit_and_the_model_stays(saved, ids, trainable):
-    path = saved / "adapter_model.safetensors"
-    tensors = load_file(path)
-    first, second, *_ = sorted(tensors)
-    del tensors[first]
-    tensors[second] = torch.zeros(1, 1)
-    tensors["strange"] = torch.zeros(2)
-    save_file(tensors, path)
-    model = random_model(CONFIGS["ratio 7, tied"]).requires_grad_(trainable)
-    before, generator = model(ids), torch.random.get_rng_state()
-    with pytest.raises(AdapterError) as caught:
-        load_adapter(model, saved)
-    assert {parameter.requires_grad for parameter in model.parameters()} == {trainable}
-    assert torch.equal(torch.random.get_rng_state(), generator)
-    message = str(caught.value)
-    assert f"missing {first}" in message
-    assert f"{second} has shape [1, 1]" in message
-    assert "unexpected strange [2]" in message
-    assert torch.equal(model(ids), before)
-    assert not any(isinstance(module, LoRALinear) for module in model.modules())
-
-
-def test_refuses_to_put_an_adapter_over_another(saved, ids):
-    model = adapted(random_model(CONFIGS["ratio 7, tied"]), LoraConfig(2, 2, ("k_proj",)))
-    before = model(ids)
-    with pytest.raises(AdapterError, match="already has an adapter"):
-        load_adapter(model, saved)
-    assert torch.equal(model(ids), before)
-
-
-def test_the_written_settings_are_those_of_the_layers(tmp_path, model, ids):
-    """The caller cannot pass other settings: a wrong alpha would change the loaded model."""
-    logits = adapted(model, LoraConfig(rank=2, alpha=5.0, targets=("up_proj",)))(ids)
+def test_an_adapter_of_some_layers_is_saved_with_their_names(tmp_path, model, ids):
+    adapted(model.model.layers[1], LoraConfig(2, 2, ("q_proj", "up_proj")))
+    wanted = model(ids)
     save_adapter(model, tmp_path)
     remove(model)
-    assert load_adapter(model, tmp_path) == LoraConfig(rank=2, alpha=5.0, targets=("up_proj",))
-    assert torch.equal(model(ids), logits)
+    config = load_adapter(model, tmp_path)
+    assert config.targets == ("model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj")
+    assert torch.equal(model(ids), wanted)
 
 
 def test_adapters_of_several_ranks_are_not_written(tmp_path, model):
@@ -183,129 +165,7 @@ def test_adapters_of_several_ranks_are_not_written(tmp_path, model):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_the_head_takes_no_adapter_because_losses_would_ignore_it():
-    model = random_model(CONFIGS["ratio 2, untied"])
-    with pytest.raises(ValueError, match=r"no Linear is called lm_head.*the model's are down_proj, gate_proj"):
-        inject(model, LoraConfig(2, 2, ("lm_head",)))
-    assert model(torch.tensor([[1, 2]])).shape == (1, 2, 97)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        (0, 1),
-        (True, 1),
-        (2.0, 1),
-        (2, 0),
-        (2, "2"),
-        (2, True),
-        (2, float("nan")),
-        (2, 1, "q_proj"),
-        (2, 1, ()),
-        (2, 1, (3,)),
-        (2, 1, None),
-    ],
-)
-def test_settings_are_checked(settings):
-    with pytest.raises(ValueError, match=r"LoRA (rank|alpha|targets)"):
-        LoraConfig(*settings)
-
-
-@pytest.mark.parametrize("change", [{"init_lora_weights": "gaussian"}, {"lora_dropout": 0.1}, {"loftq_config": {}}])
-def test_settings_that_change_nothing_are_accepted(saved, change):
-    path = saved / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved) == CONFIG
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"use_dora": True}, "use_dora"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
-        ({"use_qalora": True}, "use_qalora"),
-        ({"some_future_variant": True}, "some_future_variant"),
-        ({"bias": "all"}, "bias"),
-        ({"rank_pattern": {"q_proj": 1}}, "rank_pattern"),
-        ({"peft_type": "IA3"}, "peft_type"),
-        ({"target_modules": "all-linear"}, "target_modules"),
-        ({"target_modules": ["w_proj"]}, "w_proj"),
-        ({"r": -1}, "rank"),
-        ({"r": None}, "rank"),
-    ],
-)
-def test_refuses_variants_that_are_not_implemented(saved, change, named):
-    path = saved / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(AdapterError, match=named):
-        load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_refuses_damaged_files(saved, name):
-    (saved / name).write_bytes(b"{")
-    with pytest.raises(AdapterError, match=name):
-        load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_an_adapter_with_values_that_are_not_finite_is_refused(saved, value):
-    path = saved / "adapter_model.safetensors"
-    tensors = load_file(path)
-    name = sorted(tensors)[3]
-    tensors[name][0, 1] = value
-    save_file(tensors, path)
-    with pytest.raises(AdapterError, match=f"{name} .* NaN or infinity"):
-        load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
-
-
-def test_an_adapter_that_fp32_cannot_hold_is_refused(saved):
-    path = saved / "adapter_model.safetensors"
-    tensors = {name: tensor.double() for name, tensor in load_file(path).items()}
-    next(iter(tensors.values()))[0, 0] = 1e300
-    save_file(tensors, path)
-    with pytest.raises(AdapterError, match="NaN or infinity"):
-        load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
-
-
-def test_an_adapter_of_integers_or_of_another_rank_is_refused(saved):
-    path = saved / "adapter_model.safetensors"
-    tensors = load_file(path)
-    save_file({name: tensor.long() for name, tensor in tensors.items()}, path)
-    with pytest.raises(AdapterError, match=r"is of torch.int64"):
-        load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
-    save_file({name: torch.cat((tensor, tensor), int("lora_B" in name)) for name, tensor in tensors.items()}, path)
-    with pytest.raises(AdapterError, match=r"says rank 3, the tensors have \[6\]"):
-        load_adapter(random_model(CONFIGS["ratio 7, tied"]), saved)
-
-
-def test_the_state_of_a_merged_model_is_neither_taken_nor_replaced(model):
-    adapted(model)
-    state = model.state_dict()
-    merge(model)
-    for refused in (model.state_dict, lambda: model.load_state_dict(state)):
-        with pytest.raises(AdapterError, match="call unmerge"):
-            refused()
-    unmerge(model)
-    model.load_state_dict(state)
-    merge_and_unload(model)
-    assert not [name for name in model.state_dict() if "lora" in name]
-
-
-def test_an_adapter_of_some_layers_is_saved_with_their_names(tmp_path, model, ids):
-    inject(model.model.layers[1], LoraConfig(2, 2, ("q_proj", "up_proj")))
-    for parameter in adapter_parameters(model).values():
-        parameter.data.fill_(0.1)
-    wanted = model(ids)
-    save_adapter(model, tmp_path)
-    remove(model)
-    config = load_adapter(model, tmp_path)
-    assert config.targets == ("model.layers.1.mlp.up_proj", "model.layers.1.self_attn.q_proj")
-    assert torch.equal(model(ids), wanted)
-
-
-def test_a_failed_write_keeps_the_adapter_that_was_there(monkeypatch, tmp_path, model, ids):
+def test_a_failed_write_keeps_the_adapter_that_was_there(monkeypatch, tmp_path, model):
     save_adapter(adapted(model), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for parameter in adapter_parameters(model).values():
@@ -321,14 +181,124 @@ def test_a_failed_write_keeps_the_adapter_that_was_there(monkeypatch, tmp_path, 
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
-def test_an_adapter_in_a_folder_below_or_in_another_format_is_pointed_out(tmp_path, model):
-    save_adapter(adapted(model), tmp_path / "mine")
-    remove(model)
-    with pytest.raises(AdapterError, match=r"no such file; adapters lie in .*mine"):
-        load_adapter(model, tmp_path)
-    (tmp_path / "mine" / "adapter_model.safetensors").rename(tmp_path / "mine" / "adapter_model.bin")
+@pytest.fixture
+def saved(tmp_path):
+    save_adapter(adapted(fresh()), tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_one_error_lists_what_does_not_fit_and_the_model_stays(saved, ids, trainable):
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first, second, *_ = sorted(tensors)
+    del tensors[first]
+    tensors[second] = torch.zeros(1, 1)
+    tensors["strange"] = torch.zeros(2)
+    save_file(tensors, path)
+    model = fresh().requires_grad_(trainable)
+    before, generator = model(ids), torch.random.get_rng_state()
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(model, saved)
+    assert {parameter.requires_grad for parameter in model.parameters()} == {trainable}
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    for part in (f"missing {first}", f"{second} has shape [1, 1]", "unexpected strange [2]"):
+        assert part in str(caught.value)
+    assert torch.equal(model(ids), before)
+    assert not has_lora(model)
+
+
+def test_refuses_to_put_an_adapter_over_another(saved, ids):
+    model = adapted(fresh(), LoraConfig(2, 2, ("k_proj",)))
+    before = model(ids)
+    with pytest.raises(AdapterError, match="already has an adapter"):
+        load_adapter(model, saved)
+    assert torch.equal(model(ids), before)
+
+
+def test_the_head_takes_no_adapter_because_losses_would_ignore_it():
+    model = random_model(CONFIGS["ratio 2, untied"])
+    with pytest.raises(ValueError, match=r"no Linear is called lm_head.*the model's are down_proj, gate_proj"):
+        inject(model, LoraConfig(2, 2, ("lm_head",)))
+    assert model(torch.tensor([[1, 2]])).shape == (1, 2, 97)
+
+
+@pytest.mark.parametrize("change", [{"init_lora_weights": "gaussian"}, {"lora_dropout": 0.1}, {"loftq_config": {}}])
+def test_settings_that_change_nothing_are_accepted(saved, change):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert load_adapter(fresh(), saved) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"some_future_variant": True}, "some_future_variant"),
+        ({"bias": "all"}, "bias"),
+        ({"rank_pattern": {"q_proj": 1}}, "rank_pattern"),
+        ({"peft_type": "IA3"}, "peft_type"),
+        ({"target_modules": "all-linear"}, "target_modules"),
+        ({"target_modules": ["w_proj"]}, "w_proj"),
+        ({"r": -1}, "rank"),
+        ({"r": None}, "rank"),
+        ({"r": 6}, r"says rank 6, the tensors have \[3\]"),
+    ],
+)
+def test_refuses_variants_that_are_not_implemented(saved, change, named):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterError, match=named):
+        load_adapter(fresh(), saved)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_refuses_damaged_files(saved, name):
+    (saved / name).write_bytes(b"{")
+    with pytest.raises(AdapterError, match=name):
+        load_adapter(fresh(), saved)
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"), [(NAN, torch.float32), (-float("inf"), torch.float32), (1e300, torch.float64)]
+)
+def test_values_that_are_not_finite_or_that_fp32_cannot_hold_are_refused(saved, value, dtype):
+    path = saved / "adapter_model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    name = sorted(tensors)[3]
+    tensors[name][0, 1] = value
+    save_file(tensors, path)
+    with pytest.raises(AdapterError, match=f"{name} .* NaN or infinity"):
+        load_adapter(fresh(), saved)
+
+
+def test_an_adapter_of_integers_is_refused(saved):
+    path = saved / "adapter_model.safetensors"
+    save_file({name: tensor.long() for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(AdapterError, match=r"is of torch.int64"):
+        load_adapter(fresh(), saved)
+
+
+def test_the_state_of_a_merged_model_is_neither_taken_nor_replaced(model):
+    adapted(model)
+    state = model.state_dict()
+    merge(model)
+    for refused in (model.state_dict, lambda: model.load_state_dict(state)):
+        with pytest.raises(AdapterError, match="call unmerge"):
+            refused()
+    unmerge(model)
+    model.load_state_dict(state)
+    merge_and_unload(model)
+    assert not [name for name in model.state_dict() if "lora" in name]
+
+
+def test_an_adapter_in_a_folder_below_or_in_another_format_is_pointed_out(saved):
+    with pytest.raises(AdapterError, match=rf"no such file; adapters lie in .*{saved.name}"):
+        load_adapter(fresh(), saved.parent)
+    (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
     with pytest.raises(AdapterError, match=r"in the folder: adapter_model.bin"):
-        load_adapter(model, tmp_path / "mine")
+        load_adapter(fresh(), saved)
 
 
 class Shared(torch.nn.Module):
@@ -359,13 +329,7 @@ def test_names_that_only_look_like_an_adapters_are_frozen_and_adapted():
     with pytest.raises(ValueError, match="no Linear is called base_layer"):
         inject(model, LoraConfig(2, 2, ("base_layer",)))
     remove(model)
-    assert not any(isinstance(module, LoRALinear) for module in model.modules())
-
-
-def test_a_list_of_targets_is_a_tuple():
-    config = LoraConfig(2, 2, ["q_proj", "v_proj"])
-    assert config == LoraConfig(2, 2)
-    assert hash(config) == hash(LoraConfig(2, 2))
+    assert not has_lora(model)
 
 
 def test_a_huge_rank_on_a_model_without_content_needs_no_memory():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from conftest import real_tokens
 from qwen_min import KVCache, Qwen, QwenConfig
 from qwen_min.model import attention_mask_and_positions
 
@@ -25,48 +26,34 @@ def test_the_mask_of_many_tokens_has_no_row_for_each():
     assert attention_mask_and_positions(100, 100, None, torch.device("cpu"))[0] is None
 
 
-def test_cached_pieces_give_the_logits_of_one_pass(model, ids):
-    whole = model(ids)
+def test_cached_pieces_give_the_logits_of_one_pass_also_after_a_truncation(model, ids):
     cache = KVCache(model.config, batch_size=2, capacity=12)
-    pieces = [model(piece, cache) for piece in ids.split([5, 1, 4, 2], dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
+    pieces = [model(piece, cache) for piece in ids.split([5, 1, 6], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=1e-5, atol=1e-5)
     assert cache.length == 12
-
-
-def test_a_truncated_cache_forgets(model, ids):
-    cache = KVCache(model.config, batch_size=2, capacity=12)
-    model(ids[:, :6], cache)
+    cache.truncate(3)
     model(ids[:, :3], cache)  # tokens that truncate has to forget
-    cache.truncate(6)
-    torch.testing.assert_close(model(ids[:, 6:], cache), model(ids)[:, 6:], rtol=1e-5, atol=1e-5)
+    cache.truncate(3)
+    torch.testing.assert_close(model(ids[:, 3:], cache), model(ids)[:, 3:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("times", [1, 8])
 def test_a_padded_batch_equals_its_rows_alone(model, ids, times):
     """A few tokens, and more than a block of attention has."""
     ids = ids.repeat(1, times)
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    logits = model(ids, attention_mask=mask)
+    mask = real_tokens(ids.shape[1], 4, 0)
+    logits, last = model(ids, attention_mask=mask), model(ids, attention_mask=mask, last_only=True)
     torch.testing.assert_close(logits[0, 4:], model(ids[:1, 4:])[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits[1], model(ids[1:])[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, logits[:, -1:])
     assert logits.isfinite().all()
 
 
 def test_a_padded_batch_continues_from_its_cache(model, ids):
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
+    mask = real_tokens(12, 4, 0)
     cache = KVCache(model.config, batch_size=2, capacity=12)
-    pieces = [
-        model(ids[:, :7], cache, mask[:, :7]),
-        model(ids[:, 7:8], cache, mask[:, :8]),
-        model(ids[:, 8:], cache, mask),
-    ]
+    pieces = [model(ids[:, start:end], cache, mask[:, :end]) for start, end in ((0, 7), (7, 8), (8, 12))]
     torch.testing.assert_close(torch.cat(pieces, 1)[0, 4:], model(ids[:1, 4:])[0], rtol=1e-5, atol=1e-5)
-
-
-def test_last_only_gives_the_last_position(model, ids):
-    torch.testing.assert_close(model(ids, last_only=True), model(ids)[:, -1:])
 
 
 def test_a_full_cache_raises_and_keeps_its_tokens(model, ids):
@@ -88,27 +75,24 @@ def test_refuses_too_many_positions_and_a_mask_of_another_shape(model, ids):
         model(ids, attention_mask=torch.ones(2, 11))
 
 
-@pytest.mark.parametrize(
-    ("hidden", "feed_forward", "layers", "heads", "kv_heads", "vocabulary", "tied", "parameters"),
-    [
-        (896, 4864, 24, 14, 2, 151936, True, 494_032_768),  # 0.5B
-        (1536, 8960, 28, 12, 2, 151936, True, 1_543_714_304),  # 1.5B
-        (2048, 11008, 36, 16, 2, 151936, True, 3_085_938_688),  # 3B
-        (3584, 18944, 28, 28, 4, 152064, False, 7_615_616_512),  # 7B
-        (5120, 13824, 48, 40, 8, 152064, False, 14_770_033_664),  # 14B
-        (5120, 27648, 64, 40, 8, 152064, False, 32_763_876_352),  # 32B
-        (8192, 29568, 80, 64, 8, 152064, False, 72_706_203_648),  # 72B
-    ],
-)
-def test_every_dense_size_has_its_parameters_and_runs(
-    hidden, feed_forward, layers, heads, kv_heads, vocabulary, tied, parameters
-):
-    config = QwenConfig(vocabulary, hidden, feed_forward, layers, heads, kv_heads, 32768, 1e-6, 1e6, tied)
+SIZES = {  # by name: the config's first six fields and whether the head is tied, the published number of parameters
+    "0.5B": ((151936, 896, 4864, 24, 14, 2), True, 494_032_768),
+    "1.5B": ((151936, 1536, 8960, 28, 12, 2), True, 1_543_714_304),
+    "3B": ((151936, 2048, 11008, 36, 16, 2), True, 3_085_938_688),
+    "7B": ((152064, 3584, 18944, 28, 28, 4), False, 7_615_616_512),
+    "14B": ((152064, 5120, 13824, 48, 40, 8), False, 14_770_033_664),
+    "32B": ((152064, 5120, 27648, 64, 40, 8), False, 32_763_876_352),
+    "72B": ((152064, 8192, 29568, 80, 64, 8), False, 72_706_203_648),
+}
+
+
+@pytest.mark.parametrize(("sizes", "tied", "parameters"), SIZES.values(), ids=SIZES.keys())
+def test_every_dense_size_has_its_parameters_and_runs(sizes, tied, parameters):
     with torch.device("meta"):
-        model = Qwen(config)
+        model = Qwen(QwenConfig(*sizes, 32768, 1e-6, 1e6, tied))
         logits = model(torch.zeros(1, 4, dtype=torch.long))
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert logits.shape == (1, 4, vocabulary)
+    assert logits.shape == (1, 4, sizes[0])
 
 
 def test_tied_head_is_the_embedding(model):

@@ -128,7 +128,7 @@ def test_fine_tuning_helps_where_there_is_something_to_learn_and_its_adapter_for
     series = patterns(24)
     forecaster = Forecaster.load("numbers")
     zero_shot = forecaster.forecast([one[:40] for one in series], 4)
-    metrics = training.finetune(forecaster, series, 4, folder=tmp_path, steps=60, batch=8)
+    metrics = training.finetune(forecaster, series, 4, folder=tmp_path, steps=30, batch=8)
     assert metrics["errors"]["after"]["rmse"] < 0.7 * metrics["errors"]["before"]["rmse"]
     assert metrics["held_out_after"] < 0.8 * metrics["held_out_before"]
     loaded = Forecaster.load(adapter=tmp_path / "adapter")

@@ -17,6 +17,7 @@ from experiments.report.finetuned import Metrics, verdict
 from experiments.report.words import markdown, number
 from experiments.storage.files import RunError
 from experiments.storage.records import build
+from tests.faults import contents
 
 NAME = "<img src=x>| US$ % AU$ `c` *d*\n_e_ &lt; \\ [f](g)"
 
@@ -76,10 +77,13 @@ def test_the_page_tells_which_forecasts_it_draws_and_what_the_model_read(folder,
     plain = figures._write
     monkeypatch.setattr(figures, "_write", lambda figure, path: (drawn.append(figure), plain(figure, path)))
     text = write_report(folder).with_suffix(".md").read_text()
+    written = contents(folder, "**/*")
+    write_report(folder)
+    assert contents(folder, "**/*") == written  # the same numbers give the same files
     assert "reads up to 37 time steps" in text
     assert [axes.get_title() for axes in drawn[0].axes] == ["forecast 1", "forecast 6", "forecast 10"]
     assert "US$ % AU$" in drawn[0].axes[0].get_ylabel()  # no formula: `drawn` was written with these dollars
-    assert text.count("![") == len(drawn) == 3
+    assert 2 * text.count("![") == len(drawn) == 6
     assert drawn[2].axes[0].get_ylabel() == "held-out loss (standard deviations)"
 
 

@@ -6,9 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from conftest import GROUPED, config_fields, random_model
+from conftest import GROUPED, random_model, write_checkpoint
 from experiments.benchmarking import measurement
 from experiments.benchmarking.engines import Engine, LlamaCpp, LlamaCppQ8, OpenVINO, OpenVINOQ8
 from experiments.benchmarking.measurement import setup_of
@@ -78,9 +77,7 @@ def test_a_gguf_file_holds_the_weights_and_the_metadata_of_the_checkpoint(tmp_pa
     sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     config = replace(GROUPED, tie_word_embeddings=False, **sizes)  # the embedded tokenizer has 257 tokens
     model = random_model(config)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(config_fields(config)))
-    (tmp_path / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
+    write_checkpoint(tmp_path, model)
     write_gguf(tmp_path, tmp_path / "model.gguf", weights)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     found = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}

@@ -1,7 +1,6 @@
 import json
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,13 @@ from experiments import pretrain as command
 from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import NUMBERS
 from experiments.forecasting.numbers import CONFIG
-from experiments.training import pretraining
+from experiments.training import loop, pretraining
 from experiments.training import tiny as pretrain
 from qwen_min import load
 from qwen_min.config import QwenConfig
 from qwen_min.weights import TINY
-
-ROOT = Path(__file__).parents[1]
+from tests import forks
+from tests.faults import contents
 
 
 @pytest.mark.parametrize("family", pretrain.FAMILIES, ids=lambda family: family.__name__)
@@ -45,7 +44,8 @@ def test_an_oscillator_without_drive_has_its_period():
 
 
 def test_the_command_writes_the_same_checkpoint_twice(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain, "HELD_OUT", 4)
+    monkeypatch.setattr(pretrain, "HELD_OUT", 2)
+    monkeypatch.setattr(pretrain, "BATCH", 1)
     for name in ("a", "b"):
         assert command.main(["tiny", str(tmp_path / name), "--steps", "2", "--seed", "7"]) == 0
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
@@ -62,42 +62,31 @@ def test_the_embedded_checkpoint_has_this_config_and_tokenizer():
     assert load("tiny")[0].config == pretrain.CONFIG
 
 
-SMALL = """
-from experiments import pretrain
-from experiments.training import loop, pretraining
-pretraining.HELD_OUT_STEPS, pretraining.PER_BLOCK, loop.SAVE_SECONDS = 1, 16, 0
-pretraining.KINDS = (pretraining.Kind(16, 96, 3, 4, 0.5), pretraining.Kind(8, 48, 3, 4, 0.5))
-"""
-KILL = """
-import os, signal
-draw = pretraining.SyntheticWindows.draw
-def deadly(self, step):
-    if step == 4 and self.seed == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return draw(self, step)
-pretraining.SyntheticWindows.draw = deadly
-"""
+def pretrained(folder: Path, deadly: bool = False) -> int:
+    """The status of a pretraining of six steps that take a moment, each saved; deadly: it is killed in the fifth."""
+    pretraining.HELD_OUT_STEPS, pretraining.PER_BLOCK, loop.SAVE_SECONDS = 1, 16, 0
+    pretraining.KINDS = (pretraining.Kind(16, 96, 3, 4, 0.5), pretraining.Kind(8, 48, 3, 4, 0.5))
+    draw = pretraining.SyntheticWindows.draw
 
+    def draw_or_die(self, step):
+        if deadly and step == 4 and self.seed == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(self, step)
 
-def pretrained(folder, before="") -> int:
-    """The status of a pretraining of six steps that take a moment, each saved, in a new process."""
-    code = f"import sys\n{SMALL}{before}\nsys.exit(pretrain.main(sys.argv[1:]))"
-    words = [sys.executable, "-c", code, "numbers", str(folder), "--steps", "6", "--seed", "7"]
-    return subprocess.run(words, cwd=ROOT).returncode
+    pretraining.SyntheticWindows.draw = draw_or_die
+    return command.main(["numbers", str(folder), "--steps", "6", "--seed", "7"])
 
 
 def test_a_killed_pretraining_of_numbers_ends_with_the_same_bytes(tmp_path):
-    assert pretrained(tmp_path / "whole") == 0
-    assert pretrained(tmp_path / "killed", KILL) == -signal.SIGKILL
-    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["steps6-seed7.state.safetensors"]
-    assert pretrained(tmp_path / "killed") == 0
-    assert pretrained(tmp_path / "killed") == 2  # it has a checkpoint already
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes()
-    curve = json.loads((tmp_path / "whole" / "curve.json").read_text())
-    assert [point["steps"] for point in curve] == [*range(7)]
-    forecaster = Forecaster.load(tmp_path / "whole")
-    assert forecaster.forecast([np.sin(np.arange(30))], 3).values.shape == (1, 3, 1)
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    assert forks.run(log, pretrained, whole) == 0, log.read_text()
+    assert forks.run(log, pretrained, killed, True) == -signal.SIGKILL
+    assert [path.name for path in killed.iterdir()] == ["steps6-seed7.state.safetensors"]
+    assert forks.run(log, pretrained, killed) == 0, log.read_text()
+    assert forks.run(log, pretrained, killed) == 2  # it has a checkpoint already
+    assert contents(killed, "*") == contents(whole, "*")
+    assert [point["steps"] for point in json.loads((whole / "curve.json").read_text())] == [*range(7)]
+    assert Forecaster.load(whole).forecast([np.sin(np.arange(30))], 3).values.shape == (1, 3, 1)
 
 
 def test_the_embedded_checkpoint_of_numbers_is_small_and_was_made_by_its_command():

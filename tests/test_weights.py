@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -7,34 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import CONFIGS, config_fields, random_model
+from conftest import CONFIGS, random_model, write_checkpoint
 from qwen_min import CheckpointError, Qwen, Tokenizer, generate, load
 from qwen_min.weights import TINY, checkpoint_folder, save
-
-
-def write_checkpoint(folder, model, dtype=torch.float32, shards=1):
-    """Write a checkpoint folder of a random model, with the embedded tokenizer."""
-    config = config_fields(model.config) | {"vocab_size": model.config.vocab_size}
-    (folder / "config.json").write_text(json.dumps(config))
-    shutil.copy(TINY / "tokenizer.json", folder)
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
-        return
-    weight_map = {}
-    for shard in range(shards):
-        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        part = dict(list(tensors.items())[shard::shards])
-        save_file(part, folder / name)
-        weight_map |= dict.fromkeys(part, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 @pytest.fixture
 def wide(config):
     """A random model whose vocabulary is large enough for the embedded tokenizer."""
-    from dataclasses import replace
-
     return random_model(replace(config, vocab_size=260))
 
 
@@ -52,8 +33,6 @@ def test_loads_every_layout_and_dtype(tmp_path, wide, shards, dtype):
 
 def broken(tmp_path, change):
     """The error of loading a checkpoint after `change` changed its tensors."""
-    from dataclasses import replace
-
     write_checkpoint(tmp_path, random_model(replace(CONFIGS["ratio 7, tied"], vocab_size=260)))
     tensors = load_file(tmp_path / "model.safetensors")
     change(tensors)
@@ -75,6 +54,15 @@ def test_one_error_lists_missing_unexpected_and_misshapen_tensors(tmp_path):
     assert "model.layers.1.mlp.up_proj.weight has shape [80, 55], expected [80, 56]" in message
 
 
+INTEGERS = torch.zeros(56, dtype=torch.long), "model.norm.weight has dtype I64"
+NOT_FINITE = [(torch.full((56,), value), "model.norm.weight has NaN or infinity") for value in (torch.nan, -torch.inf)]
+
+
+@pytest.mark.parametrize(("tensor", "message"), [INTEGERS, *NOT_FINITE])
+def test_refuses_weights_that_are_no_finite_floats(tmp_path, tensor, message):
+    assert message in broken(tmp_path, lambda tensors: tensors.update({"model.norm.weight": tensor}))
+
+
 def test_a_stored_head_that_the_config_ties_has_to_equal_the_embedding(tmp_path):
     def store(factor):
         return lambda tensors: tensors.update({"lm_head.weight": factor * tensors["model.embed_tokens.weight"]})
@@ -89,48 +77,48 @@ def test_a_stored_head_that_the_config_ties_has_to_equal_the_embedding(tmp_path)
     assert torch.equal(load(tmp_path)[0].head_weight, tensors["lm_head.weight"])
 
 
-def test_refuses_integer_weights(tmp_path):
-    assert "has dtype I64" in broken(
-        tmp_path, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(56, dtype=torch.long)})
-    )
+@pytest.fixture
+def embedded(tmp_path) -> Path:
+    """A copy of the embedded checkpoint."""
+    return shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"not safetensors", None])
-def test_refuses_damaged_and_missing_files(tmp_path, content):
-    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "model.safetensors"
-    if content is None:
-        path.unlink()
-    else:
-        path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        load(tmp_path)
+WEIGHTS, INDEX, END = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+DAMAGED = [  # the files that are written, or removed where the content is None: what is said
+    ({WEIGHTS: ""}, r"model\.safetensors: not a readable safetensors file"),
+    ({WEIGHTS: "\0" * 100}, "not a readable safetensors file"),
+    ({WEIGHTS: None}, r"missing model\.safetensors"),
+    ({WEIGHTS: None, "adapter_config.json": "{}"}, "missing model.safetensors; the folder holds .*an adapter"),
+    ({WEIGHTS: None, "pytorch_model.bin": ""}, "missing model.safetensors; the folder holds .*pytorch_model.bin"),
+    ({WEIGHTS: None, INDEX: "{"}, "not a readable JSON"),
+    ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),
+    ({WEIGHTS: None, INDEX: '{"weight_map": {"a": "../model.safetensors"}}'}, "same folder"),
+    ({WEIGHTS: None, INDEX: '{"weight_map": {"a": 3}}'}, "same folder"),
+    ({WEIGHTS: None, INDEX: '{"weight_map": {"a": "absent.safetensors"}}'}, "missing absent.safetensors"),
+    ({"tokenizer.json": "{}"}, "not a readable tokenizer"),
+    ({END: '{"eos_token_id": "</s>"}'}, "generation_config.json: "),
+    ({END: '{"eos_token_id": [true]}'}, "generation_config.json: "),
+    ({END: "[]"}, "generation_config.json: "),
+    ({END: "{"}, "generation_config.json: "),
+]
 
 
-def test_refuses_a_truncated_file(tmp_path):
-    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "model.safetensors"
+@pytest.mark.parametrize(("files", "message"), DAMAGED)
+def test_refuses_damaged_and_missing_files(embedded, files, message):
+    for name, content in files.items():
+        if content is None:
+            (embedded / name).unlink()
+        else:
+            (embedded / name).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        load(embedded)
+
+
+def test_refuses_a_truncated_file(embedded):
+    path = embedded / WEIGHTS
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("index", "named"),
-    [
-        ("{", "not a readable JSON"),
-        ("{}", "weight_map"),
-        ('{"weight_map": {"a": "../model.safetensors"}}', "same folder"),
-        ('{"weight_map": {"a": 3}}', "same folder"),
-        ('{"weight_map": {"a": "absent.safetensors"}}', "missing absent.safetensors"),
-    ],
-)
-def test_refuses_a_bad_index(tmp_path, index, named):
-    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(CheckpointError, match=named):
-        load(tmp_path)
+        load(embedded)
 
 
 def test_a_single_file_wins_over_the_index_and_the_shards_of_an_earlier_save(tmp_path, wide):
@@ -151,14 +139,6 @@ def test_shards_without_an_index_are_read_and_a_missing_one_is_noticed(tmp_path,
     next(tmp_path.glob("model-00001-*")).unlink()
     with pytest.raises(CheckpointError, match="missing model"):
         load(tmp_path)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_weight_that_is_not_finite_is_named(tmp_path, value):
-    def change(tensors):
-        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
-
-    assert "model.layers.1.mlp.up_proj.weight has NaN or infinity" in broken(tmp_path, change)
 
 
 def test_a_weight_that_is_not_finite_in_the_chosen_dtype_is_named(tmp_path, wide):
@@ -191,44 +171,22 @@ def test_other_names_of_tensors_are_shown(tmp_path, prefix):
 
 
 @pytest.mark.parametrize(
-    ("file", "named"), [("adapter_config.json", "an adapter"), ("pytorch_model.bin", "pytorch_model.bin")]
-)
-def test_a_folder_of_something_else_is_described(tmp_path, file, named):
-    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "model.safetensors").unlink()
-    (tmp_path / file).write_text("{}")
-    with pytest.raises(CheckpointError, match=f"missing model.safetensors; the folder holds .*{named}"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
     ("generation", "config", "ends"),
     [([26, 256], 5, (26, 256)), (26, 5, (26,)), (None, 26, (26,)), (None, None, (256,)), ("absent", 26, (26,))],
 )
-def test_the_end_tokens_are_those_of_the_checkpoint(tmp_path, generation, config, ends):
-    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
+def test_the_end_tokens_are_those_of_the_checkpoint(embedded, generation, config, ends):
     record = json.loads((TINY / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(record | {"eos_token_id": config}))
+    (embedded / "config.json").write_text(json.dumps(record | {"eos_token_id": config}))
     if generation != "absent":
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
-    assert load(tmp_path)[1].end_ids == ends
-
-
-@pytest.mark.parametrize("content", ['{"eos_token_id": "</s>"}', '{"eos_token_id": [true]}', "[]", "{"])
-def test_refuses_end_tokens_that_are_no_token_ids(tmp_path, content):
-    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"generation_config.json: "):
-        load(tmp_path)
+        (embedded / END).write_text(json.dumps({"eos_token_id": generation}))
+    assert load(embedded)[1].end_ids == ends
 
 
 def test_truncation_and_padding_of_a_tokenizer_file_are_ignored(tmp_path, tiny):
     record = json.loads((TINY / "tokenizer.json").read_text())
     record["truncation"] = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
-    record["padding"] = {
-        "strategy": {"Fixed": 8}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 256, "pad_type_id": 0,
-        "pad_token": "<|endoftext|>",
-    }  # fmt: skip
+    padding = {"strategy": {"Fixed": 8}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 256}
+    record["padding"] = padding | {"pad_type_id": 0, "pad_token": "<|endoftext|>"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(record))
     for text in ("1.23,4.56;7.89", "1"):
         assert Tokenizer(tmp_path / "tokenizer.json").encode(text) == tiny[1].encode(text)
@@ -336,13 +294,6 @@ def test_a_folder_called_tiny_wins_over_the_embedded_checkpoint(monkeypatch, tmp
     assert checkpoint_folder("tiny") == TINY
     (tmp_path / "tiny").mkdir()
     assert checkpoint_folder("tiny") == Path("tiny")
-
-
-def test_refuses_a_damaged_tokenizer(tmp_path):
-    shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="not a readable tokenizer"):
-        load(tmp_path)
 
 
 def test_the_embedded_checkpoint_is_a_small_qwen(tiny):

@@ -5,9 +5,9 @@ import pytest
 import torch
 import transformers
 
-from conftest import config_fields, random_model, relative_error
+from conftest import REAL, config_fields, random_model, relative_error
 from lora import LoraConfig, adapter_parameters, inject, load_adapter, save_adapter
-from qwen_min import Qwen, QwenConfig
+from qwen_min import Qwen
 from qwen_min.loss import next_token_loss
 
 CONFIG = LoraConfig(rank=4, alpha=8, targets=("q_proj", "v_proj"))
@@ -87,9 +87,8 @@ def test_a_fresh_adapter_is_drawn_from_the_same_distribution(models):
 
 @pytest.mark.parametrize("rank", [2, 4, 8])
 def test_parameter_counts_of_the_real_sizes(rank):
-    config = QwenConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True)
     with torch.device("meta"):
-        model = Qwen(config)
+        model = Qwen(REAL)
         assert sum(p.numel() for p in model.parameters()) == 494_032_768
         assert sum(p.numel() for p in model.model.layers.parameters()) + 896 == 357_898_112
         inject(model, LoraConfig(rank, rank))

@@ -4,11 +4,14 @@ import pytest
 import torch
 import transformers
 
-from conftest import config_fields, relative_error
-from qwen_min import KVCache, Qwen, QwenConfig, generate, load
+from conftest import config_fields, real_tokens, relative_error
+from experiments.forecasting.encoding import Encoding
+from experiments.study import data
+from qwen_min import KVCache, Qwen, QwenConfig, Tokenizer, generate, load
 from qwen_min.chat import ChatTemplate
+from qwen_min.loss import next_token_loss
 from qwen_min.sampling import Sampling
-from qwen_min.weights import load_weights
+from qwen_min.weights import TINY, load_weights
 
 TOLERANCE = 1e-5
 
@@ -76,8 +79,7 @@ def test_a_divergence_is_named_by_its_layer(models, ids):
 
 def test_left_padding_agrees_on_the_real_tokens(models, ids):
     ours, theirs = models
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
+    mask = real_tokens(12, 5, 0)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     got = ours(ids, attention_mask=mask)
     with torch.no_grad():
@@ -94,8 +96,6 @@ def test_cached_pieces_agree(models, ids):
 
 
 def test_gradients_agree(models, ids):
-    from qwen_min.loss import next_token_loss
-
     ours, theirs = models
     ours.requires_grad_(True)
     ours_loss, theirs_loss = next_token_loss(ours, ids), theirs(ids, labels=ids).loss
@@ -116,8 +116,6 @@ def test_greedy_text_agrees(models, ids):
 
 
 def test_the_embedded_checkpoint_is_a_checkpoint_for_transformers_too(tiny):
-    from qwen_min.weights import TINY
-
     ours, tokenizer = tiny
     theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
     ids = torch.tensor([tokenizer.encode("0.92,0.74;0.56,0.77;0.34,0.70;0.23,0.59;0.18")])
@@ -135,9 +133,6 @@ def real_models(real_checkpoint):
 @pytest.fixture(scope="module")
 def validation_texts(report_file):
     """The first ten validation trajectories of the study's file as text: whole, and only their contexts."""
-    from experiments.forecasting.encoding import Encoding
-    from experiments.study import data
-
     trajectories = data.read(report_file).trajectories
     parts = data.split(len(trajectories))
     encoding = Encoding.fit(trajectories[parts.train])
@@ -175,8 +170,6 @@ def test_real_greedy_text_agrees_for_four_contexts(real_models, validation_texts
 
 
 def test_real_tokenizer_agrees(real_checkpoint, validation_texts):
-    from qwen_min import Tokenizer
-
     ours = Tokenizer(real_checkpoint / "tokenizer.json")
     theirs = transformers.AutoTokenizer.from_pretrained(real_checkpoint)
     for text in [*validation_texts[0], "1 . 2 3", "-0.5,é\n predators & prey"]:
