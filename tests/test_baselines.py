@@ -21,6 +21,7 @@ def squared(baseline, series):
     return ((baseline(series[:, :70].round(2), 10) - series[:, 70:80]) ** 2).mean(axis=(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "first_ten", "mean", "median"),
     [
@@ -56,6 +57,7 @@ def test_the_seasonal_baseline_repeats_a_fractional_period():
     np.testing.assert_allclose(seasonal(wave[:, :60], 30), wave[:, 60:], atol=0.08)
 
 
+@pytest.mark.slow
 def test_the_network_beats_the_context_mean_and_depends_on_the_seed_alone(monkeypatch, scaled):
     monkeypatch.setattr(gru, "STEPS", 150)  # instead of 2000
     forecast = gru.fit(scaled["train"].round(2))

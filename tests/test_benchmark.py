@@ -31,6 +31,7 @@ def cells(table: str) -> dict[str, list[str]]:
     return {name: row for name, *row in rows}
 
 
+@pytest.mark.slow
 def test_one_run_measures_this_project(small, command, monkeypatch):
     """In this process; that of a side is tested below."""
 
@@ -93,6 +94,7 @@ class Idle(Side):
         os._exit(1)
 
 
+@pytest.mark.slow
 def test_a_side_has_a_process_and_memory_of_its_own():
     ballast = np.ones(2**26)  # 512 MiB in this process, which starts the other
     with processes(None, {"idle": Idle}) as started:

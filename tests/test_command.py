@@ -39,6 +39,7 @@ def test_a_missing_package_is_told_with_what_installs_it(monkeypatch, refused):
     assert "pip install 'qwen-min[experiments]'" in refused("run")
 
 
+@pytest.mark.slow
 def test_text_and_flops_need_no_package_of_the_extra():
     blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in entry.EXTRA)
     code = f"import sys; {blocked}; import experiments.text, flops.trace, qwen_min.chat, lora"

@@ -85,6 +85,7 @@ def test_links_lead_to_files(page):
         assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], anchor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "code"), EXAMPLES, ids=[page.name for page, _ in EXAMPLES])
 def test_an_example_prints_what_its_page_says(monkeypatch, capsys, page, code):
     monkeypatch.chdir(ROOT)
@@ -148,6 +149,7 @@ def expanded(line: str, folder) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [line for line in LINES if not line.startswith("torchrun")])
 def test_a_command_of_the_documents_runs(small, monkeypatch, folder, line):
     monkeypatch.setattr(sys, "argv", ["qwen-min", *arguments(expanded(smaller(line), folder))])
@@ -172,6 +174,7 @@ def torchrun(folder: Path, words: list[str]) -> int:
     return 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", sorted({smaller(line) for line in LINES if line.startswith("torchrun")}))
 def test_a_command_with_torchrun_runs(folder, tmp_path, line):
     words, log = expanded(line, folder)[1:], tmp_path / "log"

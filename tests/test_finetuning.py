@@ -16,6 +16,8 @@ from experiments.training import loop
 from experiments.training.finetuning import FitError, prepare
 from tests.faults import contents
 
+pytestmark = pytest.mark.slow
+
 
 def waves(count: int, steps: int = 60) -> list[np.ndarray]:
     rng = np.random.default_rng(0)

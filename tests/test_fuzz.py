@@ -42,6 +42,7 @@ from qwen_min.config import CheckpointError
 from qwen_min.weights import TINY, load, load_weights, weight_files
 from tests import small_plan
 
+pytestmark = pytest.mark.slow
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 40))
 MEMORY = 2 * 2**30  # bytes, in addition to those that the process has already
 fuzz = settings(

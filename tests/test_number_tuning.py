@@ -124,6 +124,7 @@ def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_
     assert best_shares(parts, held[:1], found) == kept
 
 
+@pytest.mark.slow
 def test_fine_tuning_helps_where_there_is_something_to_learn_and_its_adapter_forecasts(tmp_path):
     series = patterns(24)
     forecaster = Forecaster.load("numbers")

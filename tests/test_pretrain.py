@@ -77,6 +77,7 @@ def pretrained(folder: Path, deadly: bool = False) -> int:
     return command.main(["numbers", str(folder), "--steps", "6", "--seed", "7"])
 
 
+@pytest.mark.slow
 def test_a_killed_pretraining_of_numbers_ends_with_the_same_bytes(tmp_path):
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     assert forks.run(log, pretrained, whole) == 0, log.read_text()

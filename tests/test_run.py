@@ -32,6 +32,8 @@ from tests import forks
 from tests import small_plan as small
 from tests.faults import contents
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def small_plan(monkeypatch):

@@ -447,6 +447,7 @@ def test_names_that_begin_with_a_space_and_a_hash_are_no_comment(table):
     assert list(table("# of a logger\n#\na b\n0 1.5\n1 2.5\n").columns) == ["a", "b"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", DIALECTS)
 def test_what_pandas_writes_comes_back_exactly_or_is_refused(options, tmp_path_factory):
     path = tmp_path_factory.mktemp("dialect") / "a.csv"

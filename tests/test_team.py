@@ -24,6 +24,8 @@ from lora import LoraConfig, adapter_parameters, inject
 from tests import forks, small_plan
 from tests.faults import TIMED, contents
 
+pytestmark = pytest.mark.slow
+
 
 def train(folder: Path) -> int:
     """Train a small fp64 model on rows of unequal length; each process writes its losses and adapter."""
