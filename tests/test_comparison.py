@@ -11,6 +11,7 @@ from experiments.report.comparison import load_runs, write_comparison
 from experiments.storage.files import RunError
 from tests import small_plan
 
+pytestmark = pytest.mark.slow
 RESULTS = Path(__file__).parents[1] / "results"
 RUNS = sorted(plan.parent.name for plan in RESULTS.glob("*/plan.json"))
 

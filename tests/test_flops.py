@@ -61,6 +61,7 @@ STEPS = [(ranks, 100, 13) for ranks in TRAINED.values()]
 STEPS += [(ranks, 7, None) for ranks in (*TRAINED.values(), *({name: 2} for name in ALL_LINEAR))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "context", "vocabulary"), STEPS)
 def test_closed_form_of_a_step_equals_what_autograd_dispatches(config, ranks, context, vocabulary):
     wanted = trace_training_step(config, 2, context, ranks, vocabulary)
@@ -208,6 +209,7 @@ def test_every_dense_size_is_built_in(size):
     assert found["totals"]["exact"]["training step"] > 0
 
 
+@pytest.mark.slow
 def test_command_prints_the_table(command):
     found = costs.counts("0.5B", 2, 64, 8)
     for convention in CONVENTIONS:

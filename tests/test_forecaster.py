@@ -31,6 +31,7 @@ def forecaster(tiny):
     return TextForecaster(*tiny)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [0, 3])
 def test_a_forecast_depends_on_its_series_alone(monkeypatch, forecaster, samples):
     series = waves()

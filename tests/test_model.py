@@ -86,6 +86,7 @@ SIZES = {  # by name: the config's first six fields and whether the head is tied
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "tied", "parameters"), SIZES.values(), ids=SIZES.keys())
 def test_every_dense_size_has_its_parameters_and_runs(sizes, tied, parameters):
     with torch.device("meta"):

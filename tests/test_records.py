@@ -14,6 +14,7 @@ from experiments.report.results import load_run
 from experiments.storage.files import RunError
 from experiments.storage.records import Interval, Matrix, build
 from experiments.study.records import read_losses
+from tests import small_plan
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -130,7 +131,8 @@ def test_a_damaged_ledger_and_missing_forecasts_are_found_and_a_torn_line_does_n
         load_run(frontier)
 
 
-def test_scores_that_need_more_samples_are_left_out_and_so_are_sequences_without_a_forecast(frontier):
+def test_scores_that_need_more_samples_are_left_out_and_so_are_sequences_without_a_forecast(frontier, monkeypatch):
+    small_plan.install(put=monkeypatch.setattr)
     for split in ("val", "test"):
         change(frontier / METRICS, split, "probabilistic", "coverage_80%", value=None)
         change_lines(frontier / f"experiments/frontier/forecasts.{split}.jsonl", quantiles=None, new=1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experiments.forecasting.numbers import Numbers
-from experiments.training import synthetic
+from experiments.training import pretraining, synthetic
 from experiments.training.muon import Muon, orthogonal
 from experiments.training.pretraining import SyntheticWindows
 
@@ -29,8 +29,9 @@ def test_groups_have_pairs_that_belong_together_only_if_asked_for():
     assert 0.1 < alone.mean() < together.mean() < 0.5
 
 
-def test_a_step_depends_on_the_seed_and_its_number_alone():
+def test_a_step_depends_on_the_seed_and_its_number_alone(monkeypatch):
     """So that a training that was killed goes on with the same series."""
+    monkeypatch.setattr(pretraining, "PER_BLOCK", 16)
     model = Numbers()
     model.start(0)
     first, second = SyntheticWindows(model, seed=1), SyntheticWindows(model, seed=1)
