@@ -68,7 +68,7 @@ def _environment(suffix: str) -> Environment:
 
 
 def verdict(run: Run) -> str | None:
-    """The result in words: the last judged model next to the best baseline. None if no model is judged."""
+    """The result in words: the model that is best on validation next to the best baseline. None if none is judged."""
     methods = {name: scores["test"] for name, scores in methods_of(run.judged).items() if "test" in scores}
     if not methods:
         return None

@@ -106,7 +106,7 @@ def samples(run: Run) -> Rows:
 
 
 def against_others(run: Run) -> dict[str, Rows]:
-    """For each method of the last judged experiment: its comparison with all others, sequence by sequence."""
+    """For each method of the experiment that is best on validation: its comparison with all others, by sequence."""
     scores = run.baselines | methods_of(run.judged)
     each = {name: by_split["test"].mse_each or [] for name, by_split in scores.items() if "test" in by_split}
     last = dict([*run.judged.items()][-1:])

@@ -60,8 +60,9 @@ class Run:
 
     @property
     def judged(self) -> dict[str, Result]:
-        """The finished experiments that the test set judges."""
-        return {name: result for name, result in self.experiments.items() if "test" in result.metrics}
+        """The finished experiments that were evaluated on the test set; the best on validation comes last."""
+        found = [(name, result) for name, result in self.experiments.items() if "test" in result.metrics]
+        return dict(sorted(found, key=lambda one: one[1].metrics["val"].all.mse_filled, reverse=True))
 
     def planned(self, section: str) -> list[str]:
         """The experiments of a section."""
