@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.forecasting import Forecaster
 from experiments.forecasting.contexts import SeriesError
 from experiments.forecasting.numbers import (
     AHEAD,
@@ -18,7 +19,7 @@ from experiments.forecasting.numbers import (
     find_seasons,
     patches,
 )
-from experiments.forecasting.values import NumberForecaster, at_levels
+from experiments.forecasting.values import ZERO_SHOT, NumberForecaster, at_levels
 from experiments.training.number_costs import number_backward, number_forward, number_step
 from experiments.training.number_windows import weighted_loss
 from experiments.training.settings import NUMBER_TARGETS
@@ -198,3 +199,16 @@ def test_flops_are_those_of_the_trace(series, variables, tokens, rank):
     assert forward.total == number_forward(model.config, *shape, ranks)
     assert step.total - forward.total == number_backward(model.config, *shape, ranks)
     assert whole.total == number_step(model.config, *shape, ranks, masked=variables > 1)
+
+
+def test_a_zero_shot_forecast_is_the_mean_of_three_readings_and_a_variable_may_end_early():
+    forecaster, horizon = Forecaster.load("numbers"), 5
+    series = np.random.default_rng(0).normal(size=(60, 2)).cumsum(0)
+
+    def read(steps: int) -> np.ndarray:
+        return forecaster._read(forecaster.base, None, [series[-steps:]], horizon, None)
+
+    found = forecaster.parts([series], horizon, [ZERO_SHOT])[ZERO_SHOT]
+    np.testing.assert_allclose(found, (read(60) + read(48) + read(36)) / 3, rtol=1e-12)
+    series[10:, 1] = np.nan  # no value in the newest 80 %
+    assert np.isfinite(forecaster.forecast([series], horizon).values).all()

@@ -28,9 +28,9 @@ STRIDES = {72: 2, 144: 4, 256: 8, 512: 16}
 MIN_STEPS = 3  # of a context
 WIDER = 2.0  # zero-shot quantiles of a context of n values are so much / sqrt(n) farther from the median: real series
 # change more than synthetic ones (chosen on the M1 competition, where 80 % intervals then hold 75 to 84 %)
-# a zero-shot forecast is the mean of those from the newest shares of a context, each of at least so many steps: other
-# scales, other seasons (chosen on fpp2 and forecast, where errors become 1 % smaller; on M1 they stay)
-NEWEST, LEAST = (1.0, 0.8, 0.6), 24
+# a zero-shot forecast is the mean of those from a context and from its newest shares, each of at least so many steps:
+# other scales, other seasons (chosen on fpp2 and forecast, where errors become 1 % smaller; on M1 they stay)
+NEWEST, LEAST = (0.8, 0.6), 24
 FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
 BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
 MEDIAN = len(LEVELS) // 2
@@ -211,7 +211,7 @@ class NumberForecaster:
         if ZERO_SHOT in names or not found:
             count = progress if not found else lambda count: None  # each series counts once
             whole = self._read(self.base, None, arrays, horizon, context, count)
-            newest = [[newest_of(array, context, share) for array in arrays] for share in NEWEST[1:]]
+            newest = [[newest_of(array, context, share) for array in arrays] for share in NEWEST]
             others = [self._read(self.base, None, some, horizon, context) for some in newest]
             found[ZERO_SHOT] = np.mean([whole, *others], axis=0)
         if simple := names & BASELINES.keys():
