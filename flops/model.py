@@ -4,12 +4,14 @@ B batch, T new tokens, S cached + new tokens, C hidden size, F feed-forward size
 D head size, V vocabulary.
 """
 
+import operator
+import sys
 from typing import NamedTuple
 
 from flops import primitives as p
 from flops.primitives import ADD, EXP, MUL, TRIG, matmul
 from qwen_min.attention import QUERY_BLOCK, runs_in_blocks
-from qwen_min.config import QwenConfig
+from qwen_min.config import MAX_VALUE, QwenConfig
 from qwen_min.loss import CHUNK
 
 CONVENTIONS = {
@@ -136,16 +138,36 @@ def loss(batch: int, new: int, vocabulary: int, convention: str) -> int:
     return batch * new * (p.softmax(vocabulary) + EXP + ADD)
 
 
-def check_pass(ranks: dict[str, int] | None, head: str, continues: bool, vocabulary: int | None) -> None:
-    """Raise ValueError for a pass that the code does not have; arguments of `forward`, continues: cached or padded."""
+def check_pass(
+    config: QwenConfig,
+    batch: int,
+    new: int,
+    cached: int,
+    ranks: dict[str, int] | None,
+    head: str,
+    padded: bool,
+    vocabulary: int | None,
+) -> None:
+    """Raise ValueError for a pass that the code does not have; arguments of `forward`."""
     if unknown := sorted(set(ranks or {}) - set(PROJECTIONS)):
         raise ValueError(f"ranks has {', '.join(unknown)}, expected some of {', '.join(PROJECTIONS)}")
     if head not in ("all", "last", "loss"):
         raise ValueError(f"head is {head!r}, expected 'all', 'last' or 'loss'")
-    if head == "loss" and continues:
+    if head == "loss" and (cached or padded):
         raise ValueError("head is 'loss' with cached tokens or padding; next_token_loss takes neither")
     if head != "loss" and vocabulary is not None:
         raise ValueError(f"vocabulary is {vocabulary} with head {head!r}; only a loss runs over some tokens")
+    fewest = 2 if head == "loss" else 1  # a loss needs a next token
+    limits = {
+        "batch": (batch, 1, sys.maxsize),
+        "cached": (cached, 0, config.max_position_embeddings),
+        "new": (new, fewest, config.max_position_embeddings - cached),
+        "vocabulary": (config.vocab_size if vocabulary is None else vocabulary, 1, config.vocab_size),
+        **{f"rank of {name}": (rank, 1, MAX_VALUE) for name, rank in (ranks or {}).items()},
+    }
+    for name, (value, least, most) in limits.items():
+        if operator.index(value) not in range(least, most + 1):
+            raise ValueError(f"{name} is {value}, expected {least} to {most}")
 
 
 def forward(
@@ -170,7 +192,7 @@ def forward(
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention is {convention!r}, expected one of {', '.join(CONVENTIONS)}")
-    check_pass(ranks, head, cached > 0 or padded, vocabulary)
+    check_pass(config, batch, new, cached, ranks, head, padded, vocabulary)
     exact = convention == "exact"
     hidden, vocabulary, rows = config.hidden_size, vocabulary or config.vocab_size, batch * new
     ops = []

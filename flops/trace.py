@@ -41,7 +41,7 @@ PER_OUTPUT = {  # FLOPs per number of the result
     **dict.fromkeys(("cos", "sin"), TRIG),
     "abs": p.ABS,
     "rsqrt": p.RSQRT,
-    "silu": p.SILU,
+    **dict.fromkeys(("silu", "silu_"), p.SILU),
     "silu_backward": SILU_BACKWARD,
 }
 
@@ -171,7 +171,7 @@ def trace_forward(
     vocabulary: int | None = None,
 ) -> Counter:
     """FLOPs by operator name of one forward pass; arguments and errors as in `flops.model.forward`."""
-    check_pass(ranks, head, cached > 0 or padded, vocabulary)
+    check_pass(config, batch, new, cached, ranks, head, padded, vocabulary)
     model, ids = meta_model(config, ranks), torch.empty(batch, new, dtype=torch.long, device="meta")
     tokens = None if vocabulary is None else torch.empty(vocabulary, dtype=torch.long, device="meta")
     mask = torch.empty(batch, cached + new, dtype=torch.long, device="meta") if padded else None

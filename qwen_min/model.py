@@ -15,6 +15,8 @@ from qwen_min.cache import AttentionCache, KVCache
 from qwen_min.config import QwenConfig
 from qwen_min.linear import Linear, linear, unpack_trained
 
+INITIAL_STD = 0.02  # of embedding and head, as `initializer_range` of the checkpoints; larger logits start a loss high
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, of the given size."""
@@ -135,9 +137,9 @@ class Block(nn.Module):
 
 
 def drawn(config: QwenConfig) -> Tensor:
-    """Standard normal numbers (V, C), as nn.Embedding draws them; on the meta device it would import a compiler."""
+    """Small normal numbers (V, C), as the checkpoints began with; on the meta device they would import a compiler."""
     matrix = torch.empty(config.vocab_size, config.hidden_size)
-    return matrix if matrix.is_meta else matrix.normal_()
+    return matrix if matrix.is_meta else matrix.normal_(std=INITIAL_STD)
 
 
 class Decoder(nn.Module):
@@ -198,7 +200,7 @@ class Head(nn.Module):
 
     def __init__(self, config: QwenConfig):
         super().__init__()
-        self.weight = nn.Parameter(0.02 * drawn(config))
+        self.weight = nn.Parameter(drawn(config))
 
 
 class Qwen(nn.Module):

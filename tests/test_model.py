@@ -1,8 +1,12 @@
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conftest import real_tokens
 from qwen_min import KVCache, Qwen, QwenConfig
+from qwen_min.loss import next_token_loss
 from qwen_min.model import attention_mask_and_positions
 
 
@@ -94,6 +98,14 @@ def test_every_dense_size_has_its_parameters_and_runs(sizes, tied, parameters):
         logits = model(torch.zeros(1, 4, dtype=torch.long))
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert logits.shape == (1, 4, sizes[0])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_new_model_begins_with_the_loss_of_a_uniform_guess(model, tied):
+    torch.manual_seed(0)
+    new = Qwen(replace(model.config, tie_word_embeddings=tied))
+    loss = next_token_loss(new, torch.randint(0, new.config.vocab_size, (4, 64)))
+    assert loss.item() == pytest.approx(math.log(new.config.vocab_size), rel=0.02)
 
 
 def test_tied_head_is_the_embedding(model):
