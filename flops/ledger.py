@@ -29,6 +29,8 @@ def _check_entry(experiment, step, flops) -> None:
 class Ledger:
     """A file of one JSON line per optimizer step: {"experiment", "step", "flops"}.
 
+    A line with "steps" stands for so many steps from that one on, each of these FLOPs (`qwen-min report --shorten`).
+
     A step is debited once, before it runs, and not again after an interruption. After a kill or a power cut, a step may
     be debited that did not run, but no step has run that was not debited. `budget` and `spent`, the sum of all steps,
     are in FLOPs. The budget holds for one writer: two do not see each other's later debits, but lose none.
@@ -49,16 +51,19 @@ class Ledger:
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 entry = json.loads(line)
-                name, step, flops = entry["experiment"], entry["step"], entry["flops"]
+                name, step, flops, steps = entry["experiment"], entry["step"], entry["flops"], entry.get("steps", 1)
                 _check_entry(name, step, flops)
-                if step in self._steps[name]:
+                if type(steps) is not int or not 0 < steps <= 10**6:
+                    raise ValueError(f"steps are {steps!r}, expected 1 to a million")
+                booked = dict.fromkeys(range(step, step + steps), flops)
+                if not self._steps[name].keys().isdisjoint(booked):
                     raise ValueError("the step is booked above")
             except (ValueError, RecursionError, KeyError, TypeError) as error:
                 raise LedgerError(
                     f"{self.path}, line {number}: not a ledger entry ({error!r}); restore the file or correct the line"
                 ) from error
-            self.spent += flops
-            self._steps[name][step] = flops
+            self.spent += flops * steps
+            self._steps[name] |= booked
 
     def by_experiment(self) -> dict[str, int]:
         """FLOPs debited by each experiment, in the order of their first steps."""

@@ -199,7 +199,9 @@ RECORD = {
     "variables": ["a", "b"], "tokens": 768,
 }  # fmt: skip
 TOKENIZER = (TINY / "tokenizer.json").read_bytes()
-DEBITS = b"".join(b'{"experiment": "a", "step": %d, "flops": 10}\n' % i for i in range(9))
+DEBITS = b"".join(b'{"experiment": "a", "step": %d, "flops": 10}\n' % i for i in range(9)) + (
+    b'{"experiment": "b", "step": 0, "flops": 1, "steps": 9}\n'
+)
 EVALUATION = Evaluation(["1.00"] * 2, np.ones((2, 10, 2)), np.ones((2, 7)), np.ones((2, 7)), np.ones(2))
 READERS = {  # by name of the file: changed contents, who reads it, what he may raise
     "config.json": (changed_json(json.loads((TINY / "config.json").read_text())), read_checkpoint, CheckpointError),

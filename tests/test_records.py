@@ -129,6 +129,10 @@ def test_a_damaged_ledger_and_missing_forecasts_are_found_and_a_torn_line_does_n
     (frontier / TESTS).write_text("".join(lines[1:]))
     with pytest.raises(RunError, match="forecasts of 149 test sequences, expected 150"):
         load_run(frontier)
+    change_lines(frontier / "test.jsonl", truth=[[1.0, 2.0]] * 29)
+    (frontier / TESTS).write_text("".join(lines))
+    with pytest.raises(RunError, match=r"a test forecast has not as many steps as its truth in test\.jsonl"):
+        load_run(frontier)
 
 
 def test_scores_that_need_more_samples_are_left_out_and_so_are_sequences_without_a_forecast(frontier, monkeypatch):

@@ -15,6 +15,7 @@ from pathlib import Path
 from experiments import cli
 from experiments.report.build import write_report
 from experiments.report.comparison import write_comparison
+from experiments.report.results import shorten_ledger
 from experiments.storage.runfolder import only_writer
 
 
@@ -22,16 +23,23 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.new_parser("experiments.report", __doc__)
     p.add_argument("folder", type=Path, help="folder of a run, of a fine-tuning, or with several run folders")
+    p.add_argument("--shorten", action="store_true", help="shorten the ledger to a line for each range of steps, for "
+        "a run that is kept; it can still be continued")  # fmt: skip
     return p
 
 
 def main() -> int:
     """Write the pages; return the exit status, as `cli.exit_status` does."""
-    folder = parser().parse_args().folder
+    args = parser().parse_args()
+    folder = args.folder
 
     def work(_) -> int:
+        is_run = (folder / "plan.json").exists()
+        if args.shorten and not is_run:
+            raise cli.CommandError(f"{folder}: holds no plan.json; --shorten takes the folder of one run")
         with only_writer(folder):
-            is_run = (folder / "plan.json").exists()
+            if args.shorten:
+                shorten_ledger(folder / "ledger.jsonl")
             page, left_out = (write_report(folder), {}) if is_run else write_comparison(folder)
         for name, reason in left_out.items():
             print(f"left out: {name}: {reason}", file=sys.stderr)

@@ -221,14 +221,15 @@ def bands(run: Run, name: str, split: str, rows: Sequence[int]) -> np.ndarray | 
 def sequences(run: Run, name: str, split: str, rows: Sequence[int], steps: int | None = None, *, path: Path) -> None:
     """Draw sequences of a split, with the central 80 % of the samples if there are some; steps: None draws all."""
     lines = [run.experiments[name].forecasts[split][row] for row in rows]
+    shown = [run.contexts[split][row] for row in rows]
     figures.fan(
         ["prey", "predator"],
-        [run.contexts[split][row].context for row in rows],
+        [one.context for one in shown],
         [line.forecast[:steps] for line in lines],
         bands(run, name, split, rows),
         path,
         [f"sequence {row}, MSE {number(line.mse)}" for row, line in zip(rows, lines, strict=True)],
-        [line.truth[:steps] for line in lines],
+        [one.truth[:steps] for one in shown],
         judged=HORIZON,
     )
 

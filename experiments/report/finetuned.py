@@ -96,6 +96,7 @@ class Plan:
 def page(folder: Path) -> dict[str, Any]:
     """What `write_pages` takes, of an unfinished fine-tuning as far as it is. Raises RunError for damage."""
     plan, ledger = read(folder / "plan.json", Plan), read_ledger(folder / "ledger.jsonl")
+    steps = sum(line.steps for line in ledger)
     metrics, lines, variables = None, [], plan.identity.variables
     if (folder / "metrics.json").exists():
         metrics, lines = read(folder / "metrics.json", Metrics), read_lines(folder / "forecasts.jsonl", Line)
@@ -115,10 +116,10 @@ def page(folder: Path) -> dict[str, Any]:
         "columns": {"RMSE": "rmse", "interval": "interval"}
         | {f"MAE, {name}": f"mae.{i}" for i, name in enumerate(variables)},
         "errors": dict(sorted(errors.items(), key=lambda named: named[1].rmse)),
-        "losses": read_losses(losses, metrics.steps if metrics else len(ledger)) if metrics or losses.exists() else [],
+        "losses": read_losses(losses, metrics.steps if metrics else steps) if metrics or losses.exists() else [],
         "checks": read_columns(checks, "steps", "loss") if metrics or checks.exists() else ([], []),
-        "steps": len(ledger),
-        "spent": sum(ledger.values()),
+        "steps": steps,
+        "spent": sum(line.flops * line.steps for line in ledger),
     }
 
 

@@ -1,10 +1,10 @@
 """Reads a run folder from its files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from experiments.storage.files import RunError, parse_json_lines, read_json, read_text
+from experiments.storage.files import RunError, parse_json_lines, read_json, read_text, to_json_lines, write_whole
 from experiments.storage.records import build, read, read_lines
 from experiments.study.records import (
     Context,
@@ -78,7 +78,7 @@ def load_run(folder: Path) -> Run:
         read(folder / "example.json", Example),
         read(folder / "baselines.json", dict[str, dict[str, Scores]]),
         {split: read_lines(folder / f"{split}.jsonl", Context) for split in SPLITS},
-        sum(read_ledger(folder / "ledger.jsonl").values()),
+        sum(line.flops * line.steps for line in read_ledger(folder / "ledger.jsonl")),
         read(status, Status) if status.exists() else None,
     )
     counts = {split: len(lines) for split, lines in run.contexts.items()}
@@ -92,31 +92,45 @@ def load_run(folder: Path) -> Run:
     for experiment in run.plan.identity.experiments:
         path = folder / "experiments" / Path(experiment.name).name
         most = None if experiment.judged else run.plan.identity.chosen_on
-        expected = {split: min(count, most or count) for split, count in counts.items()}
+        expected = {split: contexts[:most] for split, contexts in run.contexts.items()}
         if (path / "metrics.json").exists():
             run.experiments[experiment.name] = _read_result(path, expected, run.plan.conventions)
     return run
 
 
-def read_ledger(path: Path) -> dict[tuple[str, int], int]:
-    """The FLOPs of each step in a ledger, by experiment and step; {} without a file. Raises RunError.
+def read_ledger(path: Path) -> list[Debit]:
+    """The lines of a ledger; none without a file. Raises RunError.
 
     An incomplete last line, which a kill leaves, does not count.
     """
     whole = read_text(path).rpartition("\n")[0] if path.exists() else ""
-    lines = [build(Debit, line, f"{path}, line {i}") for i, line in enumerate(parse_json_lines(path, whole), 1)]
-    return {(line.experiment, line.step): line.flops for line in lines}
+    return [build(Debit, line, f"{path}, line {i}") for i, line in enumerate(parse_json_lines(path, whole), 1)]
 
 
-def _read_result(path: Path, counts: dict[str, int], conventions: dict[str, str]) -> Result:
+def shorten_ledger(path: Path) -> None:
+    """Replace the lines of successive steps at one price by one line. Raises RunError."""
+    lines: list[Debit] = []
+    for line in read_ledger(path):
+        last = lines[-1] if lines else line
+        if (last.experiment, last.step + last.steps, last.flops) == (line.experiment, line.step, line.flops):
+            lines[-1] = replace(last, steps=last.steps + line.steps)
+        else:
+            lines.append(line)
+    if lines:
+        write_whole(path, to_json_lines([asdict(line) for line in lines]))
+
+
+def _read_result(path: Path, contexts: dict[str, list[Context]], conventions: dict[str, str]) -> Result:
     settings, metrics = read_settings(path), read_metrics(path)
     if settings.training and not settings.flops.keys() >= conventions.keys():
         raise RunError(f"{path / 'settings.json'}: has FLOPs in {list(settings.flops)}, expected {list(conventions)}")
     forecasts = {split: read_lines(path / f"forecasts.{split}.jsonl", ForecastLine) for split in metrics}
     for split, lines in forecasts.items():
-        means = metrics[split].mean_of_samples
-        if {len(lines), len(means.mse_each or ()) if means else len(lines)} != {counts[split]}:
-            raise RunError(f"{path}: has forecasts of {len(lines)} {split} sequences, expected {counts[split]}")
+        means, truths = metrics[split].mean_of_samples, [one.truth for one in contexts[split]]
+        if {len(lines), len(means.mse_each or ()) if means else len(lines)} != {len(truths)}:
+            raise RunError(f"{path}: has forecasts of {len(lines)} {split} sequences, expected {len(truths)}")
+        if any(line.forecast.shape != truth.shape for line, truth in zip(lines, truths, strict=True)):
+            raise RunError(f"{path}: a {split} forecast has not as many steps as its truth in {split}.jsonl")
         metrics[split] = replace(metrics[split], mse_each=[line.mse for line in lines])
     seconds = read(path / "seconds.json", Seconds)
     losses = read_losses(path / "losses.csv", settings.training.steps) if settings.training else []

@@ -55,7 +55,7 @@ def to_json(value) -> str:
 
 def to_json_lines(rows: list[dict]) -> str:
     """One JSON object per line. Raises ValueError for NaN, which JSON does not allow."""
-    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    return "".join(json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n" for row in rows)
 
 
 def plain(values: np.ndarray) -> list:

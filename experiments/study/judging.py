@@ -3,7 +3,6 @@
 N sequences, T time steps, h forecast steps, D variables, S samples.
 """
 
-import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,9 +70,9 @@ class Judge:
             results["mean_of_samples"] = scores.method_errors(drawn.mean(axis=1), near, fallback, self.scale)
             kept = []
             for line, paths in zip(lines, drawn, strict=True):
-                kept.append(json.dumps({"id": line["id"], "samples": paths.tolist()}, separators=(",", ":")) + "\n")
+                kept.append({"id": line["id"], "samples": paths.tolist()})
                 line["quantiles"] = [self._quantile(paths, level) for level in scores.QUANTILES]
-            team.told(lambda: write_whole(path / f"samples.{split}.jsonl", "".join(kept)))
+            team.told(lambda: write_whole(path / f"samples.{split}.jsonl", to_json_lines(kept)))
         team.told(lambda: write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(lines)))
         return results
 
@@ -130,7 +129,6 @@ class Judge:
             "id": int(trajectory),
             "text": evaluation.texts[row],
             "forecast": plain(evaluation.values[row]),
-            "truth": plain(truth[row].round(6)),
             "mse": plain(scores.squared_errors(values[None], true[None]))[0],
             "malformed_values": int(np.isnan(values).sum()),
             "nats_per_value": round(float(evaluation.nats[row]), 6),

@@ -69,8 +69,7 @@ def judge_numbers(forecaster: NumberForecaster, judge: Judge, split: str, path: 
     lines = [
         {
             "id": int(number),
-            "forecast": plain(values[row].round(6)),
-            "truth": plain(truth[row].round(6)),
+            "forecast": plain(values[row].round(4)),
             "mse": plain(squared_errors(values[row : row + 1, :HORIZON], near[row : row + 1]))[0],
             "quantiles": plain(quantiles[row].round(4)),
         }

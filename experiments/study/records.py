@@ -66,15 +66,16 @@ class Status:
 
 @dataclass(frozen=True)
 class Debit:
-    """A line of ledger.jsonl: the cost of a step."""
+    """A line of ledger.jsonl: the cost of a step, or of each of `steps` steps from this one on."""
 
     experiment: str
     step: int
     flops: int
+    steps: int = 1
 
     def __post_init__(self):
-        if self.flops < 0:
-            raise ValueError(f"flops are {self.flops}, expected at least 0")
+        if self.flops < 0 or not 0 < self.steps <= 10**6:
+            raise ValueError(f"flops are {self.flops} and steps {self.steps}, expected 0 or more, and 1 to a million")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,6 @@ class ForecastLine:
     """A line of forecasts.SPLIT.jsonl: a forecast of one sequence, in scaled units."""
 
     forecast: Matrix  # (h, 2), NaN where the text has no value
-    truth: Matrix  # (h, 2)
     mse: float | None
     forced_losses: Vector | None = None
     free_losses: Vector | None = None
@@ -112,12 +112,12 @@ class ForecastLine:
     quantiles: list[Matrix | None] | None = None  # (steps, 2) at each of QUANTILES; None if there are too few samples
 
     def __post_init__(self):
-        if self.forecast.shape != self.truth.shape or self.truth.shape[1] != 2:
-            raise ValueError(f"forecast is {self.forecast.shape} and truth {self.truth.shape}, expected (steps, 2)")
+        if self.forecast.shape[1] != 2:
+            raise ValueError(f"forecast is {self.forecast.shape}, expected (steps, 2)")
         if self.quantiles and len(self.quantiles) != len(QUANTILES):
             raise ValueError(f"quantiles have {len(self.quantiles)} levels, expected {len(QUANTILES)}")
         for level in self.quantiles or []:
-            if level is not None and (len(level) > len(self.truth) or level.shape[1] != 2):
+            if level is not None and (len(level) > len(self.forecast) or level.shape[1] != 2):
                 raise ValueError(f"a quantile is {level.shape}, expected (steps, 2)")
 
 
