@@ -31,6 +31,7 @@ VERB_OF = {module.removesuffix(".__main__"): verb for verb, (module, _) in comma
 SMALLER = {  # by what is written: what runs here
     "--plan study --model Qwen/Qwen2.5-0.5B-Instruct": "--plan quick",
     "--plan study --model FOLDER": "--plan trial --model FOLDER",
+    "--plan overnight --model FOLDER": "--plan trial --model FOLDER",
     "--budget 1e15": "--budget 2e10",
     "--budget 1e12": "--budget 1e9",
     "--horizon 20 --device cuda": "--horizon 20 --budget 1e9",  # without a budget it takes 300 steps

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,7 +109,8 @@ def test_forecasts_and_samples_hold_what_the_metrics_say(finished):
     metrics = read(path / "metrics.json")["test"]
     lines, drawn = (read_lines(path / f"{kind}.test.jsonl") for kind in ("forecasts", "samples"))
     assert [line["id"] for line in lines] == [one["id"] for one in drawn] == data.split(20).test.tolist()
-    forecast, truth = (np.array([line[name] for line in lines], dtype=float) for name in ("forecast", "truth"))
+    forecast = np.array([line["forecast"] for line in lines], dtype=float)
+    truth = np.array([line["truth"] for line in read_lines(finished / "test.jsonl")])
     assert forecast.shape == truth.shape == (3, 5, 2)
     errors = ((forecast - truth)[:, :3] ** 2).mean(axis=(1, 2))
     np.testing.assert_allclose(errors, [line["mse"] for line in lines], rtol=1e-4)
@@ -262,6 +264,19 @@ def test_steps_of_a_lost_ledger_are_booked_again(small_plan, copied, finished, s
     assert booked[0] == booked[1]
 
 
+def test_a_run_with_a_shortened_ledger_has_the_same_page_and_continues(
+    small_plan, copied, small_data, command, refused
+):
+    before = (copied / "report.md").read_bytes()
+    assert "--shorten takes the folder of one run" in refused("report", copied.parent, "--shorten")
+    assert command("report", copied, "--shorten")[0] == 0
+    lines = read_lines(copied / "ledger.jsonl")
+    assert [line["steps"] for line in lines] == [2, 2, 2, 2, 2, 6, 3]
+    assert run.main(["--data", str(small_data), "--out", str(copied), "--samples", "9"]) == 0
+    assert (copied / "report.md").read_bytes() == before
+    assert read_lines(copied / "ledger.jsonl") == lines
+
+
 def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_continues(
     small_plan, small_data, tmp_path, capsys
 ):
@@ -382,3 +397,13 @@ def test_the_plan_of_the_study_is_the_study_s_and_names_what_does_not_fit_the_bu
     assert {e.training.batch for e in plan.experiments if e.training} == {4}
     assert len({(e.training.rank, e.training.learning_rate) for e in plan.experiments if e.section == "6.3"}) == 9
     assert [e.name for e in plan.experiments if "test" in e.splits] == ["untrained", "final"]
+
+
+def test_the_plan_of_a_night_is_the_study_at_a_tenth_of_its_steps_and_ten_times_its_rates():
+    study, night = plans.study(seed=3), plans.overnight(seed=3)
+    assert [one.section for one in night.experiments] == [one.section for one in study.experiments]
+    assert (night.name, night.chosen_on) == ("overnight", 10)
+    for short, long in zip(night.experiments, study.experiments, strict=True):
+        if training := long.training:
+            rate = training.learning_rate and 10 * training.learning_rate
+            assert short.training == replace(training, learning_rate=rate, steps=training.steps // 10)
