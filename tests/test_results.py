@@ -1,0 +1,229 @@
+"""The shipped runs: their metrics are computed again from the forecasts, the tables of the documents from these."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import REAL
+from experiments.forecasting.baselines import BASELINES
+from experiments.forecasting.scores import SPLIT_PARTS, errors, mean_interval, method_errors, paired, probabilistic
+from experiments.report.published import TEST, VALIDATION
+from experiments.report.results import Run, load_run, methods_of
+from experiments.report.words import bracket, percent
+from experiments.study import plans
+from experiments.study.plans import HORIZON
+from experiments.training.settings import Training
+from experiments.training.windows import step_flops
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+FOLDERS = sorted(plan.parent for plan in (ROOT / "results").glob("*/plan.json"))
+EXPERIMENTS = sorted(path.parent for path in (ROOT / "results").glob("*/experiments/*/metrics.json"))
+README, STUDY = (ROOT / "README.md").read_text(), (ROOT / "docs" / "study.md").read_text()
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@cache
+def contexts(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The contexts (N, 70, 2) and the truth (N, h, 2) of a run."""
+    held = lines(folder / f"{split}.jsonl")
+    return np.array([line["context"] for line in held]), np.array([line["truth"] for line in held])
+
+
+def assert_same(kept: object, found: object, rel: float, place: str = "") -> None:
+    """That two results of scores agree, number by number."""
+    if isinstance(found, dict):
+        for name, value in found.items():
+            assert_same(kept[name], value, rel, f"{place} {name}")
+    else:
+        kept = np.maximum(np.array(kept, float), 0)  # some runs are older than the intervals that end at 0
+        assert kept == pytest.approx(np.array(found, float), rel=rel, abs=2e-7, nan_ok=True), place
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+def test_metrics_are_those_of_the_forecasts(path):
+    """The digits that forecasts and contexts are written with decide how well they agree."""
+    folder = path.parents[1]
+    scale = json.loads((folder / "plan.json").read_text())["identity"]["encoding"]["scale"]
+    for split, kept in json.loads((path / "metrics.json").read_text()).items():
+        held = lines(path / f"forecasts.{split}.jsonl")
+        forecast = np.array([line["forecast"] for line in held], float)
+        context, truth = (array[: len(held)] for array in contexts(folder, split))
+        fallback, near = context.mean(axis=1), truth[:, :HORIZON]
+        found = method_errors(forecast[:, :HORIZON], near, fallback, scale)
+        each = found.pop("mse_each")
+        assert_same([line["mse"] for line in held], each, 0.05, path.name)
+        if "long" in kept:
+            found["long"] = errors(forecast, truth, fallback, scale)
+        if "probabilistic" in kept:
+            samples = np.array([line["samples"] for line in lines(path / f"samples.{split}.jsonl")])
+            found["probabilistic"] = probabilistic(samples, near)
+            found["mean_of_samples"] = method_errors(samples.mean(axis=1), near, fallback, scale)
+        assert_same(kept, found, 0.005, f"{path.name} {split}")
+        if "exact" in kept:
+            assert_same(kept["exact"], of_each(kept["exact"]["mse_each"]), 0.001, f"{path.name} {split} exact")
+
+
+def of_each(mse_each: list[float]) -> dict:
+    """What the errors of single sequences say about the first ten, and about all."""
+    parts = {part: np.array(mse_each[rows]) for part, rows in SPLIT_PARTS.items()}
+    return {
+        part: {"mse": one.mean(), "mse_median": np.median(one), "mse_interval": np.maximum(mean_interval(one), 0)}
+        for part, one in parts.items()
+    }
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_the_errors_of_baselines_are_those_of_the_contexts(folder):
+    for name, by_split in json.loads((folder / "baselines.json").read_text()).items():
+        for split, kept in by_split.items():
+            assert_same(kept, of_each(kept["mse_each"]), 0.001, f"{name} {split}")
+            context, truth = contexts(folder, split)
+            if baseline := BASELINES.get(name.partition("(")[0]):  # the GRU would have to be trained
+                forecast = baseline(context.round(2), HORIZON)  # of four decimals: a few values are rounded otherwise
+                found = ((forecast - truth[:, :HORIZON]) ** 2).mean()
+                assert kept["all"]["mse"] == pytest.approx(found, rel=0.01), f"{name} {split}"
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[str, Run]:
+    return {folder.name: load_run(folder) for folder in FOLDERS}
+
+
+@pytest.fixture(scope="module")
+def methods(runs) -> dict[str, list[float]]:
+    """By name: FLOPs, the errors of ten validation and ten test sequences, of all of test, its interval and median."""
+    found = {}
+    for run in runs.values():
+        for name, scores in (run.baselines | methods_of(run.experiments)).items():
+            experiment, test = run.experiments.get(name.partition(",")[0]), scores["test"].all
+            cost = experiment.flops.get("study", 0) if experiment else None
+            errors = (scores["val"].first.mse, scores["test"].first.mse, test.mse, *test.mse_interval, test.mse_median)
+            found[name] = [cost, *errors]
+    return found
+
+
+@cache
+def study_flops() -> dict[str, float]:
+    """The FLOPs of the report's trainings with the model's real sizes, and their sums by section."""
+    best, costs = Training(8, 1e-4, 768, 1), {}
+    for one in plans.study(seed=0).experiments:
+        if one.training:
+            cost = one.training.steps * step_flops(REAL, plans.fill(one.training, best), None, "study")
+            costs |= {one.name: cost, one.section: costs.get(one.section, 0) + cost}
+    return costs | {"all": sum(cost for name, cost in costs.items() if name.startswith("6."))}
+
+
+def row(page: str, begins: str) -> list[str]:
+    """The numbers in the row of a table, after its first cell, or after all of `begins`."""
+    (found,) = re.findall(rf"^\| {re.escape(begins)}(.*)", page, re.MULTILINE)
+    return numbers(found if "|" in begins else found.partition("|")[2])
+
+
+def numbers(cells: str) -> list[str]:
+    return re.findall(r"\d[\d.]*(?:e\d+)?", cells)
+
+
+def assert_shown(written: list[str], values: list[float | None]) -> None:
+    """That numbers are written with the digits of these values; None: no file has the value."""
+    expected = []
+    for text, value in zip(written, values, strict=True):
+        number, _, exponent = text.partition("e")
+        digits = len(number.partition(".")[2])
+        exact = f"{value:.{digits}{'e' if exponent else 'f'}}" if value is not None else text
+        expected.append(exact.replace("e+", "e"))
+    assert written == expected
+
+
+@pytest.mark.parametrize(("begins", "method"), [
+    ("*simple methods:* persistence", "persistence"),
+    ("seasonal naive", "seasonal naive"),
+    ("AR(20)", "AR(20)"),
+    ("VAR(18)", "VAR(18)"),
+    ("**GRU", "GRU trained on the 700"),
+    ("*ours, 0.5B, text:* untrained", "untrained"),
+    ("trial, the report's settings", "trial"),
+    ("`frontier`, greedy", "frontier"),
+    ("`frontier`, mean of 20", "frontier, mean of 20 samples"),
+])  # fmt: skip
+def test_a_row_of_the_study_s_table_is_that_of_the_files(methods, begins, method):
+    written, (cost, *values) = row(STUDY, begins), methods[method]
+    assert_shown(written, [cost, *values] if len(written) > len(values) else values)
+
+
+@pytest.mark.parametrize(("begins", "flops", "contexts"), [
+    ("*ours, `numbers`", "1e12", ""),
+    ("the same, exact contexts | 1.0e12", "1e12", ", exact contexts"),
+    ("ten times as long", "1e13", ""),
+    ("the same, exact contexts | 1.0e13", "1e13", ", exact contexts"),
+])  # fmt: skip
+def test_a_row_of_three_seeds_has_their_means_and_the_range_of_their_errors(methods, begins, flops, contexts):
+    seeds = np.array([methods[f"numbers-{flops}-seed{seed}{contexts}"] for seed in range(3)])
+    cost, val, ten, test, _, _, median = seeds.mean(axis=0)
+    cost = [] if "1.0e1" in begins else [cost]  # it is in what the row begins with
+    spread = [seeds[:, 3].min(), seeds[:, 3].max()]
+    assert_shown(row(STUDY, begins), [*cost, val, ten, test, *spread, median])
+
+
+@pytest.mark.parametrize("begins", ["6.2 trial", "6.3 grid", "6.4 context", "6.5 final"])
+def test_the_costs_of_the_report_s_sections_are_those_of_the_plan(begins):
+    (written,) = (number for number in row(STUDY, begins) if "e1" in number)
+    assert_shown([written], [study_flops()[begins[:3]]])
+
+
+def test_rows_of_the_report_have_its_errors_and_the_costs_of_the_plan():
+    flops, grid = study_flops(), [mse for name, (mse, *_) in VALIDATION.items() if name.startswith("grid")]
+    assert_shown(row(STUDY, "*the report:* untrained"), [VALIDATION["untrained"][0]])
+    assert_shown(row(STUDY, "trial |"), [flops["trial"], VALIDATION["trial"][0]])
+    assert_shown(row(STUDY, "best and worst of the grid"), [flops["grid-r8-lr0.0001"], min(grid), max(grid)])
+    assert_shown(row(STUDY, "final |"), [flops["final"], VALIDATION["final"][0], TEST["final"][0]])
+    assert f"**{flops['all']:.3e}**".replace("e+", "e") in STUDY
+    assert f"cost {flops['all']:.3e}.".replace("e+", "e") in README
+
+
+def test_the_table_of_the_readme_is_that_of_the_files(methods):
+    def cells(ends: str) -> list[str]:
+        (found,) = re.findall(rf"^\| (.*) \| [^|]*{re.escape(ends)}[^|]*\|$", README, re.MULTILINE)
+        return numbers(found)
+
+    assert_shown(cells("a coursework report"), [TEST["final"][0], study_flops()["final"]])
+    cost, _, ten, *test, _ = methods["frontier, mean of 20 samples"]
+    assert_shown(cells("mean of 20 sampled"), [*test, ten, methods["frontier"][0]])
+    for ends, flops in (("`numbers`", "1e12"), ("ten times as long", "1e13")):
+        seeds = np.array([methods[f"numbers-{flops}-seed{seed}"] for seed in range(3)])
+        cost, _, ten, test, *_ = seeds.mean(axis=0)
+        assert_shown(cells(ends), [test, seeds[:, 3].min(), seeds[:, 3].max(), ten, cost])
+    for ends, name in (("VAR, a regression", "VAR(18)"), ("the GRU", "GRU trained on the 700")):
+        _, _, ten, *test, _ = methods[name]
+        assert_shown(cells(ends)[:4], [*test, ten])
+
+
+def test_what_the_study_says_below_its_table_is_that_of_the_files(runs, methods):
+    text = runs["frontier"].experiments["frontier"].metrics["test"]
+    others = {name: by_split["test"] for name, by_split in runs["frontier"].baselines.items()}
+    pairs = {name: paired(text.mean_of_samples.mse_each, one.mse_each) for name, one in others.items()}
+    ratios = {
+        name: f"{pair['ratio']:.2f} {bracket(pair['ratio_interval'], '{:.2f}'.format)}" for name, pair in pairs.items()
+    }
+    mae = {name: one.all.mae for name, one in others.items()}
+    var, gru, drawn = pairs["VAR(18)"], pairs["GRU trained on the 700"], text.probabilistic
+    exact = {name.removesuffix(", exact contexts"): values[3] for name, values in methods.items() if "exact" in name}
+    said = [
+        f"text has {ratios['seasonal naive']} of seasonal naive's error, {ratios['AR(20)']} of AR(20)'s, "
+        f"{ratios['VAR(18)']} of VAR(18)'s",
+        f"better than the mean of samples on {percent(1 - var['better'], 0)} of the test series",
+        f"error is {gru['ratio']:.0f} times {bracket(gru['ratio_interval'], '{:.0f}'.format)} smaller",
+        f"better on {percent(1 - gru['better'], 0)} of the series",
+        f"weights gives {exact['whole-1e12']:.4f} and {exact['whole-1e13']:.5f}, training the same network from random "
+        f"weights {exact['scratch-1e12']:.3f} and {exact['scratch-1e13']:.5f} (",
+        f"hold {percent(drawn.coverage_80, 0)} of the truth, the 50 % intervals {percent(drawn.coverage_50, 0)}",
+        f"{drawn.crps:.4f}; VAR(18) {mae['VAR(18)']:.4f}, GRU {mae['GRU trained on the 700']:.4f}",
+    ]
+    assert [one for one in said if one not in " ".join(STUDY.split())] == []
