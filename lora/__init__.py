@@ -1,4 +1,4 @@
-"""LoRA, low-rank adaptation (arXiv 2106.09685), for any `torch.nn.Linear`, in peft's file format."""
+"""LoRA, low-rank adaptation (arXiv 2106.09685), of the `torch.nn.Linear` layers that a model calls; peft's files."""
 
 from lora.checkpoint import load_adapter, read_config, save_adapter
 from lora.inject import LoraConfig, adapter_parameters, config_of, inject, merge, merge_and_unload, remove, unmerge

@@ -83,7 +83,7 @@ class QwenConfig:
             "quantization": (not record.get("quantization"), "null: the weights are quantised"),
             "is_causal": (record["is_causal"] is True, "true: only causal attention is implemented"),
             "use_sliding_window": (not record.get("use_sliding_window"), "false: only full attention is implemented"),
-            "layer_types": ("sliding_attention" not in layers, "full_attention alone"),
+            "layer_types": (set(layers) <= {"full_attention"}, "full_attention alone"),
             "dual_chunk_attention_config": (
                 not record.get("dual_chunk_attention_config"),
                 "null: it changes nothing up to its original_max_position_embeddings, so remove it and set "

@@ -57,8 +57,12 @@ def prefill(
 
     The cache has room for num_new_tokens more. It is a new cache, or that of `reused`, which serves successive batches.
     attention_mask (B, T) is 0 on left padding; None means no padding. Packs the weights (`qwen_min.linear.pack`) unless
-    num_new_tokens is 0. Raises ValueError as `Qwen.forward` does.
+    num_new_tokens is 0. Raises ValueError as `Qwen.forward` does and, but not on a GPU, for padding that is not left.
     """
+    if attention_mask is not None and attention_mask.device.type == "cpu":
+        real = attention_mask.bool()
+        if (real[:, :-1] & ~real[:, 1:]).any() or not real[:, -1].all():
+            raise ValueError("attention_mask has 0 after a 1; pad prompts on the left, as pad_left does")
     if num_new_tokens > 0:
         pack(model)
     weight, (batch, length) = model.head_weight, ids.shape

@@ -105,7 +105,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 def check_targets(targets: Tensor, vocabulary: Tensor) -> None:
     """Raise ValueError when the vocabulary is not ascending or lacks a target; both are token ids, of any length."""
-    if not (vocabulary[1:] > vocabulary[:-1]).all():
+    if not (vocabulary[1:] > vocabulary[:-1]).all() or (vocabulary < 0).any():
         raise ValueError(f"the vocabulary is {vocabulary.tolist()}, expected ascending token ids")
     if len(outside := targets[~torch.isin(targets, vocabulary)]):
         raise ValueError(f"token {outside[0]} is to be predicted, but is not in the vocabulary; add it, or pass None")

@@ -139,10 +139,11 @@ def test_a_damaged_adapter_is_refused_and_a_folder_of_adapters_names_them(tmp_pa
 BAD = {
     "missing": ([np.array([[1.0], [np.nan]])], "series 0, step 1, variable 0: nan, expected finite numbers"),
     "huge": ([np.array([[1.0], [-2e300]])], r"-2e\+300, expected finite numbers of at most 1e\+300"),
-    "one row": ([np.ones((1, 2))], "1 time step, expected at least 2"),
+    "one row": ([np.ones((1, 2))], "length is 1, expected at least 2 time steps"),
     "different columns": ([np.ones((4, 2)), np.ones((4, 1))], r"have \[1, 2\] variables"),
     "no numbers": ([np.array([["a"], ["b"]])], "expected numbers"),
     "not in a list": (np.ones(5), "expected numbers .*put a single series into a list"),
+    "an array of two dimensions": (np.ones((30, 2)), r"got one array \(30, 2\); put a single series"),
     "nothing": ([], "have no variables"),
     "too long": ([np.ones((4, 2))], "a horizon of 300 leaves no room for a context", {"horizon": 300}),
     "no horizon": ([np.ones((4, 2))], "horizon is 0", {"horizon": 0}),

@@ -214,6 +214,12 @@ def test_a_mask_has_to_cover_the_filled_cache(model, ids, kind):
             kind(model, cache, torch.ones(shape, dtype=torch.long))
 
 
+@pytest.mark.parametrize("row", [[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]])
+def test_padding_that_is_not_left_of_a_prompt_is_refused(model, ids, row):
+    with pytest.raises(ValueError, match="pad prompts on the left"):
+        prefill(model, ids[:, :5], 0, torch.tensor([row, [1, 1, 1, 1, 1]]))
+
+
 @pytest.mark.parametrize("kind", [Continuation, GraphContinuation])
 def test_a_mask_of_0_and_255_is_one_of_0_and_1(model, ids, kind):
     mask, found = real_tokens(5, 3, 0), []

@@ -165,6 +165,9 @@ def test_what_cannot_be_forecast_is_refused_in_words(forecaster, series, horizon
     """Before anything is computed."""
     with pytest.raises(SeriesError, match=words):
         forecaster.forecast([np.array(series)], horizon)
+    for level in (0.0, 1.5, np.nan):
+        with pytest.raises(SeriesError, match="does not exist, expected levels between 0 and 1"):
+            forecaster.forecast([np.arange(5.0)], 3, quantiles=(0.5, level))
 
 
 def test_other_levels_lie_on_the_lines_of_a_normal_distribution():

@@ -56,6 +56,8 @@ def checked_series(series, missing: str = "error", min_steps: int = 2) -> list[n
 
     missing: "keep" lets values be NaN. Raises SeriesError for a bad one, which it names by its number, and for none.
     """
+    if isinstance(series, np.ndarray) and series.ndim == 2:
+        raise SeriesError(f"got one array {series.shape}; put a single series (time steps, variables) into a list")
     series = [series] if is_frame(series) else series
     parts = [part for one in series for part in (tables.from_frame(one, missing=missing) if is_frame(one) else [one])]
     arrays = []
@@ -67,7 +69,7 @@ def checked_series(series, missing: str = "error", min_steps: int = 2) -> list[n
                 "variables); put a single series into a list"
             )
         if len(array) < min_steps:
-            raise SeriesError(f"series {number}: has 1 time step, expected at least {min_steps}")
+            raise SeriesError(f"series {number}: its length is {len(array)}, expected at least {min_steps} time steps")
         array = array.astype(np.float64) + 0.0  # + 0.0 turns -0 into 0
         bad = ~(np.abs(array) <= MAX_VALUE) & ~(np.isnan(array) & (missing == "keep"))
         if bad.any():

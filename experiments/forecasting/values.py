@@ -182,6 +182,8 @@ class NumberForecaster:
             return framed(contexts, quantiles, lambda arrays: self.forecast(arrays, *others), missing="keep")
         if horizon < 1 or (context is not None and context < MIN_STEPS):
             raise SeriesError(f"horizon is {horizon}, context {context}; expected at least 1, and at least {MIN_STEPS}")
+        if strange := [level for level in quantiles if not 0 < level < 1]:
+            raise SeriesError(f"the quantile {strange[0]:g} does not exist, expected levels between 0 and 1")
         arrays = checked_series(contexts, missing="keep", min_steps=MIN_STEPS)
         if (reading := self.reading) is None:
             found = self.parts(arrays, horizon, [ZERO_SHOT], context, progress)[ZERO_SHOT]
