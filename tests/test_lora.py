@@ -1,11 +1,11 @@
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import conftest
-from conftest import CONFIGS, random_model
+from conftest import CONFIGS, adapted, random_model
 from lora import (
     AdapterError,
     LoraConfig,
@@ -22,10 +22,6 @@ from lora import (
 from qwen_min.loss import next_token_loss
 
 CONFIG = LoraConfig(rank=3, alpha=6.0)
-
-
-def adapted(model, config=CONFIG):
-    return conftest.adapted(model, config)
 
 
 def fresh():
@@ -48,19 +44,9 @@ def test_a_fresh_adapter_changes_nothing_and_only_it_trains(model, ids):
     assert all(p.grad is not None for p in adapter_parameters(model).values())
 
 
-def test_the_update_is_alpha_over_rank_b_a(ids):
-    torch.manual_seed(0)
-    layer = LoRALinear(torch.nn.Linear(5, 4), rank=2, alpha=6.0)
-    layer.lora_B.weight.data.normal_()
-    x = torch.randn(7, 5)
-    wanted = layer.base_layer(x) + 3.0 * (x @ layer.lora_A.weight.T @ layer.lora_B.weight.T)
-    torch.testing.assert_close(layer(x), wanted)
-    torch.testing.assert_close(layer.delta(), 3.0 * layer.lora_B.weight @ layer.lora_A.weight)
-
-
 def test_merged_equals_unmerged_and_unmerge_is_exact(model, ids):
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    adapted(model)
+    adapted(model, CONFIG)
     logits = model(ids)
     merge(model)
     torch.testing.assert_close(model(ids), logits, rtol=1e-5, atol=1e-5)
@@ -76,7 +62,7 @@ def test_merged_equals_unmerged_and_unmerge_is_exact(model, ids):
     ("error", "message"), [(torch.OutOfMemoryError, None), (KeyboardInterrupt, None), (AdapterError, "not finite")]
 )
 def test_merge_is_all_or_nothing_whatever_is_raised(monkeypatch, model, ids, error, message):
-    adapted(model)
+    adapted(model, CONFIG)
     before, whole, calls = model(ids), LoRALinear.delta, []
 
     def third_fails(layer):
@@ -94,7 +80,7 @@ def test_merge_is_all_or_nothing_whatever_is_raised(monkeypatch, model, ids, err
 
 def test_adapters_stay_fp32_over_a_bf16_base(model, ids):
     model.to(torch.bfloat16)
-    adapted(model)
+    adapted(model, CONFIG)
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
     assert model(ids).dtype == torch.bfloat16
 
@@ -112,15 +98,12 @@ NAN = float("nan")
 BAD = [
     (0, 1),
     (True, 1),
-    (2.0, 1),
     (2, 0),
-    (2, "2"),
     (2, True),
     (2, NAN),
     (2, 1, "q"),
     (2, 1, ()),
     (2, 1, (3,)),
-    (2, 1, None),
 ]
 
 
@@ -128,12 +111,7 @@ BAD = [
 def test_settings_are_checked(settings):
     with pytest.raises(ValueError, match=r"LoRA (rank|alpha|targets)"):
         LoraConfig(*settings)
-
-
-def test_a_list_of_targets_is_a_tuple():
-    config = LoraConfig(2, 2, ["q_proj", "v_proj"])
-    assert config == LoraConfig(2, 2)
-    assert hash(config) == hash(LoraConfig(2, 2))
+    assert hash(LoraConfig(2, 2, ["q_proj", "v_proj"])) == hash(LoraConfig(2, 2))
 
 
 def test_save_and_load_give_the_same_model_with_the_settings_of_its_layers(tmp_path, model, ids):
@@ -166,7 +144,7 @@ def test_adapters_of_several_ranks_are_not_written(tmp_path, model):
 
 
 def test_a_failed_write_keeps_the_adapter_that_was_there(monkeypatch, tmp_path, model):
-    save_adapter(adapted(model), tmp_path)
+    save_adapter(adapted(model, CONFIG), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for parameter in adapter_parameters(model).values():
         parameter.data.fill_(0.2)
@@ -183,7 +161,7 @@ def test_a_failed_write_keeps_the_adapter_that_was_there(monkeypatch, tmp_path, 
 
 @pytest.fixture
 def saved(tmp_path):
-    save_adapter(adapted(fresh()), tmp_path)
+    save_adapter(adapted(fresh(), CONFIG), tmp_path)
     return tmp_path
 
 
@@ -223,16 +201,12 @@ def test_the_head_takes_no_adapter_because_losses_would_ignore_it():
     assert model(torch.tensor([[1, 2]])).shape == (1, 2, 97)
 
 
-@pytest.mark.parametrize("change", [{"init_lora_weights": "gaussian"}, {"lora_dropout": 0.1}, {"loftq_config": {}}])
-def test_settings_that_change_nothing_are_accepted(saved, change):
-    path = saved / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert load_adapter(fresh(), saved) == CONFIG
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"init_lora_weights": "gaussian"}, None),
+        ({"lora_dropout": 0.1}, None),
+        ({"loftq_config": {}}, None),
         ({"use_dora": True}, "use_dora"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"some_future_variant": True}, "some_future_variant"),
@@ -246,11 +220,11 @@ def test_settings_that_change_nothing_are_accepted(saved, change):
         ({"r": 6}, r"says rank 6, the tensors have \[3\]"),
     ],
 )
-def test_refuses_variants_that_are_not_implemented(saved, change, named):
+def test_settings_are_harmless_or_refused(saved, change, named):
     path = saved / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(AdapterError, match=named):
-        load_adapter(fresh(), saved)
+    with pytest.raises(AdapterError, match=named) if named else nullcontext():
+        assert load_adapter(fresh(), saved) == CONFIG
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -261,9 +235,10 @@ def test_refuses_damaged_files(saved, name):
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype"), [(NAN, torch.float32), (-float("inf"), torch.float32), (1e300, torch.float64)]
+    ("value", "dtype"),
+    [(NAN, torch.float32), (-float("inf"), torch.float32), (1e300, torch.float64), (1, torch.int64)],
 )
-def test_values_that_are_not_finite_or_that_fp32_cannot_hold_are_refused(saved, value, dtype):
+def test_values_that_are_no_finite_floats_or_that_fp32_cannot_hold_are_refused(saved, value, dtype):
     path = saved / "adapter_model.safetensors"
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
     name = sorted(tensors)[3]
@@ -273,15 +248,8 @@ def test_values_that_are_not_finite_or_that_fp32_cannot_hold_are_refused(saved, 
         load_adapter(fresh(), saved)
 
 
-def test_an_adapter_of_integers_is_refused(saved):
-    path = saved / "adapter_model.safetensors"
-    save_file({name: tensor.long() for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(AdapterError, match=r"is of torch.int64"):
-        load_adapter(fresh(), saved)
-
-
 def test_the_state_of_a_merged_model_is_neither_taken_nor_replaced(model):
-    adapted(model)
+    adapted(model, CONFIG)
     state = model.state_dict()
     merge(model)
     for refused in (model.state_dict, lambda: model.load_state_dict(state)):
