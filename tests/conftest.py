@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -154,6 +155,14 @@ def undone(run: Path, *names: str) -> Path:
 def quick_dtype() -> torch.dtype:
     """The type in which this machine's CPU multiplies the real weights quickly."""
     return torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32
+
+
+@pytest.fixture
+def default_sigint():
+    """The default handler of Ctrl-C, also where the tests run in a background job that ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import h5py
 import numpy as np
 import pytest
 from safetensors.torch import load_file
@@ -22,6 +21,7 @@ from experiments.forecasting import Forecaster, gru, scores
 from experiments.forecasting.encoding import Encoding
 from experiments.report.build import write_report
 from experiments.report.words import flops
+from experiments.storage.files import read_json as read
 from experiments.storage.interruption import Interrupted, Interruption
 from experiments.storage.runfolder import only_writer
 from experiments.study import data, plans, suite
@@ -46,10 +46,6 @@ def small_plan(monkeypatch):
 def copied(finished, tmp_path) -> Path:
     """A copy of the complete run."""
     return shutil.copytree(finished, tmp_path / finished.name)
-
-
-def read(path: Path):
-    return json.loads(path.read_text())
 
 
 def read_lines(path: Path) -> list:
@@ -194,14 +190,6 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_ends_with_the_same_bytes
     assert contents(copied, *results) == contents(finished, *results)
 
 
-@pytest.fixture
-def default_sigint():
-    """The default handler of Ctrl-C, also where the tests run in a background job that ignores Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_a_stop_is_immediate_outside_a_step_and_waits_for_the_end_of_a_step(default_sigint):
     before, done = signal.getsignal(signal.SIGINT), []
 
@@ -221,22 +209,13 @@ def test_a_stop_is_immediate_outside_a_step_and_waits_for_the_end_of_a_step(defa
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_too_little_memory_ends_in_one_message_and_other_failures_are_not_hidden(
-    small_plan, monkeypatch, small_data, tmp_path, capsys
-):
-    words = ["--data", str(small_data), "--out", str(tmp_path / "out")]
-    memory = RuntimeError("DefaultCPUAllocator: can't allocate memory")
-    errors = iter((memory, RuntimeError("a bug"), ValueError("a bug")))
-
+def test_too_little_memory_ends_in_one_message(small_plan, monkeypatch, small_data, tmp_path, capsys):
     def fails(self):
-        raise next(errors)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("experiments.study.suite.Suite.run", fails)
-    assert run.main(words) == 1
+    assert run.main(["--data", str(small_data), "--out", str(tmp_path / "out")]) == 1
     assert "stopped: DefaultCPUAllocator" in capsys.readouterr().err
-    for kind in (RuntimeError, ValueError):
-        with pytest.raises(kind, match="a bug"):
-            run.main(words)
 
 
 def test_a_folder_that_another_process_writes_to_is_refused(small_plan, small_data, tmp_path, capsys):
@@ -308,18 +287,20 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(small_plan, finished,
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def damaged(folder: Path, name: str) -> Path:
-    """Write a data file with one fault."""
-    good = data.simulate(seed=0, num_systems=20 if name == "wild" else 8)
-    values = good.trajectories
-    if name == "wild":
-        values[data.split(20).test[0], 75, 0] = 1e4
-    changed = {"nan": values * np.nan, "short": values[:, :70], "wild": values, "few": values[:5]}
-    with h5py.File(folder / "damaged.h5", "w") as file:
-        file["time"] = good.time[:70] if name == "short" else good.time
-        if name != "missing":
-            file["trajectories"] = changed[name]
-    return folder / "damaged.h5"
+@pytest.fixture
+def faulty(tmp_path, monkeypatch) -> None:
+    """Data, a model and a plan with one fault each, in the working directory."""
+    good = data.simulate(seed=0, num_systems=20)
+    wild = good.trajectories.copy()
+    wild[data.split(20).test[0], 75, 0] = 1e4
+    data.write(tmp_path / "wild", data.Dataset(wild, good.time))
+    data.write(tmp_path / "short", data.Dataset(good.trajectories[:, :70], good.time[:70]))
+    data.write(tmp_path / "few", data.Dataset(good.trajectories[:5], good.time))
+    config = read(shutil.copytree(TINY, tmp_path / "model") / "config.json") | {"max_position_embeddings": 800}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    long = plans.Plan("long", (plans.Experiment("trial", "6.2", Training(2, 1e-3, 1500, 2)),))
+    monkeypatch.setitem(plans.PLANS, "long", lambda seed: long)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -328,35 +309,17 @@ def damaged(folder: Path, name: str) -> Path:
         ("--device", "abacus", "device 'abacus' cannot be used"),
         ("--device", "cuda:77", "device 'cuda:77' cannot be used"),
         ("--model", "/no/such/folder", "no such folder"),
-        ("--data", "missing", "expected the arrays"),
-        ("--data", "nan", "is nan"),
+        ("--model", "model", "has 800 positions, plan quick needs 1321"),
+        ("--plan", "long", "context 1500 is longer than a trajectory"),
         ("--data", "few", "cannot be split"),
         ("--data", "short", "70 time steps, expected at least 70 context"),
         ("--data", "wild", "expected less than 100"),
     ],
 )
-def test_bad_input_ends_in_one_message_and_writes_nothing(refused, tmp_path, option, value, message):
-    value = damaged(tmp_path, value) if option == "--data" else value
-    before = list(tmp_path.iterdir())
-    assert message in refused("run", option, value, "--out", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == before
-
-
-def test_a_context_longer_than_a_trajectory_is_refused(monkeypatch, refused, small_data, tmp_path):
-    long = plans.Plan("quick", (plans.Experiment("trial", "6.2", Training(2, 1e-3, 1500, 2)),))
-    monkeypatch.setitem(plans.PLANS, "quick", lambda seed: long)
-    line = refused("run", "--data", small_data, "--out", tmp_path / "out")
-    assert "context 1500 is longer than a trajectory" in line
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_model_with_too_few_positions_is_refused(refused, small_data, tmp_path):
-    model = shutil.copytree(TINY, tmp_path / "model")
-    config = read(TINY / "config.json") | {"max_position_embeddings": 800}
-    (model / "config.json").write_text(json.dumps(config))
-    line = refused("run", "--model", model, "--data", small_data, "--out", tmp_path / "out")
-    assert "has 800 positions, plan quick needs 1321" in line
-    assert not (tmp_path / "out").exists()
+def test_bad_input_ends_in_one_message_and_writes_nothing(refused, faulty, small_data, option, value, message):
+    before = list(Path().iterdir())
+    assert message in refused("run", "--data", small_data, option, value, "--out", "out")
+    assert list(Path().iterdir()) == before
 
 
 def test_experiments_beyond_the_report_are_shown_at_full_length(monkeypatch, small_data, tmp_path):
