@@ -21,13 +21,9 @@ def sample(dtype, positions=8, hidden=5, vocabulary=97):
     )
 
 
-def test_gradients_by_finite_differences_in_fp64():
-    hidden, weight, targets = sample(torch.float64, positions=4, vocabulary=23)
-    assert torch.autograd.gradcheck(lambda h, w: head_cross_entropy(h, w, targets), (hidden, weight))
-
-
-def test_value_and_gradients_equal_the_plain_loss_in_fp32():
-    hidden, weight, targets = sample(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_value_and_gradients_equal_the_plain_loss(dtype):
+    hidden, weight, targets = sample(dtype)
     plain = F.cross_entropy(hidden @ weight.T, targets)
     wanted = torch.autograd.grad(3 * plain, (hidden, weight))
     lean = head_cross_entropy(hidden, weight, targets)
@@ -58,16 +54,6 @@ def test_next_token_loss_shifts_targets_and_ignores_padding(model, ids):
     torch.testing.assert_close(next_token_loss(model, padded, torch.tensor([8, ids.shape[1]])), wanted)
 
 
-def test_selected_positions_give_the_bits_of_a_boolean_mask(model, ids):
-    lengths = torch.tensor([8, ids.shape[1]])
-    embedding = model.model.embed_tokens.weight.requires_grad_()
-    found = next_token_loss(model, ids, lengths)
-    real = torch.arange(1, ids.shape[1]) < lengths[:, None]
-    wanted = head_cross_entropy(model.model(ids)[:, :-1][real], model.head_weight, ids[:, 1:][real])
-    assert torch.equal(found, wanted)
-    assert torch.equal(*(torch.autograd.grad(loss, embedding)[0] for loss in (found, wanted)))
-
-
 def test_a_smaller_vocabulary_is_the_softmax_over_its_tokens(model, ids):
     vocabulary = ids.unique()
     logits = model(ids)[:, :-1, vocabulary].flatten(0, 1)
@@ -96,17 +82,6 @@ def test_gradients_in_16_bits_are_as_precise_as_autograds(dtype, spread, scale):
         if theirs.isfinite().all():
             assert found.isfinite().all()
             assert (found - wanted).norm() <= 1.3 * (theirs - wanted).norm() + 1e-12
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_autocast_changes_nothing(inside):
-    hidden, weight, targets = sample(torch.float32)
-    wanted = torch.autograd.grad(head_cross_entropy(hidden, weight, targets), (hidden, weight))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = head_cross_entropy(hidden, weight, targets)
-        found = torch.autograd.grad(loss, (hidden, weight)) if inside else None
-    found = found or torch.autograd.grad(loss, (hidden, weight))
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 def test_a_head_whose_first_rows_are_masked_has_a_loss():
