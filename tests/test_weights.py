@@ -3,9 +3,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from conftest import CONFIGS, random_model, write_checkpoint
@@ -85,8 +85,7 @@ def embedded(tmp_path) -> Path:
 
 WEIGHTS, INDEX, END = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 DAMAGED = [  # the files that are written, or removed where the content is None: what is said
-    ({WEIGHTS: ""}, r"model\.safetensors: not a readable safetensors file"),
-    ({WEIGHTS: "\0" * 100}, "not a readable safetensors file"),
+    ({WEIGHTS: "\0" * 100}, r"model\.safetensors: not a readable safetensors file"),
     ({WEIGHTS: None}, r"missing model\.safetensors"),
     ({WEIGHTS: None, "adapter_config.json": "{}"}, "missing model.safetensors; the folder holds .*an adapter"),
     ({WEIGHTS: None, "pytorch_model.bin": ""}, "missing model.safetensors; the folder holds .*pytorch_model.bin"),
@@ -98,7 +97,6 @@ DAMAGED = [  # the files that are written, or removed where the content is None:
     ({"tokenizer.json": "{}"}, "not a readable tokenizer"),
     ({END: '{"eos_token_id": "</s>"}'}, "generation_config.json: "),
     ({END: '{"eos_token_id": [true]}'}, "generation_config.json: "),
-    ({END: "[]"}, "generation_config.json: "),
     ({END: "{"}, "generation_config.json: "),
 ]
 
@@ -114,13 +112,6 @@ def test_refuses_damaged_and_missing_files(embedded, files, message):
         load(embedded)
 
 
-def test_refuses_a_truncated_file(embedded):
-    path = embedded / WEIGHTS
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        load(embedded)
-
-
 def test_a_single_file_wins_over_the_index_and_the_shards_of_an_earlier_save(tmp_path, wide):
     write_checkpoint(tmp_path, wide, shards=3)
     newer = {name: 2 * tensor for name, tensor in wide.state_dict().items()}
@@ -131,9 +122,8 @@ def test_a_single_file_wins_over_the_index_and_the_shards_of_an_earlier_save(tmp
     assert torch.equal(load(tmp_path)[0].state_dict()["model.norm.weight"], newer["model.norm.weight"])
 
 
-@pytest.mark.parametrize("shards", [2, 3])
-def test_shards_without_an_index_are_read_and_a_missing_one_is_noticed(tmp_path, wide, shards):
-    write_checkpoint(tmp_path, wide, shards=shards)
+def test_shards_without_an_index_are_read_and_a_missing_one_is_noticed(tmp_path, wide):
+    write_checkpoint(tmp_path, wide, shards=3)
     (tmp_path / "model.safetensors.index.json").unlink()
     assert torch.equal(load(tmp_path)[0].head_weight, wide.head_weight)
     next(tmp_path.glob("model-00001-*")).unlink()
@@ -192,11 +182,6 @@ def test_truncation_and_padding_of_a_tokenizer_file_are_ignored(tmp_path, tiny):
         assert Tokenizer(tmp_path / "tokenizer.json").encode(text) == tiny[1].encode(text)
 
 
-def test_text_that_is_not_unicode_is_refused(tiny):
-    with pytest.raises(ValueError, match="not Unicode"):
-        tiny[1].encode("1.2" + chr(0xD800))
-
-
 def test_a_saved_checkpoint_names_its_dtype_once(tmp_path, wide):
     """transformers 5 writes `dtype`, and prefers it to `torch_dtype`."""
     write_checkpoint(tmp_path, wide)
@@ -236,16 +221,6 @@ def test_saving_touches_nothing_else_and_leaves_nothing_behind(monkeypatch, tmp_
     assert (tmp_path / "saved").stat().st_mode & 0o777 == source.stat().st_mode & 0o777
 
 
-def test_a_download_fetches_chat_templates_too(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **k: asked.extend(k["allow_patterns"]) or "x")
-    checkpoint_folder("somebody/something")
-    found = huggingface_hub.utils.filter_repo_objects(
-        ["chat_template.jinja", "model.safetensors", "config.json", "pytorch_model.bin"], allow_patterns=asked
-    )
-    assert list(found) == ["chat_template.jinja", "model.safetensors", "config.json"]
-
-
 def test_a_model_that_is_not_loaded_has_finite_weights():
     """The head of an untied model, too, in memory that held NaN before."""
     for _ in range(5):
@@ -254,46 +229,37 @@ def test_a_model_that_is_not_loaded_has_finite_weights():
 
 
 def test_refuses_a_source_that_does_not_exist(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError
+
     with pytest.raises(CheckpointError, match="expected a folder, a hub id"):
         load("/no/such/folder")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="nobody/nothing: no such folder, and the download from the hub failed"):
         load("nobody/nothing")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(CheckpointError, match=r"download from the hub failed \(RuntimeError\)"):
+        load("nobody/nothing")
 
 
-def test_a_hub_id_may_pin_a_revision_and_an_existing_folder_wins(monkeypatch, tmp_path):
+def test_a_hub_id_is_downloaded_with_its_templates_unless_a_folder_has_its_name(monkeypatch, tmp_path):
     asked = []
 
     def download(name, revision, allow_patterns):
         asked.append((name, revision))
+        files = ["chat_template.jinja", "model.safetensors", "config.json", "pytorch_model.bin"]
+        assert [*filter_repo_objects(files, allow_patterns=allow_patterns)] == files[:3]
         return tmp_path
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
     assert checkpoint_folder("somebody/something") == checkpoint_folder("somebody/something@0123abc") == tmp_path
     assert asked == [("somebody/something", None), ("somebody/something", "0123abc")]
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "somebody" / "something").mkdir(parents=True)
-    assert checkpoint_folder("somebody/something") == Path("somebody/something")
-    assert len(asked) == 2
-
-
-def test_any_error_of_a_download_is_one_line(monkeypatch):
-    class ReadTimeout(Exception):
-        pass
-
-    def download(*_, **__):
-        raise ReadTimeout
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(CheckpointError, match=r"somebody/something: .* download from the hub failed \(ReadTimeout\)"):
-        checkpoint_folder("somebody/something")
-
-
-def test_a_folder_called_tiny_wins_over_the_embedded_checkpoint(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
     assert checkpoint_folder("tiny") == TINY
-    (tmp_path / "tiny").mkdir()
-    assert checkpoint_folder("tiny") == Path("tiny")
+    for name in ("somebody/something", "tiny"):
+        (tmp_path / name).mkdir(parents=True)
+        assert checkpoint_folder(name) == Path(name)
+    assert len(asked) == 2
 
 
 def test_the_embedded_checkpoint_is_a_small_qwen(tiny):
