@@ -1,19 +1,17 @@
 """The installed command `qwen-min`, its verbs and what a package of this project holds."""
 
-import ast
 import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
 
 from experiments import __main__ as entry
 from experiments import cli
+from test_imports import FILES, OURS, ROOT, imported
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -54,17 +52,12 @@ def declared(*extras: str) -> set[str]:
 
 
 def test_the_project_declares_every_package_that_it_imports():
-    names, ours, found = declared() | declared("experiments"), {"qwen_min", "lora", "flops", "experiments"}, set()
-    for path in (path for package in ours for path in (ROOT / package).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                found |= {alias.name.partition(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                found.add(str(node.module).partition(".")[0])
+    names = declared() | declared("experiments")
+    found = {name.partition(".")[0] for path in FILES.values() for name in imported(path)}
     # imported only where the user has them, or to compare with; two come with openvino_genai and jinja2
     optional = declared("peers") | {"openvino", "markupsafe"}
     through_pandas = {"pyarrow"}  # it reads Parquet
-    assert found - ours - optional - set(sys.stdlib_module_names) == names - through_pandas
+    assert found - {*OURS} - optional - set(sys.stdlib_module_names) == names - through_pandas
     assert set(entry.EXTRA) <= names
 
 
