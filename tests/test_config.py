@@ -8,17 +8,6 @@ from qwen_min import CheckpointError, QwenConfig
 FIELDS = config_fields(GROUPED)
 
 
-def test_reads_its_own_fields_and_ignores_the_rest():
-    assert QwenConfig.from_dict(FIELDS | {"attention_dropout": 0.0, "rope_scaling": None}) == GROUPED
-    assert GROUPED.head_dim == 4
-
-
-def test_reads_rope_theta_where_transformers_5_puts_it():
-    fields = {k: v for k, v in FIELDS.items() if k != "rope_theta"}
-    fields["rope_parameters"] = {"rope_theta": 1e6, "rope_type": "default"}
-    assert QwenConfig.from_dict(fields) == GROUPED
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
