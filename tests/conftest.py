@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 from experiments.__main__ import main
-from experiments.cli import multiplies_bfloat16
 from experiments.study import data
 from lora import LoraConfig, adapter_parameters, inject
 from qwen_min import Qwen, QwenConfig, load
@@ -149,12 +148,6 @@ def undone(run: Path, *names: str) -> Path:
     kept = [line for line in lines if json.loads(line)["experiment"] not in names]
     (run / "ledger.jsonl").write_text("".join(kept))
     return run
-
-
-@pytest.fixture(scope="session")
-def quick_dtype() -> torch.dtype:
-    """The type in which this machine's CPU multiplies the real weights quickly."""
-    return torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.cli import chosen_dtype
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar, may_be_wide
 from experiments.study import data
@@ -16,8 +17,8 @@ from qwen_min import load
 
 
 @pytest.fixture(scope="module")
-def loaded(real_checkpoint, quick_dtype):
-    return load(real_checkpoint, dtype=quick_dtype)
+def loaded(real_checkpoint):
+    return load(real_checkpoint, dtype=chosen_dtype(None, "cpu"))
 
 
 @pytest.fixture(scope="module")
