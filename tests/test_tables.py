@@ -89,6 +89,11 @@ TIMES = {  # text: (name of the times, the next one)
     "a count of rows before it": (",year,a\n1,1900,1\n2,1901,2\n", "year", "1902"),
     "an hour after an id": ("station,at,a\n7,2023123122,1\n7,2023123123,2\n", "at", "2024-01-01 00:00:00"),
     "a lone month": ("d,a\n2010/11,1\n2010/12,1\n", "d", "2011-01-01"),
+    "minutes as numbers": ("n,a\n202312312358,1\n202312312359,2\n", "n", "2024-01-01 00:00:00"),
+    "seconds as numbers": ("n,a\n20231231235958,1\n20231231235959,2\n", "n", "2024-01-01 00:00:00"),
+    "months as numbers": ("month,a\n202311,1\n202312,2\n", "month", "2024-01-01"),
+    "numbers that go from December to January": ("n,a\n202312,1\n202401,2\n", "n", "2024-02-01"),
+    "offsets": ("d,a\n2020-03-29T01:00+01:00,1\n2020-03-29T03:00+02:00,2\n", "d", "2020-03-29 02:00:00+00:00"),
 }
 
 
@@ -106,6 +111,8 @@ VARIABLES = {  # text: the variables, all but the times
     "1\n2\n3\n": ["x0"],  # the only column
     ",a,b\n2023-01-01,1,5\n2023-01-02,2,6\n2023-01-03,3,9\n": ["a", "b"],  # dates are it
     "20231115.10,1\n20231215.11,2\n": ["x0", "x1"],  # decimals are no dates
+    "n,a\n20231231,1\n20231232,2\n": ["n", "a"],  # no day of the calendar
+    "n,a\n999911,1\n999912,2\n": ["n", "a"],  # no year that dates have
     "site,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n": ["site", "2019", "2020"],  # names, as a cell is no number
     ",0,1\n0,1.5,4\n1,1.6,4\n": ["0", "1"],  # as pandas writes them
     "2018,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n": ["x0", "x1", "x2"],  # years alone are numbers, so data
@@ -128,7 +135,7 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "falls": ("date,a\n2023-01-02,1\n2023-01-01,2\n", r"line 3, column 'date': the time 2023-01-01 comes after 2023-"),
     "a day twice": ("d,site,a\n2023-01-01,x,1\n2023-01-01,y,2\n", r"tells them apart with --id \(site\), else keep"),
     "clock set back": ("d,a\n2023-10-29 02:45,1\n2023-10-29 02:00,2\n", "write times with their offset from UTC"),
-    "day or month": ("date,a\n1/2/2023,1\n2/3/2023,2\n", "with the day or with the month, 2023-02-01 or 2023-01-02"),
+    "some offsets": ("d,a\n2020-03-05T00:00,1\n2020-03-06T00:00Z,2\n", "some times have an offset from UTC and some"),
     "weeks": ("week,a\n202252,1\n202301,2\n", "202252 is a week, which is counted in several ways"),
     "seasons": ("s,a\n2010/11,1\n2011/12,2\n", "'2010/11' can be month 11 of 2010 or the season 2010 to 2011"),
     "months with a point": ("date,a\n2022.11,1\n2022.12,2\n2023.01,3\n", "2022.11 can be a month or a number"),
@@ -204,8 +211,7 @@ def test_what_is_chosen_is_said(table):
     )
     assert "read as Windows-1252" in told([table("Höhe\n1\n".encode("cp1252"))])
     assert told([table("abcdefgh".replace("", ",")[1:-1] + "\n1,2,3,4,5,6,7,8\n")]).endswith("(a, b, c, d, e, f, ...)")
-    offsets = table("d,a\n2023-03-26 01:00+01:00,1\n2023-03-26 03:00+02:00,2\n")
-    assert told([offsets]).endswith("'d' has several offsets, its times are in UTC")
+    assert told([table(TIMES["offsets"][0])]).endswith("'d' has several offsets, its times are in UTC")
     assert "'made' left out, as 'd' has the times" in told([table(TIMES["a date that stands still"][0])])
     example = read_series(Path(__file__).parents[1] / "examples" / "hare-lynx.csv")
     assert told(example) == "hare-lynx: 21 rows of 2 variables (hare, lynx), time: year, 1900 to 1920"

@@ -2,12 +2,11 @@
 
 from datetime import UTC, datetime, timedelta, timezone
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from experiments.tables import DataError, Source, following
-from experiments.tables.dates import dates_of, dates_of_numbers, is_date
+from experiments.tables.dates import dates_of, is_date
 from experiments.tables.times import regular, time_texts
 
 FIFTH = datetime(2020, 3, 5)
@@ -86,34 +85,6 @@ def test_the_column_decides_whether_the_day_is_first(cells, first):
             read(cells)
     else:
         assert read(cells)[0] == first
-
-
-def test_dates_of_one_column_are_written_alike():
-    with pytest.raises(DataError, match="row 1, column 'd': holds 'oak', expected a date written like the first one"):
-        read(["2020-03-05", "oak"])
-    with pytest.raises(DataError, match="some times have an offset from UTC and some have none"):
-        read(["2020-03-05T00:00", "2020-03-06T00:00Z"])
-    summer = read(["2020-03-29T01:00+01:00", "2020-03-29T03:00+02:00"])
-    assert [str(date) for date in summer] == ["2020-03-29 00:00:00+00:00", "2020-03-29 01:00:00+00:00"]
-
-
-@pytest.mark.parametrize(
-    ("name", "values", "first"),
-    [
-        ("month", [202311, 202312], datetime(2023, 11, 1)),
-        ("n", [202312, 202401], datetime(2023, 12, 1)),
-        ("n", [2023123123, 2024010100], datetime(2023, 12, 31, 23)),
-        ("n", [202312312358, 202312312359], datetime(2023, 12, 31, 23, 58)),
-        ("n", [20231231235958, 20231231235959], datetime(2023, 12, 31, 23, 59, 58)),
-        ("t", [1700000000, 1700000060], None),
-        ("n", [20231231, 20231232], None),
-        ("n", [999912, 999913], None),
-    ],
-)
-def test_numbers_that_are_dates(name, values, first):
-    found = dates_of_numbers(np.array(values), name, Source("here"), name != "n")
-    assert (found is None) == (first is None)
-    assert found is None or found[0] == first
 
 
 def days(*cells: str) -> pd.DatetimeIndex:
