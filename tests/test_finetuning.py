@@ -240,11 +240,9 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(fine_tune, c
 
 BAD = {
     "budget": (["--budget", "1e6"], "do not fit a budget of 1.000e+06"),
-    "parts": (["--accumulate", "3"], "a batch of 4 cannot be read in 3 equal parts"),
     "module": (["--targets", "q"], "no Linear is called q"),
     "horizon": (["--horizon", "40"], "time steps, expected at least"),
     "context": (["--context", "500"], "the model has 2048 positions; shorten one of them"),
-    "columns": (["--columns", "w"], "has 0 columns 'w'"),
     "short context": (["--context", "4"], "context is 4, expected at least 8 time steps"),
     "seed": (["--seed", str(10**23)], "expected an integer of at least 0, below 2**63"),
     "rate": (["--rate", "0"], "learning_rate is 0.0, expected a positive number"),

@@ -97,11 +97,10 @@ def test_too_little_memory_and_a_stop_end_in_one_line_and_bugs_in_a_traceback(
     assert [path.name for path in tmp_path.iterdir()] == ["sine.csv"]
 
 
-TEXT, THREE, MODEL = "a,b\n1,2\n3,4\n", "1\n2\n3\n", ("--model", "tiny")
+THREE, MODEL = "1\n2\n3\n", ("--model", "tiny")
 BAD = {
     "text": ("a,b\n1,2\n3,oak\n", [], "line 3, column 'b': holds 'oak', expected a number"),
     "huge": ("a,b\n1,2\n3,4e9\n", ["--scale", 1, *MODEL], "4e+09 cannot be written, expected values from 0 to less"),
-    "unknown column": (TEXT, ["--columns", "c"], "has 0 columns 'c'"),
     "no adapter": (THREE, ["--adapter", "nowhere"], "nowhere/adapter_config.json: no such file"),
     "no checkpoint": (THREE, ["--model", "nowhere"], "nowhere: no such folder"),
     "no picture": (THREE, ["--plot", "a.txt"], "expected a name that ends in .png, .svg, .pdf"),

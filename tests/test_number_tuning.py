@@ -1,6 +1,5 @@
 """Fine-tuning of the decoder that reads values: what it reads, what its forecasts are made of, budgets and kills."""
 
-import json
 from dataclasses import replace
 from statistics import NormalDist
 
@@ -161,8 +160,6 @@ def test_a_budget_pays_for_every_step_and_text_options_are_refused(tmp_path):
     options = {name: value for name, value in FEW.items() if name != "steps"}
     metrics = training.finetune(forecaster, series, 4, 2.5 * cost, tmp_path, **options)
     assert metrics["spent"] == 2 * cost
-    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
-    assert [line["flops"] for line in lines] == [cost] * 2
     assert read_trained(tmp_path / "adapter").reading.shares == metrics["shares"]
     for wrong in ({"samples": 20}, {"targets": ("q_proj",)}, {"decimals": 3}):
         with pytest.raises(FitError, match="is for models that write text"):
