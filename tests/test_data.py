@@ -49,6 +49,7 @@ def with_value(value):
         ({"time": GOOD.time}, "expected the arrays 'trajectories' and 'time'"),
         ({"trajectories": GOOD.trajectories[0], "time": GOOD.time}, "expected numbers of rank 3"),
         ({"trajectories": GOOD.trajectories, "time": GOOD.time[:-1]}, r"expected \(N, 99, 2\)"),
+        ({"trajectories": GOOD.trajectories[:, :, :1], "time": GOOD.time}, r"expected \(N, 100, 2\)"),
         ({"trajectories": GOOD.trajectories[:0], "time": GOOD.time}, r"are \(0, 100, 2\)"),
         ({"trajectories": np.full((4, 100, 2), b"x"), "time": GOOD.time}, "expected numbers"),
         (with_value(np.nan), r"trajectories\[1, 5, 0\] is nan"),
