@@ -127,8 +127,9 @@ def identity_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge", fold
     """Everything that decides the results of a run, as JSON can hold it; folder: that of the checkpoint."""
     import torch
 
-    from experiments.forecasting.adapter import checkpoint_hash
+    from experiments.forecasting.adapter import NUMBERS, checkpoint_hash
 
+    numbers = checkpoint_hash(NUMBERS) if len(plan.texts) < len(plan.experiments) else None
     identity = {
         "plan": args.plan,
         "experiments": [asdict(experiment) for experiment in plan.experiments],
@@ -137,7 +138,8 @@ def identity_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge", fold
         "chosen_on": plan.chosen_on,
         "decoding": args.decoding,
         "samples": args.samples,
-        "checkpoint_sha256": checkpoint_hash(folder),
+        "checkpoint_sha256": checkpoint_hash(folder) if plan.texts else numbers,
+        "numbers_sha256": numbers,
         "data_sha256": data_sha256,
         "encoding": judge.encoding.record,
         "convention": args.convention,
@@ -147,19 +149,21 @@ def identity_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge", fold
     return json.loads(json.dumps(identity))  # tuples become lists, as they are when the file is read again
 
 
-def record_of(args: argparse.Namespace, judge: "Judge") -> dict:
+def record_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge") -> dict:
     """The rest of plan.json: how and where the run began."""
     import torch
 
     import flops
+    from experiments.forecasting import Forecaster
     from experiments.training.run import software
 
+    model = judge.model if plan.texts else Forecaster.load("numbers").model
     cuda = args.device.startswith("cuda")
     return {
         "command": cli.command_line("experiments.run"),
-        "model": args.model,
+        "model": args.model if plan.texts else "numbers",
         "data": args.data.name if args.data else "simulated, seed 0",
-        "parameters": sum(p.numel() for p in judge.model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "device_name": torch.cuda.get_device_name(args.device) if cuda else platform.machine(),
         "conventions": flops.CONVENTIONS,
         "threads": torch.get_num_threads(),
@@ -189,7 +193,7 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
         from experiments.study.suite import Suite
 
         out = args.out or Path("runs") / args.plan
-        if team.told(lambda: stack.enter_context(open_run(out, identity, record_of(args, judge)))):
+        if team.told(lambda: stack.enter_context(open_run(out, identity, record_of(args, plan, judge)))):
             cli.tell(f"continuing {out}")
         if team.size > 1:
             cli.tell(f"{team.size} processes share out the batches of each experiment")

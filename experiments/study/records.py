@@ -29,6 +29,7 @@ class Identity:
     convention: str  # how the budget counts FLOPs
     device: str
     dtype: str
+    numbers_sha256: str | None = None  # of the decoder that reads values; None: the plan has none
     chosen_on: int | None = None  # the first so many validation sequences are those of candidates; None: all
 
 
