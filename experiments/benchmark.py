@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--peers", default="transformers", metavar="NAMES", help="whom to compare with, where "
                    "installed: transformers, llama.cpp, openvino (separated by commas), all, or none "
                    "(default %(default)s)")  # fmt: skip
+    p.add_argument("--short", action="store_true", help="no forecasts and no memory: loading, prefill and single steps")
     series = p.add_subparsers(dest="part", metavar="[series]").add_parser(
         "series", help="forecasts of public series instead, next to classical methods", description=SERIES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -85,7 +86,8 @@ def main() -> int:
 
         device = cli.checked_device(args.device)
         dtype = str(cli.chosen_dtype(args.dtype, device)).removeprefix("torch.")
-        for line in measure(checkpoint_folder(args.model), device, dtype, args.runs, chosen(args.peers, device)):
+        sides = chosen(args.peers, device)
+        for line in measure(checkpoint_folder(args.model), device, dtype, args.runs, sides, args.short):
             print(line, flush=True)
         return 0
 

@@ -73,6 +73,8 @@ def test_sides_take_turns_at_what_they_can(small, monkeypatch):
         assert found[f"{FORECAST}, {way}"] == ["1.5 s", "3 s (2.00 x)", "3 s (2.00 x)", "67%"]
     assert found[f"{FORECAST}, free: validation MSE"] == ["1", "2", "2", "-"]
     assert found["peak memory, LoRA step, 2 x 64"][1:] == ["4 GB (2.00 x)", "-", "-"]
+    short = cells("\n".join(measurement.measure(TINY, "cpu", "float32", 2, sides, short=True)))
+    assert {name for name in found if "contexts" in name or "memory" in name} == found.keys() - short.keys()
 
 
 def test_peers_that_cannot_be_measured_are_left_out_with_a_line(monkeypatch, capsys):

@@ -13,7 +13,7 @@ import torch
 from experiments.benchmarking.engines import Engine, LlamaCpp, LlamaCppQ8, OpenVINO, OpenVINOQ8
 from experiments.benchmarking.side import TOKENS_PER_STEP, BenchmarkError, Setup, Side, ask, processes
 from experiments.benchmarking.torch_sides import Ours, Transformers
-from experiments.benchmarking.work import CONTEXT, CONTEXTS, Work, generation, training
+from experiments.benchmarking.work import CONTEXT, CONTEXTS, SHORT, Work, generation, training
 from experiments.forecasting.encoding import Encoding
 from experiments.study import data
 from qwen_min import QwenConfig, Tokenizer
@@ -68,8 +68,13 @@ def setup_of(folder: Path, device: str, dtype: str, scratch: str, dataset: data.
     return Setup(str(folder), device, dtype, scratch, torch.get_num_threads(), encoding, ids, contexts, truth)
 
 
-def measure(folder: Path, device: str, dtype: str, runs: int, sides: Mapping[str, type[Side]]) -> Iterator[str]:
-    """Measure everything, `runs` times. Yield the lines of a table in Markdown, with a column for each side."""
+def measure(
+    folder: Path, device: str, dtype: str, runs: int, sides: Mapping[str, type[Side]], short: bool = False
+) -> Iterator[str]:
+    """Measure everything, `runs` times. Yield the lines of a table in Markdown, with a column for each side.
+
+    short: no forecasts and no memory.
+    """
     config = QwenConfig.from_file(folder / "config.json")
     found: dict[str, dict[str, list[float]]] = {}  # of each run, by names of work and side
     with tempfile.TemporaryDirectory(prefix="qwen-min-benchmark-") as scratch:
@@ -83,6 +88,8 @@ def measure(folder: Path, device: str, dtype: str, runs: int, sides: Mapping[str
         for part in generation(config.max_position_embeddings), training():
             with processes(setup, sides) as started:
                 for work in part:
+                    if short and work.method not in SHORT:
+                        continue
                     asked = {name: started[name] for name, side in sides.items() if issubclass(side, work.asked)}
                     numbers: dict[str, list[float]] = {name: [] for name in asked}
                     for _ in range(work.warm_up + runs if work.unit == "s" else 1):

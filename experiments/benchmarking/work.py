@@ -12,6 +12,8 @@ FORECAST_STEPS = (10, 30)
 GROWN_CONTEXTS = (128, 512, 2048, 8192)  # filled positions of decode steps
 TRAINED = ((1, 512), (2, 512), (4, 512), (4, 768))  # rows and tokens of LoRA steps
 
+SHORT = ("load", "prefill", "decode", "lora_step")  # methods that take little time
+
 
 class Work(NamedTuple):
     """A piece of work, which is a line of the table."""
