@@ -1,0 +1,113 @@
+"""`scripts/gpu.py` on the CPU: what is sent, what comes back, a plan on several machines."""
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import random_model, write_checkpoint
+from experiments.benchmarking.gguf_file import write_gguf
+from experiments.study import data
+from qwen_min import QwenConfig
+from qwen_min.weights import TINY
+from scripts import gpu
+from tests.faults import TIMED
+
+PLAN = "import sys; from tests import faults, small_plan as s; sys.exit(s.main(*sys.argv[1:], plan=faults.plan))"
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory):
+    """A checkpoint in bfloat16, and the parts of it that are sent."""
+    work = tmp_path_factory.mktemp("sent")
+    checkpoint, parts = work / "checkpoint", work / "parts"
+    checkpoint.mkdir()
+    config = replace(QwenConfig.from_file(TINY / "config.json"), num_hidden_layers=2)
+    write_checkpoint(checkpoint, random_model(config), torch.bfloat16)
+    save_file(load_file(checkpoint / gpu.WEIGHTS), checkpoint / gpu.WEIGHTS, {"format": "pt"})
+    write_gguf(checkpoint, work / "model.gguf", "BF16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "PART", 300_000)
+        words = ("--checkpoint", checkpoint, "--gguf", work / "model.gguf", "--wheels")
+        assert gpu.main([*map(str, ("parts", parts, *words))]) == 0
+    assert max(path.stat().st_size for path in parts.iterdir()) == 300_000
+    return checkpoint, parts
+
+
+@pytest.fixture
+def machine(sent, tmp_path):
+    """A folder on a machine to which the parts were copied."""
+    return shutil.copytree(sent[1], tmp_path / "machine")
+
+
+def test_parts_expand_to_the_bytes_of_the_checkpoint(sent, machine):
+    assert not (machine / gpu.WEIGHTS).exists()
+    gpu.expand(machine)
+    for path in sent[0].iterdir():
+        assert (machine / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_lost_part_and_other_weights_are_refused(sent, machine, tmp_path):
+    (machine / f"{gpu.PARTS}.01").unlink()
+    with pytest.raises(SystemExit, match="parts of the weights are missing or damaged; copy them again"):
+        gpu.expand(machine)
+    assert not (machine / gpu.WEIGHTS).exists()
+    other = shutil.copytree(sent[0], tmp_path / "other")
+    save_file({k: v + 1 for k, v in load_file(other / gpu.WEIGHTS).items()}, other / gpu.WEIGHTS, {"format": "pt"})
+    with pytest.raises(SystemExit, match="expand to other bytes than those of the checkpoint"):
+        gpu.write_parts(tmp_path / "parts", other, sent[0].parent / "model.gguf", [])
+
+
+def test_an_archive_that_is_full_lacks_the_oldest_adapters(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "ARCHIVE", 2**18 + 2500)
+    results = tmp_path / "results"
+    for name in ("run/a/adapter/weights", "run/b/adapter/weights", "run/b/state", "run/.lock"):
+        (results / name).parent.mkdir(parents=True, exist_ok=True)
+        (results / name).write_bytes(torch.randint(256, (1000,), dtype=torch.uint8).numpy().tobytes())
+    assert gpu.pack(results, tmp_path / "results.zip") == [results / "run/a/adapter/weights"]
+    with ZipFile(tmp_path / "results.zip") as archive:
+        assert archive.namelist() == ["run/b/state", "run/b/adapter/weights"]
+
+
+class Gone(Exception):
+    """The machine was taken away."""
+
+
+@pytest.mark.slow
+def test_a_plan_on_three_machines_ends_with_the_bytes_of_an_undisturbed_run(monkeypatch, sent, tmp_path):
+    """Two machines go without warning, after an experiment is in the archive. The next one has nothing else."""
+    machine, source, pack = tmp_path / "machine", tmp_path / "data.h5", gpu.pack
+    data.write(source, data.simulate(seed=0, num_systems=20))
+    monkeypatch.setattr(gpu, "PLAN", ("-c", PLAN))
+    monkeypatch.setenv("PYTHONHASHSEED", "0")  # sketches of figures hold sets
+    monkeypatch.setattr(gpu, "PACK_SECONDS", 0.3)
+
+    def run(name: str, last: str = "") -> dict[str, bytes]:
+        """The files in an archive after a machine that goes once it has the experiment `last`."""
+
+        def pack_or_go(results, archive):
+            left_out = [] if (machine / "gone").exists() else pack(results, archive)
+            if last and (results / "run/experiments" / last / "metrics.json").exists():
+                (machine / "gone").touch()
+                raise Gone
+            return left_out
+
+        shutil.rmtree(machine, ignore_errors=True)
+        shutil.copytree(sent[1], machine)
+        monkeypatch.setattr(gpu, "pack", pack_or_go)
+        words = ["--data", source, "--sequences", 2, "--samples", 2]
+        with pytest.raises(Gone) if last else nullcontext():
+            assert gpu.run(machine, tmp_path / name, 60, "cpu", ["tests", "benchmark"], words) == 0
+        with ZipFile(tmp_path / name) as archive:
+            files = {name: archive.read(name) for name in archive.namelist() if name.startswith("run/")}
+        return {name: files[name] for name in files if Path(name).name not in (*TIMED, "report.md", "report.html")}
+
+    wanted = run("undisturbed.zip")
+    sizes = [len(run("results.zip", last)) for last in ("trial", "context-96")]
+    assert sizes[0] < sizes[1] < len(wanted)
+    assert run("results.zip") == wanted
