@@ -152,6 +152,8 @@ def assert_shown(written: list[str], values: list[float | None]) -> None:
     ("trial, the report's settings", "trial"),
     ("`frontier`, greedy", "frontier"),
     ("`frontier`, mean of 20", "frontier, mean of 20 samples"),
+    ("all weights, one seed", "whole-5e13"),
+    ("the same, exact contexts | 5.0e13 |", "whole-5e13, exact contexts"),
 ])  # fmt: skip
 def test_a_row_of_the_study_s_table_is_that_of_the_files(methods, begins, method):
     written, (cost, *values) = row(STUDY, begins), methods[method]
@@ -214,6 +216,20 @@ def test_what_the_study_says_below_its_table_is_that_of_the_files(runs, methods)
     }
     mae = {name: one.all.mae for name, one in others.items()}
     var, gru, drawn = pairs["VAR(18)"], pairs["GRU trained on the 700"], text.probabilistic
+    values = runs["numbers"].baselines | methods_of(runs["numbers"].experiments)
+
+    def between(name: str, other: str) -> dict:
+        return paired(*(values[one]["test"].mse_each for one in (name, other)))
+
+    lora = {
+        f"{other}-{flops}": f"{between(f'numbers-{flops}-seed0', f'{other}-{flops}')['ratio']:.2f}"
+        for other in ("whole", "scratch")
+        for flops in ("1e12", "1e13")
+    }
+    network = "GRU trained on the 700"
+    seeds = [between(f"numbers-1e13-seed{seed}", network) for seed in range(3)]
+    whole = between("whole-5e13", network)
+    validation = [values[f"numbers-1e13-seed{seed}"]["val"].all.mse for seed in range(3)]
     exact = {name.removesuffix(", exact contexts"): values[3] for name, values in methods.items() if "exact" in name}
     said = [
         f"text has {ratios['seasonal naive']} of seasonal naive's error, {ratios['AR(20)']} of AR(20)'s, "
@@ -223,6 +239,12 @@ def test_what_the_study_says_below_its_table_is_that_of_the_files(runs, methods)
         f"better on {percent(1 - gru['better'], 0)} of the series",
         f"weights gives {exact['whole-1e12']:.4f} and {exact['whole-1e13']:.5f}, training the same network from random "
         f"weights {exact['scratch-1e12']:.3f} and {exact['scratch-1e13']:.5f} (",
+        f"LoRA has {lora['whole-1e12']} and {lora['whole-1e13']} of the error of all weights, {lora['scratch-1e12']} "
+        f"and {lora['scratch-1e13']} of that from random weights",
+        f"is {min(one['ratio'] for one in seeds):.2f} to {max(one['ratio'] for one in seeds):.2f} times the GRU's",
+        f"on {100 * min(one['better'] for one in seeds):.0f} to {100 * max(one['better'] for one in seeds):.0f} % of",
+        f"{whole['ratio']:.2f} {bracket(whole['ratio_interval'], '{:.2f}'.format)} and {percent(whole['better'], 0)}",
+        f"it has {min(validation):.5f} to {max(validation):.5f} for 1e13, the GRU {values[network]['val'].all.mse:.5f}",
         f"hold {percent(drawn.coverage_80, 0)} of the truth, the 50 % intervals {percent(drawn.coverage_50, 0)}",
         f"{drawn.crps:.4f}; VAR(18) {mae['VAR(18)']:.4f}, GRU {mae['GRU trained on the 700']:.4f}",
     ]
