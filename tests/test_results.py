@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import REAL
+from experiments.forecasting.adapter import NUMBERS, checkpoint_hash
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.scores import SPLIT_PARTS, errors, mean_interval, method_errors, paired, probabilistic
 from experiments.report.published import TEST, VALIDATION
@@ -90,6 +92,15 @@ def test_the_errors_of_baselines_are_those_of_the_contexts(folder):
                 forecast = baseline(context.round(2), HORIZON)  # of four decimals: a few values are rounded otherwise
                 found = ((forecast - truth[:, :HORIZON]) ** 2).mean()
                 assert kept["all"]["mse"] == pytest.approx(found, rel=0.01), f"{name} {split}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_the_command_of_a_run_continues_it(folder):
+    identity = json.loads((folder / "plan.json").read_text())["identity"]
+    plan = plans.PLANS[identity["plan"]](identity["seed"])
+    assert identity["experiments"] == json.loads(json.dumps([asdict(one) for one in plan.experiments]))
+    numbers = checkpoint_hash(NUMBERS) if len(plan.texts) < len(plan.experiments) else None
+    assert identity.get("numbers_sha256") == numbers
 
 
 @pytest.fixture(scope="module")
