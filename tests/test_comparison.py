@@ -63,7 +63,7 @@ def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
         points, levels, hollow, convention = drawn[f"{split}-{part}-by-flops"]
         assert convention == ("published" if part == "first" else "study")
         assert {name for name in points if not name.startswith("numbers: ")} == text
-        assert len(points) == len(text) + 2 * 10  # each of numbers also from exact contexts
+        assert len(points) == len(text) + 2 * 11  # each of numbers also from exact contexts
         assert len(levels) == 7  # six baselines and the untrained model
         errors = metrics[split]["mean_of_samples"][part]
         bar = errors["mse_interval"] if part == "all" else []

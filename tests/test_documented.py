@@ -30,8 +30,9 @@ README = (ROOT / "README.md").read_text()
 VERB_OF = {module.removesuffix(".__main__"): verb for verb, (module, _) in command.VERBS.items()}
 SMALLER = {  # by what is written: what runs here
     "--plan study --model Qwen/Qwen2.5-0.5B-Instruct": "--plan quick",
-    "--plan study --model FOLDER": "--plan trial --model FOLDER",
+    "--plan study --model FOLDER": "--plan trial --out runs/study --model FOLDER",
     "--plan overnight --model FOLDER": "--plan trial --model FOLDER",
+    "python -m experiments.run --plan": "python -m experiments.run --data lotka_volterra_data.h5 --plan",
     "--budget 1e15": "--budget 2e10",
     "--budget 1e12": "--budget 1e9",
     "--horizon 20 --device cuda": "--horizon 20 --budget 1e9",  # without a budget it takes 300 steps
