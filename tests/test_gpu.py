@@ -79,8 +79,8 @@ class Gone(Exception):
 
 
 @pytest.mark.slow
-def test_a_plan_on_three_machines_ends_with_the_bytes_of_an_undisturbed_run(monkeypatch, sent, tmp_path):
-    """Two machines go without warning, after an experiment is in the archive. The next one has nothing else."""
+def test_a_plan_on_two_machines_ends_with_the_bytes_of_an_undisturbed_run(monkeypatch, sent, tmp_path):
+    """The first goes without warning, after an experiment is in the archive. The next one has nothing else."""
     machine, source, pack = tmp_path / "machine", tmp_path / "data.h5", gpu.pack
     data.write(source, data.simulate(seed=0, num_systems=20))
     monkeypatch.setattr(gpu, "PLAN", ("-c", PLAN))
@@ -108,6 +108,5 @@ def test_a_plan_on_three_machines_ends_with_the_bytes_of_an_undisturbed_run(monk
         return {name: files[name] for name in files if Path(name).name not in (*TIMED, "report.md", "report.html")}
 
     wanted = run("undisturbed.zip")
-    sizes = [len(run("results.zip", last)) for last in ("trial", "context-96")]
-    assert sizes[0] < sizes[1] < len(wanted)
+    assert len(run("results.zip", "context-96")) < len(wanted)
     assert run("results.zip") == wanted
