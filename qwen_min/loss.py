@@ -3,16 +3,13 @@
 N positions, C hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
-from copy import copy
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qwen_min.autograd import no_autocast
 from qwen_min.linear import unpack_trained
-from qwen_min.model import Decoder, Qwen
+from qwen_min.model import Qwen
 
 # (positions, vocabulary rows of the head) of one chunk: the first fits the cache of a CPU, the second fills a GPU
 CHUNK, CUDA_CHUNK = (512, 4096), (4096, 65536)
@@ -114,53 +111,18 @@ def check_targets(targets: Tensor, vocabulary: Tensor) -> None:
         raise ValueError(f"token {outside[0]} is to be predicted, but is not in the vocabulary; add it, or pass None")
 
 
-def _captured(decoder: Decoder, ids: Tensor) -> Callable:
-    """The decoder for ids of one shape, its forward and its backward pass each captured as a CUDA graph.
-
-    A replay writes hidden states and gradients to the same memory as the last one.
-    """
-    with torch.cuda.device(ids.device):  # streams and graphs belong to the current device
-        return torch.cuda.make_graphed_callables(copy(decoder), (ids.clone(),))  # it changes `forward` of its argument
-
-
-class TrainedDecoder:
-    """A decoder during a training. On a GPU a pass is two launches, one each way, instead of thousands.
-
-    What requires a gradient, and where it lies in memory, must stay as it is.
-    """
-
-    def __init__(self, decoder: Decoder):
-        self.decoder, self.captures = decoder, decoder.norm.weight.is_cuda
-        self.captured: dict[torch.Size, Callable] = {}  # by the shape of the ids
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Hidden states (B, T, C) of ids (B, T). Their backward pass has to come before the next call."""
-        if not (self.captures and torch.is_grad_enabled()):
-            return self.decoder(ids)
-        if ids.shape not in self.captured:
-            self.captured[ids.shape] = _captured(self.decoder, ids)
-        for parameter in self.decoder.parameters():
-            if parameter.grad is not None:  # of an earlier part of the batch, perhaps in memory that a replay writes
-                parameter.grad = parameter.grad.clone()
-        return self.captured[ids.shape](ids)
-
-
 def next_token_loss(
-    model: Qwen,
-    ids: Tensor,
-    lengths: Tensor | None = None,
-    vocabulary: Tensor | None = None,
-    decoder: TrainedDecoder | None = None,
+    model: Qwen, ids: Tensor, lengths: Tensor | None = None, vocabulary: Tensor | None = None
 ) -> Tensor:
     """Mean cross-entropy, in nats, of each token of ids (B, T) given the tokens before it: a scalar.
 
     lengths (B): the number of text tokens in each row. The padding after them is not predicted, and no text attends to
     it, because attention is causal. None means that every row is full. Keep lengths on the CPU: reading it from a GPU
     would synchronise. vocabulary (n), ascending token ids: the softmax runs over these tokens only, and every predicted
-    token must be one of them; None means all tokens. decoder: stands in for the model's. Raises ValueError for other
-    lengths, when there is no token to predict, or, but not on a GPU, for tokens outside the vocabulary.
+    token must be one of them; None means all tokens. Raises ValueError for other lengths, when there is no token to
+    predict, or, but not on a GPU, for tokens outside the vocabulary.
     """
-    hidden = (decoder or model.model)(ids)  # (B, T, C)
+    hidden = model.model(ids)  # (B, T, C)
     if lengths is None:
         hidden, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     else:

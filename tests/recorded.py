@@ -7,7 +7,7 @@ as on a GPU.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -59,32 +59,6 @@ def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Graph, Ten
         result = run()
     result.fill_(torch.nan)
     return Graph(recorder.operators), result
-
-
-def captured(decoder: nn.Module, ids: Tensor) -> Callable[[Tensor], Tensor]:
-    """Replaces `qwen_min.loss._captured`."""
-    ids, parameters = ids.clone(), [p for p in decoder.parameters() if p.requires_grad]
-    with Recorder() as forward:
-        hidden = decoder(ids)
-    grad = torch.zeros_like(hidden)
-    with Recorder() as backward:
-        grads = torch.autograd.grad(hidden, parameters, grad)
-    passes = Graph(forward.operators), Graph(backward.operators)
-
-    class Replayed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, new_ids: Tensor, *_) -> Tensor:
-            ids.copy_(new_ids)
-            passes[0].replay()
-            return hidden.detach()
-
-        @staticmethod
-        def backward(ctx, new_grad: Tensor):
-            grad.copy_(new_grad)
-            passes[1].replay()
-            return None, *(each.detach() for each in grads)
-
-    return lambda new_ids: Replayed.apply(new_ids, *parameters)
 
 
 class RecordedContinuation(GraphContinuation):

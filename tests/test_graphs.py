@@ -12,9 +12,6 @@ from conftest import random_model, real_tokens
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
-from experiments.training.loop import train
-from experiments.training.settings import Training
-from experiments.training.windows import TextWindows, cut_tokens
 from lora import LoraConfig, adapter_parameters, inject, merge, remove, unmerge
 from qwen_min import KVCache
 from qwen_min import continuation as module
@@ -126,25 +123,6 @@ def test_the_chunks_of_a_forecast_share_their_graphs(monkeypatch, tiny, simulate
     monkeypatch.setattr("experiments.forecasting.text.rows_at_once", lambda model, columns: 2)
     np.testing.assert_array_equal(TextForecaster(*tiny).forecast(contexts, 3, samples=samples).values, wanted.values)
     assert recorded.Graph.captured == 2
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_training_by_graphs_ends_with_the_same_adapter(monkeypatch, tiny, accumulate):
-    """Some windows are padded. The gradients of a part of a batch are not those that the next replay writes."""
-    monkeypatch.setattr("qwen_min.loss._captured", recorded.captured)
-    monkeypatch.setattr(recorded.Graph, "captured", 0)
-    settings = Training(2, 1e-2, context=24, steps=4, batch=4, stride=10, accumulate=accumulate)
-    cuts, found = cut_tokens([[*range(15, 25)] * 4, [*range(11, 26)] * 3], settings), []
-    for captures in (False, True):
-        model = random_model(tiny[0].config)
-        torch.manual_seed(0)
-        inject(model, settings.lora)
-        windows = TextWindows(model, cuts, 24, 256)
-        windows.decoder.captures = captures
-        found.append((train(windows, settings).losses, [p.detach().clone() for p in windows.parameters.values()]))
-    assert found[0][0] == found[1][0]
-    assert all(map(torch.equal, found[0][1], found[1][1]))
-    assert recorded.Graph.captured == 2  # forward and backward
 
 
 def test_a_capture_without_enough_memory_raises_and_keeps_no_graph(monkeypatch, model, ids):

@@ -18,7 +18,7 @@ from lora import LoraConfig, inject
 from qwen_min import generate, load
 from qwen_min.continuation import ReusedCache, continuation
 from qwen_min.linear import keep_only_packed, linear, pack
-from qwen_min.loss import TrainedDecoder, next_token_loss
+from qwen_min.loss import next_token_loss
 
 
 class TorchSide(Side):
@@ -103,8 +103,7 @@ class Ours(TorchSide):
     def add_adapter(self) -> Callable[[Tensor], Tensor]:
         self.model, _ = load(self.setup.folder, self.device, getattr(torch, self.setup.dtype))
         inject(self.model, LoraConfig(rank=8, alpha=8))
-        decoder = TrainedDecoder(self.model.model)
-        return lambda ids: next_token_loss(self.model, ids, decoder=decoder)
+        return lambda ids: next_token_loss(self.model, ids)
 
 
 class Transformers(TorchSide):

@@ -17,7 +17,7 @@ from experiments.training.settings import Training
 from lora import adapter_parameters
 from qwen_min.config import QwenConfig
 from qwen_min.linear import unpack
-from qwen_min.loss import TrainedDecoder, check_targets, next_token_loss
+from qwen_min.loss import check_targets, next_token_loss
 from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer
 
@@ -123,7 +123,6 @@ class TextWindows:
         self.device = model.head_weight.device
         self.parameters = adapter_parameters(model)
         self.vocabulary = vocabulary
-        self.decoder = TrainedDecoder(model.model)
 
     def __len__(self) -> int:
         """The number of windows."""
@@ -157,8 +156,9 @@ class TextWindows:
             check_targets(ids[torch.arange(self.length) < lengths[:, None]], vocabulary)
             vocabulary = vocabulary.to(self.device, non_blocking=True)
         is_padded = bool((lengths < self.length).any())
-        ids = ids.to(self.device, non_blocking=True)
-        return next_token_loss(self.model, ids, lengths if is_padded else None, vocabulary, self.decoder)
+        return next_token_loss(
+            self.model, ids.to(self.device, non_blocking=True), lengths if is_padded else None, vocabulary
+        )
 
 
 def step_flops(config: QwenConfig, settings: Training, vocabulary: int | None, convention: str = "exact") -> int:
