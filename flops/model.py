@@ -4,7 +4,6 @@ B batch, T new tokens, S cached + new tokens, C hidden size, F feed-forward size
 D head size, V vocabulary.
 """
 
-import operator
 import sys
 from typing import NamedTuple
 
@@ -166,8 +165,8 @@ def check_pass(
         **{f"rank of {name}": (rank, 1, MAX_VALUE) for name, rank in (ranks or {}).items()},
     }
     for name, (value, least, most) in limits.items():
-        if operator.index(value) not in range(least, most + 1):
-            raise ValueError(f"{name} is {value}, expected {least} to {most}")
+        if not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(f"{name} is {value}, expected an integer from {least} to {most}")
 
 
 def forward(

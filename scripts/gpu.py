@@ -42,9 +42,9 @@ def write_parts(folder: Path, checkpoint: Path, gguf_file: Path, wheels: list[st
     """Write the parts of a checkpoint, and wheels for Python 3.12 on x86-64, into a new folder."""
     import gguf
     import numpy as np
-    from safetensors import safe_open
 
     from qwen_min import QwenConfig
+    from qwen_min.weights import tensor_headers
 
     folder.mkdir(parents=True)
     config = QwenConfig.from_file(checkpoint / "config.json")
@@ -53,11 +53,10 @@ def write_parts(folder: Path, checkpoint: Path, gguf_file: Path, wheels: list[st
     if config.tie_word_embeddings and "output.weight" in tensors:
         tensors["token_embd.weight"] = tensors["output.weight"]  # the same matrix, with more bits
     stored = {}
-    with safe_open(checkpoint / WEIGHTS, "np") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dictionary
-            stem, _, kind = name.rpartition(".")
-            tensor = tensors[f"{names[stem][1]}.{kind}"]
-            stored[f"{name} {tensor.tensor_type.value}"] = tensor.data
+    for name in tensor_headers(checkpoint):
+        stem, _, kind = name.rpartition(".")
+        tensor = tensors[f"{names[stem][1]}.{kind}"]
+        stored[f"{name} {tensor.tensor_type.value}"] = tensor.data
     np.savez(buffer := BytesIO(), **stored)
     content = buffer.getvalue()
     for number, start in enumerate(range(0, len(content), PART)):

@@ -189,6 +189,7 @@ def test_an_operator_without_a_price_does_not_run():
         {"head": "last", "vocabulary": 13},
         {"ranks": {"q_porj": 8}},
         {"ranks": {"q_proj": -8}},
+        {"ranks": {"q_proj": 8.5}},
         {"head": "none"},
         {"batch": 0},
         {"new": 0},
@@ -204,7 +205,7 @@ def test_passes_that_the_code_does_not_have_are_refused(arguments):
         with pytest.raises(ValueError, match=r"(head|batch|new|cached|vocabulary|rank of q_proj) is|ranks has q_porj"):
             count(CONFIGS["ratio 7, tied"], **{"batch": 2, "new": 7} | arguments)
     if "ranks" in arguments:
-        with pytest.raises(ValueError, match=r"rank of q_proj is -8|ranks has q_porj"):
+        with pytest.raises(ValueError, match=r"rank of q_proj is|ranks has q_porj"):
             training_step(REAL, 2, 7, **arguments)
     with pytest.raises(ValueError, match="convention is 'loose'"):
         forward(REAL, 1, 1, convention="loose")
