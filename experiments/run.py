@@ -37,7 +37,8 @@ def parser() -> argparse.ArgumentParser:
     p = cli.new_parser("experiments.run", __doc__)
     add = p.add_argument
     add("--plan", choices=plans.PLANS, default="quick", help="which experiments to run (default %(default)s)")
-    add("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
+    add("--model", help="checkpoint: a folder, a hub id or an embedded one, tiny (default) or numbers (default of the "
+        "plan numbers)")  # fmt: skip
     add("--data", type=Path, help="HDF5 file with /trajectories and /time (default: simulated, seed 0)")
     cli.add_device(p)
     add("--sequences", type=sequences, metavar="N|all", help="evaluate the first N of each split (default all)")
@@ -90,12 +91,14 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
 
     Raises an error that `cli.is_meant` for the user.
     """
+    from experiments.forecasting.adapter import embedded_or
+    from experiments.forecasting.forecaster import reads_values
     from experiments.forecasting.grammar import Grammar
     from experiments.study.evaluation import max_positions
     from experiments.study.judging import Judge
     from experiments.training.windows import cut_tokens
     from qwen_min import load
-    from qwen_min.weights import checkpoint_folder
+    from qwen_min.weights import TINY
 
     cli.checked_device(device)
     plan = plans.PLANS[args.plan](args.seed)
@@ -103,8 +106,13 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
         plan = plans.with_numeric_head(plan)
     trajectories, parts, encoding = read_data(args.data)
     ids = {"train": parts.train, "val": parts.val[: args.sequences], "test": parts.test[: args.sequences]}
-    folder = checkpoint_folder(args.model)
-    model, tokenizer = load(folder, device, cli.chosen_dtype(args.dtype, device))
+    args.model = args.model or ("tiny" if plan.texts else "numbers")
+    folder = embedded_or(args.model)
+    if reads_values(folder) == bool(plan.texts):
+        wanted = "writes text" if plan.texts else "reads values"
+        raise cli.CommandError(f"{args.model}: plan {plan.name} is for a model that {wanted}; choose another --model")
+    writer = folder if plan.texts else TINY  # the judge encodes the series for it, whatever is trained
+    model, tokenizer = load(writer, device, cli.chosen_dtype(args.dtype, device))
     grammar = Grammar(tokenizer, encoding.decimals, 2)
     sample = [tokenizer.encode(encoding.encode(trajectories[parts.train[0]]))]
     needed = max_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)
@@ -118,7 +126,8 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
             "--plan"
         )
     series = {name: trajectories[rows] for name, rows in ids.items()}
-    judge = Judge(model, tokenizer, encoding, series, ids, args.decoding, args.samples, args.seed)
+    numbers = "numbers" if plan.texts else args.model
+    judge = Judge(model, tokenizer, encoding, series, ids, args.decoding, args.samples, args.seed, numbers)
     data_sha256 = hashlib.sha256(repr(trajectories.shape).encode() + trajectories.tobytes()).hexdigest()
     return plan, judge, identity_of(args, plan, judge, folder, data_sha256)
 
@@ -127,9 +136,9 @@ def identity_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge", fold
     """Everything that decides the results of a run, as JSON can hold it; folder: that of the checkpoint."""
     import torch
 
-    from experiments.forecasting.adapter import NUMBERS, checkpoint_hash
+    from experiments.forecasting.adapter import checkpoint_hash, embedded_or
 
-    numbers = checkpoint_hash(NUMBERS) if len(plan.texts) < len(plan.experiments) else None
+    numbers = checkpoint_hash(embedded_or(judge.numbers)) if len(plan.texts) < len(plan.experiments) else None
     identity = {
         "plan": args.plan,
         "experiments": [asdict(experiment) for experiment in plan.experiments],
@@ -138,7 +147,7 @@ def identity_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge", fold
         "chosen_on": plan.chosen_on,
         "decoding": args.decoding,
         "samples": args.samples,
-        "checkpoint_sha256": checkpoint_hash(folder) if plan.texts else numbers,
+        "checkpoint_sha256": checkpoint_hash(folder),
         "numbers_sha256": numbers,
         "data_sha256": data_sha256,
         "encoding": judge.encoding.record,
@@ -157,11 +166,11 @@ def record_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge") -> dic
     from experiments.forecasting import Forecaster
     from experiments.training.run import software
 
-    model = judge.model if plan.texts else Forecaster.load("numbers").model
+    model = judge.model if plan.texts else Forecaster.load(judge.numbers).model
     cuda = args.device.startswith("cuda")
     return {
         "command": cli.command_line("experiments.run"),
-        "model": args.model if plan.texts else "numbers",
+        "model": args.model,
         "data": args.data.name if args.data else "simulated, seed 0",
         "parameters": sum(p.numel() for p in model.parameters()),
         "device_name": torch.cuda.get_device_name(args.device) if cuda else platform.machine(),

@@ -13,11 +13,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import REAL, undone
 from experiments import run
+from experiments.cli import CommandError
 from experiments.forecasting import Forecaster, gru, scores
+from experiments.forecasting.adapter import NUMBERS, checkpoint_hash
 from experiments.forecasting.encoding import Encoding
 from experiments.report.build import write_report
 from experiments.report.words import flops
@@ -26,6 +29,7 @@ from experiments.storage.interruption import Interrupted, Interruption
 from experiments.storage.runfolder import only_writer
 from experiments.study import data, plans, suite
 from experiments.study.judging import Judge
+from experiments.study.numbers import number_tuning
 from experiments.training.settings import Training
 from flops import Ledger
 from qwen_min.weights import TINY
@@ -310,6 +314,7 @@ def faulty(tmp_path, monkeypatch) -> None:
         ("--device", "cuda:77", "device 'cuda:77' cannot be used"),
         ("--model", "/no/such/folder", "no such folder"),
         ("--model", "model", "has 800 positions, plan quick needs 1321"),
+        ("--model", "numbers", "numbers: plan quick is for a model that writes text"),
         ("--plan", "long", "context 1500 is longer than a trajectory"),
         ("--data", "few", "cannot be split"),
         ("--data", "short", "70 time steps, expected at least 70 context"),
@@ -320,6 +325,24 @@ def test_bad_input_ends_in_one_message_and_writes_nothing(refused, faulty, small
     before = list(Path().iterdir())
     assert message in refused("run", "--data", small_data, option, value, "--out", "out")
     assert list(Path().iterdir()) == before
+
+
+def test_the_plan_numbers_trains_the_checkpoint_that_is_named(small_data, tmp_path):
+    folder = shutil.copytree(NUMBERS, tmp_path / "mine")
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"norm.weight": weights["norm.weight"] * 2}, folder / "model.safetensors")
+
+    def checked(*words):
+        return run.check_inputs(
+            run.parser().parse_args(["--plan", "numbers", "--data", str(small_data), *words]), "cpu"
+        )
+
+    plan, judge, identity = checked("--model", str(folder))
+    assert identity["checkpoint_sha256"] == checkpoint_hash(folder) != checked()[2]["checkpoint_sha256"]
+    tuning = number_tuning(judge, plan.experiments[0].training)
+    torch.testing.assert_close(tuning.forecaster.model.norm.weight.data, weights["norm.weight"] * 2)
+    with pytest.raises(CommandError, match="plan numbers is for a model that reads values"):
+        checked("--model", "tiny")
 
 
 def test_experiments_beyond_the_report_are_shown_at_full_length(monkeypatch, small_data, tmp_path):

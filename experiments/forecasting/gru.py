@@ -50,9 +50,12 @@ class _Network(nn.Module):
         return torch.stack(path, 1)
 
 
-def fit(train: np.ndarray, seed: int = 0) -> Callable[[np.ndarray, int], np.ndarray]:
+def fit(
+    train: np.ndarray, seed: int = 0, progress: Callable[[int], object] = lambda count: None
+) -> Callable[[np.ndarray, int], np.ndarray]:
     """Train on series (N, T, D), on the CPU. Returns a function of contexts (N, C, D) and a horizon: (N, h, D).
 
+    progress is called with 1 after each of STEPS steps.
     The result depends on train and seed alone; no validation data decide when to stop. The loss is the mean of the
     fourth root of the squared error of each rolled-out path: a few trajectories with sharp peaks have errors a thousand
     times the median, and would dominate a plain mean of squares. Half as many steps more lower the median error by two
@@ -74,6 +77,7 @@ def fit(train: np.ndarray, seed: int = 0) -> Callable[[np.ndarray, int], np.ndar
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+            progress(1)
     finally:
         torch.set_num_threads(threads)
 

@@ -34,6 +34,7 @@ class Judge:
     decoding: str
     samples: int  # paths that are drawn for each sequence
     seed: int  # of the samples and the GRU
+    numbers: str = "numbers"  # the checkpoint that reads values: a folder, or the embedded one
 
     @property
     def scale(self) -> float:
@@ -98,6 +99,7 @@ class Judge:
         """Draw paths (N, S, h, D), scaled: exactly the numbers in the texts."""
         forecaster = TextForecaster(self.model, self.tokenizer, self.encoding)
         contexts = self.series[split][:, :CONTEXT_STEPS]
+        bar = progress_bar(len(contexts), f"{state.parent.name}, {split}, {self.samples} samples", team.leads)
 
         def draw(start: int) -> np.ndarray:
             with warnings.catch_warnings():  # the study's encoding is given, however few digits a series has in it
@@ -105,6 +107,7 @@ class Judge:
                 found = forecaster.forecast(
                     contexts[start : start + BATCH], HORIZON, samples=self.samples, seed=self.seed
                 )
+            bar.update(min(len(found.values) * team.size, len(contexts) - bar.n))
             assert found.samples is not None  # they are None only where none were asked for
             return found.samples
 
@@ -114,7 +117,8 @@ class Judge:
                 raise RunError(f"{state}: not a state of this run; delete it to start this part again")
             return paths
 
-        parts = team.worked(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
+        with bar:
+            parts = team.worked(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
         return (np.concatenate(parts) / self.scale).round(self.encoding.decimals)
 
     def _quantile(self, paths: np.ndarray, level: float) -> list | None:

@@ -24,7 +24,7 @@ from experiments.training.settings import Training
 def number_tuning(judge: Judge, training: Training) -> NumberTuning:
     """A training on the study's training series, in populations; its validation series choose."""
     device = judge.model.head_weight.device
-    forecaster = Forecaster.load("numbers", device=str(device))
+    forecaster = Forecaster.load(judge.numbers, device=str(device))
     if training.reads == "numbers, from scratch":
         model = Numbers()
         model.start(training.seed)

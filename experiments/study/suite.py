@@ -21,7 +21,7 @@ from experiments.study.judging import Judge
 from experiments.study.numbers import judge_numbers, number_tuning, train_numbers
 from experiments.study.plans import HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import read_metrics, read_settings
-from experiments.training.loop import Account
+from experiments.training.loop import Account, progress_bar
 from experiments.training.number_tuning import NumberTuning
 from experiments.training.run import clear, inject_adapter, run_training, write_adapter
 from experiments.training.settings import Training
@@ -130,7 +130,8 @@ class Suite:
         example = {"text": text[:40], "tokens": tokens[:20], "num_characters": len(text), "num_tokens": len(tokens)}
         write_whole(self.folder / "example.json", to_json(example))
         train = judge.scaled("train").round(judge.encoding.decimals)
-        baselines = BASELINES | {f"GRU trained on the {len(train)}": gru.fit(train, judge.seed)}
+        with progress_bar(gru.STEPS, "GRU, a baseline") as bar:
+            baselines = BASELINES | {f"GRU trained on the {len(train)}": gru.fit(train, judge.seed, bar.update)}
         results: dict[str, dict[str, dict]] = {}  # by baseline and split
         for split in ("val", "test"):
             context, truth = judge.context_and_truth(split)
