@@ -113,7 +113,7 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
     Raises an error that `cli.is_meant` for the user.
     """
     from experiments.forecasting.backtest import better_baseline
-    from experiments.report import write_report
+    from experiments.report.build import write_report
     from experiments.tables.text import series_name
     from experiments.training.finetuning import summary
     from experiments.training.team import joined

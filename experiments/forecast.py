@@ -208,20 +208,16 @@ def plot(args: argparse.Namespace, series: list["pd.DataFrame"], forecast: "Fore
     from experiments import tables
     from experiments.report import figures
 
-    times = None
-    if all(one.index.name is not None for one in series):  # the index has times, which a figure shows without zone
-        axes = [one.index.append(tables.following(one.index, args.horizon)) for one in series]
-        times = [axis.tz_localize(None) if hasattr(axis, "tz_localize") else axis for axis in axes]
-    figures.fan(
-        list(series[0].columns),
-        [one.to_numpy() for one in series],
-        forecast.values,
-        forecast.quantiles if len(quantiles) > 1 else None,
-        args.plot,
-        titles=[one.attrs["name"] for one in series],
-        times=times,
-        band_label=f"{round(100 * (quantiles[-1] - quantiles[0]))} % interval" if quantiles else "",
-    )
+    drawn = []
+    for index, one in enumerate(series):
+        times = None
+        if one.index.name is not None:  # it has times, which a figure shows without zone
+            times = one.index.append(tables.following(one.index, args.horizon))
+            times = times.tz_localize(None) if hasattr(times, "tz_localize") else times
+        band = forecast.quantiles[index] if forecast.quantiles is not None and len(quantiles) > 1 else None
+        drawn.append(figures.Fan(one.attrs["name"], one.to_numpy(), forecast.values[index], None, band, times))
+    label = f"{round(100 * (quantiles[-1] - quantiles[0]))} % interval" if quantiles else ""
+    figures.fans(list(series[0].columns), drawn, args.plot, label)
 
 
 def main() -> int:

@@ -41,7 +41,7 @@ def sketch(*shown, **more) -> None:
 def install(plan: Callable[[int], plans.Plan] = quick, put: Callable = setattr) -> None:
     """Make runs small in this process. put: what sets an attribute, such as monkeypatch.setattr."""
     put(plans, "PLANS", plans.PLANS | {"quick": plan})
-    for name in ("curves", "fan", "errors", "against_flops"):
+    for name in ("curves", "fans", "errors", "against_flops"):
         put(figures, name, sketch)
     for modules, constants in SMALL.items():
         for module in modules:

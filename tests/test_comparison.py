@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report import figures, write_report
-from experiments.report.comparison import load_runs, write_comparison
+from experiments.report import figures
+from experiments.report.build import write_comparison, write_report
+from experiments.report.results import load_runs
 from experiments.storage.files import RunError
 from tests import small_plan
 
@@ -50,28 +51,25 @@ def test_the_comparison_matches_its_runs_and_names_what_it_leaves_out(results, c
 
 def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(
-        figures, "against_flops", lambda *given, convention, path: drawn.setdefault(path.stem, (*given, convention))
-    )
+    monkeypatch.setattr(figures, "against_flops", lambda *given, others: drawn.setdefault(given[-1].stem, given))
     shutil.copytree(results / "frontier", results / "zzz")
     write_comparison(results)
     path = results / "frontier" / "experiments" / "frontier"
     flops = json.loads((path / "settings.json").read_text())["flops"]
     metrics = json.loads((path / "metrics.json").read_text())
-    text = {"frontier", "frontier, mean of 20 samples", "trial", "zzz: frontier", "zzz: frontier, mean of 20 samples"}
+    counts = {"frontier": 2, "frontier, mean of 20 samples": 2, "numbers": 6, "whole": 3, "scratch": 2, "trial": 1}
     for split, part in (("val", "first"), ("val", "all"), ("test", "all")):
-        points, levels, hollow, convention = drawn[f"{split}-{part}-by-flops"]
-        assert convention == ("published" if part == "first" else "study")
-        assert {name for name in points if not name.startswith("numbers: ")} == text
-        assert len(points) == len(text) + 2 * 11  # each of numbers also from exact contexts
+        points, levels, x, _ = drawn[f"{split}-{part}-by-flops"]
+        convention = "published" if part == "first" else "study"
+        assert x == f"training FLOPs\n(text: convention {convention}; numbers: exact)"
+        published = {"published": 14} if part == "first" else {}
+        assert {name: len(each) for name, each in points.items()} == counts | published
         assert len(levels) == 7  # six baselines and the untrained model
         errors = metrics[split]["mean_of_samples"][part]
-        bar = errors["mse_interval"] if part == "all" else []
-        assert points["frontier, mean of 20 samples"] == (flops[convention], errors["mse_filled"], *bar)
-        assert len(hollow) == (14 if part == "first" else 0)
-    hollow = drawn["val-first-by-flops"][2]
-    assert hollow["grid-r8-lr0.0001"] == (10**15.68, 0.0071)
-    assert hollow["final"] == (10**16.35, 0.0021)
+        bar = errors["mse_interval"] if part == "all" else [errors["mse_filled"]] * 2
+        assert points["frontier, mean of 20 samples"] == [(flops[convention], errors["mse_filled"], *bar)] * 2
+    published = drawn["val-first-by-flops"][0]["published"]
+    assert {(10**15.68, *[0.0071] * 3), (10**16.35, *[0.0021] * 3)} < {*published}
 
 
 def test_runs_on_other_sequences_are_not_compared(results):

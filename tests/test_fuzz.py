@@ -27,7 +27,6 @@ from conftest import GROUPED, random_model
 from experiments.forecasting.adapter import Trained, read_trained, write_trained
 from experiments.forecasting.encoding import Encoding
 from experiments.report import build as report
-from experiments.report import comparison
 from experiments.storage.files import RunError, read_json
 from experiments.storage.runfolder import open_run
 from experiments.study import data
@@ -309,7 +308,7 @@ def test_run_folder(source, finished, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         small_plan.install(put=patch.setattr)
         with suppress(RunError):
-            comparison.write_comparison(folder.parent)
+            report.write_comparison(folder.parent)
         with suppress(RunError):
             report.write_report(folder)
 

@@ -93,7 +93,7 @@ def test_every_file_has_its_rule_and_commands_do_not_import_each_other():
 @pytest.mark.slow
 def test_what_draws_reports_and_prints_help_needs_no_torch_and_a_checkpoint_no_compiler():
     """Nor does what reads no table need pandas. In one process, whose start is what costs."""
-    light = ["report", "report.comparison", "study.plans", "study.records", "forecasting", "cli", "benchmark",
+    light = ["report", "report.build", "study.plans", "study.records", "forecasting", "cli", "benchmark",
              "benchmarking.engines", "run"]  # fmt: skip
     heavy = ["forecast", "finetune", "study.suite", "training.finetuning"]
     code = f"""

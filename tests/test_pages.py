@@ -12,7 +12,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from experiments.report import figures, write_report
+from experiments.report import figures
+from experiments.report.build import write_report
 from experiments.report.finetuned import Metrics, verdict
 from experiments.report.words import markdown, number
 from experiments.storage.files import RunError
@@ -28,9 +29,9 @@ def metrics_of(after: list[float], ar: list[float]) -> dict:
         name: {"rmse": float(np.mean(e)) ** 0.5, "mae": [1.0], "each": e, "over": "series"}
         for name, e in errors.items()
     }
-    numbers = {"horizon": 2, "context": 73, "samples": 0, "steps": 2, "best_step": 2, "spent": 20, "budget": 99}
+    numbers = {"horizon": 2, "samples": 0, "steps": 2, "best_step": 2, "spent": 20, "budget": 99}
     losses = {"held_out_before": 2.0, "held_out_after": 1.0, "unit": "standard deviations"}
-    return {"split": "all", "forecasts": len(after), "series": [*range(len(after))], "errors": each} | numbers | losses
+    return {"split": "all", "series": [*range(len(after))], "errors": each} | numbers | losses
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def folder(tmp_path) -> Path:
     """A fine-tuning of two steps with ten forecasts, of contexts of 28 to 37 time steps."""
     plan = {"identity": {"variables": [NAME]}, "command": "finetune x", "title": NAME, "model": "tiny"}
     values = [[0.5], [0.7]]
-    lines = [{"context": [[1.0]] * (28 + i), "truth": values, "before": values, "after": values} for i in range(10)]
+    lines = [{"context": [[1.0]] * (28 + i), "truth": values, "after": values} for i in range(10)]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     (tmp_path / "metrics.json").write_text(json.dumps(metrics_of([1.0] * 10, [2.0] * 10)))
     (tmp_path / "forecasts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -74,8 +75,8 @@ def test_a_name_is_text_on_both_pages_whatever_it_contains(folder):
 
 def test_the_page_tells_which_forecasts_it_draws_and_what_the_model_read(folder, monkeypatch):
     drawn = []
-    plain = figures._write
-    monkeypatch.setattr(figures, "_write", lambda figure, path: (drawn.append(figure), plain(figure, path)))
+    plain = figures._save
+    monkeypatch.setattr(figures, "_save", lambda figure, path: (drawn.append(figure), plain(figure, path)))
     text = write_report(folder).with_suffix(".md").read_text()
     written = contents(folder, "**/*")
     write_report(folder)
@@ -105,7 +106,7 @@ def test_files_of_a_fine_tuning_that_do_not_agree_are_named(folder):
     (folder / "forecasts.jsonl").write_text("")
     with pytest.raises(RunError, match="its files do not agree"):
         write_report(folder)
-    (folder / "metrics.json").write_text(json.dumps(metrics_of([1.0, float("1e9")], [2.0]) | {"forecasts": 3}))
+    (folder / "metrics.json").write_text(json.dumps(metrics_of([1.0, float("1e9")], [2.0]) | {"series": [0, 1, 2]}))
     with pytest.raises(RunError, match=r"metrics.json: before has the errors .* one for each of 3 forecasts"):
         write_report(folder)
 
@@ -135,47 +136,43 @@ def test_a_verdict_counts_series_and_not_their_forecasts():
 def drawn(monkeypatch):
     """The figures, in place of files."""
     found = []
-    monkeypatch.setattr(figures, "_write", lambda figure, path: found.append(figure))
+    monkeypatch.setattr(figures, "_save", lambda figure, path: found.append(figure))
     return found
 
 
-def test_an_error_of_0_is_left_out_of_a_logarithmic_axis_whose_numbers_are_no_formulas(drawn):
-    points = {"exact": (1e15, 0.0), "near": (2e15, 0.1), "far": (2e17, 0.0005)}
-    figures.against_flops(points, {"level": 0.2, "zero": 0.0}, convention="study", path=Path("errors.png"))
+def test_a_picture_by_flops_shows_marks_side_by_side_and_names_that_do_not_cover_each_other(drawn):
+    """On logarithmic axes, whose numbers are no formulas; an error of 0 is left out."""
+    one, two, theirs = (
+        [(flops, error, error, error) for flops, error in each]
+        for each in ([(1e15, 0.0), (1e15, 0.1), (1e17, 0.1)], [(0.999e15, 0.0005)], [(1e16, 1.0)])
+    )
+    levels = {f"level {i}": 0.3 + i / 1000 for i in range(5)}
+    figures.against_flops({"one": one, "two": two, "theirs": theirs}, levels | {"zero": 0.0}, "", Path("a"), ["theirs"])
+    figures._lay_out(drawn[0])
+    drawn[0].draw_without_rendering()
     axes = drawn[0].axes[0]
-    assert {text.get_text() for text in axes.texts} == {"near", "far", "level"}
-    assert axes.get_xlabel() == "training FLOPs (convention: study)"
+    first, second, other = (line for line in axes.lines if line.get_marker() != "None")
+    assert first.get_xdata()[1] < 0.99e15 < 1.01e15 < second.get_xdata()[0]
+    assert (first.get_xdata()[2], other.get_xdata()[0]) == pytest.approx((1e17, 1e16))
+    assert first.get_marker() != second.get_marker()
+    assert other.get_color() != first.get_color() == second.get_color()
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["one", "two", "theirs"]
     labels = {label.get_text() for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels(which="both")}
     assert {"1e15", "1e16", "0.001", "0.1"} < labels
     assert not any("$" in label or "+" in label for label in labels)
-
-
-def test_names_in_a_figure_do_not_cover_each_other_and_stay_inside(drawn):
-    points = {f"one of twenty {i}": (1e10 * (1 + i / 1000), 0.1 * (1 + i / 100)) for i in range(20)}
-    ends = {"first": (1e8, 0.5), "last": (1e13, 0.01)}
-    levels = {f"level {i}": 0.3 + i / 1000 for i in range(5)}
-    figures.against_flops(points | ends, levels, convention="study", path=Path("errors.png"))
-    drawn[0].draw_without_rendering()
-    axes = drawn[0].axes[0]
-    names = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}  # without the line to a level
-    beside = [names.pop(name) for name in levels]
-    assert not any(one.overlaps(other) for i, one in enumerate(beside) for other in beside[:i])
+    assert {text.get_text() for text in axes.texts} == {*levels}
+    beside = [Text.get_window_extent(text) for text in axes.texts]  # without the lines to the levels
+    assert not any(box.overlaps(other) for i, box in enumerate(beside) for other in beside[:i])
     assert all(axes.bbox.x1 < box.x0 and box.x1 < drawn[0].bbox.x1 for box in beside)
-    assert {"first", "last", "one of twenty 0"} <= set(names)
-    assert 4 < len(names) < 22
-    boxes = list(names.values())
-    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
-    assert all(axes.bbox.contains(*corner) for box in boxes for corner in (box.p0, box.p1))
 
 
 def test_a_forecast_picture_names_its_axes_and_marks_the_judged_steps(drawn):
-    past, following = np.ones((70, 2)), np.ones((30, 2))
-    arguments = (["prey", "predator"], [past], [following], None, Path("first.png"), ["one"], [following])
-    figures.fan(*arguments, judged=10)
+    forecast = figures.Fan("one", np.ones((70, 2)), np.ones((30, 2)), np.ones((30, 2)))
+    figures.fans(["prey", "predator"], [forecast], Path("first.png"), judged=10)
     for axes, name in zip(drawn[0].axes, ("prey", "predator"), strict=True):
         assert axes.get_ylabel() == name
         assert [(patch.get_x(), patch.get_width()) for patch in axes.patches] == [(69, 10)]
-    figures.fan(*arguments)
+    figures.fans(["prey", "predator"], [forecast], Path("first.png"))
     assert not drawn[1].axes[0].patches
 
 

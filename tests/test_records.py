@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.report import write_report
+from experiments.report.build import write_report
 from experiments.report.results import load_run
 from experiments.storage.files import RunError
 from experiments.storage.records import Interval, Matrix, build
@@ -144,6 +144,6 @@ def test_scores_that_need_more_samples_are_left_out_and_so_are_sequences_without
     markdown = write_report(frontier).with_suffix(".md").read_text()
     covered = json.loads((frontier / METRICS).read_text())["test"]["probabilistic"]["coverage_50%"]
     assert re.search(rf"\| frontier, test \| 20 \| .* \| {100 * covered:.1f} % \|\n", markdown)
-    assert "80 % interval" not in markdown
-    assert "with the central 80 % of its samples" not in markdown
+    assert "| 80 % interval |" not in markdown
+    assert "band=array" not in (frontier / "figures" / "first.png").read_text()
     assert "the test sequences with the largest errors" not in markdown

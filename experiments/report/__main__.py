@@ -13,8 +13,7 @@ import sys
 from pathlib import Path
 
 from experiments import cli
-from experiments.report.build import write_report
-from experiments.report.comparison import write_comparison
+from experiments.report.build import write_comparison, write_report
 from experiments.report.results import shorten_ledger
 from experiments.storage.runfolder import only_writer
 

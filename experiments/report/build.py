@@ -12,9 +12,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from experiments.forecasting.scores import ROUNDING_MSE, paired
+from experiments.forecasting.scores import paired
 from experiments.report import contents, figures, finetuned, words
-from experiments.report.results import Run, is_fine_tuning, load_run, methods_of
+from experiments.report.results import Run, is_fine_tuning, load_run, load_runs
 from experiments.storage.files import write_whole
 
 
@@ -32,6 +32,22 @@ def write_report(folder: Path) -> Path:
         title = f"Run {folder.resolve().name}: forecasts of {data}"
         write_pages(pages, "run", title=title, verdict=verdict(run), run=run)
     return pages[-1]
+
+
+def write_comparison(folder: Path) -> tuple[Path, dict[str, str]]:
+    """Write comparison.md and its figures into a folder of run folders.
+
+    Returns the path of comparison.md, and the reason for each folder that was left out. Raises RunError as `load_runs`.
+    """
+    runs, left_out = load_runs(folder)
+    experiments = {  # by a name that is unique among all runs
+        name if name == run.folder.name else f"{run.folder.name}: {name}": experiment
+        for run in runs
+        for name, experiment in run.experiments.items()
+    }
+    page, values = folder / "comparison.md", {"title": "Comparison of runs", "verdict": None}
+    write_pages([page], "comparison", runs=runs, left_out=left_out, experiments=experiments, **values)
+    return page, left_out
 
 
 def write_pages(paths: list[Path], template: str, **values: Any) -> None:
@@ -60,29 +76,26 @@ def _environment(suffix: str) -> Environment:
         lstrip_blocks=True,
     )
     environment.globals |= {"contents": contents, "figures": figures, "words": words}
-    environment.filters |= {
-        one.__name__: one for one in (words.counted, words.flops, words.markdown, words.number, words.percent)
-    }
+    environment.filters |= {one: getattr(words, one) for one in ("counted", "flops", "markdown", "number", "percent")}
     environment.filters["base64"] = lambda path: b64encode(path.read_bytes()).decode()
     return environment
 
 
 def verdict(run: Run) -> str | None:
     """The result in words: the model that is best on validation next to the best baseline. None if none is judged."""
-    methods = {name: scores["test"] for name, scores in methods_of(run.judged).items() if "test" in scores}
-    if not methods:
+    if not run.judged:
         return None
-    name, ours = list(methods.items())[-1]
-    best = min(run.baselines, key=lambda one: run.baselines[one]["test"].all.mse_filled)
-    theirs = run.baselines[best]["test"]
+    tests = run.tests
+    name, ours = [*tests.items()][-1]
+    best, theirs = min(((one, tests[one]) for one in run.baselines), key=lambda named: named[1].all.mse_filled)
     subject = f"{name[0].upper()}{name[1:]}" + ("," if "," in name else "")
-    beaten = sum(ours.all.mse_filled < scores["test"].all.mse_filled for scores in run.baselines.values())
+    beaten = sum(ours.all.mse_filled < tests[one].all.mse_filled for one in run.baselines)
     text = (
         f"{subject} has a smaller test error than {beaten} of {words.counted(len(run.baselines), 'baseline')}. "
         f"Its mean squared error on {ours.all.sequences} sequences is {words.number(ours.all.mse)}. "
         f"The best baseline, {best}, has {words.number(theirs.all.mse)}."
     )
-    pair = paired(ours.mse_each or [], theirs.mse_each or [], ROUNDING_MSE)
+    pair = paired(ours.mse_each, theirs.mse_each)
     if pair and (interval := pair["ratio_interval"]):
         text += (
             f" Sequence by sequence, in the geometric mean, the error is {words.factor(pair['ratio'])} times "

@@ -1,170 +1,179 @@
-"""The contents of the tables and figures of a run.
+"""What the pages of runs show. The rows of a table are dicts by column; a function with a `path` draws one file."""
 
-A table has rows by name, whose values `table` finds by their paths. A function with a `path` draws one file.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.forecasting.scores import BAND, QUANTILES, ROUNDING_MSE, paired
+from experiments.forecasting.scores import paired
 from experiments.report import figures, published
-from experiments.report.results import SPLITS, Result, Run, methods_of
-from experiments.report.words import NO_VALUE, bracket, cell, duration, number, percent
+from experiments.report.results import EXACT, SPLITS, Result, Run, methods_of
+from experiments.report.words import NO_VALUE, bracket, cell, duration, flops, number, percent
 from experiments.study.plans import HORIZON
 from experiments.study.records import Errors, Metrics, Scores
-from experiments.training.settings import Training
 
-Rows = Mapping[str, Any]
-Columns = Mapping[str, str | tuple[str, Callable[[Any], str]]]  # by title: the path of the value, and what writes it
+Rows = Mapping[str, Mapping[str, Any]]
+Methods = dict[str, dict[str, Scores]]  # by name and split
 
-PARTS = {"all": "all.mse", "interval": "all.mse_interval", "median": "all.mse_median", "first ten": "first.mse"}
-MSE = {f"{split}, {title}": f"{split}.{path}" for split, (title, path) in product(SPLITS[::-1], PARTS.items())}
-SAMPLES = {
-    "samples": "samples",
-    "CRPS": "crps",
-    "interval": "crps_interval",
-    "50 % interval": ("coverage_50", percent),
-    "80 % interval": ("coverage_80", percent),
+SHOWN_STEPS = (1, 2, 5, 10, 20, 30)  # forecast steps
+MOST_CURVES = 3  # of ours in a figure; the table next to it has all
+OTHER_ERRORS = {  # by title; columns of nothing but 0 are left out
+    "sequences": "sequences",
+    "MAE": "mae",
+    "MSE, populations": "mse_populations",
+    "MAE, populations": "mae_populations",
+    "free loss": "free_loss",
+    "forced loss": "forced_loss",
+    "nats per value": "nats_per_value",
+    "malformed values": "malformed_values",
+    "without forecast": "sequences_without_forecast",
+    "unscored tokens": "unscored_tokens",
 }
 
 
-def table(first: str, rows: Rows, columns: Columns) -> list[list[str]]:
+def table(first: str, rows: Rows) -> list[list[str]]:
     """The cells of a table, header first, with the names of the rows under `first`.
 
     Columns that have no value in any row are left out.
     """
-    cells = [[first, *columns]]
-    for name, row in rows.items():
-        cells.append([name])
-        for column in columns.values():
-            path, write = (column, cell) if isinstance(column, str) else column
-            value = _at(row, path)
-            cells[-1].append(NO_VALUE if value is None else write(value))
-    kept = [i for i, column in enumerate(zip(*cells, strict=True)) if i == 0 or {*column[1:]} != {NO_VALUE}]
-    return [[row[i] for i in kept] for row in cells]
+    titles = dict.fromkeys(title for row in rows.values() for title in row)
+    columns = {title: [cell(row.get(title)) for row in rows.values()] for title in titles}
+    shown = {title: cells for title, cells in columns.items() if {*cells} != {NO_VALUE}}
+    return [[first, *shown], *(list(row) for row in zip(rows, *shown.values(), strict=True))]
 
 
-def _at(value: Any, path: str) -> Any:
-    """The value at a path such as `test.all.mse`; None where a part of it is missing."""
-    for name in path.split("."):
-        if isinstance(value, Mapping):
-            value = value.get(name)
-        elif isinstance(value, list | tuple | np.ndarray):
-            value = dict(enumerate(value)).get(int(name))
-        else:
-            value = getattr(value, name, None)
-    return value
-
-
-def published_mse() -> Rows:
-    """What the study published, for the columns MSE."""
-    parts = {"val": published.VALIDATION, "test": published.TEST}
-    found: dict[str, dict] = {f"published: {name}": {} for name in published.VALIDATION}
-    for split, part in parts.items():
-        for name, (mse, *_) in part.items():
-            found[f"published: {name}"][split] = {"first": {"mse": mse}}
-    return found
-
-
-def ranked(run: Run) -> Rows:
-    """The scores of all methods: the smallest test error first, then those of validation alone."""
-    methods = run.baselines | methods_of(run.experiments)
+def ranked(baselines: Methods, experiments: Mapping[str, Result]) -> Rows:
+    """The mean squared errors of all methods: the smallest test error first, then those of validation alone."""
+    methods = baselines | methods_of(experiments)
 
     def order(name: str) -> list[float]:
-        errors = (_at(methods[name], f"{split}.all.mse_filled") for split in SPLITS[::-1])
-        return [np.inf if error is None else error for error in errors]
+        return [methods[name][split].all.mse_filled if split in methods[name] else np.inf for split in SPLITS]
 
-    return {name: methods[name] for name in sorted(methods, key=order)}
+    rows: dict[str, dict] = {name: {} for name in sorted(methods, key=order)}
+    for name, row in rows.items():
+        for split in sorted(methods[name], key=SPLITS.index):
+            scores, every = methods[name][split], methods[name][split].all
+            row |= {f"{split}, all": every.mse, f"{split}, interval": every.mse_interval}
+            row |= {f"{split}, median": every.mse_median, f"{split}, first ten": scores.first.mse}
+    return rows
 
 
-def by_split(run: Run, incomplete: bool = False) -> dict[str, Metrics]:
-    """The metrics of each experiment and split; incomplete: only where the model left out values or tokens."""
-    return {
-        f"{name}, {split}": metrics
-        for name, experiment in run.experiments.items()
-        for split, metrics in experiment.metrics.items()
-        if metrics.all.malformed_values or metrics.all.unscored_tokens or not incomplete
-    }
+def other_errors(run: Run) -> Rows:
+    """The errors and losses that `ranked` does not have, and what is missing, of each experiment and split."""
+    rows = {}
+    for name, metrics in run.metrics.items():
+        rows[name] = {title: getattr(metrics.all, field) or None for title, field in OTHER_ERRORS.items()}
+        rows[name]["MSE, filled"] = metrics.all.mse_filled if metrics.all.malformed_values else None
+    return rows
 
 
 def long_errors(run: Run) -> dict[str, Errors]:
     """The test errors of the baselines and the judged experiments over the long horizon, where they are known."""
-    scores = run.baselines | {name: experiment.metrics for name, experiment in run.judged.items()}
-    long = {name: by_split["test"].long or by_split["test"].all for name, by_split in scores.items()}
-    return {name: errors for name, errors in long.items() if errors.mse_by_horizon}
+    errors = {name: run.tests[name].long or run.tests[name].all for name in [*run.baselines, *run.judged]}
+    return {name: one for name, one in errors.items() if one.mse_by_horizon}
+
+
+def by_step(run: Run) -> Rows:
+    """The errors of `long_errors` at some steps, and their mean."""
+    rows = {}
+    for name, errors in long_errors(run).items():
+        curve = errors.mse_by_horizon or []
+        rows[name] = {f"step {step}": curve[step - 1] for step in SHOWN_STEPS if step <= len(curve)}
+        rows[name][f"mean of {len(curve)}"] = errors.mse
+    return rows
 
 
 def samples(run: Run) -> Rows:
     """The scores of sampled paths, and the absolute errors of the baselines; no rows if there are no samples."""
-    judged = {name: metrics.probabilistic for name, metrics in by_split(run).items() if metrics.probabilistic}
-    points = {f"{name}, test": each["test"].all.mae for name, each in run.baselines.items()}
-    return judged and judged | {name: {"samples": "point", "crps": error} for name, error in points.items()}
+    rows: dict[str, dict] = {
+        name: {
+            "samples": drawn.samples,
+            "CRPS": drawn.crps,
+            "interval": drawn.crps_interval,
+            "50 % interval": percent(drawn.coverage_50),
+            "80 % interval": percent(drawn.coverage_80),
+        }
+        for name, metrics in run.metrics.items()
+        if (drawn := metrics.probabilistic)
+    }
+    points = {name: by_split["test"].all.mae for name, by_split in run.baselines.items()}
+    return rows and rows | {f"{name}, test": {"samples": "point", "CRPS": error} for name, error in points.items()}
 
 
-def against_others(run: Run) -> dict[str, Rows]:
+def against_others(run: Run) -> Mapping[str, Rows]:
     """For each method of the experiment that is best on validation: its comparison with all others, by sequence."""
-    scores = run.baselines | methods_of(run.judged)
-    each = {name: by_split["test"].mse_each or [] for name, by_split in scores.items() if "test" in by_split}
-    last = dict([*run.judged.items()][-1:])
-    found: dict[str, Rows] = {}
-    for ours in (name for name in methods_of(last) if name in each):
-        pairs = {name: paired(each[ours], theirs, ROUNDING_MSE) for name, theirs in each.items() if name != ours}
-        found[ours] = {name: pair for name, pair in pairs.items() if pair}
+    each = {name: scores.mse_each for name, scores in run.tests.items()}
+    best = methods_of(dict([*run.judged.items()][-1:]))
+    found: dict[str, dict] = {name: {} for name in best if name in each}
+    for ours, rows in found.items():
+        for name, theirs in each.items():
+            if name != ours and (pair := paired(each[ours], theirs)):
+                rows[name] = {
+                    "difference of MSE": f"{pair['difference']:+.4f}",
+                    "its interval, often too narrow": bracket(pair["interval"], "{:+.4f}".format),
+                    "ratio of geometric mean MSE": f"{pair['ratio']:.3g}",
+                    "its 95 % interval": bracket(pair["ratio_interval"], "{:.3g}".format),
+                    "sequences where it is better": percent(pair["better"], 0),
+                }
     return found
 
 
-def against_columns() -> Columns:
-    """The columns of `against_others`."""
-    signed, relative = "{:+.4f}".format, "{:.3g}".format
+def counting(experiments: Iterable, convention: str) -> str:
+    """By which rules the FLOPs of experiments are counted: always exactly for a decoder that reads values."""
+    reads_text = {one.training.reads == "text" for one in experiments if one.training}
+    if reads_text == {True, False}:
+        return f"text: convention {convention}; numbers: exact"
+    return "convention exact" if reads_text == {False} else f"convention {convention}"
+
+
+def costs(experiments: Mapping[str, Result], conventions: Iterable[str]) -> Rows:
+    """Steps, FLOPs by convention, and times."""
     return {
-        "difference of MSE": ("difference", signed),
-        "its interval, often too narrow": ("interval", lambda interval: bracket(interval, signed)),
-        "ratio of geometric mean MSE": ("ratio", relative),
-        "its 95 % interval": ("ratio_interval", lambda interval: bracket(interval, relative)),
-        "sequences where it is better": ("better", lambda share: percent(share, 0)),
+        name: {
+            "steps": one.training.steps if one.training else None,
+            **{convention: flops(one.flops.get(convention)) for convention in conventions},
+            **{part: duration(seconds) for part, seconds in one.seconds.items()},
+        }
+        for name, one in experiments.items()
     }
 
 
-def cost_columns(conventions: Mapping, flops: Callable, seconds: Callable = duration) -> Columns:
-    """The columns of steps, FLOPs in each convention, and times; `flops` and `seconds` write them."""
-    times = {title: (f"seconds.{title}", seconds) for title in ("training", "evaluation")}
-    counts = {name: (f"flops.{name}", flops) for name in conventions}
-    return {"steps": "training.steps"} | counts | times | {"published by the study": ("published", flops)}
-
-
 def compute(run: Run) -> Rows:
-    """The costs of a run, and its sums by section with those that the study published for the same experiments."""
-    rows: dict[str, Any] = dict(run.experiments)
-    texts = [one for one in run.trained().values() if one.section != "numbers"]
-    sections = {experiment.section for experiment in run.plan.identity.experiments}
-    for section, (title, theirs) in published.SECTIONS.items():
-        if section in sections or section == "all":
-            parts = [one for one in texts if section in (one.section, "all")]
-            sums = {name: sum(each.flops[name] for each in parts) for name in run.plan.conventions}
-            is_comparable = section in sections or sections >= published.SECTIONS.keys() - {"all"}
-            rows[f"{title}: sum"] = {"flops": sums, "published": 10**theirs if is_comparable else None}
+    """The costs of a run, and the sums of the study's sections in it with those that the study published."""
+    rows = dict(costs(run.experiments, run.plan.conventions))
+    planned = {one.section for one in run.plan.identity.experiments}
+    for title, (sections, log10) in published.SECTIONS.items():
+        if planned >= sections:
+            parts = [one for one in run.trained().values() if one.section in sections]
+            ours = {name: flops(sum(one.flops[name] for one in parts)) for name in run.plan.conventions}
+            rows[f"{title}: sum"] = ours | {"published by the study": flops(10**log10)}
     return rows
 
 
-def compared(run: Run, names: list[str]) -> Rows:
-    """Our scores next to the published ones: on validation, and where the study published them on the test set."""
-    rows: dict[str, dict] = {}
-    for name in names:
-        found = run.experiments[name].metrics if name in run.experiments else {}
-        rows[name] = {"ours": found.get("val"), "published": published.VALIDATION.get(name)}
-        if name in published.TEST:
-            rows[f"{name}, test"] = {"ours": found.get("test"), "published": published.TEST[name]}
+def published_next_to(metrics: Mapping[str, Metrics], names: Iterable[str] = published.VALIDATION) -> Rows:
+    """What the study published of experiments, on its ten sequences of a split, next to ours of the same name."""
+    rows = {}
+    for split, name in product(published.ERRORS, names):
+        if name in published.ERRORS[split]:
+            error, loss, log10 = published.ERRORS[split][name]
+            ours = metrics.get(f"{name}, {split}")
+            rows[f"{name}, {split}"] = {
+                "MSE": ours and ours.first.mse,
+                "MSE, published": error,
+                "free loss": ours and ours.first.free_loss,
+                "free loss, published": loss,
+                "FLOPs, published": log10 and flops(10**log10),
+            }
     return rows
 
 
-def worst(run: Run, name: str, count: int) -> list[int]:
-    """The test sequences with the largest errors of an experiment, the largest first."""
-    known = {row: line.mse for row, line in enumerate(run.experiments[name].forecasts["test"]) if line.mse is not None}
-    return sorted(known, key=lambda row: known[row], reverse=True)[:count]
+def worst(result: Result) -> list[int]:
+    """The test sequences with the largest errors, as many as a figure shows, the largest first."""
+    known = {row: line.mse for row, line in enumerate(result.forecasts["test"]) if line.mse is not None}
+    return sorted(known, key=lambda row: known[row], reverse=True)[: figures.MAX_SERIES]
 
 
 def best(trained: Mapping[str, Result]) -> str:
@@ -172,79 +181,78 @@ def best(trained: Mapping[str, Result]) -> str:
     return min(trained, key=lambda name: trained[name].metrics["val"].all.mse_filled)
 
 
-def settings(training: Training) -> str:
-    """The settings of a training, without its seed and those that are not set."""
-    hidden = (None, "text")  # what is not set, and what most trainings read
-    shown = {key: value for key, value in vars(training).items() if key != "seed" and value not in hidden}
-    return ", ".join(f"{key} {_setting(value)}" for key, value in shown.items())
+def settings(trained: Mapping[str, Result]) -> tuple[str, Rows]:
+    """The settings that trainings share, in words, and the others of each."""
+
+    every = {}
+    for name, one in trained.items():
+        given = {key: value for key, value in vars(one.training).items() if value is not None}
+        every[name] = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in given.items()}
+        every[name]["targets"] = " + ".join(given["targets"])
+    shared = set.intersection(*({*one.items()} for one in every.values()))
+    words = [f"{key} {value}" for key, value in next(iter(every.values())).items() if (key, value) in shared]
+    rows = {name: {key: one[key] for key in one if (key, one[key]) not in shared} for name, one in every.items()}
+    return ", ".join(words), rows
 
 
-def _setting(value: Any) -> str:
-    return " + ".join(value) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def losses(trained: Mapping[str, Result], best: str | None = None, *, path: Path) -> None:
-    """Draw the losses of trainings, as `figures.losses`."""
-    figures.losses({name: experiment.losses for name, experiment in trained.items()}, best, path=path)
+def losses(trained: Mapping[str, Result], path: Path) -> None:
+    """Draw the losses of trainings, with the best on validation in colour."""
+    figures.losses({name: one.losses for name, one in trained.items()}, best(trained), path=path)
 
 
 def by_flops(
-    baselines: Mapping[str, Mapping[str, Scores]], experiments: Mapping[str, Result], split: str, part: str,
-    convention: str, with_published: bool = False, *, path: Path,
-) -> None:  # fmt: skip
-    """Draw the errors on a part of a split ("first" or "all") against the FLOPs of each training, as
-    `figures.against_flops`; baselines and untrained models are levels.
+    baselines: Methods, experiments: Mapping[str, Result], split: str, part: str, convention: str, path: Path
+) -> None:
+    """Draw the errors on a part of a split ("first" or "all") against the FLOPs of each training; baselines and
+    untrained models are levels. Those on the first ten validation sequences stand next to the published ones.
+
+    Trainings whose names are the same up to the first hyphen have the same mark.
     """
-    levels = {name: getattr(scores[split], part).mse for name, scores in baselines.items()}
-    points = {}
-    for each, experiment in experiments.items():
-        for name, scores in methods_of({each: experiment}).items():
-            errors = _at(scores, f"{split}.{part}")
-            if errors and experiment.training:
+    levels = {name: getattr(by_split[split], part).mse for name, by_split in baselines.items()}
+    points: dict[str, list[tuple]] = {}
+    for name, experiment in experiments.items():
+        for method, by_split in methods_of({name: experiment}).items():
+            # the baselines have read rounded contexts, so they do not compare with exact ones
+            if split not in by_split or method.endswith(EXACT):
+                continue
+            errors: Errors = getattr(by_split[split], part)
+            if experiment.training:
                 # an interval from ten sequences contains the mean of all in about half of the cases
-                known = part == "all" and not errors.malformed_values
-                interval = (errors.mse_interval or ()) if known else ()
-                points[name] = (experiment.flops[convention], errors.mse_filled, *interval)
-            elif errors:
-                levels[name] = errors.mse_filled
-    theirs = {name: (10**flops, mse) for name, (mse, _, flops) in published.VALIDATION.items() if flops}
-    figures.against_flops(points, levels, theirs if with_published else {}, convention=convention, path=path)
+                interval = errors.mse_interval if part == "all" and not errors.malformed_values else None
+                low, high = interval or (errors.mse_filled, errors.mse_filled)
+                kind = re.sub("-[^,]*", "", method.rpartition(": ")[2])
+                points.setdefault(kind, []).append((experiment.flops[convention], errors.mse_filled, low, high))
+            else:
+                levels[method] = errors.mse_filled
+    if (split, part) == ("val", "first"):
+        theirs = published.VALIDATION.values()
+        points["published"] = [(10**log10, error, error, error) for error, _, log10 in theirs if log10]
+    x = f"training FLOPs\n({counting(experiments.values(), convention)})"
+    figures.against_flops(points, levels, x, path, others=["published"])
 
 
-def bands(run: Run, name: str, split: str, rows: Sequence[int]) -> np.ndarray | None:
-    """The bounds (N, 2, h, 2) of the central 80 % of the samples of N sequences; None if one of them has none."""
-    quantiles = [run.experiments[name].forecasts[split][row].quantiles or [None] * len(QUANTILES) for row in rows]
-    bounds = [[each[QUANTILES.index(level)] for level in BAND] for each in quantiles]
-    return None if any(bound is None for pair in bounds for bound in pair) else np.array(bounds)
-
-
-def sequences(run: Run, name: str, split: str, rows: Sequence[int], steps: int | None = None, *, path: Path) -> None:
-    """Draw sequences of a split, with the central 80 % of the samples if there are some; steps: None draws all."""
-    lines = [run.experiments[name].forecasts[split][row] for row in rows]
-    shown = [run.contexts[split][row] for row in rows]
-    figures.fan(
-        ["prey", "predator"],
-        [one.context for one in shown],
-        [line.forecast[:steps] for line in lines],
-        bands(run, name, split, rows),
-        path,
-        [f"sequence {row}, MSE {number(line.mse)}" for row, line in zip(rows, lines, strict=True)],
-        [one.truth[:steps] for one in shown],
-        judged=HORIZON,
-    )
+def sequences(run: Run, name: str, split: str, rows: Sequence[int], path: Path) -> None:
+    """Draw sequences of a split, with the central 80 % of the samples if there are some."""
+    forecasts = []
+    for row in rows:
+        line, context = run.experiments[name].forecasts[split][row], run.contexts[split][row]
+        title = f"sequence {row}, MSE {number(line.mse)}"
+        forecasts.append(figures.Fan(title, context.context, line.forecast, context.truth, line.band))
+    figures.fans(["prey", "predator"], forecasts, path, judged=HORIZON)
 
 
 def errors(run: Run, path: Path) -> None:
     """Draw the test error of every baseline and every method of a judged experiment."""
-    ours = methods_of(run.judged)
-    tests = {name: by_split["test"].all for name, by_split in (run.baselines | ours).items() if "test" in by_split}
-    figures.errors({name: (one.mse, one.mse_interval) for name, one in tests.items() if one.mse}, set(ours), path)
+    tests = {name: scores.all for name, scores in run.tests.items()}
+    known = {name: (one.mse, one.mse_interval) for name, one in tests.items() if one.mse}
+    figures.errors(known, known.keys() - run.baselines.keys(), path)
 
 
 def by_horizon(run: Run, path: Path) -> None:
-    """Draw the test error at each forecast step; baselines are grey."""
-    lines = {}
+    """Draw the test error of the baselines, which are grey, and of the best of ours at each forecast step."""
+    lines, ours = {}, [*run.judged][-MOST_CURVES:]
     for name, errors in long_errors(run).items():
-        curve = np.array(errors.mse_by_horizon, dtype=float)
-        lines[name] = (1 + np.arange(len(curve)), curve, figures.OTHER if name in run.baselines else {"linestyle": "-"})
+        if name in [*run.baselines, *ours]:
+            curve = np.array(errors.mse_by_horizon, dtype=float)
+            lines[name] = (1 + np.arange(len(curve)), curve, {} if name in ours else figures.OTHER)
     figures.curves(lines, "forecast step", "MSE (scaled units)", log=True, path=path)

@@ -2,7 +2,8 @@
 
 import io
 from collections.abc import Mapping, Sequence
-from itertools import product
+from dataclasses import dataclass
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
-from matplotlib.transforms import Bbox
 
 from experiments.report.words import number
 from experiments.storage.files import write_whole
@@ -19,7 +19,7 @@ from experiments.storage.files import write_whole
 # the predators, where they share a picture with the prey
 OURS = PREY = "#1f6fb4"
 PREDATOR, GREY, TEXT, GRID = "#d1602b", "#767676", "#333333", "#dddddd"
-LINES = ("-", "--", "-.", ":")
+LINES, MARKS = ("-", "--", "-.", ":"), "os^DvPX*"
 WIDTH = 5  # inches: on a phone's 360 pixels the letters have 8 to 10
 MAX_SERIES, MAX_COLUMNS = 5, 3  # per figure
 MIN_HISTORY = 50  # time steps of a context that a fan shows, or as many as the forecast has if that is more
@@ -44,17 +44,6 @@ STYLE: dict[Any, Any] = {  # the functions draw with it and leave the caller's s
 }
 
 
-def smoothed(values: Sequence[float], window: int = 10) -> np.ndarray:
-    """Moving average over `window` steps, (len - window + 1) values; for shorter input one value, the mean."""
-    window = min(window, len(values))
-    return np.convolve(values, np.ones(window) / window, mode="valid")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    _lay_out(figure)
-    _write(figure, path)
-
-
 class _Plain(LogFormatter):
     """The numbers of a logarithmic axis as people write them: 0.001, 1e15."""
 
@@ -76,18 +65,18 @@ def _name_ends(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None:
     order = sorted(ends, key=lambda name: ends[name][1])
     own = axes.transAxes.inverted().transform(axes.transData.transform([ends[name][:2] for name in order]))[:, 1]
     apart = np.arange(len(order)) * 11 / 72 * axes.figure.dpi / axes.bbox.height
-    above = np.maximum.accumulate(
-        own - apart
-    )  # those above give way, or those below; the middle of both keeps its place
+    # those above give way, or those below; the middle of both keeps its place
+    above = np.maximum.accumulate(own - apart)
     below = np.minimum.accumulate((own - apart)[::-1])[::-1]
     for name, height in zip(order, apart + (above + below) / 2, strict=True):
         x, y, color = ends[name]
-        line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0}
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
         style = {"color": color, "fontsize": 9, "va": "center", "annotation_clip": False, "arrowprops": line}
         axes.annotate(name, (x, y), (1.04, height), textcoords="axes fraction", **style)
 
 
-def _write(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
+    _lay_out(figure)
     image = io.BytesIO()
     suffix = path.suffix.lower()
     figure.savefig(image, format=suffix[1:], metadata=FORMATS[suffix], bbox_inches="tight")
@@ -121,73 +110,72 @@ def curves(lines: Mapping[str, tuple], x: str, y: str, log: bool = False, *, pat
     _save(figure, path)
 
 
-def losses(trainings: Mapping[str, Sequence[float]], best: str | None = None, *, path: Path) -> None:
-    """Draw moving averages of training losses, by label, over 10 steps or a hundredth of them if that is more; of a
-    single training also the loss of each step. With `best`, all others are grey.
+def losses(trainings: Mapping[str, Sequence[float]], best: str, path: Path) -> None:
+    """Draw moving averages of training losses, `best` in colour; of a single training also the loss of each step.
+
+    They are over 10 steps, as in the study, over a hundredth of the steps if that is more, over half of them if less.
     """
     lines: dict[str, tuple] = {}
-    if len(trainings) == 1:
-        (one,) = trainings.values()
-        lines["each step"] = (range(len(one)), one, OTHER)
-    what = "training loss" if lines else "training loss, moving average"
     for label, each in trainings.items():
-        means = smoothed(each, max(10, len(each) // 100))  # each at the middle of its steps
-        middles = np.arange(len(means)) + (len(each) - len(means)) / 2
-        lines[label] = (middles, means, OTHER if best not in (label, None) else {})
-    curves(lines, "optimizer step", what, path=path)
+        if len(trainings) == 1:
+            lines["each step"] = (range(len(each)), each, OTHER)
+        window = min(max(10, len(each) // 100), 1 + len(each) // 2)
+        means = np.convolve(each, np.ones(window) / window, mode="valid")  # each at the middle of its steps
+        lines[label] = (np.arange(len(means)) + (window - 1) / 2, means, {} if label == best else OTHER)
+    curves(lines, "optimizer step", "training loss", path=path)
+
+
+@dataclass(frozen=True)
+class Fan:
+    """A forecast (h, D) after its context (T, D)."""
+
+    title: str
+    context: np.ndarray
+    values: np.ndarray
+    truth: np.ndarray | None = None  # (h, D)
+    band: np.ndarray | None = None  # (Q, q, D): the lowest and the highest of Q bound the first q steps
+    times: Sequence | None = None  # of context and values (T + h)
 
 
 @rc_context(STYLE)
-def fan(
-    names: Sequence[str],
-    contexts: Sequence[np.ndarray],
-    values: Sequence[np.ndarray] | np.ndarray,
-    bands: Sequence[np.ndarray] | np.ndarray | None,
-    path: Path,
-    titles: Sequence[str],
-    truths: Sequence[np.ndarray] | None = None,
-    times: Sequence[Sequence] | None = None,
-    band_label: str = "80 % interval",
-    judged: int = 0,
+def fans(
+    names: Sequence[str], forecasts: Sequence[Fan], path: Path, band_label: str = "80 % interval", judged: int = 0
 ) -> None:
-    """Draw forecasts after the newest part of their contexts: a panel for each of the first MAX_SERIES series and each
-    variable.
-
-    contexts: N arrays (T, D); values and truths: N arrays (h, D); bands: N arrays (Q, q, D), of which the lowest and
-    the highest bound the band over the first q steps; times: for each series, the times of contexts and values (T + h);
-    judged: the number of forecast steps that are marked as those that the errors are of.
+    """Draw forecasts after the newest part of their contexts: a panel for each of the first MAX_SERIES forecasts and
+    each of the D variables in `names`. The first `judged` steps are marked as those that the errors are of.
     """
-    num_series, num_variables = min(len(contexts), MAX_SERIES), len(names)
+    num_series, num_variables = min(len(forecasts), MAX_SERIES), len(names)
     columns, used = min(num_variables, MAX_COLUMNS), num_series * num_variables
     rows = -(-used // columns)
     figure = Figure(figsize=(max(WIDTH, 2.5 * columns), (2.6 if used == columns else 1.6) * rows + 0.4))
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel in panels[used:]:
         panel.set_axis_off()
-    for panel, (row, column) in zip(panels[:used], product(range(num_series), range(num_variables)), strict=True):
-        past, following = contexts[row][:, column], values[row][:, column]
-        x = np.arange(len(past) + len(following)) if times is None else np.asarray(times[row])
+    for panel, (one, column) in zip(panels, product(forecasts[:num_series], range(num_variables)), strict=False):
+        past, following = one.context[:, column], one.values[:, column]
+        x = np.arange(len(past) + len(following)) if one.times is None else np.asarray(one.times)
         now = len(past) - 1  # lines after it begin at the last given value
         shown = slice(max(0, len(past) - max(MIN_HISTORY, len(following))), len(past))
         if judged:
             end = min(now + judged, len(x) - 1)
             panel.axvspan(x[now], x[end], color=GRID, linewidth=0, label=f"first {judged} steps: judged")
         panel.plot(x[shown], past[shown], color=GREY, linewidth=1.2, label="given")
-        if truths is not None:
-            joined = np.concatenate((past[-1:], truths[row][:, column]))
-            panel.plot(x[now : now + len(joined)], joined, color=TEXT, linewidth=1, label="truth")
-        if bands is not None:
-            low, high = bands[row][:, :, column].min(axis=0), bands[row][:, :, column].max(axis=0)
-            inside = slice(len(past), len(past) + len(low))
-            panel.fill_between(x[inside], low, high, color=OURS, alpha=0.3, linewidth=0, label=band_label)
-        panel.plot(x[now:], np.concatenate((past[-1:], following)), color=OURS, linewidth=1.7, label="forecast")
-        named = len(contexts) > 1 and (column == 0 or num_variables > MAX_COLUMNS)
-        panel.set(title=titles[row] if named else "", ylabel=names[column])
-        panel.set_xlabel("time step" if times is None and row == num_series - 1 else "")
-        if times is None:
-            panel.locator_params(axis="x", integer=True)
-        else:
+        if one.truth is not None:
+            panel.plot(x[now:], [past[-1], *one.truth[:, column]], color=TEXT, linewidth=1, label="truth")
+        if one.band is not None:
+            low, high = one.band[:, :, column].min(axis=0), one.band[:, :, column].max(axis=0)
+            inside = x[len(past) : len(past) + len(low)]
+            panel.fill_between(inside, low, high, color=OURS, alpha=0.3, linewidth=0, label=band_label)
+        panel.plot(x[now:], [past[-1], *following], color=OURS, linewidth=1.7, label="forecast")
+        panel.set_ylabel(names[column])
+        if len(forecasts) > 1 and (column == 0 or num_variables > MAX_COLUMNS):
+            panel.set_title(one.title)
+        if one.times is not None:
             panel.tick_params(axis="x", rotation=30)
+            continue
+        panel.locator_params(axis="x", integer=True)
+        if one is forecasts[num_series - 1]:
+            panel.set_xlabel("time step")
     legend = panels[0].get_legend_handles_labels()
     columns = 3 if len(legend[0]) > 4 else 4
     figure.legend(*legend, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, columnspacing=1.2)
@@ -219,52 +207,33 @@ def errors(
 
 @rc_context(STYLE)
 def against_flops(
-    points: Mapping[str, tuple],
-    levels: Mapping[str, float | None],
-    hollow: Mapping[str, tuple] | None = None,
-    *,
-    convention: str,
-    path: Path,
+    points: Mapping[str, Sequence[tuple]], levels: Mapping[str, float], x: str, path: Path, others: Sequence[str] = ()
 ) -> None:
-    """Draw error against the FLOPs of a training on logarithmic axes: points for trainings, lines for `levels`.
+    """Draw error against the FLOPs of trainings on logarithmic axes: a mark for each name, lines for `levels`.
 
-    points and hollow: (FLOPs, error) or (FLOPs, error, low, high) by name, in FLOPs of the convention. A name without
-    room is left out: `points` come before `hollow`, and smaller errors before larger ones.
+    points: (FLOPs, error, low, high) by name, low and high the interval or both the error. `others` are not ours.
+    Marks of different names at the same FLOPs, to 1 %, stand side by side.
     """
     figure = Figure(figsize=(WIDTH, 4))
     axes = figure.subplots()
-    known = {name: level for name, level in levels.items() if level}
+    axes.set(xlabel=x, ylabel="MSE (scaled units)", xscale="log", yscale="log")
+    known = {name: level for name, level in levels.items() if level}  # a logarithmic axis has no 0
     for level in known.values():
         axes.axhline(level, color=GREY, linestyle="--", linewidth=1, zorder=1)
-    marked: list[tuple[str, int, float, str]] = []
-    for group, color, fill in ((points, OURS, OURS), (hollow or {}, TEXT, "none")):
-        for name, (flops, error, *interval) in sorted(group.items(), key=lambda named: named[1][1]):
-            if not error > 0:  # a logarithmic axis has no 0
-                continue
-            axes.plot(flops, error, "o", color=color, markerfacecolor=fill, markersize=5)
-            if interval:
-                axes.vlines(flops, *interval, color=color, linewidth=1.2, zorder=2)
-            marked.append((name, flops, error, color))
-    axes.set(
-        xlabel=f"training FLOPs (convention: {convention})", ylabel="MSE (scaled units)", xscale="log", yscale="log"
-    )
-    if marked:
-        flops = [each[1] for each in marked]
+    marks = dict(zip(points, cycle(MARKS), strict=False)) | dict.fromkeys(others, "o")
+    for name, group in points.items():
+        flops, errors, low, high = np.array(group).T
+        sharing = [
+            [one for one in points if any(abs(each[0] / cost - 1) < 0.01 for each in points[one])] for cost in flops
+        ]
+        places = flops * [1.15 ** (names.index(name) - (len(names) - 1) / 2) for names in sharing]
+        color, fill = (GREY, "none") if name in others else (OURS, OURS)
+        axes.vlines(places, low, high, color=color, linewidth=1)
+        axes.plot(places, errors, marks[name], color=color, markerfacecolor=fill, label=name)
+    if points:
+        flops = [each[0] for group in points.values() for each in group]
         axes.set_xlim(min(flops) / 2, max(flops) * 2)
+        figure.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     if known:
         _name_ends(axes, {name: (axes.get_xlim()[1], level, GREY) for name, level in known.items()})
-    _lay_out(figure)  # names are placed in the final layout
-    centres = [axes.transData.transform((flops, error)) for _, flops, error, _ in marked]
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in centres]  # in pixels
-    for (name, flops, error, color), own in zip(marked, list(taken), strict=True):
-        for offset, side in (((5, -3), "left"), ((-5, -3), "right"), ((0, 6), "center"), ((0, -11), "center")):
-            style: dict[str, Any] = {"color": color, "ha": side, "fontsize": 8, "zorder": 1.5}
-            label = axes.annotate(name, (flops, error), offset, textcoords="offset points", **style)
-            label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})  # over the levels
-            box = label.get_window_extent()
-            inside = all(axes.bbox.contains(*corner) for corner in (box.p0, box.p1))
-            if inside and not any(box.overlaps(other) for other in taken if other is not own):
-                taken.append(box)
-                break
-            label.remove()
-    _write(figure, path)
+    _save(figure, path)

@@ -37,8 +37,6 @@ class Metrics:
 
     split: str
     horizon: int
-    context: int
-    forecasts: int
     series: list[int]  # the number of each forecast's series
     samples: int
     steps: int
@@ -56,12 +54,10 @@ class Metrics:
         if not self.errors.keys() > METHODS.keys():
             raise ValueError(f"errors are of {', '.join(self.errors)}, expected 'before', 'after' and a baseline")
         for name, error in self.errors.items():
-            if not 0 < self.forecasts == len(error.each) == np.isfinite(error.each).sum():
+            if not 0 < len(self.series) == len(error.each) == np.isfinite(error.each).sum():
                 raise ValueError(
-                    f"{name} has the errors {error.each}, expected one for each of {self.forecasts} forecasts"
+                    f"{name} has the errors {error.each}, expected one for each of {len(self.series)} forecasts"
                 )
-        if len(self.series) != self.forecasts:
-            raise ValueError(f"series are {self.series}, expected one for each of {self.forecasts} forecasts")
 
 
 @dataclass(frozen=True)
@@ -70,10 +66,14 @@ class Line:
 
     context: Matrix
     truth: Matrix  # (h, D)
-    before: Matrix
     after: Matrix
     low: Matrix | None = None
     high: Matrix | None = None
+
+    @property
+    def band(self) -> np.ndarray | None:
+        """The bounds (2, h, D) of the 80 % interval, if there is one."""
+        return None if self.low is None or self.high is None else np.stack([self.low, self.high])
 
 
 @dataclass(frozen=True)
@@ -96,30 +96,28 @@ class Plan:
 def page(folder: Path) -> dict[str, Any]:
     """What `write_pages` takes, of an unfinished fine-tuning as far as it is. Raises RunError for damage."""
     plan, ledger = read(folder / "plan.json", Plan), read_ledger(folder / "ledger.jsonl")
-    steps = sum(line.steps for line in ledger)
-    metrics, lines, variables = None, [], plan.identity.variables
-    if (folder / "metrics.json").exists():
+    variables, steps = plan.identity.variables, sum(line.steps for line in ledger)
+    values: dict[str, Any] = {"metrics": None, "verdict": None, "losses": [], "checks": ([], [])}
+    if finished := (folder / "metrics.json").exists():
         metrics, lines = read(folder / "metrics.json", Metrics), read_lines(folder / "forecasts.jsonl", Line)
-        widths = {len(variables), *(len(one.mae) for one in metrics.errors.values())}
-        widths |= {line.truth.shape[1] for line in lines}
-        if len(widths) > 1 or len(lines) != metrics.forecasts:
+        widths = {len(one.mae) for one in metrics.errors.values()} | {line.truth.shape[1] for line in lines}
+        if widths != {len(variables)} or len(lines) != len(metrics.series):
             raise RunError(f"{folder}: its files do not agree on the variables or on the number of forecasts")
-    losses, checks = folder / "losses.csv", folder / "held_out.csv"
-    errors = {METHODS.get(name, name): error for name, error in metrics.errors.items()} if metrics else {}
-    return {
+        steps, rows = metrics.steps, {}
+        for name, error in sorted(metrics.errors.items(), key=lambda named: named[1].rmse):
+            absolute = {f"MAE, {variable}": mae for variable, mae in zip(variables, error.mae, strict=True)}
+            rows[METHODS.get(name, name)] = {"RMSE": error.rmse, "interval": error.interval} | absolute
+        values |= {"metrics": metrics, "verdict": verdict(metrics), "lines": lines, "rows": rows}
+    if finished or (folder / "losses.csv").exists():
+        values["losses"] = read_losses(folder / "losses.csv", steps)
+    if finished or (folder / "held_out.csv").exists():
+        values["checks"] = read_columns(folder / "held_out.csv", "steps", "loss")
+    return values | {
         "title": f"Run {folder.resolve().name}: a fine-tuning on {plan.title}",
-        "verdict": verdict(metrics) if metrics else None,
-        "draw_forecasts": draw_forecasts,
-        "lines": lines,
         "plan": plan,
-        "metrics": metrics,
-        "columns": {"RMSE": "rmse", "interval": "interval"}
-        | {f"MAE, {name}": f"mae.{i}" for i, name in enumerate(variables)},
-        "errors": dict(sorted(errors.items(), key=lambda named: named[1].rmse)),
-        "losses": read_losses(losses, metrics.steps if metrics else steps) if metrics or losses.exists() else [],
-        "checks": read_columns(checks, "steps", "loss") if metrics or checks.exists() else ([], []),
         "steps": steps,
         "spent": sum(line.flops * line.steps for line in ledger),
+        "draw_forecasts": draw_forecasts,
     }
 
 
@@ -142,7 +140,7 @@ def verdict(metrics: Metrics) -> str:
     assert pair is not None  # there is at least one forecast
     interval, ratio = pair["interval"], pair["ratio"]
     if interval is None or interval[0] <= 0 <= interval[1]:
-        text += f" With {counted(metrics.forecasts, 'held-out forecast')}, that difference may be chance."
+        text += f" With {counted(len(metrics.series), 'held-out forecast')}, that difference may be chance."
     if ratio is not None and (ratio < 1) != (pair["difference"] < 0):
         text += (
             f" In the geometric mean, where all forecasts count alike, it is the other way round: the squared error is "
@@ -154,15 +152,8 @@ def verdict(metrics: Metrics) -> str:
 
 def draw_forecasts(variables: list[str], lines: list[Line], path: Path) -> None:
     """Draw the first, the middle and the last held-out forecast."""
-    rows = sorted({0, len(lines) // 2, len(lines) - 1})
-    shown = [lines[row] for row in rows]
-    bands = [np.stack([line.low, line.high]) for line in shown if line.low is not None and line.high is not None]
-    figures.fan(
-        variables,
-        [line.context for line in shown],
-        [line.after for line in shown],
-        bands if len(bands) == len(shown) else None,
-        path,
-        [f"forecast {row + 1}" for row in rows],
-        [line.truth for line in shown],
-    )
+    shown = {row: lines[row] for row in sorted({0, len(lines) // 2, len(lines) - 1})}
+    forecasts = [
+        figures.Fan(f"forecast {row + 1}", one.context, one.after, one.truth, one.band) for row, one in shown.items()
+    ]
+    figures.fans(variables, forecasts, path)

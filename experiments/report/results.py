@@ -1,37 +1,27 @@
-"""Reads a run folder from its files."""
+"""Reads run folders from their files."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from experiments.storage.files import RunError, parse_json_lines, read_json, read_text, to_json_lines, write_whole
 from experiments.storage.records import build, read, read_lines
-from experiments.study.records import (
-    Context,
-    Debit,
-    Example,
-    ForecastLine,
-    Metrics,
-    PlanRecord,
-    Scores,
-    Seconds,
-    Settings,
-    Status,
-    read_losses,
-    read_metrics,
-    read_settings,
-)
+from experiments.study import records
+from experiments.study.records import Metrics, Scores
 
-SPLITS = ("val", "test")
+SPLITS = ("test", "val")  # in the order of the pages
+EXACT = ", exact contexts"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result(Settings):
+class Result(records.Settings):
     """A finished experiment."""
 
     metrics: dict[str, Metrics]  # by split; "val" is always there, and all have `mse_each`
-    seconds: Seconds
-    forecasts: dict[str, list[ForecastLine]]  # by split, a line for each sequence
+    seconds: dict[str, float]  # that training and evaluation took
+    forecasts: dict[str, list[records.ForecastLine]]  # by split, a line for each sequence
     losses: list[float]  # of each step of its training, if it has one
 
 
@@ -40,12 +30,12 @@ class Run:
     """The contents of a run folder."""
 
     folder: Path
-    plan: PlanRecord
-    example: Example
+    plan: records.PlanRecord
+    example: records.Example
     baselines: dict[str, dict[str, Scores]]  # by name and split
-    contexts: dict[str, list[Context]]  # by split
+    contexts: dict[str, list[records.Context]]  # by split
     spent: int  # FLOPs, from the ledger
-    status: Status | None  # None: the run was killed before it wrote one
+    status: records.Status
     experiments: dict[str, Result] = field(default_factory=dict)  # the finished ones, in the order of the plan
 
     @property
@@ -64,52 +54,120 @@ class Run:
         found = [(name, result) for name, result in self.experiments.items() if "test" in result.metrics]
         return dict(sorted(found, key=lambda one: one[1].metrics["val"].all.mse_filled, reverse=True))
 
-    def planned(self, section: str) -> list[str]:
-        """The experiments of a section."""
-        return [e.name for e in self.plan.identity.experiments if e.section == section]
+    @property
+    def metrics(self) -> dict[str, Metrics]:
+        """The metrics of all experiments, by name and split: `final, test`."""
+        found = [(name, *one) for name, result in self.experiments.items() for one in result.metrics.items()]
+        return {f"{name}, {split}": metrics for name, split, metrics in found}
+
+    @property
+    def tests(self) -> dict[str, Scores]:
+        """The test scores of the baselines and of the judged methods; those of the best on validation come last."""
+        methods = self.baselines | methods_of(self.judged)
+        return {name: by_split["test"] for name, by_split in methods.items() if "test" in by_split}
+
+
+def methods_of(experiments: Mapping[str, Result]) -> dict[str, dict[str, Scores]]:
+    """The scores of each experiment's forecast, of the mean of its samples, of exact contexts, by name and split."""
+    methods: dict[str, dict[str, Scores]] = {}
+    for name, result in experiments.items():
+        if exact := {split: one.exact for split, one in result.metrics.items() if one.exact}:
+            methods[name + EXACT] = exact
+        methods[name] = dict(result.metrics)
+        for split, one in result.metrics.items():
+            if one.probabilistic and one.mean_of_samples:
+                drawn = methods.setdefault(f"{name}, mean of {one.probabilistic.samples} samples", {})
+                drawn[split] = one.mean_of_samples
+    return methods
+
+
+def load_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
+    """The runs of plans in a folder, by name, and the reason for each folder with a plan.json that is left out.
+
+    Left out are fine-tunings on other series, and runs that are damaged or have no baselines yet. Raises RunError when
+    no run is left, or when the runs were not evaluated on the same sequences.
+    """
+    runs: list[Run] = []
+    left_out: dict[str, str] = {}
+    for plan in sorted(folder.glob("*/plan.json")):
+        try:
+            if is_fine_tuning(plan.parent):
+                raise RunError("a fine-tuning on series of its own")
+            runs.append(load_run(plan.parent))
+        except RunError as error:
+            left_out[plan.parent.name] = str(error)
+    if not runs:
+        reasons = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
+        raise RunError(f"{folder}: holds no plan.json, and no run folders to compare{reasons}")
+    for run in runs:
+        for name, value in run.plan.compared.items():
+            if value != (first := runs[0].plan.compared[name]):
+                raise RunError(
+                    f"{run.folder}: has {name} {value}, {runs[0].folder} has {first}; compare runs that agree"
+                )
+    return runs, left_out
 
 
 def load_run(folder: Path) -> Run:
     """Read a run folder. Raises RunError when a file of it is missing or damaged."""
-    status = folder / "status.json"
     run = Run(
         folder,
-        read(folder / "plan.json", PlanRecord),
-        read(folder / "example.json", Example),
+        read(folder / "plan.json", records.PlanRecord),
+        read(folder / "example.json", records.Example),
         read(folder / "baselines.json", dict[str, dict[str, Scores]]),
-        {split: read_lines(folder / f"{split}.jsonl", Context) for split in SPLITS},
+        {split: read_lines(folder / f"{split}.jsonl", records.Context) for split in SPLITS},
         sum(line.flops * line.steps for line in read_ledger(folder / "ledger.jsonl")),
-        read(status, Status) if status.exists() else None,
+        read(folder / "status.json", records.Status),
     )
     counts = {split: len(lines) for split, lines in run.contexts.items()}
     for split, count in counts.items():
         if not count:
             raise RunError(f"{folder / split}.jsonl: is empty, expected a line for each sequence")
     for name, by_split in run.baselines.items():
-        scored = {split: len(scores.mse_each or ()) for split, scores in by_split.items()}
+        scored = {split: len(scores.mse_each) for split, scores in by_split.items()}
         if scored != counts:
             raise RunError(f"{folder / 'baselines.json'}, {name}: has mse_each of {scored}, expected {counts}")
     for experiment in run.plan.identity.experiments:
         path = folder / "experiments" / Path(experiment.name).name
         most = None if experiment.judged else run.plan.identity.chosen_on
-        expected = {split: contexts[:most] for split, contexts in run.contexts.items()}
+        truths = {split: [one.truth for one in lines[:most]] for split, lines in run.contexts.items()}
         if (path / "metrics.json").exists():
-            run.experiments[experiment.name] = _read_result(path, expected, run.plan.conventions)
+            run.experiments[experiment.name] = _read_result(path, truths, run.plan.conventions)
     return run
 
 
-def read_ledger(path: Path) -> list[Debit]:
+def _read_result(path: Path, truths: dict[str, list[np.ndarray]], conventions: dict[str, str]) -> Result:
+    settings, metrics = read(path / "settings.json", records.Settings), records.read_metrics(path)
+    if settings.training and not settings.flops.keys() >= conventions.keys():
+        raise RunError(f"{path / 'settings.json'}: has FLOPs in {list(settings.flops)}, expected {list(conventions)}")
+    forecasts = {split: read_lines(path / f"forecasts.{split}.jsonl", records.ForecastLine) for split in metrics}
+    for split, lines in forecasts.items():
+        if len(lines) != len(truths[split]):
+            raise RunError(f"{path}: has forecasts of {len(lines)} {split} sequences, expected {len(truths[split])}")
+        if any(line.forecast.shape != truth.shape for line, truth in zip(lines, truths[split], strict=True)):
+            raise RunError(f"{path}: a {split} forecast has not as many steps as its truth in {split}.jsonl")
+        metrics[split] = replace(metrics[split], mse_each=tuple(line.mse for line in lines))
+        for scores in (metrics[split].mean_of_samples, metrics[split].exact):
+            if scores and len(scores.mse_each) != len(lines):
+                raise RunError(f"{path / 'metrics.json'}: has {len(scores.mse_each)} mse_each, expected {len(lines)}")
+    seconds = read(path / "seconds.json", dict[str, float])
+    losses = records.read_losses(path / "losses.csv", settings.training.steps) if settings.training else []
+    return Result(**vars(settings), metrics=metrics, seconds=seconds, forecasts=forecasts, losses=losses)
+
+
+def read_ledger(path: Path) -> list[records.Debit]:
     """The lines of a ledger; none without a file. Raises RunError.
 
     An incomplete last line, which a kill leaves, does not count.
     """
     whole = read_text(path).rpartition("\n")[0] if path.exists() else ""
-    return [build(Debit, line, f"{path}, line {i}") for i, line in enumerate(parse_json_lines(path, whole), 1)]
+    lines = parse_json_lines(path, whole)
+    return [build(records.Debit, line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
 
 
 def shorten_ledger(path: Path) -> None:
     """Replace the lines of successive steps at one price by one line. Raises RunError."""
-    lines: list[Debit] = []
+    lines: list[records.Debit] = []
     for line in read_ledger(path):
         last = lines[-1] if lines else line
         if (last.experiment, last.step + last.steps, last.flops) == (line.experiment, line.step, line.flops):
@@ -118,38 +176,6 @@ def shorten_ledger(path: Path) -> None:
             lines.append(line)
     if lines:
         write_whole(path, to_json_lines([asdict(line) for line in lines]))
-
-
-def _read_result(path: Path, contexts: dict[str, list[Context]], conventions: dict[str, str]) -> Result:
-    settings, metrics = read_settings(path), read_metrics(path)
-    if settings.training and not settings.flops.keys() >= conventions.keys():
-        raise RunError(f"{path / 'settings.json'}: has FLOPs in {list(settings.flops)}, expected {list(conventions)}")
-    forecasts = {split: read_lines(path / f"forecasts.{split}.jsonl", ForecastLine) for split in metrics}
-    for split, lines in forecasts.items():
-        means, truths = metrics[split].mean_of_samples, [one.truth for one in contexts[split]]
-        if {len(lines), len(means.mse_each or ()) if means else len(lines)} != {len(truths)}:
-            raise RunError(f"{path}: has forecasts of {len(lines)} {split} sequences, expected {len(truths)}")
-        if any(line.forecast.shape != truth.shape for line, truth in zip(lines, truths, strict=True)):
-            raise RunError(f"{path}: a {split} forecast has not as many steps as its truth in {split}.jsonl")
-        metrics[split] = replace(metrics[split], mse_each=[line.mse for line in lines])
-    seconds = read(path / "seconds.json", Seconds)
-    losses = read_losses(path / "losses.csv", settings.training.steps) if settings.training else []
-    return Result(**vars(settings), metrics=metrics, seconds=seconds, forecasts=forecasts, losses=losses)
-
-
-def methods_of(experiments: Mapping[str, Result]) -> dict[str, dict[str, Scores]]:
-    """The scores of each experiment's forecast, of the mean of its samples, of exact contexts, by name and split."""
-    methods: dict[str, dict[str, Scores]] = {}
-    for name, result in experiments.items():
-        for split, metrics in result.metrics.items():
-            if metrics.exact:
-                methods.setdefault(f"{name}, exact contexts", {})[split] = metrics.exact
-        methods[name] = dict(result.metrics)
-        for split, metrics in result.metrics.items():
-            if metrics.mean_of_samples and metrics.probabilistic:
-                drawn = methods.setdefault(f"{name}, mean of {metrics.probabilistic.samples} samples", {})
-                drawn[split] = metrics.mean_of_samples
-    return methods
 
 
 def is_fine_tuning(folder: Path) -> bool:

@@ -29,14 +29,9 @@ def percent(share: float | None, decimals: int = 1) -> str:
     return NO_VALUE if share is None else f"{100 * share:.{decimals}f} %"
 
 
-def flops(count: float) -> str:
+def flops(count: float | None) -> str:
     """FLOPs as people write them: `2.36e15`, `1e17`."""
-    return f"{count:.3g}".replace("e+", "e")
-
-
-def log10(flops: float) -> str:
-    """FLOPs as 10^x, as the study writes them."""
-    return f"10^{math.log10(flops):.3f}"
+    return NO_VALUE if count is None else f"{count:.3g}".replace("e+", "e")
 
 
 def duration(seconds: float) -> str:

@@ -5,14 +5,15 @@ Shapes: h forecast steps, 2 variables.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from experiments.forecasting.scores import QUANTILES
+import numpy as np
+
+from experiments.forecasting.scores import BAND, QUANTILES
 from experiments.storage.files import RunError
 from experiments.storage.records import Interval, Matrix, Vector, read, read_columns
 from experiments.study.plans import Experiment
 from experiments.training.settings import Training
-
-PUBLISHED = "published"  # the convention that reproduces the FLOPs of the study
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class Identity:
     convention: str  # how the budget counts FLOPs
     device: str
     dtype: str
-    numbers_sha256: str | None = None  # of the decoder that reads values; None: the plan has none
     chosen_on: int | None = None  # the first so many validation sequences are those of candidates; None: all
 
 
@@ -48,9 +48,14 @@ class PlanRecord:
     versions: dict[str, str]
 
     def __post_init__(self):
-        for name in (self.identity.convention, PUBLISHED):
-            if name not in self.conventions:
-                raise ValueError(f"the convention {name!r} is not among {list(self.conventions)}")
+        if missing := {self.identity.convention, "study", "published"} - self.conventions.keys():  # pages show them
+            raise ValueError(f"conventions are {list(self.conventions)}, expected {', '.join(missing)} among them")
+
+    @property
+    def compared(self) -> dict[str, Any]:
+        """What must be equal in runs that are compared."""
+        fields = {name: getattr(self.identity, name) for name in ("data_sha256", "sequences")}
+        return fields | {"conventions of FLOPs": list(self.conventions)}
 
 
 @dataclass(frozen=True)
@@ -109,17 +114,22 @@ class ForecastLine:
     mse: float | None
     forced_losses: Vector | None = None
     free_losses: Vector | None = None
-    nats_per_value: float | None = None
     quantiles: list[Matrix | None] | None = None  # (steps, 2) at each of QUANTILES; None if there are too few samples
 
     def __post_init__(self):
-        if self.forecast.shape[1] != 2:
-            raise ValueError(f"forecast is {self.forecast.shape}, expected (steps, 2)")
         if self.quantiles and len(self.quantiles) != len(QUANTILES):
             raise ValueError(f"quantiles have {len(self.quantiles)} levels, expected {len(QUANTILES)}")
-        for level in self.quantiles or []:
-            if level is not None and (len(level) > len(self.forecast) or level.shape[1] != 2):
-                raise ValueError(f"a quantile is {level.shape}, expected (steps, 2)")
+        shapes = {level.shape for level in self.quantiles or [] if level is not None}
+        if not shapes <= {(steps, 2) for steps in range(len(self.forecast) + 1)} or len(shapes) > 1:
+            raise ValueError(f"quantiles are {shapes}, expected all of one shape (steps, 2)")
+
+    @property
+    def band(self) -> np.ndarray | None:
+        """The bounds (2, steps, 2) of the central 80 % of the samples; None without enough samples."""
+        if not self.quantiles:
+            return None
+        low, high = (self.quantiles[QUANTILES.index(level)] for level in BAND)
+        return None if low is None or high is None else np.stack([low, high])
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,7 @@ class Scores:
     first: Errors  # on the ten sequences by which the study judged
     all: Errors
     long: Errors | None = None  # on all sequences, over the long horizon
-    mse_each: list[float | None] | None = None  # by sequence
+    mse_each: tuple[float | None, ...] = ()  # by sequence
 
 
 @dataclass(frozen=True)
@@ -173,8 +183,8 @@ class Metrics(Scores):
     exact: Scores | None = None  # from contexts with all their digits
 
     def __post_init__(self):
-        if self.mean_of_samples and not (self.probabilistic and self.mean_of_samples.mse_each):
-            raise ValueError("mean_of_samples needs probabilistic next to it, and mse_each in it")
+        if self.mean_of_samples and not self.probabilistic:
+            raise ValueError("mean_of_samples needs probabilistic next to it")
 
 
 @dataclass(frozen=True)
@@ -191,16 +201,8 @@ class Settings:
                 raise ValueError(f"flops are {self.flops} without a training, expected none")
         elif self.training.unset:
             raise ValueError(f"the training has no {', '.join(self.training.unset)}, expected all its settings")
-        elif PUBLISHED not in self.flops or min(self.flops.values()) < 1:
-            raise ValueError(f"flops are {self.flops}, expected positive numbers, {PUBLISHED!r} among them")
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """seconds.json: the time that an experiment took."""
-
-    training: float
-    evaluation: float
+        elif not self.flops or min(self.flops.values()) < 1:
+            raise ValueError(f"flops are {self.flops}, expected positive numbers")
 
 
 def read_metrics(folder: Path) -> dict[str, Metrics]:
@@ -209,11 +211,6 @@ def read_metrics(folder: Path) -> dict[str, Metrics]:
     if "val" not in metrics or not metrics.keys() <= {"val", "test"}:
         raise RunError(f"{folder / 'metrics.json'}: holds {list(metrics)}, expected 'val' and perhaps 'test'")
     return metrics
-
-
-def read_settings(folder: Path) -> Settings:
-    """Read the settings of an experiment. Raises RunError."""
-    return read(folder / "settings.json", Settings)
 
 
 def read_losses(path: Path, steps: int) -> list[float]:

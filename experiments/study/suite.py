@@ -17,10 +17,11 @@ from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import errors, method_errors
 from experiments.storage.files import RunError, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
+from experiments.storage.records import read
 from experiments.study.judging import Judge
 from experiments.study.numbers import judge_numbers, number_tuning, train_numbers
 from experiments.study.plans import HORIZON, Experiment, Plan, candidates, fill
-from experiments.study.records import read_metrics, read_settings
+from experiments.study.records import Settings, read_metrics
 from experiments.training.loop import Account, progress_bar
 from experiments.training.number_tuning import NumberTuning
 from experiments.training.run import clear, inject_adapter, run_training, write_adapter
@@ -158,7 +159,7 @@ class Suite:
             return read_metrics(self._path(name))["val"].all.mse_filled
 
         best = self._path(min(experiment.best_of, key=validation_mse))
-        if (training := read_settings(best).training) is None:
+        if (training := read(best / "settings.json", Settings).training) is None:
             raise RunError(f"{best / 'settings.json'}: holds no training, expected that of a candidate")
         return fill(experiment.training, training)
 
