@@ -1,14 +1,16 @@
-"""Series in and forecasts out: checks of what a user gives, and DataFrames, whatever the forecaster reads.
+"""Series in and forecasts out, whatever the forecaster reads: checks of what a user gives, and DataFrames.
 
 N series, T time steps (which may differ between series), D variables, h forecast steps, S samples, Q quantiles.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from experiments import tables
+from experiments.forecasting.adapter import Trained
 
 MAX_VALUE = 1e300  # so that differences of two values are finite
 
@@ -29,20 +31,58 @@ class Forecast(NamedTuple):
     quantiles: np.ndarray | None  # (N, Q, h, D)
 
 
+class SeriesForecaster:
+    """What forecasters share: `text.TextForecaster` continues the text of series, `values.NumberForecaster` values."""
+
+    checkpoint: tuple[str, Path] | None = None  # name and folder, if `Forecaster.load` made this forecaster
+    trained: Trained | None = None  # the record of a training, if there is one
+    missing, min_steps = "error", 2  # of contexts, as in `checked_series`
+
+    def forecast(
+        self,
+        contexts,
+        horizon: int,
+        quantiles: Sequence[float] = (),
+        context: int | None = None,
+        progress: Callable[[int], None] = lambda count: None,
+        **options,
+    ) -> Any:
+        """Continue series by `horizon` steps: a `Forecast`, or a DataFrame for a DataFrame.
+
+        contexts: an array (N, T, D), a list of N arrays (T, D) or (T) or DataFrames, or a single DataFrame: its times
+        are continued. If it holds several series (a column `unique_id`, `id` or `item_id`), so does the index of the
+        result: id and time. quantiles: levels between 0 and 1. context: the model reads so many of the newest time
+        steps; None: as many as it can make sense of. progress is called with a number whenever so many are done.
+        options: those of `TextForecaster.continued`; a model that reads values has none.
+
+        The result for a series does not depend on the others. Raises SeriesError, before any forecast, for what cannot
+        be forecast.
+        """
+        if horizon < 1:
+            raise SeriesError(f"horizon is {horizon}, expected at least 1")
+        if context is not None and context < self.min_steps:
+            raise SeriesError(f"context is {context}, expected at least {self.min_steps} time steps")
+        if strange := [level for level in quantiles if not 0 < level < 1]:
+            raise SeriesError(f"the quantile {strange[0]:g} does not exist, expected levels between 0 and 1")
+        frames = tables.from_frame(contexts, missing=self.missing) if is_frame(contexts) else []
+        arrays = checked_series([one.to_numpy() for one in frames] or contexts, self.missing, self.min_steps)
+        found = self.continued(arrays, horizon, quantiles, context, progress, **options)
+        return framed(frames, found, quantiles) if frames else found
+
+    def continued(self, *request: Any, **options: Any) -> Forecast:
+        """The forecast of N checked arrays (T, D); see `forecast`."""
+        raise NotImplementedError
+
+
 def is_frame(data) -> bool:
     """True if data is a pandas object."""
     return type(data).__module__.partition(".")[0] == "pandas"
 
 
-def framed(frame, levels: Sequence[float], forecast: Callable[[list[np.ndarray]], Forecast], missing: str = "error"):
-    """The forecast of the series in a DataFrame, with quantiles at `levels`: a DataFrame that continues its times.
-
-    missing: "keep" lets values be NaN.
-    """
+def framed(series: Sequence, found: Forecast, levels: Sequence[float]):
+    """The forecast of N series, DataFrames, with quantiles at `levels`, as one DataFrame that continues their times."""
     import pandas as pd
 
-    series = tables.from_frame(frame, missing=missing)
-    found = forecast([one.to_numpy() for one in series])
     bounds = [None] * len(series) if found.quantiles is None else found.quantiles
     made = {
         one.attrs["name"]: tables.forecast_frame(one, values, bound, levels)

@@ -1,13 +1,12 @@
-"""A forecaster, whatever its model reads: series in, forecasts out. Shapes as in `contexts`."""
+"""A forecaster, whatever its model reads: series in, forecasts out."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
-from experiments.forecasting.adapter import Trained, resolve
+from experiments.forecasting.adapter import resolve
+from experiments.forecasting.contexts import SeriesForecaster
 from qwen_min.config import read_json
 
 
@@ -16,12 +15,8 @@ def reads_values(folder: Path) -> bool:
     return read_json(folder / "config.json").get("architectures") == ["Numbers"]
 
 
-class Forecaster(Protocol):
-    """Forecasts series: `text.TextForecaster` continues their text, `values.NumberForecaster` reads their values."""
-
-    model: nn.Module
-    checkpoint: tuple[str, Path] | None  # name and folder, if `load` made this forecaster
-    trained: Trained | None  # the record of a training, if `load` found one
+class Forecaster(SeriesForecaster):
+    """Forecasts series with the model of a checkpoint; begin with `load`."""
 
     @staticmethod
     def load(
@@ -49,23 +44,3 @@ class Forecaster(Protocol):
             forecaster = TextForecaster.read(folder, adapter, trained, device, dtype, **options)
         forecaster.trained, forecaster.checkpoint = trained, (name, folder)
         return forecaster
-
-    def forecast(
-        self,
-        contexts,
-        horizon: int,
-        quantiles: Sequence[float] = (),
-        context: int | None = None,
-        progress: Callable[[int], None] = lambda count: None,
-    ) -> Any:
-        """Continue series by `horizon` steps: a `Forecast`, or a DataFrame for a DataFrame.
-
-        contexts: an array (N, T, D), a list of N arrays (T, D) or (T) or DataFrames, or a single DataFrame: its times
-        are continued. If it holds several series (a column `unique_id`, `id` or `item_id`), so does the index of the
-        result: id and time. quantiles: levels between 0 and 1. context: the model reads so many of the newest time
-        steps; None: as many as it can make sense of. progress is called with a number whenever so many are done.
-
-        The result for a series does not depend on the others. Raises SeriesError, before any forecast, for what cannot
-        be forecast.
-        """
-        ...

@@ -16,7 +16,7 @@ import torch
 
 from experiments.forecasting import scores
 from experiments.forecasting.adapter import Trained
-from experiments.forecasting.contexts import Forecast, SeriesError, SeriesWarning, checked_series, framed, is_frame
+from experiments.forecasting.contexts import Forecast, SeriesError, SeriesForecaster, SeriesWarning, checked_series
 from experiments.forecasting.encoding import SCALED_LIMIT, Encoding
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
 from lora import load_adapter
@@ -29,7 +29,7 @@ from qwen_min.weights import TINY
 # the most bytes of keys and values at a time; a constant and not the free memory, as the batch size affects rounding
 CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**34
 TINY_TOKENS, TINY_DECIMALS = 999, 2  # what the embedded checkpoint was pretrained on, see its card
-DEFAULT_SAMPLES, DEFAULT_POINT = 20, "median"
+DEFAULT_SAMPLES = 20
 POINTS: dict[str, Callable] = {"median": np.median, "mean": np.mean}  # what a forecast makes of its samples
 MIN_DISTINCT = 20  # a series should keep so many different values as text
 MIN_STEPS = 8  # and should have so many time steps
@@ -51,7 +51,7 @@ class _Prompt(NamedTuple):
     last: np.ndarray  # (D): the newest values
 
 
-class TextForecaster:
+class TextForecaster(SeriesForecaster):
     """Forecasts series with a model that continues their text. Every forecast is well-formed."""
 
     def __init__(
@@ -68,8 +68,6 @@ class TextForecaster:
         positions. Raises EncodingError for a bad number of decimals.
         """
         self.model, self.tokenizer = model, tokenizer
-        self.checkpoint: tuple[str, Path] | None = None  # name and folder, if `Forecaster.load` made this one
-        self.trained: Trained | None = None
         self.use(encoding, decimals, tokens)
 
     def use(self, encoding: Encoding | None, decimals: int, tokens: int | None) -> None:
@@ -100,25 +98,26 @@ class TextForecaster:
         if trained:
             known, tokens = trained.decimals, trained.tokens
         if decimals is not None and known is not None and decimals != known:
-            _warn(f"the model was trained on numbers with {known} decimals, not {decimals}: expect nonsense")
+            message = f"the model was trained on numbers with {known} decimals, not {decimals}: expect nonsense"
+            warnings.warn(message, SeriesWarning, stacklevel=3)
         places = decimals if decimals is not None else known or 2
         encoding = None if scale is None else Encoding(scale, places)
         if trained and trained.encoding and scale is None:
             encoding = replace(trained.encoding, decimals=places)
         return cls(model, tokenizer, encoding, places, tokens)
 
-    def forecast(
+    def continued(
         self,
-        contexts,
+        arrays: list[np.ndarray],
         horizon: int,
         quantiles: Sequence[float] = (),
         context: int | None = None,
         progress: Callable[[int], None] = lambda count: None,
         samples: int | None = None,
         seed: int = 0,
-        point: str = DEFAULT_POINT,
-    ):
-        """Continue series by `horizon` steps: a `Forecast`, or a DataFrame for a DataFrame; see `Forecaster.forecast`.
+        point: str = "median",
+    ) -> Forecast:
+        """`forecast`, with further options.
 
         samples: so many paths are drawn from the model; None means 20 if there are quantiles to estimate, else 0.
         `scores.quantiles` estimates the quantiles from them.
@@ -131,9 +130,6 @@ class TextForecaster:
         encoding cannot write, and for a text longer than the model has positions; SamplesError for quantiles that need
         more samples.
         """
-        if is_frame(contexts):
-            others = (horizon, quantiles, context, progress, samples, seed, point)
-            return framed(contexts, quantiles, lambda arrays: self.forecast(arrays, *others))
         if samples is None:
             samples = DEFAULT_SAMPLES if len(quantiles) else 0
         if samples < 0:
@@ -141,9 +137,7 @@ class TextForecaster:
         if point not in POINTS:
             raise SeriesError(f"point is {point!r}, expected one of {', '.join(POINTS)}")
         scores.require_samples(quantiles, samples)
-        if horizon < 1:
-            raise SeriesError(f"horizon is {horizon}, expected at least 1")
-        values = self._paths(self._prompts(contexts, horizon, context), horizon, samples, seed, progress)
+        values = self._paths(self._prompts(arrays, horizon, context), horizon, samples, seed, progress)
         if not samples:
             return Forecast(values[:, 0], None, None)
         bounds = scores.quantiles(values, quantiles, axis=1).swapaxes(0, 1) if len(quantiles) else None
@@ -162,7 +156,7 @@ class TextForecaster:
         import pandas as pd
 
         truths = checked_series(continuations, "keep", min_steps=1)
-        prompts = self._prompts(contexts, max(map(len, truths)))
+        prompts = self._prompts(checked_series(contexts), max(map(len, truths)))
         nats = []
         for number, (truth, prompt) in enumerate(zip(truths, prompts, strict=True)):
             if truth.shape[1] != len(prompt.wide):
@@ -178,11 +172,8 @@ class TextForecaster:
             nats.append(nats_of(self.model, self._grammar(len(prompt.wide)), hidden, text, known) / known.sum())
         return np.array(nats)
 
-    def _prompts(self, contexts, horizon: int, context: int | None = None) -> list[_Prompt]:
-        """Check the contexts, cut them to what the model reads, scale and encode them. Raises SeriesError."""
-        if context is not None and context < 2:
-            raise SeriesError(f"context is {context}, expected at least 2 time steps")
-        arrays = checked_series(contexts)
+    def _prompts(self, arrays: list[np.ndarray], horizon: int, context: int | None = None) -> list[_Prompt]:
+        """Cut the contexts to what the model reads, scale and encode them. Raises SeriesError."""
         num_variables = arrays[0].shape[1]
         if self.encoding and np.size(self.encoding.scale) not in (1, num_variables):
             raise SeriesError(
@@ -191,7 +182,8 @@ class TextForecaster:
         concerns: dict[str, list[str]] = defaultdict(list)
         prompts = [self._prompt(array, number, horizon, context, concerns) for number, array in enumerate(arrays)]
         for messages in concerns.values():
-            _warn(messages[0] + (f" ({len(messages) - 1} more like it)" if len(messages) > 1 else ""))
+            more = f" ({len(messages) - 1} more like it)" if len(messages) > 1 else ""
+            warnings.warn(messages[0] + more, SeriesWarning, stacklevel=4)
         return prompts
 
     def _prompt(
@@ -279,10 +271,6 @@ class TextForecaster:
                 progress(len(rows))
             found.append(np.concatenate(parts, axis=1))
         return np.concatenate(found)
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, SeriesWarning, stacklevel=4)
 
 
 def _require_writable(array: np.ndarray, encoding: Encoding, name: str) -> None:

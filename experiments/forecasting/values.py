@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from experiments.forecasting.adapter import Reading, Trained
 from experiments.forecasting.backtest import baseline_forecasts, filled
 from experiments.forecasting.baselines import BASELINES
-from experiments.forecasting.contexts import Forecast, SeriesError, checked_series, framed, is_frame
+from experiments.forecasting.contexts import Forecast, SeriesError, SeriesForecaster
 from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, Seasons, find_seasons, patches
 from lora import AdapterError, load_adapter
 from qwen_min.config import QwenConfig
@@ -137,14 +137,14 @@ def combined(parts: Mapping[str, np.ndarray], reading: Reading) -> np.ndarray:
     return np.expand_dims(median, 1) + reading.width * spread
 
 
-class NumberForecaster:
+class NumberForecaster(SeriesForecaster):
     """Forecasts series with a decoder that reads their values."""
+
+    missing, min_steps = "keep", MIN_STEPS
 
     def __init__(self, model: Numbers):
         """model: pretrained; `tune` gives the forecaster an adapter too."""
         self.model = self.base = model.eval()
-        self.checkpoint: tuple[str, Path] | None = None  # name and folder, if `Forecaster.load` made this one
-        self.trained: Trained | None = None
 
     @classmethod
     def read(cls, folder: Path, adapter: str | Path | None, trained: Trained | None, device: str) -> "NumberForecaster":
@@ -163,28 +163,20 @@ class NumberForecaster:
         self.model = deepcopy(self.base)
         return self.model
 
-    def forecast(
+    def continued(
         self,
-        contexts,
+        arrays: list[np.ndarray],
         horizon: int,
         quantiles: Sequence[float] = (),
         context: int | None = None,
         progress: Callable[[int], None] = lambda count: None,
-    ):
-        """Continue series by `horizon` steps: a `Forecast` of medians, or a DataFrame; see `Forecaster.forecast`.
+    ) -> Forecast:
+        """`forecast`; `values` are medians.
 
         Values may be missing (NaN). Quantiles beyond 0.1 and 0.9 are extrapolated by a normal distribution. The newest
         512 time steps are read, the last number of STRIDES. A zero-shot forecast moves with its series if that is
         shifted or multiplied by a positive number, up to rounding.
         """
-        if is_frame(contexts):
-            others = (horizon, quantiles, context, progress)
-            return framed(contexts, quantiles, lambda arrays: self.forecast(arrays, *others), missing="keep")
-        if horizon < 1 or (context is not None and context < MIN_STEPS):
-            raise SeriesError(f"horizon is {horizon}, context {context}; expected at least 1, and at least {MIN_STEPS}")
-        if strange := [level for level in quantiles if not 0 < level < 1]:
-            raise SeriesError(f"the quantile {strange[0]:g} does not exist, expected levels between 0 and 1")
-        arrays = checked_series(contexts, missing="keep", min_steps=MIN_STEPS)
         if (reading := self.reading) is None:
             found = self.parts(arrays, horizon, [ZERO_SHOT], context, progress)[ZERO_SHOT]
         else:
