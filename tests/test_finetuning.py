@@ -82,9 +82,9 @@ def test_intervals_are_over_series_and_hold_the_mean_as_often_as_they_say():
 def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path):
     forecaster = Forecaster.load("tiny")
     options = {"context": 15, "samples": 0}
-    cost = prepare(forecaster, waves(6), 5, steps=1, **options).cost
+    cost = prepare(forecaster, waves(6), 5, steps=1, **options).tuning.cost
     job = prepare(forecaster, waves(6), 5, 7.9 * cost, **options)
-    assert (job.settings.steps, job.settings.context) == (7, 200)
+    assert (job.tuning.settings.steps, job.tuning.settings.context) == (7, 200)
     for budget, steps in ((0.9 * cost, None), (7.9 * cost, 8)):
         with pytest.raises(FitError, match="do not fit a budget"):
             prepare(forecaster, waves(6), 5, budget, steps=steps, **options)
@@ -175,13 +175,14 @@ def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch, mo
 
 def test_a_folder_belongs_to_one_fine_tuning(tmp_path):
     """From Python as from the command: other series, also with the same numbers, or other settings are refused."""
-    options = {"folder": tmp_path, "context": 15, "steps": 2, "samples": 0}
+    options = {"folder": tmp_path, "context": 15, "steps": 2, "samples": 0, "decimals": 1}
     first = training.finetune(Forecaster.load("tiny"), waves(6), 5, **options)
     ledger = (tmp_path / "ledger.jsonl").read_bytes()
     forecaster = Forecaster.load("tiny")
     assert training.finetune(forecaster, waves(6), 5, **options) == first
     assert (tmp_path / "ledger.jsonl").read_bytes() == ledger
     loaded = Forecaster.load(adapter=tmp_path / "adapter")
+    assert loaded.tokens == forecaster.tokens == 20 * 2 * 4  # of 15 time steps and 5 to forecast
     context = [waves(1)[0][:20]]
     np.testing.assert_array_equal(loaded.forecast(context, 5).values, forecaster.forecast(context, 5).values)
     plan = json.loads((tmp_path / "plan.json").read_text())

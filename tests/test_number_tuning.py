@@ -156,7 +156,7 @@ def test_one_short_series_keeps_the_zero_shot_forecast(tmp_path):
 
 def test_a_budget_pays_for_every_step_and_text_options_are_refused(tmp_path):
     forecaster, series = Forecaster.load("numbers"), patterns(6)
-    cost = prepare(forecaster, series, 4, **FEW).cost
+    cost = prepare(forecaster, series, 4, **FEW).tuning.cost
     options = {name: value for name, value in FEW.items() if name != "steps"}
     metrics = training.finetune(forecaster, series, 4, 2.5 * cost, tmp_path, **options)
     assert metrics["spent"] == 2 * cost

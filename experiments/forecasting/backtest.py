@@ -143,6 +143,13 @@ def baseline_forecasts(
     return {name: forecasts(one) for name, one in methods.items() if name in names and (name != "VAR" or several)}
 
 
+def spreads(places: Sequence[Origin]) -> np.ndarray:
+    """The standard deviations (M, 1, D) before each forecast, none of which is 0."""
+    spread = np.stack([place.context.std(axis=0) for place in places])
+    together = np.concatenate([place.context for place in places]).std(axis=0)  # for a variable that is constant
+    return np.where(spread > 0, spread, np.where(together > 0, together, 1.0))[:, None]
+
+
 def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
     """The errors of forecasts (M, h, D), as JSON can hold them.
 
@@ -153,10 +160,7 @@ def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
     MIN_SERIES it is over their forecasts, and says nothing about other series (`over`: "forecasts").
     """
     error = forecast - np.stack([place.truth for place in places])
-    spread = np.stack([place.context.std(axis=0) for place in places])
-    together = np.concatenate([place.context for place in places]).std(axis=0)  # for a variable that is constant
-    spread = np.where(spread > 0, spread, np.where(together > 0, together, 1.0))[:, None]
-    each = np.nanmean((error / spread) ** 2, axis=(1, 2))
+    each = np.nanmean((error / spreads(places)) ** 2, axis=(1, 2))
     known = (~np.isnan(error)).sum(axis=(0, 1))
     by_series = group_means(each, [place.series for place in places])
     interval = mean_interval(by_series if len(by_series) >= MIN_SERIES else each)

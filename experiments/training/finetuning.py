@@ -17,14 +17,7 @@ import numpy as np
 import flops
 from experiments import tables
 from experiments.forecasting.adapter import Trained, checkpoint_hash, end_hash, read_trained
-from experiments.forecasting.backtest import (
-    Origin,
-    Parts,
-    baseline_forecasts,
-    check_context,
-    scores,
-    split,
-)
+from experiments.forecasting.backtest import Origin, Parts, baseline_forecasts, check_context, scores, split
 from experiments.forecasting.contexts import checked_series, is_frame
 from experiments.forecasting.scores import inside
 from experiments.forecasting.text import TextForecaster
@@ -36,10 +29,10 @@ from experiments.storage.runfolder import open_run
 from experiments.training.loop import Account, HeldOut, Progress
 from experiments.training.number_tuning import NumberTuning
 from experiments.training.run import clear, inject_adapter, run_training, software, write_adapter
-from experiments.training.settings import Training
 from experiments.training.team import ALONE, Team
 from experiments.training.text_tuning import TextTuning
 from experiments.training.tuning import STEPS, FitError
+from lora import load_adapter
 from lora.layer import LoRALinear
 
 AT_ONCE = 50  # test forecasts that are made together, at most
@@ -100,13 +93,10 @@ def prepare(
     if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
         raise FitError("the model has an adapter; load the forecaster anew, without it or from an exported checkpoint")
     tuning: Tuning
-    try:
-        if isinstance(forecaster, NumberForecaster):
-            tuning = NumberTuning.prepare(forecaster, parts, horizon, context, season, **options)
-        else:
-            tuning = TextTuning.prepare(forecaster, parts, horizon, context, **options)
-    except TypeError as error:
-        raise FitError(str(error)) from error
+    if isinstance(forecaster, NumberForecaster):
+        tuning = NumberTuning.prepare(forecaster, parts, horizon, context, season, **options)
+    else:
+        tuning = TextTuning.prepare(forecaster, parts, horizon, context, **options)
     cost = tuning.cost
     steps = steps or (STEPS if budget is None else int(budget // cost))
     if budget is not None and (steps < 1 or steps * cost > budget):
@@ -115,36 +105,25 @@ def prepare(
             "fewer steps, a smaller batch or a shorter context"
         )
     tuning = replace(tuning, settings=replace(tuning.settings, steps=steps))
-    return Finetuning(forecaster, arrays, variables, parts, patience, season, tuning, budget)
+    return Finetuning(tuning, arrays, variables, parts, patience, season, budget)
 
 
 @dataclass(frozen=True)
 class Finetuning:
     """A fine-tuning whose inputs were checked; `prepare` makes it."""
 
-    forecaster: AnyForecaster
+    tuning: Tuning
     series: list[np.ndarray]
     variables: list[str] | None
     parts: Parts
     patience: int | None
     season: int | None
-    tuning: Tuning
     budget: float | None
-
-    @property
-    def settings(self) -> Training:
-        """The settings of the training."""
-        return self.tuning.settings
-
-    @property
-    def cost(self) -> int:
-        """FLOPs of a training step."""
-        return self.tuning.cost
 
     @property
     def told(self) -> str:
         """What a user should know before it begins."""
-        cost, steps = self.cost, self.settings.steps
+        cost, steps = self.tuning.cost, self.tuning.settings.steps
         return (
             f"held out: {self.parts.told}\n{self.tuning.told}; {cost:.3e} FLOPs a step, {steps} steps "
             f"({cost * steps:.3e})"
@@ -153,8 +132,8 @@ class Finetuning:
     @cached_property
     def trained(self) -> Trained:
         """The record that stands beside the adapter, but for what the training decides."""
-        assert self.forecaster.checkpoint is not None  # checked by `prepare`
-        name, folder = self.forecaster.checkpoint
+        assert self.tuning.forecaster.checkpoint is not None  # checked by `prepare`
+        name, folder = self.tuning.forecaster.checkpoint
         ends = [end_hash(rows) for rows in self.parts.seen]
         return Trained(name, checkpoint_hash(folder), variables=self.variables, ends=ends)
 
@@ -164,13 +143,13 @@ class Finetuning:
         digest = hashlib.sha256(repr([one.shape for one in self.series]).encode())
         for one in self.series:
             digest.update(one.tobytes())
-        weight = next(self.forecaster.model.parameters())
+        weight = next(self.tuning.forecaster.model.parameters())
         identity = {
             "series_sha256": digest.hexdigest(),
             "variables": self.variables or [f"x{at}" for at in range(self.series[0].shape[1])],
             "horizon": self.tuning.horizon,
             "context": self.tuning.context,
-            "settings": asdict(self.settings),
+            "settings": asdict(self.tuning.settings),
             **self.tuning.identity,
             "patience": self.patience,
             "season": self.season,
@@ -199,40 +178,36 @@ class Finetuning:
             "model": self.trained.checkpoint,
             "versions": software(),
         } | (record or {})
+        tuning, forecaster = self.tuning, self.tuning.forecaster
         with ExitStack() as stack:
             path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
             opened = open_run(path, self.identity, record)
             if team.told(lambda: stack.enter_context(opened)):
                 tell(f"continuing {path}")
-            self.tuning.begin()
+            tuning.begin()
             if team.told(lambda: (path / "metrics.json").exists()):
-                self.tuning.load(path / "adapter")
-                self.forecaster.trained = read_trained(path / "adapter")
+                load_adapter(forecaster.model, path / "adapter")
+                forecaster.trained = read_trained(path / "adapter")
                 team.told(lambda: clear(path))
                 return read_json(path / "metrics.json")
             before = self._forecasts(path / "before.state.json", team)
-            inject_adapter(self.forecaster.model, self.settings)
-            done, spent, budget = self._train(path, interruption or Interruption(), team)
+            inject_adapter(forecaster.model, tuning.settings)
+            total = tuning.settings.steps * tuning.cost
+            ledger = flops.Ledger(path / "ledger.jsonl", int(self.budget or total))
+            team.told(lambda: ledger.require(NAME, total))
+            account = Account(NAME, ledger if team.leads else None, tuning.cost, interruption or Interruption(), team)
+            done = train_and_choose(tuning, path, account, self.parts.val, self.trained, self.patience)
             after = self._forecasts(path / "after.state.json", team)
 
             def finish() -> dict:
                 write_whole(path / "forecasts.jsonl", to_json_lines(self._lines(before, after)))
-                metrics = self._metrics(before, after, done) | {"spent": spent, "budget": budget}
+                metrics = self._metrics(before, after, done) | {"spent": ledger.spent, "budget": ledger.budget}
                 write_whole(path / "metrics.json", to_json(metrics))  # the last file, because it marks the end
                 return metrics
 
             metrics = team.told(finish)
             team.told(lambda: clear(path))
             return metrics
-
-    def _train(self, folder: Path, interruption: Interruption, team: Team) -> tuple[Progress, int, int]:
-        """Train, and end with the adapter that had the smallest held-out loss; also the FLOPs spent, and the budget."""
-        tuning, total = self.tuning, self.settings.steps * self.cost
-        ledger = flops.Ledger(folder / "ledger.jsonl", int(self.budget or total))
-        team.told(lambda: ledger.require(NAME, total))
-        account = Account(NAME, ledger if team.leads else None, self.cost, interruption, team)
-        done = train_and_choose(tuning, folder, account, self.parts.val, self.trained, self.patience)
-        return done, ledger.spent, ledger.budget
 
     def _forecasts(self, state: Path, team: Team) -> np.ndarray:
         """The test forecasts (M, 1, h, D), with quantiles at BAND, (M, 3, h, D), if there are any.
@@ -258,7 +233,7 @@ class Finetuning:
 
     def _metrics(self, before: np.ndarray, after: np.ndarray, done: Progress) -> dict:
         """What metrics.json holds, but for the FLOPs."""
-        places, trained = self.parts.test, self.forecaster.trained
+        places, trained = self.parts.test, self.tuning.forecaster.trained
         truth = np.stack([place.truth for place in places])
         forecasts = {"before": before[:, 0], "after": after[:, 0]}
         forecasts |= baseline_forecasts([place.context for place in places], self.tuning.horizon, self.season)
@@ -298,10 +273,12 @@ def train_and_choose(
 
     The forecaster then has the adapter, and `trained`, completed, as its record; see `run_training`.
     """
-    places, team, forecaster = tuning.checked(val), account.team, tuning.forecaster
+    count, team, forecaster = min(len(val), tuning.most_checked or len(val)), account.team, tuning.forecaster
+    places = [val[at] for at in np.linspace(0, len(val) - 1, count).round().astype(int)]  # evenly spread
 
     def held_out() -> float:
-        return float(np.mean(team.collect(tuning.losses(team.share(places)))))
+        share = team.share(places)
+        return float(np.mean(team.collect(tuning.losses(share) if share else [])))
 
     done = run_training(folder, tuning.windows(), tuning.settings, account, HeldOut(held_out, patience))
     forecaster.trained = record = tuning.finished(trained, val)

@@ -6,12 +6,12 @@ M forecasts, Q = len(LEVELS) quantiles, h forecast steps, D variables.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from experiments.forecasting.adapter import Reading, Trained
-from experiments.forecasting.backtest import Origin, Parts
+from experiments.forecasting.backtest import Origin, Parts, spreads
 from experiments.forecasting.contexts import Forecast
 from experiments.forecasting.numbers import AHEAD, LEVELS
 from experiments.forecasting.scores import BAND, group_means
@@ -28,7 +28,7 @@ from experiments.training.number_costs import muon_flops, number_step
 from experiments.training.number_windows import NumberWindows, by_muon, learns
 from experiments.training.settings import NUMBERS, Training
 from experiments.training.tuning import FitError, chosen_settings
-from lora import adapter_parameters, load_adapter
+from lora import adapter_parameters
 
 OPTIONS = ("rank", "alpha", "learning_rate", "batch", "accumulate", "seed", "steps")
 STRIDE = 8  # the smallest between two tokens
@@ -60,13 +60,6 @@ def with_scale(reading: Reading, series: Sequence[np.ndarray]) -> Reading:
 def pieces(series: np.ndarray, length: int) -> list[np.ndarray]:
     """A series (T, D) in parts of at most `length` time steps."""
     return np.array_split(series, -(-len(series) // length))
-
-
-def spreads(places: Sequence[Origin]) -> np.ndarray:
-    """The standard deviations (M, 1, D) before each forecast."""
-    spread = np.stack([place.context.std(axis=0) for place in places])
-    together = np.concatenate([place.context for place in places]).std(axis=0)  # for a variable that is constant
-    return np.where(spread > 0, spread, np.where(together > 0, together, 1.0))[:, None]
 
 
 def pinball(found: np.ndarray, places: Sequence[Origin]) -> np.ndarray:
@@ -125,7 +118,9 @@ class NumberTuning:
     shapes: dict[str, tuple[int, ...]]  # of the adapter's tensors
 
     unit = "standard deviations"
+    most_checked = None
     samples = 0
+    identity: ClassVar[dict] = {}
 
     @classmethod
     def prepare(
@@ -169,11 +164,6 @@ class NumberTuning:
         return f"{self.settings.context} tokens of up to {self.context} time steps of a series; {scale}"
 
     @property
-    def identity(self) -> dict:
-        """What decides the result, besides the settings."""
-        return {}
-
-    @property
     def cost(self) -> int:
         """FLOPs of a training step, as it runs (convention exact), with the products of Muon."""
         batch, parts, variables = self.settings.batch, self.settings.accumulate, self.series[0].shape[1]
@@ -193,14 +183,8 @@ class NumberTuning:
         parameters = adapter_parameters(model) if self.settings.rank else dict(model.named_parameters())
         return NumberWindows(model, parameters, self.series, self.reading, self.settings)
 
-    def checked(self, places: Sequence[Origin]) -> Sequence[Origin]:
-        """The validation forecasts over which the held-out loss is measured."""
-        return places
-
     def losses(self, places: Sequence[Origin]) -> list[float]:
         """The pinball loss of each place, in standard deviations before it."""
-        if not places:
-            return []
         return pinball(self._parts(places, [TUNED])[TUNED], places).tolist()
 
     def _parts(self, places: Sequence[Origin], names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -214,7 +198,3 @@ class NumberTuning:
         """The record of the training, now that it is over: what a forecast is made of is chosen on the places."""
         parts = self._parts(places, (TUNED, ZERO_SHOT, *SIMPLE))
         return replace(trained, reading=best_shares(parts, places, self.reading))
-
-    def load(self, folder: Path) -> None:
-        """Forecast with an adapter that this training made before."""
-        load_adapter(self.forecaster.copied(), folder)

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,9 +15,8 @@ from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import BAND, samples_needed
 from experiments.forecasting.text import DEFAULT_SAMPLES, TextForecaster
 from experiments.training.settings import LINEAR, Training
-from experiments.training.tuning import MAX_CHECKED, STEPS, FitError, chosen_settings, even
+from experiments.training.tuning import STEPS, FitError, chosen_settings
 from experiments.training.windows import Cuts, TextWindows, cut_series, step_flops
-from lora import load_adapter
 from qwen_min.weights import TINY
 
 WINDOW_TOKENS = 768  # the length of a window, if the series are long enough and the horizon leaves a context
@@ -38,11 +36,12 @@ class TextTuning:
     context: int  # time steps that the model reads before a forecast
     decimals: int
     samples: int
+    tokens: int  # of a context and a forecast
     cuts: Cuts
     settings: Training
-    variables: int
 
     unit = "nats per value"
+    most_checked = 8  # forecasts over which the held-out loss is measured, because each takes long
 
     @classmethod
     def prepare(
@@ -65,8 +64,7 @@ class TextTuning:
         assert forecaster.checkpoint is not None  # checked by `finetuning.prepare`
         rate = TINY_RATE if forecaster.checkpoint[1] == TINY else RATE
         chosen, _ = chosen_settings(forecaster.model, replace(DEFAULTS, learning_rate=rate), settings)
-        variables = parts.train[0].shape[1]
-        per_step = Encoding(1.0, decimals).tokens_per_step(variables)
+        per_step = Encoding(1.0, decimals).tokens_per_step(parts.train[0].shape[1])
         context = context or max(WINDOW_TOKENS // per_step - horizon, 2 * horizon)
         if (tokens := (context + horizon) * per_step) > (most := forecaster.model.config.max_position_embeddings):
             raise FitError(
@@ -79,7 +77,7 @@ class TextTuning:
         batch = min(chosen.batch, len(cuts))
         accumulate = chosen.accumulate if batch % chosen.accumulate == 0 else 1
         chosen = replace(chosen, context=length, batch=batch, accumulate=accumulate)
-        return cls(forecaster, horizon, context, decimals, samples, cuts, chosen, variables)
+        return cls(forecaster, horizon, context, decimals, samples, tokens, cuts, chosen)
 
     @property
     def told(self) -> str:
@@ -107,21 +105,13 @@ class TextTuning:
 
     def begin(self) -> None:
         """Read and write numbers as the training will."""
-        self.forecaster.use(None, self.decimals, (self.context + self.horizon) * self._per_step)
-
-    @property
-    def _per_step(self) -> int:
-        return self.forecaster.digits.tokens_per_step(self.variables)
+        self.forecaster.use(None, self.decimals, self.tokens)
 
     def windows(self) -> TextWindows:
         """What the training reads."""
         assert self.settings.context is not None  # `prepare` fills it in
         tokenizer = self.forecaster.tokenizer
         return TextWindows(self.forecaster.model, self.cuts, self.settings.context, tokenizer.pad_id, self.vocabulary)
-
-    def checked(self, places: Sequence[Origin]) -> Sequence[Origin]:
-        """The validation forecasts over which the held-out loss is measured."""
-        return even(places, MAX_CHECKED)
 
     def losses(self, places: Sequence[Origin]) -> list[float]:
         """The mean nats per value of each place; its truth is cut to what can be written."""
@@ -130,7 +120,7 @@ class TextTuning:
         truths = [encoding.writable(place.truth) for encoding, place in zip(encodings, places, strict=True)]
         with warnings.catch_warnings():  # the test forecasts have given them
             warnings.simplefilter("ignore", SeriesWarning)
-            return self.forecaster.nats_per_value(contexts, truths).tolist() if places else []
+            return self.forecaster.nats_per_value(contexts, truths).tolist()
 
     def forecast(self, contexts: Sequence[np.ndarray]) -> Forecast:
         """What the forecaster says of contexts (T, D), with quantiles at BAND if there are enough samples."""
@@ -139,9 +129,4 @@ class TextTuning:
 
     def finished(self, trained: Trained, places: Sequence[Origin]) -> Trained:
         """The record of the training, now that it is over."""
-        tokens = (self.context + self.horizon) * self._per_step
-        return replace(trained, decimals=self.decimals, tokens=tokens)
-
-    def load(self, folder: Path) -> None:
-        """Forecast with an adapter that this training made before."""
-        load_adapter(self.forecaster.model, folder)
+        return replace(trained, decimals=self.decimals, tokens=self.tokens)
