@@ -68,10 +68,10 @@ def pretrained(folder: Path, deadly: bool = False) -> int:
     pretraining.KINDS = (pretraining.Kind(16, 96, 3, 4, 0.5), pretraining.Kind(8, 48, 3, 4, 0.5))
     draw = pretraining.SyntheticWindows.draw
 
-    def draw_or_die(self, step):
+    def draw_or_die(self, step, *how):
         if deadly and step == 4 and self.seed == 7:
             os.kill(os.getpid(), signal.SIGKILL)
-        return draw(self, step)
+        return draw(self, step, *how)
 
     pretraining.SyntheticWindows.draw = draw_or_die
     return command.main(["numbers", str(folder), "--steps", "6", "--seed", "7"])

@@ -15,14 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from experiments.forecasting.numbers import (
-    AHEAD,
-    CONFIG,
-    PATCH,
-    Numbers,
-    find_seasons,
-    patches,
-)
+from experiments.forecasting.numbers import AHEAD, CONFIG, PATCH, Numbers, find_seasons, patches
 from experiments.forecasting.values import Scale, statistics
 from experiments.storage.files import RunError, write_whole
 from experiments.storage.interruption import Interruption
@@ -31,6 +24,7 @@ from experiments.training.loop import Account, HeldOut, train
 from experiments.training.number_costs import muon_flops, number_step
 from experiments.training.number_windows import counts_after, weighted_loss
 from experiments.training.settings import Training
+from qwen_min.model import Qwen
 
 BLOCK, PER_BLOCK = 32, 512  # so many steps draw from the same groups; of each length, so many groups
 STEPS, RATE, BETA2 = 7000, 5e-3, 0.98
@@ -100,20 +94,13 @@ class SyntheticWindows:
     def _made(self, block: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         return synthetic.groups(np.random.default_rng([self.seed, block, length]), PER_BLOCK, length, self.pairs)
 
-    def kind(self, step: int) -> Kind:
-        """How a step reads series."""
-        return self._drawn_kind(step)[1]
-
-    def _drawn_kind(self, step: int) -> tuple[np.random.Generator, Kind]:
+    def kind(self, step: int) -> tuple[Kind, np.random.Generator]:
+        """How a step reads series, and the generator that decides the rest of it."""
         rng = np.random.default_rng([self.seed, step])
-        return rng, KINDS[rng.choice(len(KINDS), p=[kind.share for kind in KINDS])]
+        return KINDS[rng.choice(len(KINDS), p=[kind.share for kind in KINDS])], rng
 
-    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-        """Series (G, 2, L + K), what is seen of them, whether they belong together (G), and the stride.
-
-        Also the length of the prefix that normalises each, and the time at which it begins, (G, 1, 1) each.
-        """
-        rng, kind = self._drawn_kind(step)
+    def draw(self, step: int, kind: Kind, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Series (G, 2, L + K), what is seen of them, and whether they belong together (G)."""
         length = kind.length + AHEAD
         made, together = self._groups(step // BLOCK, next(one for one in LENGTHS if one >= length))
         rows = rng.integers(len(made), size=kind.groups)
@@ -124,17 +111,7 @@ class SyntheticWindows:
         share = rng.uniform(0.1, 0.9, (len(mixed), 2, 1)).astype(np.float32)
         x[mixed] = share * x[mixed] + (1 - share) * made[rng.integers(len(made), size=len(mixed)), :, :length]
         x, seen = spoiled(rng, x)
-        together = together | (rng.random(kind.groups) < 0.15)
-        prefix = np.exp(rng.uniform(np.log(kind.shortest), np.log(kind.length), (kind.groups, 1, 1)))
-        late = rng.integers(0, PATCH, (kind.groups, 1, 1)) * (rng.random((kind.groups, 1, 1)) < 0.5)
-        return (
-            torch.from_numpy(x),
-            torch.from_numpy(seen),
-            torch.from_numpy(together.astype(np.float32)),
-            torch.from_numpy(prefix.astype(int)),
-            torch.from_numpy(late),
-            kind.stride,
-        )
+        return x, seen, (together | (rng.random(kind.groups) < 0.15)).astype(np.float32)
 
     def loss(self, rows: Tensor) -> Tensor:
         """The mean pinball loss of a step.
@@ -142,26 +119,23 @@ class SyntheticWindows:
         A random prefix normalises each series, as a context does in a forecast. Tokens within it hardly count, because
         its statistics tell them of their future, and later ones the less the farther they are from it.
         """
-        x, seen, together, prefix, late, stride = self.draw(int(rows))
-        length, times = x.shape[-1] - AHEAD, torch.arange(x.shape[-1])
-        stop = (prefix + late).clamp(max=length)
-        known = seen & (times >= late)
+        kind, rng = self.kind(int(rows))
+        x, seen, together = map(torch.from_numpy, self.draw(int(rows), kind, rng))
+        prefix = np.exp(rng.uniform(np.log(kind.shortest), np.log(kind.length), (kind.groups, 1, 1))).astype(int)
+        late = rng.integers(0, PATCH, prefix.shape) * (rng.random(prefix.shape) < 0.5)  # when each begins
+        begin, length = torch.from_numpy(late), kind.length
+        stop, times = torch.from_numpy(prefix + late).clamp(max=length), torch.arange(x.shape[-1])
+        known = seen & (times >= begin)
         within = known & (times < stop)
         x = Scale(*statistics(x, within)).read(x).clamp(-8, 8)
         seasons = find_seasons(x[..., :length], within[..., :length], stop)
-        read = patches(x[..., :length], known[..., :length], seasons, stride)
+        read = patches(x[..., :length], known[..., :length], seasons, kind.stride)
         truth = x.unfold(-1, AHEAD, 1)[:, :, read.ends]
         weight = seen.unfold(-1, AHEAD, 1)[:, :, read.ends] * counts_after(stop, read.ends)[..., None]
         return weighted_loss(self.model, read, truth, weight, together)
 
 
-def pretrain(
-    out: Path,
-    steps: int = STEPS,
-    seed: int = 0,
-    pairs: bool = True,
-    interruption: Interruption | None = None,
-) -> None:
+def pretrain(out: Path, steps: int, seed: int, pairs: bool, interruption: Interruption) -> None:
     """Write a checkpoint of `Numbers` into the folder out, with a card; continue there after a kill.
 
     Raises RunError for a folder that has a checkpoint already, Interrupted, and TrainingError for a damaged state.
@@ -178,24 +152,29 @@ def pretrain(
     def checked() -> float:
         return sum(held_out.loss(torch.tensor([step])).item() for step in range(HELD_OUT_STEPS)) / HELD_OUT_STEPS
 
-    account = Account("pretrain", interruption=interruption or Interruption())
+    account = Account("pretrain", interruption=interruption)
     done = train(windows, settings, account, state, HeldOut(checked, checks=CHECKS))
-    kinds = [windows.kind(step) for step in range(steps)]
+    kinds = [windows.kind(step)[0] for step in range(steps)]
     costs = np.cumsum(
-        [number_step(CONFIG, kind.groups, 2, -(-kind.length // kind.stride), {}, masked=True) for kind in kinds]
+        [number_step(CONFIG, one.groups, 2, -(-one.length // one.stride), {}, masked=True) for one in kinds]
     )
     by_muon = muon_flops([tuple(windows.parameters[name].shape) for name in windows.matrices])
     curve = [
         {"steps": at, "flops": int(costs[at - 1]) if at else 0, "muon_flops": at * by_muon, "held_out": loss}
         for at, loss in done.checks.items()
     ]
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    config = {"architectures": ["Numbers"], "model_type": "qwen2", "hidden_act": "silu", **asdict(CONFIG)}
-    write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
     write_whole(out / "curve.json", json.dumps(curve, indent=1) + "\n")
-    write_whole(out / "README.md", card(model, curve, steps, seed, pairs))
-    write_whole(out / "model.safetensors", save(tensors, metadata={"format": "pt"}))  # the last, as it marks the end
+    write_checkpoint(out, model, "Numbers", card(model, curve, steps, seed, pairs))
     state.unlink()
+
+
+def write_checkpoint(out: Path, model: Numbers | Qwen, architecture: str, card: str, **further) -> None:
+    """Write the page of a checkpoint, its config with `further` fields, and its weights into the folder out."""
+    config = {"architectures": [architecture], "model_type": "qwen2", "hidden_act": "silu", **asdict(model.config)}
+    write_whole(out / "config.json", json.dumps(config | further, indent=2) + "\n")
+    write_whole(out / "README.md", card)
+    # the last, as it marks the end
+    write_whole(out / "model.safetensors", save(model.state_dict(), metadata={"format": "pt"}))
 
 
 def card(model: Numbers, curve: list[dict], steps: int, seed: int, pairs: bool) -> str:

@@ -313,17 +313,14 @@ def groups(rng: np.random.Generator, count: int, length: int, pairs: bool = True
     shares = np.array([*families.values()])
     parts, together = [], []
     for family, number in zip(families, rng.multinomial(count, shares / shares.sum()), strict=True):
-        if number == 0:
-            continue
-        if family in PAIRS:
+        if family in PAIRS and number:
             parts.append(family(rng, number, length))
-        else:
+            together.append(np.ones(number, bool))
+        elif number:
             led = rng.binomial(number, FOLLOWING)
             x = family(rng, 2 * number - led, length)
             parts += [follow(rng, x[:led]), x[led:].reshape(-1, 2, length)]
             together.append(np.arange(number) < led)
-            continue
-        together.append(np.ones(number, bool))
     x = np.nan_to_num(np.concatenate(parts), posinf=0, neginf=0)
     x = np.clip(unit(x - x.mean(2, keepdims=True)), -60, 60).astype(np.float32)
     order = rng.permutation(count)

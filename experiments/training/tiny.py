@@ -5,19 +5,18 @@ The series are oscillators, van der Pol cycles, sums of sines, logistic growth, 
 encoding of the study. Shapes: n series, T = 100 time steps, 2 variables.
 """
 
-import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
-from safetensors.torch import save_file
 from tqdm import trange
 
 from experiments.forecasting.encoding import SCALED_MAX, Encoding
+from experiments.training.pretraining import write_checkpoint
 from experiments.training.settings import Training
+from experiments.training.synthetic import log_uniform
 from qwen_min.config import QwenConfig
 from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
@@ -39,11 +38,6 @@ NUM_STEPS = 100
 SUBSTEPS = 10  # Runge-Kutta steps between two time steps
 STEPS, BATCH, RATE = 4000, 8, 1e-2  # the latter at its peak
 HELD_OUT = 256  # series whose loss the card names
-
-
-def log_uniform(rng: np.random.Generator, low: float, high: float, size) -> np.ndarray:
-    """Random numbers whose logarithm is uniform."""
-    return np.exp(rng.uniform(np.log(low), np.log(high), size))
 
 
 def integrate(rates, state: np.ndarray, burn_in: int) -> np.ndarray:
@@ -148,8 +142,8 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def trained(ids: torch.Tensor, num_steps: int, batch: int, peak_rate: float, seed: int) -> Qwen:
-    """Train a model on ids (n, T); each row is read once, in order, so num_steps * batch <= n is needed.
+def trained(ids: torch.Tensor, steps: int, seed: int) -> Qwen:
+    """Train a model on ids (n, T); each row is read once, in order, so steps * BATCH <= n is needed.
 
     Muon trains the matrices of the layers, AdamW the rest. Weights are fp32, products bf16 by autocast.
     """
@@ -166,15 +160,14 @@ def trained(ids: torch.Tensor, num_steps: int, batch: int, peak_rate: float, see
         torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    settings = Training(rank=None, learning_rate=peak_rate, context=None, steps=num_steps, cosine=True)
-    progress = trange(num_steps, desc="pretrain", mininterval=5)
+    settings = Training(None, RATE, None, steps, cosine=True)
+    progress = trange(steps, desc="pretrain", mininterval=5)
     for step in progress:
         for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(step)
+            optimizer.param_groups[0]["lr"] = settings.rate(step)
             optimizer.zero_grad()
-        with torch.autocast(ids.device.type, torch.bfloat16):
-            loss = next_token_loss(model, ids[step * batch : (step + 1) * batch])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = next_token_loss(model, ids[step * BATCH : (step + 1) * BATCH])
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -183,7 +176,7 @@ def trained(ids: torch.Tensor, num_steps: int, batch: int, peak_rate: float, see
     return model
 
 
-def pretrain(out: Path, steps: int = STEPS, seed: int = 0) -> None:
+def pretrain(out: Path, steps: int, seed: int) -> None:
     """Write the checkpoint into the folder out, with a README."""
     out.mkdir(parents=True, exist_ok=True)
     byte_tokenizer().save(str(out / "tokenizer.json"))
@@ -191,18 +184,12 @@ def pretrain(out: Path, steps: int = STEPS, seed: int = 0) -> None:
     all_series = series(seed, steps * BATCH + HELD_OUT)
     ids = torch.tensor([tokenizer.encode(encoding.encode(one)) for one in all_series])
     started = time.monotonic()
-    model = trained(ids[:-HELD_OUT], steps, BATCH, RATE, seed).to(torch.bfloat16)
+    model = trained(ids[:-HELD_OUT], steps, seed).to(torch.bfloat16)
     seconds = time.monotonic() - started
     with torch.no_grad():
         losses = [next_token_loss(model.float(), rows).item() for rows in ids[-HELD_OUT:].split(32)]
-    weights = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", **asdict(CONFIG)}
-    end = {"bos_token_id": None, "eos_token_id": tokenizer.pad_id, "use_sliding_window": False}
-    (out / "config.json").write_text(json.dumps(config | end, indent=2) + "\n")
     families = ", ".join(f"{family.__name__} {share:.0%}" for family, share in FAMILIES.items())
-    (out / "README.md").write_text(
-        f"""# The embedded checkpoint
+    card = f"""# The embedded checkpoint
 
 A Qwen2.5 decoder of {sum(p.numel() for p in model.parameters()):,} parameters. It was pretrained from scratch on series
 that are not predator-prey, written as text. Tests, examples and the default run use it in place of the real weights,
@@ -218,4 +205,5 @@ which have to be downloaded.
 
 The same command gives the same weights on the same machine and number of threads. Weights are bf16.
 """
-    )
+    end = {"bos_token_id": None, "eos_token_id": tokenizer.pad_id, "use_sliding_window": False}
+    write_checkpoint(out, model.to(torch.bfloat16), "Qwen2ForCausalLM", card, **end)
