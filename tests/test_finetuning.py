@@ -13,7 +13,8 @@ from experiments.forecasting.backtest import BacktestError, Origin, baseline_for
 from experiments.forecasting.text import TextForecaster
 from experiments.storage.files import RunError
 from experiments.training import loop
-from experiments.training.finetuning import FitError, prepare
+from experiments.training.finetuning import prepare
+from experiments.training.windows import TrainingError
 from tests.faults import contents
 
 pytestmark = pytest.mark.slow
@@ -86,7 +87,7 @@ def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path):
     job = prepare(forecaster, waves(6), 5, 7.9 * cost, **options)
     assert (job.tuning.settings.steps, job.tuning.settings.context) == (7, 200)
     for budget, steps in ((0.9 * cost, None), (7.9 * cost, 8)):
-        with pytest.raises(FitError, match="do not fit a budget"):
+        with pytest.raises(TrainingError, match="do not fit a budget"):
             prepare(forecaster, waves(6), 5, budget, steps=steps, **options)
     metrics = job.run(tmp_path)
     assert metrics["spent"] == 7 * cost <= metrics["budget"] == int(7.9 * cost)
@@ -107,7 +108,7 @@ def test_fitting_helps_and_keeps_the_best_state(tmp_path):
     np.testing.assert_array_equal(loaded.forecast(contexts, 5).values, forecaster.forecast(contexts, 5).values)
     rows = [line.split(",") for line in (tmp_path / "held_out.csv").read_text().splitlines()[1:]]
     assert min(rows, key=lambda row: float(row[1]))[0] == str(metrics["best_step"])
-    with pytest.raises(FitError, match="the model has an adapter; load the forecaster anew"):
+    with pytest.raises(TrainingError, match="the model has an adapter; load the forecaster anew"):
         training.finetune(forecaster, series, 3, **options)
 
 

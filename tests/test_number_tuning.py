@@ -14,10 +14,11 @@ from experiments.forecasting.backtest import Origin, split
 from experiments.forecasting.contexts import SeriesError
 from experiments.forecasting.numbers import LEVELS
 from experiments.forecasting.values import TUNED, ZERO_SHOT, Scale, combined
-from experiments.training.finetuning import FitError, prepare
+from experiments.training.finetuning import prepare
 from experiments.training.number_tuning import best_shares, with_scale
 from experiments.training.number_windows import NumberWindows
 from experiments.training.settings import NUMBER_TARGETS, Training
+from experiments.training.windows import TrainingError
 
 FEW = {"steps": 3, "batch": 2, "rank": 2, "context": 16}
 
@@ -162,9 +163,9 @@ def test_a_budget_pays_for_every_step_and_text_options_are_refused(tmp_path):
     assert metrics["spent"] == 2 * cost
     assert read_trained(tmp_path / "adapter").reading.shares == metrics["shares"]
     for wrong in ({"samples": 20}, {"targets": ("q_proj",)}, {"decimals": 3}):
-        with pytest.raises(FitError, match="is for models that write text"):
+        with pytest.raises(TrainingError, match="is for models that write text"):
             prepare(Forecaster.load("numbers"), series, 4, **wrong)
-    with pytest.raises(FitError, match="the model has an adapter"):
+    with pytest.raises(TrainingError, match="the model has an adapter"):
         prepare(forecaster, series, 4)
 
 

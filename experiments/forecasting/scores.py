@@ -186,14 +186,6 @@ def crps(samples: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return (distance - pairs).mean(axis=(1, 2))
 
 
-def share_inside(samples: np.ndarray, truth: np.ndarray, bounds: tuple[float, float] = BAND) -> float | None:
-    """The share of true values (N, h, D) between two quantiles of samples (N, S, h, D); None for too few samples."""
-    if samples.shape[1] < samples_needed(bounds[0]):
-        return None
-    low, high = quantiles(samples, bounds, axis=1)
-    return inside(low, high, truth)
-
-
 def inside(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> float:
     """The share of true values that lie between two bounds; all (N, h, D).
 
@@ -204,9 +196,16 @@ def inside(low: np.ndarray, high: np.ndarray, truth: np.ndarray) -> float:
 
 
 def probabilistic(samples: np.ndarray, truth: np.ndarray) -> dict:
-    """Scores of samples (N, S, h, D) for truth (N, h, D): CRPS with its interval, `share_inside` central intervals."""
+    """Scores of samples (N, S, h, D) for truth (N, h, D): CRPS with its interval, and the coverages of intervals.
+
+    A coverage, the share of true values inside a central interval, is None for too few samples.
+    """
     scores = crps(samples, truth)
     result = {"samples": samples.shape[1], "crps": float(scores.mean()), "crps_interval": mean_interval(scores)}
     for level in COVERAGE_LEVELS:
-        result[f"coverage_{level:.0%}"] = share_inside(samples, truth, ((1 - level) / 2, (1 + level) / 2))
+        share, outside = None, (1 - level) / 2
+        if samples.shape[1] >= samples_needed(outside):
+            low, high = quantiles(samples, (outside, 1 - outside), axis=1)
+            share = inside(low, high, truth)
+        result[f"coverage_{level:.0%}"] = share
     return result

@@ -6,7 +6,7 @@ N series, T time steps (which may differ between series), D variables, h forecas
 import hashlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -107,16 +107,9 @@ class TextForecaster(SeriesForecaster):
         return cls(model, tokenizer, encoding, places, tokens)
 
     def continued(
-        self,
-        arrays: list[np.ndarray],
-        horizon: int,
-        quantiles: Sequence[float] = (),
-        context: int | None = None,
-        progress: Callable[[int], None] = lambda count: None,
-        samples: int | None = None,
-        seed: int = 0,
+        self, arrays, horizon, quantiles, context, progress, samples: int | None = None, seed: int = 0,
         point: str = "median",
-    ) -> Forecast:
+    ) -> Forecast:  # fmt: skip
         """`forecast`, with further options.
 
         samples: so many paths are drawn from the model; None means 20 if there are quantiles to estimate, else 0.
@@ -125,10 +118,9 @@ class TextForecaster(SeriesForecaster):
         "mean", which is best for the squared error.
         progress is called with a number of paths. A SeriesWarning tells when not all of a context is read.
 
-        The result for a series depends on the seed and the series alone (in bf16, the rounding of other series in the
-        batch can change a digit). Raises before any forecast: SeriesError for values that are missing or that the
-        encoding cannot write, and for a text longer than the model has positions; SamplesError for quantiles that need
-        more samples.
+        The result depends on the seed too (and in bf16, the rounding of other series in the batch can change a digit).
+        Raises SeriesError for values that the encoding cannot write, and for a text longer than the model has
+        positions; SamplesError for quantiles that need more samples.
         """
         if samples is None:
             samples = DEFAULT_SAMPLES if len(quantiles) else 0

@@ -72,10 +72,9 @@ class Scale(NamedTuple):
         """
         if reading.mean is None or reading.spread is None:
             return None
-        device = None if x is None else x.device
 
         def tensor(numbers: list[float]) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.float64, device=device)[:, None]
+            return torch.tensor(numbers, dtype=torch.float64, device=None if x is None else x.device)[:, None]
 
         scale = cls(tensor(reading.mean), tensor(reading.spread), tensor(reading.offset) if reading.offset else None)
         if x is None or reading.usual is None:
@@ -163,24 +162,17 @@ class NumberForecaster(SeriesForecaster):
         self.model = deepcopy(self.base)
         return self.model
 
-    def continued(
-        self,
-        arrays: list[np.ndarray],
-        horizon: int,
-        quantiles: Sequence[float] = (),
-        context: int | None = None,
-        progress: Callable[[int], None] = lambda count: None,
-    ) -> Forecast:
+    def continued(self, arrays, horizon, quantiles, context, progress) -> Forecast:
         """`forecast`; `values` are medians.
 
         Values may be missing (NaN). Quantiles beyond 0.1 and 0.9 are extrapolated by a normal distribution. The newest
         512 time steps are read, the last number of STRIDES. A zero-shot forecast moves with its series if that is
         shifted or multiplied by a positive number, up to rounding.
         """
-        if (reading := self.reading) is None:
-            found = self.parts(arrays, horizon, [ZERO_SHOT], context, progress)[ZERO_SHOT]
-        else:
-            found = combined(self.parts(arrays, horizon, reading.near | reading.far, context, progress), reading)
+        reading = self.trained.reading if self.trained else None
+        names = reading.near | reading.far if reading else [ZERO_SHOT]
+        parts = self.parts(arrays, horizon, names, reading, context, progress)
+        found = combined(parts, reading) if reading else parts[ZERO_SHOT]
         return Forecast(found[:, MEDIAN], None, at_levels(found, quantiles) if len(quantiles) else None)
 
     def parts(
@@ -188,40 +180,37 @@ class NumberForecaster(SeriesForecaster):
         arrays: Sequence[np.ndarray],
         horizon: int,
         names: Iterable[str],
+        reading: Reading | None = None,
         context: int | None = None,
         progress: Callable[[int], None] = lambda count: None,
-        reading: Reading | None = None,
     ) -> dict[str, np.ndarray]:
         """What forecasts are made of, by name: quantiles (N, Q, h, D) of the decoders, (N, 1, h, D) of baselines.
 
-        At least one is of a decoder. reading: how the fine-tuned one reads; None: as it is recorded. Raises SeriesError
-        for a variable without values.
+        At least one is of a decoder. reading: how the fine-tuned one reads. Raises SeriesError for a variable without
+        values.
         """
-        found, names, reading = {}, set(names), reading or self.reading
+        found, names = {}, set(names)
         if reading and reading.mean is not None and len(reading.mean) != (variables := arrays[0].shape[1]):
             raise SeriesError(f"the series have {variables} variables, the adapter was trained on {len(reading.mean)}")
+        read = [array[-context:] for array in arrays] if context else arrays
         if TUNED in names:
-            found[TUNED] = self._read(self.model, reading, arrays, horizon, context, progress)
+            found[TUNED] = self._read(self.model, reading, read, horizon, progress)
         if ZERO_SHOT in names or not found:
             count = progress if not found else lambda count: None  # each series counts once
-            whole = self._read(self.base, None, arrays, horizon, context, count)
-            newest = [[newest_of(array, context, share) for array in arrays] for share in NEWEST]
-            others = [self._read(self.base, None, some, horizon, context) for some in newest]
-            found[ZERO_SHOT] = np.mean([whole, *others], axis=0)
+            whole = self._read(self.base, None, read, horizon, count)
+            newest = [[newest_of(array, share) for array in read] for share in NEWEST]
+            found[ZERO_SHOT] = np.mean(
+                [whole, *(self._read(self.base, None, some, horizon) for some in newest)], axis=0
+            )
         if simple := names & BASELINES.keys():
             pasts, season = [filled(array) for array in arrays], reading.season if reading else None
             simple_ones = baseline_forecasts(pasts, horizon, season, simple)
             found |= {name: one[:, None] for name, one in simple_ones.items()}
         return found
 
-    @property
-    def reading(self) -> Reading | None:
-        """How the adapter reads series."""
-        return self.trained.reading if self.trained else None
-
-    def _read(self, model, reading, arrays, horizon, context, progress=lambda count: None) -> np.ndarray:
+    def _read(self, model, reading, arrays, horizon, progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by a decoder and how it reads; None: zero-shot."""
-        longest = min(context or max(STRIDES), reading.context if reading else max(STRIDES))
+        longest = reading.context if reading else max(STRIDES)
         variables = arrays[0].shape[1]
         batches: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, array in enumerate(arrays):
@@ -245,9 +234,8 @@ class NumberForecaster(SeriesForecaster):
         return found
 
 
-def newest_of(array: np.ndarray, context: int | None, share: float) -> np.ndarray:
-    """The newest share of the `context` newest steps of a series (T, D), or all if a variable has no value in it."""
-    array = array[-context:] if context else array
+def newest_of(array: np.ndarray, share: float) -> np.ndarray:
+    """The newest share of a series (T, D), or all of it if a variable has no value in that."""
     part = array[-max(LEAST, int(share * len(array))) :]
     return part if np.isfinite(part).any(axis=0).all() else array
 

@@ -29,9 +29,10 @@ from experiments.storage.runfolder import open_run
 from experiments.training.loop import Account, HeldOut, Progress
 from experiments.training.number_tuning import NumberTuning
 from experiments.training.run import clear, inject_adapter, run_training, software, write_adapter
+from experiments.training.settings import STEPS
 from experiments.training.team import ALONE, Team
 from experiments.training.text_tuning import TextTuning
-from experiments.training.tuning import STEPS, FitError
+from experiments.training.windows import TrainingError
 from lora import load_adapter
 from lora.layer import LoRALinear
 
@@ -78,10 +79,10 @@ def prepare(
     context: time steps that the model reads before a forecast. patience: the training ends after so many checks of the
     held-out loss in a row that found nothing better. season: time steps that the seasonal baseline repeats. The other
     options are those of `TextTuning.prepare` or `NumberTuning.prepare`.
-    Raises SeriesError, BacktestError or FitError for data, settings or a budget that do not allow it.
+    Raises SeriesError, BacktestError or TrainingError for data, settings or a budget that do not allow it.
     """
     if horizon < 1:
-        raise FitError(f"horizon is {horizon}, expected at least 1")
+        raise TrainingError(f"horizon is {horizon}, expected at least 1")
     check_context(context)
     series = [series] if is_frame(series) else list(series)
     arrays = checked_series(series, missing="keep")
@@ -89,9 +90,11 @@ def prepare(
         variables = [*tables.from_frame(series[0], missing="keep")[0].columns]
     parts = split(arrays, horizon)
     if forecaster.checkpoint is None:
-        raise FitError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
+        raise TrainingError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
     if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
-        raise FitError("the model has an adapter; load the forecaster anew, without it or from an exported checkpoint")
+        raise TrainingError(
+            "the model has an adapter; load the forecaster anew, without it or from an exported checkpoint"
+        )
     tuning: Tuning
     if isinstance(forecaster, NumberForecaster):
         tuning = NumberTuning.prepare(forecaster, parts, horizon, context, season, **options)
@@ -100,7 +103,7 @@ def prepare(
     cost = tuning.cost
     steps = steps or (STEPS if budget is None else int(budget // cost))
     if budget is not None and (steps < 1 or steps * cost > budget):
-        raise FitError(
+        raise TrainingError(
             f"{max(steps, 1)} steps of {cost:.3e} FLOPs do not fit a budget of {budget:.3e}; raise it, or take "
             "fewer steps, a smaller batch or a shorter context"
         )

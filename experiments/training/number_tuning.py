@@ -26,8 +26,9 @@ from experiments.forecasting.values import (
 )
 from experiments.training.number_costs import muon_flops, number_step
 from experiments.training.number_windows import NumberWindows, by_muon, learns
+from experiments.training.run import chosen_settings
 from experiments.training.settings import NUMBERS, Training
-from experiments.training.tuning import FitError, chosen_settings
+from experiments.training.windows import TrainingError
 from lora import adapter_parameters
 
 OPTIONS = ("rank", "alpha", "learning_rate", "batch", "accumulate", "seed", "steps")
@@ -134,16 +135,18 @@ class NumberTuning:
     ) -> "NumberTuning":
         """context: None: as many time steps as there are, up to the most that it reads. season: that the baseline has.
 
-        The settings are those of OPTIONS, by default NUMBERS. Raises FitError.
+        The settings are those of OPTIONS, by default NUMBERS. Raises TrainingError.
         """
         if others := sorted(settings.keys() - set(OPTIONS)):
-            raise FitError(f"{others[0]} is for models that write text, and this one reads values; leave it out")
+            raise TrainingError(f"{others[0]} is for models that write text, and this one reads values; leave it out")
         chosen, shapes = chosen_settings(forecaster.model, NUMBERS, settings)
         longest = max(map(len, parts.train))
         ahead = min(horizon, AHEAD, longest // 2)
         series = [one for one in parts.train if len(one) >= ahead + MIN_STEPS]
         if not series:
-            raise FitError(f"the longest series to train on has {longest} time steps, expected {2 * MIN_STEPS} or more")
+            raise TrainingError(
+                f"the longest series to train on has {longest} time steps, expected {2 * MIN_STEPS} or more"
+            )
         context = min(context or max(STRIDES), max(STRIDES), longest - ahead)
         stride = max(STRIDE, stride_of(context))
         reading = with_scale(Reading(context, stride, ahead, season=season), series)
@@ -188,7 +191,7 @@ class NumberTuning:
         return pinball(self._parts(places, [TUNED])[TUNED], places).tolist()
 
     def _parts(self, places: Sequence[Origin], names: Sequence[str]) -> dict[str, np.ndarray]:
-        return self.forecaster.parts([place.context for place in places], self.horizon, names, reading=self.reading)
+        return self.forecaster.parts([place.context for place in places], self.horizon, names, self.reading)
 
     def forecast(self, contexts: Sequence[np.ndarray]) -> Forecast:
         """What the forecaster says of contexts (T, D), with quantiles at BAND."""

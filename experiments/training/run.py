@@ -4,6 +4,7 @@ import hashlib
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from experiments.forecasting.adapter import Trained, write_trained
 from experiments.storage.files import sync, write_whole
 from experiments.training.loop import Account, HeldOut, Progress, train
 from experiments.training.settings import Training
-from experiments.training.windows import Windows
+from experiments.training.windows import TrainingError, Windows
 from lora import inject, save_adapter
+from lora.inject import new_layers, tensors_of
 
 STATE_FILE = "state.safetensors"
 
@@ -47,6 +49,24 @@ def run_training(
 
     account.team.told(files)
     return done
+
+
+def chosen_settings(
+    model: nn.Module, defaults: Training, settings: dict
+) -> tuple[Training, dict[str, tuple[int, ...]]]:
+    """The defaults with other settings, which the data complete, and the shapes of what such a training changes.
+
+    Raises TrainingError for settings that are impossible.
+    """
+    try:
+        chosen = replace(defaults, **settings)
+        tensors = dict(model.named_parameters())
+        if chosen.rank:
+            with torch.random.fork_rng(devices=[]):
+                tensors = tensors_of(new_layers(model, chosen.lora))  # refuses modules that cannot be adapted
+    except (TypeError, ValueError) as error:
+        raise TrainingError(str(error)) from error
+    return chosen, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def inject_adapter(model: nn.Module, settings: Training) -> None:

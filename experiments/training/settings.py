@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 # all that LoRA can adapt in a Qwen2.5, and in the decoder that reads values
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NUMBER_TARGETS = (*LINEAR, "read", "head", "skip")
+STEPS = 300  # of a fine-tuning without a budget
 
 
 @dataclass(frozen=True)
@@ -94,5 +95,5 @@ class Training:
 
 # what was best for the decoder that reads values on the validation series of the study, for 1e12 FLOPs
 NUMBERS = Training(
-    16, 6e-3, None, 300, targets=NUMBER_TARGETS, cosine=True, alpha=16, clip=1.0, beta2=0.98, reads="numbers"
+    16, 6e-3, None, STEPS, targets=NUMBER_TARGETS, cosine=True, alpha=16, clip=1.0, beta2=0.98, reads="numbers"
 )

@@ -14,9 +14,9 @@ from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import BAND, samples_needed
 from experiments.forecasting.text import DEFAULT_SAMPLES, TextForecaster
-from experiments.training.settings import LINEAR, Training
-from experiments.training.tuning import STEPS, FitError, chosen_settings
-from experiments.training.windows import Cuts, TextWindows, cut_series, step_flops
+from experiments.training.run import chosen_settings
+from experiments.training.settings import LINEAR, STEPS, Training
+from experiments.training.windows import Cuts, TextWindows, TrainingError, cut_series, step_flops
 from qwen_min.weights import TINY
 
 WINDOW_TOKENS = 768  # the length of a window, if the series are long enough and the horizon leaves a context
@@ -57,17 +57,17 @@ class TextTuning:
         """context: None: as many time steps as make windows of WINDOW_TOKENS.
 
         samples: paths of each held-out forecast; 0: its likeliest path. The settings are those of `Training`, by
-        default DEFAULTS, with TINY_RATE for the embedded checkpoint. Raises FitError.
+        default DEFAULTS, with TINY_RATE for the embedded checkpoint. Raises TrainingError.
         """
         if samples < 0:
-            raise FitError(f"samples is {samples}, expected at least 0")
+            raise TrainingError(f"samples is {samples}, expected at least 0")
         assert forecaster.checkpoint is not None  # checked by `finetuning.prepare`
         rate = TINY_RATE if forecaster.checkpoint[1] == TINY else RATE
         chosen, _ = chosen_settings(forecaster.model, replace(DEFAULTS, learning_rate=rate), settings)
         per_step = Encoding(1.0, decimals).tokens_per_step(parts.train[0].shape[1])
         context = context or max(WINDOW_TOKENS // per_step - horizon, 2 * horizon)
         if (tokens := (context + horizon) * per_step) > (most := forecaster.model.config.max_position_embeddings):
-            raise FitError(
+            raise TrainingError(
                 f"a context of {context} and a horizon of {horizon} time steps take {tokens} tokens, the model has "
                 f"{most} positions; shorten one of them"
             )

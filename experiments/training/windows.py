@@ -57,16 +57,16 @@ class Cuts:
 
     def __init__(self, starts: Sequence[Sequence[int]], cut: Callable[[int, int], list[int]]):
         """The windows cut(number, start) at the starts of each series, from number 0 on."""
-        self.starts, self.ends, self.cut = starts, np.cumsum([len(one) for one in starts]), lru_cache(KEPT)(cut)
+        self.places = [(number, start) for number, some in enumerate(starts) for start in some]
+        self.cut = lru_cache(KEPT)(cut)
 
     def __len__(self) -> int:
         """The number of windows."""
-        return int(self.ends[-1])
+        return len(self.places)
 
     def __getitem__(self, index: int) -> list[int]:
         """The tokens of a window."""
-        number = int(np.searchsorted(self.ends, index, side="right"))
-        return self.cut(number, self.starts[number][index - int(self.ends[number])])  # from the end of its starts
+        return self.cut(*self.places[index])
 
 
 def cut_tokens(token_lists: Sequence[list[int]], settings: Training) -> Cuts:
