@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # --help need not wait for torch
 
     from experiments.training.finetuning import Finetuning
 
-# the options that `prepare` takes by their names here, if they are given
+# the options that `Finetuning` takes by their names here, if they are given
 SETTINGS = (
     "horizon", "budget", "steps", "context", "decimals", "samples", "patience", "rank", "alpha", "targets",
     "learning_rate", "batch", "accumulate", "numeric_head", "seed", "season",
@@ -96,13 +96,13 @@ def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
 def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFrame"], "Finetuning"]:
     """Read and check everything that a fine-tuning needs, and tell what it will be. Write nothing."""
     from experiments.forecasting import Forecaster
-    from experiments.training.finetuning import prepare
+    from experiments.training.finetuning import Finetuning
 
     cli.checked_device(device)
     series = read(args)
     forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
     settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
-    job = prepare(forecaster, [one.to_numpy() for one in series], variables=list(series[0].columns), **settings)
+    job = Finetuning(forecaster, [one.to_numpy() for one in series], variables=list(series[0].columns), **settings)
     cli.tell(job.told)
     return series, job
 

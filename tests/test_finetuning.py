@@ -13,7 +13,7 @@ from experiments.forecasting.backtest import BacktestError, Origin, baseline_for
 from experiments.forecasting.text import TextForecaster
 from experiments.storage.files import RunError
 from experiments.training import loop
-from experiments.training.finetuning import prepare
+from experiments.training.finetuning import Finetuning
 from experiments.training.windows import TrainingError
 from tests.faults import contents
 
@@ -83,12 +83,12 @@ def test_intervals_are_over_series_and_hold_the_mean_as_often_as_they_say():
 def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path):
     forecaster = Forecaster.load("tiny")
     options = {"context": 15, "samples": 0}
-    cost = prepare(forecaster, waves(6), 5, steps=1, **options).tuning.cost
-    job = prepare(forecaster, waves(6), 5, 7.9 * cost, **options)
+    cost = Finetuning(forecaster, waves(6), 5, steps=1, **options).tuning.cost
+    job = Finetuning(forecaster, waves(6), 5, 7.9 * cost, **options)
     assert (job.tuning.settings.steps, job.tuning.settings.context) == (7, 200)
     for budget, steps in ((0.9 * cost, None), (7.9 * cost, 8)):
         with pytest.raises(TrainingError, match="do not fit a budget"):
-            prepare(forecaster, waves(6), 5, budget, steps=steps, **options)
+            Finetuning(forecaster, waves(6), 5, budget, steps=steps, **options)
     metrics = job.run(tmp_path)
     assert metrics["spent"] == 7 * cost <= metrics["budget"] == int(7.9 * cost)
     lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]

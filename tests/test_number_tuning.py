@@ -14,7 +14,7 @@ from experiments.forecasting.backtest import Origin, split
 from experiments.forecasting.contexts import SeriesError
 from experiments.forecasting.numbers import LEVELS
 from experiments.forecasting.values import TUNED, ZERO_SHOT, Scale, combined
-from experiments.training.finetuning import prepare
+from experiments.training.finetuning import Finetuning
 from experiments.training.number_tuning import best_shares, with_scale
 from experiments.training.number_windows import NumberWindows
 from experiments.training.settings import NUMBER_TARGETS, Training
@@ -157,21 +157,21 @@ def test_one_short_series_keeps_the_zero_shot_forecast(tmp_path):
 
 def test_a_budget_pays_for_every_step_and_text_options_are_refused(tmp_path):
     forecaster, series = Forecaster.load("numbers"), patterns(6)
-    cost = prepare(forecaster, series, 4, **FEW).tuning.cost
+    cost = Finetuning(forecaster, series, 4, **FEW).tuning.cost
     options = {name: value for name, value in FEW.items() if name != "steps"}
     metrics = training.finetune(forecaster, series, 4, 2.5 * cost, tmp_path, **options)
     assert metrics["spent"] == 2 * cost
     assert read_trained(tmp_path / "adapter").reading.shares == metrics["shares"]
     for wrong in ({"samples": 20}, {"targets": ("q_proj",)}, {"decimals": 3}):
         with pytest.raises(TrainingError, match="is for models that write text"):
-            prepare(Forecaster.load("numbers"), series, 4, **wrong)
+            Finetuning(Forecaster.load("numbers"), series, 4, **wrong)
     with pytest.raises(TrainingError, match="the model has an adapter"):
-        prepare(forecaster, series, 4)
+        Finetuning(forecaster, series, 4)
 
 
 def test_short_series_are_trained_on_with_a_shorter_horizon():
     parts = split([one[:27] for one in patterns(1)], 9)
     assert len(parts.train[0]) == 9
-    job = prepare(Forecaster.load("numbers"), [patterns(1)[0][:27]], 9, steps=1)
+    job = Finetuning(Forecaster.load("numbers"), [patterns(1)[0][:27]], 9, steps=1)
     assert (job.tuning.reading.ahead, job.tuning.reading.context) == (4, 5)
     assert "AR" in job.run()["errors"]

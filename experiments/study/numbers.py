@@ -32,7 +32,7 @@ def number_tuning(judge: Judge, training: Training) -> NumberTuning:
     assert training.context is not None  # a plan fills it in before the training
     settings = {name: getattr(training, name) for name in OPTIONS}
     parts = Parts(list(judge.series["train"].astype(float)), places(judge), [], [], "")
-    return NumberTuning.prepare(forecaster, parts, HORIZON, training.context * STRIDE, **settings)
+    return NumberTuning(forecaster, parts, HORIZON, training.context * STRIDE, **settings)
 
 
 def places(judge: Judge) -> list[Origin]:

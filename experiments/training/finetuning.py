@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 import flops
 from experiments import tables
 from experiments.forecasting.adapter import Trained, checkpoint_hash, end_hash, read_trained
-from experiments.forecasting.backtest import Origin, Parts, baseline_forecasts, check_context, scores, split
+from experiments.forecasting.backtest import Origin, baseline_forecasts, check_context, scores, split
 from experiments.forecasting.contexts import checked_series, is_frame
 from experiments.forecasting.scores import inside
 from experiments.forecasting.text import TextForecaster
@@ -53,75 +53,64 @@ def finetune(
     """Fine-tune a forecaster's model on N series, which then has the adapter; return the metrics.
 
     folder: where to write the adapter and the results, and to continue from after a kill; None: nowhere. The other
-    arguments and the errors are those of `prepare`; also flops.BudgetExceeded, TrainingError, Interrupted, and RunError
-    for a folder of another run.
+    arguments and the errors are those of `Finetuning`; also flops.BudgetExceeded, Interrupted, and RunError for a
+    folder of another run.
     """
-    return prepare(forecaster, series, horizon, budget, **options).run(folder)
+    return Finetuning(forecaster, series, horizon, budget, **options).run(folder)
 
 
-def prepare(
-    forecaster: AnyForecaster,
-    series: Sequence,
-    horizon: int,
-    budget: float | None = None,
-    *,
-    steps: int | None = None,
-    context: int | None = None,
-    patience: int | None = None,
-    variables: list[str] | None = None,
-    season: int | None = None,
-    **options,
-) -> "Finetuning":
-    """Check everything that a fine-tuning needs, and split the series; nothing is spent or written.
-
-    forecaster: one that `Forecaster.load` made. series: arrays (T, D) or (T), NaN where a value is missing, or
-    DataFrames. budget: FLOPs that the training may cost; it decides the number of steps unless `steps` is given.
-    context: time steps that the model reads before a forecast. patience: the training ends after so many checks of the
-    held-out loss in a row that found nothing better. season: time steps that the seasonal baseline repeats. The other
-    options are those of `TextTuning.prepare` or `NumberTuning.prepare`.
-    Raises SeriesError, BacktestError or TrainingError for data, settings or a budget that do not allow it.
-    """
-    if horizon < 1:
-        raise TrainingError(f"horizon is {horizon}, expected at least 1")
-    check_context(context)
-    series = [series] if is_frame(series) else list(series)
-    arrays = checked_series(series, missing="keep")
-    if variables is None and is_frame(series[0]):
-        variables = [*tables.from_frame(series[0], missing="keep")[0].columns]
-    parts = split(arrays, horizon)
-    if forecaster.checkpoint is None:
-        raise TrainingError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
-    if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
-        raise TrainingError(
-            "the model has an adapter; load the forecaster anew, without it or from an exported checkpoint"
-        )
-    tuning: Tuning
-    if isinstance(forecaster, NumberForecaster):
-        tuning = NumberTuning.prepare(forecaster, parts, horizon, context, season, **options)
-    else:
-        tuning = TextTuning.prepare(forecaster, parts, horizon, context, **options)
-    cost = tuning.cost
-    steps = steps or (STEPS if budget is None else int(budget // cost))
-    if budget is not None and (steps < 1 or steps * cost > budget):
-        raise TrainingError(
-            f"{max(steps, 1)} steps of {cost:.3e} FLOPs do not fit a budget of {budget:.3e}; raise it, or take "
-            "fewer steps, a smaller batch or a shorter context"
-        )
-    tuning = replace(tuning, settings=replace(tuning.settings, steps=steps))
-    return Finetuning(tuning, arrays, variables, parts, patience, season, budget)
-
-
-@dataclass(frozen=True)
 class Finetuning:
-    """A fine-tuning whose inputs were checked; `prepare` makes it."""
+    """A fine-tuning whose inputs are checked and whose series are split; nothing is spent or written before `run`."""
 
-    tuning: Tuning
-    series: list[np.ndarray]
-    variables: list[str] | None
-    parts: Parts
-    patience: int | None
-    season: int | None
-    budget: float | None
+    def __init__(
+        self,
+        forecaster: AnyForecaster,
+        series: Sequence,
+        horizon: int,
+        budget: float | None = None,
+        *,
+        steps: int | None = None,
+        context: int | None = None,
+        patience: int | None = None,
+        variables: list[str] | None = None,
+        season: int | None = None,
+        **options,
+    ):
+        """forecaster: one that `Forecaster.load` made. series: arrays (T, D) or (T), NaN where a value is
+        missing, or DataFrames.
+
+        budget: FLOPs that the training may cost; it decides the number of steps unless `steps` is given. context: time
+        steps that the model reads before a forecast. patience: the training ends after so many checks of the held-out
+        loss in a row that found nothing better. season: time steps that the seasonal baseline repeats. The other
+        options are those of `TextTuning` or `NumberTuning`.
+        Raises SeriesError, BacktestError or TrainingError for data, settings or a budget that do not allow it.
+        """
+        if horizon < 1:
+            raise TrainingError(f"horizon is {horizon}, expected at least 1")
+        check_context(context)
+        series = [series] if is_frame(series) else list(series)
+        if variables is None and series and is_frame(series[0]):
+            variables = [*tables.from_frame(series[0], missing="keep")[0].columns]
+        self.series, self.variables = checked_series(series, missing="keep"), variables
+        self.parts, self.patience, self.season, self.budget = split(self.series, horizon), patience, season, budget
+        if forecaster.checkpoint is None:
+            raise TrainingError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
+        if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
+            raise TrainingError(
+                "the model has an adapter; load the forecaster anew, without it or from an exported checkpoint"
+            )
+        tuning: Tuning
+        if isinstance(forecaster, NumberForecaster):
+            tuning = NumberTuning(forecaster, self.parts, horizon, context, season, **options)
+        else:
+            tuning = TextTuning(forecaster, self.parts, horizon, context, **options)
+        steps = steps or (STEPS if budget is None else int(budget // tuning.cost))
+        if budget is not None and (steps < 1 or steps * tuning.cost > budget):
+            raise TrainingError(
+                f"{max(steps, 1)} steps of {tuning.cost:.3e} FLOPs do not fit a budget of {budget:.3e}; raise it, or "
+                "take fewer steps, a smaller batch or a shorter context"
+            )
+        self.tuning, tuning.settings = tuning, replace(tuning.settings, steps=steps)
 
     @property
     def told(self) -> str:
@@ -135,7 +124,7 @@ class Finetuning:
     @cached_property
     def trained(self) -> Trained:
         """The record that stands beside the adapter, but for what the training decides."""
-        assert self.tuning.forecaster.checkpoint is not None  # checked by `prepare`
+        assert self.tuning.forecaster.checkpoint is not None  # checked before
         name, folder = self.tuning.forecaster.checkpoint
         ends = [end_hash(rows) for rows in self.parts.seen]
         return Trained(name, checkpoint_hash(folder), variables=self.variables, ends=ends)

@@ -4,7 +4,7 @@ M forecasts, Q = len(LEVELS) quantiles, h forecast steps, D variables.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import ClassVar
 
@@ -27,7 +27,7 @@ from experiments.forecasting.values import (
 from experiments.training.number_costs import muon_flops, number_step
 from experiments.training.number_windows import NumberWindows, by_muon, learns
 from experiments.training.run import chosen_settings
-from experiments.training.settings import NUMBERS, Training
+from experiments.training.settings import NUMBERS
 from experiments.training.windows import TrainingError
 from lora import adapter_parameters
 
@@ -107,32 +107,23 @@ def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], readi
     return reading if is_certain(gain, places) else before
 
 
-@dataclass(frozen=True)
 class NumberTuning:
     """How a forecaster that reads values is trained."""
-
-    forecaster: NumberForecaster
-    series: list[np.ndarray]
-    horizon: int
-    reading: Reading
-    settings: Training
-    shapes: dict[str, tuple[int, ...]]  # of the adapter's tensors
 
     unit = "standard deviations"
     most_checked = None
     samples = 0
     identity: ClassVar[dict] = {}
 
-    @classmethod
-    def prepare(
-        cls,
+    def __init__(
+        self,
         forecaster: NumberForecaster,
         parts: Parts,
         horizon: int,
         context: int | None = None,
         season: int | None = None,
         **settings,
-    ) -> "NumberTuning":
+    ):
         """context: None: as many time steps as there are, up to the most that it reads. season: that the baseline has.
 
         The settings are those of OPTIONS, by default NUMBERS. Raises TrainingError.
@@ -142,21 +133,20 @@ class NumberTuning:
         chosen, shapes = chosen_settings(forecaster.model, NUMBERS, settings)
         longest = max(map(len, parts.train))
         ahead = min(horizon, AHEAD, longest // 2)
-        series = [one for one in parts.train if len(one) >= ahead + MIN_STEPS]
-        if not series:
+        self.series = [one for one in parts.train if len(one) >= ahead + MIN_STEPS]
+        if not self.series:
             raise TrainingError(
                 f"the longest series to train on has {longest} time steps, expected {2 * MIN_STEPS} or more"
             )
-        context = min(context or max(STRIDES), max(STRIDES), longest - ahead)
-        stride = max(STRIDE, stride_of(context))
-        reading = with_scale(Reading(context, stride, ahead, season=season), series)
-        chosen = replace(chosen, context=max(2, -(-context // stride)))
-        return cls(forecaster, series, horizon, reading, chosen, shapes)
-
-    @property
-    def context(self) -> int:
-        """Time steps that the decoder reads before a forecast."""
-        return self.reading.context
+        self.context = min(context or max(STRIDES), max(STRIDES), longest - ahead)
+        stride = max(STRIDE, stride_of(self.context))
+        self.reading = with_scale(Reading(self.context, stride, ahead, season=season), self.series)
+        tokens, variables = max(2, -(-self.context // stride)), self.series[0].shape[1]
+        self.settings = replace(chosen, context=tokens)
+        step = number_step(forecaster.base.config, chosen.batch // chosen.accumulate, variables, tokens, chosen.ranks)
+        matrices = [shape for name, shape in shapes.items() if learns(name, variables) and by_muon(name, shape)]
+        self.cost = chosen.accumulate * step + muon_flops(matrices)  # FLOPs of a step, as it runs
+        self.forecaster, self.horizon = forecaster, horizon
 
     @property
     def told(self) -> str:
@@ -165,16 +155,6 @@ class NumberTuning:
         if self.reading.mean is not None:
             scale = f"one scale for all{', of logarithms' if self.reading.offset else ''}"
         return f"{self.settings.context} tokens of up to {self.context} time steps of a series; {scale}"
-
-    @property
-    def cost(self) -> int:
-        """FLOPs of a training step, as it runs (convention exact), with the products of Muon."""
-        batch, parts, variables = self.settings.batch, self.settings.accumulate, self.series[0].shape[1]
-        assert self.settings.context is not None  # `prepare` fills it in
-        config, ranks = self.forecaster.base.config, self.settings.ranks
-        step = number_step(config, batch // parts, variables, self.settings.context, ranks)
-        trained = {name: shape for name, shape in self.shapes.items() if learns(name, variables)}
-        return parts * step + muon_flops([shape for name, shape in trained.items() if by_muon(name, shape)])
 
     def begin(self) -> None:
         """Train a copy of the model; the pretrained one stays a part of the forecasts."""

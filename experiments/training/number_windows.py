@@ -61,7 +61,7 @@ class NumberWindows:
         self.matrices = frozenset(name for name, one in self.parameters.items() if by_muon(name, one.shape))
         self.device = model.norm.weight.device
         self.series = [np.ascontiguousarray(one.T) for one in series]
-        assert settings.context is not None  # tokens; `NumberTuning.prepare` fills it in
+        assert settings.context is not None  # tokens; `NumberTuning` fills it in
         self.length = settings.context * reading.stride
         windows = [number for number, one in enumerate(series) for _ in range(max(1, len(one) // self.length))]
         self.windows = windows * -(-settings.batch // len(windows))

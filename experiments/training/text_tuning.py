@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from experiments.forecasting.scores import BAND, samples_needed
 from experiments.forecasting.text import DEFAULT_SAMPLES, TextForecaster
 from experiments.training.run import chosen_settings
 from experiments.training.settings import LINEAR, STEPS, Training
-from experiments.training.windows import Cuts, TextWindows, TrainingError, cut_series, step_flops
+from experiments.training.windows import TextWindows, TrainingError, cut_series, step_flops
 from qwen_min.weights import TINY
 
 WINDOW_TOKENS = 768  # the length of a window, if the series are long enough and the horizon leaves a context
@@ -27,25 +27,14 @@ DEFAULTS = Training(
 )
 
 
-@dataclass(frozen=True)
 class TextTuning:
     """How a forecaster that writes text is trained."""
-
-    forecaster: TextForecaster
-    horizon: int
-    context: int  # time steps that the model reads before a forecast
-    decimals: int
-    samples: int
-    tokens: int  # of a context and a forecast
-    cuts: Cuts
-    settings: Training
 
     unit = "nats per value"
     most_checked = 8  # forecasts over which the held-out loss is measured, because each takes long
 
-    @classmethod
-    def prepare(
-        cls,
+    def __init__(
+        self,
         forecaster: TextForecaster,
         parts: Parts,
         horizon: int,
@@ -53,55 +42,44 @@ class TextTuning:
         decimals: int = 2,
         samples: int = DEFAULT_SAMPLES,
         **settings,
-    ) -> "TextTuning":
-        """context: None: as many time steps as make windows of WINDOW_TOKENS.
+    ):
+        """context: time steps that are read before a forecast; None: those that make windows of WINDOW_TOKENS.
 
         samples: paths of each held-out forecast; 0: its likeliest path. The settings are those of `Training`, by
         default DEFAULTS, with TINY_RATE for the embedded checkpoint. Raises TrainingError.
         """
         if samples < 0:
             raise TrainingError(f"samples is {samples}, expected at least 0")
-        assert forecaster.checkpoint is not None  # checked by `finetuning.prepare`
+        assert forecaster.checkpoint is not None  # checked by `Finetuning`
         rate = TINY_RATE if forecaster.checkpoint[1] == TINY else RATE
         chosen, _ = chosen_settings(forecaster.model, replace(DEFAULTS, learning_rate=rate), settings)
         per_step = Encoding(1.0, decimals).tokens_per_step(parts.train[0].shape[1])
         context = context or max(WINDOW_TOKENS // per_step - horizon, 2 * horizon)
-        if (tokens := (context + horizon) * per_step) > (most := forecaster.model.config.max_position_embeddings):
+        self.tokens = (context + horizon) * per_step
+        if self.tokens > (most := forecaster.model.config.max_position_embeddings):
             raise TrainingError(
-                f"a context of {context} and a horizon of {horizon} time steps take {tokens} tokens, the model has "
-                f"{most} positions; shorten one of them"
+                f"a context of {context} and a horizon of {horizon} time steps take {self.tokens} tokens, the model "
+                f"has {most} positions; shorten one of them"
             )
-        length = min(tokens, max(map(len, parts.train)) * per_step)
-        cuts = cut_series(parts.train, context, horizon, decimals, forecaster.tokenizer, length)
+        length = min(self.tokens, max(map(len, parts.train)) * per_step)
+        self.cuts = cut_series(parts.train, context, horizon, decimals, forecaster.tokenizer, length)
         # a batch has at most as many windows as there are
-        batch = min(chosen.batch, len(cuts))
+        batch = min(chosen.batch, len(self.cuts))
         accumulate = chosen.accumulate if batch % chosen.accumulate == 0 else 1
-        chosen = replace(chosen, context=length, batch=batch, accumulate=accumulate)
-        return cls(forecaster, horizon, context, decimals, samples, tokens, cuts, chosen)
-
-    @property
-    def told(self) -> str:
-        """What is read in training."""
-        count = len(self.cuts)
-        return f"{count} window{'s' * (count != 1)} of {self.settings.context} tokens"
+        self.settings = replace(chosen, context=length, batch=batch, accumulate=accumulate)
+        self.vocabulary = None  # of the softmax: all tokens, or those of numbers
+        if chosen.numeric_head:
+            self.vocabulary = torch.tensor(Grammar(forecaster.tokenizer, decimals, 1).vocabulary)
+        count = None if self.vocabulary is None else len(self.vocabulary)
+        self.cost = step_flops(forecaster.model.config, self.settings, count)  # FLOPs of a step, as it runs
+        self.told = f"{len(self.cuts)} window{'s' * (len(self.cuts) != 1)} of {length} tokens"  # what is read
+        self.forecaster, self.horizon, self.context = forecaster, horizon, context
+        self.decimals, self.samples = decimals, samples
 
     @property
     def identity(self) -> dict:
         """What decides the result, besides the settings."""
         return {"decimals": self.decimals, "samples": self.samples}
-
-    @property
-    def vocabulary(self) -> torch.Tensor | None:
-        """The ids of the tokens that the text of numbers uses; None: the softmax runs over all tokens."""
-        if not self.settings.numeric_head:
-            return None
-        return torch.tensor(Grammar(self.forecaster.tokenizer, self.decimals, 1).vocabulary)
-
-    @property
-    def cost(self) -> int:
-        """FLOPs of a training step, as it runs (convention exact)."""
-        vocabulary = None if self.vocabulary is None else len(self.vocabulary)
-        return step_flops(self.forecaster.model.config, self.settings, vocabulary)
 
     def begin(self) -> None:
         """Read and write numbers as the training will."""
@@ -109,7 +87,7 @@ class TextTuning:
 
     def windows(self) -> TextWindows:
         """What the training reads."""
-        assert self.settings.context is not None  # `prepare` fills it in
+        assert self.settings.context is not None  # the constructor fills it in
         tokenizer = self.forecaster.tokenizer
         return TextWindows(self.forecaster.model, self.cuts, self.settings.context, tokenizer.pad_id, self.vocabulary)
 
