@@ -208,7 +208,7 @@ class Suite:
         vocabulary = torch.tensor(self._vocabulary) if training.numeric_head else None
         cuts = cut_tokens(tokens, training)
         windows = TextWindows(judge.model, cuts, training.context, judge.tokenizer.pad_id, vocabulary)
-        account = self._account(name, training)
+        done = run_training(path, windows, training, self._account(name, training))
         trained = Trained(*self.checkpoint, judge.encoding)
-        done = run_training(path, windows, training, account, write=lambda: write_adapter(judge.model, path, trained))
+        self.team.told(lambda: write_adapter(judge.model, path, trained))
         return done.seconds

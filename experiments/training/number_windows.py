@@ -13,7 +13,7 @@ from experiments.forecasting.adapter import Reading
 from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, Patches, find_seasons, patches
 from experiments.forecasting.values import MIN_STEPS, Scale, statistics
 from experiments.training.settings import Training
-from experiments.training.windows import shuffled_rows
+from experiments.training.windows import Windows, shuffled_rows
 
 FIRST = 24  # tokens count from so many time steps on, or from half of a shorter series on
 STRETCH = 0.4  # series are multiplied by up to e to this power, so that levels are learned that are not in the data
@@ -48,7 +48,7 @@ def learns(name: str, variables: int) -> bool:
     return variables > 1 or not name.startswith("mixes.")
 
 
-class NumberWindows:
+class NumberWindows(Windows):
     """Windows of series, which end at any time; what is drawn for one depends on the seed and its number alone."""
 
     def __init__(

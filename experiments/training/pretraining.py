@@ -24,6 +24,7 @@ from experiments.training.loop import Account, HeldOut, train
 from experiments.training.number_costs import muon_flops, number_step
 from experiments.training.number_windows import counts_after, weighted_loss
 from experiments.training.settings import Training
+from experiments.training.windows import Windows
 from qwen_min.model import Qwen
 
 BLOCK, PER_BLOCK = 32, 512  # so many steps draw from the same groups; of each length, so many groups
@@ -68,7 +69,7 @@ def spoiled(rng: np.random.Generator, x: np.ndarray) -> tuple[np.ndarray, np.nda
     return x.astype(np.float32), seen
 
 
-class SyntheticWindows:
+class SyntheticWindows(Windows):
     """The series of each step, which depend on the seed and the step alone."""
 
     def __init__(self, model: Numbers, seed: int, pairs: bool = True):
@@ -86,10 +87,6 @@ class SyntheticWindows:
     def rows(self, step: int, settings: Training) -> Tensor:
         """The step itself (1): all else follows from it."""
         return torch.tensor([step])
-
-    def num_targets(self, rows: Tensor) -> int:
-        """The weight of a step."""
-        return len(rows)
 
     def _made(self, block: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         return synthetic.groups(np.random.default_rng([self.seed, block, length]), PER_BLOCK, length, self.pairs)

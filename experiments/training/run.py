@@ -3,7 +3,6 @@
 import hashlib
 import platform
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,9 +30,8 @@ def run_training(
     settings: Training,
     account: Account,
     held_out: HeldOut | None = None,
-    write: Callable[[], None] = lambda: None,
 ) -> Progress:
-    """`train`, continued from the state in the folder; then losses.csv, held_out.csv and what `write` writes.
+    """`train`, continued from the state in the folder; then write losses.csv and held_out.csv.
 
     `clear` removes the state, once the run has all its results.
     """
@@ -45,7 +43,6 @@ def run_training(
         if held_out:
             rows = (f"{steps},{loss!r}\n" for steps, loss in done.checks.items())
             write_whole(folder / "held_out.csv", "steps,loss\n" + "".join(rows))
-        write()
 
     account.team.told(files)
     return done

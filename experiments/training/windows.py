@@ -5,7 +5,6 @@ n windows, B batch size, T context length in tokens, D variables.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,28 +27,28 @@ class TrainingError(ValueError):
     """Training cannot begin or continue. The last saved state remains."""
 
 
-class Windows(Protocol):
+class Windows:
     """The windows that a training reads, and the loss of a model on them."""
 
     parameters: dict[str, nn.Parameter]  # what the training changes, by name
-    matrices: frozenset[str]  # those that Muon trains; Adam trains the others
+    matrices: frozenset[str] = frozenset()  # those that Muon trains; Adam trains the others
     device: torch.device
 
     def __len__(self) -> int:
         """The number of windows."""
-        ...
+        raise NotImplementedError
 
     def rows(self, step: int, settings: Training) -> Tensor:
         """The windows of a step (B, or a row for each of B), which depend on the arguments alone."""
-        ...
+        return shuffled_rows(len(self), step, settings)
 
     def num_targets(self, rows: Tensor) -> float:
         """The number of values or tokens that the windows in rows (B) ask for: the weight of their loss."""
-        ...
+        return len(rows)
 
     def loss(self, rows: Tensor) -> Tensor:
         """The mean loss, in nats, over the targets of the windows in rows (B, on the CPU)."""
-        ...
+        raise NotImplementedError
 
 
 class Cuts:
@@ -111,10 +110,8 @@ def shuffled_rows(num_windows: int, step: int, settings: Training) -> Tensor:
     return torch.from_numpy(order[index * settings.batch : (index + 1) * settings.batch])
 
 
-class TextWindows:
+class TextWindows(Windows):
     """Windows of text, for a model with an injected adapter."""
-
-    matrices: frozenset[str] = frozenset()
 
     def __init__(self, model: Qwen, cuts: Cuts, length: int, pad_id: int, vocabulary: Tensor | None = None):
         """Windows of at most `length` tokens, which are padded to it; vocabulary is as in `next_token_loss`."""
@@ -127,10 +124,6 @@ class TextWindows:
     def __len__(self) -> int:
         """The number of windows."""
         return len(self.cuts)
-
-    def rows(self, step: int, settings: Training) -> Tensor:
-        """The windows (B) of a step, by `shuffled_rows`."""
-        return shuffled_rows(len(self), step, settings)
 
     def num_targets(self, rows: Tensor) -> int:
         """The number of tokens that have a token before them."""
