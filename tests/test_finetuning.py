@@ -9,7 +9,8 @@ import pytest
 from experiments import training
 from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import end_hash
-from experiments.forecasting.backtest import BacktestError, Origin, baseline_forecasts, held_out, scores, split
+from experiments.forecasting.backtest import Origin, baseline_forecasts, held_out, scores, split
+from experiments.forecasting.contexts import SeriesError
 from experiments.forecasting.text import TextForecaster
 from experiments.storage.files import RunError
 from experiments.training import loop
@@ -43,7 +44,7 @@ def test_whole_series_are_held_out_if_there_are_many_and_the_end_if_there_are_fe
     assert np.array_equal(parts.train[0], series[:60])
     assert [len(place.context) for place in parts.val + parts.test] == [60, 70, 80, 90]
     assert np.array_equal(parts.test[-1].truth, series[90:])
-    with pytest.raises(BacktestError, match="a series has 17 time steps, expected at least 18"):
+    with pytest.raises(SeriesError, match="a series has 17 time steps, expected at least 18"):
         split([series[:17]], 5)
 
 
@@ -273,7 +274,7 @@ def test_held_out_places_know_nothing_of_what_follows_and_count_what_is_known():
     assert np.isfinite(wrong["rmse"])
     assert not np.isnan(np.concatenate(split([series], 3).train)).any()
     series[:, 0] = np.nan
-    with pytest.raises(BacktestError, match="variable 0 has no value in the 20 time steps before a held-out forecast"):
+    with pytest.raises(SeriesError, match="variable 0 has no value in the 20 time steps before a held-out forecast"):
         held_out([series], 5, 4)
 
 
@@ -285,7 +286,7 @@ def test_a_back_test_leaves_out_the_rows_that_trained_an_adapter():
     ]
     # older rows are gone
     assert [len(place.context) for place in held_out([series[0][10:]], 5, 6, ends)] == [50, 55, 60, 65]
-    with pytest.raises(BacktestError, match="the adapter was trained on all rows that could be held out"):
+    with pytest.raises(SeriesError, match="the adapter was trained on all rows that could be held out"):
         held_out([one[:60] for one in series[:2]], 5, 5, ends)
 
 

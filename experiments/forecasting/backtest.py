@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments.forecasting.adapter import rows_seen
 from experiments.forecasting.baselines import BASELINES, seasonal
+from experiments.forecasting.contexts import SeriesError
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.scores import group_means, mean_interval
 from experiments.storage.files import plain
@@ -21,10 +22,6 @@ MIN_CONTEXT = 8  # time steps before a forecast; with fewer the baselines cannot
 MIN_SERIES = 5  # with so many series, whole series are held out; with fewer, the end of each
 MAX_ORIGINS, MAX_FORECASTS = 5, 40  # held-out forecasts in a series, and in all series together
 HELD_OUT_SHARE = 0.15  # of the series, for validation and for test each
-
-
-class BacktestError(ValueError):
-    """Series that are too short for a held-out forecast."""
 
 
 class Origin(NamedTuple):
@@ -48,7 +45,7 @@ class Parts(NamedTuple):
 def filled(series: np.ndarray) -> np.ndarray:
     """A series (T, D) without missing values: by row, linearly between the nearest known ones, which end it as well.
 
-    Raises BacktestError for a variable with no known value.
+    Raises SeriesError for a variable with no known value.
     """
     if not np.isnan(series).any():
         return series
@@ -56,7 +53,7 @@ def filled(series: np.ndarray) -> np.ndarray:
 
     nothing = np.isnan(series).all(axis=0)
     if nothing.any():
-        raise BacktestError(
+        raise SeriesError(
             f"variable {int(nothing.argmax())} has no value in the {len(series)} time steps before a held-out "
             "forecast; leave it out, or begin the series where it begins"
         )
@@ -69,7 +66,7 @@ def held_out(
     """Up to `count` forecasts of the last steps of each of N series (T, D), one after the other, in the order of time.
 
     Left out are those of which nothing is known, and those in the rows that a training saw, which end in `ends`
-    (`adapter.rows_seen`). Raises BacktestError when there is none, and as `filled`.
+    (`adapter.rows_seen`). Raises SeriesError when there is none, and as `filled`.
     """
     found, first = [], max(MIN_CONTEXT, horizon)
     for number, one in enumerate(series):
@@ -79,11 +76,11 @@ def held_out(
             if start >= seen and not np.isnan(truth).all():
                 found.append(Origin(filled(one[:start]), truth, number))
     if not found and ends:
-        raise BacktestError(
+        raise SeriesError(
             "the adapter was trained on all rows that could be held out; use rows that came later, or other series"
         )
     if not found:
-        raise BacktestError(
+        raise SeriesError(
             f"the longest series has {max(map(len, series))} time steps, expected at least {first + horizon} to hold "
             f"out a horizon of {horizon}, with a known value in it; shorten the horizon"
         )
@@ -91,15 +88,15 @@ def held_out(
 
 
 def check_context(context: int | None) -> None:
-    """Raise BacktestError for a context that is too short to be judged."""
+    """Raise SeriesError for a context that is too short to be judged."""
     if context is not None and context < MIN_CONTEXT:
-        raise BacktestError(f"context is {context}, expected at least {MIN_CONTEXT} time steps")
+        raise SeriesError(f"context is {context}, expected at least {MIN_CONTEXT} time steps")
 
 
 def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
     """Split N series: whole series are held out if there are at least MIN_SERIES, else the end of each series.
 
-    Raises BacktestError when they are too short or too few.
+    Raises SeriesError when they are too short or too few.
     """
     if len(series) >= MIN_SERIES:
         order = np.random.default_rng(0).permutation(len(series))
@@ -114,7 +111,7 @@ def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
     count = int(np.clip(0.2 * shortest // horizon, 1, MAX_ORIGINS))
     steps = count * horizon
     if shortest < 2 * steps + max(MIN_CONTEXT, horizon):
-        raise BacktestError(
+        raise SeriesError(
             f"a series has {shortest} time steps, expected at least {2 * horizon + max(MIN_CONTEXT, horizon)} to train "
             f"on, validate and test forecasts of {horizon} steps; shorten the horizon"
         )

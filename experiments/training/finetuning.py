@@ -83,7 +83,7 @@ class Finetuning:
         steps that the model reads before a forecast. patience: the training ends after so many checks of the held-out
         loss in a row that found nothing better. season: time steps that the seasonal baseline repeats. The other
         options are those of `TextTuning` or `NumberTuning`.
-        Raises SeriesError, BacktestError or TrainingError for data, settings or a budget that do not allow it.
+        Raises SeriesError or TrainingError for data, settings or a budget that do not allow it.
         """
         if horizon < 1:
             raise TrainingError(f"horizon is {horizon}, expected at least 1")

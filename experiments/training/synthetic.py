@@ -21,6 +21,15 @@ def log_uniform(rng: np.random.Generator, low: float, high: float, size) -> np.n
     return np.exp(rng.uniform(np.log(low), np.log(high), size))
 
 
+def runge_kutta(rates: Callable, t: float, state: np.ndarray, h: float | np.ndarray) -> np.ndarray:
+    """The state of a differential equation a time h after t, by the fourth-order method; rates(t, state)."""
+    k1 = rates(t, state)
+    k2 = rates(t + h / 2, state + h / 2 * k1)
+    k3 = rates(t + h / 2, state + h / 2 * k2)
+    k4 = rates(t + h, state + h * k3)
+    return state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+
+
 def sometimes(rng: np.random.Generator, chance: float, n: int) -> np.ndarray:
     """1 with a chance, else 0: (n, 1)."""
     return (rng.random((n, 1)) < chance).astype(float)
@@ -196,7 +205,7 @@ def van_der_pol(rng: np.random.Generator, n: int) -> tuple[Callable, np.ndarray,
     mu, w, cube = log_uniform(rng, 0.1, 3, n), rng.uniform(0.5, 2, n), rng.uniform(0, 0.4, n)
     push, speed = rng.uniform(0, 1.2, n) * rng.integers(0, 2, n), rng.uniform(0.2, 1, n)
 
-    def rates(s: np.ndarray) -> np.ndarray:
+    def rates(_, s: np.ndarray) -> np.ndarray:
         pull = -w * s[0] - cube * s[0] ** 3 + push * np.cos(s[2])
         return np.stack([s[1], mu * (1 - s[0] ** 2) * s[1] + pull, speed])
 
@@ -208,7 +217,7 @@ def pendulums(rng: np.random.Generator, n: int) -> tuple[Callable, np.ndarray, f
     w, damping = rng.uniform(0.5, 2, n), log_uniform(rng, 1e-3, 0.2, n)
     push, speed = rng.uniform(0, 1, n) * rng.integers(0, 2, n), rng.uniform(0.2, 1, n)
 
-    def rates(s: np.ndarray) -> np.ndarray:
+    def rates(_, s: np.ndarray) -> np.ndarray:
         return np.stack([s[1], -w * np.sin(s[0]) - damping * s[1] + push * np.cos(s[2]), speed])
 
     return rates, rng.uniform(-2.5, 2.5, (3, n)), 0.25
@@ -218,7 +227,7 @@ def lorenz(rng: np.random.Generator, n: int) -> tuple[Callable, np.ndarray, floa
     """The Lorenz system."""
     a, b, c = rng.uniform(8, 12, n), rng.uniform(18, 40, n), rng.uniform(2, 3.2, n)
 
-    def rates(s: np.ndarray) -> np.ndarray:
+    def rates(_, s: np.ndarray) -> np.ndarray:
         return np.stack([a * (s[1] - s[0]), s[0] * (b - s[2]) - s[1], s[0] * s[1] - c * s[2]])
 
     return rates, rng.uniform(2, 10, (3, n)), 0.05
@@ -228,7 +237,7 @@ def roessler(rng: np.random.Generator, n: int) -> tuple[Callable, np.ndarray, fl
     """The Roessler system."""
     a, b, c = rng.uniform(0.1, 0.3, n), rng.uniform(0.1, 0.4, n), rng.uniform(3, 9, n)
 
-    def rates(s: np.ndarray) -> np.ndarray:
+    def rates(_, s: np.ndarray) -> np.ndarray:
         return np.stack([-s[1] - s[2], s[0] + a * s[1], b + s[2] * (s[0] - c)])
 
     return rates, rng.uniform(0.5, 2.5, (3, n)), 0.4
@@ -240,7 +249,7 @@ def networks(rng: np.random.Generator, n: int) -> tuple[Callable, np.ndarray, fl
     bias, spin = rng.normal(size=(n, 8)), rng.normal(size=(n, 3, 3)) * rng.choice([0, 1.5, 1.5], (n, 1, 1))
     spin = spin - spin.transpose(0, 2, 1)
 
-    def rates(s: np.ndarray) -> np.ndarray:
+    def rates(_, s: np.ndarray) -> np.ndarray:
         state = s.T[:, :, None]
         return (v @ np.tanh(w @ state + bias[:, :, None]) - state + spin @ state)[:, :, 0].T
 
@@ -258,11 +267,7 @@ def flows(rng: np.random.Generator, count: int, length: int) -> np.ndarray:
     path = np.empty((length, 3, count))
     for t in range(-BURN_IN, length):
         for _ in range(substeps):
-            k1 = rates(state)
-            k2 = rates(state + h / 2 * k1)
-            k3 = rates(state + h / 2 * k2)
-            k4 = rates(state + h * k3)
-            state = np.clip(state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), -1e3, 1e3)
+            state = np.clip(runge_kutta(rates, t, state, h), -1e3, 1e3)
         path[t] = state  # before 0 these are overwritten
     x = path.transpose(2, 1, 0)[:, :2]
     x = unit(x - x.mean(2, keepdims=True)) * log_uniform(rng, 0.3, 2, (count, 1, 1))

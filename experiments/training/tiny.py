@@ -16,7 +16,7 @@ from tqdm import trange
 from experiments.forecasting.encoding import SCALED_MAX, Encoding
 from experiments.training.pretraining import write_checkpoint
 from experiments.training.settings import Training
-from experiments.training.synthetic import log_uniform
+from experiments.training.synthetic import log_uniform, runge_kutta
 from qwen_min.config import QwenConfig
 from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
@@ -46,11 +46,7 @@ def integrate(rates, state: np.ndarray, burn_in: int) -> np.ndarray:
     for step in range(burn_in + NUM_STEPS):
         path.append(state)
         for t in step + h * np.arange(SUBSTEPS):
-            k1 = rates(t, state)
-            k2 = rates(t + h / 2, state + h / 2 * k1)
-            k3 = rates(t + h / 2, state + h / 2 * k2)
-            k4 = rates(t + h, state + h * k3)
-            state = state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+            state = runge_kutta(rates, t, state, h)
     return np.stack(path[burn_in:]).transpose(2, 0, 1)
 
 
