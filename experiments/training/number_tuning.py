@@ -47,20 +47,14 @@ def with_scale(reading: Reading, series: Sequence[np.ndarray]) -> Reading:
     values = np.concatenate(series)
     offset = OFFSET * values.mean(axis=0) if (values > 0).all() else None
     read = values if offset is None else np.log(values + offset)
-    parts = [
-        part for one in np.split(read, np.cumsum([*map(len, series)])[:-1]) for part in pieces(one, reading.context)
-    ]
+    each = np.split(read, np.cumsum([*map(len, series)])[:-1])
+    parts = [part for one in each for part in np.array_split(one, -(-len(one) // reading.context))]
     within = sum(len(part) * part.var(axis=0) for part in parts) / len(read)
     if not (within > read.var(axis=0) / 4).all():
         return reading
     usual = None if offset is None else np.quantile([one.max(axis=0) for one in series], OFTEN, axis=0).tolist()
     mean, spread = read.mean(axis=0).tolist(), read.std(axis=0).tolist()
     return replace(reading, mean=mean, spread=spread, offset=None if offset is None else offset.tolist(), usual=usual)
-
-
-def pieces(series: np.ndarray, length: int) -> list[np.ndarray]:
-    """A series (T, D) in parts of at most `length` time steps."""
-    return np.array_split(series, -(-len(series) // length))
 
 
 def pinball(found: np.ndarray, places: Sequence[Origin]) -> np.ndarray:

@@ -19,15 +19,12 @@ FIRST = 24  # tokens count from so many time steps on, or from half of a shorter
 STRETCH = 0.4  # series are multiplied by up to e to this power, so that levels are learned that are not in the data
 
 
-def pinball(found: Tensor, truth: Tensor) -> Tensor:
-    """The pinball loss (..., K) of quantiles (..., Q, K), averaged over LEVELS."""
-    gap, level = truth.unsqueeze(-2) - found, torch.tensor(LEVELS, device=found.device)[:, None]
-    return torch.maximum(level * gap, (level - 1) * gap).mean(-2)
-
-
 def weighted_loss(model: Numbers, read: Patches, truth: Tensor, weight: Tensor, together: Tensor | None = None):
-    """Twice the mean pinball loss of what follows each token, truth (N, D, T, K), by weight (N, D, T, K)."""
-    return 2 * (pinball(model(read, together), truth) * weight).sum() / weight.sum()
+    """Twice the pinball loss of what follows each token, truth (N, D, T, K), averaged by weight (N, D, T, K)."""
+    gap = truth.unsqueeze(-2) - model(read, together)  # (N, D, T, Q, K)
+    level = torch.tensor(LEVELS, device=gap.device)[:, None]
+    loss = torch.maximum(level * gap, (level - 1) * gap).mean(-2)
+    return 2 * (loss * weight).sum() / weight.sum()
 
 
 def counts_after(stop: Tensor, ends: Tensor) -> Tensor:
