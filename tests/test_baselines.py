@@ -51,10 +51,14 @@ def test_autoregressions_continue_waves_and_stay_between_zero_and_one_and_a_half
         assert (forecast <= 1.5 * growing.max(axis=1)).all()
 
 
-def test_the_seasonal_baseline_repeats_a_fractional_period():
+def test_the_seasonal_baseline_repeats_a_fractional_period_or_the_given_one():
+    """A season that is longer than the context is the whole context."""
     t = np.arange(90)
     wave = np.stack([2 + np.sin(2 * np.pi * t / 12.3), 2 + np.cos(2 * np.pi * t / 12.3)], axis=1)[None]
     np.testing.assert_allclose(seasonal(wave[:, :60], 30), wave[:, 60:], atol=0.08)
+    context = np.random.default_rng(0).random((1, 20, 2))
+    np.testing.assert_allclose(seasonal(context, 15, 7)[0], context[0, [*range(13, 20)] * 3][:15])
+    np.testing.assert_allclose(seasonal(context, 3, 50)[0], context[0, :3])
 
 
 @pytest.mark.slow
@@ -70,9 +74,3 @@ def test_the_network_beats_the_context_mean_and_depends_on_the_seed_alone(monkey
     first, again, other = (gru.fit(train, seed)(train[:, :40], 4) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
-
-
-def test_a_given_season_is_repeated_and_a_longer_one_is_the_whole_context():
-    context = np.random.default_rng(0).random((1, 20, 2))
-    np.testing.assert_allclose(seasonal(context, 15, 7)[0], context[0, [*range(13, 20)] * 3][:15])
-    np.testing.assert_allclose(seasonal(context, 3, 50)[0], context[0, :3])

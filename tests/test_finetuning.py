@@ -81,12 +81,15 @@ def test_intervals_are_over_series_and_hold_the_mean_as_often_as_they_say():
     assert few["rmse"] == pytest.approx(np.sqrt((errors[:20] ** 2).mean()))
 
 
-def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path):
-    forecaster = Forecaster.load("tiny")
-    options = {"context": 15, "samples": 0}
+FEW = {"tiny": {"context": 15, "samples": 0}, "numbers": {"context": 16, "batch": 2, "rank": 2}}
+
+
+@pytest.mark.parametrize(("model", "tokens"), [("tiny", 200), ("numbers", 2)])
+def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path, model, tokens):
+    forecaster, options = Forecaster.load(model), FEW[model]
     cost = Finetuning(forecaster, waves(6), 5, steps=1, **options).tuning.cost
     job = Finetuning(forecaster, waves(6), 5, 7.9 * cost, **options)
-    assert (job.tuning.settings.steps, job.tuning.settings.context) == (7, 200)
+    assert (job.tuning.settings.steps, job.tuning.settings.context) == (7, tokens)
     for budget, steps in ((0.9 * cost, None), (7.9 * cost, 8)):
         with pytest.raises(TrainingError, match="do not fit a budget"):
             Finetuning(forecaster, waves(6), 5, budget, steps=steps, **options)
@@ -94,6 +97,8 @@ def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path):
     assert metrics["spent"] == 7 * cost <= metrics["budget"] == int(7.9 * cost)
     lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert [line["flops"] for line in lines] == [cost] * 7
+    with pytest.raises(TrainingError, match="the model has an adapter; load the forecaster anew"):
+        training.finetune(forecaster, waves(6), 5, **options)
 
 
 def test_fitting_helps_and_keeps_the_best_state(tmp_path):
@@ -109,8 +114,6 @@ def test_fitting_helps_and_keeps_the_best_state(tmp_path):
     np.testing.assert_array_equal(loaded.forecast(contexts, 5).values, forecaster.forecast(contexts, 5).values)
     rows = [line.split(",") for line in (tmp_path / "held_out.csv").read_text().splitlines()[1:]]
     assert min(rows, key=lambda row: float(row[1]))[0] == str(metrics["best_step"])
-    with pytest.raises(TrainingError, match="the model has an adapter; load the forecaster anew"):
-        training.finetune(forecaster, series, 3, **options)
 
 
 def test_the_level_of_a_series_does_not_decide_its_error():
@@ -140,10 +143,7 @@ class Killed(BaseException):
     """A kill, in effect: nothing catches it."""
 
 
-KILLED = {"tiny": {"context": 12, "samples": 2}, "numbers": {"context": 16, "batch": 2, "rank": 2}}
-
-
-@pytest.mark.parametrize(("model", "options"), KILLED.items())
+@pytest.mark.parametrize(("model", "options"), (FEW | {"tiny": {"context": 12, "samples": 2}}).items())
 def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch, model, options):
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
 
@@ -242,7 +242,6 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(fine_tune, c
 
 
 BAD = {
-    "budget": (["--budget", "1e6"], "do not fit a budget of 1.000e+06"),
     "module": (["--targets", "q"], "no Linear is called q"),
     "horizon": (["--horizon", "40"], "time steps, expected at least"),
     "context": (["--context", "500"], "the model has 2048 positions; shorten one of them"),
