@@ -17,7 +17,7 @@ from experiments.forecasting.values import TUNED, ZERO_SHOT, Scale, combined
 from experiments.training.finetuning import Finetuning
 from experiments.training.number_tuning import best_shares, with_scale
 from experiments.training.number_windows import NumberWindows
-from experiments.training.settings import NUMBER_TARGETS, Training
+from experiments.training.settings import Training
 from experiments.training.windows import TrainingError
 
 
@@ -54,21 +54,22 @@ def test_a_shared_scale_is_undone_and_large_series_are_read_smaller(shift):
     np.testing.assert_allclose(halved.write(halved.read(x)[:, :, None])[:, :, 0], x, atol=1e-5)
 
 
-def windows_of(series, scaled: bool = True, **changes) -> NumberWindows:
-    settings = replace(Training(2, 1e-3, 4, 5, batch=4, targets=NUMBER_TARGETS), **changes)
-    forecaster = Forecaster.load("numbers")
+SETTINGS = Training(0, 1e-3, 4, 5, batch=4, reads="numbers")
+
+
+def windows_of(series, scaled: bool = True) -> NumberWindows:
     reading = Reading(16, 4, 5)
     reading = with_scale(reading, series) if scaled else reading
-    return NumberWindows(forecaster.model, dict(forecaster.model.named_parameters()), series, reading, settings)
+    return NumberWindows(Forecaster.load("numbers").model, series, reading, SETTINGS)
 
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_a_batch_in_parts_has_the_loss_of_the_whole(scaled):
     """Rows depend on the seed and the step alone; a part counts by the weight of what it forecasts."""
-    series, settings = [*patterns(3), patterns(1, 12)[0]], Training(2, 1e-3, 4, 5)
+    series = [*patterns(3), patterns(1, 12)[0]]
     windows = windows_of(series, scaled)
-    rows = windows.rows(3, settings)
-    assert torch.equal(rows, windows_of(series, scaled).rows(3, settings))
+    rows = windows.rows(3, SETTINGS)
+    assert torch.equal(rows, windows_of(series, scaled).rows(3, SETTINGS))
     parts = [(windows.loss(part).item(), windows.num_targets(part)) for part in rows.chunk(2)]
     mean = sum(loss * weight for loss, weight in parts) / windows.num_targets(rows)
     assert windows.loss(rows).item() == pytest.approx(mean, rel=1e-5)

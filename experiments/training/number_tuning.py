@@ -29,7 +29,6 @@ from experiments.training.number_windows import NumberWindows, by_muon, learns
 from experiments.training.run import chosen_settings
 from experiments.training.settings import NUMBERS
 from experiments.training.windows import TrainingError
-from lora import adapter_parameters
 
 OPTIONS = ("rank", "alpha", "learning_rate", "batch", "accumulate", "seed", "steps")
 STRIDE = 8  # the smallest between two tokens
@@ -156,9 +155,7 @@ class NumberTuning:
 
     def windows(self) -> NumberWindows:
         """What the training reads."""
-        model = self.forecaster.model
-        parameters = adapter_parameters(model) if self.settings.rank else dict(model.named_parameters())
-        return NumberWindows(model, parameters, self.series, self.reading, self.settings)
+        return NumberWindows(self.forecaster.model, self.series, self.reading, self.settings)
 
     def losses(self, places: Sequence[Origin]) -> list[float]:
         """The pinball loss of each place, in standard deviations before it."""

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.forecasting.adapter import Reading
 from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, Patches, find_seasons, patches
 from experiments.forecasting.values import MIN_STEPS, Scale, statistics
 from experiments.training.settings import Training
 from experiments.training.windows import Windows, shuffled_rows
+from lora import adapter_parameters
 
 FIRST = 24  # tokens count from so many time steps on, or from half of a shorter series on
 STRETCH = 0.4  # series are multiplied by up to e to this power, so that levels are learned that are not in the data
@@ -48,12 +49,10 @@ def learns(name: str, variables: int) -> bool:
 class NumberWindows(Windows):
     """Windows of series, which end at any time; what is drawn for one depends on the seed and its number alone."""
 
-    def __init__(
-        self, model: Numbers, parameters: dict[str, nn.Parameter], series: Sequence[np.ndarray], reading: Reading,
-        settings: Training,
-    ):  # fmt: skip
+    def __init__(self, model: Numbers, series: Sequence[np.ndarray], reading: Reading, settings: Training):
         """series: (T, D), each with at least MIN_STEPS + reading.ahead time steps."""
         self.model, self.reading, self.seed = model, reading, settings.seed
+        parameters = adapter_parameters(model) if settings.rank else dict(model.named_parameters())
         self.parameters = {name: one for name, one in parameters.items() if learns(name, series[0].shape[1])}
         self.matrices = frozenset(name for name, one in self.parameters.items() if by_muon(name, one.shape))
         self.device = model.norm.weight.device
