@@ -17,7 +17,6 @@ from experiments.study.plans import CONTEXT_STEPS, HORIZON
 from experiments.training.finetuning import train_and_choose
 from experiments.training.loop import Account
 from experiments.training.number_tuning import OPTIONS, STRIDE, NumberTuning
-from experiments.training.run import inject_adapter
 from experiments.training.settings import Training
 
 
@@ -45,7 +44,6 @@ def places(judge: Judge) -> list[Origin]:
 def train_numbers(tuning: NumberTuning, judge: Judge, path: Path, account: Account) -> float:
     """Train, and leave the adapter, if there is one, in the folder `path`; the seconds."""
     tuning.begin()
-    inject_adapter(tuning.forecaster.model, tuning.settings)
     name, folder = tuning.forecaster.checkpoint or ("", None)  # a new decoder has none
     trained = Trained(name, checkpoint_hash(folder) if folder else "", variables=["prey", "predator"])
     return train_and_choose(tuning, path, account, places(judge), trained).seconds

@@ -183,7 +183,6 @@ class Finetuning:
                 team.told(lambda: clear(path))
                 return read_json(path / "metrics.json")
             before = self._forecasts(path / "before.state.json", team)
-            inject_adapter(forecaster.model, tuning.settings)
             total = tuning.settings.steps * tuning.cost
             ledger = flops.Ledger(path / "ledger.jsonl", int(self.budget or total))
             team.told(lambda: ledger.require(NAME, total))
@@ -250,10 +249,8 @@ class Finetuning:
         """A line of forecasts.jsonl for each test forecast, in the units of the data."""
         lines = []
         for place, old, new in zip(self.parts.test, before, after, strict=True):
-            arrays = {"context": place.context[-self.tuning.context :], "truth": place.truth}
-            arrays |= {"before": old[0], "after": new[0]}
-            if len(new) > 1:
-                arrays |= {"low": new[1], "high": new[2]}
+            arrays = {"context": place.context[-self.tuning.context :], "truth": place.truth, "before": old[0]}
+            arrays |= dict(zip(("after", "low", "high"), new, strict=False))  # with or without quantiles
             lines.append({name: plain(array) for name, array in arrays.items()})
         return lines
 
@@ -261,7 +258,7 @@ class Finetuning:
 def train_and_choose(
     tuning: Tuning, folder: Path, account: Account, val: Sequence[Origin], trained: Trained, patience: int | None = None
 ) -> Progress:
-    """Train with the validation forecasts `val` as the held-out part, and leave the adapter in the folder.
+    """Inject an adapter, train it with the forecasts `val` as the held-out part, and leave it in the folder.
 
     The forecaster then has the adapter, and `trained`, completed, as its record; see `run_training`.
     """
@@ -272,6 +269,7 @@ def train_and_choose(
         share = team.share(places)
         return float(np.mean(team.collect(tuning.losses(share) if share else [])))
 
+    inject_adapter(forecaster.model, tuning.settings)
     done = run_training(folder, tuning.windows(), tuning.settings, account, HeldOut(held_out, patience))
     forecaster.trained = record = tuning.finished(trained, val)
     if tuning.settings.rank:

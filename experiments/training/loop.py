@@ -31,7 +31,6 @@ from experiments.training.windows import TrainingError, Windows
 
 SAVE_SECONDS = 30.0  # seconds between two saves: the most work that a kill can cost
 MOMENTS = {torch.optim.Adam: ("exp_avg", "exp_avg_sq"), Muon: ("momentum",)}  # what an optimizer keeps
-NUM_CHECKS = 8  # how often the held-out loss is measured in a training
 
 
 class Account(NamedTuple):
@@ -49,7 +48,7 @@ class HeldOut(NamedTuple):
 
     loss: Callable[[], float]  # the held-out loss of the parameters as they are
     patience: int | None = None  # the training ends after so many checks in a row that found nothing better
-    checks: int = NUM_CHECKS
+    checks: int = 8  # how often in a training
 
 
 @dataclass
