@@ -110,7 +110,8 @@ class Finetuning:
                 f"{max(steps, 1)} steps of {tuning.cost:.3e} FLOPs do not fit a budget of {budget:.3e}; raise it, or "
                 "take fewer steps, a smaller batch or a shorter context"
             )
-        self.tuning, tuning.settings = tuning, replace(tuning.settings, steps=steps)
+        tuning.settings = replace(tuning.settings, steps=steps)
+        self.tuning = tuning
 
     @property
     def told(self) -> str:

@@ -106,7 +106,7 @@ class NumberTuning:
     unit = "standard deviations"
     most_checked = None
     samples = 0
-    identity: ClassVar[dict] = {}
+    identity: ClassVar[dict] = {}  # what decides the result, besides the settings
 
     def __init__(
         self,

@@ -152,12 +152,10 @@ def pretrain(out: Path, steps: int, seed: int, pairs: bool, interruption: Interr
     account = Account("pretrain", interruption=interruption)
     done = train(windows, settings, account, state, HeldOut(checked, checks=CHECKS))
     kinds = [windows.kind(step)[0] for step in range(steps)]
-    costs = np.cumsum(
-        [number_step(CONFIG, one.groups, 2, -(-one.length // one.stride), {}, masked=True) for one in kinds]
-    )
+    costs = [number_step(CONFIG, one.groups, 2, -(-one.length // one.stride), {}, masked=True) for one in kinds]
     by_muon = muon_flops([tuple(windows.parameters[name].shape) for name in windows.matrices])
     curve = [
-        {"steps": at, "flops": int(costs[at - 1]) if at else 0, "muon_flops": at * by_muon, "held_out": loss}
+        {"steps": at, "flops": sum(costs[:at]), "muon_flops": at * by_muon, "held_out": loss}
         for at, loss in done.checks.items()
     ]
     write_whole(out / "curve.json", json.dumps(curve, indent=1) + "\n")

@@ -75,11 +75,7 @@ class TextTuning:
         self.told = f"{len(self.cuts)} window{'s' * (len(self.cuts) != 1)} of {length} tokens"  # what is read
         self.forecaster, self.horizon, self.context = forecaster, horizon, context
         self.decimals, self.samples = decimals, samples
-
-    @property
-    def identity(self) -> dict:
-        """What decides the result, besides the settings."""
-        return {"decimals": self.decimals, "samples": self.samples}
+        self.identity = {"decimals": decimals, "samples": samples}  # what decides the result, besides the settings
 
     def begin(self) -> None:
         """Read and write numbers as the training will."""
