@@ -32,7 +32,7 @@ class Forecast(NamedTuple):
 
 
 class SeriesForecaster:
-    """What forecasters share: `text.TextForecaster` continues the text of series, `values.NumberForecaster` values."""
+    """What both kinds share: `text.TextForecaster` continues the text of series, `values.NumberForecaster` values."""
 
     checkpoint: tuple[str, Path] | None = None  # name and folder, if `Forecaster.load` made this forecaster
     trained: Trained | None = None  # the record of a training, if there is one

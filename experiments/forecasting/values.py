@@ -142,7 +142,7 @@ class NumberForecaster(SeriesForecaster):
     missing, min_steps = "keep", MIN_STEPS
 
     def __init__(self, model: Numbers):
-        """model: pretrained; `tune` gives the forecaster an adapter too."""
+        """model: pretrained; an adapter changes a copy of it."""
         self.model = self.base = model.eval()
 
     @classmethod
@@ -199,9 +199,8 @@ class NumberForecaster(SeriesForecaster):
             count = progress if not found else lambda count: None  # each series counts once
             whole = self._read(self.base, None, read, horizon, count)
             newest = [[newest_of(array, share) for array in read] for share in NEWEST]
-            found[ZERO_SHOT] = np.mean(
-                [whole, *(self._read(self.base, None, some, horizon) for some in newest)], axis=0
-            )
+            others = [self._read(self.base, None, some, horizon) for some in newest]
+            found[ZERO_SHOT] = np.mean([whole, *others], axis=0)
         if simple := names & BASELINES.keys():
             pasts, season = [filled(array) for array in arrays], reading.season if reading else None
             simple_ones = baseline_forecasts(pasts, horizon, season, simple)
@@ -214,11 +213,11 @@ class NumberForecaster(SeriesForecaster):
         variables = arrays[0].shape[1]
         batches: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, array in enumerate(arrays):
-            if (empty := np.isnan(array[-longest:]).all(0)).any():
-                raise SeriesError(
-                    f"series {number}: variable {int(empty.argmax())} has no value in the newest {longest} time steps"
-                )
             length = min(len(array), longest)
+            if (empty := np.isnan(array[-length:]).all(0)).any():
+                raise SeriesError(
+                    f"series {number}: variable {int(empty.argmax())} has no value in the newest {length} time steps"
+                )
             stride = reading.stride if reading else stride_of(length)
             batches[stride, -(-length // stride)].append(number)
         found = np.empty((len(arrays), len(LEVELS), horizon, variables))
