@@ -6,7 +6,7 @@ N series, T time steps (which may differ between series), D variables, h forecas
 import hashlib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -107,9 +107,16 @@ class TextForecaster(SeriesForecaster):
         return cls(model, tokenizer, encoding, places, tokens)
 
     def continued(
-        self, arrays, horizon, quantiles, context, progress, samples: int | None = None, seed: int = 0,
+        self,
+        arrays: Sequence[np.ndarray],
+        horizon: int,
+        quantiles: Sequence[float],
+        context: int | None,
+        progress: Callable[[int], None],
+        samples: int | None = None,
+        seed: int = 0,
         point: str = "median",
-    ) -> Forecast:  # fmt: skip
+    ) -> Forecast:
         """`forecast`, with further options.
 
         samples: so many paths are drawn from the model; None means 20 if there are quantiles to estimate, else 0.

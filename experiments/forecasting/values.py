@@ -162,7 +162,14 @@ class NumberForecaster(SeriesForecaster):
         self.model = deepcopy(self.base)
         return self.model
 
-    def continued(self, arrays, horizon, quantiles, context, progress) -> Forecast:
+    def continued(
+        self,
+        arrays: Sequence[np.ndarray],
+        horizon: int,
+        quantiles: Sequence[float],
+        context: int | None,
+        progress: Callable[[int], None],
+    ) -> Forecast:
         """`forecast`; `values` are medians.
 
         Values may be missing (NaN). Quantiles beyond 0.1 and 0.9 are extrapolated by a normal distribution. The newest
