@@ -171,7 +171,7 @@ class TextForecaster(SeriesForecaster):
             nats.append(nats_of(self.model, self._grammar(len(prompt.wide)), hidden, text, known) / known.sum())
         return np.array(nats)
 
-    def _prompts(self, arrays: list[np.ndarray], horizon: int, context: int | None = None) -> list[_Prompt]:
+    def _prompts(self, arrays: Sequence[np.ndarray], horizon: int, context: int | None = None) -> list[_Prompt]:
         """Cut the contexts to what the model reads, scale and encode them. Raises SeriesError."""
         num_variables = arrays[0].shape[1]
         if self.encoding and np.size(self.encoding.scale) not in (1, num_variables):
