@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["experiments.study.suite", "experiments.report.build", "torch._dynamo"])
+SERVER.set_forkserver_preload(["tests.faults", "torch._dynamo"])
 
 
 def start(log: Path, work: Callable[..., int], *arguments, size: int = 1) -> list[BaseProcess]:

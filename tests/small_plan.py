@@ -1,5 +1,6 @@
 """A quick plan that takes seconds, as a script too: short trainings and forecasts, and figures that are not drawn."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from experiments.training import loop
 from experiments.training.settings import Training
 
 SMALL = {  # constants that replace those of these modules
+    (os,): {"fsync": lambda _: None},  # what a killed process has written is there without it
     (loop,): {"SAVE_SECONDS": 0},  # a state is saved after each step
     (gru,): {"STEPS": 3},
     (evaluation, judging): {"BATCH": 2},
