@@ -8,7 +8,7 @@ from lora import LoraConfig, inject
 from qwen_min import KVCache, generate, generation
 from qwen_min.cache import ForkedCache
 from qwen_min.continuation import Continuation, GraphContinuation, ReusedCache, continuation
-from qwen_min.generation import pad_left, prefill
+from qwen_min.generation import prefill
 
 
 def greedy_without_cache(model, prompt, num_new_tokens):
@@ -37,13 +37,6 @@ def test_a_single_prompt_is_a_batch_of_one(model):
         assert torch.equal(generate(model, prompt, 6).tokens, wanted)
 
 
-def test_n_tokens_are_one_prefill_and_n_minus_1_decode_steps(model):
-    widths = []
-    model.model.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
-    generate(model, torch.tensor([[1, 2, 3, 4]]), 6)
-    assert widths == [4, 1, 1, 1, 1, 1]
-
-
 def test_long_prompts_are_processed_a_few_rows_at_a_time(monkeypatch, model):
     wanted = generate(model, PROMPTS, 15, return_logits=True)
     monkeypatch.setattr(generation, "PREFILL_BYTES", 10 * 4 * model.config.intermediate_size)
@@ -64,12 +57,6 @@ def test_stops_on_either_end_id(model):
     assert out.tokens.shape[1] == max(stops)
     for row, stop, tokens in zip(free, stops, out.tokens.tolist(), strict=True):
         assert tokens == row[:stop] + [96] * (max(stops) - stop)
-
-
-def test_left_padding():
-    ids, mask = pad_left([[1, 2], [3]], pad_id=9)
-    assert (ids.tolist(), mask.tolist()) == ([[1, 2], [9, 3]], [[1, 1], [0, 1]])
-    assert pad_left([[1], [2]], pad_id=9)[1] is None
 
 
 TOKENS = [([97], 0), ([-1], 0), ([3], -1), ([3], 97)]

@@ -3,6 +3,7 @@
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -12,11 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import random_model, write_checkpoint
 from experiments.benchmarking.gguf_file import write_gguf
-from experiments.study import data
 from qwen_min import QwenConfig
 from qwen_min.weights import TINY
 from scripts import gpu
-from tests.faults import TIMED
+from tests import faults, forks, small_plan
 
 PLAN = "import sys; from tests import faults, small_plan as s; sys.exit(s.main(*sys.argv[1:], plan=faults.plan))"
 
@@ -79,34 +79,32 @@ class Gone(Exception):
 
 
 @pytest.mark.slow
-def test_a_plan_on_two_machines_ends_with_the_bytes_of_an_undisturbed_run(monkeypatch, sent, tmp_path):
+def test_a_plan_on_two_machines_ends_with_the_bytes_of_an_undisturbed_run(monkeypatch, sent, small_data, tmp_path):
     """The first goes without warning, after an experiment is in the archive. The next one has nothing else."""
-    machine, source, pack = tmp_path / "machine", tmp_path / "data.h5", gpu.pack
-    data.write(source, data.simulate(seed=0, num_systems=20))
+    machine, archive, log, pack = tmp_path / "machine", tmp_path / "results.zip", tmp_path / "log", gpu.pack
+    words = ["--data", small_data, "--sequences", 2, "--samples", 2]
     monkeypatch.setattr(gpu, "PLAN", ("-c", PLAN))
-    monkeypatch.setenv("PYTHONHASHSEED", "0")  # sketches of figures hold sets
     monkeypatch.setattr(gpu, "PACK_SECONDS", 0.3)
 
-    def run(name: str, last: str = "") -> dict[str, bytes]:
-        """The files in an archive after a machine that goes once it has the experiment `last`."""
+    def pack_and_go(results, archive):
+        left_out = [] if (machine / "gone").exists() else pack(results, archive)
+        if (results / "run/experiments/context-96/metrics.json").exists():
+            (machine / "gone").touch()
+            raise Gone
+        return left_out
 
-        def pack_or_go(results, archive):
-            left_out = [] if (machine / "gone").exists() else pack(results, archive)
-            if last and (results / "run/experiments" / last / "metrics.json").exists():
-                (machine / "gone").touch()
-                raise Gone
-            return left_out
-
+    for way, end in ((pack_and_go, pytest.raises(Gone)), (pack, nullcontext())):
         shutil.rmtree(machine, ignore_errors=True)
         shutil.copytree(sent[1], machine)
-        monkeypatch.setattr(gpu, "pack", pack_or_go)
-        words = ["--data", source, "--sequences", 2, "--samples", 2]
-        with pytest.raises(Gone) if last else nullcontext():
-            assert gpu.run(machine, tmp_path / name, 60, "cpu", ["tests", "benchmark"], words) == 0
-        with ZipFile(tmp_path / name) as archive:
-            files = {name: archive.read(name) for name in archive.namelist() if name.startswith("run/")}
-        return {name: files[name] for name in files if Path(name).name not in (*TIMED, "report.md", "report.html")}
-
-    wanted = run("undisturbed.zip")
-    assert len(run("results.zip", "context-96")) < len(wanted)
-    assert run("results.zip") == wanted
+        monkeypatch.setattr(gpu, "pack", way)
+        with end:
+            assert gpu.run(machine, archive, 60, "cpu", ["tests", "benchmark"], words) == 0
+        with ZipFile(archive) as packed:
+            assert ("run/experiments/final/metrics.json" in packed.namelist()) == (way is pack)
+    ZipFile(archive).extractall(tmp_path / "results")
+    words += ["--model", machine, "--out", tmp_path / "undisturbed"]
+    assert forks.run(log, partial(small_plan.main, plan=faults.plan), *words) == 0, log.read_text()
+    found, wanted = (faults.contents(tmp_path / run, *faults.FINAL) for run in ("results/run", "undisturbed"))
+    assert found.keys() == wanted.keys()
+    names = [name for name in wanted if Path(name).name not in (*faults.TIMED, "plan.json")]  # it has the command
+    assert [name for name in names if found[name] != wanted[name]] == []

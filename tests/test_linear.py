@@ -136,20 +136,10 @@ class ThroughData(torch.optim.SGD):
             parameter.data.sub_(parameter.grad, alpha=self.param_groups[0]["lr"])
 
 
-OPTIMIZERS = [
-    value
-    for value in vars(torch.optim).values()
-    if isinstance(value, type)
-    and issubclass(value, torch.optim.Optimizer)
-    and value.__name__ not in ("Optimizer", "SparseAdam", "Muon")  # SparseAdam: no dense gradients; Muon: matrices only
-]
-
-
-WAYS = [(optimizer, {way: True}) for optimizer in (torch.optim.SGD, torch.optim.Adam) for way in ("fused", "foreach")]
-CASES = [("ratio 7, tied", *case) for case in [*((one, {}) for one in (*OPTIMIZERS, ThroughData)), *WAYS]]
-
-
-@pytest.mark.parametrize(("name", "optimizer", "options"), [*CASES, ("ratio 2, untied", torch.optim.Adam, {})])
+@pytest.mark.parametrize(("name", "optimizer", "options"), [
+    ("ratio 7, tied", ThroughData, {}), ("ratio 7, tied", torch.optim.LBFGS, {}),
+    ("ratio 2, untied", torch.optim.Adam, {"fused": True}),  # which writes without a new version
+])  # fmt: skip
 def test_no_optimizer_leaves_a_stale_copy(monkeypatch, ids, name, optimizer, options):
     """Generate, which packs; train every weight; compare with the same weights without packed copies."""
     monkeypatch.setattr("qwen_min.linear.SMALLEST_PACKED_FP32", 1)

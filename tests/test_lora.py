@@ -95,16 +95,7 @@ def test_no_match_raises_and_changes_nothing(model):
 
 
 NAN = float("nan")
-BAD = [
-    (0, 1),
-    (True, 1),
-    (2, 0),
-    (2, True),
-    (2, NAN),
-    (2, 1, "q"),
-    (2, 1, ()),
-    (2, 1, (3,)),
-]
+BAD = [(0, 1), (True, 1), (2, 0), (2, True), (2, NAN), (2, 1, "q"), (2, 1, ()), (2, 1, (3,))]
 
 
 @pytest.mark.parametrize("settings", BAD)
@@ -225,13 +216,6 @@ def test_settings_are_harmless_or_refused(saved, change, named):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(AdapterError, match=named) if named else nullcontext():
         assert load_adapter(fresh(), saved) == CONFIG
-
-
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_refuses_damaged_files(saved, name):
-    (saved / name).write_bytes(b"{")
-    with pytest.raises(AdapterError, match=name):
-        load_adapter(fresh(), saved)
 
 
 @pytest.mark.parametrize(

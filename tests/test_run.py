@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from conftest import REAL, undone
 from experiments import run
 from experiments.cli import CommandError
-from experiments.forecasting import Forecaster, gru, scores
+from experiments.forecasting import Forecaster, scores
 from experiments.forecasting.adapter import NUMBERS, checkpoint_hash
 from experiments.forecasting.encoding import Encoding
 from experiments.report.build import write_report
@@ -258,21 +258,21 @@ def test_a_run_with_a_shortened_ledger_has_the_same_page_and_continues(
 
 
 def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_continues(
-    small_plan, small_data, tmp_path, capsys
+    small_plan, copied, small_data, capsys
 ):
-    words = ["--data", str(small_data), "--out", str(tmp_path / "a"), "--samples", "0"]
-    assert run.main([*words, "--budget", "7e9"]) == 1
+    words = ["--data", str(small_data), "--out", str(undone(copied, "numbers")), "--samples", "9"]
+    spent = read(copied / "status.json")["spent"]
+    assert run.main([*words, "--budget", str(spent - 1)]) == 1
     err = capsys.readouterr().err
     assert "plan quick needs up to" in err
-    assert "Fits: untrained, trial, grid-r2-lr0.001. Does not fit: grid-r2-lr0.01" in err
-    assert "stopped: grid-r2-lr0.01 needs" in err
-    assert (tmp_path / "a" / "report.html").exists()
-    assert "Not finished" in (tmp_path / "a" / "report.md").read_text()
-    assert Ledger(tmp_path / "a" / "ledger.jsonl", budget=10**17).spent <= 7e9
-    assert read(tmp_path / "a" / "status.json")["stopped"].startswith("grid-r2-lr0.01 needs")
+    assert "stopped: numbers needs" in err
+    assert "Not finished, and shown as -: numbers." in (copied / "report.md").read_text()
+    status, numbers = read(copied / "status.json"), copied / "experiments" / "numbers" / "settings.json"
+    assert status["stopped"].startswith("numbers needs")
     assert run.main(words) == 0
-    assert "Not finished" not in (tmp_path / "a" / "report.md").read_text()
-    assert read(tmp_path / "a" / "status.json")["stopped"] is None
+    assert "Not finished" not in (copied / "report.md").read_text()
+    assert read(copied / "status.json")["stopped"] is None
+    assert status["spent"] == spent - read(numbers)["flops"]["study"]
 
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(small_plan, finished, small_data, tmp_path, capsys):
@@ -342,11 +342,10 @@ def test_the_plan_numbers_trains_the_checkpoint_that_is_named(small_data, tmp_pa
         checked("--model", "tiny")
 
 
-def test_experiments_beyond_the_report_are_shown_at_full_length(monkeypatch, small_data, tmp_path):
+def test_experiments_beyond_the_report_are_shown_at_full_length(small_plan, monkeypatch, small_data, tmp_path):
     settings = Training(2, 1e-3, 768, 2, stride=10, numeric_head=True, whole_windows=True, cosine=True)
     beyond = plans.Plan("frontier", (plans.Experiment("frontier", "frontier", settings, splits=("val", "test")),))
     monkeypatch.setitem(plans.PLANS, "frontier", lambda seed: beyond)
-    monkeypatch.setattr(gru, "STEPS", 3)
     words = ["--plan", "frontier", "--data", str(small_data), "--out", str(tmp_path), "--samples", "2"]
     assert run.main(words) == 0
     markdown = (tmp_path / "report.md").read_text()
@@ -357,7 +356,7 @@ def test_experiments_beyond_the_report_are_shown_at_full_length(monkeypatch, sma
     header = next(line for line in markdown.splitlines() if line.startswith("| method | samples |"))
     assert header.endswith("| CRPS | interval |")
     lines = read_lines(tmp_path / "experiments" / "frontier" / "forecasts.test.jsonl")
-    assert np.shape([line["forecast"] for line in lines]) == (3, 30, 2)
+    assert np.shape([line["forecast"] for line in lines]) == (3, 5, 2)
     assert [quantile is None for quantile in lines[0]["quantiles"]] == [True, True, False, True, True]
 
 

@@ -458,7 +458,7 @@ def test_names_that_begin_with_a_space_and_a_hash_are_no_comment(table):
 def test_what_pandas_writes_comes_back_exactly_or_is_refused(options, tmp_path_factory):
     path = tmp_path_factory.mktemp("dialect") / "a.csv"
 
-    @settings(deadline=None, max_examples=40)
+    @settings(deadline=None, max_examples=20)
     @given(st.lists(NAMES, min_size=1, max_size=3, unique=True), st.sampled_from(list(INDEX)), st.data())
     def check(names, kind, source):
         row = st.lists(CELLS, min_size=len(names), max_size=len(names))

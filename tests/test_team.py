@@ -46,15 +46,14 @@ def train(folder: Path) -> int:
     return 0
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_training_in_fp64_is_that_of_one_process(tmp_path, size):
+def test_a_training_in_fp64_is_that_of_one_process(tmp_path):
     """With batches of three rows of unequal length, four processes also have one without a row."""
     train(tmp_path)
-    assert forks.run(tmp_path / "log", train, tmp_path, size=size) == 0, (tmp_path / "log").read_text()
+    assert forks.run(tmp_path / "log", train, tmp_path, size=4) == 0, (tmp_path / "log").read_text()
     alone = load_file(tmp_path / "1-0.safetensors")
     assert len(alone["losses"]) == 6
-    for rank in range(size):
-        found = load_file(tmp_path / f"{size}-{rank}.safetensors")
+    for rank in range(4):
+        found = load_file(tmp_path / f"4-{rank}.safetensors")
         for name, tensor in alone.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-10, msg=name)
 
@@ -106,29 +105,26 @@ def test_an_error_of_all_processes_is_told_once(tmp_path):
     assert not (tmp_path / "never").exists()
 
 
-def test_a_budget_that_does_not_suffice_is_told_once_and_never_exceeded(together, words, tmp_path):
+def test_a_budget_that_does_not_suffice_is_told_once(together, words, tmp_path):
     run, log = undone(shutil.copytree(together, tmp_path / "run"), "numbers"), tmp_path / "log"
     spent = read(together / "status.json")["spent"]
     assert forks.run(log, small_plan.main, *words, run, "--budget", spent - 1, size=2) == 1
-    assert log.read_text().count("stopped: ") == 1
-    status = read(run / "status.json")
-    assert "numbers needs" in status["stopped"]
-    assert status["spent"] == spent - read(together / "experiments" / "numbers" / "settings.json")["flops"]["study"]
+    assert log.read_text().count("stopped: numbers needs") == 1
     assert "Not finished, and shown as -: numbers." in (run / "report.md").read_text()
 
 
 def test_a_job_that_loses_a_process_ends_and_then_continues_to_the_same_files(together, words, tmp_path):
-    """`faults.py --processes 2` kills at random moments."""
-    log, ledger = tmp_path / "log", tmp_path / "run" / "ledger.jsonl"
-    leader, follower = forks.start(log, small_plan.main, *words, tmp_path / "run", size=2)
-    while leader.exitcode is None and not (ledger.exists() and ledger.stat().st_size):
+    """Here in the last training of text; `faults.py --processes 2` kills at random moments."""
+    run, log = undone(shutil.copytree(together, tmp_path / "run"), "final", "numbers"), tmp_path / "log"
+    leader, follower = forks.start(log, small_plan.main, *words, run, size=2)
+    while leader.exitcode is None and '"final"' not in (run / "ledger.jsonl").read_text():
         time.sleep(0.01)
     follower.kill()
     assert forks.wait([leader]) == 1
     assert forks.wait([follower]) == -SIGKILL
     assert "stopped: another process of this job ended" in log.read_text()
-    assert forks.run(log, small_plan.main, *words, tmp_path / "run", size=2) == 0, log.read_text()
-    found, wanted = (contents(run, "**/*") for run in (tmp_path / "run", together))
+    assert forks.run(log, small_plan.main, *words, run, size=2) == 0, log.read_text()
+    found, wanted = (contents(folder, "**/*") for folder in (run, together))
     assert found.keys() == wanted.keys()
     names = [name for name in wanted if Path(name).name not in (*TIMED, "report.md", "report.html")]
     assert [name for name in names if found[name] != wanted[name]] == []

@@ -16,6 +16,7 @@ TEACHING = NOTEBOOK.parent / "docs" / "teaching.md"
 LEFT_OUT = ("def without(", "layer.mlp.gate_proj", "plans.study(", "svdvals(")  # in cells that TEACHING says can be
 SMALLER = {  # by what is written: what runs here
     "steps=50,": "steps=4,",
+    "length = 512 ": "length = 64 ",
     "(held_out[:, :70], horizon=10).values": "(held_out[:10, :70], horizon=10).values.repeat(15, 0)",
 }
 

@@ -85,19 +85,14 @@ def embedded(tmp_path) -> Path:
 
 WEIGHTS, INDEX, END = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 DAMAGED = [  # the files that are written, or removed where the content is None: what is said
-    ({WEIGHTS: "\0" * 100}, r"model\.safetensors: not a readable safetensors file"),
     ({WEIGHTS: None}, r"missing model\.safetensors"),
     ({WEIGHTS: None, "adapter_config.json": "{}"}, "missing model.safetensors; the folder holds .*an adapter"),
     ({WEIGHTS: None, "pytorch_model.bin": ""}, "missing model.safetensors; the folder holds .*pytorch_model.bin"),
-    ({WEIGHTS: None, INDEX: "{"}, "not a readable JSON"),
-    ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),
     ({WEIGHTS: None, INDEX: '{"weight_map": {"a": "../model.safetensors"}}'}, "same folder"),
     ({WEIGHTS: None, INDEX: '{"weight_map": {"a": 3}}'}, "same folder"),
     ({WEIGHTS: None, INDEX: '{"weight_map": {"a": "absent.safetensors"}}'}, "missing absent.safetensors"),
-    ({"tokenizer.json": "{}"}, "not a readable tokenizer"),
     ({END: '{"eos_token_id": "</s>"}'}, "generation_config.json: "),
     ({END: '{"eos_token_id": [true]}'}, "generation_config.json: "),
-    ({END: "{"}, "generation_config.json: "),
 ]
 
 
@@ -149,15 +144,13 @@ def test_a_checkpoint_of_several_dtypes_keeps_the_widest(tmp_path, wide):
     assert generate(model, [[1, 2]], 3).tokens.shape == (1, 3)
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
-def test_other_names_of_tensors_are_shown(tmp_path, prefix):
+def test_other_names_of_tensors_are_shown(tmp_path):
     def rename(tensors):
         for name in list(tensors):
-            tensors[prefix + name] = tensors.pop(name)
+            tensors[f"module.{name}"] = tensors.pop(name)
 
     message = broken(tmp_path, rename)
-    assert f"{prefix}model." in message
-    assert "expected names such as model.embed_tokens.weight" in message
+    assert "expected names such as model.embed_tokens.weight, got such as module.model.embed_tokens.weight" in message
 
 
 @pytest.mark.parametrize(
