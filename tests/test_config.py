@@ -22,6 +22,7 @@ FIELDS = config_fields(GROUPED)
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"hidden_size": None}, "hidden_size"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
         ({"rope_parameters": "yarn"}, "rope_parameters"),
         ({"layer_types": 3}, "layer_types"),
         ({"hidden_size": 57}, "num_attention_heads"),

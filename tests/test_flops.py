@@ -59,13 +59,14 @@ def test_the_report_convention_reproduces_the_published_figures():
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRAINED = {"q and v": {"q_proj": 3, "v_proj": 3}, "all linear": dict.fromkeys(ALL_LINEAR, 4), "every weight": None}
-STEPS = [(ranks, 100, 13) for ranks in TRAINED.values()]
-STEPS += [(ranks, 7, None) for ranks in (*TRAINED.values(), *({name: 2} for name in ALL_LINEAR))]
+STEPS = [(name, ranks, *how) for name in CONFIGS for ranks in TRAINED.values() for how in ((100, 13), (7, None))]
+STEPS += [("ratio 7, tied", {linear: 2}, 7, None) for linear in ALL_LINEAR]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "context", "vocabulary"), STEPS)
-def test_closed_form_of_a_step_equals_what_autograd_dispatches(config, ranks, context, vocabulary):
+@pytest.mark.parametrize(("name", "ranks", "context", "vocabulary"), STEPS)
+def test_closed_form_of_a_step_equals_what_autograd_dispatches(name, ranks, context, vocabulary):
+    config = CONFIGS[name]
     wanted = trace_training_step(config, 2, context, ranks, vocabulary)
     ops = forward(config, 2, context, ranks=ranks, head="loss", vocabulary=vocabulary)
     assert (total(ops), total(backward(config, 2, context, ranks=ranks, vocabulary=vocabulary))) == wanted

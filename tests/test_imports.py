@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.__main__ import EXTRA
+
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
     "run", "forecast", "finetune", "costs", "benchmark", "pretrain", "report.__main__", "text", "export",
@@ -92,7 +94,7 @@ def test_every_file_has_its_rule_and_commands_do_not_import_each_other():
 
 @pytest.mark.slow
 def test_what_draws_reports_and_prints_help_needs_no_torch_and_a_checkpoint_no_compiler():
-    """Nor does what reads no table need pandas. In one process, whose start is what costs."""
+    """Nor does what reads no table need pandas, nor text and FLOPs the extra. In one process, as its start is slow."""
     light = ["report", "report.build", "study.plans", "study.records", "forecasting", "cli", "benchmark",
              "benchmarking.engines", "run"]  # fmt: skip
     heavy = ["forecast", "finetune", "study.suite", "training.finetuning"]
@@ -110,6 +112,10 @@ for name in {heavy}:
 import qwen_min
 qwen_min.load("tiny")
 assert "sympy" not in sys.modules  # of torch's compiler
+for name in [one for one in sys.modules if one.split(".")[0] in {OURS}]:
+    del sys.modules[name]
+sys.modules |= dict.fromkeys({EXTRA})  # None: not to be imported
+import experiments.text, flops.trace, qwen_min.chat, lora
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -15,7 +15,7 @@ from experiments.benchmarking.side import BenchmarkError
 from experiments.benchmarking.torch_sides import Ours, Transformers
 from qwen_min.weights import TINY
 
-STEPS = 3
+STEPS = 2
 
 
 @pytest.fixture(scope="module")

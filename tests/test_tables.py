@@ -153,8 +153,7 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "other dates": ("Monat,a\nJanuar 2023,1\n", "holds 'Januar 2023', which is no date that is known"),
     "no id": ("unique_id,t,a\nx,1,1\nx,2,2\n,3,3\n", "line 4: has no 'unique_id', which names its series"),
     "a note": ("date,y\n2023-01-01,1\nsource\n", "line 3: has 1 columns, the first line has 2; leave out lines that"),
-    "NumPy": (b"\x93NUMPY\x01", "is a NumPy array; save it as CSV"),
-    "JSON": ('{"a": 1}', "is JSON"),
+    "JSON": ('{"a": 1}', "is JSON; save it as CSV"),
     "UTF-16": ("a\0,\0b\0", "has zero bytes, as UTF-16 without a mark has; save it as .* encoded as UTF-8"),
     "GBK": ("d,销量\n2023-01-01,1\n".encode("gbk"), "is no text in UTF-8 .*, nor in Windows-1252, which would give"),
     "Polish": ("d,sprzedaż\n2023-01-01,1\n".encode("cp1250"), "is no text in UTF-8 .*, nor in Windows-1252"),
@@ -178,8 +177,6 @@ EXCEL = {  # the rows of a sheet: the values of `a`, or what is said
     "three decimals": ([["d", "a"], [DAYS[0], 1.234], [DAYS[1], 2]], [1.234, 2]),
     "rows left empty": ([["d", "a"], [DAYS[0], 1.5], [DAYS[1], 2], [" ", None]], [1.5, 2]),
     "a clock": ([["d", "at", "a"], [DAYS[0], time(1), 1], [DAYS[0], time(2), 2]], [1, 2]),
-    "a text between numbers": ([["d", "a"], [DAYS[0], 1], [DAYS[1], "n.a."]], "row 3, column 'a': holds 'n.a.'"),
-    "a date as text": ([["d", "a"], [DAYS[0], 1], ["13.01.2023", 2]], "row 3, column 'd': holds '13.01.2023'"),
     "an empty row": ([["d", "a"], [DAYS[0], 1], [], [DAYS[1], 2]], "row 3, column 'd': holds 'nothing'"),
     "a formula": ([["d", "a"], [DAYS[0], 1], [DAYS[1], "=B2+1"]], "has formulas without values; open it in Excel"),
     "a title": ([["Sales"], [], ["d", "a"], [DAYS[0], 1]], "row 3, column 'Sales': holds 'd', expected a number"),
@@ -249,17 +246,17 @@ def test_several_series_one_below_the_other(tmp_path):
     assert (north.attrs["name"], south.attrs["name"], south.to_dict("list")) == ("north", "south", {"value": [5, 6]})
 
 
-@pytest.mark.parametrize("mark", ["", "nan", "NA", "null", "-", "?", "#N/A", "..", "."])
-def test_missing_values_are_counted_or_interpolated_in_time(table, mark):
-    text = f"t,a,b\n0,1,5\n1,{mark},{mark}\n3,4,7\n4,{mark},8\n"
+def test_missing_values_are_counted_or_interpolated_in_time(table):
+    text = "t,a,b\n0,1,5\n1,,NA\n3,4,7\n4,,8\n"
     with pytest.raises(DataError, match=r"3 of 8 values are missing, the first in line 3, column 'a'; fill them with"):
         table(text)
     assert table(text, missing="interpolate").values.tolist() == [[1, 5], [2, pytest.approx(17 / 3)], [4, 7], [4, 8]]
     assert table(text, missing="keep")["a"].isna().tolist() == [False, True, False, True]
-    days = f"day,a\n2023-01-01,1\n2023-01-02,{mark}\n2023-01-05,2\n"
+    assert table("t,a\n1,nan\n2,null\n3,-\n4,?\n5,#N/A\n6,..\n7,.\n8,5\n", missing="keep")["a"].count() == 1
+    days = "day,a\n2023-01-01,1\n2023-01-02,\n2023-01-05,2\n"
     assert table(days, missing="interpolate").values[1] == 1.25
     with pytest.raises(DataError, match="'a' has 1 of 2 values, expected at least 2"):
-        table(f"a,b\n1,1\n{mark},2\n", missing="interpolate")
+        table("a,b\n1,1\n,2\n", missing="interpolate")
     with pytest.raises(DataError, match="missing is 'zero', expected one of error, interpolate, keep"):
         table(text, missing="zero")
 
@@ -357,7 +354,6 @@ INDEXES = {  # index of three rows: the time after the last, or None if it is no
     "years": (pd.RangeIndex(1900, 1903), "1903"),
     "numbers": (pd.Index([0.5, 1, 1.5]), "2"),
     "a count": (pd.RangeIndex(3), None),
-    "a count as numbers": (pd.Index([0, 1, 2]), None),
     "what a filter left": (pd.Index([3, 4, 7]), None),
 }
 
@@ -391,11 +387,8 @@ def test_columns_of_frames():
     [
         ({"a": [1, "x"]}, None, r"row 1, column 'a': holds 'x', expected a number; .*; or leave the column out"),
         ({"a": [True, False]}, None, "holds 'True', expected a number"),
-        ({"a": [1, np.nan]}, None, r"1 of 2 values is missing, .* row 1, column 'a'; fill them with .*missing="),
         ({"a": []}, None, "has no rows"),
-        ({"a": [1, 2]}, pd.to_datetime(["2023-01-02", "2023-01-01"]), "time 2023-01-01 comes after 2023-01-02"),
         ({"a": [1, 2]}, pd.to_datetime(["2023-01-02", None]), "1 of 2 dates are missing"),
-        ({"a": [1, 2]}, ["x", "y"], "holds 'x', which is no date that is known here"),
     ],
 )
 def test_frames_that_are_refused(columns, index, message):

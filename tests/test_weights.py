@@ -88,6 +88,7 @@ DAMAGED = [  # the files that are written, or removed where the content is None:
     ({WEIGHTS: None}, r"missing model\.safetensors"),
     ({WEIGHTS: None, "adapter_config.json": "{}"}, "missing model.safetensors; the folder holds .*an adapter"),
     ({WEIGHTS: None, "pytorch_model.bin": ""}, "missing model.safetensors; the folder holds .*pytorch_model.bin"),
+    ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),
     ({WEIGHTS: None, INDEX: '{"weight_map": {"a": "../model.safetensors"}}'}, "same folder"),
     ({WEIGHTS: None, INDEX: '{"weight_map": {"a": 3}}'}, "same folder"),
     ({WEIGHTS: None, INDEX: '{"weight_map": {"a": "absent.safetensors"}}'}, "missing absent.safetensors"),
