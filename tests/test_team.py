@@ -45,14 +45,15 @@ def train(folder: Path) -> int:
     return 0
 
 
-def test_a_training_in_fp64_is_that_of_one_process(tmp_path):
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_training_in_fp64_is_that_of_one_process(tmp_path, size):
     """With batches of three rows of unequal length, four processes also have one without a row."""
     train(tmp_path)
-    assert forks.run(tmp_path / "log", train, tmp_path, size=4) == 0, (tmp_path / "log").read_text()
+    assert forks.run(tmp_path / "log", train, tmp_path, size=size) == 0, (tmp_path / "log").read_text()
     alone = load_file(tmp_path / "1-0.safetensors")
     assert len(alone["losses"]) == 6
-    for rank in range(4):
-        found = load_file(tmp_path / f"4-{rank}.safetensors")
+    for rank in range(size):
+        found = load_file(tmp_path / f"{size}-{rank}.safetensors")
         for name, tensor in alone.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-10, msg=name)
 
