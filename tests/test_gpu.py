@@ -88,7 +88,7 @@ def test_a_plan_on_two_machines_ends_with_the_bytes_of_an_undisturbed_run(monkey
 
     def pack_and_go(results, archive):
         left_out = [] if (machine / "gone").exists() else pack(results, archive)
-        if (results / "run/experiments/context-96/metrics.json").exists():
+        if (results / "run/experiments/trial/metrics.json").exists():
             (machine / "gone").touch()
             raise Gone
         return left_out
