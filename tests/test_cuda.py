@@ -12,12 +12,13 @@ from experiments.forecasting import Forecaster
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
-from experiments.training.finetuning import Finetuning
+from experiments.training.finetuning import prepare
 from experiments.training.loop import Account, train
 from experiments.training.settings import Training
 from experiments.training.windows import TextWindows, cut_tokens
 from lora import LoraConfig, adapter_parameters, inject
 from qwen_min import KVCache, QwenConfig, generate, load
+from qwen_min.config import NotFiniteError
 from qwen_min.continuation import GraphContinuation, ReusedCache, continuation
 from qwen_min.generation import pad_left, prefill
 from qwen_min.loss import next_token_loss
@@ -154,6 +155,22 @@ def test_training_under_autocast_agrees(checkpoint, on_cpu, with_adapter, inside
     assert (found[1] - found[0]).norm() / found[0].norm() < 0.1
 
 
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_samples_near_the_last_position(checkpoint, num_samples):
+    """Capacities are rounded up here; the unused columns are no tokens."""
+    model = load(checkpoint, "cuda")[0]
+    positions = model.config.max_position_embeddings
+    prompt = [(PROMPTS[0] * 8)[: positions - 20]]
+    out = generate(model, prompt, 20, temperature=1.0, num_samples=num_samples)
+    assert out.tokens.shape == (num_samples, 20)
+
+
+def test_logits_that_are_not_finite_end_a_text(on_gpu):
+    on_gpu.model.norm.weight.data[3] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"logits of rows \[0, 1\] are not finite"):
+        generate(on_gpu, PROMPTS, 40)
+
+
 @pytest.mark.parametrize("context", [448, 704])
 def test_gradients_of_long_contexts_agree(on_cpu, on_gpu, precision, context):
     """The lengths are 64 more than a multiple of 128; kernels have failed at such lengths."""
@@ -245,7 +262,7 @@ def test_a_decoder_that_reads_values_forecasts_and_is_fine_tuned_alike():
     for device in ("cpu", "cuda"):
         forecaster = Forecaster.load("numbers", device=device)
         zero_shot = forecaster.forecast([one[:40] for one in series], 40, [0.1, 0.9]).quantiles
-        metrics = Finetuning(forecaster, series, 5, steps=2, rank=4).run()
+        metrics = prepare(forecaster, series, 5, steps=2, rank=4).run()
         found[device] = [zero_shot, metrics["held_out_before"], metrics["held_out_after"]]
     for cpu, cuda in zip(found["cpu"], found["cuda"], strict=True):
         np.testing.assert_allclose(cuda, cpu, rtol=1e-2, atol=1e-2)

@@ -10,6 +10,20 @@ from qwen_min.loss import next_token_loss
 from qwen_min.model import attention_mask_and_positions
 
 
+def test_the_mask_is_causal_and_aligned_to_the_lower_right_corner():
+    mask, positions = attention_mask_and_positions(2, 3, None, torch.device("cpu"))
+    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert positions.tolist() == [[2, 3, 4]]
+
+
+@pytest.mark.parametrize("kept", [1, 255])
+def test_positions_of_a_left_padded_row_count_from_its_first_real_token(kept):
+    real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]) * kept
+    mask, positions = attention_mask_and_positions(1, 3, real, torch.device("cpu"))
+    assert positions.tolist() == [[0, 0, 1], [1, 2, 3]]
+    assert mask[0, 0].int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
 def test_the_mask_of_many_tokens_has_no_row_for_each():
     real = torch.ones(2, 200, dtype=torch.long)
     assert attention_mask_and_positions(100, 100, real, torch.device("cpu"))[0].shape == (2, 1, 1, 200)
@@ -39,6 +53,13 @@ def test_a_padded_batch_equals_its_rows_alone(model, ids, times):
     assert logits.isfinite().all()
 
 
+def test_a_padded_batch_continues_from_its_cache(model, ids):
+    mask = real_tokens(12, 4, 0)
+    cache = KVCache(model.config, batch_size=2, capacity=12)
+    pieces = [model(ids[:, start:end], cache, mask[:, :end]) for start, end in ((0, 7), (7, 8), (8, 12))]
+    torch.testing.assert_close(torch.cat(pieces, 1)[0, 4:], model(ids[:1, 4:])[0], rtol=1e-5, atol=1e-5)
+
+
 def test_a_full_cache_raises_and_keeps_its_tokens(model, ids):
     cache = KVCache(model.config, batch_size=2, capacity=8)
     model(ids[:, :6], cache)
@@ -64,3 +85,9 @@ def test_a_new_model_begins_with_the_loss_of_a_uniform_guess(model, tied):
     new = Qwen(replace(model.config, tie_word_embeddings=tied))
     loss = next_token_loss(new, torch.randint(0, new.config.vocab_size, (4, 64)))
     assert loss.item() == pytest.approx(math.log(new.config.vocab_size), rel=0.02)
+
+
+def test_tied_head_is_the_embedding(model):
+    names = {name for name, _ in model.named_parameters()}
+    assert ("lm_head.weight" in names) == (not model.config.tie_word_embeddings)
+    assert (model.head_weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings

@@ -85,8 +85,11 @@ def test_a_fresh_adapter_is_drawn_from_the_same_distribution(models):
         assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
 
 
-def test_an_adapter_of_the_real_sizes_has_the_published_number_of_parameters():
+@pytest.mark.parametrize("rank", [2, 4, 8])
+def test_parameter_counts_of_the_real_sizes(rank):
     with torch.device("meta"):
         model = Qwen(REAL)
-        inject(model, LoraConfig(8, 8))
-    assert sum(p.numel() for p in adapter_parameters(model).values()) == 67_584 * 8
+        assert sum(p.numel() for p in model.parameters()) == 494_032_768
+        assert sum(p.numel() for p in model.model.layers.parameters()) + 896 == 357_898_112
+        inject(model, LoraConfig(rank, rank))
+    assert sum(p.numel() for p in adapter_parameters(model).values()) == 67_584 * rank
