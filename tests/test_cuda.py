@@ -12,7 +12,7 @@ from experiments.forecasting import Forecaster
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
-from experiments.training.finetuning import prepare
+from experiments.training.finetuning import Finetuning
 from experiments.training.loop import Account, train
 from experiments.training.settings import Training
 from experiments.training.windows import TextWindows, cut_tokens
@@ -262,7 +262,7 @@ def test_a_decoder_that_reads_values_forecasts_and_is_fine_tuned_alike():
     for device in ("cpu", "cuda"):
         forecaster = Forecaster.load("numbers", device=device)
         zero_shot = forecaster.forecast([one[:40] for one in series], 40, [0.1, 0.9]).quantiles
-        metrics = prepare(forecaster, series, 5, steps=2, rank=4).run()
+        metrics = Finetuning(forecaster, series, 5, steps=2, rank=4).run()
         found[device] = [zero_shot, metrics["held_out_before"], metrics["held_out_after"]]
     for cpu, cuda in zip(found["cpu"], found["cuda"], strict=True):
         np.testing.assert_allclose(cuda, cpu, rtol=1e-2, atol=1e-2)
