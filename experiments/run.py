@@ -221,6 +221,7 @@ def finish(suite: "Suite") -> int:
     """
     import flops
     from experiments.report.build import verdict, write_report
+    from experiments.report.contents import counting
     from experiments.report.results import load_run
     from experiments.training.team import PeerLost, StoppedElsewhere
     from experiments.training.windows import TrainingError
@@ -255,7 +256,8 @@ def finish(suite: "Suite") -> int:
     if all_know:
         suite.team.wait()
     spent, budget = suite.ledger.spent, suite.ledger.budget
-    print(f"spent {spent:.3e} of {budget:.3e} FLOPs ({spent / budget:.2%}, {suite.convention})")
+    rules = counting(suite.plan.experiments, suite.convention)
+    print(f"spent {spent:.3e} of {budget:.3e} FLOPs ({spent / budget:.2%}; {rules})")
     if result := verdict(load_run(suite.folder)):
         print(result)
     print(f"report: {page}")

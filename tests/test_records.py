@@ -109,6 +109,7 @@ SETTINGS, METRICS, TESTS = (f"experiments/frontier/{name}" for name in
     (METRICS, ["val", "all", "mse_filled"], "low", "val, all, mse_filled: holds 'low', expected float"),
     (SETTINGS, ["flops", "exact"], -1, "flops are .* expected positive numbers"),
     (METRICS, ["test", "probabilistic"], None, "mean_of_samples needs probabilistic"),
+    ("experiments/frontier/seconds.json", ["training"], "long", "training: holds 'long', expected float"),
 ])  # fmt: skip
 def test_damage_in_a_run_folder_is_found_when_it_is_read(frontier, file, keys, value, message):
     change(frontier / file, *keys, value=value)

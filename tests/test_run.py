@@ -178,7 +178,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_ends_with_the_same_bytes
     status = read(copied / "status.json")
     assert status["stopped"] == "Stopped by SIGTERM."
     page = write_report(copied).with_suffix(".md").read_text()
-    assert "Not finished, and shown as -: final, numbers." in page
+    assert "Not finished: final, numbers." in page
     assert f"Spent {flops(status['spent'])} of a budget of 1e17 FLOPs" in page
     whole = state.read_bytes()
     state.write_bytes(b"{")
@@ -266,7 +266,7 @@ def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_cont
     err = capsys.readouterr().err
     assert "plan quick needs up to" in err
     assert "stopped: numbers needs" in err
-    assert "Not finished, and shown as -: numbers." in (copied / "report.md").read_text()
+    assert "Not finished: numbers." in (copied / "report.md").read_text()
     status, numbers = read(copied / "status.json"), copied / "experiments" / "numbers" / "settings.json"
     assert status["stopped"].startswith("numbers needs")
     assert run.main(words) == 0

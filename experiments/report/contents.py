@@ -183,7 +183,6 @@ def best(trained: Mapping[str, Result]) -> str:
 
 def settings(trained: Mapping[str, Result]) -> tuple[str, Rows]:
     """The settings that trainings share, in words, and the others of each."""
-
     every = {}
     for name, one in trained.items():
         given = {key: value for key, value in vars(one.training).items() if value is not None}

@@ -150,7 +150,7 @@ def _read_result(path: Path, truths: dict[str, list[np.ndarray]], conventions: d
         for scores in (metrics[split].mean_of_samples, metrics[split].exact):
             if scores and len(scores.mse_each) != len(lines):
                 raise RunError(f"{path / 'metrics.json'}: has {len(scores.mse_each)} mse_each, expected {len(lines)}")
-    seconds = read(path / "seconds.json", dict[str, float])
+    seconds = vars(read(path / "seconds.json", records.Seconds))
     losses = records.read_losses(path / "losses.csv", settings.training.steps) if settings.training else []
     return Result(**vars(settings), metrics=metrics, seconds=seconds, forecasts=forecasts, losses=losses)
 

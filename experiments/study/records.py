@@ -188,6 +188,14 @@ class Metrics(Scores):
 
 
 @dataclass(frozen=True)
+class Seconds:
+    """seconds.json: how long an experiment took, in seconds."""
+
+    training: float
+    evaluation: float
+
+
+@dataclass(frozen=True)
 class Settings:
     """settings.json: the training of an experiment, or None, and its FLOPs by convention."""
 

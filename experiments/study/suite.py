@@ -74,11 +74,13 @@ class Suite:
         fits: list[str] = []
         for name, cost in costs.items():
             if cost > left:
+                convention, way = "exact", ""
+                if self.plan.texts:
+                    convention, way = self.convention, ", or choose another --convention,"
                 return (
-                    f"plan {self.plan.name} needs up to {sum(costs.values()):.3e} FLOPs ({self.convention}), the "
-                    f"budget is {self.ledger.budget:.3e}. Fits: {', '.join(fits) or 'nothing'}. Does not fit: "
-                    f"{', '.join([*costs][len(fits) :])}. Raise --budget, or choose another --convention, to run the "
-                    "whole plan"
+                    f"plan {self.plan.name} needs up to {sum(costs.values()):.3e} FLOPs ({convention}), the budget is "
+                    f"{self.ledger.budget:.3e}. Fits: {', '.join(fits) or 'nothing'}. Does not fit: "
+                    f"{', '.join([*costs][len(fits) :])}. Raise --budget{way} to run the whole plan"
                 )
             left -= cost
             fits.append(name)
