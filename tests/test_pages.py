@@ -177,7 +177,7 @@ def test_a_forecast_picture_names_its_axes_and_marks_the_judged_steps(drawn):
 
 
 def test_colours_stand_out_from_the_paper_and_from_each_other_without_red_or_green():
-    rgb = {name: np.array(to_rgb(getattr(figures, name))) for name in ("OURS", "GREY", "TEXT")}
+    rgb = {name: np.array(to_rgb(getattr(figures, name))) for name in ("OURS", "PREDATOR", "GREY", "TEXT")}
     linear = {name: np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) for name, c in rgb.items()}
     light = {name: c @ [0.2126, 0.7152, 0.0722] for name, c in linear.items()}
     assert min(1.05 / (each + 0.05) for each in light.values()) > 3  # contrast on white

@@ -15,8 +15,10 @@ from matplotlib.ticker import LogFormatter
 from experiments.report.words import number
 from experiments.storage.files import write_whole
 
-# our model is blue, the truth is almost black, everything else is grey with its name next to it
-OURS, GREY, TEXT, GRID = "#1f6fb4", "#767676", "#333333", "#dddddd"
+# our model is blue, the truth is almost black, everything else is grey with its name next to it; the notebook has
+# a second colour for the predators
+OURS = PREY = "#1f6fb4"
+PREDATOR, GREY, TEXT, GRID = "#d1602b", "#767676", "#333333", "#dddddd"
 LINES, MARKS = ("-", "--", "-.", ":"), "os^DvPX*"
 WIDTH = 5  # inches: on a phone's 360 pixels the letters have 8 to 10
 MAX_SERIES, MAX_COLUMNS = 5, 3  # per figure
