@@ -3,6 +3,7 @@
 N series, T time steps (which may differ between series), D variables, h forecast steps, S samples, Q quantiles.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ class Forecast(NamedTuple):
     quantiles: np.ndarray | None  # (N, Q, h, D)
 
 
-class SeriesForecaster:
+class SeriesForecaster(ABC):
     """What both kinds share: `text.TextForecaster` continues the text of series, `values.NumberForecaster` values."""
 
     checkpoint: tuple[str, Path] | None = None  # name and folder, if `Forecaster.load` made this forecaster
@@ -69,9 +70,9 @@ class SeriesForecaster:
         found = self.continued(arrays, horizon, quantiles, context, progress, **options)
         return framed(frames, found, quantiles) if frames else found
 
+    @abstractmethod
     def continued(self, *request: Any, **options: Any) -> Forecast:
         """The forecast of N checked arrays (T, D); see `forecast`."""
-        raise NotImplementedError
 
 
 def is_frame(data) -> bool:

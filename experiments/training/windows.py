@@ -3,6 +3,7 @@
 n windows, B batch size, T context length in tokens, D variables.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -27,16 +28,16 @@ class TrainingError(ValueError):
     """Training cannot begin or continue. The last saved state remains."""
 
 
-class Windows:
+class Windows(ABC):
     """The windows that a training reads, and the loss of a model on them."""
 
     parameters: dict[str, nn.Parameter]  # what the training changes, by name
     matrices: frozenset[str] = frozenset()  # those that Muon trains; Adam trains the others
     device: torch.device
 
+    @abstractmethod
     def __len__(self) -> int:
         """The number of windows."""
-        raise NotImplementedError
 
     def rows(self, step: int, settings: Training) -> Tensor:
         """The windows of a step (B, or a row for each of B), which depend on the arguments alone."""
@@ -46,9 +47,9 @@ class Windows:
         """The number of values or tokens that the windows in rows (B) ask for: the weight of their loss."""
         return len(rows)
 
+    @abstractmethod
     def loss(self, rows: Tensor) -> Tensor:
-        """The mean loss, in nats, over the targets of the windows in rows (B, on the CPU)."""
-        raise NotImplementedError
+        """The mean loss over the targets of the windows in rows (B, on the CPU), with its graph."""
 
 
 class Cuts:
