@@ -3,8 +3,11 @@
 test_documented.py runs commands under torchrun itself.
 """
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from signal import SIGKILL
@@ -56,6 +59,27 @@ def test_a_training_in_fp64_is_that_of_one_process(tmp_path, size):
         found = load_file(tmp_path / f"{size}-{rank}.safetensors")
         for name, tensor in alone.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-10, msg=name)
+
+
+JOB = """
+from pathlib import Path
+import torch
+from experiments.training.team import joined
+
+with joined("cpu"):
+    torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])
+print([name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_outlives_its_job(tmp_path):
+    """Else it may abort the process while Python ends. In new processes: one that is forked has imported the cause."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "job.py"]
+    (tmp_path / "job.py").write_text(JOB)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["[]", "[]"], done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -145,6 +146,9 @@ def joined(device: str) -> Iterator[tuple[Team, str]]:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
+    # An optimizer imports this module, whose default arguments are the group. If that came later, the group would
+    # outlive its end here, with threads that abort the process while Python ends.
+    import_module("torch.distributed.nn")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     try:
         yield Team(dist.get_rank(), dist.get_world_size()), device
