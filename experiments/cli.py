@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import os
 import shlex
 import sys
 import warnings
@@ -159,24 +158,10 @@ def exit_status(work: Callable[[Interruption], int], resume: str = "") -> int:
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
             return work(interruption)
     except Interrupted as error:
-        if leads():
-            print(f"stopped by {error}" + (resume and f"; to continue from what is saved: {resume}"), file=sys.stderr)
+        print(f"stopped by {error}" + (resume and f"; to continue from what is saved: {resume}"), file=sys.stderr)
         return error.exit_status
     except Exception as error:
         if not is_meant(error):
             raise
-        elsewhere = getattr(error, "told_elsewhere", False)
-        if leads() or not elsewhere:
-            print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
-        return 1 if elsewhere or isinstance(error, MemoryError) else 2
-
-
-def tell(message: str) -> None:
-    """Print a message once, not once for each process of a job."""
-    if leads():
-        print(message)
-
-
-def leads() -> bool:
-    """True in the process that tells the user what happens: the first that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+        return 1 if isinstance(error, MemoryError) else 2

@@ -89,7 +89,7 @@ def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
                 f"{one.attrs['name']} has the variables {', '.join(one.columns)}, {first.attrs['name']} has "
                 f"{', '.join(first.columns)}; expected the same in all series, choose with --columns"
             )
-    cli.tell(tables.told(series))
+    print(tables.told(series))
     return series
 
 
@@ -103,7 +103,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFr
     forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
     settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
     job = Finetuning(forecaster, [one.to_numpy() for one in series], variables=list(series[0].columns), **settings)
-    cli.tell(job.told)
+    print(job.told)
     return series, job
 
 
@@ -118,19 +118,21 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
     from experiments.training.finetuning import summary
     from experiments.training.team import joined
 
-    with joined(args.device) as (team, device):
-        series, job = team.agreed(lambda: check_inputs(args, device))
-        folder = args.out or Path("runs") / series_name(args.series[0])
+    out = args.out or Path("runs") / series_name(args.series[0])
+    with joined(args.device, out) as (team, device, folder):
+        series, job = check_inputs(args, device)
         record = {
             "command": cli.command_line("experiments.finetune"),
             "title": series[0].attrs["name"] + (f" and {len(series) - 1} more series" if len(series) > 1 else ""),
             "model": args.model,
         }
-        metrics = job.run(folder, record, interruption, team, cli.tell)
-        page = team.told(lambda: write_report(folder))
-        cli.tell("\n".join([*summary(metrics), f"adapter: {folder / 'adapter'}; results: {page}"]))
+        if (folder / "plan.json").exists():
+            print(f"continuing {folder}")
+        metrics = job.run(folder, record, interruption, team)
+        page = write_report(folder)
+        print("\n".join([*summary(metrics), f"adapter: {folder / 'adapter'}; results: {page}"]))
         if better := better_baseline(metrics["errors"], "after"):
-            cli.tell(better)
+            print(better)
         return 0
 
 

@@ -196,16 +196,16 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
     from experiments.training.team import joined
 
     with ExitStack() as stack:
-        team, device = stack.enter_context(joined(args.device))
-        plan, judge, identity = team.agreed(lambda: check_inputs(args, device))
+        out = args.out or Path("runs") / args.plan
+        team, device, out = stack.enter_context(joined(args.device, out))
+        plan, judge, identity = check_inputs(args, device)
         import flops
         from experiments.study.suite import Suite
 
-        out = args.out or Path("runs") / args.plan
-        if team.told(lambda: stack.enter_context(open_run(out, identity, record_of(args, plan, judge)))):
-            cli.tell(f"continuing {out}")
+        if stack.enter_context(open_run(out, identity, record_of(args, plan, judge))):
+            print(f"continuing {out}")
         if team.size > 1:
-            cli.tell(f"{team.size} processes share out the batches of each experiment")
+            print(f"{team.size} processes share out the batches of each training")
         ledger, checkpoint = (
             flops.Ledger(out / "ledger.jsonl", args.budget),
             (args.model, identity["checkpoint_sha256"]),
@@ -216,27 +216,24 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
 def finish(suite: "Suite") -> int:
     """Run what is not finished yet and write the report; the exit status, as in `main`.
 
-    A process that does not lead only does its part. It ends after the leading one has written everything, because
-    torchrun stops all others once one has failed.
+    A process that does not lead only does its part.
     """
     import flops
     from experiments.report.build import verdict, write_report
     from experiments.report.contents import counting
     from experiments.report.results import load_run
-    from experiments.training.team import PeerLost, StoppedElsewhere
+    from experiments.training.team import PeerLost
     from experiments.training.windows import TrainingError
     from qwen_min.config import NotFiniteError
 
-    # all processes meet these at the same time; after any other error of one, the others cannot go on
-    known_to_all = flops.BudgetExceeded, StoppedElsewhere, TrainingError
+    known_to_all = flops.BudgetExceeded, TrainingError
     if not suite.team.leads:
-        with suppress(*known_to_all):  # the leading process tells them
+        with suppress(*known_to_all):  # the leading process tells them, unless torchrun stops it as another has failed
             suite.run()
-        suite.team.wait()
         return 0
     if warning := suite.budget_warning():
         print(f"warning: {warning}", file=sys.stderr)
-    stopped, all_know = None, True
+    stopped = None
     try:
         suite.write_status(None)  # the old one has the reason and the budget of an earlier process
         try:
@@ -246,15 +243,13 @@ def finish(suite: "Suite") -> int:
             suite.write_status(f"Stopped by {error}.")
             raise
         except (*known_to_all, flops.LedgerError, NotFiniteError, MemoryError, PeerLost) as error:
-            stopped, all_know = str(error), isinstance(error, known_to_all)
+            stopped = str(error)
             print(f"stopped: {stopped}", file=sys.stderr)
         suite.write_status(stopped)
         page = write_report(suite.folder)
     except (RunError, OSError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
-    if all_know:
-        suite.team.wait()
     spent, budget = suite.ledger.spent, suite.ledger.budget
     rules = counting(suite.plan.experiments, suite.convention)
     print(f"spent {spent:.3e} of {budget:.3e} FLOPs ({spent / budget:.2%}; {rules})")

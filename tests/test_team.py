@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 def train(folder: Path) -> int:
     """Train a small fp64 model on rows of unequal length; each process writes its losses and adapter."""
-    with joined("cpu") as (team, _):
+    with joined("cpu", folder / "run") as (team, _, run):
         model = random_model(GROUPED).double()
         torch.manual_seed(0)
         inject(model, LoraConfig(4, 4))
@@ -41,7 +41,7 @@ def train(folder: Path) -> int:
         lengths = torch.tensor([24, 11, 24, 7, 24, 24, 18, 24, 3])
         settings = Training(4, 1e-2, 24, 6, batch=3, accumulate=1, clip=0.5)
         cuts = Cuts([range(9)], lambda _, row: ids[row, : lengths[row]].tolist())
-        windows, state = TextWindows(model, cuts, 24, 0), folder / f"state-{team.size}"
+        windows, state = TextWindows(model, cuts, 24, 0), run / f"state-{team.size}"
         tensors = {"losses": torch.tensor(train_on(windows, settings, Account(team=team), state).losses).double()}
         tensors |= {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
         save_file(tensors, folder / f"{team.size}-{team.rank}.safetensors")
@@ -66,7 +66,7 @@ from pathlib import Path
 import torch
 from experiments.training.team import joined
 
-with joined("cpu"):
+with joined("cpu", Path("run")):
     torch.optim.Adam([torch.nn.Parameter(torch.ones(1))])
 print([name for task in Path("/proc/self/task").iterdir() if "gloo" in (name := (task / "comm").read_text())])
 """
@@ -98,7 +98,7 @@ def together(words, tmp_path_factory) -> Path:
 def test_two_processes_share_out_the_batches_and_give_the_same_results(finished, together):
     """The report has the errors, losses and nats of all experiments; only times and the command differ."""
     log = together.with_name("log").read_text()
-    assert "2 processes share out the batches of each experiment" in log
+    assert "2 processes share out the batches of each training" in log
     assert log.count("report: ") == 1
     assert (together / "ledger.jsonl").read_bytes() == (finished / "ledger.jsonl").read_bytes()
     assert contents(together, "**/*").keys() == contents(finished, "**/*").keys()
@@ -111,12 +111,12 @@ def test_two_processes_share_out_the_batches_and_give_the_same_results(finished,
     assert lines(together) == lines(finished)
 
 
-def test_an_error_of_all_processes_is_told_once(tmp_path):
+def test_an_error_of_all_processes_is_told(tmp_path):
     log = tmp_path / "log"
     missing = ("--data", tmp_path / "no-such-file.h5", "--out", tmp_path / "never")
     assert forks.run(log, small_plan.main, *missing, size=2) == 2
-    assert log.read_text().count("error: ") == 1
     assert "no-such-file.h5" in log.read_text()
+    assert "Traceback" not in log.read_text()
     assert not (tmp_path / "never").exists()
 
 

@@ -17,7 +17,7 @@ from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_o
 from experiments.forecasting.scores import SPLIT_PARTS, errors
 from experiments.storage.files import RunError, plain
 from experiments.storage.records import Matrix, Tensor3, Vector, build
-from experiments.training.team import ALONE, Team
+from experiments.storage.runfolder import resumable
 from qwen_min.cache import KVCache
 from qwen_min.config import NotFiniteError
 from qwen_min.continuation import ReusedCache
@@ -187,16 +187,15 @@ def evaluate(
     steps: int | None = None,
     decoding: str = "constrained",
     state: Path | None = None,
-    progress: Callable[[int], None] = lambda count: None,
-    team: Team = ALONE,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> Evaluation:
     """Let a model forecast series (N, T, D), in populations, from their first `context_steps` steps.
 
     The forecast has `steps` time steps (None: `horizon`). The losses cover the tokens of the first `horizon` true
     steps. decoding "constrained" follows the grammar, so every value is well-formed. "free" is the protocol of the
     study: raw argmax over the whole vocabulary, until every row has all its values; only it has free losses. The file
-    `state` is written after each batch, and an interrupted evaluation continues from it. The processes of a team share
-    out the batches; each gets the whole result. Raises NotFiniteError when logits are not finite.
+    `state` is written after each batch, and an interrupted evaluation continues from it. Raises NotFiniteError when
+    logits are not finite.
     """
     steps, reused = steps or horizon, ReusedCache(model)
 
@@ -215,7 +214,7 @@ def evaluate(
             raise RunError(f"{state}: not a state of this evaluation; delete it to start this part again")
         return evaluated
 
-    return Evaluation.join(team.worked(state, range(0, len(series), BATCH), make, Evaluation.plain, read))
+    return Evaluation.join(resumable(state, range(0, len(series), BATCH), make, Evaluation.plain, read))
 
 
 def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:

@@ -15,10 +15,10 @@ from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
 from experiments.storage.files import RunError, plain, to_json_lines, write_whole
 from experiments.storage.records import Tensor4, build
+from experiments.storage.runfolder import resumable
 from experiments.study.evaluation import BATCH, Evaluation, evaluate, metrics
 from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON
 from experiments.training.loop import progress_bar
-from experiments.training.team import Team
 from qwen_min import Qwen, Tokenizer
 
 
@@ -55,32 +55,32 @@ class Judge:
         scaled, horizon = self.scaled(split), LONG_HORIZON if split == "test" else HORIZON
         return scaled[:, :CONTEXT_STEPS], scaled[:, CONTEXT_STEPS : CONTEXT_STEPS + horizon]
 
-    def judge(self, split: str, path: Path, team: Team, draws: bool) -> dict:
+    def judge(self, split: str, path: Path, draws: bool) -> dict:
         """Forecast a split, write a line for each trajectory into the folder `path`, and return the metrics.
 
         draws: whether samples are drawn too. Raises NotFiniteError when the model gives no finite numbers.
         """
         context, truth = self.context_and_truth(split)
         fallback, near = context.mean(axis=1), truth[:, :HORIZON]
-        evaluation = self._evaluated(split, truth.shape[1], path, team)
+        evaluation = self._evaluated(split, truth.shape[1], path)
         results = metrics(evaluation, truth, fallback, self.scale, HORIZON)
         lines = [self._line(number, row, evaluation, truth) for row, number in enumerate(self.ids[split])]
         if draws:
-            drawn = self._drawn(split, path / f"samples.{split}.state.json", team)
+            drawn = self._drawn(split, path / f"samples.{split}.state.json")
             results["probabilistic"] = scores.probabilistic(drawn, near)
             results["mean_of_samples"] = scores.method_errors(drawn.mean(axis=1), near, fallback, self.scale)
             kept = []
             for line, paths in zip(lines, drawn, strict=True):
                 kept.append({"id": line["id"], "samples": paths.tolist()})
                 line["quantiles"] = [self._quantile(paths, level) for level in scores.QUANTILES]
-            team.told(lambda: write_whole(path / f"samples.{split}.jsonl", to_json_lines(kept)))
-        team.told(lambda: write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(lines)))
+            write_whole(path / f"samples.{split}.jsonl", to_json_lines(kept))
+        write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(lines))
         return results
 
-    def _evaluated(self, split: str, steps: int, path: Path, team: Team) -> Evaluation:
+    def _evaluated(self, split: str, steps: int, path: Path) -> Evaluation:
         """Forecasts of `steps` steps."""
         series = self.series[split]
-        with progress_bar(len(series), f"{path.name}, {split}", team.leads) as bar:
+        with progress_bar(len(series), f"{path.name}, {split}") as bar:
             return evaluate(
                 self.model,
                 self.tokenizer,
@@ -91,15 +91,14 @@ class Judge:
                 steps=steps,
                 decoding=self.decoding,
                 state=path / f"forecasts.{split}.state.json",
-                progress=lambda count: bar.update(min(count * team.size, len(series) - bar.n)) and None,
-                team=team,
+                progress=bar.update,
             )
 
-    def _drawn(self, split: str, state: Path, team: Team) -> np.ndarray:
+    def _drawn(self, split: str, state: Path) -> np.ndarray:
         """Draw paths (N, S, h, D), scaled: exactly the numbers in the texts."""
         forecaster = TextForecaster(self.model, self.tokenizer, self.encoding)
         contexts = self.series[split][:, :CONTEXT_STEPS]
-        bar = progress_bar(len(contexts), f"{state.parent.name}, {split}, {self.samples} samples", team.leads)
+        bar = progress_bar(len(contexts), f"{state.parent.name}, {split}, {self.samples} samples")
 
         def draw(start: int) -> np.ndarray:
             with warnings.catch_warnings():  # the study's encoding is given, however few digits a series has in it
@@ -107,7 +106,7 @@ class Judge:
                 found = forecaster.forecast(
                     contexts[start : start + BATCH], HORIZON, samples=self.samples, seed=self.seed
                 )
-            bar.update(min(len(found.values) * team.size, len(contexts) - bar.n))
+            bar.update(len(found.values))
             assert found.samples is not None  # they are None only where none were asked for
             return found.samples
 
@@ -118,7 +117,7 @@ class Judge:
             return paths
 
         with bar:
-            parts = team.worked(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
+            parts = resumable(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
         return (np.concatenate(parts) / self.scale).round(self.encoding.decimals)
 
     def _quantile(self, paths: np.ndarray, level: float) -> list | None:

@@ -4,7 +4,6 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,7 +41,7 @@ class Suite:
     convention: str
     checkpoint: tuple[str, str]  # name from the command line, sha256
     interruption: Interruption
-    team: Team = ALONE  # the processes that share out each experiment; its leader writes the files
+    team: Team = ALONE  # the processes that share out the batches of trainings
     tunings: dict[Training, NumberTuning] = field(default_factory=dict)  # of the decoder that reads values, once made
 
     def cost(self, training: Training | None, convention: str | None = None) -> int:
@@ -92,12 +91,11 @@ class Suite:
         Raises flops.BudgetExceeded at the first experiment that does not fit the budget, TrainingError if a loss is
         not finite, Interrupted if the process was asked to stop. All earlier results are kept.
         """
-        self.team.told(self._write_shared)
+        self._write_shared()
         for number, experiment in enumerate(self.plan.experiments, start=1):
             training = self._settings(experiment)
-            if self.team.told(partial(self._is_open, experiment.name, training)):
-                if self.team.leads:
-                    print(f"experiment {number} of {len(self.plan.experiments)}: {experiment.name}", file=sys.stderr)
+            if self._is_open(experiment.name, training):
+                print(f"experiment {number} of {len(self.plan.experiments)}: {experiment.name}", file=sys.stderr)
                 self._run(experiment, training)
 
     def _is_open(self, name: str, training: Training | None) -> bool:
@@ -160,45 +158,38 @@ class Suite:
         def validation_mse(name: str) -> float:
             return read_metrics(self._path(name))["val"].all.mse_filled
 
-        best = self._path(min(experiment.best_of, key=validation_mse))
+        best = self._path(self.team.same(min(experiment.best_of, key=validation_mse)))
         if (training := read(best / "settings.json", Settings).training) is None:
             raise RunError(f"{best / 'settings.json'}: holds no training, expected that of a candidate")
         return fill(experiment.training, training)
 
     def _run(self, experiment: Experiment, training: Training | None) -> None:
         """Train, if there is a training, judge, and write everything; the model is then as before."""
-        path, team, seconds = self._path(experiment.name), self.team, 0.0
+        path, seconds = self._path(experiment.name), 0.0
         costs = {c: self.cost(training, c) for c in flops.CONVENTIONS} if training else {}
         record = {"section": experiment.section, "training": training and asdict(training), "flops": costs}
-        team.told(lambda: write_whole(path / "settings.json", to_json(record)))
+        write_whole(path / "settings.json", to_json(record))
         with ExitStack() as stack:
             if training and training.reads != "text":
                 tuning = self._tuning(training)
                 seconds = train_numbers(tuning, self.judge, path, self._account(experiment.name, training))
                 started, forecaster = time.monotonic(), tuning.forecaster
-                results = team.told(
-                    lambda: {split: judge_numbers(forecaster, self.judge, split, path) for split in experiment.splits}
-                )
+                results = {split: judge_numbers(forecaster, self.judge, split, path) for split in experiment.splits}
             else:
                 if training:
                     seconds = self._trained(experiment.name, training, stack)
                 started = time.monotonic()
                 judge = self.judge if experiment.judged else self.judge.first(self.plan.chosen_on)
                 drawn = {"test"} if self.judge.samples > 0 and experiment == self.plan.texts[-1] else set()
-                results = {split: judge.judge(split, path, team, split in drawn) for split in experiment.splits}
+                results = {split: judge.judge(split, path, split in drawn) for split in experiment.splits}
             times = {"training": round(seconds, 1), "evaluation": round(time.monotonic() - started, 1)}
-
-        def finish() -> None:
-            write_whole(path / "seconds.json", to_json(times))
-            write_whole(path / "metrics.json", to_json(results))  # last, because it marks the experiment as finished
-            clear(path)
-
-        team.told(finish)
+        write_whole(path / "seconds.json", to_json(times))
+        write_whole(path / "metrics.json", to_json(results))  # last, because it marks the experiment as finished
+        clear(path)
 
     def _account(self, name: str, training: Training) -> Account:
         """What pays for a training."""
-        ledger = self.ledger if self.team.leads else None
-        return Account(name, ledger, self.cost(training) // training.steps, self.interruption, self.team)
+        return Account(name, self.ledger, self.cost(training) // training.steps, self.interruption, self.team)
 
     def _trained(self, name: str, training: Training, stack: ExitStack) -> float:
         """Train an adapter, which `stack` removes, on the training series; the seconds."""
@@ -212,5 +203,5 @@ class Suite:
         windows = TextWindows(judge.model, cuts, training.context, judge.tokenizer.pad_id, vocabulary)
         done = run_training(path, windows, training, self._account(name, training))
         trained = Trained(*self.checkpoint, judge.encoding)
-        self.team.told(lambda: write_adapter(judge.model, path, trained))
+        write_adapter(judge.model, path, trained)
         return done.seconds

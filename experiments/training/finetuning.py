@@ -6,7 +6,7 @@ N series, T time steps (which may differ between series), D variables, h forecas
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -25,7 +25,7 @@ from experiments.forecasting.values import NumberForecaster
 from experiments.storage.files import RunError, plain, read_json, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.storage.records import Tensor4, build
-from experiments.storage.runfolder import open_run
+from experiments.storage.runfolder import open_run, resumable
 from experiments.training.loop import Account, HeldOut, Progress
 from experiments.training.number_tuning import NumberTuning
 from experiments.training.run import clear, inject_adapter, run_training, software, write_adapter
@@ -158,12 +158,11 @@ class Finetuning:
         record: dict | None = None,
         interruption: Interruption | None = None,
         team: Team = ALONE,
-        tell: Callable[[str], None] = lambda message: None,
     ) -> dict:
         """Train, keep the best state, evaluate, write everything; return the metrics. See `finetune`.
 
         record: what plan.json has besides the identity. It can be killed at any time; the same fine-tuning in the same
-        folder continues it. The processes of a team share out the batches and the forecasts.
+        folder continues it. The processes of a team share out the batches.
         """
         record = {
             "command": "experiments.training.finetune",
@@ -174,34 +173,27 @@ class Finetuning:
         tuning, forecaster = self.tuning, self.tuning.forecaster
         with ExitStack() as stack:
             path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-            opened = open_run(path, self.identity, record)
-            if team.told(lambda: stack.enter_context(opened)):
-                tell(f"continuing {path}")
+            stack.enter_context(open_run(path, self.identity, record))
             tuning.begin()
-            if team.told(lambda: (path / "metrics.json").exists()):
+            if (path / "metrics.json").exists():
                 load_adapter(forecaster.model, path / "adapter")
                 forecaster.trained = read_trained(path / "adapter")
-                team.told(lambda: clear(path))
+                clear(path)
                 return read_json(path / "metrics.json")
-            before = self._forecasts(path / "before.state.json", team)
+            before = self._forecasts(path / "before.state.json")
             total = tuning.settings.steps * tuning.cost
             ledger = flops.Ledger(path / "ledger.jsonl", int(self.budget or total))
-            team.told(lambda: ledger.require(NAME, total))
-            account = Account(NAME, ledger if team.leads else None, tuning.cost, interruption or Interruption(), team)
+            ledger.require(NAME, total)
+            account = Account(NAME, ledger, tuning.cost, interruption or Interruption(), team)
             done = train_and_choose(tuning, path, account, self.parts.val, self.trained, self.patience)
-            after = self._forecasts(path / "after.state.json", team)
-
-            def finish() -> dict:
-                write_whole(path / "forecasts.jsonl", to_json_lines(self._lines(before, after)))
-                metrics = self._metrics(before, after, done) | {"spent": ledger.spent, "budget": ledger.budget}
-                write_whole(path / "metrics.json", to_json(metrics))  # the last file, because it marks the end
-                return metrics
-
-            metrics = team.told(finish)
-            team.told(lambda: clear(path))
+            after = self._forecasts(path / "after.state.json")
+            write_whole(path / "forecasts.jsonl", to_json_lines(self._lines(before, after)))
+            metrics = self._metrics(before, after, done) | {"spent": ledger.spent, "budget": ledger.budget}
+            write_whole(path / "metrics.json", to_json(metrics))  # the last file, because it marks the end
+            clear(path)
             return metrics
 
-    def _forecasts(self, state: Path, team: Team) -> np.ndarray:
+    def _forecasts(self, state: Path) -> np.ndarray:
         """The test forecasts (M, 1, h, D), with quantiles at BAND, (M, 3, h, D), if there are any.
 
         The file `state` keeps them, so that a continued fine-tuning reads them.
@@ -219,9 +211,8 @@ class Finetuning:
             return found
 
         places = self.parts.test
-        size = min(AT_ONCE, -(-len(places) // team.size))
-        pieces = [places[start : start + size] for start in range(0, len(places), size)]
-        return np.concatenate(team.worked(state, pieces, make, np.ndarray.tolist, read))
+        pieces = [places[start : start + AT_ONCE] for start in range(0, len(places), AT_ONCE)]
+        return np.concatenate(resumable(state, pieces, make, np.ndarray.tolist, read))
 
     def _metrics(self, before: np.ndarray, after: np.ndarray, done: Progress) -> dict:
         """What metrics.json holds, but for the FLOPs."""
@@ -263,18 +254,17 @@ def train_and_choose(
 
     The forecaster then has the adapter, and `trained`, completed, as its record; see `run_training`.
     """
-    count, team, forecaster = min(len(val), tuning.most_checked or len(val)), account.team, tuning.forecaster
+    count, forecaster = min(len(val), tuning.most_checked or len(val)), tuning.forecaster
     places = [val[at] for at in np.linspace(0, len(val) - 1, count).round().astype(int)]  # evenly spread
 
     def held_out() -> float:
-        share = team.share(places)
-        return float(np.mean(team.collect(tuning.losses(share) if share else [])))
+        return float(np.mean(tuning.losses(places)))
 
     inject_adapter(forecaster.model, tuning.settings)
     done = run_training(folder, tuning.windows(), tuning.settings, account, HeldOut(held_out, patience))
     forecaster.trained = record = tuning.finished(trained, val)
     if tuning.settings.rank:
-        team.told(lambda: write_adapter(forecaster.model, folder, record))
+        write_adapter(forecaster.model, folder, record)
     return done
 
 

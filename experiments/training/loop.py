@@ -37,7 +37,7 @@ class Account(NamedTuple):
     """What pays for a training: each step costs `cost` FLOPs, which the ledger debits from its budget."""
 
     name: str = "training"  # in the ledger
-    ledger: flops.Ledger | None = None  # None: the whole training is debited already, or by another process
+    ledger: flops.Ledger | None = None  # None: the whole training is debited already
     cost: int = 0
     interruption: Interruption = Interruption()  # asks the training to stop between two steps
     team: Team = ALONE
@@ -81,12 +81,10 @@ def save_state(path: Path, parameters: Mapping[str, Tensor], optimizers: Optimiz
     write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
-def load_state(
-    path: Path, content: bytes, parameters: Mapping[str, Tensor], optimizers: Optimizers, steps: int
-) -> Progress:
+def load_state(path: Path, parameters: Mapping[str, Tensor], optimizers: Optimizers, steps: int) -> Progress:
     """Put what `save_state` wrote into the parameters and the optimizers. Raises TrainingError for anything else."""
     try:
-        saved = load(content)
+        saved = load(path.read_bytes())
         done, checks = min(len(saved["losses"]), steps), len(saved["checked"])
         kinds = {"losses": (done,), "seconds": (), "checked": (checks,), "held_out": (checks,)}
         wanted = {name: (torch.float64, shape) for name, shape in kinds.items()}
@@ -151,9 +149,8 @@ class _Trainer:
         muon = Muon(by_muon) if by_muon else adam
         self.optimizers = {name: muon if name in windows.matrices else adam for name in self.parameters}
         self.progress = Progress()
-        content = account.team.told(lambda: state.read_bytes() if state and state.exists() else None)
-        if state and content is not None:
-            self.progress = load_state(state, content, self.parameters, self.optimizers, settings.steps)
+        if state and state.exists():
+            self.progress = load_state(state, self.parameters, self.optimizers, settings.steps)
         self.num_saved = len(self.progress.losses)
         self.saved_at = time.monotonic()
 
@@ -172,14 +169,16 @@ class _Trainer:
         if done % max(1, self.settings.steps // self.held_out.checks) and done < self.settings.steps:
             return
         with torch.no_grad():
-            self.progress.checks[done] = self.held_out.loss()
+            self.progress.checks[done] = self.account.team.same(self.held_out.loss())
         if self.progress.best_step == done:
             self.progress.best = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
 
     def stop_if_asked(self) -> None:
         """Raise Interrupted if a process of the team was asked to stop."""
         interruption = self.account.interruption
-        if self.account.team.any(interruption.asked is not None):
+        asked = torch.tensor(float(interruption.asked is not None))
+        self.account.team.add_up([asked])
+        if asked:
             interruption.asked = interruption.asked or signal.SIGTERM
         interruption.check()
 
@@ -215,7 +214,7 @@ class _Trainer:
         now = time.monotonic()
         self.progress.seconds += now - self.saved_at
         self.saved_at, self.num_saved = now, len(self.progress.losses)
-        if self.state is not None and self.account.team.leads:
+        if self.state is not None:
             save_state(self.state, self.parameters, self.optimizers, self.progress)
 
 
@@ -231,7 +230,7 @@ def train(
 
     Each step is debited before it runs. `state` is the file to continue from; it is saved every SAVE_SECONDS and at the
     end; with None nothing is saved. The processes of a team share out the rows of each batch; all end with the same
-    parameters, the leading one saves the state, and a signal to one of them stops all after the same step.
+    parameters, and a signal to one of them stops all after the same step.
 
     Raises TrainingError when a loss or a parameter is not finite, when the state does not belong to this training, or
     when the windows do not fill a batch; flops.BudgetExceeded; Interrupted. The steps before the last two are saved.
@@ -239,7 +238,7 @@ def train(
     account = account or Account()
     trainer = _Trainer(windows, settings, account, state, held_out)
     progress, ledger = trainer.progress, account.ledger
-    with progress_bar(settings.steps, account.name, account.team.leads) as bar, account.interruption.held():
+    with progress_bar(settings.steps, account.name) as bar, account.interruption.held():
         for step in range(trainer.num_saved):
             trainer.debit(step)  # if the ledger was lost
         bar.initial = bar.n = bar.last_print_n = trainer.num_saved  # these are not part of the speed
@@ -264,6 +263,6 @@ def train(
     return progress
 
 
-def progress_bar(total: int, name: str, shown: bool = True) -> tqdm:
+def progress_bar(total: int, name: str) -> tqdm:
     """A progress bar on stderr that is updated rarely if it is written to a file."""
-    return tqdm(total=total, desc=name, mininterval=0.1 if sys.stderr.isatty() else 30.0, disable=not shown)
+    return tqdm(total=total, desc=name, mininterval=0.1 if sys.stderr.isatty() else 30.0)

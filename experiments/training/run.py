@@ -36,15 +36,11 @@ def run_training(
     `clear` removes the state, once the run has all its results.
     """
     done = train(windows, settings, account, folder / STATE_FILE, held_out)
-
-    def files() -> None:
-        rows = (f"{step},{loss:.6f}\n" for step, loss in enumerate(done.losses))
-        write_whole(folder / "losses.csv", "step,loss\n" + "".join(rows))
-        if held_out:
-            rows = (f"{steps},{loss!r}\n" for steps, loss in done.checks.items())
-            write_whole(folder / "held_out.csv", "steps,loss\n" + "".join(rows))
-
-    account.team.told(files)
+    rows = (f"{step},{loss:.6f}\n" for step, loss in enumerate(done.losses))
+    write_whole(folder / "losses.csv", "step,loss\n" + "".join(rows))
+    if held_out:
+        rows = (f"{steps},{loss!r}\n" for steps, loss in done.checks.items())
+        write_whole(folder / "held_out.csv", "steps,loss\n" + "".join(rows))
     return done
 
 
