@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from experiments import cli
+from experiments.storage.interruption import Interruption
 
 SERIES = """Compare forecasts of public series by `numbers` with AutoETS, AutoARIMA, AutoTheta and SeasonalNaive.
 
@@ -73,26 +74,23 @@ def compare_series(which: str, out: Path) -> None:
     print(summary.to_string(float_format="%.3f"))
 
 
-def main() -> int:
-    """Return the exit status, as `cli.exit_status` does."""
-    args = parser().parse_args()
-
-    def work(_) -> int:
-        if args.part:
-            compare_series(args.sets, args.out or Path("runs") / f"series-{args.sets}")
-            return 0
-        from experiments.benchmarking.measurement import chosen, measure
-        from qwen_min.weights import checkpoint_folder
-
-        device = cli.checked_device(args.device)
-        dtype = str(cli.chosen_dtype(args.dtype, device)).removeprefix("torch.")
-        sides = chosen(args.peers, device)
-        for line in measure(checkpoint_folder(args.model), device, dtype, args.runs, sides, args.short):
-            print(line, flush=True)
+def work(args: argparse.Namespace, _: Interruption) -> int:
+    """Measure and print; the exit status."""
+    if args.part:
+        compare_series(args.sets, args.out or Path("runs") / f"series-{args.sets}")
         return 0
+    from experiments.benchmarking.measurement import chosen, measure
+    from qwen_min.weights import checkpoint_folder
 
-    return cli.exit_status(work)
+    device = cli.checked_device(args.device)
+    dtype = str(cli.chosen_dtype(args.dtype, device)).removeprefix("torch.")
+    sides = chosen(args.peers, device)
+    for line in measure(checkpoint_folder(args.model), device, dtype, args.runs, sides, args.short):
+        print(line, flush=True)
+    return 0
 
+
+main = cli.command(parser, work)
 
 if __name__ == "__main__":
     sys.exit(main())

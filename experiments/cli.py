@@ -147,21 +147,31 @@ def is_meant(error: Exception) -> bool:
     return isinstance(error, OSError | MemoryError) or type(error).__module__.partition(".")[0] in PACKAGES
 
 
-def exit_status(work: Callable[[Interruption], int], resume: str = "") -> int:
-    """Run a command; the exit status is the result of `work`.
+Work = Callable[[argparse.Namespace, Interruption], int]
 
-    After an error, which is one line on stderr, it is 2 for bad input, 1 if the memory does not suffice, 128 + the
-    signal's number if the process was asked to stop. `resume` is the command that continues a stopped one.
+
+def command(parser: Callable[[], argparse.ArgumentParser], work: Work, module: str = "") -> Callable[..., int]:
+    """The `main` of a command: it parses the command line (None: that of the process) and returns the exit status.
+
+    That is the result of work(arguments, interruption). After an error, which is one line on stderr, it is 2 for bad
+    input, 1 if the memory does not suffice, 128 + the signal's number if the process was asked to stop. module: that of
+    a command that continues where it was stopped.
     """
-    try:
-        with Interruption() as interruption, memory_errors(), warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-            return work(interruption)
-    except Interrupted as error:
-        print(f"stopped by {error}" + (resume and f"; to continue from what is saved: {resume}"), file=sys.stderr)
-        return error.exit_status
-    except Exception as error:
-        if not is_meant(error):
-            raise
-        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
-        return 1 if isinstance(error, MemoryError) else 2
+
+    def main(argv: list[str] | None = None) -> int:
+        args = parser().parse_args(argv)
+        try:
+            with Interruption() as interruption, memory_errors(), warnings.catch_warnings():
+                warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+                return work(args, interruption)
+        except Interrupted as error:
+            resume = f"; to continue from what is saved: {command_line(module, argv)}" if module else ""
+            print(f"stopped by {error}{resume}", file=sys.stderr)
+            return error.exit_status
+        except Exception as error:
+            if not is_meant(error):
+                raise
+            print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
+            return 1 if isinstance(error, MemoryError) else 2
+
+    return main

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiments import cli
+from experiments.storage.interruption import Interruption
 
 SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
 MOST_TRACED = 1_000  # blocks of attention in a forward pass; a few seconds
@@ -101,17 +102,14 @@ def table(result: dict) -> str:
     return "\n".join([*lines, "", outcome, "", *(f"{name}: {meaning}." for name, meaning in CONVENTIONS.items())])
 
 
-def main() -> int:
-    """Return the exit status, as `cli.exit_status` does."""
-    args = parser().parse_args()
+def work(args: argparse.Namespace, _: Interruption) -> int:
+    """Count and print; the exit status."""
+    result = counts(args.model, args.batch, args.context, args.rank)
+    print(f"{args.model}, {args.batch} x {args.context} tokens, LoRA rank {args.rank}\n\n{table(result)}")
+    return 0
 
-    def work(_) -> int:
-        result = counts(args.model, args.batch, args.context, args.rank)
-        print(f"{args.model}, {args.batch} x {args.context} tokens, LoRA rank {args.rank}\n\n{table(result)}")
-        return 0
 
-    return cli.exit_status(work)
-
+main = cli.command(parser, work)
 
 if __name__ == "__main__":
     sys.exit(main())

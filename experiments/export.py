@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from experiments import cli
+from experiments.storage.interruption import Interruption
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def work(args: argparse.Namespace) -> int:
+def work(args: argparse.Namespace, _: Interruption) -> int:
     """Load, merge and save; the exit status."""
     import torch
 
@@ -49,11 +50,7 @@ def work(args: argparse.Namespace) -> int:
     return 0
 
 
-def main() -> int:
-    """Return the exit status, as `cli.exit_status` does."""
-    args = parser().parse_args()
-    return cli.exit_status(lambda _: work(args))
-
+main = cli.command(parser, work)
 
 if __name__ == "__main__":
     sys.exit(main())

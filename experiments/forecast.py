@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
+from experiments.storage.interruption import Interruption
 
 if TYPE_CHECKING:  # --help need not wait for torch
     import pandas as pd
@@ -167,7 +168,7 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
         print(better)
 
 
-def work(args: argparse.Namespace) -> int:
+def work(args: argparse.Namespace, _: Interruption) -> int:
     """Read, forecast, write, and print the paths of the files written; the exit status.
 
     For bad input it writes nothing and raises an error that `cli.is_meant` for the user.
@@ -220,11 +221,7 @@ def plot(args: argparse.Namespace, series: list["pd.DataFrame"], forecast: "Fore
     figures.fans(list(series[0].columns), drawn, args.plot, label)
 
 
-def main() -> int:
-    """Return the exit status, as `cli.exit_status` does."""
-    args = parser().parse_args()
-    return cli.exit_status(lambda _: work(args))
-
+main = cli.command(parser, work)
 
 if __name__ == "__main__":
     sys.exit(main())

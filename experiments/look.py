@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import cli
+from experiments.storage.interruption import Interruption
 
 if TYPE_CHECKING:  # --help need not wait for torch
     from torch import Tensor
@@ -83,7 +84,7 @@ def read_series(text: str, tokenizer: "Tokenizer") -> "tuple[str, Grammar | None
     return text, None, []
 
 
-def work(args: argparse.Namespace) -> int:
+def work(args: argparse.Namespace, _: Interruption) -> int:
     """Load the model, read the text and write the page; the exit status."""
     import torch
 
@@ -139,11 +140,7 @@ def work(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Return the exit status, as `cli.exit_status` does."""
-    args = parser().parse_args(argv)
-    return cli.exit_status(lambda _: work(args))
-
+main = cli.command(parser, work)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -38,12 +38,7 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Return the exit status, as `cli.exit_status` does."""
-    args = parser().parse_args(argv)
-    resume = cli.command_line("experiments.pretrain", argv)
-    return cli.exit_status(lambda interruption: work(args, interruption), resume)
-
+main = cli.command(parser, work, "experiments.pretrain")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -180,18 +180,11 @@ def record_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge") -> dic
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Return the exit status: 0 when the plan is finished, 1 when it ended early (budget, loss, disk, memory), 2 when
-    it could not begin (bad input, no place to write), 128 + the signal's number when it was asked to stop.
-    """
-    args = parser().parse_args(argv)
-    resume = cli.command_line("experiments.run", argv)
-    return cli.exit_status(lambda interruption: work(args, interruption), resume)
-
-
 def work(args: argparse.Namespace, interruption: Interruption) -> int:
     """Check the inputs, open the run folder and run the plan in it, together with the processes that torchrun started,
-    if it did; the exit status, as in `main`.
+    if it did.
+
+    The exit status is 0 when the plan is finished, 1 when it ended early (budget, loss, disk, memory).
     """
     from experiments.training.team import joined
 
@@ -214,7 +207,7 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
 
 
 def finish(suite: "Suite") -> int:
-    """Run what is not finished yet and write the report; the exit status, as in `main`.
+    """Run what is not finished yet and write the report; the exit status, as in `work`.
 
     A process that does not lead only does its part.
     """
@@ -258,6 +251,8 @@ def finish(suite: "Suite") -> int:
     print(f"report: {page}")
     return 1 if stopped else 0
 
+
+main = cli.command(parser, work, "experiments.run")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -135,12 +135,12 @@ def chat(args: argparse.Namespace, interruption: Interruption) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Return the exit status, as `cli.exit_status` does."""
-    args = parser().parse_args(argv)
-    work = {"generate": generate, "chat": chat}[args.verb]
-    return cli.exit_status(lambda interruption: work(args, interruption))
+def work(args: argparse.Namespace, interruption: Interruption) -> int:
+    """Generate or chat; the exit status."""
+    return {"generate": generate, "chat": chat}[args.verb](args, interruption)
 
+
+main = cli.command(parser, work)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,6 +15,7 @@ from pathlib import Path
 from experiments import cli
 from experiments.report.build import write_comparison, write_report
 from experiments.report.results import shorten_ledger
+from experiments.storage.interruption import Interruption
 from experiments.storage.runfolder import only_writer
 
 
@@ -27,26 +28,23 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main() -> int:
-    """Write the pages; return the exit status, as `cli.exit_status` does."""
-    args = parser().parse_args()
+def work(args: argparse.Namespace, _: Interruption) -> int:
+    """Write the pages; the exit status."""
     folder = args.folder
+    is_run = (folder / "plan.json").exists()
+    if args.shorten and not is_run:
+        raise cli.CommandError(f"{folder}: holds no plan.json; --shorten takes the folder of one run")
+    with only_writer(folder):
+        if args.shorten:
+            shorten_ledger(folder / "ledger.jsonl")
+        page, left_out = (write_report(folder), {}) if is_run else write_comparison(folder)
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    print(page)
+    return 0
 
-    def work(_) -> int:
-        is_run = (folder / "plan.json").exists()
-        if args.shorten and not is_run:
-            raise cli.CommandError(f"{folder}: holds no plan.json; --shorten takes the folder of one run")
-        with only_writer(folder):
-            if args.shorten:
-                shorten_ledger(folder / "ledger.jsonl")
-            page, left_out = (write_report(folder), {}) if is_run else write_comparison(folder)
-        for name, reason in left_out.items():
-            print(f"left out: {name}: {reason}", file=sys.stderr)
-        print(page)
-        return 0
 
-    return cli.exit_status(work)
-
+main = cli.command(parser, work)
 
 if __name__ == "__main__":
     sys.exit(main())
