@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # --help need not wait for torch
 
 # the options that `Finetuning` takes by their names here, if they are given
 SETTINGS = (
-    "horizon", "budget", "steps", "context", "decimals", "samples", "patience", "rank", "alpha", "targets",
-    "learning_rate", "batch", "accumulate", "numeric_head", "seed", "season",
+    "horizon", "budget", "steps", "context", "decimals", "samples", "rank", "alpha", "targets",
+    "learning_rate", "batch", "accumulate", "seed", "season",
 )  # fmt: skip
 
 
@@ -60,14 +60,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--batch", type=cli.positive, help="windows in a step (default 4)")
     add("--accumulate", type=cli.positive, help="micro-batches of a step, which take less memory (default 1)")
-    add("--patience", type=cli.positive, help="stop after this number of checks in a row that found no better "
-        "held-out loss (default: never)")  # fmt: skip
     add("--seed", type=int, help="seed of the adapter and the batches (default 0)")
     add = group("models that write text")
     add("--targets", type=lambda text: tuple(text.split(",")), help="modules that get an adapter, such as "
         "q_proj,v_proj (default: all linear layers)")  # fmt: skip
-    add("--full-head", dest="numeric_head", action="store_false", help="train with a softmax over the whole "
-        "vocabulary, not only over the tokens of numbers")  # fmt: skip
     add("--decimals", type=int, choices=range(1, 7), metavar="1-6", help="places after the point (default 2)")
     add("--samples", type=int, help="paths of each held-out forecast, whose median is judged; 0: the likeliest path "
         "(default 20)")  # fmt: skip

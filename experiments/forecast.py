@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # --help need not wait for torch
     from experiments.forecasting.contexts import Forecast
 
 
-TEXT = ("samples", "point", "scale", "decimals", "seed")  # options of models that write text
+TEXT = ("samples", "scale", "decimals", "seed")  # options of models that write text
 
 
 def fractions(text: str) -> list[float]:
@@ -60,8 +60,6 @@ def parser() -> argparse.ArgumentParser:
         f"{','.join(map(str, BAND))}); of text, 0.1 needs at least 9 samples, 0.01 needs 99")  # fmt: skip
     text = p.add_argument_group("models that write text").add_argument
     text("--samples", type=int, help="paths to draw; 0: only the likeliest path, without an interval (default 20)")
-    text("--point", choices=("median", "mean"), help="what the forecast is of its samples: the median has the smallest "
-         "absolute error, the mean the smallest squared error (default median)")  # fmt: skip
     text("--scale", type=float, help="divisor of the values (default: the adapter's encoding, else fitted to each "
          "variable)")  # fmt: skip
     text("--decimals", type=int, help="places after the point (default: the adapter's, else 2)")
@@ -120,7 +118,7 @@ def forecasts(args: argparse.Namespace, forecaster: "Forecaster", contexts: list
 
     from experiments.forecasting.text import DEFAULT_SAMPLES, TextForecaster
 
-    options = {name: getattr(args, name) for name in ("samples", "seed", "point") if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in ("samples", "seed") if getattr(args, name) is not None}
     if isinstance(forecaster, TextForecaster):
         options.setdefault("samples", DEFAULT_SAMPLES)
     paths = max(1, options.get("samples", 1))

@@ -23,9 +23,6 @@ def parser() -> argparse.ArgumentParser:
     verbs = p.add_subparsers(dest="verb", required=True)
     generate = verbs.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     generate.add_argument("prompt", help="the text to continue; - reads it from standard input")
-    generate.add_argument(
-        "--num-samples", type=cli.positive, default=1, help="number of continuations (default %(default)s)"
-    )
     chat = verbs.add_parser("chat", help="chat with an instruct checkpoint", description="Chat, a line at a time.")
     chat.add_argument("--system", help="the system message (default: the checkpoint's)")
     for verb in (generate, chat):
@@ -102,15 +99,12 @@ class Writer:
 
 
 def generate(args: argparse.Namespace, _: Interruption) -> int:
-    """Print continuations of the prompt; several are separated by empty lines."""
+    """Print a continuation of the prompt."""
     writer = Writer(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     ids = writer.checked(writer.tokenizer.encode(prompt))
-    for number in range(args.num_samples):
-        if number:
-            print()
-        print(prompt, end="", flush=True)
-        writer.write(ids, args.seed + number, [])
+    print(prompt, end="", flush=True)
+    writer.write(ids, args.seed, [])
     return 0
 
 

@@ -11,7 +11,6 @@ from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import end_hash
 from experiments.forecasting.backtest import Origin, baseline_forecasts, held_out, scores, split
 from experiments.forecasting.contexts import SeriesError
-from experiments.forecasting.text import TextForecaster
 from experiments.storage.files import RunError
 from experiments.training import loop
 from experiments.training.finetuning import Finetuning
@@ -128,15 +127,6 @@ def test_the_level_of_a_series_does_not_decide_its_error():
         values = forecaster.forecast([one[:30] * factor for one, factor in zip(plain, factors, strict=True)], 5).values
         found.append(values / factors[:, None, None])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
-
-
-def test_patience_ends_a_training_early(tmp_path, monkeypatch):
-    forecaster = Forecaster.load("tiny")
-    losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
-    monkeypatch.setattr(TextForecaster, "nats_per_value", lambda *_: np.array([next(losses)]))
-    metrics = training.finetune(forecaster, waves(6), 5, folder=tmp_path, steps=24, context=15, samples=0, patience=2)
-    assert (metrics["steps"], metrics["best_step"]) == (9, 3)  # checks after 0, 3, 6 and 9 steps
-    assert len((tmp_path / "losses.csv").read_text().splitlines()) == 10
 
 
 class Killed(BaseException):

@@ -50,8 +50,8 @@ def test_a_model_that_writes_text_takes_its_own_options(run, refused, tmp_path):
     status, out, err, _ = run(series, "--model", "tiny", *few)
     assert (status, "model: tiny" in out) == (0, True)
     assert err.startswith("warning: tiny is a demonstration")
-    for option in ("--samples", "--point", "--scale", "--decimals", "--seed"):
-        line = refused("forecast", series, option, "mean" if option == "--point" else 9)
+    for option in ("--samples", "--scale", "--decimals", "--seed"):
+        line = refused("forecast", series, option, 9)
         assert line == f"error: {option} is for models that write text, and numbers reads values; leave it out"
 
 

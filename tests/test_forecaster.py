@@ -56,8 +56,6 @@ def test_samples_differ_by_path_and_seed_and_give_values_and_quantiles(forecaste
     # the minimum of nine samples is their 10 % quantile
     np.testing.assert_allclose(forecast.quantiles[:, 0], forecast.samples.min(axis=1))
     assert not np.array_equal(forecaster.forecast(series, 6, samples=9, seed=1).samples, forecast.samples)
-    mean = forecaster.forecast(series, 6, samples=9, point="mean")
-    np.testing.assert_array_equal(mean.values, forecast.samples.mean(axis=1))
     assert forecaster.forecast(series, 6).samples is None
     assert forecaster.forecast(series, 3, quantiles=(0.5,)).samples.shape[1] == 20
 
@@ -133,7 +131,6 @@ BAD = {
     "too long": ([np.ones((4, 2))], "a horizon of 300 leaves no room for a context", {"horizon": 300}),
     "no horizon": ([np.ones((4, 2))], "horizon is 0", {"horizon": 0}),
     "short context": ([np.ones((4, 2))], "context is 1, expected at least 2", {"context": 1}),
-    "point": (waves(), "point is 'mode', expected one of median, mean", {"samples": 9, "point": "mode"}),
 }
 
 

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,17 +35,16 @@ class Outer:
     pair: Interval | None = None
     names: tuple[str, ...] = ()
     matrix: Matrix | None = None
-    half: float | None = field(default=None, metadata={"key": "50%"})
 
 
 GOOD = {"count": 1, "inners": {"a": {"share": None}, "b": {"share": 2}}}
 
 
 def test_a_dataclass_is_built_from_json():
-    more = {"pair": [1, 2.5], "names": ["x"], "matrix": [[1, None]], "50%": 0.5, "new": {}}
+    more = {"pair": [1, 2.5], "names": ["x"], "matrix": [[1, None]], "new": {}}
     record = build(Outer, GOOD | more, "file")
     assert record.inners == {"a": Inner(None), "b": Inner(2.0)}
-    assert (record.count, record.pair, record.names, record.half) == (1, (1.0, 2.5), ("x",), 0.5)
+    assert (record.count, record.pair, record.names) == (1, (1.0, 2.5), ("x",))
     np.testing.assert_array_equal(record.matrix, [[1.0, np.nan]])
     assert build(Outer, GOOD, "file").matrix is None
 
@@ -139,11 +138,11 @@ def test_a_damaged_ledger_and_missing_forecasts_are_found_and_a_torn_line_does_n
 def test_scores_that_need_more_samples_are_left_out_and_so_are_sequences_without_a_forecast(frontier, monkeypatch):
     small_plan.install(put=monkeypatch.setattr)
     for split in ("val", "test"):
-        change(frontier / METRICS, split, "probabilistic", "coverage_80%", value=None)
+        change(frontier / METRICS, split, "probabilistic", "coverage_80", value=None)
         change_lines(frontier / f"experiments/frontier/forecasts.{split}.jsonl", quantiles=None, new=1)
     change_lines(frontier / TESTS, mse=None, forecast=[[None, None]] * 30)
     markdown = write_report(frontier).with_suffix(".md").read_text()
-    covered = json.loads((frontier / METRICS).read_text())["test"]["probabilistic"]["coverage_50%"]
+    covered = json.loads((frontier / METRICS).read_text())["test"]["probabilistic"]["coverage_50"]
     assert re.search(rf"\| frontier, test \| 20 \| .* \| {100 * covered:.1f} % \|\n", markdown)
     assert "| 80 % interval |" not in markdown
     assert "band=array" not in (frontier / "figures" / "first.png").read_text()

@@ -70,8 +70,8 @@ def test_intervals_of_the_true_distribution_cover_their_share_for_any_number_of_
     """With numpy's default quantiles, 20 samples would cover 72.4 % and 45.2 %."""
     rng = np.random.default_rng(0)
     result = probabilistic(rng.normal(size=(2000, count, 10, 2)), rng.normal(size=(2000, 10, 2)))
-    assert result["coverage_80%"] == pytest.approx(0.8, abs=0.01)
-    assert result["coverage_50%"] == pytest.approx(0.5, abs=0.01)
+    assert result["coverage_80"] == pytest.approx(0.8, abs=0.01)
+    assert result["coverage_50"] == pytest.approx(0.5, abs=0.01)
     assert result["crps"] == pytest.approx(1 / np.pi**0.5, rel=0.03)  # the CRPS of a standard normal under itself
     assert result["crps_interval"][0] < result["crps"] < result["crps_interval"][1]
 
@@ -86,13 +86,13 @@ def test_quantiles_beyond_the_samples_are_refused_and_coverages_left_out():
         with pytest.raises(ValueError, match="expected levels between 0 and 1"):
             quantiles(samples, [level], axis=1)
     few = probabilistic(samples[:, :3], np.zeros((1, 1, 1)))
-    assert (few["coverage_50%"], few["coverage_80%"]) == (0, None)
+    assert (few["coverage_50"], few["coverage_80"]) == (0, None)
 
 
 def test_the_errors_of_a_method_are_those_of_its_sequences():
     rng = np.random.default_rng(0)
     forecast, truth = rng.normal(size=(2, 60, 10, 2))
-    found = method_errors(forecast, truth, np.zeros((60, 2)), scale=2.0)
+    found = method_errors(forecast, truth, np.zeros((60, 2)), 2.0, forecast.shape[1])
     assert found["all"]["mse"] == pytest.approx(2, rel=0.1)  # the variances of the forecast and of the truth
     assert np.mean(found["mse_each"]) == pytest.approx(found["all"]["mse"])
     assert np.mean(found["mse_each"][:10]) == pytest.approx(found["first"]["mse"])

@@ -161,10 +161,16 @@ def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale:
     }
 
 
-def method_errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale: float) -> dict:
-    """`errors` of a method whose forecasts are all well-formed, by part of the split, and the MSE of each sequence."""
-    by_part = {part: errors(forecast[rows], truth[rows], fallback[rows], scale) for part, rows in SPLIT_PARTS.items()}
-    return by_part | {"mse_each": squared_errors(forecast, truth).round(8).tolist()}
+def method_errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:
+    """`errors` over the first `horizon` steps, by part of the split, and the MSE of each sequence.
+
+    If the forecasts have more steps, `long` has the errors over all steps.
+    """
+    near, true = forecast[:, :horizon], truth[:, :horizon]
+    found = {part: errors(near[rows], true[rows], fallback[rows], scale) for part, rows in SPLIT_PARTS.items()}
+    if forecast.shape[1] > horizon:
+        found["long"] = errors(forecast, truth, fallback, scale)
+    return found | {"mse_each": plain(squared_errors(near, true).round(8))}
 
 
 def _known_mean(values: np.ndarray, axis: tuple[int, ...]) -> np.ndarray:
@@ -207,5 +213,5 @@ def probabilistic(samples: np.ndarray, truth: np.ndarray) -> dict:
         if samples.shape[1] >= samples_needed(outside):
             low, high = quantiles(samples, (outside, 1 - outside), axis=1)
             share = inside(low, high, truth)
-        result[f"coverage_{level:.0%}"] = share
+        result[f"coverage_{100 * level:.0f}"] = share
     return result

@@ -30,7 +30,6 @@ from qwen_min.weights import TINY
 CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**34
 TINY_TOKENS, TINY_DECIMALS = 999, 2  # what the embedded checkpoint was pretrained on, see its card
 DEFAULT_SAMPLES = 20
-POINTS: dict[str, Callable] = {"median": np.median, "mean": np.mean}  # what a forecast makes of its samples
 MIN_DISTINCT = 20  # a series should keep so many different values as text
 MIN_STEPS = 8  # and should have so many time steps
 
@@ -115,14 +114,11 @@ class TextForecaster(SeriesForecaster):
         progress: Callable[[int], None],
         samples: int | None = None,
         seed: int = 0,
-        point: str = "median",
     ) -> Forecast:
         """`forecast`, with further options.
 
         samples: so many paths are drawn from the model; None means 20 if there are quantiles to estimate, else 0.
-        `scores.quantiles` estimates the quantiles from them.
-        point: what `values` are if there are samples: their "median", which is best for the absolute error, or their
-        "mean", which is best for the squared error.
+        `scores.quantiles` estimates the quantiles from them, and `values` is their median.
         progress is called with a number of paths. A SeriesWarning tells when not all of a context is read.
 
         The result depends on the seed too (and in bf16, the rounding of other series in the batch can change a digit).
@@ -133,14 +129,12 @@ class TextForecaster(SeriesForecaster):
             samples = DEFAULT_SAMPLES if len(quantiles) else 0
         if samples < 0:
             raise SeriesError(f"samples is {samples}, expected 0 or more")
-        if point not in POINTS:
-            raise SeriesError(f"point is {point!r}, expected one of {', '.join(POINTS)}")
         scores.require_samples(quantiles, samples)
         values = self._paths(self._prompts(arrays, horizon, context), horizon, samples, seed, progress)
         if not samples:
             return Forecast(values[:, 0], None, None)
         bounds = scores.quantiles(values, quantiles, axis=1).swapaxes(0, 1) if len(quantiles) else None
-        return Forecast(POINTS[point](values, axis=1), values, bounds)
+        return Forecast(np.median(values, axis=1), values, bounds)
 
     def _grammar(self, num_variables: int) -> Grammar:
         return Grammar(self.tokenizer, self.digits.decimals, num_variables)

@@ -28,8 +28,8 @@ _hints = lru_cache(lambda record: get_type_hints(record, include_extras=True))
 def build(kind: Any, value: Any, where: str) -> Any:
     """Convert a value from JSON to `kind`: a dataclass, list, tuple, dict with str keys, array, `... | None` or scalar.
 
-    The key of a dataclass field is its name, or the `key` in its metadata. Raises RunError when the value does not fit,
-    or when the dataclass raises ValueError. The message begins with `where`.
+    Raises RunError when the value does not fit, or when the dataclass raises ValueError. The message begins with
+    `where`.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -59,11 +59,11 @@ def _record(kind: Any, value: Any, where: str) -> Any:
     _require(isinstance(value, dict), where, "an object", value)
     given = {}
     for field in fields(kind):
-        key = field.metadata.get("key", field.name)
-        if key in value:
-            given[field.name] = build(_hints(kind)[field.name], value[key], f"{where}, {key}")
+        name = field.name
+        if name in value:
+            given[name] = build(_hints(kind)[name], value[name], f"{where}, {name}")
         elif field.default is MISSING:
-            raise RunError(f"{where}: has no {key!r}")
+            raise RunError(f"{where}: has no {name!r}")
     try:
         return kind(**given)
     except ValueError as error:

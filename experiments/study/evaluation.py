@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
-from experiments.forecasting.scores import SPLIT_PARTS, errors
+from experiments.forecasting.scores import SPLIT_PARTS, method_errors
 from experiments.storage.files import RunError, plain
 from experiments.storage.records import Matrix, Tensor3, Vector, build
 from experiments.storage.runfolder import resumable
@@ -218,20 +218,17 @@ def evaluate(
 
 
 def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:
-    """Return `errors` over the first `horizon` steps and the losses, for the first ten sequences and for all.
+    """`scores.method_errors` with the losses of each part; `mse_each` stands with the forecasts.
 
-    truth (N, h, D) and fallback (N, D) are as in `errors`. If the forecasts have more than `horizon` steps, `long` has
-    the errors over all steps. `unscored_tokens` counts the target tokens without a free loss: the text ended earlier.
+    `unscored_tokens` counts the target tokens without a free loss: the text ended earlier.
     """
-    result = {}
+    result = method_errors(evaluation.values, truth, fallback, scale, horizon)
+    del result["mse_each"]
     for name, rows in SPLIT_PARTS.items():
         free, forced = evaluation.free_losses[rows], evaluation.forced_losses[rows]
-        part = errors(evaluation.values[rows, :horizon], truth[rows, :horizon], fallback[rows], scale)
-        part |= {"nats_per_value": float(evaluation.nats[rows].mean()), "forced_loss": float(np.nanmean(forced))}
+        losses = {"nats_per_value": float(evaluation.nats[rows].mean()), "forced_loss": float(np.nanmean(forced))}
         if not np.isnan(free).all():
             unscored = int((np.isfinite(forced) & np.isnan(free)).sum())
-            part |= {"free_loss": float(np.nanmean(free)), "unscored_tokens": unscored}
-        result[name] = part
-    if truth.shape[1] > horizon:
-        result["long"] = errors(evaluation.values, truth, fallback, scale)
+            losses |= {"free_loss": float(np.nanmean(free)), "unscored_tokens": unscored}
+        result[name] |= losses
     return result

@@ -68,7 +68,7 @@ class Judge:
         if draws:
             drawn = self._drawn(split, path / f"samples.{split}.state.json")
             results["probabilistic"] = scores.probabilistic(drawn, near)
-            results["mean_of_samples"] = scores.method_errors(drawn.mean(axis=1), near, fallback, self.scale)
+            results["mean_of_samples"] = scores.method_errors(drawn.mean(axis=1), near, fallback, self.scale, HORIZON)
             kept = []
             for line, paths in zip(lines, drawn, strict=True):
                 kept.append({"id": line["id"], "samples": paths.tolist()})

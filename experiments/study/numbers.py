@@ -9,7 +9,7 @@ from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import Trained, checkpoint_hash
 from experiments.forecasting.backtest import Origin, Parts
 from experiments.forecasting.numbers import Numbers
-from experiments.forecasting.scores import QUANTILES, errors, method_errors, squared_errors
+from experiments.forecasting.scores import QUANTILES, method_errors, squared_errors
 from experiments.forecasting.values import NumberForecaster
 from experiments.storage.files import plain, to_json_lines, write_whole
 from experiments.study.judging import Judge
@@ -60,10 +60,8 @@ def judge_numbers(forecaster: NumberForecaster, judge: Judge, split: str, path: 
     exact = forecaster.forecast(context * scale, HORIZON).values / scale
     assert rounded.quantiles is not None  # they were asked for
     values, quantiles = rounded.values / scale, rounded.quantiles[:, :, :HORIZON] / scale
-    results = method_errors(values[:, :HORIZON], near, fallback, scale)
-    results["exact"] = method_errors(exact, near, fallback, scale)
-    if truth.shape[1] > HORIZON:
-        results["long"] = errors(values, truth, fallback, scale)
+    results = method_errors(values, truth, fallback, scale, HORIZON)
+    results["exact"] = method_errors(exact, near, fallback, scale, HORIZON)
     lines = [
         {
             "id": int(number),

@@ -3,7 +3,7 @@
 Shapes: h forecast steps, 2 variables.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +170,8 @@ class Probabilistic:
     samples: int
     crps: float
     crps_interval: Interval | None = None
-    coverage_50: float | None = field(default=None, metadata={"key": "coverage_50%"})
-    coverage_80: float | None = field(default=None, metadata={"key": "coverage_80%"})
+    coverage_50: float | None = None
+    coverage_80: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from experiments.forecasting import gru
 from experiments.forecasting.adapter import Trained
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.grammar import Grammar
-from experiments.forecasting.scores import errors, method_errors
+from experiments.forecasting.scores import method_errors
 from experiments.storage.files import RunError, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.storage.records import read
@@ -112,8 +112,8 @@ class Suite:
 
     def write_status(self, stopped: str | None) -> None:
         """Write the FLOPs spent so far, and the reason why the run stopped, or None."""
-        spent = {"budget": self.ledger.budget, "spent": self.ledger.spent, "by_experiment": self.ledger.by_experiment()}
-        write_whole(self.folder / "status.json", to_json(spent | {"stopped": stopped}))
+        status = {"budget": self.ledger.budget, "spent": self.ledger.spent, "stopped": stopped}
+        write_whole(self.folder / "status.json", to_json(status))
 
     def _path(self, name: str) -> Path:
         return self.folder / "experiments" / name
@@ -144,11 +144,8 @@ class Suite:
             rounded = context.round(judge.encoding.decimals)  # the context as the study writes it
             fallback, scale = context.mean(axis=1), judge.scale
             for name, baseline in baselines.items():
-                long = baseline(rounded, truth.shape[1])
-                scores = method_errors(long[:, :HORIZON], truth[:, :HORIZON], fallback, scale)
-                if truth.shape[1] > HORIZON:
-                    scores["long"] = errors(long, truth, fallback, scale)
-                results.setdefault(name, {})[split] = scores
+                forecast = baseline(rounded, truth.shape[1])
+                results.setdefault(name, {})[split] = method_errors(forecast, truth, fallback, scale, HORIZON)
         write_whole(self.folder / "baselines.json", to_json(results))
 
     def _settings(self, experiment: Experiment) -> Training | None:

@@ -71,7 +71,6 @@ class Finetuning:
         *,
         steps: int | None = None,
         context: int | None = None,
-        patience: int | None = None,
         variables: list[str] | None = None,
         season: int | None = None,
         **options,
@@ -80,8 +79,7 @@ class Finetuning:
         missing, or DataFrames.
 
         budget: FLOPs that the training may cost; it decides the number of steps unless `steps` is given. context: time
-        steps that the model reads before a forecast. patience: the training ends after so many checks of the held-out
-        loss in a row that found nothing better. season: time steps that the seasonal baseline repeats. The other
+        steps that the model reads before a forecast. season: time steps that the seasonal baseline repeats. The other
         options are those of `TextTuning` or `NumberTuning`.
         Raises SeriesError or TrainingError for data, settings or a budget that do not allow it.
         """
@@ -92,7 +90,7 @@ class Finetuning:
         if variables is None and series and is_frame(series[0]):
             variables = [*tables.from_frame(series[0], missing="keep")[0].columns]
         self.series, self.variables = checked_series(series, missing="keep"), variables
-        self.parts, self.patience, self.season, self.budget = split(self.series, horizon), patience, season, budget
+        self.parts, self.season, self.budget = split(self.series, horizon), season, budget
         if forecaster.checkpoint is None:
             raise TrainingError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
         if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
@@ -144,7 +142,6 @@ class Finetuning:
             "context": self.tuning.context,
             "settings": asdict(self.tuning.settings),
             **self.tuning.identity,
-            "patience": self.patience,
             "season": self.season,
             "checkpoint_sha256": self.trained.checkpoint_sha256,
             "device": weight.device.type,
@@ -185,7 +182,7 @@ class Finetuning:
             ledger = flops.Ledger(path / "ledger.jsonl", int(self.budget or total))
             ledger.require(NAME, total)
             account = Account(NAME, ledger, tuning.cost, interruption or Interruption(), team)
-            done = train_and_choose(tuning, path, account, self.parts.val, self.trained, self.patience)
+            done = train_and_choose(tuning, path, account, self.parts.val, self.trained)
             after = self._forecasts(path / "after.state.json")
             write_whole(path / "forecasts.jsonl", to_json_lines(self._lines(before, after)))
             metrics = self._metrics(before, after, done) | {"spent": ledger.spent, "budget": ledger.budget}
@@ -248,7 +245,7 @@ class Finetuning:
 
 
 def train_and_choose(
-    tuning: Tuning, folder: Path, account: Account, val: Sequence[Origin], trained: Trained, patience: int | None = None
+    tuning: Tuning, folder: Path, account: Account, val: Sequence[Origin], trained: Trained
 ) -> Progress:
     """Inject an adapter, train it with the forecasts `val` as the held-out part, and leave it in the folder.
 
@@ -261,7 +258,7 @@ def train_and_choose(
         return float(np.mean(tuning.losses(places)))
 
     inject_adapter(forecaster.model, tuning.settings)
-    done = run_training(folder, tuning.windows(), tuning.settings, account, HeldOut(held_out, patience))
+    done = run_training(folder, tuning.windows(), tuning.settings, account, HeldOut(held_out))
     forecaster.trained = record = tuning.finished(trained, val)
     if tuning.settings.rank:
         write_adapter(forecaster.model, folder, record)

@@ -47,7 +47,6 @@ class HeldOut(NamedTuple):
     """How a training is checked while it runs."""
 
     loss: Callable[[], float]  # the held-out loss of the parameters as they are
-    patience: int | None = None  # the training ends after so many checks in a row that found nothing better
     checks: int = 8  # how often in a training
 
 
@@ -154,13 +153,6 @@ class _Trainer:
         self.num_saved = len(self.progress.losses)
         self.saved_at = time.monotonic()
 
-    def is_over(self) -> bool:
-        """True after the last step, or if the newest checks of the held-out loss found nothing better."""
-        checks, patience = list(self.progress.checks), self.held_out and self.held_out.patience
-        if patience and checks.index(self.progress.best_step) < len(checks) - patience:
-            return True
-        return len(self.progress.losses) == self.settings.steps
-
     def check(self) -> None:
         """Measure the held-out loss, and keep the parameters if it was never smaller."""
         done = len(self.progress.losses)
@@ -243,7 +235,7 @@ def train(
             trainer.debit(step)  # if the ledger was lost
         bar.initial = bar.n = bar.last_print_n = trainer.num_saved  # these are not part of the speed
         trainer.check()
-        while not trainer.is_over():
+        while len(progress.losses) < settings.steps:
             try:
                 trainer.stop_if_asked()
                 trainer.debit(len(progress.losses))
