@@ -189,11 +189,7 @@ def trace_forward(
 
 @torch.enable_grad()
 def trace_training_step(
-    config: QwenConfig,
-    batch: int,
-    context: int,
-    ranks: dict[str, int] | None = None,
-    vocabulary: int | None = None,
+    config: QwenConfig, batch: int, context: int, ranks: dict[str, int] | None = None, vocabulary: int | None = None
 ) -> tuple[int, int]:
     """(FLOPs of the forward pass with loss, FLOPs of the backward pass); arguments as in `flops.training.backward`.
 

@@ -1,7 +1,7 @@
 """LoRA, low-rank adaptation (arXiv 2106.09685), of the `torch.nn.Linear` layers that a model calls; peft's files."""
 
 from lora.checkpoint import load_adapter, read_config, save_adapter
-from lora.inject import LoraConfig, adapter_parameters, config_of, inject, merge, merge_and_unload, remove, unmerge
+from lora.inject import LoraConfig, adapter_parameters, inject, merge, merge_and_unload, remove, unmerge
 from lora.layer import AdapterError, LoRALinear
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "LoRALinear",
     "LoraConfig",
     "adapter_parameters",
-    "config_of",
     "inject",
     "load_adapter",
     "merge",

@@ -1,7 +1,7 @@
 """The key/value cache: preallocated memory for the tokens processed so far, owned by the caller."""
 
 import copy
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -9,14 +9,6 @@ from torch.autograd.grad_mode import inference_mode
 
 from qwen_min.attention import attention, attention_after_prefix
 from qwen_min.config import QwenConfig
-
-
-class AttentionCache(Protocol):
-    """What a layer's attention uses of a cache. The methods are described in `KVCache`."""
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor: ...
 
 
 class KVCache:
@@ -89,7 +81,7 @@ class KVCache:
         self.length += num_tokens
 
     def rows(self, rows: slice) -> Self:
-        """A view of some rows: it shares the memory of this cache and has its own `length`."""
+        """A view of some rows of a cache that is no fork: it shares its memory and has its own `length`."""
         part = copy.copy(self)
         part.keys, part.values = self.keys[:, rows], self.values[:, rows]
         part.batch_size, part.captured = part.keys.shape[1], None
@@ -126,17 +118,6 @@ class ForkedCache(KVCache):
     @property
     def num_tokens(self) -> int:
         return self.length - self.first + self.prefix.num_tokens
-
-    def rows(self, rows: slice) -> Self:
-        """As in `KVCache`. Raises ValueError for a slice that holds some but not all continuations of a row."""
-        first, last, step = rows.indices(self.batch_size)
-        if step != 1 or first % self.times or last % self.times:
-            raise ValueError(
-                f"got rows {first} to {last} of a fork; expected all {self.times} of each row of its prefix"
-            )
-        part = super().rows(rows)
-        part.prefix = self.prefix.rows(slice(first // self.times, last // self.times))
-        return part
 
     def mask(self, attention_mask: Tensor | None) -> Tensor | None:
         """The mask (B n, first) of this cache for the mask (B, filled) of the prefix; None means no padding."""

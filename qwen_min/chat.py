@@ -1,5 +1,6 @@
 """The text that a chat model expects for a conversation, by the checkpoint's own template."""
 
+import functools
 import json
 import re
 import secrets
@@ -28,7 +29,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
-        environment.filters["tojson"] = _to_json
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
@@ -117,7 +118,3 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -175,8 +175,8 @@ def _capture(run: Callable[[], Tensor], device: torch.device) -> tuple[torch.cud
     return graph, result
 
 
-class _Columns:
-    """The `AttentionCache` of a pass: writes go to the columns of the pass, reads return the whole capacity."""
+class _Columns(KVCache):
+    """The cache of a pass: writes go to the columns of the pass, reads return the whole capacity."""
 
     def __init__(self, cache: KVCache, step: _Pass):
         self.cache, self.columns = cache, step.columns

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qwen_min.attention import attention, grouped_bias, pairs_mask, runs_in_blocks
 from qwen_min.autograd import rms_norm, swiglu
-from qwen_min.cache import AttentionCache, KVCache
+from qwen_min.cache import KVCache
 from qwen_min.config import QwenConfig
 from qwen_min.linear import Linear, linear, unpack_trained
 
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(hidden, config.num_key_value_heads * size, bias=True)
         self.o_proj = Linear(config.num_attention_heads * size, hidden, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: AttentionCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """Attention output, (B, T, C), for x (B, T, C); arguments as in `Block.forward`."""
 
         def heads(projected: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: AttentionCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """The residual stream (B, T, C) after this layer, for x (B, T, C); cos and sin from `rotary_tables`.
 
         mask as in `attention`; None: every token sees itself and all earlier tokens. cache None: there are no tokens
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
             positions = self.config.max_position_embeddings
             raise ValueError(f"{total} tokens exceed the model's {positions} positions; shorten the text")
 
-    def blocks(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: AttentionCache | None) -> Tensor:
+    def blocks(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """Embedding, layers and norm: hidden states (B, T, C) of ids (B, T) at positions (B or 1, T).
 
         mask and cache as in `Block.forward`.
@@ -219,11 +219,7 @@ class Qwen(nn.Module):
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(
-        self,
-        ids: Tensor,
-        cache: KVCache | None = None,
-        attention_mask: Tensor | None = None,
-        last_only: bool = False,
+        self, ids: Tensor, cache: KVCache | None = None, attention_mask: Tensor | None = None, last_only: bool = False
     ) -> Tensor:
         """Logits (B, T, V) of ids (B, T), or (B, 1, V) with last_only.
 

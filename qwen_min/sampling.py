@@ -55,8 +55,7 @@ class Sampling:
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.repetition_penalty != 1:
-            if seen is None:
-                raise ValueError(f"a repetition_penalty of {self.repetition_penalty:g} needs `seen`, got None")
+            assert seen is not None
             penalised = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
             logits = torch.where(seen, penalised, logits)
         if self.temperature == 0:
@@ -90,9 +89,7 @@ class Chooser:
         self.uniforms: Tensor | None = None  # (steps, R)
         self.seen: Tensor | None = None  # (R, V)
         if sampling.temperature:
-            generator = torch.Generator("cpu").manual_seed(
-                seed
-            )  # on the CPU, so that every device draws the same numbers
+            generator = torch.Generator("cpu").manual_seed(seed)  # there, so that every device draws the same numbers
             draws = torch.rand(steps, len(ids) * times, generator=generator, dtype=torch.float64, device="cpu")
             self.uniforms = draws.to(ids.device)
         if sampling.repetition_penalty != 1:

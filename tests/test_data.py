@@ -43,20 +43,17 @@ def with_value(value):
     return {"trajectories": trajectories, "time": GOOD.time}
 
 
-@pytest.mark.parametrize(
-    ("arrays", "message"),
-    [
-        ({"time": GOOD.time}, "expected the arrays 'trajectories' and 'time'"),
-        ({"trajectories": GOOD.trajectories[0], "time": GOOD.time}, "expected numbers of rank 3"),
-        ({"trajectories": GOOD.trajectories, "time": GOOD.time[:-1]}, r"expected \(N, 99, 2\)"),
-        ({"trajectories": GOOD.trajectories[:, :, :1], "time": GOOD.time}, r"expected \(N, 100, 2\)"),
-        ({"trajectories": GOOD.trajectories[:0], "time": GOOD.time}, r"are \(0, 100, 2\)"),
-        ({"trajectories": np.full((4, 100, 2), b"x"), "time": GOOD.time}, "expected numbers"),
-        (with_value(np.nan), r"trajectories\[1, 5, 0\] is nan"),
-        (with_value(-1e-3), r"expected finite populations >= 0"),
-        ({"trajectories": GOOD.trajectories, "time": GOOD.time * np.nan}, "time holds values that are not finite"),
-    ],
-)
+@pytest.mark.parametrize(("arrays", "message"), [
+    ({"time": GOOD.time}, "expected the arrays 'trajectories' and 'time'"),
+    ({"trajectories": GOOD.trajectories[0], "time": GOOD.time}, "expected numbers of rank 3"),
+    ({"trajectories": GOOD.trajectories, "time": GOOD.time[:-1]}, r"expected \(N, 99, 2\)"),
+    ({"trajectories": GOOD.trajectories[:, :, :1], "time": GOOD.time}, r"expected \(N, 100, 2\)"),
+    ({"trajectories": GOOD.trajectories[:0], "time": GOOD.time}, r"are \(0, 100, 2\)"),
+    ({"trajectories": np.full((4, 100, 2), b"x"), "time": GOOD.time}, "expected numbers"),
+    (with_value(np.nan), r"trajectories\[1, 5, 0\] is nan"),
+    (with_value(-1e-3), r"expected finite populations >= 0"),
+    ({"trajectories": GOOD.trajectories, "time": GOOD.time * np.nan}, "time holds values that are not finite"),
+])  # fmt: skip
 def test_refuses_a_file_with_other_contents(tmp_path, arrays, message):
     with h5py.File(tmp_path / "bad.h5", "w") as file:
         for name, array in arrays.items():

@@ -62,19 +62,16 @@ def test_any_text_decodes_and_no_value_is_invented(text, num_steps, num_variable
         assert any(float(word) == value for step in text.split(";") for word in step.split(",") if "." in word)
 
 
-@pytest.mark.parametrize(
-    ("text", "values"),
-    [
-        ("1.23,4.56;0.10,0.20", [[1.23, 4.56], [0.1, 0.2]]),
-        ("1.23,4.56;0.10,0.2", [[1.23, 4.56], [0.1, None]]),  # cut off, so not read as 0.2
-        ("12.34,4.56;", [[12.34, 4.56], [None, None]]),
-        ("1.23;0.10,0.20", [[None, None], [0.1, 0.2]]),  # a missing variable does not shift the others
-        ("1.23,4.56,7.89;0.10,0.20", [[None, None], [0.1, 0.2]]),
-        ("nan,inf;1e5,.12", [[None, None], [None, None]]),
-        ("1.2.3, 1.00;٣.00,1.00", [[None, None], [None, 1.0]]),
-        ("", [[None, None], [None, None]]),
-    ],
-)
+@pytest.mark.parametrize(("text", "values"), [
+    ("1.23,4.56;0.10,0.20", [[1.23, 4.56], [0.1, 0.2]]),
+    ("1.23,4.56;0.10,0.2", [[1.23, 4.56], [0.1, None]]),  # cut off, so not read as 0.2
+    ("12.34,4.56;", [[12.34, 4.56], [None, None]]),
+    ("1.23;0.10,0.20", [[None, None], [0.1, 0.2]]),  # a missing variable does not shift the others
+    ("1.23,4.56,7.89;0.10,0.20", [[None, None], [0.1, 0.2]]),
+    ("nan,inf;1e5,.12", [[None, None], [None, None]]),
+    ("1.2.3, 1.00;٣.00,1.00", [[None, None], [None, 1.0]]),
+    ("", [[None, None], [None, None]]),
+])  # fmt: skip
 def test_malformed_values_are_nan(text, values):
     np.testing.assert_array_equal(Encoding(1.0).decode(text, 2, 2), np.array(values, dtype=float))
 

@@ -1,7 +1,6 @@
 """Fine-tuning on a user's series: the split, the budget, the best state, kills, the command and its page."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -192,22 +191,19 @@ def test_a_folder_belongs_to_one_fine_tuning(tmp_path):
             training.finetune(Forecaster.load("tiny"), series, 5, **(options | changes))
 
 
-@pytest.fixture
-def fine_tune(command, monkeypatch, tmp_path):
-    """The command, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return partial(command, "finetune")
-
-
 def csv(path, series):
     path.write_text("u,v\n" + "".join(f"{a:.4f},{b:.4f}\n" for a, b in series))
     return path
 
 
-def test_the_command_ends_with_the_result_and_its_adapter_forecasts(fine_tune, command, tmp_path):
-    files = [csv(tmp_path / f"s{i}.csv", one) for i, one in enumerate(waves(6))]
+def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    series = waves(6)
+    series[0][5] = np.nan
+    files = [csv(tmp_path / f"s{i}.csv", one) for i, one in enumerate(series)]
     few = ("--model", "tiny", "--horizon", 5, "--context", 15, "--samples", 9, "--out", "mine")
-    status, out, _ = fine_tune(*files, *few, "--budget", "5e9")
+    words = ("finetune", *files, *few, "--missing", "interpolate", "--budget")
+    status, out, _ = command(*words, "5e9")
     assert status == 0
     lines = out.splitlines()
     assert lines[0] == "s0: 60 rows of 2 variables (u, v), and 5 more series"
@@ -219,14 +215,14 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(fine_tune, c
     page = (tmp_path / "mine" / "report.html").read_text()
     assert ">Run mine: a fine-tuning on s0 and 5 more series</h1>" in page
     before = (tmp_path / "mine" / "report.md").read_bytes()
-    again = fine_tune(*files, *few, "--budget", "5e9")[1].splitlines()
+    again = command(*words, "5e9")[1].splitlines()
     assert again[3:] == ["continuing mine", *lines[3:]]
     assert command("report", "mine")[0] == 0
     assert (tmp_path / "mine" / "report.md").read_bytes() == before
     forecaster = Forecaster.load(adapter=tmp_path / "mine" / "adapter")
     assert forecaster.encoding is None  # it is fitted to each context
     assert forecaster.forecast([waves(1)[0][:20]], 5).values.shape == (1, 5, 2)
-    status, _, err = fine_tune(*files, *few, "--budget", "9e9")
+    status, _, err = command(*words, "9e9")
     assert status == 2
     assert 'mine: has a run with settings {"steps": ' in err
 
@@ -286,13 +282,3 @@ def test_missing_values_do_not_count_in_the_loss():
     gap = np.array([[5.1], [np.nan], [np.nan]])
     assert forecaster.nats_per_value([context], [gap])[0] == pytest.approx(first, rel=1e-4)
     assert first != pytest.approx(last, rel=1e-3)
-
-
-def test_a_long_table_is_fine_tuned_on(fine_tune, tmp_path):
-    rows = [f"s{number},{t},{a:.4f},{b:.4f}\n" for number, one in enumerate(waves(6)) for t, (a, b) in enumerate(one)]
-    rows[5] = "s0,5,,\n"
-    (tmp_path / "long.csv").write_text("unique_id,t,u,v\n" + "".join(rows))
-    few = ("--horizon", 5, "--steps", 2, "--out", "mine")
-    status, out, _ = fine_tune(tmp_path / "long.csv", *few, "--missing", "interpolate")
-    assert status == 0
-    assert out.startswith("s0: 60 rows of 2 variables (u, v), time: t, 0 to 59, and 5 more series")

@@ -160,15 +160,6 @@ def test_minus_zero_is_forecast_as_zero_and_the_smallest_float_is_accepted(forec
     assert forecaster.forecast(np.zeros((1, 12, 2)), 3).values.shape == (1, 3, 2)
 
 
-def test_series_at_a_level_or_below_zero_are_forecast_in_their_range(forecaster):
-    """They use the digits that they have: an error of less than the series' own spread."""
-    for level in (1013.0, -40.0):
-        series = level + 5 * np.sin(np.arange(80) / 3)[:, None]
-        found = forecaster.forecast([series[:70]], 10, samples=9).values[0]
-        assert np.abs(found - series[70:]).mean() < 2.5
-        assert np.isfinite(forecaster.nats_per_value([series[:70]], [series[70:]])).all()
-
-
 def test_what_a_user_should_know_is_said_once(forecaster):
     with pytest.warns(SeriesWarning, match="was trained on numbers with 2 decimals, not 3"):
         assert Forecaster.load("tiny", decimals=3).digits.decimals == 3

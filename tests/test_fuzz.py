@@ -11,9 +11,9 @@ import io
 import json
 import os
 import resource
-import shutil
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import h5py
 import numpy as np
@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from conftest import GROUPED, random_model
-from experiments.forecasting.adapter import Trained, read_trained, write_trained
+from conftest import GROUPED, adapted, random_model
+from experiments.forecasting.adapter import read_trained
 from experiments.forecasting.encoding import Encoding
 from experiments.report import build as report
 from experiments.storage.files import RunError, read_json
@@ -35,11 +35,12 @@ from experiments.tables import following, read_series
 from experiments.training.loop import Progress, load_state, save_state
 from experiments.training.windows import TrainingError
 from flops import Ledger, LedgerError
-from lora import AdapterError, LoraConfig, adapter_parameters, inject, load_adapter, remove, save_adapter
+from lora import AdapterError, LoraConfig, adapter_parameters, load_adapter, save_adapter
 from qwen_min import Qwen, Tokenizer
 from qwen_min.config import CheckpointError
 from qwen_min.weights import TINY, load, load_weights, weight_files
 from tests import small_plan
+from tests.faults import contents
 
 pytestmark = pytest.mark.slow
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 40))
@@ -151,6 +152,17 @@ def read_record(path):
         assert (trained.encoding.scaled(np.ones((3, np.size(trained.encoding.scale)))) < np.inf).all()
 
 
+def read_adapter(path):
+    for name in ADAPTER.keys() - {path.name}:
+        (path.parent / name).write_bytes(ADAPTER[name])
+    model = random_model(GROUPED)
+    try:
+        load_adapter(model, path.parent)
+    except AdapterError:
+        with pytest.raises(ValueError, match="no LoRA layer"):
+            adapter_parameters(model)
+
+
 def read_plan(path):
     with open_run(path.parent, PLAN["identity"], {}) as continued:
         assert continued
@@ -187,6 +199,13 @@ def hdf5() -> bytes:
     return content.getvalue()
 
 
+def adapter() -> dict[str, bytes]:
+    with TemporaryDirectory() as folder:
+        save_adapter(adapted(random_model(GROUPED), LoraConfig(rank=2, alpha=2)), folder)
+        return contents(Path(folder), "*")
+
+
+ADAPTER = adapter()
 ONES = data.Dataset(np.ones((8, 100, 2), np.float32), np.arange(100, dtype=np.float32))
 HDF5 = hdf5()
 PLAIN = b"prey,predator\n" + b"".join(b"%d.5,%d\n" % (i, i) for i in range(30))
@@ -208,6 +227,8 @@ READERS = {  # by name of the file: changed contents, who reads it, what he may 
     "tokenizer.json": (
         st.one_of(changed_bytes(TOKENIZER), changed_json(json.loads(TOKENIZER))), Tokenizer, CheckpointError
     ),
+    "adapter_config.json": (changed_json(json.loads(ADAPTER["adapter_config.json"])), read_adapter, ()),
+    "adapter_model.safetensors": (changed_bytes(ADAPTER["adapter_model.safetensors"]), read_adapter, ()),
     "encoding.json": (changed_json(RECORD), read_record, AdapterError),
     "plan.json": (changed_json(PLAN), read_plan, RunError),
     "ledger.jsonl": (changed_bytes(DEBITS), read_ledger, LedgerError),
@@ -231,39 +252,6 @@ def test_a_file(name, source, tmp_path_factory):
     with suppress(error):
         read(path)
     assert path.read_bytes() == content
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    """A model and the folder of an adapter for it."""
-    folder = tmp_path_factory.mktemp("adapter") / "good"
-    model = random_model(GROUPED)
-    inject(model, LoraConfig(rank=2, alpha=2))
-    save_adapter(model, folder)
-    remove(model)
-    write_trained(folder, Trained("tiny", "0" * 64, Encoding(0.5)))
-    return model, folder
-
-
-@fuzz
-@given(source=st.data())
-def test_adapter(source, adapter, tmp_path_factory):
-    model, good = adapter
-    folder = tmp_path_factory.mktemp("adapter")
-    shutil.copytree(good, folder, dirs_exist_ok=True)
-    damaged = source.draw(st.sampled_from(["config", "tensors", "both"]))
-    if damaged != "tensors":
-        content = source.draw(changed_json(json.loads((good / "adapter_config.json").read_text())))
-        (folder / "adapter_config.json").write_bytes(content)
-    if damaged != "config":
-        content = source.draw(changed_bytes((good / "adapter_model.safetensors").read_bytes()))
-        (folder / "adapter_model.safetensors").write_bytes(content)
-    try:
-        load_adapter(model, folder)
-        remove(model)
-    except AdapterError:
-        with pytest.raises(ValueError, match="no LoRA layer"):
-            adapter_parameters(model)
 
 
 def test_hdf5_that_claims_terabytes_or_points_elsewhere(tmp_path):
@@ -315,23 +303,18 @@ def test_run_folder(source, finished, tmp_path_factory):
 
 @fuzz
 @given(source=st.data())
-def test_state_of_training(source, adapter, tmp_path_factory):
-    model, _ = adapter
-    inject(model, LoraConfig(rank=2, alpha=2))
+def test_state_of_training(source, tmp_path_factory):
+    parameters = adapter_parameters(adapted(random_model(GROUPED), LoraConfig(rank=2, alpha=2)))
+    optimizer = torch.optim.Adam(parameters.values())
+    sum(p.sum() for p in parameters.values()).backward()
+    optimizer.step()
+    path = tmp_path_factory.mktemp("state") / "state.safetensors"
+    optimizers = dict.fromkeys(parameters, optimizer)
+    save_state(path, parameters, optimizers, Progress([1.0, 2.0], 3.0))
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    path.write_bytes(source.draw(changed_bytes(path.read_bytes())))
     try:
-        parameters = adapter_parameters(model)
-        optimizer = torch.optim.Adam(parameters.values())
-        sum(p.sum() for p in parameters.values()).backward()
-        optimizer.step()
-        path = tmp_path_factory.mktemp("state") / "state.safetensors"
-        optimizers = dict.fromkeys(parameters, optimizer)
-        save_state(path, parameters, optimizers, Progress([1.0, 2.0], 3.0))
-        before = {name: p.detach().clone() for name, p in parameters.items()}
-        path.write_bytes(source.draw(changed_bytes(path.read_bytes())))
-        try:
-            found = load_state(path, parameters, optimizers, steps=2)
-            assert all(np.isfinite(found.losses))
-        except TrainingError:
-            assert all(torch.equal(parameters[name], value) for name, value in before.items())
-    finally:
-        remove(model)
+        found = load_state(path, parameters, optimizers, steps=2)
+        assert all(np.isfinite(found.losses))
+    except TrainingError:
+        assert all(torch.equal(parameters[name], value) for name, value in before.items())

@@ -75,32 +75,11 @@ def test_refuses_prompts_and_lengths_that_the_model_cannot_have(model, prompts, 
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_passes_of_fixed_shape_equal_the_simple_ones(model, ids, padded):
-    """The passes of a CUDA graph, run without capture: same hidden states and cache, also with padding among them."""
-    mask = real_tokens(5, 3, 0) if padded else None
-    real = torch.tensor([[1, 1, 1], [1, 0, 0]]) if padded else None
-    caches = [KVCache(model.config, 2, 20) for _ in range(2)]
-    with torch.inference_mode():
-        for cache in caches:
-            model(ids[:, :5], cache, mask)
-            for tensor in (cache.keys, cache.values):
-                tensor[:, :, :, 5:] = torch.nan  # uninitialised memory may contain it
-        simple, fixed = continuation(model, caches[0], mask), GraphContinuation(model, caches[1], mask)
-        for piece, holes in ((ids[:, 5:8], real), (ids[:, 8:9], None), (ids[:, 9:], None), (ids[:, :1], None)):
-            torch.testing.assert_close(fixed(piece, holes), simple(piece, holes), rtol=1e-5, atol=1e-5)
-        assert caches[0].length == caches[1].length == 13
-        torch.testing.assert_close(caches[0].keys[:, :, :, :13], caches[1].keys[:, :, :, :13], rtol=1e-5, atol=1e-5)
-        before = fixed(ids[:, 5:6]).clone()
-        caches[1].truncate(13)
-        torch.testing.assert_close(fixed(ids[:, 5:6]), before)
-
-
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", [Continuation, GraphContinuation])
 @pytest.mark.parametrize("unused", [0, 4])
 def test_forked_rows_continue_as_copies_of_their_context(model, ids, padded, kind, unused):
     """Three continuations of each of two rows; a GPU rounds capacities up, so columns of the context may be unused."""
-    mask = real_tokens(5, 3, 0) if padded else None
+    mask = 255 * real_tokens(5, 3, 0) if padded else None  # 255 is as good as 1
     with torch.inference_mode():
         context = KVCache(model.config, 2, 5 + unused)
         context.keys[:], context.values[:] = torch.nan, torch.nan
@@ -111,7 +90,7 @@ def test_forked_rows_continue_as_copies_of_their_context(model, ids, padded, kin
     forked = ForkedCache(context, 3, 9)
     append, simple = kind(model, forked, forked.mask(mask)), Continuation(model, copies, copied_mask)
     pieces = ids[:, :9].repeat_interleave(3, 0) + torch.arange(6)[:, None]  # every row continues in its own way
-    real = torch.ones_like(pieces[:, :2])
+    real = torch.full_like(pieces[:, :2], 255)
     real[4, 1:] = 0
     for piece, holes in ((pieces[:, :2], real), (pieces[:, 2:3], None), (pieces[:, 3:5], None)):
         torch.testing.assert_close(append(piece, holes), simple(piece, holes), rtol=1e-5, atol=1e-5)
@@ -164,22 +143,6 @@ def test_samples_near_the_last_position_count_tokens_not_columns(monkeypatch, mo
     assert torch.equal(*found)
 
 
-def test_rows_of_a_fork_continue_the_rows_of_its_prefix(model, ids):
-    with torch.inference_mode():
-        context = KVCache(model.config, 2, 5)
-        model(ids[:, :5], context)
-        fork = ForkedCache(context, 3, 4)
-        pieces = ids[:, 5:8].repeat_interleave(3, 0)
-        wanted = model(pieces, fork, fork.mask(None))
-        fork.truncate(5)
-        part = fork.rows(slice(3, 6))
-        torch.testing.assert_close(model(pieces[3:], part, part.mask(None)), wanted[3:])
-    for rows in (slice(0, 2), slice(3, 7), slice(0, 6, 2), slice(1, 4)):
-        if rows != slice(3, 7):  # which ends with the last row
-            with pytest.raises(ValueError, match="expected all 3 of each row"):
-                fork.rows(rows)
-
-
 @pytest.mark.parametrize("forked", [False, True])
 def test_a_prefilled_cache_can_be_used_without_inference_mode(model, ids, forked):
     cache, _ = prefill(model, ids[:, :5], 0 if forked else 3)
@@ -205,17 +168,3 @@ def test_a_mask_has_to_cover_the_filled_cache(model, ids, kind):
 def test_padding_that_is_not_left_of_a_prompt_is_refused(model, ids, row):
     with pytest.raises(ValueError, match="pad prompts on the left"):
         prefill(model, ids[:, :5], 0, torch.tensor([row, [1, 1, 1, 1, 1]]))
-
-
-@pytest.mark.parametrize("kind", [Continuation, GraphContinuation])
-def test_a_mask_of_0_and_255_is_one_of_0_and_1(model, ids, kind):
-    mask, found = real_tokens(5, 3, 0), []
-    for factor in (1, 255):
-        with torch.inference_mode():
-            cache = KVCache(model.config, 2, 20)
-            model(ids[:, :5], cache, factor * mask)
-        append = kind(model, cache, factor * mask)
-        real = torch.tensor([[1, 1], [1, 0]])
-        found.append([append(ids[:, 5:7], factor * real).clone(), append(ids[:, 7:8])])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)

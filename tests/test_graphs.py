@@ -13,9 +13,8 @@ from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
 from lora import LoraConfig, adapter_parameters, inject, merge, remove, unmerge
-from qwen_min import KVCache
 from qwen_min import continuation as module
-from qwen_min.continuation import Continuation, GraphContinuation, ReusedCache
+from qwen_min.continuation import Continuation, ReusedCache
 from qwen_min.generation import prefill
 
 
@@ -35,16 +34,6 @@ def assert_equal_passes(graphs, simple, ids):
             append.take_back(torch.tensor([True, False]))
 
 
-def test_replayed_passes_equal_simple_ones(monkeypatch, model, ids):
-    recorded.install(monkeypatch)
-    mask = real_tokens(3, 1, 0)
-    caches = [filled(model, ids[:, :3], mask) for _ in range(2)]
-    graphs = recorded.RecordedContinuation(model, caches[0], mask)
-    assert_equal_passes(graphs, Continuation(model, caches[1], mask), ids)
-    assert recorded.Graph.captured == 2
-    assert sorted(graphs.passes) == [1, 2]
-
-
 def test_the_next_batch_reuses_the_captured_graphs(monkeypatch, model, ids):
     recorded.install(monkeypatch)
     reused = ReusedCache(model)
@@ -54,6 +43,7 @@ def test_the_next_batch_reuses_the_captured_graphs(monkeypatch, model, ids):
         simple = Continuation(model, filled(model, prompt, mask), mask)
         with torch.inference_mode():
             cache = reused.take(2, 25)
+            cache.keys[:], cache.values[:] = torch.nan, torch.nan  # uninitialised memory may contain it
             model.model(prompt, cache, mask)
         assert_equal_passes(recorded.RecordedContinuation(model, cache, mask), simple, ids)
     assert recorded.Graph.captured == 2
@@ -101,16 +91,16 @@ def test_a_trained_adapter_reuses_the_graphs_and_another_one_is_captured(monkeyp
 
 
 @pytest.mark.parametrize(("decoding", "passes"), [("constrained", 2), ("free", 1)])
-def test_an_evaluation_captures_each_pass_once(monkeypatch, tiny, simulated, decoding, passes):
+def test_an_evaluation_in_batches_captures_each_pass_once(monkeypatch, tiny, simulated, decoding, passes):
     """Three batches of two; in each, one context has a value of two digits, so the other is padded."""
     series = simulated.trajectories[:6, :30].copy()
     series[[0, 3, 4], 4, 0] = 11.5
-    monkeypatch.setattr("experiments.study.evaluation.BATCH", 2)
-    arguments = (*tiny, Encoding(scale=1.1), series, 20, 3)
+    arguments, counts = (*tiny, Encoding(scale=1.1), series, 20, 3), []
     wanted = evaluate(*arguments, decoding=decoding)
+    monkeypatch.setattr("experiments.study.evaluation.BATCH", 2)
     recorded.install(monkeypatch)
-    found = evaluate(*arguments, decoding=decoding)
-    assert found.texts == wanted.texts
+    found = evaluate(*arguments, decoding=decoding, progress=counts.append)
+    assert (found.texts, counts) == (wanted.texts, [2, 2, 2])
     np.testing.assert_allclose(found.free_losses, wanted.free_losses, rtol=1e-4, atol=1e-5)
     assert recorded.Graph.captured == passes
 
@@ -125,7 +115,7 @@ def test_the_chunks_of_a_forecast_share_their_graphs(monkeypatch, tiny, simulate
     assert recorded.Graph.captured == 2
 
 
-def test_a_capture_without_enough_memory_raises_and_keeps_no_graph(monkeypatch, model, ids):
+def test_a_capture_without_enough_memory_says_so(monkeypatch):
     """On a GPU, a capture that is interrupted by an error raises another error at its end."""
 
     @contextlib.contextmanager
@@ -146,18 +136,6 @@ def test_a_capture_without_enough_memory_raises_and_keeps_no_graph(monkeypatch, 
         passes.append(1)
         if len(passes) == 2:
             raise torch.OutOfMemoryError("out of memory")
-        return ids
 
-    graphs = GraphContinuation(model, KVCache(model.config, 2, 9))
-    graphs.captures, graphs._run = True, lambda step: run()
     with pytest.raises(torch.OutOfMemoryError):
-        graphs(ids[:, :1])
-    assert graphs.passes[1].graph is None
-    assert graphs.cache.length == 0
-
-
-def test_the_recorder_refuses_what_a_capture_forbids(ids):
-    for forbidden in (lambda: ids.sum().item(), lambda: torch.tensor([1, 2]), lambda: ids.nonzero()):
-        for way in (torch.inference_mode(), torch.no_grad()):  # each decomposes other operators
-            with pytest.raises(RuntimeError, match="which a capture forbids"), way, recorded.Recorder():
-                forbidden()
+        module._capture(run, torch.device("cpu"))

