@@ -89,17 +89,12 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
 def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
     """The forecaster; prints what it is, and what a user should know of it."""
     from experiments.forecasting import Forecaster
-    from experiments.forecasting.adapter import resolve
-    from experiments.forecasting.forecaster import reads_values
 
-    name, folder, _ = resolve(args.model, args.adapter)
-    if reads_values(folder) and (given := [one for one in TEXT if getattr(args, one) is not None]):
-        raise cli.CommandError(f"--{given[0]} is for models that write text, and {name} reads values; leave it out")
     device = cli.checked_device(args.device)
     dtype = cli.chosen_dtype(args.dtype, device)
     encoding = {name: value for name in ("scale", "decimals") if (value := getattr(args, name)) is not None}
     forecaster = Forecaster.load(args.model, args.adapter, device, dtype, **encoding)
-    trained = forecaster.trained
+    trained, (name, _) = forecaster.trained, forecaster.checkpoint or ("", None)
     print(f"model: {name}" + (f" with the adapter {args.adapter}" if args.adapter else ""))
     if name == "tiny" and not args.adapter:
         _warn("tiny is a demonstration of a model that writes text; the default model forecasts better. See --backtest")
@@ -143,8 +138,9 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     if ends and (left_out := len(tests.held_out(arrays, args.horizon)) - len(places)):
         print(f"{left_out} forecast{'s' * (left_out > 1)} left out: the adapter was trained on their rows")
     judged = args.samples is None or args.samples >= samples_needed(BAND[0])  # by an interval, too
-    pasts = [place.context for place in places]
-    found = forecasts(args, forecaster, pasts, list(BAND) if judged else [])
+    contexts = [place.context if forecaster.missing == "keep" else place.past for place in places]
+    found = forecasts(args, forecaster, contexts, list(BAND) if judged else [])
+    pasts = [place.past for place in places]
     methods = {"model": found.values} | tests.baseline_forecasts(pasts, args.horizon, args.season)
     errors = {method: tests.scores(forecast, places) for method, forecast in methods.items()}
     count, over = len(places), {"series": "series", "forecasts": "these forecasts"}[errors["model"]["over"]]
@@ -178,10 +174,13 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     from experiments.storage.files import write_whole
     from experiments.tables.text import series_name
 
-    quantiles = [] if args.samples == 0 or args.backtest else args.quantiles
+    name, folder, _trained = resolve(args.model, args.adapter)
+    is_text, quantiles = not reads_values(folder), [] if args.samples == 0 or args.backtest else args.quantiles
+    if not is_text and (given := [one for one in TEXT if getattr(args, one) is not None]):
+        raise cli.CommandError(f"--{given[0]} is for models that write text, and {name} reads values; leave it out")
     if args.samples is not None:
         require_samples(quantiles, args.samples)
-    missing = args.missing or ("keep" if reads_values(resolve(args.model, args.adapter)[1]) else "error")
+    missing = args.missing or ("error" if is_text else "keep")
     if args.backtest and missing == "interpolate":
         missing = "keep"  # held-out forecasts fill what is before them themselves, so that it tells nothing of the rest
     series = tables.read_series(args.series, args.columns, missing, args.id, args.wide)
@@ -198,12 +197,11 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     print(out)
     if args.plot:
         plot(args, series, forecast, quantiles)
-        print(args.plot)
     return 0
 
 
 def plot(args: argparse.Namespace, series: list["pd.DataFrame"], forecast: "Forecast", quantiles: list) -> None:
-    """Draw the series and their forecasts."""
+    """Draw the first series and their forecasts, and print where."""
     from experiments import tables
     from experiments.report import figures
 
@@ -217,6 +215,8 @@ def plot(args: argparse.Namespace, series: list["pd.DataFrame"], forecast: "Fore
         drawn.append(figures.Fan(one.attrs["name"], one.to_numpy(), forecast.values[index], None, band, times))
     label = f"{round(100 * (quantiles[-1] - quantiles[0]))} % interval" if quantiles else ""
     figures.fans(list(series[0].columns), drawn, args.plot, label)
+    most = figures.MAX_SERIES
+    print(f"{args.plot} (the first {most} of {len(series)} series)" if len(series) > most else args.plot)
 
 
 main = cli.command(parser, work)

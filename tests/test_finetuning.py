@@ -206,7 +206,7 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, mon
     status, out, _ = command(*words, "5e9")
     assert status == 0
     lines = out.splitlines()
-    assert lines[0] == "s0: 60 rows of 2 variables (u, v), and 5 more series"
+    assert lines[0] == "s0: 60 rows of 2 variables (u, v), and 5 more series; 2 of 720 values are missing"
     assert lines[1] == "held out: 4 series to train on, 1 for validation, 1 for the test"
     assert lines[3].startswith("error ")
     assert lines[-1].startswith("VAR is better here: it has ")
@@ -244,13 +244,23 @@ def test_bad_settings_give_one_clear_line_and_write_nothing(refused, tmp_path, a
     assert [one.name for one in tmp_path.iterdir()] == ["one.csv"]
 
 
+def test_short_series_are_not_held_out():
+    """Else one of 12 rows among five of 60 would leave nothing to judge a horizon of 7 by."""
+    for at in range(5):
+        series = [np.arange(12.0 if number == at else 60.0)[:, None] for number in range(5)]
+        parts = split(series, 7)
+        assert {12} <= {len(one) for one in parts.train}
+        assert len(parts.val) == len(parts.test) == 5
+
+
 def test_held_out_places_know_nothing_of_what_follows_and_count_what_is_known():
     series = np.stack([np.arange(40.0), np.ones(40)], axis=1)
     series[20:33, 0] = np.nan
     places = held_out([series], 5, 4)
     for place, start in zip(places, (20, 25, 30, 35), strict=True):
-        assert place.context[: min(start, 20), 0].tolist() == list(range(min(start, 20)))
-        assert set(place.context[20:33, 0]) <= (
+        np.testing.assert_array_equal(place.context, series[:start])
+        assert place.past[: min(start, 20), 0].tolist() == list(range(min(start, 20)))
+        assert set(place.past[20:33, 0]) <= (
             {19.0} if start < 33 else set(np.interp(range(20, 33), [19, 33], [19, 33]))
         )
         np.testing.assert_array_equal(place.truth, series[start : start + 5])

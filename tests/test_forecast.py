@@ -104,7 +104,8 @@ BAD = {
     "no checkpoint": (THREE, ["--model", "nowhere"], "nowhere: no such folder"),
     "no picture": (THREE, ["--plot", "a.txt"], "expected a name that ends in .png, .svg, .pdf"),
     "decimals": (THREE, ["--decimals", 9, *MODEL], "decimals is 9, expected 1 to 6"),
-    "samples": (THREE, ["--samples", -1], "-1 samples"),
+    "samples": (THREE, ["--samples", -1, *MODEL], "-1 samples"),
+    "samples of values": (THREE, ["--samples", 5], "--samples is for models that write text"),
     "far quantile": (THREE, ["--quantiles", "0.5,0.975", *MODEL], "20 samples do not reach the quantile 0.975"),
 }
 

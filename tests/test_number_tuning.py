@@ -11,7 +11,7 @@ from experiments import training
 from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import AdapterError, Reading, read_trained
 from experiments.forecasting.backtest import Origin, split
-from experiments.forecasting.contexts import SeriesError
+from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.numbers import LEVELS
 from experiments.forecasting.values import TUNED, ZERO_SHOT, Scale, combined
 from experiments.training.finetuning import Finetuning
@@ -116,6 +116,8 @@ def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_
     )
     assert found.width == 1 / 16
     np.testing.assert_allclose(combined(parts, found)[:, 4], truth[:, 0])
+    few = [place._replace(series=place.series % 4) for place in held]
+    assert best_shares(parts, few, Reading(16, 4, 3)).width == 1  # forecasts of so few series decide no interval
     kept = replace(found, near={ZERO_SHOT: 1.0}, far={ZERO_SHOT: 1.0}, width=1.0)
     parts = {TUNED: truth + error + 1e-3 * error[::-1] + spread, ZERO_SHOT: truth + error + spread}
     assert best_shares(parts, held, found) == kept
@@ -140,6 +142,11 @@ def test_fine_tuning_helps_where_there_is_something_to_learn_and_its_adapter_for
     assert np.isfinite(loaded.forecast(contexts, 50).values).all()  # far beyond what it was trained for
     with pytest.raises(SeriesError, match="have 1 variables, the adapter was trained on 2"):
         loaded.forecast([np.arange(20.0)], 4)
+    foreign = [series[0], series[0] - 3, series[0] / 1e4]
+    with pytest.warns(SeriesWarning, match=r"series 1 is negative, or far below what .* adapter \(2 such series\)"):
+        parts = loaded.parts(foreign, 4, [TUNED, ZERO_SHOT], loaded.trained.reading)
+    same = np.isclose(parts[TUNED], parts[ZERO_SHOT], rtol=1e-4).all(axis=(1, 2, 3))
+    assert same.tolist() == [False, True, True]
     (tmp_path / "adapter" / "encoding.json").unlink()
     with pytest.raises(AdapterError, match="does not record how it reads values"):
         Forecaster.load(adapter=tmp_path / "adapter")
@@ -156,9 +163,11 @@ def test_one_short_series_keeps_the_zero_shot_forecast():
 
 
 def test_options_of_models_that_write_text_are_refused():
-    for wrong in ({"samples": 20}, {"targets": ("q_proj",)}, {"decimals": 3}):
-        with pytest.raises(TrainingError, match="is for models that write text"):
+    for wrong in ({"samples": 20}, {"targets": ("q_proj",)}, {"decimals": 3}, {"lr": 3}):
+        with pytest.raises(TrainingError, match="is no option of a model that reads values, which takes horizon"):
             Finetuning(Forecaster.load("numbers"), patterns(6), 4, **wrong)
+    with pytest.raises(TrainingError, match="steps are 0, expected at least 1"):
+        Finetuning(Forecaster.load("numbers"), patterns(6), 4, steps=0)
 
 
 def test_short_series_are_trained_on_with_a_shorter_horizon():

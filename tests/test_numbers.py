@@ -157,6 +157,17 @@ def test_what_cannot_be_forecast_is_refused_in_words(forecaster, series, words):
             forecaster.forecast([np.arange(5.0)], 3, quantiles=(0.5, level))
 
 
+def test_values_that_are_not_there_yet_are_forecast_on_the_way(forecaster):
+    """Of a series whose last rows are empty, as of one that ends there; masked values are missing ones."""
+    series, empty = wave(60, 7), np.full(14, np.nan)
+    masked = np.ma.masked_greater(np.concatenate((series, [1e9] * 14)), 1e8)
+    whole = forecaster.forecast([series], 21, quantiles=(0.1,))
+    for late in (np.concatenate((series, empty)), masked):
+        found = forecaster.forecast([late, series], 7, quantiles=(0.1,))
+        np.testing.assert_array_equal(found.values, [whole.values[0, 14:], whole.values[0, :7]])
+        np.testing.assert_array_equal(found.quantiles[0], whole.quantiles[0, :, 14:])
+
+
 def test_other_levels_lie_on_the_lines_of_a_normal_distribution():
     """The quantiles of a normal distribution are continued exactly."""
     normal, levels = NormalDist(3, 2), (0.01, 0.1, 0.25, 0.5, 0.93)

@@ -1,8 +1,8 @@
 """Hold out the end of series, forecast it, and compare with baselines.
 
 N series, T time steps (which may differ between series), D variables, M forecasts, h forecast steps, S samples.
-Missing values are NaN. A context is filled from itself alone, so that it knows nothing of what follows; missing values
-are not scored.
+Missing values are NaN, and are not scored. What cannot read them gets a context that is filled from itself alone, so
+that it knows nothing of what follows.
 """
 
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -27,9 +27,14 @@ HELD_OUT_SHARE = 0.15  # of the series, for validation and for test each
 class Origin(NamedTuple):
     """The place of a forecast in a series: what lies before it, and what follows."""
 
-    context: np.ndarray  # (T, D), `filled`
-    truth: np.ndarray  # (h, D), NaN where it is not known
+    context: np.ndarray  # (T, D); it and the truth are NaN where a value is missing
+    truth: np.ndarray  # (h, D)
     series: int  # its number
+
+    @property
+    def past(self) -> np.ndarray:
+        """The context, `filled`."""
+        return filled(self.context)
 
 
 class Parts(NamedTuple):
@@ -68,13 +73,14 @@ def held_out(
     Left out are those of which nothing is known, and those in the rows that a training saw, which end in `ends`
     (`adapter.rows_seen`). Raises SeriesError when there is none, and as `filled`.
     """
-    found, first = [], max(MIN_CONTEXT, horizon)
+    found, first = [], least_context(horizon)
     for number, one in enumerate(series):
         fits, seen = max(0, (len(one) - first) // horizon), rows_seen(one, ends) if ends else 0
         for start in range(len(one) - min(count, fits) * horizon, len(one), horizon):
             truth = one[start : start + horizon]
             if start >= seen and not np.isnan(truth).all():
-                found.append(Origin(filled(one[:start]), truth, number))
+                found.append(Origin(one[:start], truth, number))
+                filled(one[:start])  # refuses a variable without values
     if not found and ends:
         raise SeriesError(
             "the adapter was trained on all rows that could be held out; use rows that came later, or other series"
@@ -87,6 +93,11 @@ def held_out(
     return found
 
 
+def least_context(horizon: int) -> int:
+    """The fewest time steps before a held-out forecast."""
+    return max(MIN_CONTEXT, horizon)
+
+
 def check_context(context: int | None) -> None:
     """Raise SeriesError for a context that is too short to be judged."""
     if context is not None and context < MIN_CONTEXT:
@@ -96,10 +107,12 @@ def check_context(context: int | None) -> None:
 def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
     """Split N series: whole series are held out if there are at least MIN_SERIES, else the end of each series.
 
-    Raises SeriesError when they are too short or too few.
+    Series that are too short for a forecast are not held out. Raises SeriesError when all are too short or too few.
     """
+    least = least_context(horizon) + horizon
     if len(series) >= MIN_SERIES:
         order = np.random.default_rng(0).permutation(len(series))
+        order = np.array(sorted(order, key=lambda number: len(series[number]) < least))  # the others in their order
         count = max(1, round(HELD_OUT_SHARE * len(series)))
         test, val, train = ([series[i] for i in rows] for rows in np.split(order, (count, 2 * count)))
         each = max(1, min(MAX_ORIGINS, MAX_FORECASTS // count))
@@ -110,10 +123,10 @@ def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
     shortest = min(map(len, series))
     count = int(np.clip(0.2 * shortest // horizon, 1, MAX_ORIGINS))
     steps = count * horizon
-    if shortest < 2 * steps + max(MIN_CONTEXT, horizon):
+    if shortest < 2 * steps + least_context(horizon):
         raise SeriesError(
-            f"a series has {shortest} time steps, expected at least {2 * horizon + max(MIN_CONTEXT, horizon)} to train "
-            f"on, validate and test forecasts of {horizon} steps; shorten the horizon"
+            f"a series has {shortest} time steps, expected at least {least + horizon} to train on, validate and test "
+            f"forecasts of {horizon} steps; shorten the horizon"
         )
     val, test = held_out([one[:-steps] for one in series], horizon, count), held_out(series, horizon, count)
     lengths = sorted({len(one) - 2 * steps for one in series})
@@ -142,8 +155,8 @@ def baseline_forecasts(
 
 def spreads(places: Sequence[Origin]) -> np.ndarray:
     """The standard deviations (M, 1, D) before each forecast, none of which is 0."""
-    spread = np.stack([place.context.std(axis=0) for place in places])
-    together = np.concatenate([place.context for place in places]).std(axis=0)  # for a variable that is constant
+    spread = np.stack([np.nanstd(place.context, axis=0) for place in places])
+    together = np.nanstd(np.concatenate([place.context for place in places]), axis=0)  # for a variable that is constant
     return np.where(spread > 0, spread, np.where(together > 0, together, 1.0))[:, None]
 
 

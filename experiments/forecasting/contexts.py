@@ -102,7 +102,9 @@ def checked_series(series, missing: str = "error", min_steps: int = 2) -> list[n
     series = [series] if is_frame(series) else series
     parts = [part for one in series for part in (tables.from_frame(one, missing=missing) if is_frame(one) else [one])]
     arrays = []
-    for number, array in enumerate(map(np.asarray, parts)):
+    for number, part in enumerate(parts):
+        masked = isinstance(part, np.ma.MaskedArray) and part.dtype.kind in "fiu"
+        array = np.ma.filled(part.astype(np.float64), np.nan) if masked else np.asarray(part)
         array = array[:, None] if array.ndim == 1 else array
         if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
             raise SeriesError(

@@ -3,6 +3,7 @@
 N series, D variables, L time steps, Q = len(LEVELS) quantiles, h forecast steps.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from experiments.forecasting.adapter import Reading, Trained
 from experiments.forecasting.backtest import baseline_forecasts, filled
 from experiments.forecasting.baselines import BASELINES
-from experiments.forecasting.contexts import Forecast, SeriesError, SeriesForecaster
+from experiments.forecasting.contexts import Forecast, SeriesError, SeriesForecaster, SeriesWarning
 from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, Seasons, find_seasons, patches
 from lora import AdapterError, load_adapter
 from qwen_min.config import QwenConfig
@@ -32,6 +33,7 @@ WIDER = 2.0  # zero-shot quantiles of a context of n values are so much / sqrt(n
 # other scales, other seasons (chosen on fpp2 and forecast, where errors become 1 % smaller; on M1 they stay)
 NEWEST, LEAST = (0.8, 0.6), 24
 FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
+FAR = 2.0  # standard deviations below the mean of a fine-tuning's data; series whose values are all there are told
 BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
 MEDIAN = len(LEVELS) // 2
 ZERO_SHOT, TUNED = "zero-shot", "fine-tuned"  # the parts of a forecast that are not baselines
@@ -197,22 +199,36 @@ class NumberForecaster(SeriesForecaster):
         values.
         """
         found, names = {}, set(names)
+        # what follows the last value is forecast, too, where it is missing
+        late = [late_steps(array) for array in arrays]
+        arrays = [array[: len(array) - steps] for array, steps in zip(arrays, late, strict=True)]
+        wanted, horizon = horizon, horizon + max(late)
         if reading and reading.mean is not None and len(reading.mean) != (variables := arrays[0].shape[1]):
             raise SeriesError(f"the series have {variables} variables, the adapter was trained on {len(reading.mean)}")
         read = [array[-context:] for array in arrays] if context else arrays
         if TUNED in names:
             found[TUNED] = self._read(self.model, reading, read, horizon, progress)
+            if reading and (foreign := [number for number, array in enumerate(read) if is_foreign(array, reading)]):
+                told = "is negative, or far below what the adapter was trained on; it is forecast without the adapter"
+                warnings.warn(f"series {foreign[0]} {told} ({len(foreign)} such series)", SeriesWarning, stacklevel=4)
+                found[TUNED][foreign] = self._zero_shot([read[number] for number in foreign], horizon)
         if ZERO_SHOT in names or not found:
-            count = progress if not found else lambda count: None  # each series counts once
-            whole = self._read(self.base, None, read, horizon, count)
-            newest = [[newest_of(array, share) for array in read] for share in NEWEST]
-            others = [self._read(self.base, None, some, horizon) for some in newest]
-            found[ZERO_SHOT] = np.mean([whole, *others], axis=0)
+            # each series counts once
+            found[ZERO_SHOT] = self._zero_shot(read, horizon, progress if not found else lambda count: None)
         if simple := names & BASELINES.keys():
             pasts, season = [filled(array) for array in arrays], reading.season if reading else None
             simple_ones = baseline_forecasts(pasts, horizon, season, simple)
             found |= {name: one[:, None] for name, one in simple_ones.items()}
-        return found
+        return {
+            name: np.stack([one[:, steps : steps + wanted] for one, steps in zip(part, late, strict=True)])
+            for name, part in found.items()
+        }
+
+    def _zero_shot(self, arrays, horizon, progress=lambda count: None) -> np.ndarray:
+        """Quantiles (N, Q, h, D) of what follows the arrays, by the pretrained decoder."""
+        whole = self._read(self.base, None, arrays, horizon, progress)
+        newest = [[newest_of(array, share) for array in arrays] for share in NEWEST]
+        return np.mean([whole, *(self._read(self.base, None, some, horizon) for some in newest)], axis=0)
 
     def _read(self, model, reading, arrays, horizon, progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by a decoder and how it reads; None: zero-shot."""
@@ -238,6 +254,19 @@ class NumberForecaster(SeriesForecaster):
                 found[rows] = _quantiles(model, reading, torch.from_numpy(x), horizon, stride)
                 progress(len(rows))
         return found
+
+
+def late_steps(array: np.ndarray) -> int:
+    """The time steps of a series (T, D) after the last one with a value; at least MIN_STEPS are before them."""
+    return min(int(np.isfinite(array).any(axis=1)[::-1].argmax()), len(array) - MIN_STEPS)
+
+
+def is_foreign(array: np.ndarray, reading: Reading) -> bool:
+    """True for a series (T, D) that a fine-tuned decoder of logarithms cannot read: negative, or far below its data."""
+    scale = Scale.recorded(reading)
+    if scale is None or scale.offset is None:
+        return False
+    return bool((array < 0).any() or np.nanmax(scale.read(torch.from_numpy(array.T)).numpy()) < -FAR)
 
 
 def newest_of(array: np.ndarray, share: float) -> np.ndarray:

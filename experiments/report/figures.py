@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
@@ -171,7 +172,9 @@ def fans(
         if len(forecasts) > 1 and (column == 0 or num_variables > MAX_COLUMNS):
             panel.set_title(one.title)
         if one.times is not None:
-            panel.tick_params(axis="x", rotation=30)
+            if x.dtype.kind == "M":
+                panel.xaxis.set_major_locator(locator := AutoDateLocator(maxticks=5))
+                panel.xaxis.set_major_formatter(ConciseDateFormatter(locator))
             continue
         panel.locator_params(axis="x", integer=True)
         if one is forecasts[num_series - 1]:

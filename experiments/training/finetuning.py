@@ -102,7 +102,10 @@ class Finetuning:
             tuning = NumberTuning(forecaster, self.parts, horizon, context, season, **options)
         else:
             tuning = TextTuning(forecaster, self.parts, horizon, context, **options)
-        steps = steps or (STEPS if budget is None else int(budget // tuning.cost))
+        if steps is None:
+            steps = STEPS if budget is None else int(budget // tuning.cost)
+        elif steps < 1:
+            raise TrainingError(f"steps are {steps}, expected at least 1")
         if budget is not None and (steps < 1 or steps * tuning.cost > budget):
             raise TrainingError(
                 f"{max(steps, 1)} steps of {tuning.cost:.3e} FLOPs do not fit a budget of {budget:.3e}; raise it, or "
@@ -197,7 +200,7 @@ class Finetuning:
         """
 
         def make(places: list[Origin]) -> np.ndarray:
-            found = self.tuning.forecast([place.context for place in places])
+            found = self.tuning.forecast(places)
             point = found.values[:, None]
             return point if found.quantiles is None else np.concatenate((point, found.quantiles), axis=1)
 
@@ -216,7 +219,7 @@ class Finetuning:
         places, trained = self.parts.test, self.tuning.forecaster.trained
         truth = np.stack([place.truth for place in places])
         forecasts = {"before": before[:, 0], "after": after[:, 0]}
-        forecasts |= baseline_forecasts([place.context for place in places], self.tuning.horizon, self.season)
+        forecasts |= baseline_forecasts([place.past for place in places], self.tuning.horizon, self.season)
         return {
             "split": self.parts.told,
             "horizon": self.tuning.horizon,
@@ -270,11 +273,12 @@ def summary(metrics: dict) -> list[str]:
     errors = {name: f"{error['rmse']:.3g}" for name, error in metrics["errors"].items()}
     before, after = errors.pop("before"), errors.pop("after")
     others = ", ".join(f"{name} {errors[name]}" for name in ("seasonal naive", "AR", "VAR") if name in errors)
+    holds = "" if metrics["coverage_80"] is None else f"; the 80 % interval holds {metrics['coverage_80']:.0%} of them"
     kept = f"the adapter is that of step {metrics['best_step']}, which had the smallest held-out loss"
     if metrics["shares"]:
         kept += f"; forecasts are {metrics['shares']}"
     return [
         f"error {after} after, {before} before; {others} (RMSE in standard deviations over {metrics['forecasts']} "
-        f"held-out forecasts of {metrics['horizon']} steps)",
+        f"held-out forecasts of {metrics['horizon']} steps){holds.replace('%', ' %')}",
         f"{metrics['spent']:.3e} of {metrics['budget']:.3e} FLOPs spent in {metrics['steps']} steps; {kept}",
     ]

@@ -9,9 +9,10 @@ from itertools import product
 from typing import ClassVar
 
 import numpy as np
+from scipy.special import stdtrit
 
 from experiments.forecasting.adapter import Reading, Trained
-from experiments.forecasting.backtest import Origin, Parts, spreads
+from experiments.forecasting.backtest import MIN_SERIES, Origin, Parts, spreads
 from experiments.forecasting.contexts import Forecast
 from experiments.forecasting.numbers import AHEAD, LEVELS
 from experiments.forecasting.scores import BAND, group_means
@@ -63,18 +64,24 @@ def pinball(found: np.ndarray, places: Sequence[Origin]) -> np.ndarray:
     return 2 * np.nanmean(np.maximum(level * gap, (level - 1) * gap) / spreads(places)[:, None], axis=(1, 2, 3))
 
 
-def is_certain(gain: np.ndarray, places: Sequence[Origin]) -> bool:
-    """True if gains (M) are more than a standard error above 0, over series or, for one, over its forecasts."""
+def is_certain(gain: np.ndarray, places: Sequence[Origin], least: int = 1) -> bool:
+    """True if the mean of gains (M) is above 0 by a t-test at 10 %, over series or, for one, over its forecasts.
+
+    least: fewer series tell nothing.
+    """
     by_series = group_means(gain, [place.series for place in places])
+    if len(by_series) < least:
+        return False
     gain = by_series if len(by_series) > 1 else gain
-    return len(gain) > 1 and bool(gain.mean() > gain.std(ddof=1) / len(gain) ** 0.5)
+    return len(gain) > 1 and bool(gain.mean() > stdtrit(len(gain) - 1, 0.9) * gain.std(ddof=1) / len(gain) ** 0.5)
 
 
 def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], reading: Reading) -> Reading:
     """The reading with the shares, in tenths, and the width whose forecasts of the places have the smallest loss.
 
     The best part alone is taken unless a mixture is certainly better, and the zero-shot forecast is kept unless the
-    result is. See `values.combined`.
+    result is. From fewer than MIN_SERIES series, the width stays as it is: a few forecasts that have chosen all else
+    would make it far too narrow. See `values.combined`.
     """
     medians = np.stack([part[:, part.shape[1] // 2] for part in parts.values()])  # (K, M, h, D) of K parts
     truth, spread = np.stack([place.truth for place in places]), spreads(places)
@@ -93,8 +100,10 @@ def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], readi
     half = -(-reading.ahead // 2)
     near = best(slice(half))
     reading = replace(reading, near=near, far=best(slice(half, None)) if truth.shape[1] > half else near)
-    widths = [replace(reading, width=width) for width in WIDTHS]
-    reading = min(widths, key=lambda one: pinball(combined(parts, one), places).mean())
+    losses = {width: pinball(combined(parts, replace(reading, width=width)), places) for width in WIDTHS}
+    width = min(WIDTHS, key=lambda one: losses[one].mean())
+    if is_certain(losses[1.0] - losses[width], places, MIN_SERIES):
+        reading = replace(reading, width=width)
     before = replace(reading, near={ZERO_SHOT: 1.0}, far={ZERO_SHOT: 1.0}, width=1.0)
     gain = pinball(combined(parts, before), places) - pinball(combined(parts, reading), places)
     return reading if is_certain(gain, places) else before
@@ -122,7 +131,8 @@ class NumberTuning:
         The settings are those of OPTIONS, by default NUMBERS. Raises TrainingError.
         """
         if others := sorted(settings.keys() - set(OPTIONS)):
-            raise TrainingError(f"{others[0]} is for models that write text, and this one reads values; leave it out")
+            expected = "horizon, budget, context, season, " + ", ".join(OPTIONS)
+            raise TrainingError(f"{others[0]} is no option of a model that reads values, which takes {expected}")
         chosen, shapes = chosen_settings(forecaster.model, NUMBERS, settings)
         longest = max(map(len, parts.train))
         ahead = min(horizon, AHEAD, longest // 2)
@@ -164,9 +174,9 @@ class NumberTuning:
     def _parts(self, places: Sequence[Origin], names: Sequence[str]) -> dict[str, np.ndarray]:
         return self.forecaster.parts([place.context for place in places], self.horizon, names, self.reading)
 
-    def forecast(self, contexts: Sequence[np.ndarray]) -> Forecast:
-        """What the forecaster says of contexts (T, D), with quantiles at BAND."""
-        return self.forecaster.forecast(contexts, self.horizon, BAND)
+    def forecast(self, places: Sequence[Origin]) -> Forecast:
+        """What the forecaster says of places, with quantiles at BAND."""
+        return self.forecaster.forecast([place.context for place in places], self.horizon, BAND)
 
     def finished(self, trained: Trained, places: Sequence[Origin]) -> Trained:
         """The record of the training, now that it is over: what a forecast is made of is chosen on the places."""

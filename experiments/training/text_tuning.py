@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from experiments.forecasting.adapter import Trained
@@ -89,16 +88,17 @@ class TextTuning:
 
     def losses(self, places: Sequence[Origin]) -> list[float]:
         """The mean nats per value of each place; its truth is cut to what can be written."""
-        contexts = [place.context[-self.context :] for place in places]
+        contexts = [place.past[-self.context :] for place in places]
         encodings = [Encoding.fit_each([context], self.decimals) for context in contexts]
         truths = [encoding.writable(place.truth) for encoding, place in zip(encodings, places, strict=True)]
         with warnings.catch_warnings():  # the test forecasts have given them
             warnings.simplefilter("ignore", SeriesWarning)
             return self.forecaster.nats_per_value(contexts, truths).tolist()
 
-    def forecast(self, contexts: Sequence[np.ndarray]) -> Forecast:
-        """What the forecaster says of contexts (T, D), with quantiles at BAND if there are enough samples."""
+    def forecast(self, places: Sequence[Origin]) -> Forecast:
+        """What the forecaster says of places, with quantiles at BAND if there are enough samples."""
         levels = BAND if self.samples >= samples_needed(BAND[0]) else ()
+        contexts = [place.past for place in places]
         return self.forecaster.forecast(contexts, self.horizon, levels, self.context, samples=self.samples)
 
     def finished(self, trained: Trained, places: Sequence[Origin]) -> Trained:
