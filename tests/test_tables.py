@@ -253,6 +253,13 @@ def test_missing_values_are_counted_or_interpolated_in_time(table):
     assert table("t,a\n1,nan\n2,null\n3,-\n4,?\n5,#N/A\n6,..\n7,.\n8,5\n", missing="keep")["a"].count() == 1
     days = "day,a\n2023-01-01,1\n2023-01-02,\n2023-01-05,2\n"
     assert table(days, missing="interpolate").values[1] == 1.25
+    rows = "".join(f"2023-01-{day:02d},{day}\n" for day in range(1, 31) if day not in (9, 20))
+    with pytest.raises(DataError, match=r"2 of 30 values are missing, the first at 2023-01-09, which has no row; fill"):
+        table("date,a\n" + rows)
+    assert table("date,a\n" + rows, missing="interpolate")["a"].tolist() == list(range(1, 31))
+    kept = table("date,a\n" + rows.replace(",5\n", ",\n"), missing="keep")
+    assert from_frame(kept.dropna(), missing="keep")[0].equals(kept)
+    assert told([kept]).endswith("2 of 30 time steps have no row and are read as missing; 3 of 30 values are missing")
     with pytest.raises(DataError, match="'a' has 1 of 2 values, expected at least 2"):
         table("a,b\n1,1\n,2\n", missing="interpolate")
     with pytest.raises(DataError, match="missing is 'zero', expected one of error, interpolate, keep"):

@@ -2,12 +2,13 @@
 
 from datetime import UTC, datetime, timedelta, timezone
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from experiments.tables import DataError, Source, following
 from experiments.tables.dates import dates_of, is_date
-from experiments.tables.times import regular, time_texts
+from experiments.tables.times import gapless, regular, time_texts
 
 FIFTH = datetime(2020, 3, 5)
 DATES = {
@@ -120,6 +121,41 @@ def test_continuation(index, is_regular, expected):
     assert longer.is_monotonic_increasing
     assert longer.is_unique
     assert longer.name == index.name
+
+
+HOURS = pd.date_range("2024-03-25", periods=240, freq="h", tz="Europe/Berlin", name="t")  # clocks change
+GRIDS = [HOURS, DAILY, pd.date_range("2020-01-31", periods=24, freq="BME"), pd.date_range("2000-10-01", periods=24,
+         freq="QS"), pd.Index(range(1900, 1950)), pd.Index([at / 10 for at in range(50)])]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", GRIDS)
+def test_times_that_are_left_out(index):
+    is_there = np.random.default_rng(0).random(len(index)) < 0.7
+    is_there[[0, -1]] = True
+    whole = gapless(index[is_there])
+    assert len(whole) == len(index)
+    assert np.allclose(whole - index, 0) if index.dtype.kind == "f" else whole.equals(index)
+    assert regular(whole)
+    assert whole.name == index.name
+
+
+NO_GRIDS = {
+    "weekdays with a holiday": WEEKDAYS[:12].append(WEEKDAYS[13:]),
+    "opening hours": HOURS[(HOURS.hour > 8) & (HOURS.hour < 18)],
+    "hours of weekdays": pd.date_range("2024-01-01", periods=600, freq="h").to_series()[lambda at: at.dt.weekday < 5],
+    "months of summers": (every := pd.date_range("2000-01-01", periods=48, freq="MS"))[every.month % 11 > 4],
+    "off the grid": pd.Index([*range(20), 20.5]),
+    "few": pd.Index([0, 1, 2, 3, 4, 6]),
+    "far apart": pd.Index([*range(500), *range(800, 900)]),
+    "steps that grow": pd.Index(np.arange(20) ** 2),
+}
+
+
+@pytest.mark.parametrize("index", NO_GRIDS.values(), ids=NO_GRIDS.keys())
+def test_times_that_are_not_left_out(index):
+    index = pd.Index(index)
+    assert gapless(index) is index
+    assert not regular(index)
 
 
 @pytest.mark.parametrize(("index", "message"), [

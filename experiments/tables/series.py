@@ -11,7 +11,7 @@ from experiments.tables import DataError, Source
 from experiments.tables.axis import check_order, equal_steps, tells_time, time_axis
 from experiments.tables.cells import Column, as_text, column_of, decimal_mark, is_text
 from experiments.tables.dates import CLOCK, MONTH, is_date
-from experiments.tables.times import regular, time_texts
+from experiments.tables.times import gapless, regular, time_texts
 
 MISSING = ("error", "interpolate", "keep")
 IDS = ("unique_id", "item_id", "id")  # as Nixtla, AutoGluon, Chronos and GluonTS call what tells series apart
@@ -44,7 +44,12 @@ def told(series: Sequence[pd.DataFrame]) -> str:
         line += "" if regular(first.index) else ", not in equal steps"
     if len(series) > 1:
         line += f", and {len(series) - 1} more series"
-    return "; ".join([line, *dict.fromkeys(note for one in series for note in one.attrs.get("notes", []))])
+    notes = list(dict.fromkeys(note for one in series for note in one.attrs.get("notes", [])))
+    if absent := sum(one.attrs.get("absent", 0) for one in series):
+        notes.append(f"{absent} of {sum(map(len, series))} time steps have no row and are read as missing")
+    if gaps := sum(int(one.isna().to_numpy().sum()) for one in series):
+        notes.append(f"{gaps} of {sum(one.size for one in series)} values {'is' if gaps == 1 else 'are'} missing")
+    return "; ".join([line, *notes])
 
 
 def from_frame(
@@ -116,7 +121,7 @@ def assemble(
         frame = _complete(whole.iloc[rows].set_axis(index), wanted.missing, rows, source)
         for label in names if wanted.wide else [title]:
             series.append(frame[[label]].set_axis(["value"], axis=1) if wanted.wide else frame)
-            series[-1].attrs["name"] = label
+            series[-1].attrs |= {"name": label, "absent": len(frame) - len(rows)}
     series[0].attrs["notes"] = notes
     return series
 
@@ -173,18 +178,26 @@ def _refuse_times_as_names(names: Sequence[str], source: Source) -> None:
 
 
 def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, source: Source) -> pd.DataFrame:
-    """The frame, with its missing values filled in, refused or kept. Raises DataError for infinite values too."""
+    """The frame, with its missing values, also at times without a row, filled in, refused or kept.
+
+    Raises DataError for infinite values too.
+    """
     values = frame.to_numpy()
     if (infinite := np.isinf(values)).any():
         row, at = np.argwhere(infinite)[0]
         raise source.error("is infinite, expected a finite number", frame.columns[at], rows[row])
-    gaps = np.isnan(values)
+    times, frame = frame.index, frame.reindex(gapless(frame.index))
+    gaps = frame.isna().to_numpy()
     if missing == "keep" or not gaps.any():
         return frame
     if missing == "error":
         count, (row, at) = gaps.sum(), np.argwhere(gaps)[0]
-        problem = f"{count} of {gaps.size} values {'is' if count == 1 else 'are'} missing, the first in"
-        raise source.error(f"{problem} {source.place(rows[row])}, column {frame.columns[at]!r}; {FILL}; or {LEAVE_OUT}")
+        problem = f"{count} of {gaps.size} values {'is' if count == 1 else 'are'} missing, the first"
+        if frame.index[row] not in times:
+            (time,) = time_texts(frame.index[[row]], times)
+            raise source.error(f"{problem} at {time}, which has no row; {FILL}")
+        place = source.place(rows[times.get_loc(frame.index[row])])
+        raise source.error(f"{problem} in {place}, column {frame.columns[at]!r}; {FILL}; or {LEAVE_OUT}")
     for name, known in frame.count().items():
         if known < 2:
             raise source.error(f"{name!r} has {known} of {len(frame)} values, expected at least 2; {LEAVE_OUT}")

@@ -6,6 +6,10 @@ import pandas as pd
 from experiments.tables import DataError
 
 REGULAR = 0.01  # how far a number may lie from equal steps, in steps: times are often written with few digits
+ENOUGH = 0.4  # so many of the times of a grid, and of the steps between them, are there where the others are left out
+FEW = 12  # with fewer rows, the commonest step is not certain
+LONGEST = 200  # steps from a row to the next one on a grid: a model that reads 512 of them must see both sides
+SEEN = 3  # where a weekday, or a time of day, has passed so often without a row, it never has one
 MOST_WEEKDAYS = 0.9  # with this share of steps of one weekday, the rows are weekdays, and the others are holidays
 
 
@@ -37,6 +41,51 @@ def regular(index: pd.Index) -> bool:
     if len(index) < 2:
         return False
     return _calendar(index)[1] if isinstance(index, pd.DatetimeIndex) else _number_step(index.to_numpy())[1]
+
+
+def gapless(index: pd.Index) -> pd.Index:
+    """The times (T) with those between them that are almost certainly left out.
+
+    They are if all times lie on the grid of the commonest step, of numbers, months, days or a clock, and fill enough of
+    it. Weekdays and opening hours are no such grid: most of the times that are left out never have a row.
+    """
+    if isinstance(index, pd.RangeIndex) or len(index) < FEW or regular(index):
+        return index
+    most = len(index) / ENOUGH
+    if isinstance(index, pd.DatetimeIndex):
+        step = _calendar(index)[0]
+        if isinstance(step, pd.offsets.BusinessDay) or (index[-1] - index[0]) / (index[0] + step - index[0]) > most:
+            return index
+        made = pd.DatetimeIndex(pd.date_range(index[0], index[-1], freq=step), freq=None)
+        at = made.get_indexer(index)
+        is_grid = at.min() >= 0 and not _is_closed(made, at)
+    else:
+        values = index.to_numpy()
+        past, number = values - values[0], _number_step(values)[0]
+        if past[-1] > most * number:
+            return index
+        grid = np.linspace(0, past[-1], round(past[-1] / number) + 1)
+        at = np.rint(past / past[-1] * (len(grid) - 1)).astype(int)
+        is_grid = (np.abs(past - grid[at]) <= REGULAR * number).all()
+        grid = values[0] + grid.round().astype(values.dtype) if values.dtype.kind == "i" else values[0] + grid
+        grid[at] = values
+        made = pd.Index(grid)
+    steps = np.diff(at)
+    is_grid = is_grid and np.mean(steps == 1) >= ENOUGH and steps.min() > 0 and steps.max() <= LONGEST
+    return made.rename(index.name) if is_grid else index
+
+
+def _is_closed(made: pd.DatetimeIndex, at: np.ndarray) -> bool:
+    """True if most of the times that are not `at` a row never have one: that time of day or of the week, or month."""
+    wall = made.tz_localize(None)
+    clock = wall - wall.normalize()
+    is_long = made[1] - made[0] > pd.Timedelta(days=27)
+    for kind in [wall.month] if is_long else [clock, clock + pd.to_timedelta(wall.day_of_week, unit="D")]:
+        found, kinds = np.unique(kind, return_inverse=True)
+        never = np.bincount(kinds[at], minlength=len(found)) == 0
+        if (never & (np.bincount(kinds) >= SEEN))[np.delete(kinds, at)].mean() > 0.5:
+            return True
+    return False
 
 
 def _number_step(values: np.ndarray) -> tuple[float | int, bool]:
