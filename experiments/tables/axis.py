@@ -14,8 +14,8 @@ EQUAL_STEPS = 1e-6  # by how much the steps of a column without a telling name m
 # Numbers under the first names are times, whatever their steps; under the second they must rise in equal steps.
 TIME_NAMES = frozenset(
     "t time times timestamp ds date dates datetime day days week weeks month months quarter quarters year years period "
-    "season hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois trimestre "
-    "jour heure año fecha".split()
+    "season semester hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois "
+    "trimestre jour heure año fecha".split()
 )
 COUNTER_NAMES = frozenset("step steps index idx id row obs".split())
 PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own

@@ -13,6 +13,9 @@ MONTH_NUMBERS = range(1, 13)
 YEARS = range(1800, 2201)  # of numbers such as 202312 that are dates
 CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp][Mm])?"
 MONTH = rf"({'|'.join(MONTHS)})(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?"
+# What a column holds instead of months, by what its name contains.
+PERIODS = {"week": "week|woche|semaine|semana", "half-year": "half|halb|semest", "quarter": "quart|trimest",
+           "": "month|monat|mois"}  # fmt: skip
 _ZONE = r"(?:Z|UTC|GMT|[+-]\d{2}:?\d{2})"
 _AFTER = rf"((?:[T ,]+{CLOCK}(?: ?{_ZONE})?)?)"
 # What a date looks like, and how it is written for pandas; two ways where the day or the month can come first.
@@ -70,8 +73,10 @@ def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
     if not fits.all():
         cell = cells.iloc[row := int(fits.argmin())][:40] or "nothing"
         raise source.error(f"holds {cell!r}, expected a date written like the first one, {first!r}", name, row)
-    if re.fullmatch(r"\d{4}[-/]\d{2}", first):
-        _refuse_seasons(cells.str[:4].astype(int), cells.str[5:].astype(int), first, name, source)
+    if re.fullmatch(r"\d{4}[-/]\d{1,2}|\d{1,2}[-/]\d{4}", first):
+        years = cells.str.extract(r"(\d{4})")[0].astype(int)
+        parts = cells.str.replace(r"\d{4}|\D", "", regex=True).astype(int)
+        _refuse_no_months(years, parts, first, name, source)
     parsed = [_parsed(cells.str.replace(f"(?i:{form})", order, regex=True), name, source) for order in orders]
     readings = [found for found in parsed if not found.isna().any()]
     if not readings:
@@ -87,13 +92,22 @@ def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
     return readings[0]
 
 
-def _refuse_seasons(years, seconds, first, name: str, source: Source) -> None:
-    """Raise DataError if the second parts (T) of several months, such as 2010/11, are all the year that follows."""
-    if len(years) > 1 and (seconds == (years + 1) % 100).all():
-        year, second = int(years[0]), int(seconds[0])
-        month = f"month {second} of {year} or " if 1 <= second <= 12 else ""
+def _refuse_no_months(years, parts, first, name: str, source: Source) -> None:
+    """Raise DataError if the years and other parts (T) of months can be seasons, quarters, half-years or weeks.
+
+    Seasons such as 2010/11 have the year that follows. Quarters and half-years count to 4 and to 2 in several years.
+    """
+    year, part = int(years[0]), int(parts[0])
+    if len(years) > 1 and (parts == (years + 1) % 100).all():
+        month = f"month {part} of {year} or " if 1 <= part <= 12 else ""
         advice = f"write months as dates, such as {year}-01-01, and seasons as their first year, {year}"
         raise source.error(f"'{first}' can be {month}the season {year} to {year + 1}; {advice}", name)
+    counted = ("half-year" if max(parts) <= 2 else "quarter") if min(np.ptp(years), np.ptp(parts)) > 0 else ""
+    kind = next((kind for kind, names in PERIODS.items() if re.search(names, name, re.IGNORECASE)), counted)
+    if kind and (part <= 12 if kind == "week" else max(parts) <= 4):
+        other = {"quarter": f", or {year}Q2", "week": f", or {year}-W14"}.get(kind, "")
+        advice = f"write its first day, such as {year}-04-01{other}"
+        raise source.error(f"'{first}' can be a month or a {kind}; {advice}", name)
 
 
 def _parsed(text: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
@@ -126,11 +140,13 @@ def dates_of_numbers(values: np.ndarray, name: str, source: Source, is_telling: 
         return None
     digits = len(str(values[0]))
     year = values // 10 ** max(digits - 4, 0)
+    if digits == 5 and is_telling and np.isin(values // 10, YEARS).all() and np.isin(values % 10, range(1, 5)).all():
+        _refuse_no_months(values // 10, values % 10, values[0], name, source)
     if digits not in _OF_DIGITS or not np.isin(year, YEARS).all():
         return None
     if digits == 6:
         part = values % 100
-        _refuse_seasons(year, part, values[0], name, source)
+        _refuse_no_months(year, part, values[0], name, source)
         if ("week" in name.lower() or (is_telling and part.max() > 12)) and np.isin(part, range(1, 54)).all():
             raise source.error(f"{values[0]} is a week, which is counted in several ways; write its first day", name)
         if not np.isin(part, MONTH_NUMBERS).all() or not (is_telling or (np.diff(values) > 0).all()):
@@ -146,7 +162,13 @@ def dates_of_numbers(values: np.ndarray, name: str, source: Source, is_telling: 
 
 
 def _refuse_points(values: np.ndarray, name: str, source: Source) -> None:
-    """Raise DataError if all numbers (T) are months such as 2023.12 or 12.2023, where 2023.1 can be January."""
+    """Raise DataError if all numbers (T) are months such as 2023.12 or 12.2023, or quarters such as 2023.4.
+
+    There 2023.1 can be January, October or a quarter.
+    """
+    year, part = np.divmod(np.round(values * 10), 10)
+    if (np.isin(year, YEARS) & np.isin(part, range(1, 5)) & (np.abs(values - year - part / 10) <= 1e-6)).all():
+        _refuse_no_months(year, part, values[0], name, source)
     for factor in (100, 10**4):
         whole = np.round(values * factor)
         year, month = np.divmod(whole, 100) if factor == 100 else np.divmod(whole, 10**4)[::-1]
