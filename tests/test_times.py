@@ -90,12 +90,27 @@ def days(*cells: str) -> pd.DatetimeIndex:
 
 
 DAILY = pd.date_range("2024-01-01", periods=26, name="t")  # from a Monday to a Friday
-WEEKDAYS = DAILY[DAILY.weekday < 5]
+WEEKDAYS = DAILY[DAILY.day_of_week < 5]
+SIX_WEEKS = pd.date_range("2024-01-01", periods=42, name="t")
 MONTHS = pd.date_range("2023-01-01", periods=12, freq="MS")
 WORKING = pd.date_range("2023-01-31", periods=12, freq="BME")
 CONTINUED = {  # times, whether they are regular, the next two
     "weekdays": (WEEKDAYS, True, ["2024-01-29", "2024-01-30"]),
     "weekdays with a holiday": (WEEKDAYS[:12].append(WEEKDAYS[13:]), False, ["2024-01-29", "2024-01-30"]),
+    "without Sundays": (SIX_WEEKS[SIX_WEEKS.day_of_week < 6], True, ["2024-02-12", "2024-02-13"]),
+    "weekends": (SIX_WEEKS[SIX_WEEKS.day_of_week > 4], True, ["2024-02-17", "2024-02-18"]),
+    "Monday, Wednesday, Friday, a holiday": (
+        SIX_WEEKS[[0, 2, 4, 7, 9, 11, 14, 16, 21, 23, 25, 28, 30, 32, 35, 37, 39]],
+        False,
+        ["2024-02-12", "2024-02-14"],
+    ),
+    "six days": (DAILY[:6], True, ["2024-01-07", "2024-01-08"]),
+    "halves of months": (pd.date_range("2024-01-01", periods=8, freq="SMS"), True, ["2024-05-01", "2024-05-15"]),
+    "a half is missing": (
+        pd.date_range("2024-01-15", periods=8, freq="SME").delete(2),
+        False,
+        ["2024-05-15", "2024-05-31"],
+    ),
     "a month is missing": (MONTHS.delete(5), False, ["2024-01-01", "2024-02-01"]),
     "month ends": (days("2023-11-30", "2023-12-31"), True, ["2024-01-31", "2024-02-29"]),
     "a month end is missing": (WORKING.delete(5), False, ["2024-01-31", "2024-02-29"]),
@@ -142,7 +157,7 @@ def test_times_that_are_left_out(index):
 NO_GRIDS = {
     "weekdays with a holiday": WEEKDAYS[:12].append(WEEKDAYS[13:]),
     "opening hours": HOURS[(HOURS.hour > 8) & (HOURS.hour < 18)],
-    "hours of weekdays": pd.date_range("2024-01-01", periods=600, freq="h").to_series()[lambda at: at.dt.weekday < 5],
+    "hours of weekdays": pd.date_range("2024-01-01", periods=600, freq="h").to_series()[lambda at: at.dt.dayofweek < 5],
     "months of summers": (every := pd.date_range("2000-01-01", periods=48, freq="MS"))[every.month % 11 > 4],
     "off the grid": pd.Index([*range(20), 20.5]),
     "few": pd.Index([0, 1, 2, 3, 4, 6]),

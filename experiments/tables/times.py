@@ -10,13 +10,14 @@ ENOUGH = 0.4  # so many of the times of a grid, and of the steps between them, a
 FEW = 12  # with fewer rows, the commonest step is not certain
 LONGEST = 200  # steps from a row to the next one on a grid: a model that reads 512 of them must see both sides
 SEEN = 3  # where a weekday, or a time of day, has passed so often without a row, it never has one
-MOST_WEEKDAYS = 0.9  # with this share of steps of one weekday, the rows are weekdays, and the others are holidays
+MOST_WEEKDAYS = 0.9  # with this share of steps to the next of some weekdays, the rows are these; others are holidays
 
 
 def following(index: pd.Index, steps: int) -> pd.Index:
     """The next times (steps) after the last one, of the type of `index`, in its step, or in the commonest step.
 
-    Dates continue by the calendar, also where some are missing: months, their last days or working days, weekdays.
+    Dates continue by the calendar, also where some are missing: months, their halves, last days or working days, and
+    the weekdays that occur.
     Raises DataError for a single time, and where the next ones cannot be represented, such as dates after 9999.
     """
     if isinstance(index, pd.RangeIndex):
@@ -122,11 +123,16 @@ def _calendar(index: pd.DatetimeIndex) -> tuple[pd.DateOffset, bool]:
         steps = np.diff(index.asi8)
         return pd.Timedelta(_commonest(steps), unit=index.unit), bool((steps == steps[0]).all())
     days = wall.normalize().to_numpy().astype("datetime64[D]")
-    if np.is_busday(days).all():
-        single = np.busday_count(days[:-1], days[1:]) == 1
-        if len(days) > 5 and single.mean() >= MOST_WEEKDAYS:
-            return pd.offsets.BusinessDay(), bool(single.all())
-    whole = np.diff(days).astype(int)
+    found, whole = np.isin(range(7), wall.day_of_week), np.diff(days).astype(int)
+    week = found if whole.sum() >= 7 * SEEN else np.arange(7) < 5  # from Monday to Friday unless others are sure
+    if len(days) > 5 and 1 < week.sum() < 7 and not (found & ~week).any():
+        single = np.busday_count(days[:-1], days[1:], weekmask=week) == 1
+        if single.mean() >= MOST_WEEKDAYS:
+            weekmask = "".join(map(str, week.astype(int)))
+            return pd.offsets.CustomBusinessDay(weekmask=weekmask), bool(single.all())
+    for kind in (pd.offsets.SemiMonthBegin(), pd.offsets.SemiMonthEnd()):
+        if np.ptp(whole) and all(map(kind.is_on_offset, wall)):
+            return kind, len(pd.date_range(wall[0], wall[-1], freq=kind)) == len(wall)
     return pd.DateOffset(days=_commonest(whole)), bool((whole == whole[0]).all())
 
 
