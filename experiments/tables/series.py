@@ -110,11 +110,11 @@ def assemble(
         if axis is not None:
             check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, source)
     names = asked if wanted.columns is not None else [one.name for one in free if one.name]
+    if wanted.columns is None and not wanted.wide:
+        _refuse_times_as_names(names, source)
     whole = _numbers(names, columns, source)
     if wanted.wide and len(groups) > 1:
         raise source.error(f"has {len(groups)} series, one below the other; leave out --wide or the ids")
-    if wanted.columns is None and not wanted.wide:
-        _refuse_times_as_names(names, source)
     series = []
     for title, rows in groups.items():
         index = pd.RangeIndex(len(rows)) if axis is None else axis[rows]
@@ -169,11 +169,15 @@ def _numbers(names: Sequence[str], columns: Sequence[Column], source: Source) ->
 
 
 def _refuse_times_as_names(names: Sequence[str], source: Source) -> None:
-    """Raise DataError if variables are called by times: months, as R prints its `ts`, quarters, years, dates."""
-    times = rf"(?i:{MONTH}|{CLOCK}|q(?:tr|uarter)?[ _]?[1-4]|(?:1[89]|20)\d\d)"
+    """Raise DataError if variables are called by times: months, as R prints its `ts`, quarters, years, dates.
+
+    The World Bank writes years as 1990 [YR1990].
+    """
+    times = rf"(?i:{MONTH}|{CLOCK}|q(?:tr|uarter)?[ _]?[1-4]|(?:1[89]|20)\d\d(?: \[YR\d+\])?)"
     found = [name for name in names if is_date(name) or re.fullmatch(times, name)]
-    if len(found) > 2 or list(names) == [str(month) for month in range(1, 13)]:
-        problem = f"has columns {names[0]!r} to {names[-1]!r}, which can be variables, or times of a series in each row"
+    found = list(names) if list(names) == [str(month) for month in range(1, 13)] else found
+    if len(found) > 2:
+        problem = f"has columns {found[0]!r} to {found[-1]!r}, which can be variables, or times of a series in each row"
         raise source.error(f"{problem}; write a row for each time, or name the variables with --columns")
 
 
