@@ -132,7 +132,7 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "empty": ("", "is empty"),
     "quote": ('a\n"1\n', "cannot be read"),
     "both marks": ("a;b\n1,5;1.5\n1,6;1.6\n", "has the other mark"),
-    "a date is missing": ("date,a\n2023-01-01,1\n,2\n", "line 3, column 'date': holds 'nothing', expected a date"),
+    "a date is missing": ("date,a\n2023-01-01,1\n,2\n", "line 3, column 'date': is empty, expected a date"),
     "falls": ("date,a\n2023-01-02,1\n2023-01-01,2\n", r"line 3, column 'date': the time 2023-01-01 comes after 2023-"),
     "a day twice": ("d,site,a\n2023-01-01,x,1\n2023-01-01,y,2\n", r"tells them apart with --id \(site\), else keep"),
     "clock set back": ("d,a\n2023-10-29 02:45,1\n2023-10-29 02:00,2\n", "write times with their offset from UTC"),
@@ -174,7 +174,18 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "damaged Excel": (zipped(**{"[Content_Types].xml": b""}), "Excel file"),
     "damaged zip": (zipped(a=PACKED).replace(b"1.5", b""), "cannot be unpacked"),
     "units": ("t,a\ns,K\n0,1\n1,2\n", "leave out titles, units and notes"),
-    "a title": ("Sales\ndate,y\n2023-01-01,1\n", "holds 'date,y', expected a number; leave out titles"),
+    "a title": ("Sales\n\ndate,y\n2023-01-01,1\n", "line 1: 'Sales' has one column, the last line has 2; leave out"),
+    "month names": (
+        "Year,Month,a\n2010,Jan,1\n2010,Feb,2\n",
+        "2010 repeats .*; put 'Year' and 'Month' into one column",
+    ),
+    "year and week": ("year,week,a\n2010,1,1\n2010,2,2\n", "put 'year' and 'week' into one column of dates, .*14:00$"),
+    "hour ending": ("Date,HE,a\n2010-01-01,1,1\n2010-01-01,2,2\n", "put 'Date' and 'HE' into one column of dates"),
+    "percent": ("a,b\n1%,1\n1%,2\n", "holds '1%', expected a number; write it without '%'; or leave the column out"),
+    "a currency": ('a,b\n"$1,000",1\n', "holds '\\$1,000', expected a number; write it without '\\$'"),
+    "spaces for thousands": ("a;b\n1 000,50;1\n", "holds '1 000,50', expected a number; write it without ' '"),
+    "another minus": ("a,b\n\u22125,1\n", "write it as -5, without '\u2212'"),
+    "a negative in brackets": ("a,b\n(5.00),1\n", r"write it as -5.00, without '\(' and '\)'"),
 }
 
 
@@ -190,7 +201,7 @@ EXCEL = {  # the rows of a sheet: the values of `a`, or what is said
     "three decimals": ([["d", "a"], [DAYS[0], 1.234], [DAYS[1], 2]], [1.234, 2]),
     "rows left empty": ([["d", "a"], [DAYS[0], 1.5], [DAYS[1], 2], [" ", None]], [1.5, 2]),
     "a clock": ([["d", "at", "a"], [DAYS[0], time(1), 1], [DAYS[0], time(2), 2]], [1, 2]),
-    "an empty row": ([["d", "a"], [DAYS[0], 1], [], [DAYS[1], 2]], "row 3, column 'd': holds 'nothing'"),
+    "an empty row": ([["d", "a"], [DAYS[0], 1], [], [DAYS[1], 2]], "row 3, column 'd': is empty, expected a date"),
     "a formula": ([["d", "a"], [DAYS[0], 1], [DAYS[1], "=B2+1"]], "has formulas without values; open it in Excel"),
     "a title": ([["Sales"], [], ["d", "a"], [DAYS[0], 1]], "row 3, column 'Sales': holds 'd', expected a number"),
 }

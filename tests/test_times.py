@@ -73,13 +73,17 @@ def test_dates_that_are_refused(cell):
     (["01/02/2023", "02/02/2023", "03/02/2023", "05/03/2023"], None),  # no order has equal steps
     (["01/02/2023", "02/02/2023", "03/02/2023"], None),  # both orders have: days, months
     (["01/02/2023"], None),
+    (["01/01/2023", "02/01/2023"], None),
     (["05/05/2023"], datetime(2023, 5, 5)),  # both orders agree
     (["02/01/2023", "09/01/2023", "16/01/2023"], datetime(2023, 1, 2)),
     (["10/12/2023", "11/12/2023", "12/12/2023", "01/12/2024"], datetime(2023, 10, 12)),  # months; or unequal days
 ])  # fmt: skip
 def test_the_column_decides_whether_the_day_is_first(cells, first):
     if first is None:
-        with pytest.raises(DataError, match=f"here, column 'd': '{cells[0]}' can start with the day or with the month"):
+        with pytest.raises(
+            DataError,
+            match=f"here, column 'd': '{cells[cells[0] == '01/01/2023']}' can start with the day or with the month",
+        ):
             read(cells)
     else:
         assert read(cells)[0] == first

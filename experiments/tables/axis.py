@@ -7,7 +7,7 @@ import pandas as pd
 
 from experiments.tables import Source
 from experiments.tables.cells import Column, is_text
-from experiments.tables.dates import CLOCK, dates_of, dates_of_numbers
+from experiments.tables.dates import CLOCK, MONTH, dates_of, dates_of_numbers
 from experiments.tables.times import time_texts
 
 EQUAL_STEPS = 1e-6  # by how much the steps of a column without a telling name may differ, relative to their mean
@@ -19,6 +19,7 @@ TIME_NAMES = frozenset(
 )
 COUNTER_NAMES = frozenset("step steps index idx id row obs".split())
 PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own
+PART_NAMES = r"he|hrs?|hour[ _]?ending|tag|uhrzeit"  # what else a column with a part of a date is called
 Found = tuple[pd.Index | None, list[Column]]  # the times, and the columns that they and other times are in
 
 
@@ -127,6 +128,13 @@ def _is_axis(name: str, values: np.ndarray) -> bool:
     return equal_steps(values) and (is_many or name.lower() in COUNTER_NAMES)
 
 
+def _is_part(one: Column) -> bool:
+    """True if a column seems to hold a part of a date, such as a month or a clock."""
+    is_named = tells_time(one.name) or re.fullmatch(PART_NAMES, one.name, re.IGNORECASE) is not None
+    is_text_part = one.kind == "text" and one.cells.str.fullmatch(f"(?i:{MONTH}|{CLOCK})").all()
+    return one.kind != "dates" and bool(is_named or is_text_part)
+
+
 def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column], source: Source) -> None:
     """Raise DataError for times that fall or repeat, or numbers that are not finite. `of` names the series, if any."""
     name = str(index.name)
@@ -139,10 +147,16 @@ def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column
     problem = f"the time {now}{of} comes after {before}; sort the rows by time, the oldest first"
     twice = index[index.duplicated()]
     if now == before or (not of and len(twice)):
-        others = ", ".join([one.name for one in columns if one.kind == "text"][:3] or ["..."])
+        parts = [one.name for one in columns if one.name != name and _is_part(one)]
+        texts = [one.name for one in columns if one.kind == "text" and one.name not in parts]
+        others = ", ".join(texts[:3] or ["..."])
         repeats = f"{time_texts(twice, index)[0]}{of} repeats ({(index == twice[0]).sum()} rows have it)"
         advice = f"name the column that tells them apart with --id ({others}), else keep one row for each time"
-        problem = f"the time {repeats}; if the table has several series, {advice}"
+        advice = f"if the table has several series, {advice}"
+        if parts:
+            both = f"put {' and '.join(map(repr, [name, *parts]))} into one column of dates, such as 2023-01-31 14:00"
+            advice = f"{both}; or {advice}" if texts else both
+        problem = f"the time {repeats}; {advice}"
     is_night = isinstance(index, pd.DatetimeIndex) and index.tz is None and index[at].hour < 4
     if is_night and (index != index.normalize()).any() and index[at - 1] - index[at] <= pd.Timedelta(hours=1):
         problem += "; if the clock was set back there, write times with their offset from UTC"

@@ -26,6 +26,11 @@ def _number_pattern(point: str, group: str) -> str:
 STYLES = {".": _number_pattern(r"\.", ","), ",": _number_pattern(",", r"\.")}  # by the decimal mark
 
 
+def is_number(cell: str) -> bool:
+    """True for a number, or a mark of a missing one."""
+    return cell.lower() in MISSING_CELLS or any(re.fullmatch(pattern, cell) for pattern in STYLES.values())
+
+
 @dataclass(eq=False)
 class Column:
     """A column of a table."""

@@ -71,8 +71,9 @@ def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
     form, *orders = next(one for one in _FORMS if _fits(one[0], first))
     fits = cells.str.fullmatch(f"(?i:{form})").to_numpy(bool)
     if not fits.all():
-        cell = cells.iloc[row := int(fits.argmin())][:40] or "nothing"
-        raise source.error(f"holds {cell!r}, expected a date written like the first one, {first!r}", name, row)
+        cell = cells.iloc[row := int(fits.argmin())][:40]
+        holds = f"holds {cell!r}" if cell else "is empty"
+        raise source.error(f"{holds}, expected a date written like the first one, {first!r}", name, row)
     if re.fullmatch(r"\d{4}[-/]\d{1,2}|\d{1,2}[-/]\d{4}", first):
         years = cells.str.extract(r"(\d{4})")[0].astype(int)
         parts = cells.str.replace(r"\d{4}|\D", "", regex=True).astype(int)
@@ -86,8 +87,9 @@ def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
     for is_good in (lambda found: found.is_monotonic_increasing, regular):
         readings = [found for found in readings if is_good(found)] or readings
     if not readings[0].equals(readings[-1]):
-        one, other = (f"{found[0]:%Y-%m-%d}" for found in readings)
-        problem = f"{first!r} can start with the day or with the month, {one} or {other}"
+        at = int((readings[0] != readings[-1]).argmax())
+        one, other = (f"{found[at]:%Y-%m-%d}" for found in (readings[0], readings[-1]))
+        problem = f"{cells.iloc[at]!r} can start with the day or with the month, {one} or {other}"
         raise source.error(f"{problem}; write dates as {one}", name)
     return readings[0]
 

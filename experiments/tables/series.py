@@ -9,7 +9,7 @@ import pandas as pd
 
 from experiments.tables import DataError, Source
 from experiments.tables.axis import check_order, equal_steps, tells_time, time_axis
-from experiments.tables.cells import Column, as_text, column_of, decimal_mark, is_text
+from experiments.tables.cells import Column, as_text, column_of, decimal_mark, is_number, is_text
 from experiments.tables.dates import CLOCK, MONTH, is_date
 from experiments.tables.times import gapless, regular, time_texts
 
@@ -17,6 +17,7 @@ MISSING = ("error", "interpolate", "keep")
 IDS = ("unique_id", "item_id", "id")  # as Nixtla, AutoGluon, Chronos and GluonTS call what tells series apart
 MOST_NAMES = 6  # that a line for users lists
 FILL = 'fill them with --missing interpolate (missing="interpolate")'
+SIGNS = "[%$€£¥\u2212()'\u2019\\s]"  # that numbers are written with, but not here
 LEAVE_OUT = "leave the column out, or name the others with --columns"
 
 
@@ -158,10 +159,13 @@ def _numbers(names: Sequence[str], columns: Sequence[Column], source: Source) ->
         raise source.error(f"has no column of numbers to forecast, only {[one.name for one in columns]}; expected one")
     found = [_the_one(name, columns, source) for name in names]
     for one in (one for one in found if one.kind != "numbers"):
-        cell = str(one.cells.iloc[one.problem])[:40] or "nothing"
+        cell = str(one.cells.iloc[one.problem])[:40]
         problem = "expected a number; leave out titles, units and notes, and write nothing for a missing value"
         if one.cells.nunique() < len(one.cells):
             problem += f"; if it names series, tell it with --id {one.name}"
+        if (signs := re.findall(SIGNS, cell)) and is_number(number := re.sub(SIGNS, "", cell)):
+            minus = f"as -{number}, " * (not {"\u2212", "("}.isdisjoint(signs))
+            problem = f"expected a number; write it {minus}without {' and '.join(map(repr, dict.fromkeys(signs)))}"
         if tells_time(one.name) and one.kind == "text" and pd.to_numeric(one.cells, errors="coerce").isna().all():
             problem = "which is no date that is known here; write dates such as 2023-01-31, or months as 2023-01"
         raise source.error(f"holds {cell!r}, {problem}; or {LEAVE_OUT}", one.name, one.problem)

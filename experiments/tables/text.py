@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.tables import DataError, Source
-from experiments.tables.cells import MISSING_CELLS, STYLES
+from experiments.tables.cells import MISSING_CELLS, is_number
 from experiments.tables.dates import is_date
 from experiments.tables.series import Wanted, assemble
 
@@ -16,6 +16,7 @@ DELIMITERS = "\t;,|"
 SAMPLE = 100  # rows that decide the delimiter
 ENCODINGS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 COMMA = r"[+-]?\d+,\d+(?:[eE][+-]?\d+)?"  # a number with a decimal comma, or two cells
+NO_TITLES = "leave out lines that are not of the table, such as a title or a note, and name all columns"
 UTF8 = "save it as CSV or Parquet, encoded as UTF-8"
 # What bytes of another encoding give in Windows-1252, which is meant for words such as "Größe": runs, words without a
 # plain letter, signs after letters (but m\xb3), digits within words, characters that it does not have.
@@ -45,6 +46,11 @@ def read_text(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
     comments = [number for number, line in lines[hashed].items() if len(_split(line, delimiter)) != width]
     if comments:
         notes.append(f"{len(comments)} line{'s' * (len(comments) != 1)} after # left out")
+    last = lines[~hashed].iloc[-1]
+    columns = max(len(_split(last, mark)) for mark in DELIMITERS)
+    if width == 1 < columns and not is_number(last):
+        problem = f"{lines[~hashed].iloc[0][:40]!r} has one column, the last line has {columns}; {NO_TITLES}"
+        raise DataError(f"{path}, line {lines[~hashed].index[0]}: {problem}")
     gaps = lines.index[:-1][np.diff(lines.index) > 1] + 1
     if len(gaps) and width == 1 and not hashed.any():
         problem = "is empty, which can be a missing value or nothing; write NA, or delete it"
@@ -58,8 +64,7 @@ def read_text(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
             numbers.append(lines.index[reader.line_num - 1])
             if len(row) != len(cells[0]):
                 problem = f"has {len(row)} columns, the first line has {len(cells[0])}"
-                advice = "leave out lines that are not of the table, such as a title or a note, and name all columns"
-                raise DataError(f"{path}, line {numbers[-1]}: {problem}; {advice}")
+                raise DataError(f"{path}, line {numbers[-1]}: {problem}; {NO_TITLES}")
     except csv.Error as error:
         raise DataError(f"{path}: cannot be read ({error}); is a quotation mark not closed?") from error
     table = pd.DataFrame(cells, pd.Index(numbers, name="line"), dtype="str")
@@ -122,16 +127,11 @@ def _delimiter(lines: pd.Series) -> str:
     if share(best := max(DELIMITERS, key=share)):
         return best
     words = lines.iloc[-1].split()
-    return " " if len(words) > 1 and _is_number(words[-1]) else "\t"
+    return " " if len(words) > 1 and is_number(words[-1]) else "\t"
 
 
 def _split(line: str, delimiter: str) -> list[str]:
     return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
-
-
-def _is_number(cell: str) -> bool:
-    """True for a number, or a mark of a missing one."""
-    return cell.lower() in MISSING_CELLS or any(re.fullmatch(pattern, cell) for pattern in STYLES.values())
 
 
 def _has_names(first: list[str]) -> bool:
@@ -139,7 +139,7 @@ def _has_names(first: list[str]) -> bool:
 
     It does if a cell is text, or if only its first cell is empty and the others differ, as pandas writes an index.
     """
-    if any(not _is_number(cell) and not is_date(cell) for cell in first):
+    if any(not is_number(cell) and not is_date(cell) for cell in first):
         return True
     return (
         len(first) > 1
