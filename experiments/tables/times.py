@@ -57,7 +57,10 @@ def gapless(index: pd.Index) -> pd.Index:
         step = _calendar(index)[0]
         if isinstance(step, pd.offsets.BusinessDay) or (index[-1] - index[0]) / (index[0] + step - index[0]) > most:
             return index
-        made = pd.DatetimeIndex(pd.date_range(index[0], index[-1], freq=step), freq=None)
+        try:
+            made = pd.DatetimeIndex(pd.date_range(index[0], index[-1], freq=step), freq=None)
+        except (ArithmeticError, ValueError):  # one step more is too late for the calendar
+            return index
         at = made.get_indexer(index)
         is_grid = at.min() >= 0 and not _is_closed(made, at)
     else:
