@@ -50,7 +50,7 @@ def read_series(
 
     columns: the names of the variables; None takes all columns but times, the id and columns without a name.
     missing: "error", "interpolate" (linearly in time between the nearest known values, beyond them the nearest), or
-    "keep" (NaN stays).
+    "keep" (NaN stays); also for times of a regular calendar that have no row, which get one.
     id: the column that tells several series apart, one below the other; without it, a column `unique_id`, `id` or
     `item_id` whose values repeat. wide: each column is a series of its own, with the variable `value`.
 
