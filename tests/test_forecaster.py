@@ -176,6 +176,17 @@ def test_what_a_user_should_know_is_said_once(forecaster):
         forecaster.forecast(outlier, 2)
 
 
+def test_variables_of_frames_in_another_order_are_refused():
+    frame, forecaster = pd.DataFrame(waves()[0], columns=["hare", "lynx"]), Forecaster.load("numbers")
+    turned = frame[["lynx", "hare"]]
+    forecaster.forecast([frame, frame.rename(columns=str.upper)], 3)
+    forecaster.trained = Trained("numbers", "", variables=["hare", "lynx"])
+    forecaster.forecast(frame, 3)
+    for wrong in (turned, [frame, turned]):
+        with pytest.raises(SeriesError, match="the variables are lynx, hare, expected hare, lynx: the order decides"):
+            forecaster.forecast(wrong, 3)
+
+
 def test_frames_give_frames_that_continue_their_times(forecaster):
     series = waves(1)[0]
     wanted = forecaster.forecast([series[:, 0]], 3, (0.1, 0.9), samples=9)

@@ -168,6 +168,15 @@ def test_values_that_are_not_there_yet_are_forecast_on_the_way(forecaster):
         np.testing.assert_array_equal(found.quantiles[0], whole.quantiles[0, :, 14:])
 
 
+def test_a_series_is_read_from_its_newest_long_gap_on(forecaster):
+    old, new, gap = wave(100, 7), wave(60, 12), np.full((2, 300), np.nan)
+    whole = forecaster.forecast(
+        [np.concatenate((old, gap[0], new)), np.concatenate((old, gap[0, :100], new))], 5
+    ).values
+    np.testing.assert_array_equal(whole[0], forecaster.forecast([new], 5).values[0])
+    assert not np.allclose(whole[1], whole[0])
+
+
 def test_other_levels_lie_on_the_lines_of_a_normal_distribution():
     """The quantiles of a normal distribution are continued exactly."""
     normal, levels = NormalDist(3, 2), (0.01, 0.1, 0.25, 0.5, 0.93)

@@ -165,7 +165,6 @@ NO_GRIDS = {
     "months of summers": (every := pd.date_range("2000-01-01", periods=48, freq="MS"))[every.month % 11 > 4],
     "off the grid": pd.Index([*range(20), 20.5]),
     "few": pd.Index([0, 1, 2, 3, 4, 6]),
-    "far apart": pd.Index([*range(500), *range(800, 900)]),
     "the end of the calendar": pd.date_range("9980-01-01", periods=15, freq="500D", unit="s").union(days("9999-12-01")),
     "steps that grow": pd.Index(np.arange(20) ** 2),
 }

@@ -66,6 +66,8 @@ class SeriesForecaster(ABC):
         if strange := [level for level in quantiles if not 0 < level < 1]:
             raise SeriesError(f"the quantile {strange[0]:g} does not exist, expected levels between 0 and 1")
         frames = tables.from_frame(contexts, missing=self.missing) if is_frame(contexts) else []
+        if frames and self.trained:
+            require_order(frames[0].columns, self.trained.variables or frames[0].columns)
         arrays = checked_series([one.to_numpy() for one in frames] or contexts, self.missing, self.min_steps)
         found = self.continued(arrays, horizon, quantiles, context, progress, **options)
         return framed(frames, found, quantiles) if frames else found
@@ -78,6 +80,12 @@ class SeriesForecaster(ABC):
 def is_frame(data) -> bool:
     """True if data is a pandas object."""
     return type(data).__module__.partition(".")[0] == "pandas"
+
+
+def require_order(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise SeriesError for the names of variables that are known in another order."""
+    if list(names) != list(known) and sorted(names) == sorted(known):
+        raise SeriesError(f"the variables are {', '.join(names)}, expected {', '.join(known)}: the order decides")
 
 
 def framed(series: Sequence, found: Forecast, levels: Sequence[float]):
@@ -101,6 +109,8 @@ def checked_series(series, missing: str = "error", min_steps: int = 2) -> list[n
         raise SeriesError(f"got one array {series.shape}; put a single series (time steps, variables) into a list")
     series = [series] if is_frame(series) else series
     parts = [part for one in series for part in (tables.from_frame(one, missing=missing) if is_frame(one) else [one])]
+    for frame in (frames := [part for part in parts if is_frame(part)]):
+        require_order(frame.columns, frames[0].columns)
     arrays = []
     for number, part in enumerate(parts):
         masked = isinstance(part, np.ma.MaskedArray) and part.dtype.kind in "fiu"

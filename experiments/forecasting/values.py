@@ -32,6 +32,7 @@ WIDER = 2.0  # zero-shot quantiles of a context of n values are so much / sqrt(n
 # a zero-shot forecast is the mean of those from a context and from its newest shares, each of at least so many steps:
 # other scales, other seasons (chosen on fpp2 and forecast, where errors become 1 % smaller; on M1 they stay)
 NEWEST, LEAST = (0.8, 0.6), 24
+LONGEST_GAP = 128  # time steps without a value; a series with a longer one is read from there on
 FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
 FAR = 2.0  # standard deviations below the mean of a fine-tuning's data; series whose values are all there are told
 BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
@@ -201,7 +202,7 @@ class NumberForecaster(SeriesForecaster):
         found, names = {}, set(names)
         # what follows the last value is forecast, too, where it is missing
         late = [late_steps(array) for array in arrays]
-        arrays = [array[: len(array) - steps] for array, steps in zip(arrays, late, strict=True)]
+        arrays = [since_gap(array[: len(array) - steps]) for array, steps in zip(arrays, late, strict=True)]
         wanted, horizon = horizon, horizon + max(late)
         if reading and reading.mean is not None and len(reading.mean) != (variables := arrays[0].shape[1]):
             raise SeriesError(f"the series have {variables} variables, the adapter was trained on {len(reading.mean)}")
@@ -259,6 +260,13 @@ class NumberForecaster(SeriesForecaster):
 def late_steps(array: np.ndarray) -> int:
     """The time steps of a series (T, D) after the last one with a value; at least MIN_STEPS are before them."""
     return min(int(np.isfinite(array).any(axis=1)[::-1].argmax()), len(array) - MIN_STEPS)
+
+
+def since_gap(array: np.ndarray) -> np.ndarray:
+    """The part of a series (T, D) after its newest gap, if that is longer than the decoder has learned to bridge."""
+    seen = np.flatnonzero(np.isfinite(array).any(axis=1))
+    begins = seen[1:][np.diff(seen) > LONGEST_GAP]
+    return array[begins[-1] :] if len(begins) and len(array) - begins[-1] >= MIN_STEPS else array
 
 
 def is_foreign(array: np.ndarray, reading: Reading) -> bool:

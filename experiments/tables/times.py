@@ -8,7 +8,6 @@ from experiments.tables import DataError
 REGULAR = 0.01  # how far a number may lie from equal steps, in steps: times are often written with few digits
 ENOUGH = 0.4  # so many of the times of a grid, and of the steps between them, are there where the others are left out
 FEW = 12  # with fewer rows, the commonest step is not certain
-LONGEST = 200  # steps from a row to the next one on a grid: a model that reads 512 of them must see both sides
 SEEN = 3  # where a weekday, or a time of day, has passed so often without a row, it never has one
 MOST_WEEKDAYS = 0.9  # with this share of steps to the next of some weekdays, the rows are these; others are holidays
 
@@ -75,7 +74,7 @@ def gapless(index: pd.Index) -> pd.Index:
         grid[at] = values
         made = pd.Index(grid)
     steps = np.diff(at)
-    is_grid = is_grid and np.mean(steps == 1) >= ENOUGH and steps.min() > 0 and steps.max() <= LONGEST
+    is_grid = is_grid and np.mean(steps == 1) >= ENOUGH and steps.min() > 0
     return made.rename(index.name) if is_grid else index
 
 
