@@ -70,7 +70,7 @@ def read_data(path: Path | None):
     from experiments.forecasting.encoding import SCALED_LIMIT, Encoding
     from experiments.study import data
 
-    trajectories = (data.read(path) if path else data.simulate()).trajectories
+    trajectories = data.read(path) if path else data.simulate()
     if (num_steps := trajectories.shape[1]) < plans.CONTEXT_STEPS + plans.HORIZON:
         raise data.DataError(
             f"{path}: trajectories have {num_steps} time steps, expected at least "

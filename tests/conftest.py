@@ -7,6 +7,7 @@ import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -118,7 +119,7 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
-def simulated() -> data.Dataset:
+def simulated() -> np.ndarray:
     """The embedded data set."""
     return data.simulate()
 

@@ -36,7 +36,7 @@ def test_the_seasonal_baseline_repeats_a_fractional_period_or_the_given_one():
 
 @pytest.mark.slow
 def test_the_network_beats_the_context_mean_and_depends_on_the_seed_alone(monkeypatch, simulated):
-    trajectories, parts = simulated.trajectories, data.split(1000)
+    trajectories, parts = simulated, data.split(1000)
     scaled = Encoding.fit(trajectories[parts.train]).scaled(trajectories).astype(np.float64)
     train, val = scaled[parts.train], scaled[parts.val]
     monkeypatch.setattr(gru, "STEPS", 150)  # instead of 2000

@@ -125,7 +125,7 @@ def folder(tmp_path_factory):
     for name in ("lotka_volterra_data.h5", "predators.h5"):
         data.write(place / name, systems)
     (place / "data").mkdir()
-    for name, series in zip(("data/a", "data/b", "new"), systems.trajectories, strict=False):
+    for name, series in zip(("data/a", "data/b", "new"), systems, strict=False):
         np.savetxt(place / f"{name}.csv", series[:60], fmt="%.4f", delimiter=",", header="prey,predator", comments="")
     return place
 

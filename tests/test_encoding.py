@@ -28,13 +28,13 @@ def check_published(trajectories, tokenizer):
 
 
 def test_the_published_example_is_reproduced(simulated, tiny):
-    check_published(simulated.trajectories, tiny[1])
+    check_published(simulated, tiny[1])
 
 
 def test_the_published_example_is_reproduced_from_the_report_s_file_with_the_real_tokenizer(
     report_file, real_checkpoint
 ):
-    check_published(data.read(report_file).trajectories, Tokenizer(real_checkpoint / "tokenizer.json"))
+    check_published(data.read(report_file), Tokenizer(real_checkpoint / "tokenizer.json"))
 
 
 shapes, decimal_places = st.tuples(st.integers(1, 6), st.integers(1, 4)), st.integers(1, 6)

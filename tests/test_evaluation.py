@@ -14,7 +14,7 @@ ENCODING = Encoding(scale=1.1)
 @pytest.fixture(scope="module")
 def series(simulated):
     """Seven trajectories (7, 30, 2); the third has a value above 9.99 in its context, the fifth in its target."""
-    chosen = simulated.trajectories[:7, :30].copy()
+    chosen = simulated[:7, :30].copy()
     chosen[2, 4, 0] = 11.5
     chosen[4, 21, 1] = 12.25
     return chosen

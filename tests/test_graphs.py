@@ -93,7 +93,7 @@ def test_a_trained_adapter_reuses_the_graphs_and_another_one_is_captured(monkeyp
 @pytest.mark.parametrize(("decoding", "passes"), [("constrained", 2), ("free", 1)])
 def test_an_evaluation_in_batches_captures_each_pass_once(monkeypatch, tiny, simulated, decoding, passes):
     """Three batches of two; in each, one context has a value of two digits, so the other is padded."""
-    series = simulated.trajectories[:6, :30].copy()
+    series = simulated[:6, :30].copy()
     series[[0, 3, 4], 4, 0] = 11.5
     arguments, counts = (*tiny, Encoding(scale=1.1), series, 20, 3), []
     wanted = evaluate(*arguments, decoding=decoding)
@@ -107,7 +107,7 @@ def test_an_evaluation_in_batches_captures_each_pass_once(monkeypatch, tiny, sim
 
 @pytest.mark.parametrize("samples", [0, 4])
 def test_the_chunks_of_a_forecast_share_their_graphs(monkeypatch, tiny, simulated, samples):
-    contexts = simulated.trajectories[:6, :12]
+    contexts = simulated[:6, :12]
     wanted = TextForecaster(*tiny).forecast(contexts, 3, samples=samples)
     recorded.install(monkeypatch)
     monkeypatch.setattr("experiments.forecasting.text.rows_at_once", lambda model, columns: 2)

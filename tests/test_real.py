@@ -24,7 +24,7 @@ def loaded(real_checkpoint):
 @pytest.fixture(scope="module")
 def parts(report_file):
     """Encoding, training trajectories, and the first ten validation trajectories."""
-    trajectories = data.read(report_file).trajectories
+    trajectories = data.read(report_file)
     rows = data.split(len(trajectories))
     train_part = trajectories[rows.train]
     return Encoding.fit(train_part), train_part, trajectories[rows.val[:10]]

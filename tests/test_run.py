@@ -136,7 +136,7 @@ def test_the_seed_of_a_run_reaches_its_samples_and_the_gru(small_plan, small_dat
     (row, samples, errors), (_, other_samples, other_errors) = found
     assert samples != other_samples
     assert errors != other_errors
-    trajectories = data.read(small_data).trajectories
+    trajectories = data.read(small_data)
     scale = Encoding.fit(trajectories[data.split(20).train]).scale
     drawn = Forecaster.load("tiny", scale=scale).forecast(trajectories[[row], :20], 3, samples=2).samples[0]
     np.testing.assert_allclose(drawn / scale, samples)  # seed 0 of a run gives the samples of a forecaster with seed 0
@@ -280,11 +280,11 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(small_plan, finished,
 def faulty(tmp_path, monkeypatch) -> None:
     """Data, a model and a plan with one fault each, in the working directory."""
     good = data.simulate(seed=0, num_systems=20)
-    wild = good.trajectories.copy()
+    wild = good.copy()
     wild[data.split(20).test[0], 75, 0] = 1e4
-    data.write(tmp_path / "wild", data.Dataset(wild, good.time))
-    data.write(tmp_path / "short", data.Dataset(good.trajectories[:, :70], good.time[:70]))
-    data.write(tmp_path / "few", data.Dataset(good.trajectories[:5], good.time))
+    data.write(tmp_path / "wild", wild)
+    data.write(tmp_path / "short", good[:, :70])
+    data.write(tmp_path / "few", good[:5])
     config = read(shutil.copytree(TINY, tmp_path / "model") / "config.json") | {"max_position_embeddings": 800}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     long = plans.Plan("long", (plans.Experiment("trial", "6.2", Training(2, 1e-3, 1500, 2)),))

@@ -50,12 +50,12 @@ def chosen(names: str, device: str) -> dict[str, type[Side]]:
     return sides
 
 
-def setup_of(folder: Path, device: str, dtype: str, scratch: str, dataset: data.Dataset) -> Setup:
+def setup_of(folder: Path, device: str, dtype: str, scratch: str, series: np.ndarray) -> Setup:
     """What all sides are given: the checkpoint in `folder`, and the first validation series of a data set.
 
     Raises BenchmarkError when the tokenizer needs another number of tokens than CONTEXT and a `;`.
     """
-    series, tokenizer = dataset.trajectories, Tokenizer(folder / "tokenizer.json")
+    tokenizer = Tokenizer(folder / "tokenizer.json")
     parts, steps = data.split(len(series)), (CONTEXT + 1) // TOKENS_PER_STEP
     encoding = Encoding.fit(series[parts.train])
     contexts, truth = np.split(series[parts.val[:CONTEXTS]], [steps], axis=1)

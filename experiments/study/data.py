@@ -18,13 +18,6 @@ from experiments.tables.hdf5 import numbers_in, opened
 NUM_SYSTEMS, NUM_STEPS, TIME_SPAN = 1000, 100, 200.0  # as in the study's data set
 
 
-class Dataset(NamedTuple):
-    """The contents of a data file."""
-
-    trajectories: np.ndarray  # (N, T, 2) float32, populations, finite and not negative
-    time: np.ndarray  # (T) float32
-
-
 class Split(NamedTuple):
     """The indices of the trajectories in each part."""
 
@@ -33,41 +26,36 @@ class Split(NamedTuple):
     test: np.ndarray
 
 
-def read(path: str | Path) -> Dataset:
-    """Read `/trajectories` (N, T, 2) and `/time` (T) from an HDF5 file.
+def read(path: str | Path) -> np.ndarray:
+    """Read `/trajectories` from an HDF5 file: (N, T, 2) float32, populations, finite and not negative.
 
-    Raises DataError when one of them is missing, has a wrong shape, is larger than MAX_ARRAY_BYTES or is kept in
-    another file, or when a value is not finite or is negative.
+    Raises DataError when they are missing, have a wrong shape, are larger than MAX_ARRAY_BYTES or are kept in another
+    file, or when a value is not finite or is negative.
     """
-    arrays = {}
     with opened(path) as file:
-        for name, rank in (("trajectories", 3), ("time", 1)):
-            array = numbers_in(path, file, name, (rank,), "the arrays 'trajectories' and 'time'")
-            arrays[name] = array[:].astype(np.float32)
-    trajectories, time = arrays["trajectories"] + np.float32(0), arrays["time"]  # + 0 turns -0 into 0
-    if trajectories.shape[1:] != (len(time), 2) or trajectories.size == 0:
-        raise DataError(f"{path}: trajectories are {trajectories.shape}, expected (N, {len(time)}, 2) like time")
+        found = numbers_in(path, file, "trajectories", (3,), "the array 'trajectories'")[:].astype(np.float32)
+    trajectories = found + np.float32(0)  # turns -0 into 0
+    if trajectories.shape[2] != 2 or trajectories.size == 0:
+        raise DataError(f"{path}: trajectories are {trajectories.shape}, expected (series, time steps, 2)")
     if (bad := ~(np.isfinite(trajectories) & (trajectories >= 0))).any():
         n, t, variable = np.argwhere(bad)[0]
         raise DataError(
             f"{path}: trajectories[{n}, {t}, {variable}] is {trajectories[n, t, variable]}, "
             f"expected finite populations >= 0 ({bad.sum()} are not)"
         )
-    if not np.isfinite(time).all():
-        raise DataError(f"{path}: time holds values that are not finite, expected finite numbers")
-    return Dataset(trajectories, time)
+    return trajectories
 
 
-def write(path: str | Path, dataset: Dataset) -> None:
-    """Write the layout that `read` reads."""
+def write(path: str | Path, trajectories: np.ndarray) -> None:
+    """Write trajectories (N, T, 2) into an HDF5 file as `/trajectories`, with their times as `/time` (T)."""
     content = io.BytesIO()
     with h5py.File(content, "w") as file:
-        file["trajectories"] = dataset.trajectories
-        file["time"] = dataset.time
+        file["trajectories"] = trajectories
+        file["time"] = np.linspace(0, TIME_SPAN, trajectories.shape[1], dtype=np.float32)
     write_whole(Path(path), content.getvalue())
 
 
-def simulate(seed: int = 0, num_systems: int = NUM_SYSTEMS) -> Dataset:
+def simulate(seed: int = 0, num_systems: int = NUM_SYSTEMS) -> np.ndarray:
     """Simulate Rosenzweig-MacArthur systems, drawn like those of the study's data set; seed 0 regenerates that set.
 
     dx/dt = a x (1 - x/K) - b x y / (1 + h x),  dy/dt = e b x y / (1 + h x) - c y, in fp64 by LSODA
@@ -87,8 +75,7 @@ def simulate(seed: int = 0, num_systems: int = NUM_SYSTEMS) -> Dataset:
 
         return solve_ivp(rates, (0, TIME_SPAN), [x0, y0], t_eval=time, method="LSODA").y.T  # (T, 2)
 
-    trajectories = np.stack([solve(*row) for row in parameters])
-    return Dataset(trajectories.astype(np.float32), time.astype(np.float32))
+    return np.stack([solve(*row) for row in parameters]).astype(np.float32)
 
 
 def split(num_trajectories: int) -> Split:

@@ -133,7 +133,7 @@ def real_models(real_checkpoint):
 @pytest.fixture(scope="module")
 def validation_texts(report_file):
     """The first ten validation trajectories of the study's file as text: whole, and only their contexts."""
-    trajectories = data.read(report_file).trajectories
+    trajectories = data.read(report_file)
     parts = data.split(len(trajectories))
     encoding = Encoding.fit(trajectories[parts.train])
     chosen = trajectories[parts.val[:10]]
