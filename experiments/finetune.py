@@ -73,8 +73,11 @@ def parser() -> argparse.ArgumentParser:
 def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
     """The series of all files, NaN where a value may be missing. Raises CommandError for different variables."""
     from experiments import tables
+    from experiments.forecasting.adapter import embedded_or
+    from experiments.forecasting.forecaster import reads_values
 
-    missing = "keep" if args.missing == "interpolate" else "error"  # `backtest.split` fills what it trains on
+    # `backtest.split` fills what it trains on
+    missing = "keep" if args.missing == "interpolate" or reads_values(embedded_or(args.model)) else "error"
     series = [
         one for path in args.series for one in tables.read_series(path, args.columns, missing, args.id, args.wide)
     ]

@@ -168,13 +168,34 @@ def test_values_that_are_not_there_yet_are_forecast_on_the_way(forecaster):
         np.testing.assert_array_equal(found.quantiles[0], whole.quantiles[0, :, 14:])
 
 
+def test_what_is_missing_at_an_end_is_not_read(forecaster):
+    """Before the first value; of one variable before or after those of the others; a series that ended long ago."""
+    wanted, series, empty = forecaster.forecast([wave(60, 7)], 5), wave(60, 7), np.full(200, np.nan)
+    np.testing.assert_array_equal(forecaster.forecast([np.concatenate((empty, series))], 5).values, wanted.values)
+    with pytest.raises(SeriesError, match="series 1: has no value in its newest 200 time steps"):
+        forecaster.forecast([series, np.concatenate((series, empty))], 5)
+    several = np.stack([series, wave(60, 12), np.full(60, 3.0)], axis=1)
+    several[:40, 1] = several[-7:, 0] = several[30:, 2] = np.nan
+    evened = forecaster._evened(several)
+    assert (evened[:40, 1] == evened[40, 1]).all()
+    assert (evened[:, 2] == 3).all()
+    np.testing.assert_array_equal(evened[-7:, 0], forecaster.forecast([series[:-7]], 7).values[0, :, 0])
+    for name in ("seasonal naive", "AR"):
+        assert np.isfinite(forecaster.parts([np.arange(3.0)[:, None]], 2, [name])[name]).all()
+
+
 def test_a_series_is_read_from_its_newest_long_gap_on(forecaster):
+    """If enough follows, of each variable."""
     old, new, gap = wave(100, 7), wave(60, 12), np.full((2, 300), np.nan)
     whole = forecaster.forecast(
         [np.concatenate((old, gap[0], new)), np.concatenate((old, gap[0, :100], new))], 5
     ).values
     np.testing.assert_array_equal(whole[0], forecaster.forecast([new], 5).values[0])
     assert not np.allclose(whole[1], whole[0])
+    few = np.concatenate((old, gap[0, :140], new[:5]))
+    assert not np.allclose(forecaster.forecast([few], 5).values, forecaster.forecast([new[:5]], 5).values)
+    two = np.stack([np.concatenate((old, gap[0], new)), np.concatenate((old, gap[0], gap[0, :60]))], axis=1)
+    assert np.isfinite(forecaster.forecast([two], 5).values).all()
 
 
 def test_other_levels_lie_on_the_lines_of_a_normal_distribution():

@@ -144,7 +144,8 @@ def test_continuation(index, is_regular, expected):
 
 HOURS = pd.date_range("2024-03-25", periods=240, freq="h", tz="Europe/Berlin", name="t")  # clocks change
 GRIDS = [HOURS, DAILY, pd.date_range("2020-01-31", periods=24, freq="BME"), pd.date_range("2000-10-01", periods=24,
-         freq="QS"), pd.Index(range(1900, 1950)), pd.Index([at / 10 for at in range(50)])]  # fmt: skip
+         freq="QS"), pd.Index(range(1900, 1950)), pd.Index(np.arange(50, dtype=np.uint16)), pd.Index([at / 10 for at in
+         range(50)])]  # fmt: skip
 
 
 @pytest.mark.parametrize("index", GRIDS)
@@ -167,6 +168,9 @@ NO_GRIDS = {
     "few": pd.Index([0, 1, 2, 3, 4, 6]),
     "the end of the calendar": pd.date_range("9980-01-01", periods=15, freq="500D", unit="s").union(days("9999-12-01")),
     "steps that grow": pd.Index(np.arange(20) ** 2),
+    "a working Saturday": pd.bdate_range("2024-01-01", "2024-12-31").delete(99).union(days("2024-03-02")),
+    "working days around holidays": pd.bdate_range("2023-12-18", "2024-01-05").delete([5, 6, 10]),
+    "days of summers": (every := pd.date_range("2019-05-01", "2024-10-31"))[(every.month > 4) & (every.month < 11)],
 }
 
 

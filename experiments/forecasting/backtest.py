@@ -19,6 +19,7 @@ from experiments.forecasting.scores import group_means, mean_interval
 from experiments.storage.files import plain
 
 MIN_CONTEXT = 8  # time steps before a forecast; with fewer the baselines cannot be fitted
+LONGEST_GAP = 128  # time steps without a value; what is older is not read, and tells nothing of what follows
 MIN_SERIES = 5  # with so many series, whole series are held out; with fewer, the end of each
 MAX_ORIGINS, MAX_FORECASTS = 5, 40  # held-out forecasts in a series, and in all series together
 HELD_OUT_SHARE = 0.15  # of the series, for validation and for test each
@@ -70,15 +71,16 @@ def held_out(
 ) -> list[Origin]:
     """Up to `count` forecasts of the last steps of each of N series (T, D), one after the other, in the order of time.
 
-    Left out are those of which nothing is known, and those in the rows that a training saw, which end in `ends`
-    (`adapter.rows_seen`). Raises SeriesError when there is none, and as `filled`.
+    Left out are those of which nothing is known, those before which nothing was known for long, and those in the rows
+    that a training saw, which end in `ends` (`adapter.rows_seen`). Raises SeriesError when none is left, and as
+    `filled`.
     """
     found, first = [], least_context(horizon)
     for number, one in enumerate(series):
         fits, seen = max(0, (len(one) - first) // horizon), rows_seen(one, ends) if ends else 0
         for start in range(len(one) - min(count, fits) * horizon, len(one), horizon):
-            truth = one[start : start + horizon]
-            if start >= seen and not np.isnan(truth).all():
+            truth, before = one[start : start + horizon], one[max(0, start - LONGEST_GAP) : start]
+            if start >= seen and not np.isnan(truth).all() and not np.isnan(before).all():
                 found.append(Origin(one[:start], truth, number))
                 filled(one[:start])  # refuses a variable without values
     if not found and ends:

@@ -38,7 +38,8 @@ def seasonal(contexts: np.ndarray, horizon: int, season: int | None = None) -> n
     """
     length = contexts.shape[1]
     end, future = np.arange(max(length - MATCHED_STEPS, length // 2), length), length + np.arange(horizon)
-    lags = np.array([min(season, length)]) if season else np.arange(2, length / 2, LAG_SPACING)
+    lags = np.arange(2, length / 2, LAG_SPACING) if length > 4 else np.array([1])
+    lags = np.array([min(season, length)]) if season else lags
 
     def forecast(context: np.ndarray) -> np.ndarray:
         misfits = ((context[end] - _interpolate(context, end - lags[:, None])) ** 2).sum((1, 2))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.forecasting.adapter import Reading, Trained
-from experiments.forecasting.backtest import baseline_forecasts, filled
+from experiments.forecasting.backtest import LONGEST_GAP, baseline_forecasts, filled
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.contexts import Forecast, SeriesError, SeriesForecaster, SeriesWarning
 from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, Seasons, find_seasons, patches
@@ -32,7 +32,6 @@ WIDER = 2.0  # zero-shot quantiles of a context of n values are so much / sqrt(n
 # a zero-shot forecast is the mean of those from a context and from its newest shares, each of at least so many steps:
 # other scales, other seasons (chosen on fpp2 and forecast, where errors become 1 % smaller; on M1 they stay)
 NEWEST, LEAST = (0.8, 0.6), 24
-LONGEST_GAP = 128  # time steps without a value; a series with a longer one is read from there on
 FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
 FAR = 2.0  # standard deviations below the mean of a fine-tuning's data; series whose values are all there are told
 BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
@@ -202,7 +201,13 @@ class NumberForecaster(SeriesForecaster):
         found, names = {}, set(names)
         # what follows the last value is forecast, too, where it is missing
         late = [late_steps(array) for array in arrays]
-        arrays = [since_gap(array[: len(array) - steps]) for array, steps in zip(arrays, late, strict=True)]
+        if max(late) > LONGEST_GAP:
+            raise SeriesError(
+                f"series {np.argmax(late)}: has no value in its newest {max(late)} time steps; leave these out, or the "
+                "series"
+            )
+        pasts = [array[: len(array) - steps] for array, steps in zip(arrays, late, strict=True)]
+        arrays = [self._evened(since_gap(past)) for past in pasts]
         wanted, horizon = horizon, horizon + max(late)
         if reading and reading.mean is not None and len(reading.mean) != (variables := arrays[0].shape[1]):
             raise SeriesError(f"the series have {variables} variables, the adapter was trained on {len(reading.mean)}")
@@ -217,13 +222,31 @@ class NumberForecaster(SeriesForecaster):
             # each series counts once
             found[ZERO_SHOT] = self._zero_shot(read, horizon, progress if not found else lambda count: None)
         if simple := names & BASELINES.keys():
-            pasts, season = [filled(array) for array in arrays], reading.season if reading else None
+            pasts, season = [filled(past) for past in pasts], reading.season if reading else None
             simple_ones = baseline_forecasts(pasts, horizon, season, simple)
             found |= {name: one[:, None] for name, one in simple_ones.items()}
         return {
             name: np.stack([one[:, steps : steps + wanted] for one, steps in zip(part, late, strict=True)])
             for name, part in found.items()
         }
+
+    def _evened(self, array: np.ndarray) -> np.ndarray:
+        """A series (T, D) whose variables begin and end together.
+
+        One that begins late has its first value before that. One that ends early is continued by its own forecast, or
+        by its last value where that is long ago.
+        """
+        array = array.copy()
+        for variable, known in enumerate(np.isfinite(array).T):
+            if not known.any() or (known[0] and known[-1]):
+                continue
+            first, stop = int(known.argmax()), len(known) - int(known[::-1].argmax())
+            array[:first, variable] = array[first, variable]
+            array[stop:, variable] = array[stop - 1, variable]
+            if 0 < len(array) - stop <= LONGEST_GAP and stop >= MIN_STEPS:
+                alone = self._zero_shot([since_gap(array[:stop, [variable]])], len(array) - stop)
+                array[stop:, variable] = alone[0, MEDIAN, :, 0]
+        return array
 
     def _zero_shot(self, arrays, horizon, progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by the pretrained decoder."""
@@ -263,15 +286,20 @@ def late_steps(array: np.ndarray) -> int:
 
 
 def since_gap(array: np.ndarray) -> np.ndarray:
-    """The part of a series (T, D) after its newest gap, if that is longer than the decoder has learned to bridge."""
+    """A series (T, D) from its first value on, or from the newest gap that is longer than the decoder can bridge.
+
+    After a gap there must be LEAST time steps, and some value of each variable.
+    """
     seen = np.flatnonzero(np.isfinite(array).any(axis=1))
-    begins = seen[1:][np.diff(seen) > LONGEST_GAP]
-    return array[begins[-1] :] if len(begins) and len(array) - begins[-1] >= MIN_STEPS else array
+    ends = seen[1:][np.diff(seen) > LONGEST_GAP]
+    begins = [*seen[:1][len(array) - seen[:1] >= MIN_STEPS], *ends[len(array) - ends >= LEAST]]
+    parts = [array[begin:] for begin in begins if np.isfinite(array[begin:]).any(axis=0).all()]
+    return parts[-1] if parts else array
 
 
 def is_foreign(array: np.ndarray, reading: Reading) -> bool:
     """True for a series (T, D) that a fine-tuned decoder of logarithms cannot read: negative, or far below its data."""
-    scale = Scale.recorded(reading)
+    scale, array = Scale.recorded(reading), array[-reading.context :]
     if scale is None or scale.offset is None:
         return False
     return bool((array < 0).any() or np.nanmax(scale.read(torch.from_numpy(array.T)).numpy()) < -FAR)

@@ -161,6 +161,9 @@ def fans(
             end = min(now + judged, len(x) - 1)
             panel.axvspan(x[now], x[end], color=GRID, linewidth=0, label=f"first {judged} steps: judged")
         panel.plot(x[shown], past[shown], color=GREY, linewidth=1.2, label="given")
+        known = np.pad(np.isfinite(past), 1)
+        if (alone := known[1:-1] & ~known[:-2] & ~known[2:])[shown].any():  # a line would not show these
+            panel.plot(x[shown][alone[shown]], past[shown][alone[shown]], ".", color=GREY, markersize=3)
         if one.truth is not None:
             panel.plot(x[now:], [past[-1], *one.truth[:, column]], color=TEXT, linewidth=1, label="truth")
         if one.band is not None:

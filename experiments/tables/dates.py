@@ -14,8 +14,8 @@ YEARS = range(1800, 2201)  # of numbers such as 202312 that are dates
 CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp][Mm])?"
 MONTH = rf"({'|'.join(MONTHS)})(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?"
 # What a column holds instead of months, by what its name contains.
-PERIODS = {"week": "week|woche|semaine|semana", "half-year": "half|halb|semest", "quarter": "quart|trimest",
-           "": "month|monat|mois"}  # fmt: skip
+PERIODS = {"": "month|monat|mois", "week": "week|woche|semaine|semana", "half-year": "half|halb|semest",
+           "quarter": "quart|trimest"}  # fmt: skip
 _ZONE = r"(?:Z|UTC|GMT|[+-]\d{2}:?\d{2})"
 _AFTER = rf"((?:[T ,]+{CLOCK}(?: ?{_ZONE})?)?)"
 # What a date looks like, and how it is written for pandas; two ways where the day or the month can come first.
@@ -108,7 +108,7 @@ def _refuse_no_months(years, parts, first, name: str, source: Source) -> None:
     kind = next((kind for kind, names in PERIODS.items() if re.search(names, name, re.IGNORECASE)), counted)
     if kind and (part <= 12 if kind == "week" else max(parts) <= 4):
         other = {"quarter": f", or {year}Q2", "week": f", or {year}-W14"}.get(kind, "")
-        advice = f"write its first day, such as {year}-04-01{other}"
+        advice = f"write its first day, such as {year}-0{7 if kind == 'half-year' else 4}-01{other}"
         raise source.error(f"'{first}' can be a month or a {kind}; {advice}", name)
 
 

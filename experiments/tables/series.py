@@ -47,7 +47,7 @@ def told(series: Sequence[pd.DataFrame]) -> str:
         line += f", and {len(series) - 1} more series"
     notes = list(dict.fromkeys(note for one in series for note in one.attrs.get("notes", [])))
     if absent := sum(one.attrs.get("absent", 0) for one in series):
-        notes.append(f"{absent} of {sum(map(len, series))} time steps have no row and are read as missing")
+        notes.append(f"{absent} of {sum(map(len, series))} time steps have no row")
     gaps = sum(int(one.isna().to_numpy().sum()) for one in series)
     if gaps > sum(one.attrs.get("absent", 0) * one.shape[1] for one in series):
         notes.append(f"{gaps} of {sum(one.size for one in series)} values {'is' if gaps == 1 else 'are'} missing")

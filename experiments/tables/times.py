@@ -8,7 +8,9 @@ from experiments.tables import DataError
 REGULAR = 0.01  # how far a number may lie from equal steps, in steps: times are often written with few digits
 ENOUGH = 0.4  # so many of the times of a grid, and of the steps between them, are there where the others are left out
 FEW = 12  # with fewer rows, the commonest step is not certain
-SEEN = 3  # where a weekday, or a time of day, has passed so often without a row, it never has one
+SEEN = 3  # where a weekday, or a time of day, has passed so often without a row, it hardly ever has one
+RARE = 0.1  # a weekday with so small a share of rows is an exception, such as a Saturday on which people work
+LONG = 60  # days, months, or other steps without a clock; rows that are left out for so long twice are seasons
 MOST_WEEKDAYS = 0.9  # with this share of steps to the next of some weekdays, the rows are these; others are holidays
 
 
@@ -53,8 +55,11 @@ def gapless(index: pd.Index) -> pd.Index:
         return index
     most = len(index) / ENOUGH
     if isinstance(index, pd.DatetimeIndex):
-        step = _calendar(index)[0]
-        if isinstance(step, pd.offsets.BusinessDay) or (index[-1] - index[0]) / (index[0] + step - index[0]) > most:
+        step, wall = _calendar(index)[0], index.tz_localize(None)
+        has_clock = isinstance(step, pd.Timedelta)
+        is_short = wall[-1] - wall[0] < pd.Timedelta(weeks=SEEN)  # so that its weekdays are not certain
+        is_weekdays = isinstance(step, pd.offsets.BusinessDay) or (is_short and (wall.day_of_week < 5).all())
+        if (is_weekdays and not has_clock) or (index[-1] - index[0]) / (index[0] + step - index[0]) > most:
             return index
         try:
             made = pd.DatetimeIndex(pd.date_range(index[0], index[-1], freq=step), freq=None)
@@ -63,30 +68,31 @@ def gapless(index: pd.Index) -> pd.Index:
         at = made.get_indexer(index)
         is_grid = at.min() >= 0 and not _is_closed(made, at)
     else:
-        values = index.to_numpy()
+        values, has_clock = index.to_numpy(), False
         past, number = values - values[0], _number_step(values)[0]
         if past[-1] > most * number:
             return index
         grid = np.linspace(0, past[-1], round(past[-1] / number) + 1)
         at = np.rint(past / past[-1] * (len(grid) - 1)).astype(int)
         is_grid = (np.abs(past - grid[at]) <= REGULAR * number).all()
-        grid = values[0] + grid.round().astype(values.dtype) if values.dtype.kind == "i" else values[0] + grid
+        grid = values[0] + grid.round().astype(values.dtype) if values.dtype.kind in "iu" else values[0] + grid
         grid[at] = values
         made = pd.Index(grid)
     steps = np.diff(at)
     is_grid = is_grid and np.mean(steps == 1) >= ENOUGH and steps.min() > 0
+    is_grid = is_grid and (has_clock or (steps > LONG).sum() < 2)
     return made.rename(index.name) if is_grid else index
 
 
 def _is_closed(made: pd.DatetimeIndex, at: np.ndarray) -> bool:
-    """True if most of the times that are not `at` a row never have one: that time of day or of the week, or month."""
+    """True if most of the times that are not `at` a row hardly ever have one, by time of day, of the week, or month."""
     wall = made.tz_localize(None)
     clock = wall - wall.normalize()
     is_long = made[1] - made[0] > pd.Timedelta(days=27)
     for kind in [wall.month] if is_long else [clock, clock + pd.to_timedelta(wall.day_of_week, unit="D")]:
         found, kinds = np.unique(kind, return_inverse=True)
-        never = np.bincount(kinds[at], minlength=len(found)) == 0
-        if (never & (np.bincount(kinds) >= SEEN))[np.delete(kinds, at)].mean() > 0.5:
+        seldom = np.bincount(kinds[at], minlength=len(found)) < RARE * np.bincount(kinds)
+        if (seldom & (np.bincount(kinds) >= SEEN))[np.delete(kinds, at)].mean() > 0.5:
             return True
     return False
 
@@ -125,7 +131,8 @@ def _calendar(index: pd.DatetimeIndex) -> tuple[pd.DateOffset, bool]:
         steps = np.diff(index.asi8)
         return pd.Timedelta(_commonest(steps), unit=index.unit), bool((steps == steps[0]).all())
     days = wall.normalize().to_numpy().astype("datetime64[D]")
-    found, whole = np.isin(range(7), wall.day_of_week), np.diff(days).astype(int)
+    counts = np.bincount(wall.day_of_week, minlength=7)
+    found, whole = counts > RARE * counts.max(), np.diff(days).astype(int)
     week = found if whole.sum() >= 7 * SEEN else np.arange(7) < 5  # from Monday to Friday unless others are sure
     if len(days) > 5 and 1 < week.sum() < 7 and not (found & ~week).any():
         single = np.busday_count(days[:-1], days[1:], weekmask=week) == 1

@@ -273,12 +273,12 @@ def summary(metrics: dict) -> list[str]:
     errors = {name: f"{error['rmse']:.3g}" for name, error in metrics["errors"].items()}
     before, after = errors.pop("before"), errors.pop("after")
     others = ", ".join(f"{name} {errors[name]}" for name in ("seasonal naive", "AR", "VAR") if name in errors)
-    holds = "" if metrics["coverage_80"] is None else f"; the 80 % interval holds {metrics['coverage_80']:.0%} of them"
+    holds = "" if metrics["coverage_80"] is None else f"; the 80 % interval holds {100 * metrics['coverage_80']:.0f} %"
     kept = f"the adapter is that of step {metrics['best_step']}, which had the smallest held-out loss"
     if metrics["shares"]:
         kept += f"; forecasts are {metrics['shares']}"
     return [
         f"error {after} after, {before} before; {others} (RMSE in standard deviations over {metrics['forecasts']} "
-        f"held-out forecasts of {metrics['horizon']} steps){holds.replace('%', ' %')}",
+        f"held-out forecasts of {metrics['horizon']} steps){holds}",
         f"{metrics['spent']:.3e} of {metrics['budget']:.3e} FLOPs spent in {metrics['steps']} steps; {kept}",
     ]

@@ -99,7 +99,7 @@ def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], readi
 
     half = -(-reading.ahead // 2)
     near = best(slice(half))
-    reading = replace(reading, near=near, far=best(slice(half, None)) if truth.shape[1] > half else near)
+    reading = replace(reading, near=near, far=best(slice(half, None)) if np.isfinite(truth[:, half:]).any() else near)
     losses = {width: pinball(combined(parts, replace(reading, width=width)), places) for width in WIDTHS}
     width = min(WIDTHS, key=lambda one: losses[one].mean())
     if is_certain(losses[1.0] - losses[width], places, MIN_SERIES):
