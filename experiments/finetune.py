@@ -95,13 +95,15 @@ def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
 def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFrame"], "Finetuning"]:
     """Read and check everything that a fine-tuning needs, and tell what it will be. Write nothing."""
     from experiments.forecasting import Forecaster
+    from experiments.forecasting.contexts import named
     from experiments.training.finetuning import Finetuning
 
     cli.checked_device(device)
     series = read(args)
     forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
     settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
-    job = Finetuning(forecaster, [one.to_numpy() for one in series], variables=list(series[0].columns), **settings)
+    with named(series):
+        job = Finetuning(forecaster, [one.to_numpy() for one in series], variables=list(series[0].columns), **settings)
     print(job.told)
     return series, job
 

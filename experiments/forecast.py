@@ -169,6 +169,7 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     """
     from experiments import tables
     from experiments.forecasting.adapter import resolve
+    from experiments.forecasting.contexts import named
     from experiments.forecasting.forecaster import reads_values
     from experiments.forecasting.scores import require_samples
     from experiments.storage.files import write_whole
@@ -192,7 +193,8 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     if args.backtest:
         backtest(args, forecaster, series)
         return 0
-    forecast = forecasts(args, forecaster, [one.to_numpy() for one in series], quantiles)
+    with named(series):
+        forecast = forecasts(args, forecaster, [one.to_numpy() for one in series], quantiles)
     write_whole(out, tables.write(series, forecast.values, forecast.quantiles, quantiles))
     print(out)
     if args.plot:

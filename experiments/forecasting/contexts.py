@@ -3,8 +3,10 @@
 N series, T time steps (which may differ between series), D variables, h forecast steps, S samples, Q quantiles.
 """
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +82,18 @@ class SeriesForecaster(ABC):
 def is_frame(data) -> bool:
     """True if data is a pandas object."""
     return type(data).__module__.partition(".")[0] == "pandas"
+
+
+@contextmanager
+def named(frames: Sequence) -> Iterator[None]:
+    """A context in which a SeriesError has the names of series and variables in place of their numbers in `frames`."""
+    try:
+        yield
+    except SeriesError as error:
+        text = re.sub(r"^series (\d+)", lambda found: f"series {frames[int(found[1])].attrs['name']}", str(error))
+        raise SeriesError(
+            re.sub(r"\bvariable (\d+)\b", lambda found: f"variable {frames[0].columns[int(found[1])]}", text)
+        ) from error
 
 
 def require_order(names: Sequence[str], known: Sequence[str]) -> None:
