@@ -198,6 +198,18 @@ def test_a_series_is_read_from_its_newest_long_gap_on(forecaster):
     assert np.isfinite(forecaster.forecast([two], 5).values).all()
 
 
+def test_no_season_is_found_where_too_little_is_seen_of_it():
+    """An autocorrelation is at most 1; of lags that no two values are apart, rounding would make any number."""
+    rng = np.random.default_rng(0)
+    x, seen = (
+        torch.from_numpy(rng.normal(size=(500, 54)).cumsum(-1)).float(),
+        torch.from_numpy(rng.random((500, 54)) < 0.3),
+    )
+    strengths = find_seasons(x * seen, seen).strengths
+    assert strengths.max() <= 1
+    assert (strengths > 0).any()
+
+
 def test_other_levels_lie_on_the_lines_of_a_normal_distribution():
     """The quantiles of a normal distribution are continued exactly."""
     normal, levels = NormalDist(3, 2), (0.01, 0.1, 0.25, 0.5, 0.93)

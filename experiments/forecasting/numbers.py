@@ -49,19 +49,21 @@ def find_seasons(x: Tensor, seen: Tensor, lengths: Tensor | None = None) -> Seas
     """The seasons of series x (..., L) where seen (..., L): peaks of the autocorrelation of their changes.
 
     A peak at lag m counts by 1 - m / L, because few cycles can agree by chance. lengths (..., 1): the parts of L that
-    are seen; None: all.
+    are seen, in a training; None: all.
     """
-    length = x.shape[-1]
+    length, in_training = x.shape[-1], lengths is not None
     lengths = torch.tensor(length) if lengths is None else lengths
     both = (seen[..., 1:] & seen[..., :-1]).float()
     change = (x[..., 1:] - x[..., :-1]) * both
     change = (change - change.sum(-1, keepdim=True) / both.sum(-1, keepdim=True).clamp(min=1)) * both
     size = 2 * length
     parts = [torch.fft.rfft(part, size) for part in (change, change**2, both)]
-    products = [parts[a] * parts[b].conj_physical() for a, b in ((0, 0), (1, 2), (2, 1))]
-    sums, early, late = (torch.fft.irfft(product, size)[..., :length] for product in products)
+    products = [parts[a] * parts[b].conj_physical() for a, b in ((0, 0), (1, 2), (2, 1), (2, 2))]
+    sums, early, late, pairs = (torch.fft.irfft(product, size)[..., :length] for product in products)
     lags = torch.arange(length, device=x.device)
     found = sums * (early.clamp(min=1e-9) * late.clamp(min=1e-9)).rsqrt() * (1 - lags / lengths).clamp(min=0)
+    if not in_training:  # where no two changes are a lag apart, sums are rounding; the embedded weights have met these
+        found = torch.where(pairs > 0.5, found, 0.0)
     before, after = nn.functional.pad(found, (1, 0))[..., :-1], nn.functional.pad(found, (0, 1))[..., 1:]
     is_peak = (lags >= 2) & (lags <= lengths // 2) & (found > before) & (found >= after)
     found = torch.where(is_peak, found, 0.0)
