@@ -29,7 +29,7 @@ class SeriesWarning(UserWarning):
 class Forecast(NamedTuple):
     """The result of a forecaster, in the units of the contexts."""
 
-    values: np.ndarray  # (N, h, D): by the most likely characters, or the median or the mean of the samples
+    values: np.ndarray  # (N, h, D): by the most likely characters, or the median
     samples: np.ndarray | None  # (N, S, h, D)
     quantiles: np.ndarray | None  # (N, Q, h, D)
 

@@ -33,7 +33,7 @@ WIDER = 2.0  # zero-shot quantiles of a context of n values are so much / sqrt(n
 # other scales, other seasons (chosen on fpp2 and forecast, where errors become 1 % smaller; on M1 they stay)
 NEWEST, LEAST = (0.8, 0.6), 24
 FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
-FAR = 2.0  # standard deviations below the mean of a fine-tuning's data; series whose values are all there are told
+FAR = 2.0  # standard deviations below the mean of a fine-tuning's data; a series that never comes closer is foreign
 BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
 MEDIAN = len(LEVELS) // 2
 ZERO_SHOT, TUNED = "zero-shot", "fine-tuned"  # the parts of a forecast that are not baselines
@@ -236,6 +236,8 @@ class NumberForecaster(SeriesForecaster):
         One that begins late has its first value before that. One that ends early is continued by its own forecast, or
         by its last value where that is long ago.
         """
+        if np.isfinite(array[[0, -1]]).all():
+            return array
         array = array.copy()
         for variable, known in enumerate(np.isfinite(array).T):
             if not known.any() or (known[0] and known[-1]):
