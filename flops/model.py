@@ -63,7 +63,7 @@ def rotate(rows: int, head_dim: int) -> int:
     return rows * (head_dim * (MUL + MUL + ADD) + head_dim // 2 * ADD)
 
 
-def blocks(new: int, cached: int) -> list[tuple[int, int]]:
+def query_blocks(new: int, cached: int) -> list[tuple[int, int]]:
     """(queries, visible keys) of each block of `qwen_min/attention.py`, for `new` tokens after `cached` tokens."""
     starts = range(0, new, QUERY_BLOCK)
     return [(min(QUERY_BLOCK, new - start), cached + min(start + QUERY_BLOCK, new)) for start in starts]
@@ -75,7 +75,7 @@ def attention(config: QwenConfig, batch: int, new: int, cached: int, padded: boo
     if not runs_in_blocks(new, masked=padded or (cached > 0 and new > 1)):
         return p.attention(batch, heads, new, cached + new, size)
     flops = {"q k^T": 0, "scale": 0, "softmax": 0, "weights v": 0}
-    for queries, keys in blocks(new, cached):
+    for queries, keys in query_blocks(new, cached):
         rows = batch * heads * queries
         flops["q k^T"] += rows * matmul(1, size, keys)
         flops["scale"] += rows * size * MUL  # the queries are scaled, not the scores
@@ -186,8 +186,8 @@ def forward(
     convention: a key of CONVENTIONS. ranks: LoRA rank by module name, such as {"q_proj": 8, "v_proj": 8}. head: "all"
     logits, those of the "last" position only, or the "loss" of all positions. padded: with an attention mask.
     vocabulary: the number of tokens that the softmax of the loss runs over, None for all. A prefill has cached = 0, a
-    decode step has new = 1. Samples of one prompt scale their queries, not their scores, and cost slightly less. Raises
-    ValueError for an unknown convention or head, or a pass that the code does not have.
+    decode step has new = 1. Several samples of one prompt (`ForkedCache`) cost slightly less: there the queries are
+    scaled, not the scores. Raises ValueError for an unknown convention or head, or a pass that the code does not have.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention is {convention!r}, expected one of {', '.join(CONVENTIONS)}")

@@ -4,7 +4,7 @@ B batch, T tokens of a row, C hidden size, F feed-forward size, r LoRA rank.
 """
 
 from flops import primitives as p
-from flops.model import Op, blocks, forward, rotate, total
+from flops.model import Op, forward, query_blocks, rotate, total
 from flops.primitives import ADD, EXP, MUL, matmul
 from qwen_min.config import QwenConfig
 from qwen_min.loss import CHUNK
@@ -38,7 +38,7 @@ def attention_backward(config: QwenConfig, batch: int, new: int, needs: dict[str
     """Gradients of q, k and v, each if its projection needs one; each block recomputes its scores and softmax."""
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     flops = 0
-    for queries, keys in blocks(new, 0):
+    for queries, keys in query_blocks(new, 0):
         rows, key_rows = batch * heads * queries, batch * kv_heads * keys
         to_keys = key_rows * (matmul(1, heads // kv_heads * queries, size) + size * ADD)
         flops += rows * (size * MUL + matmul(1, size, keys) + p.softmax(keys))

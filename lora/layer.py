@@ -51,9 +51,9 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         # drawn on the CPU, so that a seed gives the same adapter on every device
-        where = {"device": "meta" if base_layer.weight.is_meta else "cpu", "dtype": torch.float32}
-        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, **where)
-        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, **where)
+        factory = {"device": "meta" if base_layer.weight.is_meta else "cpu", "dtype": torch.float32}
+        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, **factory)
+        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, **factory)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.to(base_layer.weight.device)

@@ -141,7 +141,7 @@ class GraphContinuation(Continuation):
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0).index_select(1, step.columns)  # (B, T)
         keys, queries = torch.arange(self.cache.capacity, device=self.mask.device), step.columns[:, None]
         allowed = (keys <= queries) & (self.mask.bool()[:, None, None, :] | (keys == queries))  # (B, 1, T, S)
-        return self.decoder.blocks(step.ids, positions, allowed, _Columns(self.cache, step))
+        return self.decoder.hidden_states(step.ids, positions, allowed, _Columns(self.cache, step))
 
 
 @functools.cache

@@ -136,9 +136,10 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def drawn(config: QwenConfig) -> Tensor:
-    """Small normal numbers (V, C), as the checkpoints began with; on the meta device they would import a compiler."""
+def initial_matrix(config: QwenConfig) -> Tensor:
+    """A new embedding or head (V, C): small normal numbers, as the checkpoints began with."""
     matrix = torch.empty(config.vocab_size, config.hidden_size)
+    # on the meta device, drawing numbers would import a compiler
     return matrix if matrix.is_meta else matrix.normal_(std=INITIAL_STD)
 
 
@@ -148,7 +149,7 @@ class Decoder(nn.Module):
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding.from_pretrained(drawn(config), freeze=False)
+        self.embed_tokens = nn.Embedding.from_pretrained(initial_matrix(config), freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -165,7 +166,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.reserve(ids.shape[0], num_new)
         mask, positions = attention_mask_and_positions(num_cached, num_new, attention_mask, ids.device)
-        hidden = self.blocks(ids, positions, mask, cache)
+        hidden = self.hidden_states(ids, positions, mask, cache)
         if cache is not None:
             cache.advance(num_new)
         return hidden
@@ -176,12 +177,12 @@ class Decoder(nn.Module):
             positions = self.config.max_position_embeddings
             raise ValueError(f"{total} tokens exceed the model's {positions} positions; shorten the text")
 
-    def blocks(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def hidden_states(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """Embedding, layers and norm: hidden states (B, T, C) of ids (B, T) at positions (B or 1, T).
 
         mask and cache as in `Block.forward`.
         """
-        unpack_trained(self.embed_tokens.weight)  # it may be the head's, too
+        unpack_trained(self.embed_tokens.weight)  # a tied head may have packed it
         x = self.embed_tokens(ids)  # (B, T, C)
         cos, sin = rotary_tables(positions, self.config, x.dtype)
         if mask is not None and x.is_cuda:
@@ -200,7 +201,7 @@ class Head(nn.Module):
 
     def __init__(self, config: QwenConfig):
         super().__init__()
-        self.weight = nn.Parameter(drawn(config))
+        self.weight = nn.Parameter(initial_matrix(config))
 
 
 class Qwen(nn.Module):
