@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.tables import DataError, Source, following
+from experiments.tables import DataError, Table, following
 from experiments.tables.dates import dates_of, is_date
 from experiments.tables.times import gapless, regular, time_texts
 
@@ -33,7 +33,7 @@ DATES = {
 
 def read(cells):
     """The dates in a column of cells."""
-    return dates_of(pd.Series(cells, dtype="str"), "d", Source("here"))
+    return dates_of(pd.Series(cells, dtype="str"), "d", Table("here"))
 
 
 @pytest.mark.parametrize(("cell", "date"), DATES.items(), ids=DATES.keys())

@@ -6,9 +6,9 @@ RangeIndex if there are no times, or numbers. `attrs["name"]` is what the user c
 pandas is imported only when a table is read: the study reads arrays by `hdf5` alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from experiments.tables.reading import read_series
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from experiments.tables.times import following
     from experiments.tables.writing import forecast_frame, write
 
-__all__ = ["DataError", "Source", "following", "forecast_frame", "from_frame", "read_series", "told", "write"]
+__all__ = ["DataError", "Table", "following", "forecast_frame", "from_frame", "read_series", "told", "write"]
 _HOMES = {"read_series": "reading", "from_frame": "series", "told": "series", "following": "times",
           "forecast_frame": "writing", "write": "writing"}  # fmt: skip
 
@@ -25,17 +25,20 @@ class DataError(ValueError):
     """A data file, or a series given by a user, that cannot be used."""
 
 
-class Source(NamedTuple):
-    """Where a table comes from, for messages: a file, or a user."""
+class Table(NamedTuple):
+    """A table as it was found in a file, or given by a user: columns of T cells, and what messages call its parts."""
 
-    name: str  # such as the path
+    where: str  # such as the path
+    name: str = ""  # of its series
+    columns: Sequence[tuple[str, Any]] = ()  # names, "" for none, and cells of text, dates or numbers
+    notes: Sequence[str] = ()  # that users are told
     place: Callable[[int], str] = "row {}".format  # of a row, counted from 0
     has_names: bool = True
     delimiter: str = ","  # between cells of text; where it is a comma, commas in numbers group digits
 
     def error(self, problem: str, column: str | None = None, row: int | None = None) -> DataError:
         """The error for a problem in the table, or in a column or a row of it."""
-        where = self.name if row is None else f"{self.name}, {self.place(row)}"
+        where = self.where if row is None else f"{self.where}, {self.place(row)}"
         return DataError(f"{where if column is None else f'{where}, column {column!r}'}: {problem}")
 
 

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pandas as pd
 
-from experiments.tables import Source
-from experiments.tables.cells import Column, is_text
+from experiments.tables import Table
+from experiments.tables.cells import Column
 from experiments.tables.dates import CLOCK, MONTH, dates_of, dates_of_numbers
 from experiments.tables.times import time_texts
 
@@ -23,7 +23,7 @@ PART_NAMES = r"he|hrs?|hour[ _]?ending|tag|uhrzeit"  # what else a column with a
 Found = tuple[pd.Index | None, list[Column]]  # the times, and the columns that they and other times are in
 
 
-def time_axis(free: list[Column], groups: list[np.ndarray], named: int, source: Source, notes: list[str]) -> Found:
+def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: Table, notes: list[str]) -> Found:
     """The times of all rows; None if the table has none.
 
     free: the columns that are not asked for as variables; `named` columns have names. groups: the rows of each series.
@@ -31,7 +31,7 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, source: 
     column of numbers, whose name or steps say so. Raises DataError for columns that can both be the times.
     """
     if any(one.kind == "dates" for one in free):
-        return _of_dates(free, groups, source, notes)
+        return _of_dates(free, groups, table, notes)
     axis, used = _of_parts(free, notes)
     if axis is not None:
         return axis, used
@@ -42,18 +42,18 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, source: 
         if one in free[: first + 1]:
             return 0 if tells_time(one.name) else 2
         is_long = one.values.dtype.kind == "i" and one.values.min() >= 10**7  # 20231231, 2023123123 and longer ones
-        is_long = is_long and dates_of_numbers(one.values, one.name, source, False) is not None
+        is_long = is_long and dates_of_numbers(one.values, one.name, table, False) is not None
         return 1 if (tells_time(one.name) or is_long) and all(_rises(one.values[rows]) for rows in groups) else 3
 
     # the only column with, or without a name is what can be forecast
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
     for one in sorted((one for one in numbers if rank(one) < 3), key=rank):
-        if (axis := _of_numbers(one, groups, source)) is not None:
+        if (axis := _of_numbers(one, groups, table)) is not None:
             return axis, [one]
     return None, []
 
 
-def _of_dates(free: list[Column], groups: list[np.ndarray], source: Source, notes: list[str]) -> Found:
+def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table, notes: list[str]) -> Found:
     """The times in columns of dates, put together with a clock where the dates have none."""
     dated = [one for one in free if one.kind == "dates"]
     moving = [one for one in dated if all(_rises(one.values[rows]) for rows in groups)]
@@ -65,12 +65,12 @@ def _of_dates(free: list[Column], groups: list[np.ndarray], source: Source, note
         clock = clocks[0].cells.astype("str") + (":00" if clocks[0].kind == "numbers" else "")
         both = pd.Series(first.values.strftime("%Y-%m-%d "), dtype="str") + clock
         notes.append(f"{first.name!r} and {clocks[0].name!r} put together")
-        return dates_of(both, clocks[0].name, source).rename(first.name), [*dated, clocks[0]]
+        return dates_of(both, clocks[0].name, table).rename(first.name), [*dated, clocks[0]]
     if len(moving) > 1:
-        raise source.error(f"{moving[0].name!r} and {moving[1].name!r} can both be the times; delete one of them")
+        raise table.error(f"{moving[0].name!r} and {moving[1].name!r} can both be the times; delete one of them")
     axis = (moving or dated)[0]
     notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in dated if one is not axis]
-    in_utc = is_text(axis.cells) and str(axis.values.tz) == "UTC"
+    in_utc = axis.cells.dtype == "str" and str(axis.values.tz) == "UTC"
     if in_utc and not axis.cells.str.contains(r"(?:Z|UTC|GMT|\+00:?00)$", regex=True).all():
         notes.append(f"{axis.name!r} has several offsets, its times are in UTC")
     return axis.values.rename(axis.name or "time"), dated
@@ -90,11 +90,11 @@ def _of_parts(free: list[Column], notes: list[str]) -> Found:
     return pd.DatetimeIndex(found, name="time"), list(parts.values())
 
 
-def _of_numbers(one: Column, groups: list[np.ndarray], source: Source) -> pd.Index | None:
+def _of_numbers(one: Column, groups: list[np.ndarray], table: Table) -> pd.Index | None:
     """The times in a column of numbers. A count from 0 without a name is no time axis."""
-    title = one.name if source.has_names else ""
+    title = one.name if table.has_names else ""
     is_telling = tells_time(title)
-    found = dates_of_numbers(one.values, title, source, is_telling)
+    found = dates_of_numbers(one.values, title, table, is_telling)
     if found is not None and (is_telling or all(_rises(one.values[rows]) for rows in groups)):
         return found.rename(title or "time")
     counts = not one.name and np.array_equal(one.values, np.arange(len(one.values)))
@@ -135,11 +135,11 @@ def _is_part(one: Column) -> bool:
     return one.kind != "dates" and bool(is_named or is_text_part)
 
 
-def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column], source: Source) -> None:
+def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column], table: Table) -> None:
     """Raise DataError for times that fall or repeat, or numbers that are not finite. `of` names the series, if any."""
     name = str(index.name)
     if index.dtype.kind == "f" and not (known := np.isfinite(index.to_numpy())).all():
-        raise source.error(f"has no time in {name!r}, expected a number", row=rows[known.argmin()])
+        raise table.error(f"has no time in {name!r}, expected a number", row=rows[known.argmin()])
     if index.is_monotonic_increasing and index.is_unique:
         return
     at = int((index[1:] <= index[:-1]).argmax()) + 1
@@ -160,4 +160,4 @@ def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column
     is_night = isinstance(index, pd.DatetimeIndex) and index.tz is None and index[at].hour < 4
     if is_night and (index != index.normalize()).any() and index[at - 1] - index[at] <= pd.Timedelta(hours=1):
         problem += "; if the clock was set back there, write times with their offset from UTC"
-    raise source.error(problem, name, rows[at])
+    raise table.error(problem, name, rows[at])

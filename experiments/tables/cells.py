@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.tables import Source
+from experiments.tables import Table
 from experiments.tables.dates import dates_of, is_date
 
 MISSING_CELLS = frozenset(
@@ -42,57 +42,51 @@ class Column:
     problem: int = 0  # of text: the first row that is no number
 
 
-def as_text(cells: pd.Series) -> pd.Series:
-    """A column of text or of various objects as text, missing cells (T) as ""; another column as it is."""
-    if cells.dtype.kind not in "ObTU" and not is_text(cells):
+def columns_of(table: Table, asked: Sequence[str]) -> list[Column]:
+    """The columns of a table, those `asked` for as numbers. Raises DataError as `dates_of`, and for decimal marks."""
+    # pandas calls a column without a name so
+    parts = [(re.sub(r"^Unnamed: \d+$", "", title).strip(), _as_text(cells)) for title, cells in table.columns]
+    mark = _decimal_mark([part for part in parts if part[1].dtype == "str"], asked, table)
+    return [_column(title, cells, mark, title not in asked, table) for title, cells in parts]
+
+
+def _as_text(cells) -> pd.Series:
+    """The cells (T) of dates, durations or numbers as they are, others as text, missing ones as ""."""
+    cells = pd.Series(cells).reset_index(drop=True)
+    if cells.dtype.kind in "Mmiuf":
         return cells
-    if not is_text(cells):
+    if not isinstance(cells.dtype, pd.StringDtype):
         cells = cells.map(lambda cell: "" if pd.isna(cell) is True else str(cell))
     return cells.astype("str").fillna("").str.strip()
 
 
-def is_text(cells: pd.Series) -> bool:
-    """True for a column made by `as_text`."""
-    return isinstance(cells.dtype, pd.StringDtype)
-
-
-def column_of(name: str, cells: pd.Series, mark: str, source: Source, may_be_date: bool) -> Column:
-    """The column of cells (T) `as_text`, whose numbers have the decimal mark `mark`. Raises DataError as `dates_of`."""
-    if is_text(cells):
-        return _column_of_text(name, cells, mark, source, may_be_date)
-    if isinstance(cells.dtype, pd.PeriodDtype):
-        cells = cells.dt.to_timestamp()
-    elif cells.dtype.kind == "m":
-        cells = cells.dt.total_seconds()
+def _column(name: str, cells: pd.Series, mark: str, may_be_date: bool, table: Table) -> Column:
+    """The column of cells (T) `_as_text`, whose numbers have the decimal mark `mark`."""
     if cells.dtype.kind == "M":
-        if gaps := cells.isna().sum():
-            raise source.error(f"{gaps} of {len(cells)} dates are missing; leave out their rows, or the column", name)
+        if missing := cells.isna().sum():
+            raise table.error(f"{missing} of {len(cells)} dates are missing; leave out their rows, or the column", name)
         return Column(name, cells, "dates", pd.DatetimeIndex(cells))
-    if pd.api.types.is_numeric_dtype(cells.dtype) and cells.dtype.kind in "iuf":
+    if cells.dtype.kind == "m":
+        cells = cells.dt.total_seconds()
+    if cells.dtype != "str":
         whole = cells.dtype.kind == "i" and not cells.isna().any()
         return Column(name, cells, "numbers", cells.to_numpy(np.int64 if whole else np.float64, na_value=np.nan))
-    return Column(name, cells.astype("str"), "text")
-
-
-def _column_of_text(name: str, cells: pd.Series, mark: str, source: Source, may_be_date: bool) -> Column:
     gaps = cells.str.lower().isin(MISSING_CELLS).to_numpy(bool)
-    numbers, known = np.full(len(cells), np.nan), cells[~gaps]
-    if gaps.all():
-        return Column(name, cells, "numbers", numbers)
-    if may_be_date and is_date(known.iloc[0]):
-        return Column(name, cells, "dates", dates_of(cells, name, source))
+    known = cells[~gaps]
+    if may_be_date and len(known) and is_date(known.iloc[0]):
+        return Column(name, cells, "dates", dates_of(cells, name, table))
     fits = known.str.fullmatch(STYLES[mark]).to_numpy(bool)
     if not fits.all():
-        return Column(name, cells, "text", problem=int(np.flatnonzero(~gaps)[fits.argmin()]))
+        return Column(name, cells, "text", problem=int(known.index[fits.argmin()]))
     if not gaps.any() and known.str.fullmatch(r"[+-]?\d{1,19}").all():
         with suppress(OverflowError, ValueError):  # more than 64 bits
             return Column(name, cells, "numbers", known.astype("int64").to_numpy())
-    plain = known.str.replace("," if mark == "." else ".", "", regex=False).str.replace(",", ".", regex=False)
-    numbers[~gaps] = plain.astype(float)
+    numbers = np.full(len(cells), np.nan)
+    numbers[~gaps] = known.str.translate(str.maketrans(mark, ".", ",.".replace(mark, ""))).astype(float)
     return Column(name, cells, "numbers", numbers)
 
 
-def decimal_mark(parts: Sequence[tuple[str, pd.Series]], asked: Sequence[str], source: Source) -> str:
+def _decimal_mark(parts: Sequence[tuple[str, pd.Series]], asked: Sequence[str], table: Table) -> str:
     """The decimal mark of the numbers in columns of text (name, cells): the other mark groups digits by three.
 
     The columns `asked` for decide; where both marks fit these, the other columns. Raises DataError for columns that
@@ -108,15 +102,15 @@ def decimal_mark(parts: Sequence[tuple[str, pd.Series]], asked: Sequence[str], s
             marks &= fits
         elif fits and (not asked or title in asked):
             problem = f"has a decimal {'point' if '.' in fits else 'comma'}, but a column before it has the other mark"
-            raise source.error(f"{problem}; write all numbers with a decimal point", title)
+            raise table.error(f"{problem}; write all numbers with a decimal point", title)
         # %.3f writes a point into every number; where some have none, or semicolons divide cells, it may group digits
-        in_all = len(known) == (~cells.str.lower().isin(MISSING_CELLS)).sum() and source.delimiter != ";"
+        in_all = len(known) == (~cells.str.lower().isin(MISSING_CELLS)).sum() and table.delimiter != ";"
         if len(fits) == 2 and ("," in known.iloc[0] or not in_all):
             doubtful.append(known.iloc[0])
     if len(marks) == 1:
         return marks.pop()
-    if doubtful and source.delimiter != ",":
+    if doubtful and table.delimiter != ",":
         cell = doubtful[0]
         problem = f"{cell!r} can be {cell.replace(',', '.')} or {re.sub('[.,]', '', cell)}"
-        raise source.error(f"{problem}; write all numbers with a decimal point, and with more or fewer than 3 decimals")
+        raise table.error(f"{problem}; write all numbers with a decimal point, and with more or fewer than 3 decimals")
     return "."

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from experiments.tables import Source
+from experiments.tables import Table
 from experiments.tables.times import regular
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
@@ -58,7 +58,7 @@ def _fits(form: str, cell: str) -> bool:
     return re.fullmatch(form, cell, re.ASCII | re.IGNORECASE) is not None
 
 
-def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
+def dates_of(cells: pd.Series, name: str, table: Table) -> pd.DatetimeIndex:
     """The dates in the cells of text (T) of column `name`, all in the form of the first date.
 
     A month or a quarter is its first day, a week its Monday. Times with several offsets are in UTC. Whether 1/2/2023
@@ -67,34 +67,34 @@ def dates_of(cells: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
     """
     first = next(filter(is_date, cells))
     if _fits(_SHORT_YEAR, first):
-        raise source.error(f"{first!r} has a year of two digits, of this century or the last; write all four", name)
+        raise table.error(f"{first!r} has a year of two digits, of this century or the last; write all four", name)
     form, *orders = next(one for one in _FORMS if _fits(one[0], first))
     fits = cells.str.fullmatch(f"(?i:{form})").to_numpy(bool)
     if not fits.all():
         cell = cells.iloc[row := int(fits.argmin())][:40]
         holds = f"holds {cell!r}" if cell else "is empty"
-        raise source.error(f"{holds}, expected a date written like the first one, {first!r}", name, row)
+        raise table.error(f"{holds}, expected a date written like the first one, {first!r}", name, row)
     if re.fullmatch(r"\d{4}[-/]\d{1,2}|\d{1,2}[-/]\d{4}", first):
         years = cells.str.extract(r"(\d{4})")[0].astype(int)
         parts = cells.str.replace(r"\d{4}|\D", "", regex=True).astype(int)
-        _refuse_no_months(years, parts, first, name, source)
-    parsed = [_parsed(cells.str.replace(f"(?i:{form})", order, regex=True), name, source) for order in orders]
+        _refuse_no_months(years, parts, first, name, table)
+    parsed = [_parsed(cells.str.replace(f"(?i:{form})", order, regex=True), name, table) for order in orders]
     readings = [found for found in parsed if not found.isna().any()]
     if not readings:
         cell = cells.iloc[row := max(int(found.isna().argmax()) for found in parsed)]
         advice = "; write 00:00 of the next day" if re.search("[ T]24:", cell) else ""
-        raise source.error(f"{cell!r} is not a date of the calendar{advice}", name, row)
+        raise table.error(f"{cell!r} is not a date of the calendar{advice}", name, row)
     for is_good in (lambda found: found.is_monotonic_increasing, regular):
         readings = [found for found in readings if is_good(found)] or readings
     if not readings[0].equals(readings[-1]):
         at = int((readings[0] != readings[-1]).argmax())
         one, other = (f"{found[at]:%Y-%m-%d}" for found in (readings[0], readings[-1]))
         problem = f"{cells.iloc[at]!r} can start with the day or with the month, {one} or {other}"
-        raise source.error(f"{problem}; write dates as {one}", name)
+        raise table.error(f"{problem}; write dates as {one}", name)
     return readings[0]
 
 
-def _refuse_no_months(years, parts, first, name: str, source: Source) -> None:
+def _refuse_no_months(years, parts, first, name: str, table: Table) -> None:
     """Raise DataError if the years and other parts (T) of months can be seasons, quarters, half-years or weeks.
 
     Seasons such as 2010/11 have the year that follows. Quarters and half-years count to 4 and to 2 in several years.
@@ -103,16 +103,16 @@ def _refuse_no_months(years, parts, first, name: str, source: Source) -> None:
     if len(years) > 1 and (parts == (years + 1) % 100).all():
         month = f"month {part} of {year} or " if 1 <= part <= 12 else ""
         advice = f"write months as dates, such as {year}-01-01, and seasons as their first year, {year}"
-        raise source.error(f"'{first}' can be {month}the season {year} to {year + 1}; {advice}", name)
+        raise table.error(f"'{first}' can be {month}the season {year} to {year + 1}; {advice}", name)
     counted = ("half-year" if max(parts) <= 2 else "quarter") if min(np.ptp(years), np.ptp(parts)) > 0 else ""
     kind = next((kind for kind, names in PERIODS.items() if re.search(names, name, re.IGNORECASE)), counted)
     if kind and (part <= 12 if kind == "week" else max(parts) <= 4):
         other = {"quarter": f", or {year}Q2", "week": f", or {year}-W14"}.get(kind, "")
         advice = f"write its first day, such as {year}-0{7 if kind == 'half-year' else 4}-01{other}"
-        raise source.error(f"'{first}' can be a month or a {kind}; {advice}", name)
+        raise table.error(f"'{first}' can be a month or a {kind}; {advice}", name)
 
 
-def _parsed(text: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
+def _parsed(text: pd.Series, name: str, table: Table) -> pd.DatetimeIndex:
     """The dates (T) in text that is nearly ISO 8601; NaT for one that is not in the calendar."""
     first = text.iloc[0]
     if re.search("[a-su-vxy,]", first, re.IGNORECASE):  # besides the T, W and Z of ISO 8601
@@ -123,14 +123,14 @@ def _parsed(text: pd.Series, name: str, source: Source) -> pd.DatetimeIndex:
         how = f"%Y-%m-%d %I:%M{':%S' if first.count(':') == 2 else ''} %p"
     zoned = text.str.contains(rf":.*\d ?{_ZONE}$", regex=True)
     if zoned.any() and not zoned.all():
-        raise source.error("some times have an offset from UTC and some have none; write it for all", name)
+        raise table.error("some times have an offset from UTC and some have none; write it for all", name)
     try:
         return pd.DatetimeIndex(pd.to_datetime(text, format=how, errors="coerce"))
     except ValueError:  # offsets that differ, as in summer and in winter
         return pd.DatetimeIndex(pd.to_datetime(text, format=how, errors="coerce", utc=True))
 
 
-def dates_of_numbers(values: np.ndarray, name: str, source: Source, is_telling: bool) -> pd.DatetimeIndex | None:
+def dates_of_numbers(values: np.ndarray, name: str, table: Table, is_telling: bool) -> pd.DatetimeIndex | None:
     """The dates in numbers (T) such as 202312, 20231231, 2023123123 and longer ones; None if they are no such dates.
 
     is_telling: the name of the column says that it holds times. Raises DataError for weeks, seasons, numbers that may
@@ -138,43 +138,43 @@ def dates_of_numbers(values: np.ndarray, name: str, source: Source, is_telling: 
     """
     if values.dtype.kind != "i":
         if is_telling and np.isfinite(values).all():
-            _refuse_points(values, name, source)
+            _refuse_points(values, name, table)
         return None
     digits = len(str(values[0]))
     year = values // 10 ** max(digits - 4, 0)
     if digits == 5 and is_telling and np.isin(values // 10, YEARS).all() and np.isin(values % 10, range(1, 5)).all():
-        _refuse_no_months(values // 10, values % 10, values[0], name, source)
+        _refuse_no_months(values // 10, values % 10, values[0], name, table)
     if digits not in _OF_DIGITS or not np.isin(year, YEARS).all():
         return None
     if digits == 6:
         part = values % 100
-        _refuse_no_months(year, part, values[0], name, source)
+        _refuse_no_months(year, part, values[0], name, table)
         if ("week" in name.lower() or (is_telling and part.max() > 12)) and np.isin(part, range(1, 54)).all():
-            raise source.error(f"{values[0]} is a week, which is counted in several ways; write its first day", name)
+            raise table.error(f"{values[0]} is a week, which is counted in several ways; write its first day", name)
         if not np.isin(part, MONTH_NUMBERS).all() or not (is_telling or (np.diff(values) > 0).all()):
             return None
         if not is_telling and year[0] == year[-1]:
             advice = "call the column 'month', or write a date"
-            raise source.error(f"{values[0]} can be the month {year[0]}-{part[0]:02d} or a number; {advice}", name)
+            raise table.error(f"{values[0]} can be the month {year[0]}-{part[0]:02d} or a number; {advice}", name)
     found = pd.DatetimeIndex(pd.to_datetime(pd.Series(values).astype(str), format=_OF_DIGITS[digits], errors="coerce"))
     bad = found.isna()
     if digits == 8 and is_telling and bad.any() and not bad.all():
-        raise source.error(f"{values[bad.argmax()]} is not a day of the calendar; correct it", name, int(bad.argmax()))
+        raise table.error(f"{values[bad.argmax()]} is not a day of the calendar; correct it", name, int(bad.argmax()))
     return None if bad.any() else found
 
 
-def _refuse_points(values: np.ndarray, name: str, source: Source) -> None:
+def _refuse_points(values: np.ndarray, name: str, table: Table) -> None:
     """Raise DataError if all numbers (T) are months such as 2023.12 or 12.2023, or quarters such as 2023.4.
 
     There 2023.1 can be January, October or a quarter.
     """
     year, part = np.divmod(np.round(values * 10), 10)
     if (np.isin(year, YEARS) & np.isin(part, range(1, 5)) & (np.abs(values - year - part / 10) <= 1e-6)).all():
-        _refuse_no_months(year, part, values[0], name, source)
+        _refuse_no_months(year, part, values[0], name, table)
     for factor in (100, 10**4):
         whole = np.round(values * factor)
         year, month = np.divmod(whole, 100) if factor == 100 else np.divmod(whole, 10**4)[::-1]
         is_month = np.isin(year, YEARS) & np.isin(month, MONTH_NUMBERS) & (np.abs(values * factor - whole) <= 1e-6)
         if is_month.all():
             advice = f"write months as {year[0]:.0f}-{month[0]:02.0f}"
-            raise source.error(f"{values[0]} can be a month or a number; {advice}", name)
+            raise table.error(f"{values[0]} can be a month or a number; {advice}", name)

@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from experiments.tables import DataError
+from experiments.tables import DataError, Table
 
 MAX_ARRAY_BYTES = 2**30  # limit for an array in a file, and for all series of a file as float64
 MAX_COMPRESSION = 1100  # bytes of an array per byte in the file; deflate reaches 1032
@@ -52,8 +53,8 @@ def numbers_in(path: str | Path, file: h5py.File, name: str, ranks: Sequence[int
     return array
 
 
-def arrays_in(path: Path) -> Iterator[tuple[str, list[tuple[str, np.ndarray]], str, list[str]]]:
-    """The series in a file: the name of each, its columns (names, and T numbers), how a row is called, what to tell.
+def arrays_in(path: Path) -> Iterator[Table]:
+    """The arrays of a file, a table for each series.
 
     The file has `/trajectories` (N, T, D), or else arrays (T, D) or (T) at its root, one for each series. `/time` (T)
     is the time axis of all series of T steps. Names of variables are in an attribute `variables` or `names` of the
@@ -62,15 +63,14 @@ def arrays_in(path: Path) -> Iterator[tuple[str, list[tuple[str, np.ndarray]], s
     with opened(path) as file:
         arrays, clock = _arrays(path, file)
         for name, array in arrays.items():
-            together = array.ndim == 3
             variables = _variables(path, file, array, clock is not None)
             values, notes = _unpacked(path, name, array)
-            for number, one in enumerate(values if together else [values.reshape(len(values), -1)]):
-                parts = list(zip(variables, one.T, strict=True))
+            for number, one in enumerate(values if array.ndim == 3 else [values.reshape(len(values), -1)]):
+                columns = list(zip(variables, one.T, strict=True))
                 if clock is not None and len(clock) == len(one):
-                    parts.insert(0, ("time", clock[:]))
-                at = f"{name}[{number}, " if together else f"{name}["
-                yield f"{path.stem}[{number}]" if together else name, parts, at + "{}]", notes
+                    columns.insert(0, ("time", clock[:]))
+                title, at = (f"{path.stem}[{number}]", f"{number}, ") if array.ndim == 3 else (name, "")
+                yield Table(str(path), title, columns, notes, partial("{}[{}{}]".format, name, at))
 
 
 def _arrays(path: Path, file: h5py.File) -> tuple[dict[str, h5py.Dataset], h5py.Dataset | None]:

@@ -7,15 +7,15 @@ import lzma
 import re
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import pandas as pd
 
-from experiments.tables import DataError, Source
+from experiments.tables import DataError, Table
 from experiments.tables.hdf5 import arrays_in
-from experiments.tables.series import Wanted, assemble, from_frame
+from experiments.tables.series import assemble, table_of
 from experiments.tables.text import read_cells, read_text, series_name
 
 MAX_BYTES = 2**28  # limit for what a packed file unpacks to
@@ -59,52 +59,49 @@ def read_series(
     """
     path = Path(path)
     try:
-        return _read(path, path.read_bytes(), Wanted(columns, missing, id, wide))
+        tables = _tables(path, path.read_bytes())
+        return [one for table in tables for one in assemble(table, columns, missing, id, wide)]
     except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
 
 
-def _read(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
-    """The series in the content of a file."""
+def _tables(path: Path, content: bytes) -> Iterable[Table]:
+    """The tables in the content of a file: HDF5 can have several."""
     for mark, unpack in PACKED.items():
         if content.startswith(mark):
             with unpack(io.BytesIO(content)) as file:
-                return _read(path, _limited(path, file), wanted)
+                return _tables(path, _limited(path, file))
     if content.startswith(b"PK\x03\x04"):
-        return _read_zip(path, content, wanted)
+        return _of_zip(path, content)
     if content.startswith(b"PAR1"):
         try:
             found = pd.read_parquet(io.BytesIO(content))
         except Exception as error:  # the library documents nothing narrower
             raise DataError(f"{path}: not a readable Parquet file ({error})") from error
-        return from_frame(found, series_name(path), wanted=wanted, source=Source(str(path)))
+        return [table_of(found, str(path), series_name(path))]
     if content.startswith(b"\x89HDF\r\n\x1a\n"):
-        series = []
-        for title, parts, place, notes in arrays_in(path):
-            cells = [(name, pd.Series(values)) for name, values in parts]
-            series += assemble(title, cells, wanted, Source(str(path), place.format), notes)
-        return series
+        return arrays_in(path)
     start = content.lstrip()[:20]
     if other := next((what for mark, what in OTHERS.items() if start.startswith(mark)), None):
         raise DataError(f"{path}: is {other}; save it as CSV or Parquet")
-    return read_text(path, content, wanted)
+    return [read_text(path, content)]
 
 
-def _read_zip(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
-    """The series in an Excel file, or in the only file of an archive."""
+def _of_zip(path: Path, content: bytes) -> Iterable[Table]:
+    """The table in an Excel file, or those in the only file of an archive."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
             is_excel = "[Content_Types].xml" in names
             if not is_excel and (len(names) != 1 or names[0].endswith(".npy")):
                 raise DataError(f"{path}: is a zip file of {names[:6]}, expected one table in it; unpack it")
-            wanted_names = [name for name in names if not is_excel or name.startswith("xl/worksheets/")]
-            files = [_limited(path, archive.open(name)) for name in wanted_names]
+            inner = [name for name in names if not is_excel or name.startswith("xl/worksheets/")]
+            files = [_limited(path, archive.open(name)) for name in inner]
     except DataError:
         raise
     except (RuntimeError, ValueError) as error:  # a password, an unknown compression, damage
         raise DataError(f"{path}: cannot be unpacked ({error})") from error
-    return _read_excel(path, content, files, wanted) if is_excel else _read(path, files[0], wanted)
+    return [_of_excel(path, content, files)] if is_excel else _tables(path, files[0])
 
 
 def _limited(path: Path, file: IO[bytes]) -> bytes:
@@ -115,8 +112,8 @@ def _limited(path: Path, file: IO[bytes]) -> bytes:
     return content
 
 
-def _read_excel(path: Path, content: bytes, sheets_xml: list[bytes], wanted: Wanted) -> list[pd.DataFrame]:
-    """The series in an Excel file with one sheet that is not empty; its cells are read as text."""
+def _of_excel(path: Path, content: bytes, sheets_xml: list[bytes]) -> Table:
+    """The table in an Excel file with one sheet that is not empty; its cells are read as text."""
     if any(re.search(NO_VALUE, one) for one in sheets_xml):
         raise DataError(f"{path}: has formulas without values; open it in Excel or LibreOffice, and save it")
     try:
@@ -130,7 +127,7 @@ def _read_excel(path: Path, content: bytes, sheets_xml: list[bytes], wanted: Wan
         raise DataError(f"{path}: has {len(filled)} sheets with a table, {list(filled)}; save one of them as CSV")
     (sheet,) = filled.values()
     cells = sheet.map(_cell_text).astype("str").set_axis(pd.RangeIndex(1, len(sheet) + 1, name="row"))
-    return read_cells(path, cells, "", wanted, [])
+    return read_cells(path, cells, "", [])
 
 
 def _cell_text(cell) -> str:

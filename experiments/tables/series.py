@@ -2,14 +2,13 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from experiments.tables import DataError, Source
+from experiments.tables import DataError, Table
 from experiments.tables.axis import check_order, equal_steps, tells_time, time_axis
-from experiments.tables.cells import Column, as_text, column_of, decimal_mark, is_number, is_text
+from experiments.tables.cells import Column, columns_of, is_number
 from experiments.tables.dates import CLOCK, MONTH, is_date
 from experiments.tables.times import gapless, regular, time_texts
 
@@ -19,15 +18,7 @@ MOST_NAMES = 6  # that a line for users lists
 FILL = 'fill them with --missing interpolate (missing="interpolate")'
 SIGNS = "[%$€£¥\u2212()'\u2019\\s]"  # that numbers are written with, but not here
 LEAVE_OUT = "leave the column out, or name the others with --columns"
-
-
-class Wanted(NamedTuple):
-    """What a user asks for, as in `reading.read_series`."""
-
-    columns: Sequence[str] | None = None
-    missing: str = "error"
-    id: str | None = None
-    wide: bool = False
+Groups = tuple[dict[str, np.ndarray], list[Column]]
 
 
 def told(series: Sequence[pd.DataFrame]) -> str:
@@ -54,23 +45,25 @@ def told(series: Sequence[pd.DataFrame]) -> str:
     return "; ".join([line, *notes])
 
 
-def from_frame(
-    frame, name: str = "series", missing: str = "error", wanted: Wanted | None = None, source: Source | None = None
-) -> list[pd.DataFrame]:
+def from_frame(frame, name: str = "series", missing: str = "error") -> list[pd.DataFrame]:
     """The series in a pandas DataFrame or Series, a row for each time step; `missing` as in `reading.read_series`.
 
     The index is the time axis if it holds dates, periods, durations (then in seconds) or has a name. Row numbers are
     none, also where a filter has left a part of them. Levels of an index become columns. Errors as in `read_series`.
     """
-    source, wanted, notes = source or Source(name), wanted or Wanted(missing=missing), []
+    return assemble(table_of(frame, name, name), missing=missing)
+
+
+def table_of(frame, where: str, name: str) -> Table:
+    """The columns and the index of a pandas DataFrame or Series, as `from_frame`."""
     if isinstance(frame, pd.Series):
         frame = frame.to_frame("x0" if frame.name is None else frame.name)
     if not isinstance(frame, pd.DataFrame):
-        raise source.error(f"got a {type(frame).__name__}, expected a pandas DataFrame or Series")
+        raise DataError(f"{where}: got a {type(frame).__name__}, expected a pandas DataFrame or Series")
     if frame.columns.nlevels > 1:
-        raise source.error("has several levels of columns; select one level")
+        raise DataError(f"{where}: has several levels of columns; select one level")
     dates = [str(title) for title in frame.select_dtypes(["datetime", "datetimetz"])]
-    parts = [(str(title), cells) for title, cells in frame.items()]
+    columns, notes = [(str(title), cells) for title, cells in frame.items()], []
     for at in reversed(range(frame.index.nlevels)):
         level = frame.index.get_level_values(at)
         is_number = level.dtype.kind in "iuf"
@@ -78,87 +71,85 @@ def from_frame(
             notes += [] if isinstance(level, pd.RangeIndex) else ["the row numbers of the frame left out"]
             continue
         if pd.api.types.is_datetime64_any_dtype(level.dtype):  # it goes before columns of dates
-            parts = [part for part in parts if part[0] not in dates]
+            columns = [one for one in columns if one[0] not in dates]
             notes += [f"{one!r} left out, as the index has the times" for one in dates]
         title = str(level.name) if level.name is not None else "" if is_number else "time"
-        parts.insert(0, (title, level.to_series()))
-    return assemble(name, [(title, cells.reset_index(drop=True)) for title, cells in parts], wanted, source, notes)
+        columns.insert(0, (title, level.to_series()))
+    return Table(where, name, columns, notes)
 
 
 def assemble(
-    name: str, parts: Sequence[tuple[str, pd.Series]], wanted: Wanted, source: Source, notes: Sequence[str] = ()
+    table: Table,
+    columns: Sequence[str] | None = None,
+    missing: str = "error",
+    id: str | None = None,
+    wide: bool = False,
 ) -> list[pd.DataFrame]:
-    """The series in columns: names, and cells (T) of text, dates or numbers.
+    """The series in a table, as `reading.read_series`.
 
-    Left out are columns without a name, the id, and the times (`axis.time_axis`). Raises DataError as `read_series`.
+    Not variables are columns without a name, the id, and the times (`axis.time_axis`).
     """
-    if wanted.missing not in MISSING:
-        raise DataError(f"missing is {wanted.missing!r}, expected one of {', '.join(MISSING)}")
-    if not parts or not len(parts[0][1]):
-        raise source.error("has no rows, expected a row for each time step")
-    asked, notes = list(dict.fromkeys(wanted.columns or ())), list(notes)
-    # pandas calls a column without a name so
-    parts = [(re.sub(r"^Unnamed: \d+$", "", title).strip(), as_text(cells)) for title, cells in parts]
-    mark = decimal_mark([part for part in parts if is_text(part[1])], asked, source)
-    columns = [column_of(title, cells, mark, source, title not in asked) for title, cells in parts]
-    groups, rest = _groups(name, columns, wanted, source)
+    if missing not in MISSING:
+        raise DataError(f"missing is {missing!r}, expected one of {', '.join(MISSING)}")
+    if not table.columns or not len(table.columns[0][1]):
+        raise table.error("has no rows, expected a row for each time step")
+    asked, notes = list(dict.fromkeys(columns or ())), list(table.notes)
+    found = columns_of(table, asked)
+    groups, rest = _groups(table, found, asked, id)
     free = [one for one in rest if one.name not in asked]
-    axis, used = time_axis(free, [*groups.values()], sum(bool(one.name) for one in rest), source, notes)
+    axis, used = time_axis(free, [*groups.values()], sum(bool(one.name) for one in rest), table, notes)
     free = [one for one in free if one not in used]
-    count = np.arange(len(parts[0][1]))  # as pandas writes the index of a frame
+    count = np.arange(len(found[0].cells))  # as pandas writes the index of a frame
     unnamed = [one for one in free if not one.name and not np.array_equal(one.values, count)]
     notes += ["a column without a name left out"] * len(unnamed)
     for title, rows in groups.items():
         if axis is not None:
-            check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, source)
-    names = asked if wanted.columns is not None else [one.name for one in free if one.name]
-    if wanted.columns is None and not wanted.wide:
-        _refuse_times_as_names(names, source)
-    whole = _numbers(names, columns, source)
-    if wanted.wide and len(groups) > 1:
-        raise source.error(f"has {len(groups)} series, one below the other; leave out --wide or the ids")
+            check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, table)
+    names = asked if columns is not None else [one.name for one in free if one.name]
+    if columns is None and not wide:
+        _refuse_times_as_names(names, table)
+    whole = _numbers(names, found, table)
+    if wide and len(groups) > 1:
+        raise table.error(f"has {len(groups)} series, one below the other; leave out --wide or the ids")
     series = []
     for title, rows in groups.items():
         index = pd.RangeIndex(len(rows)) if axis is None else axis[rows]
-        frame = _complete(whole.iloc[rows].set_axis(index), wanted.missing, rows, source)
-        for label in names if wanted.wide else [title]:
-            series.append(frame[[label]].set_axis(["value"], axis=1) if wanted.wide else frame)
+        frame = _complete(whole.iloc[rows].set_axis(index), missing, rows, table)
+        for label in names if wide else [title]:
+            series.append(frame[[label]].set_axis(["value"], axis=1) if wide else frame)
             series[-1].attrs |= {"name": label, "absent": len(frame) - len(rows)}
     series[0].attrs["notes"] = notes
     return series
 
 
-def _groups(
-    name: str, columns: Sequence[Column], wanted: Wanted, source: Source
-) -> tuple[dict[str, np.ndarray], list[Column]]:
-    """The rows of each series by its name, which is `name` for the only one, and the columns without the id."""
-    found = [one for one in columns if one.name.lower() in IDS and one.name not in (wanted.columns or ())]
-    found = [one for one in found if one.cells.nunique() < len(one.cells)][:1]
-    if wanted.id is not None:
-        found = [_the_one(wanted.id, columns, source)]
-    rows = pd.Series(range(len(columns[0].cells)))
-    if not found:
-        return {name: rows.to_numpy()}, list(columns)
-    ids = found[0].cells.where(found[0].cells != "").astype("str")
+def _groups(table: Table, columns: list[Column], asked: Sequence[str], id: str | None) -> Groups:
+    """The rows of each series by its name, which is the table's for the only one, and the columns without the id."""
+    found = [one for one in columns if one.name.lower() in IDS and one.name not in asked]
+    found = [one for one in found if one.cells.nunique() < len(one.cells)]
+    one = _the_one(id, columns, table) if id is not None else found[0] if found else None
+    rows = np.arange(len(columns[0].cells))
+    if one is None:
+        return {table.name: rows}, columns
+    ids = one.cells.where(one.cells != "").astype("str")
     if ids.isna().any():
-        raise source.error(f"has no {found[0].name!r}, which names its series", row=int(ids.isna().argmax()))
-    groups = {str(title): part.to_numpy() for title, part in rows.groupby(ids, sort=False)}
-    return groups, [one for one in columns if one is not found[0]]
+        raise table.error(f"has no {one.name!r}, which names its series", row=int(ids.isna().argmax()))
+    groups = {str(title): part.to_numpy() for title, part in pd.Series(rows).groupby(ids, sort=False)}
+    return groups, [other for other in columns if other is not one]
 
 
-def _the_one(name: str, columns: Sequence[Column], source: Source) -> Column:
+def _the_one(name: str, columns: Sequence[Column], table: Table) -> Column:
     """The column with this name. Raises DataError if there is none, or several."""
     found = [one for one in columns if one.name == name]
     if len(found) != 1:
-        raise source.error(f"has {len(found)} columns {name!r}, expected one; it has {[one.name for one in columns]}")
+        raise table.error(f"has {len(found)} columns {name!r}, expected one; it has {[one.name for one in columns]}")
     return found[0]
 
 
-def _numbers(names: Sequence[str], columns: Sequence[Column], source: Source) -> pd.DataFrame:
+def _numbers(names: Sequence[str], columns: Sequence[Column], table: Table) -> pd.DataFrame:
     """The columns with these names as float64 (T, D). Raises DataError for others than numbers."""
     if not names:
-        raise source.error(f"has no column of numbers to forecast, only {[one.name for one in columns]}; expected one")
-    found = [_the_one(name, columns, source) for name in names]
+        raise table.error(f"has no column of numbers to forecast, only {[one.name for one in columns]}; expected one")
+    found = [_the_one(name, columns, table) for name in names]
     for one in (one for one in found if one.kind != "numbers"):
         cell = str(one.cells.iloc[one.problem])[:40]
         problem = "expected a number; leave out titles, units and notes, and write nothing for a missing value"
@@ -169,11 +160,11 @@ def _numbers(names: Sequence[str], columns: Sequence[Column], source: Source) ->
             problem = f"expected a number; write it {minus}without {' and '.join(map(repr, dict.fromkeys(signs)))}"
         if tells_time(one.name) and one.kind == "text" and pd.to_numeric(one.cells, errors="coerce").isna().all():
             problem = "which is no date that is known here; write dates such as 2023-01-31, or months as 2023-01"
-        raise source.error(f"holds {cell!r}, {problem}; or {LEAVE_OUT}", one.name, one.problem)
+        raise table.error(f"holds {cell!r}, {problem}; or {LEAVE_OUT}", one.name, one.problem)
     return pd.DataFrame({one.name: one.values for one in found}, dtype=np.float64)
 
 
-def _refuse_times_as_names(names: Sequence[str], source: Source) -> None:
+def _refuse_times_as_names(names: Sequence[str], table: Table) -> None:
     """Raise DataError if variables are called by times: months, as R prints its `ts`, quarters, years, dates.
 
     The World Bank writes years as 1990 [YR1990].
@@ -183,10 +174,10 @@ def _refuse_times_as_names(names: Sequence[str], source: Source) -> None:
     found = list(names) if list(names) == [str(month) for month in range(1, 13)] else found
     if len(found) > 2:
         problem = f"has columns {found[0]!r} to {found[-1]!r}, which can be variables, or times of a series in each row"
-        raise source.error(f"{problem}; write a row for each time, or name the variables with --columns")
+        raise table.error(f"{problem}; write a row for each time, or name the variables with --columns")
 
 
-def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, source: Source) -> pd.DataFrame:
+def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, table: Table) -> pd.DataFrame:
     """The frame, with its missing values, also at times without a row, filled in, refused or kept.
 
     Raises DataError for infinite values too.
@@ -194,7 +185,7 @@ def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, source: Sourc
     values = frame.to_numpy()
     if (infinite := np.isinf(values)).any():
         row, at = np.argwhere(infinite)[0]
-        raise source.error("is infinite, expected a finite number", frame.columns[at], rows[row])
+        raise table.error("is infinite, expected a finite number", frame.columns[at], rows[row])
     times, frame = frame.index, frame.reindex(gapless(frame.index))
     gaps = frame.isna().to_numpy()
     if missing == "keep" or not gaps.any():
@@ -204,13 +195,13 @@ def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, source: Sourc
         problem = f"{count} of {gaps.size} values {'is' if count == 1 else 'are'} missing, the first"
         if frame.index[row] not in times:
             (time,) = time_texts(frame.index[[row]], times)
-            raise source.error(f"{problem} at {time}, which has no row; {FILL}")
-        place = source.place(rows[times.get_loc(frame.index[row])])
-        raise source.error(f"{problem} in {place}, column {frame.columns[at]!r}; {FILL}; or {LEAVE_OUT}")
+            raise table.error(f"{problem} at {time}, which has no row; {FILL}")
+        place = table.place(rows[times.get_loc(frame.index[row])])
+        raise table.error(f"{problem} in {place}, column {frame.columns[at]!r}; {FILL}; or {LEAVE_OUT}")
     for name, known in frame.count().items():
         if known < 2:
-            raise source.error(f"{name!r} has {known} of {len(frame)} values, expected at least 2; {LEAVE_OUT}")
+            raise table.error(f"{name!r} has {known} of {len(frame)} values, expected at least 2; {LEAVE_OUT}")
     filled = frame.interpolate(method="index", limit_direction="both")
     if not np.isfinite(filled.to_numpy()).all():
-        raise source.error("its values are too far apart to interpolate")
+        raise table.error("its values are too far apart to interpolate")
     return filled

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.tables import DataError, Source
+from experiments.tables import DataError, Table
 from experiments.tables.cells import MISSING_CELLS, is_number
 from experiments.tables.dates import is_date
-from experiments.tables.series import Wanted, assemble
 
 DELIMITERS = "\t;,|"
 SAMPLE = 100  # rows that decide the delimiter
@@ -26,8 +25,8 @@ NO_WINDOWS_1252 = (
 )
 
 
-def read_text(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
-    """The series in a text table. Raises DataError as `reading.read_series`."""
+def read_text(path: Path, content: bytes) -> Table:
+    """The cells of a text table. Raises DataError as `reading.read_series`."""
     notes: list[str] = []
     lines = pd.Series(_decoded(path, content, notes).split("\n"), dtype="str")
     lines.index = lines.index.rename("line") + 1
@@ -68,11 +67,11 @@ def read_text(path: Path, content: bytes, wanted: Wanted) -> list[pd.DataFrame]:
     except csv.Error as error:
         raise DataError(f"{path}: cannot be read ({error}); is a quotation mark not closed?") from error
     table = pd.DataFrame(cells, pd.Index(numbers, name="line"), dtype="str")
-    return read_cells(path, table, delimiter, wanted, notes)
+    return read_cells(path, table, delimiter, notes)
 
 
-def read_cells(path: Path, cells: pd.DataFrame, delimiter: str, wanted: Wanted, notes: list[str]) -> list[pd.DataFrame]:
-    """The series in cells of text (rows, columns), where the first row may hold names. The index numbers the rows."""
+def read_cells(path: Path, cells: pd.DataFrame, delimiter: str, notes: list[str]) -> Table:
+    """The table in cells of text (rows, columns), where the first row may hold names. The index numbers the rows."""
     filled = (cells != "").any(axis=1).to_numpy().nonzero()[0]
     if 0 < len(filled) < len(cells) and any(map(is_date, cells.iloc[filled[-1]])):  # a row without a date is none
         before, cells = len(cells), cells[filled[0] : filled[-1] + 1]
@@ -86,10 +85,9 @@ def read_cells(path: Path, cells: pd.DataFrame, delimiter: str, wanted: Wanted, 
         raise DataError(f"{path}: {text!r} can be two numbers, or one with a decimal comma; write names above them")
     if cells.empty:
         raise DataError(f"{path}: has names but no numbers, expected a row for each time step")
-    source = Source(str(path), lambda row: f"{cells.index.name} {cells.index[row]}", has_names, delimiter)
-    titles = names if has_names else [f"x{at}" for at in range(len(names))]
-    parts = [(title, cells[at].reset_index(drop=True)) for at, title in enumerate(titles)]
-    return assemble(series_name(path), parts, wanted, source, notes)
+    columns = [(title if has_names else f"x{at}", cells[at]) for at, title in enumerate(names)]
+    at, name = cells.index, series_name(path)
+    return Table(str(path), name, columns, notes, lambda row: f"{at.name} {at[row]}", has_names, delimiter)
 
 
 def series_name(path: Path) -> str:
