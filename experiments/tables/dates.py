@@ -9,7 +9,6 @@ from experiments.tables import Table
 from experiments.tables.times import regular
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
-MONTH_NUMBERS = range(1, 13)
 YEARS = range(1800, 2201)  # of numbers such as 202312 that are dates
 CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp][Mm])?"
 MONTH = rf"({'|'.join(MONTHS)})(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?"
@@ -18,8 +17,10 @@ PERIODS = {"": "month|monat|mois", "week": "week|woche|semaine|semana", "half-ye
            "quarter": "quart|trimest"}  # fmt: skip
 _ZONE = r"(?:Z|UTC|GMT|[+-]\d{2}:?\d{2})"
 _AFTER = rf"((?:[T ,]+{CLOCK}(?: ?{_ZONE})?)?)"
-# What a date looks like, and how it is written for pandas; two ways where the day or the month can come first.
+# What a date looks like, and how it is written for pandas: in two ways where the day or the month can come first,
+# in none where the year has two digits, as in Jan-59, 30.12.55, 5-Jan-59.
 _FORMS = [
+    (rf"(?:{MONTH}[- '/]*|\d{{1,2}}[/.]\d{{1,2}}[/.]|\d{{1,2}}[- ./]*{MONTH}[- ./']*)(\d{{2}})(?: {CLOCK})?",),
     (rf"(\d{{4}})[-/.](\d{{1,2}})[-/.](\d{{1,2}}){_AFTER}", r"\1-\2-\3\4"),
     (rf"(\d{{1,2}})[-/](\d{{1,2}})[-/](\d{{4}}){_AFTER}", r"\3-\2-\1\4", r"\3-\1-\2\4"),
     (rf"(\d{{1,2}})\.(\d{{1,2}})\.(\d{{4}}){_AFTER}", r"\3-\2-\1\4"),
@@ -34,9 +35,6 @@ _FORMS = [
     (rf"{MONTH}[- ,./']*(\d{{4}})", r"\2-\1-1"),
     (rf"(\d{{4}})[- ]*{MONTH}", r"\1-\2-1"),
 ]
-_SHORT_YEAR = (  # Jan-59, 30.12.55, 5-Jan-59
-    rf"(?:{MONTH}[- '/]*|\d{{1,2}}[/.]\d{{1,2}}[/.]|\d{{1,2}}[- ./]*{MONTH}[- ./']*)(\d{{2}})(?: {CLOCK})?"
-)
 # What is not ISO 8601 yet, and what it becomes.
 _TO_ISO = [
     *((f"-{name}-", f"-{number}-") for number, name in enumerate(MONTHS, start=1)),
@@ -51,11 +49,12 @@ _OF_DIGITS = {6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%
 
 def is_date(cell: str) -> bool:
     """True if a cell is a date, also one that is refused because its year has two digits. A number is none."""
-    return any(_fits(form, cell) for form in [_SHORT_YEAR, *(form for form, *_ in _FORMS)])
+    return _form(cell) is not None
 
 
-def _fits(form: str, cell: str) -> bool:
-    return re.fullmatch(form, cell, re.ASCII | re.IGNORECASE) is not None
+def _form(cell: str) -> tuple[str, ...] | None:
+    """The first of _FORMS that a cell has."""
+    return next((form for form in _FORMS if re.fullmatch(form[0], cell, re.ASCII | re.IGNORECASE)), None)
 
 
 def dates_of(cells: pd.Series, name: str, table: Table) -> pd.DatetimeIndex:
@@ -65,10 +64,9 @@ def dates_of(cells: pd.Series, name: str, table: Table) -> pd.DatetimeIndex:
     starts with the day is decided for all cells together: such that all are dates, that they rise, and in equal steps.
     Raises DataError for another cell, years of two digits, seasons such as 2010/11, and cells that can be two dates.
     """
-    first = next(filter(is_date, cells))
-    if _fits(_SHORT_YEAR, first):
+    first, (form, *orders) = next((cell, found) for cell in cells if (found := _form(cell)))
+    if not orders:
         raise table.error(f"{first!r} has a year of two digits, of this century or the last; write all four", name)
-    form, *orders = next(one for one in _FORMS if _fits(one[0], first))
     fits = cells.str.fullmatch(f"(?i:{form})").to_numpy(bool)
     if not fits.all():
         cell = cells.iloc[row := int(fits.argmin())][:40]
@@ -151,7 +149,7 @@ def dates_of_numbers(values: np.ndarray, name: str, table: Table, is_telling: bo
         _refuse_no_months(year, part, values[0], name, table)
         if ("week" in name.lower() or (is_telling and part.max() > 12)) and np.isin(part, range(1, 54)).all():
             raise table.error(f"{values[0]} is a week, which is counted in several ways; write its first day", name)
-        if not np.isin(part, MONTH_NUMBERS).all() or not (is_telling or (np.diff(values) > 0).all()):
+        if not np.isin(part, range(1, 13)).all() or not (is_telling or (np.diff(values) > 0).all()):
             return None
         if not is_telling and year[0] == year[-1]:
             advice = "call the column 'month', or write a date"
@@ -168,13 +166,12 @@ def _refuse_points(values: np.ndarray, name: str, table: Table) -> None:
 
     There 2023.1 can be January, October or a quarter.
     """
-    year, part = np.divmod(np.round(values * 10), 10)
-    if (np.isin(year, YEARS) & np.isin(part, range(1, 5)) & (np.abs(values - year - part / 10) <= 1e-6)).all():
-        _refuse_no_months(year, part, values[0], name, table)
-    for factor in (100, 10**4):
+    for factor, order, most in ((10, 1, 4), (100, 1, 12), (10**4, -1, 12)):
         whole = np.round(values * factor)
-        year, month = np.divmod(whole, 100) if factor == 100 else np.divmod(whole, 10**4)[::-1]
-        is_month = np.isin(year, YEARS) & np.isin(month, MONTH_NUMBERS) & (np.abs(values * factor - whole) <= 1e-6)
-        if is_month.all():
-            advice = f"write months as {year[0]:.0f}-{month[0]:02.0f}"
+        year, part = np.divmod(whole, factor)[::order]
+        fits = np.isin(year, YEARS) & np.isin(part, range(1, most + 1)) & (np.abs(values * factor - whole) <= 1e-6)
+        if fits.all() and most == 4:
+            _refuse_no_months(year, part, values[0], name, table)
+        elif fits.all():
+            advice = f"write months as {year[0]:.0f}-{part[0]:02.0f}"
             raise table.error(f"{values[0]} can be a month or a number; {advice}", name)
