@@ -29,29 +29,26 @@ def read_text(path: Path, content: bytes) -> Table:
     """The cells of a text table. Raises DataError as `reading.read_series`."""
     notes: list[str] = []
     lines = pd.Series(_decoded(path, content, notes).split("\n"), dtype="str")
-    lines.index = lines.index.rename("line") + 1
-    hashed = lines.str.startswith("#")  # a space before it stands for the name of an index, which pandas leaves out
-    lines = lines.str.strip(" ")
-    lines = lines[lines != ""]
-    delimiter = ""
-    if len(lines) and (match := re.fullmatch(r"\"?sep=(.)\"?", lines.iloc[0])):
-        delimiter, lines = match[1], lines[1:]
-    hashed = hashed[lines.index]
-    if hashed.all():
+    lines.index += 1
+    lines = lines[lines.str.strip(" ") != ""]
+    rows = lines[~lines.str.startswith("#")]  # a space before it stands for the name of an index, left out by pandas
+    lines, rows, delimiter = lines.str.strip(" "), rows.str.strip(" "), ""
+    if len(rows) and (match := re.fullmatch(r"\"?sep=(.)\"?", lines.iloc[0])):
+        delimiter, lines, rows = match[1], lines[1:], rows[1:]
+    if rows.empty:
         raise DataError(f"{path}: is empty, expected a row for each time step")
-    delimiter = delimiter or _delimiter(lines[~hashed][:SAMPLE])
-    width = len(_split(lines[~hashed].iloc[0], delimiter))
+    delimiter = delimiter or _delimiter(rows[:SAMPLE])
+    first, last, hashed = rows.iloc[0], rows.iloc[-1], lines.drop(rows.index)
+    width, columns = len(_split(first, delimiter)), max(len(_split(last, mark)) for mark in DELIMITERS)
     # lines such as `# made by a logger`, but not rows that begin with #
-    comments = [number for number, line in lines[hashed].items() if len(_split(line, delimiter)) != width]
+    comments = [number for number, line in hashed.items() if len(_split(line, delimiter)) != width]
     if comments:
         notes.append(f"{len(comments)} line{'s' * (len(comments) != 1)} after # left out")
-    last = lines[~hashed].iloc[-1]
-    columns = max(len(_split(last, mark)) for mark in DELIMITERS)
     if width == 1 < columns and not is_number(last):
-        problem = f"{lines[~hashed].iloc[0][:40]!r} has one column, the last line has {columns}; {NO_TITLES}"
-        raise DataError(f"{path}, line {lines[~hashed].index[0]}: {problem}")
+        problem = f"{first[:40]!r} has one column, the last line has {columns}; {NO_TITLES}"
+        raise DataError(f"{path}, line {rows.index[0]}: {problem}")
     gaps = lines.index[:-1][np.diff(lines.index) > 1] + 1
-    if len(gaps) and width == 1 and not hashed.any():
+    if len(gaps) and width == 1 and hashed.empty:
         problem = "is empty, which can be a missing value or nothing; write NA, or delete it"
         raise DataError(f"{path}, line {gaps[0]}: {problem}")
     lines = lines.drop(comments)
@@ -78,7 +75,11 @@ def read_cells(path: Path, cells: pd.DataFrame, delimiter: str, notes: list[str]
         if left := before - len(cells):
             notes.append(f"{left} empty rows before or after the table left out")
     names = [cell.strip() for cell in cells.iloc[0]]
-    if has_names := _has_names(names):
+    # a cell is text; or only the first one is empty and the others differ, as pandas writes an index
+    has_names = any(not is_number(cell) and not is_date(cell) for cell in names) or (
+        not names[0] and len(set(names)) == len(names) > 1 and MISSING_CELLS.isdisjoint(map(str.lower, names[1:]))
+    )
+    if has_names:
         cells = cells[1:]
     elif delimiter == "," and len(names) == 2 and (cells[0] + "," + cells[1]).str.fullmatch(COMMA).all():
         text = ",".join(names)
@@ -117,12 +118,9 @@ def _delimiter(lines: pd.Series) -> str:
 
     If there is none, the rows are divided by spaces where they end in a space and a number, or else not at all.
     """
-
-    def share(mark: str) -> float:
-        widths = [len(_split(line, mark)) for line in lines]
-        return widths.count(widths[0]) / len(widths) if widths[0] > 1 else 0.0
-
-    if share(best := max(DELIMITERS, key=share)):
+    widths = {mark: [len(_split(line, mark)) for line in lines] for mark in DELIMITERS}
+    likeness = {mark: found.count(found[0]) * (found[0] > 1) for mark, found in widths.items()}
+    if likeness[best := max(DELIMITERS, key=likeness.__getitem__)]:
         return best
     words = lines.iloc[-1].split()
     return " " if len(words) > 1 and is_number(words[-1]) else "\t"
@@ -130,18 +128,3 @@ def _delimiter(lines: pd.Series) -> str:
 
 def _split(line: str, delimiter: str) -> list[str]:
     return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
-
-
-def _has_names(first: list[str]) -> bool:
-    """True if the first row holds names.
-
-    It does if a cell is text, or if only its first cell is empty and the others differ, as pandas writes an index.
-    """
-    if any(not is_number(cell) and not is_date(cell) for cell in first):
-        return True
-    return (
-        len(first) > 1
-        and not first[0]
-        and not MISSING_CELLS.intersection(map(str.lower, first[1:]))
-        and len(set(first)) == len(first)
-    )
