@@ -7,8 +7,9 @@ pandas is imported only when a table is read: the study reads arrays by `hdf5` a
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from experiments.tables.reading import read_series
@@ -25,13 +26,14 @@ class DataError(ValueError):
     """A data file, or a series given by a user, that cannot be used."""
 
 
-class Table(NamedTuple):
+@dataclass
+class Table:
     """A table as it was found in a file, or given by a user: columns of T cells, and what messages call its parts."""
 
     where: str  # such as the path
     name: str = ""  # of its series
     columns: Sequence[tuple[str, Any]] = ()  # names, "" for none, and cells of text, dates or numbers
-    notes: Sequence[str] = ()  # that users are told
+    notes: list[str] = field(default_factory=list)  # that users are told
     place: Callable[[int], str] = "row {}".format  # of a row, counted from 0
     has_names: bool = True
     delimiter: str = ","  # between cells of text; where it is a comma, commas in numbers group digits

@@ -23,7 +23,7 @@ PART_NAMES = r"he|hrs?|hour[ _]?ending|tag|uhrzeit"  # what else a column with a
 Found = tuple[pd.Index | None, list[Column]]  # the times, and the columns that they and other times are in
 
 
-def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: Table, notes: list[str]) -> Found:
+def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: Table) -> Found:
     """The times of all rows; None if the table has none.
 
     free: the columns that are not asked for as variables; `named` columns have names. groups: the rows of each series.
@@ -31,52 +31,49 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: T
     column of numbers, whose name or steps say so. Raises DataError for columns that can both be the times.
     """
     if any(one.kind == "dates" for one in free):
-        return _of_dates(free, groups, table, notes)
-    axis, used = _of_parts(free, notes)
+        return _of_dates(free, groups, table)
+    axis, used = _of_parts(free, table)
     if axis is not None:
         return axis, used
-    first = next((at for at, one in enumerate(free) if one.name), 0)
-
-    def rank(one: Column) -> int:
-        """In which order columns are tried: a telling first one, telling later ones, the first ones; 3 is never."""
-        if one in free[: first + 1]:
-            return 0 if tells_time(one.name) else 2
-        is_long = one.values.dtype.kind == "i" and one.values.min() >= 10**7  # 20231231, 2023123123 and longer ones
-        is_long = is_long and dates_of_numbers(one.values, one.name, table, False) is not None
-        return 1 if (tells_time(one.name) or is_long) and all(_rises(one.values[rows]) for rows in groups) else 3
-
+    early = free[: next((at for at, one in enumerate(free) if one.name), 0) + 1]
     # the only column with, or without a name is what can be forecast
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
-    for one in sorted((one for one in numbers if rank(one) < 3), key=rank):
-        if (axis := _of_numbers(one, groups, table)) is not None:
+    telling = [one for one in numbers if tells_time(one.name) or _is_long(one, table)]
+    later = [one for one in telling if one not in early and _rises(one.values, groups)]
+    for one in [*(one for one in early if tells_time(one.name)), *later, *early]:
+        if one in numbers and (axis := _of_numbers(one, groups, table)) is not None:
             return axis, [one]
     return None, []
 
 
-def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table, notes: list[str]) -> Found:
+def _is_long(one: Column, table: Table) -> bool:
+    """True for a column of dates such as 20231231, 2023123123 and longer ones."""
+    return one.values.min() >= 10**7 and dates_of_numbers(one.values, one.name, table, False) is not None
+
+
+def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Found:
     """The times in columns of dates, put together with a clock where the dates have none."""
     dated = [one for one in free if one.kind == "dates"]
-    moving = [one for one in dated if all(_rises(one.values[rows]) for rows in groups)]
-    first = dated[0]
+    first, moving = dated[0], [one for one in dated if _rises(one.values, groups)]
     clocks = [one for one in free if one.kind == "text" and one.cells.str.fullmatch(CLOCK).all()]
     if not moving:
         clocks += [one for one in free if one.name.lower() == "hour" and one.kind == "numbers"]
     if clocks and (first.values == first.values.normalize()).all():
         clock = clocks[0].cells.astype("str") + (":00" if clocks[0].kind == "numbers" else "")
         both = pd.Series(first.values.strftime("%Y-%m-%d "), dtype="str") + clock
-        notes.append(f"{first.name!r} and {clocks[0].name!r} put together")
+        table.notes.append(f"{first.name!r} and {clocks[0].name!r} put together")
         return dates_of(both, clocks[0].name, table).rename(first.name), [*dated, clocks[0]]
     if len(moving) > 1:
         raise table.error(f"{moving[0].name!r} and {moving[1].name!r} can both be the times; delete one of them")
     axis = (moving or dated)[0]
-    notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in dated if one is not axis]
+    table.notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in dated if one is not axis]
     in_utc = axis.cells.dtype == "str" and str(axis.values.tz) == "UTC"
     if in_utc and not axis.cells.str.contains(r"(?:Z|UTC|GMT|\+00:?00)$", regex=True).all():
-        notes.append(f"{axis.name!r} has several offsets, its times are in UTC")
+        table.notes.append(f"{axis.name!r} has several offsets, its times are in UTC")
     return axis.values.rename(axis.name or "time"), dated
 
 
-def _of_parts(free: list[Column], notes: list[str]) -> Found:
+def _of_parts(free: list[Column], table: Table) -> Found:
     """The times in columns such as year and month, if the years repeat."""
     parts = {one.name.lower(): one for one in free if one.kind == "numbers" and one.name.lower() in PARTS}
     if "year" not in parts or not {"month", "quarter"} & parts.keys() or _rises(parts["year"].values):
@@ -86,7 +83,7 @@ def _of_parts(free: list[Column], notes: list[str]) -> Found:
     found = pd.to_datetime(pd.DataFrame({"month": 3 * quarter - 2, "day": 1} | values), errors="coerce")
     if found.isna().any():
         return None, []
-    notes.append(" and ".join(repr(one.name) for one in parts.values()) + " put together")
+    table.notes.append(" and ".join(repr(one.name) for one in parts.values()) + " put together")
     return pd.DatetimeIndex(found, name="time"), list(parts.values())
 
 
@@ -95,7 +92,7 @@ def _of_numbers(one: Column, groups: list[np.ndarray], table: Table) -> pd.Index
     title = one.name if table.has_names else ""
     is_telling = tells_time(title)
     found = dates_of_numbers(one.values, title, table, is_telling)
-    if found is not None and (is_telling or all(_rises(one.values[rows]) for rows in groups)):
+    if found is not None and (is_telling or _rises(one.values, groups)):
         return found.rename(title or "time")
     counts = not one.name and np.array_equal(one.values, np.arange(len(one.values)))
     if not counts and (is_telling or all(_is_axis(title, one.values[rows]) for rows in groups)):
@@ -108,12 +105,14 @@ def tells_time(name: str) -> bool:
     return re.sub(r"\s*[\[(].*", "", name, flags=re.DOTALL).lower() in TIME_NAMES
 
 
-def _rises(values) -> bool:
-    """True if times, or finite numbers, rise strictly, by finite steps."""
-    index = pd.Index(values)
-    with np.errstate(over="ignore"):  # from the first to the last is no further than a float can tell
-        is_finite = isinstance(index, pd.DatetimeIndex) or np.isfinite(values[-1:] - values[:1]).all()
-    return bool(is_finite and index.is_monotonic_increasing and index.is_unique)
+def _rises(values, groups=(slice(None),)) -> bool:
+    """True if times, or finite numbers, rise strictly, by finite steps, in all groups of rows."""
+    for index in (pd.Index(values[rows]) for rows in groups):
+        with np.errstate(over="ignore"):  # from the first to the last is no further than a float can tell
+            is_finite = isinstance(index, pd.DatetimeIndex) or np.isfinite(index[-1:] - index[:1]).all()
+        if not (is_finite and index.is_monotonic_increasing and index.is_unique):
+            return False
+    return True
 
 
 def equal_steps(values: np.ndarray) -> bool:
@@ -130,9 +129,9 @@ def _is_axis(name: str, values: np.ndarray) -> bool:
 
 def _is_part(one: Column) -> bool:
     """True if a column seems to hold a part of a date, such as a month or a clock."""
-    is_named = tells_time(one.name) or re.fullmatch(PART_NAMES, one.name, re.IGNORECASE) is not None
-    is_text_part = one.kind == "text" and one.cells.str.fullmatch(f"(?i:{MONTH}|{CLOCK})").all()
-    return one.kind != "dates" and bool(is_named or is_text_part)
+    if tells_time(one.name) or re.fullmatch(PART_NAMES, one.name, re.IGNORECASE):
+        return one.kind != "dates"
+    return one.kind == "text" and bool(one.cells.str.fullmatch(f"(?i:{MONTH}|{CLOCK})").all())
 
 
 def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column], table: Table) -> None:
@@ -149,14 +148,14 @@ def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column
     if now == before or (not of and len(twice)):
         parts = [one.name for one in columns if one.name != name and _is_part(one)]
         texts = [one.name for one in columns if one.kind == "text" and one.name not in parts]
-        others = ", ".join(texts[:3] or ["..."])
-        repeats = f"{time_texts(twice, index)[0]}{of} repeats ({(index == twice[0]).sum()} rows have it)"
-        advice = f"name the column that tells them apart with --id ({others}), else keep one row for each time"
-        advice = f"if the table has several series, {advice}"
+        problem = f"the time {time_texts(twice, index)[0]}{of} repeats ({(index == twice[0]).sum()} rows have it); "
         if parts:
-            both = f"put {' and '.join(map(repr, [name, *parts]))} into one column of dates, such as 2023-01-31 14:00"
-            advice = f"{both}; or {advice}" if texts else both
-        problem = f"the time {repeats}; {advice}"
+            problem += (
+                f"put {' and '.join(map(repr, [name, *parts]))} into one column of dates, such as 2023-01-31 14:00"
+            )
+        if texts or not parts:
+            problem += "; or " * bool(parts) + "if the table has several series, name the column that tells them apart "
+            problem += f"with --id ({', '.join(texts[:3] or ['...'])}), else keep one row for each time"
     is_night = isinstance(index, pd.DatetimeIndex) and index.tz is None and index[at].hour < 4
     if is_night and (index != index.normalize()).any() and index[at - 1] - index[at] <= pd.Timedelta(hours=1):
         problem += "; if the clock was set back there, write times with their offset from UTC"

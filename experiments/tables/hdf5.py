@@ -70,7 +70,7 @@ def arrays_in(path: Path) -> Iterator[Table]:
                 if clock is not None and len(clock) == len(one):
                     columns.insert(0, ("time", clock[:]))
                 title, at = (f"{path.stem}[{number}]", f"{number}, ") if array.ndim == 3 else (name, "")
-                yield Table(str(path), title, columns, notes, partial("{}[{}{}]".format, name, at))
+                yield Table(str(path), title, columns, [*notes], partial("{}[{}{}]".format, name, at))
 
 
 def _arrays(path: Path, file: h5py.File) -> tuple[dict[str, h5py.Dataset], h5py.Dataset | None]:
@@ -80,11 +80,9 @@ def _arrays(path: Path, file: h5py.File) -> tuple[dict[str, h5py.Dataset], h5py.
         raise DataError(f"{path}: {clocks[0]!r} and {clocks[1]!r} can both be the times; delete one of them")
     names, ranks = ["trajectories"], [3]
     if "trajectories" not in file:  # s2 before s10
-        names = sorted({*file} - {*clocks}, key=lambda name: [part.zfill(20) for part in re.split(r"(\d+)", name)])
-        ranks = [1, 2]
+        others = sorted({*file} - {*clocks}, key=lambda name: [part.zfill(20) for part in re.split(r"(\d+)", name)])
+        names, ranks = others or names, [1, 2]
     expected = "the array 'trajectories', or arrays (T, D) and nothing else"
-    if not names:
-        raise DataError(f"{path}: holds {sorted(file)}, expected {expected}")
     arrays = {name: numbers_in(path, file, name, ranks, expected) for name in names}
     clock = numbers_in(path, file, clocks[0], [1], "an array of times") if clocks else None
     size = 8 * sum(array.size for array in arrays.values())

@@ -18,7 +18,6 @@ MOST_NAMES = 6  # that a line for users lists
 FILL = 'fill them with --missing interpolate (missing="interpolate")'
 SIGNS = "[%$€£¥\u2212()'\u2019\\s]"  # that numbers are written with, but not here
 LEAVE_OUT = "leave the column out, or name the others with --columns"
-Groups = tuple[dict[str, np.ndarray], list[Column]]
 
 
 def told(series: Sequence[pd.DataFrame]) -> str:
@@ -63,7 +62,8 @@ def table_of(frame, where: str, name: str) -> Table:
     if frame.columns.nlevels > 1:
         raise DataError(f"{where}: has several levels of columns; select one level")
     dates = [str(title) for title in frame.select_dtypes(["datetime", "datetimetz"])]
-    columns, notes = [(str(title), cells) for title, cells in frame.items()], []
+    columns: list = [(str(title), cells) for title, cells in frame.items()]
+    notes: list[str] = []
     for at in reversed(range(frame.index.nlevels)):
         level = frame.index.get_level_values(at)
         is_number = level.dtype.kind in "iuf"
@@ -93,15 +93,16 @@ def assemble(
         raise DataError(f"missing is {missing!r}, expected one of {', '.join(MISSING)}")
     if not table.columns or not len(table.columns[0][1]):
         raise table.error("has no rows, expected a row for each time step")
-    asked, notes = list(dict.fromkeys(columns or ())), list(table.notes)
+    asked = list(dict.fromkeys(columns or ()))
     found = columns_of(table, asked)
-    groups, rest = _groups(table, found, asked, id)
+    groups, ids = _groups(table, found, asked, id)
+    rest = [one for one in found if one is not ids]
     free = [one for one in rest if one.name not in asked]
-    axis, used = time_axis(free, [*groups.values()], sum(bool(one.name) for one in rest), table, notes)
+    axis, used = time_axis(free, [*groups.values()], sum(bool(one.name) for one in rest), table)
     free = [one for one in free if one not in used]
     count = np.arange(len(found[0].cells))  # as pandas writes the index of a frame
     unnamed = [one for one in free if not one.name and not np.array_equal(one.values, count)]
-    notes += ["a column without a name left out"] * len(unnamed)
+    table.notes += ["a column without a name left out"] * len(unnamed)
     for title, rows in groups.items():
         if axis is not None:
             check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, table)
@@ -118,23 +119,24 @@ def assemble(
         for label in names if wide else [title]:
             series.append(frame[[label]].set_axis(["value"], axis=1) if wide else frame)
             series[-1].attrs |= {"name": label, "absent": len(frame) - len(rows)}
-    series[0].attrs["notes"] = notes
+    series[0].attrs["notes"] = table.notes
     return series
 
 
-def _groups(table: Table, columns: list[Column], asked: Sequence[str], id: str | None) -> Groups:
-    """The rows of each series by its name, which is the table's for the only one, and the columns without the id."""
-    found = [one for one in columns if one.name.lower() in IDS and one.name not in asked]
-    found = [one for one in found if one.cells.nunique() < len(one.cells)]
-    one = _the_one(id, columns, table) if id is not None else found[0] if found else None
+def _groups(
+    table: Table, columns: list[Column], asked: Sequence[str], id: str | None
+) -> tuple[dict[str, np.ndarray], Column | None]:
+    """The rows of each series by its name, which is the table's for the only one, and the column that names them."""
+    known = [one for one in columns if one.name.lower() in IDS and one.name not in asked]
+    repeated = [one for one in known if one.cells.nunique() < len(one.cells)]
+    found = repeated[:1] if id is None else [_the_one(id, columns, table)]
     rows = np.arange(len(columns[0].cells))
-    if one is None:
-        return {table.name: rows}, columns
-    ids = one.cells.where(one.cells != "").astype("str")
+    if not found:
+        return {table.name: rows}, None
+    ids = found[0].cells.where(found[0].cells != "").astype("str")
     if ids.isna().any():
-        raise table.error(f"has no {one.name!r}, which names its series", row=int(ids.isna().argmax()))
-    groups = {str(title): part.to_numpy() for title, part in pd.Series(rows).groupby(ids, sort=False)}
-    return groups, [other for other in columns if other is not one]
+        raise table.error(f"has no {found[0].name!r}, which names its series", row=int(ids.isna().argmax()))
+    return {str(title): part.to_numpy() for title, part in pd.Series(rows).groupby(ids, sort=False)}, found[0]
 
 
 def _the_one(name: str, columns: Sequence[Column], table: Table) -> Column:
