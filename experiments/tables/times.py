@@ -33,16 +33,15 @@ def following(index: pd.Index, steps: int) -> pd.Index:
             raise OverflowError("the calendar ends")
         return pd.DatetimeIndex(made[1:], freq=None, name=index.name)
     except (ArithmeticError, ValueError) as error:
-        raise DataError(
-            f"{index.name!r} ends at {index[-1]}, too late for {steps} more times ({error}); forecast fewer steps"
-        ) from error
+        problem = f"ends at {index[-1]}, too late for {steps} more times ({error}); forecast fewer steps"
+        raise DataError(f"{index.name!r} {problem}") from error
 
 
 def regular(index: pd.Index) -> bool:
     """True if the steps of times are equal: in time, or in the calendar (months, weekdays)."""
     if len(index) < 2:
         return False
-    return _calendar(index)[1] if isinstance(index, pd.DatetimeIndex) else _number_step(index.to_numpy())[1]
+    return (_calendar(index) if isinstance(index, pd.DatetimeIndex) else _number_step(index.to_numpy()))[1]
 
 
 def gapless(index: pd.Index) -> pd.Index:
@@ -75,13 +74,12 @@ def gapless(index: pd.Index) -> pd.Index:
         grid = np.linspace(0, past[-1], round(past[-1] / number) + 1)
         at = np.rint(past / past[-1] * (len(grid) - 1)).astype(int)
         is_grid = (np.abs(past - grid[at]) <= REGULAR * number).all()
-        grid = values[0] + grid.round().astype(values.dtype) if values.dtype.kind in "iu" else values[0] + grid
+        grid = values[0] + (grid.round().astype(values.dtype) if values.dtype.kind in "iu" else grid)
         grid[at] = values
         made = pd.Index(grid)
     steps = np.diff(at)
     is_grid = is_grid and np.mean(steps == 1) >= ENOUGH and steps.min() > 0
-    is_grid = is_grid and (has_clock or (steps > LONG).sum() < 2)
-    return made.rename(index.name) if is_grid else index
+    return made.rename(index.name) if is_grid and (has_clock or (steps > LONG).sum() < 2) else index
 
 
 def _is_closed(made: pd.DatetimeIndex, at: np.ndarray) -> bool:
@@ -106,7 +104,7 @@ def _number_step(values: np.ndarray) -> tuple[float | int, bool]:
     if (np.abs(values - np.linspace(values[0], values[-1], len(values))) <= REGULAR * mean).all():
         return mean, True
     unit = 10.0 ** np.floor(np.log10(np.median(steps)) - 5)  # what is below six digits of the step is rounding
-    step = _commonest(np.round(steps / unit)) * unit
+    step = pd.Series(np.round(steps / unit)).mode()[0].item() * unit
     return round(step) if is_whole else step, False
 
 
@@ -123,13 +121,12 @@ def _next_numbers(values: np.ndarray, steps: int) -> np.ndarray:
 def _calendar(index: pd.DatetimeIndex) -> tuple[pd.DateOffset, bool]:
     """The offset from one date to the next, and whether all dates follow it."""
     wall = index.tz_localize(None)  # what a clock and a calendar there show
-    has_clock = (wall - wall.normalize()).nunique() > 1
-    month = np.diff(12 * wall.year + wall.month)  # first, as two months can have the same number of days
-    if not has_clock and month.min() > 0 and (offset := _monthly(wall, _commonest(month))) is not None:
-        return offset, bool((month == month[0]).all())
-    if has_clock:
+    if (wall - wall.normalize()).nunique() > 1:  # a clock
         steps = np.diff(index.asi8)
-        return pd.Timedelta(_commonest(steps), unit=index.unit), bool((steps == steps[0]).all())
+        return pd.Timedelta(int(pd.Series(steps).mode()[0]), unit=index.unit), bool((steps == steps[0]).all())
+    month = np.diff(12 * wall.year + wall.month)  # first, as two months can have the same number of days
+    if month.min() > 0 and (offset := _monthly(wall, int(pd.Series(month).mode()[0]))) is not None:
+        return offset, bool((month == month[0]).all())
     days = wall.normalize().to_numpy().astype("datetime64[D]")
     counts = np.bincount(wall.day_of_week, minlength=7)
     found, whole = counts > RARE * counts.max(), np.diff(days).astype(int)
@@ -142,12 +139,7 @@ def _calendar(index: pd.DatetimeIndex) -> tuple[pd.DateOffset, bool]:
     for kind in (pd.offsets.SemiMonthBegin(), pd.offsets.SemiMonthEnd()):
         if np.ptp(whole) and all(map(kind.is_on_offset, wall)):
             return kind, len(pd.date_range(wall[0], wall[-1], freq=kind)) == len(wall)
-    return pd.DateOffset(days=_commonest(whole)), bool((whole == whole[0]).all())
-
-
-def _commonest(steps: np.ndarray):
-    found, counts = np.unique(steps, return_counts=True)
-    return found[counts.argmax()].item()
+    return pd.DateOffset(days=int(pd.Series(whole).mode()[0])), bool((whole == whole[0]).all())
 
 
 def _monthly(wall: pd.DatetimeIndex, months: int) -> pd.DateOffset | None:
