@@ -40,12 +40,11 @@ def write(
     clock = next((str(one.index.name) for one in series if not isinstance(one.index, pd.RangeIndex)), None)
     for number, one in enumerate(series):
         part = forecast_frame(one, values[number], None if quantiles is None else quantiles[number], levels)
-        times = [""] * len(part) if isinstance(one.index, pd.RangeIndex) else time_texts(part.index, one.index)
-        labels = {"series": one.attrs["name"], "step": range(1, len(part) + 1)}
+        labels = [("series", one.attrs["name"]), ("step", range(1, len(part) + 1))]
         if clock is not None:
-            labels[_unused(clock, {*labels, *part.columns})] = times
-        for name, label in reversed(labels.items()):
-            part.insert(0, _unused(name, part.columns), label)
+            labels.append((clock, "" if isinstance(one.index, pd.RangeIndex) else time_texts(part.index, one.index)))
+        for at, (name, label) in enumerate(labels):
+            part.insert(at, _unused(name, part.columns), label)
         parts.append(part)
     return pd.concat(parts).to_csv(index=False, lineterminator="\n")
 
