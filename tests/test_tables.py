@@ -112,6 +112,7 @@ VARIABLES = {  # text: the variables, all but the times
     "1\n2\n3\n": ["x0"],  # the only column
     ",a,b\n2023-01-01,1,5\n2023-01-02,2,6\n2023-01-03,3,9\n": ["a", "b"],  # dates are it
     "20231115.10,1\n20231215.11,2\n": ["x0", "x1"],  # decimals are no dates
+    "# of a logger\n#\na b\n0 1.5\n1 2.5\n": ["a", "b"],  # comments
     "n,a\n20231231,1\n20231232,2\n": ["n", "a"],  # no day of the calendar
     "n,a\n999911,1\n999912,2\n": ["n", "a"],  # no year that dates have
     "site,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n": ["site", "2019", "2020"],  # names, as a cell is no number
@@ -149,14 +150,11 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "weeks or months": ("week,a\n2023-01,1\n2023-02,2\n", "'2023-01' can be a month or a week; write its first day"),
     "months with a point": ("date,a\n2022.11,1\n2022.12,2\n2023.01,3\n", "2022.11 can be a month or a number"),
     "no such day": ("date,a\n20230228,1\n20230229,2\n", "line 3, .*20230229 is not a day of the calendar"),
-    "a month in each": (
-        "year,jan,feb,mar\n2020,1,1,1\n2021,2,2,2\n",
-        "'jan' to 'mar', which can be variables, or times",
-    ),
+    "a month in each": ("year,jan,feb,mar\n2020,1,1,1\n2021,2,2,2\n", "'jan' to 'mar', which can be .*, or times"),
     "a year in each": ("site,2019,2020,2021\n1,5,6,7\n2,4,5,6\n", "which can be variables, or times"),
     "years of the World Bank": (
-        "Country,1990 [YR1990],1991 [YR1991],1992 [YR1992]\nAruba,5,6,7\nChad,4,5,6\n",
-        r"'1990 \[YR1990\]' to '1992 \[YR1992\]', which can be variables, or times",
+        "c,1990 [YR1990],1991 [YR1991],1992 [YR1992]\nAruba,5,6,7\n",
+        r"'1990 .*2\]', .* times",
     ),
     "a decimal comma": ("1,5\n1,6\n", "'1,5' can be two numbers, or one with a decimal comma; write names"),
     "months or a count": ("n,a\n202301,1\n202302,2\n", "202301 can be the month 2023-01 or a number"),
@@ -175,16 +173,14 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "damaged zip": (zipped(a=PACKED).replace(b"1.5", b""), "cannot be unpacked"),
     "units": ("t,a\ns,K\n0,1\n1,2\n", "leave out titles, units and notes"),
     "a title": ("Sales\n\ndate,y\n2023-01-01,1\n", "line 1: 'Sales' has one column, the last line has 2; leave out"),
-    "month names": (
-        "Year,Month,a\n2010,Jan,1\n2010,Feb,2\n",
-        "2010 repeats .*; put 'Year' and 'Month' into one column",
-    ),
+    "month names": ("Year,Month,a\n2010,Jan,1\n2010,Feb,2\n", "2010 repeats .*; put 'Year' and 'Month' into one"),
     "year and week": ("year,week,a\n2010,1,1\n2010,2,2\n", "put 'year' and 'week' into one column of dates, .*14:00$"),
     "hour ending": ("Date,HE,a\n2010-01-01,1,1\n2010-01-01,2,2\n", "put 'Date' and 'HE' into one column of dates"),
     "percent": ("a,b\n1%,1\n1%,2\n", "holds '1%', expected a number; write it without '%'; or leave the column out"),
     "a currency": ('a,b\n"$1,000",1\n', "holds '\\$1,000', expected a number; write it without '\\$'"),
     "spaces for thousands": ("a;b\n1 000,50;1\n", "holds '1 000,50', expected a number; write it without ' '"),
     "another minus": ("a,b\n\u22125,1\n", "write it as -5, without '\u2212'"),
+    "a space before a hash": (" #\n0 1.5\n1 2.5\n", "line 2: has 2 columns, the first line has 1"),  # it is no comment
     "a negative in brackets": ("a,b\n(5.00),1\n", r"write it as -5.00, without '\(' and '\)'"),
 }
 
@@ -466,12 +462,6 @@ INDEX = {
 }
 NAMES = st.text("abc xyzäß#'$_%", min_size=1, max_size=5).map(str.strip).filter(bool)
 CELLS = st.floats(allow_infinity=False) | st.integers(-(10**6), 10**6).map(float)
-
-
-def test_names_that_begin_with_a_space_and_a_hash_are_no_comment(table):
-    with pytest.raises(DataError, match="line 2: has 2 columns, the first line has 1"):
-        table(" #\n0 1.5\n1 2.5\n")
-    assert list(table("# of a logger\n#\na b\n0 1.5\n1 2.5\n").columns) == ["a", "b"]
 
 
 @pytest.mark.slow

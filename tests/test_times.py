@@ -59,10 +59,7 @@ TWO_DIGITS = ["Jan-59", "30.12.55", "5-Jan-59", "1/2/03", "99/1/23", "Jan '59"]
 
 @pytest.mark.parametrize("cell", NOT_IN_CALENDAR + TWO_DIGITS)
 def test_dates_that_are_refused(cell):
-    message = (
-        "a year of two digits, of this century or the last" if cell in TWO_DIGITS else "not a date of the calendar"
-    )
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match="of two digits" if cell in TWO_DIGITS else "not a date of the calendar"):
         read([cell])
 
 
@@ -79,14 +76,12 @@ def test_dates_that_are_refused(cell):
     (["10/12/2023", "11/12/2023", "12/12/2023", "01/12/2024"], datetime(2023, 10, 12)),  # months; or unequal days
 ])  # fmt: skip
 def test_the_column_decides_whether_the_day_is_first(cells, first):
-    if first is None:
-        with pytest.raises(
-            DataError,
-            match=f"here, column 'd': '{cells[cells[0] == '01/01/2023']}' can start with the day or with the month",
-        ):
-            read(cells)
-    else:
+    if first:
         assert read(cells)[0] == first
+    else:
+        cell = cells[cells[0] == "01/01/2023"]  # the first that can be two dates
+        with pytest.raises(DataError, match=f"here, column 'd': '{cell}' can start with the day or with the month"):
+            read(cells)
 
 
 def days(*cells: str) -> pd.DatetimeIndex:
@@ -96,46 +91,37 @@ def days(*cells: str) -> pd.DatetimeIndex:
 DAILY = pd.date_range("2024-01-01", periods=26, name="t")  # from a Monday to a Friday
 WEEKDAYS = DAILY[DAILY.day_of_week < 5]
 SIX_WEEKS = pd.date_range("2024-01-01", periods=42, name="t")
+ODD_DAYS = SIX_WEEKS[SIX_WEEKS.day_of_week.isin([0, 2, 4])]
+SEMI = pd.date_range("2024-01-15", periods=8, freq="SME")
 MONTHS = pd.date_range("2023-01-01", periods=12, freq="MS")
 WORKING = pd.date_range("2023-01-31", periods=12, freq="BME")
+BERLIN = pd.date_range("2020-10-25 00:30", periods=3, freq="h", tz="Europe/Berlin")  # clocks change
 CONTINUED = {  # times, whether they are regular, the next two
-    "weekdays": (WEEKDAYS, True, ["2024-01-29", "2024-01-30"]),
-    "weekdays with a holiday": (WEEKDAYS[:12].append(WEEKDAYS[13:]), False, ["2024-01-29", "2024-01-30"]),
-    "without Sundays": (SIX_WEEKS[SIX_WEEKS.day_of_week < 6], True, ["2024-02-12", "2024-02-13"]),
-    "weekends": (SIX_WEEKS[SIX_WEEKS.day_of_week > 4], True, ["2024-02-17", "2024-02-18"]),
-    "Monday, Wednesday, Friday, a holiday": (
-        SIX_WEEKS[[0, 2, 4, 7, 9, 11, 14, 16, 21, 23, 25, 28, 30, 32, 35, 37, 39]],
-        False,
-        ["2024-02-12", "2024-02-14"],
-    ),
-    "six days": (DAILY[:6], True, ["2024-01-07", "2024-01-08"]),
-    "halves of months": (pd.date_range("2024-01-01", periods=8, freq="SMS"), True, ["2024-05-01", "2024-05-15"]),
-    "a half is missing": (
-        pd.date_range("2024-01-15", periods=8, freq="SME").delete(2),
-        False,
-        ["2024-05-15", "2024-05-31"],
-    ),
-    "a month is missing": (MONTHS.delete(5), False, ["2024-01-01", "2024-02-01"]),
-    "month ends": (days("2023-11-30", "2023-12-31"), True, ["2024-01-31", "2024-02-29"]),
-    "a month end is missing": (WORKING.delete(5), False, ["2024-01-31", "2024-02-29"]),
-    "working month ends": (WORKING, True, ["2024-01-31", "2024-02-29"]),
-    "the 30th": (days("2024-01-30", "2024-02-29", "2024-03-30"), True, ["2024-04-30", "2024-05-30"]),
-    "hours when clocks change": (
-        pd.date_range("2020-10-25 00:30", periods=3, freq="h", tz="Europe/Berlin"),
-        True,
-        ["2020-10-25 02:30:00+01:00", "2020-10-25 03:30:00+01:00"],
-    ),
-    "irregular": (days("2024-01-01", "2024-01-03", "2024-01-05", "2024-01-15"), False, ["2024-01-17", "2024-01-19"]),
-    "a number is missing": (pd.Index([1900, 1901, 1903, 1904]), False, ["1905", "1906"]),
-    "rounded numbers": (pd.Index([0, 0.333, 0.667, 1]), True, ["1.3333333", "1.6666667"]),
-    "tiny steps": (pd.Index([1e-9, 2e-9]), True, ["3e-09", "4e-09"]),
+    "weekdays": (WEEKDAYS, True, "2024-01-29, 2024-01-30"),
+    "weekdays with a holiday": (WEEKDAYS.delete(12), False, "2024-01-29, 2024-01-30"),
+    "without Sundays": (SIX_WEEKS[SIX_WEEKS.day_of_week < 6], True, "2024-02-12, 2024-02-13"),
+    "weekends": (SIX_WEEKS[SIX_WEEKS.day_of_week > 4], True, "2024-02-17, 2024-02-18"),
+    "Monday, Wednesday, Friday, a holiday": (ODD_DAYS.delete(8), False, "2024-02-12, 2024-02-14"),
+    "six days": (DAILY[:6], True, "2024-01-07, 2024-01-08"),
+    "halves of months": (pd.date_range("2024-01-01", periods=8, freq="SMS"), True, "2024-05-01, 2024-05-15"),
+    "a half is missing": (SEMI.delete(2), False, "2024-05-15, 2024-05-31"),
+    "a month is missing": (MONTHS.delete(5), False, "2024-01-01, 2024-02-01"),
+    "month ends": (days("2023-11-30", "2023-12-31"), True, "2024-01-31, 2024-02-29"),
+    "a month end is missing": (WORKING.delete(5), False, "2024-01-31, 2024-02-29"),
+    "working month ends": (WORKING, True, "2024-01-31, 2024-02-29"),
+    "the 30th": (days("2024-01-30", "2024-02-29", "2024-03-30"), True, "2024-04-30, 2024-05-30"),
+    "hours when clocks change": (BERLIN, True, "2020-10-25 02:30:00+01:00, 2020-10-25 03:30:00+01:00"),
+    "irregular": (days("2024-01-01", "2024-01-03", "2024-01-05", "2024-01-15"), False, "2024-01-17, 2024-01-19"),
+    "a number is missing": (pd.Index([1900, 1901, 1903, 1904]), False, "1905, 1906"),
+    "rounded numbers": (pd.Index([0, 0.333, 0.667, 1]), True, "1.3333333, 1.6666667"),
+    "tiny steps": (pd.Index([1e-9, 2e-9]), True, "3e-09, 4e-09"),
 }
 
 
 @pytest.mark.parametrize(("index", "is_regular", "expected"), CONTINUED.values(), ids=CONTINUED.keys())
 def test_continuation(index, is_regular, expected):
     assert regular(index) == is_regular
-    assert time_texts(following(index, 2), index) == expected
+    assert ", ".join(time_texts(following(index, 2), index)) == expected
     longer = index.append(following(index, 5))
     assert longer.is_monotonic_increasing
     assert longer.is_unique
@@ -160,7 +146,7 @@ def test_times_that_are_left_out(index):
 
 
 NO_GRIDS = {
-    "weekdays with a holiday": WEEKDAYS[:12].append(WEEKDAYS[13:]),
+    "weekdays with a holiday": WEEKDAYS.delete(12),
     "opening hours": HOURS[(HOURS.hour > 8) & (HOURS.hour < 18)],
     "hours of weekdays": pd.date_range("2024-01-01", periods=600, freq="h").to_series()[lambda at: at.dt.dayofweek < 5],
     "months of summers": (every := pd.date_range("2000-01-01", periods=48, freq="MS"))[every.month % 11 > 4],
