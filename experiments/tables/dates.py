@@ -139,14 +139,14 @@ def dates_of_numbers(values: np.ndarray, name: str, table: Table, is_telling: bo
             _refuse_points(values, name, table)
         return None
     digits = len(str(values[0]))
-    year = values // 10 ** max(digits - 4, 0)
-    if digits == 5 and is_telling and np.isin(values // 10, YEARS).all() and np.isin(values % 10, range(1, 5)).all():
-        _refuse_no_months(values // 10, values % 10, values[0], name, table)
-    if digits not in _OF_DIGITS or not np.isin(year, YEARS).all():
+    year, part = np.divmod(values, 10 ** max(digits - 4, 0))
+    if not np.isin(year, YEARS).all():
+        return None
+    if digits == 6 or (digits == 5 and is_telling and np.isin(part, range(1, 5)).all()):
+        _refuse_no_months(year, part, values[0], name, table)
+    if digits not in _OF_DIGITS:
         return None
     if digits == 6:
-        part = values % 100
-        _refuse_no_months(year, part, values[0], name, table)
         if ("week" in name.lower() or (is_telling and part.max() > 12)) and np.isin(part, range(1, 54)).all():
             raise table.error(f"{values[0]} is a week, which is counted in several ways; write its first day", name)
         if not np.isin(part, range(1, 13)).all() or not (is_telling or (np.diff(values) > 0).all()):
