@@ -32,9 +32,8 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: T
     """
     if any(one.kind == "dates" for one in free):
         return _of_dates(free, groups, table)
-    axis, used = _of_parts(free, table)
-    if axis is not None:
-        return axis, used
+    if found := _of_parts(free, table):
+        return found
     early = free[: next((at for at, one in enumerate(free) if one.name), 0) + 1]
     # the only column with, or without a name is what can be forecast
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
@@ -73,16 +72,16 @@ def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Fou
     return axis.values.rename(axis.name or "time"), dated
 
 
-def _of_parts(free: list[Column], table: Table) -> Found:
-    """The times in columns such as year and month, if the years repeat."""
+def _of_parts(free: list[Column], table: Table) -> Found | None:
+    """The times in columns such as year and month, if the years repeat; None if there are none."""
     parts = {one.name.lower(): one for one in free if one.kind == "numbers" and one.name.lower() in PARTS}
     if "year" not in parts or not {"month", "quarter"} & parts.keys() or _rises(parts["year"].values):
-        return None, []
+        return None
     values = {part: one.values for part, one in parts.items()}
     quarter = values.pop("quarter", 1)  # a month says more
     found = pd.to_datetime(pd.DataFrame({"month": 3 * quarter - 2, "day": 1} | values), errors="coerce")
     if found.isna().any():
-        return None, []
+        return None
     table.notes.append(" and ".join(repr(one.name) for one in parts.values()) + " put together")
     return pd.DatetimeIndex(found, name="time"), list(parts.values())
 

@@ -50,7 +50,7 @@ def from_frame(frame, name: str = "series", missing: str = "error") -> list[pd.D
     The index is the time axis if it holds dates, periods, durations (then in seconds) or has a name. Row numbers are
     none, also where a filter has left a part of them. Levels of an index become columns. Errors as in `read_series`.
     """
-    return assemble(table_of(frame, name, name), missing=missing)
+    return assemble(table_of(frame, name, name), None, missing)
 
 
 def table_of(frame, where: str, name: str) -> Table:
@@ -62,33 +62,25 @@ def table_of(frame, where: str, name: str) -> Table:
     if frame.columns.nlevels > 1:
         raise DataError(f"{where}: has several levels of columns; select one level")
     dates = [str(title) for title in frame.select_dtypes(["datetime", "datetimetz"])]
-    columns: list = [(str(title), cells) for title, cells in frame.items()]
-    notes: list[str] = []
+    table = Table(where, name, [(str(title), cells) for title, cells in frame.items()])
     for at in reversed(range(frame.index.nlevels)):
         level = frame.index.get_level_values(at)
         is_number = level.dtype.kind in "iuf"
         if is_number and level.name is None and (dates or not equal_steps(level.to_numpy(float))):
-            notes += [] if isinstance(level, pd.RangeIndex) else ["the row numbers of the frame left out"]
+            table.notes += ["the row numbers of the frame left out"] * (not isinstance(level, pd.RangeIndex))
             continue
-        if pd.api.types.is_datetime64_any_dtype(level.dtype):  # it goes before columns of dates
-            columns = [one for one in columns if one[0] not in dates]
-            notes += [f"{one!r} left out, as the index has the times" for one in dates]
+        if level.dtype.kind == "M":  # it goes before columns of dates
+            table.columns = [one for one in table.columns if one[0] not in dates]
+            table.notes += [f"{one!r} left out, as the index has the times" for one in dates]
         title = str(level.name) if level.name is not None else "" if is_number else "time"
-        columns.insert(0, (title, level.to_series()))
-    return Table(where, name, columns, notes)
+        table.columns = [(title, level.to_series()), *table.columns]
+    return table
 
 
 def assemble(
-    table: Table,
-    columns: Sequence[str] | None = None,
-    missing: str = "error",
-    id: str | None = None,
-    wide: bool = False,
+    table: Table, columns: Sequence[str] | None, missing: str, id: str | None = None, wide: bool = False
 ) -> list[pd.DataFrame]:
-    """The series in a table, as `reading.read_series`.
-
-    Not variables are columns without a name, the id, and the times (`axis.time_axis`).
-    """
+    """The series in a table, as `reading.read_series`; their times are found by `axis.time_axis`."""
     if missing not in MISSING:
         raise DataError(f"missing is {missing!r}, expected one of {', '.join(MISSING)}")
     if not table.columns or not len(table.columns[0][1]):
@@ -184,9 +176,8 @@ def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, table: Table)
 
     Raises DataError for infinite values too.
     """
-    values = frame.to_numpy()
-    if (infinite := np.isinf(values)).any():
-        row, at = np.argwhere(infinite)[0]
+    if len(infinite := np.argwhere(np.isinf(frame.to_numpy()))):
+        row, at = infinite[0]
         raise table.error("is infinite, expected a finite number", frame.columns[at], rows[row])
     times, frame = frame.index, frame.reindex(gapless(frame.index))
     gaps = frame.isna().to_numpy()

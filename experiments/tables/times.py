@@ -39,9 +39,10 @@ def following(index: pd.Index, steps: int) -> pd.Index:
 
 def regular(index: pd.Index) -> bool:
     """True if the steps of times are equal: in time, or in the calendar (months, weekdays)."""
-    if len(index) < 2:
-        return False
-    return (_calendar(index) if isinstance(index, pd.DatetimeIndex) else _number_step(index.to_numpy()))[1]
+    return (
+        len(index) > 1
+        and (_calendar(index) if isinstance(index, pd.DatetimeIndex) else _number_step(index.to_numpy()))[1]
+    )
 
 
 def gapless(index: pd.Index) -> pd.Index:
