@@ -39,6 +39,7 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: T
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
     telling = [one for one in numbers if tells_time(one.name) or _is_long(one, table)]
     later = [one for one in telling if one not in early and _rises(one.values, groups)]
+    # a telling first one, telling later ones, the first ones
     for one in [*(one for one in early if tells_time(one.name)), *later, *early]:
         if one in numbers and (axis := _of_numbers(one, groups, table)) is not None:
             return axis, [one]
@@ -149,9 +150,8 @@ def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column
         texts = [one.name for one in columns if one.kind == "text" and one.name not in parts]
         problem = f"the time {time_texts(twice, index)[0]}{of} repeats ({(index == twice[0]).sum()} rows have it); "
         if parts:
-            problem += (
-                f"put {' and '.join(map(repr, [name, *parts]))} into one column of dates, such as 2023-01-31 14:00"
-            )
+            both = " and ".join(map(repr, [name, *parts]))
+            problem += f"put {both} into one column of dates, such as 2023-01-31 14:00"
         if texts or not parts:
             problem += "; or " * bool(parts) + "if the table has several series, name the column that tells them apart "
             problem += f"with --id ({', '.join(texts[:3] or ['...'])}), else keep one row for each time"

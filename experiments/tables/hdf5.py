@@ -36,20 +36,18 @@ def numbers_in(path: str | Path, file: h5py.File, name: str, ranks: Sequence[int
     Raises DataError when it is missing, has no numbers or another rank, is larger than MAX_ARRAY_BYTES, or is kept in
     another file.
     """
-    array, link = file.get(name), file.get(name, getlink=True)
+    array, link, where = file.get(name), file.get(name, getlink=True), f"{path}: {name}"
     if not isinstance(array, h5py.Dataset):
         raise DataError(f"{path}: holds {sorted(file)}, expected {expected}")
     if not isinstance(link, h5py.HardLink) or array.external or array.is_virtual:
-        raise DataError(f"{path}: {name} is kept in another file, expected it in the file itself")
+        raise DataError(f"{where} is kept in another file, expected it in the file itself")
     if array.ndim not in ranks or array.dtype.kind not in "fiu":
-        raise DataError(
-            f"{path}: {name} is {array.dtype} {array.shape}, expected numbers of rank {' or '.join(map(str, ranks))}"
-        )
+        expected = f"numbers of rank {' or '.join(map(str, ranks))}"
+        raise DataError(f"{where} is {array.dtype} {array.shape}, expected {expected}")
     size, stored = array.size * array.dtype.itemsize, array.id.get_storage_size()
     if size > (most := min(MAX_ARRAY_BYTES, MAX_COMPRESSION * stored)):
-        raise DataError(
-            f"{path}: {name} claims {size:,} bytes, of which the file holds {stored:,}; expected at most {most:,}"
-        )
+        problem = f"claims {size:,} bytes, of which the file holds {stored:,}; expected at most {most:,}"
+        raise DataError(f"{where} {problem}")
     return array
 
 

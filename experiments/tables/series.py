@@ -115,9 +115,7 @@ def assemble(
     return series
 
 
-def _groups(
-    table: Table, columns: list[Column], asked: Sequence[str], id: str | None
-) -> tuple[dict[str, np.ndarray], Column | None]:
+def _groups(table: Table, columns: list[Column], asked: Sequence[str], id: str | None) -> tuple[dict, Column | None]:
     """The rows of each series by its name, which is the table's for the only one, and the column that names them."""
     known = [one for one in columns if one.name.lower() in IDS and one.name not in asked]
     repeated = [one for one in known if one.cells.nunique() < len(one.cells)]

@@ -27,7 +27,7 @@ def following(index: pd.Index, steps: int) -> pd.Index:
         raise DataError(f"{index.name!r} has one time, {index[0]}, expected at least two, whose step can be continued")
     try:
         if not isinstance(index, pd.DatetimeIndex):
-            return pd.Index(_next_numbers(index.to_numpy(), steps), name=index.name)
+            return pd.Index(_next_numbers(index, steps), name=index.name)
         made = pd.date_range(index[-1], periods=steps + 1, freq=_calendar(index)[0])
         if (made[1:] <= index[-1]).any() or len(made) != steps + 1:
             raise OverflowError("the calendar ends")
@@ -39,10 +39,8 @@ def following(index: pd.Index, steps: int) -> pd.Index:
 
 def regular(index: pd.Index) -> bool:
     """True if the steps of times are equal: in time, or in the calendar (months, weekdays)."""
-    return (
-        len(index) > 1
-        and (_calendar(index) if isinstance(index, pd.DatetimeIndex) else _number_step(index.to_numpy()))[1]
-    )
+    step = _calendar if isinstance(index, pd.DatetimeIndex) else _number_step
+    return len(index) > 1 and step(index)[1]
 
 
 def gapless(index: pd.Index) -> pd.Index:
@@ -69,7 +67,7 @@ def gapless(index: pd.Index) -> pd.Index:
         is_grid = at.min() >= 0 and not _is_closed(made, at)
     else:
         values, has_clock = index.to_numpy(), False
-        past, number = values - values[0], _number_step(values)[0]
+        past, number = values - values[0], _number_step(index)[0]
         if past[-1] > most * number:
             return index
         grid = np.linspace(0, past[-1], round(past[-1] / number) + 1)
@@ -96,8 +94,9 @@ def _is_closed(made: pd.DatetimeIndex, at: np.ndarray) -> bool:
     return False
 
 
-def _number_step(values: np.ndarray) -> tuple[float | int, bool]:
+def _number_step(index: pd.Index) -> tuple[float | int, bool]:
     """The step of rising numbers (T), the mean or else the commonest one, and whether all steps are equal."""
+    values = index.to_numpy()
     steps, is_whole = np.diff(values), values.dtype.kind in "iu"
     if is_whole and (steps == steps[0]).all():
         return int(steps[0]), True
@@ -109,12 +108,12 @@ def _number_step(values: np.ndarray) -> tuple[float | int, bool]:
     return round(step) if is_whole else step, False
 
 
-def _next_numbers(values: np.ndarray, steps: int) -> np.ndarray:
-    step = _number_step(values)[0]
+def _next_numbers(index: pd.Index, steps: int) -> np.ndarray:
+    step = _number_step(index)[0]
     if isinstance(step, int):
-        return np.array([int(values[-1]) + step * number for number in range(1, steps + 1)], np.int64)
+        return np.array([int(index[-1]) + step * number for number in range(1, steps + 1)], np.int64)
     with np.errstate(over="raise"):
-        made = float(values[-1]) + step * np.arange(1, steps + 1)
+        made = float(index[-1]) + step * np.arange(1, steps + 1)
     places = int(np.clip(6 - np.floor(np.log10(step)), 0, 300))
     return np.array([round(float(one), places) for one in made])
 
