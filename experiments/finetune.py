@@ -71,23 +71,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
-    """The series of all files, NaN where a value may be missing. Raises CommandError for different variables."""
+    """The series of all files, NaN where a value may be missing."""
     from experiments import tables
     from experiments.forecasting.adapter import embedded_or
     from experiments.forecasting.forecaster import reads_values
 
     # `backtest.split` fills what it trains on
     missing = "keep" if args.missing == "interpolate" or reads_values(embedded_or(args.model)) else "error"
-    series = [
-        one for path in args.series for one in tables.read_series(path, args.columns, missing, args.id, args.wide)
-    ]
-    first = series[0]
-    for one in series:
-        if list(one.columns) != list(first.columns):
-            raise cli.CommandError(
-                f"{one.attrs['name']} has the variables {', '.join(one.columns)}, {first.attrs['name']} has "
-                f"{', '.join(first.columns)}; expected the same in all series, choose with --columns"
-            )
+    series = tables.read_series(*args.series, columns=args.columns, missing=missing, id=args.id, wide=args.wide)
     print(tables.told(series))
     return series
 

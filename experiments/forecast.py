@@ -6,8 +6,8 @@
 
 A table has a row for each time step and a column for each variable. Dates, or times in the first column, are not
 forecast but continued. It holds several series if a column names them (--id), or if each column is one (--wide); an
-HDF5 file contains many. --backtest writes nothing: it forecasts the newest rows from the older ones and prints the
-errors next to those of baselines.
+HDF5 file contains many. Several files have the same variables, and their forecasts go into one table. --backtest writes
+nothing: it forecasts the newest rows from the older ones and prints the errors next to those of baselines.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = cli.new_parser("experiments.forecast", __doc__)
     add = p.add_argument
-    add("series", type=Path, help="file with one series or several: CSV, Excel, Parquet, HDF5")
+    add("series", type=Path, nargs="+", help="files with one series or several each: CSV, Excel, Parquet, HDF5")
     cli.add_data(p)
     add("--adapter", type=Path, help="folder of an adapter: of finetune, of run, or in peft's format")
     add("--model", help="checkpoint: numbers, which reads values, or one that writes text: a folder, a hub id or "
@@ -65,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
     text("--decimals", type=int, help="places after the point (default: the adapter's, else 2)")
     text("--seed", type=cli.natural, help="seed of the paths (default 0)")
     cli.add_device(p)
-    add("--out", type=Path, help="CSV to write (default: NAME.forecast.csv next to the series NAME.csv)")
+    add("--out", type=Path, help="CSV to write (default: NAME.forecast.csv next to the only file NAME.csv; of several "
+        "files forecasts.csv)")  # fmt: skip
     add("--plot", type=Path, help="figure to write: .png, .svg or .pdf")
     add("--force", action="store_true", help="overwrite existing files")
     return p
@@ -76,7 +77,7 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
     from experiments.report.figures import FORMATS
 
     for option, path in (("--out", out), ("--plot", args.plot)):
-        if path and path.exists() and path.samefile(args.series):
+        if path and path.exists() and any(map(path.samefile, args.series)):
             raise cli.CommandError(f"{option} {path} is the series itself; name another file")
         if path and path.exists() and not args.force:
             raise cli.CommandError(f"{path} exists; name another file with {option}, or overwrite it with --force")
@@ -184,8 +185,9 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     missing = args.missing or ("error" if is_text else "keep")
     if args.backtest and missing == "interpolate":
         missing = "keep"  # held-out forecasts fill what is before them themselves, so that it tells nothing of the rest
-    series = tables.read_series(args.series, args.columns, missing, args.id, args.wide)
-    out = args.out or args.series.with_name(series_name(args.series) + ".forecast.csv")
+    series = tables.read_series(*args.series, columns=args.columns, missing=missing, id=args.id, wide=args.wide)
+    first, *more = args.series
+    out = args.out or (Path("forecasts.csv") if more else first.with_name(series_name(first) + ".forecast.csv"))
     if not args.backtest:
         check_outputs(args, out)
     print(tables.told(series))

@@ -182,6 +182,19 @@ def test_several_series_keep_their_names_their_times_and_their_digits(run, tmp_p
     assert run(wide, *few, "--wide", "--backtest")[0] == 0
 
 
+def test_several_files_are_forecast_into_one_table_with_a_name_for_each_series(run, refused, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    files = [sine(path) for path in (tmp_path / "a.csv", tmp_path / "b.csv", other / "b.csv")]
+    status, out, _, written = run(*files, "--horizon", 1)
+    assert (status, written) == (0, {"forecasts.csv"})
+    assert out.startswith("a: 40 rows of 2 variables (deer, wolves), and 2 more series")
+    names = [line.split(",")[0] for line in (tmp_path / "forecasts.csv").read_text().splitlines()[1:]]
+    assert names == ["a", f"{files[1]}: b", f"{files[2]}: b"]
+    line = refused("forecast", *files[:2], sine(tmp_path / "c.csv", "deer,foxes\n"), "--out", "d.csv")
+    assert "c has the variables deer, foxes, a has deer, wolves; expected the same in all series" in line
+
+
 def test_missing_values_need_no_filling(run, tmp_path):
     path = tmp_path / "gaps.csv"
     values = ["" if t % 7 == 3 else f"{np.sin(t / 4):.3f}" for t in range(60)]

@@ -25,7 +25,7 @@ def table(tmp_path):
     def read(content: str | bytes, columns=None, missing="error", name="a.csv"):
         path = tmp_path / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)
-        (found,) = read_series(path, columns, missing)
+        (found,) = read_series(path, columns=columns, missing=missing)
         return found
 
     return read
@@ -310,7 +310,7 @@ def hdf5(tmp_path):
                 file[name] = array
             for owner, key, value in attributes:
                 file[owner].attrs[key] = value
-        return read_series(path, columns)
+        return read_series(path, columns=columns)
 
     return read
 
@@ -418,7 +418,7 @@ def test_frames_that_are_refused(columns, index, message):
 def test_parquet(tmp_path):
     path = tmp_path / "a.data"
     pd.DataFrame({"day": pd.date_range("2023-01-01", periods=2), "a": [1.5, 2], "b": [3, 5]}).to_parquet(path)
-    (found,) = read_series(path, ["b"])
+    (found,) = read_series(path, columns=["b"])
     assert (found.attrs["name"], list(found.columns), found.values.tolist()) == ("a", ["b"], [[3], [5]])
     assert found.index[1] == pd.Timestamp("2023-01-02")
     path.write_bytes(path.read_bytes()[:-8])

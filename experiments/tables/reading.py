@@ -7,6 +7,7 @@ import lzma
 import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -36,15 +37,15 @@ OTHERS = {  # the first bytes of files that are not read
 
 
 def read_series(
-    path: str | Path,
+    *paths: str | Path,
     columns: Sequence[str] | None = None,
     missing: str = "error",
     id: str | None = None,
     wide: bool = False,
 ) -> list[pd.DataFrame]:
-    """The series in a file, each a DataFrame (T, D) of float64; see `experiments.tables`.
+    """The series in files, each a DataFrame (T, D) of float64; see `experiments.tables`.
 
-    The file is a text table (CSV and its relatives; gzip or zip may have packed it), Excel, Parquet or HDF5. It has a
+    A file is a text table (CSV and its relatives; gzip or zip may have packed it), Excel, Parquet or HDF5. It has a
     row for each time step. A text table has commas, semicolons, tabs or spaces between its columns; dates and numbers
     may be written in any common way, but all in the same way.
 
@@ -54,15 +55,22 @@ def read_series(
     id: the column that tells several series apart, one below the other; without it, a column `unique_id`, `id` or
     `item_id` whose values repeat. wide: each column is a series of its own, with the variable `value`.
 
-    Raises DataError when the file cannot be read, when it can mean two things, and for a value that is not a finite
-    number; the message names its place.
+    A name that series of several files have gets the path of the file before it. Raises DataError when a file cannot be
+    read, when it can mean two things, and for a value that is not a finite number; the message names its place.
     """
-    path = Path(path)
-    try:
-        tables = _tables(path, path.read_bytes())
-        return [one for table in tables for one in assemble(table, columns, missing, id, wide)]
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    by_file: dict[Path, list[pd.DataFrame]] = {}
+    for path in map(Path, paths):
+        try:
+            tables = _tables(path, path.read_bytes())
+            by_file[path] = [one for table in tables for one in assemble(table, columns, missing, id, wide)]
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    files = Counter(name for found in by_file.values() for name in {one.attrs["name"] for one in found})
+    for path, found in by_file.items():
+        for one in found:
+            if files[one.attrs["name"]] > 1:
+                one.attrs["name"] = f"{path}: {one.attrs['name']}"
+    return [one for found in by_file.values() for one in found]
 
 
 def _tables(path: Path, content: bytes) -> Iterable[Table]:

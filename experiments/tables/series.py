@@ -23,9 +23,15 @@ LEAVE_OUT = "leave the column out, or name the others with --columns"
 def told(series: Sequence[pd.DataFrame]) -> str:
     """One line for users about what was read, such as `hares: 21 rows of 1 variable (hare), time: year, 1900 to 1920`.
 
-    It describes the first series, counts the others, and says what was left out or put together.
+    It describes the first series, counts the others, and says what was left out or put together. Raises DataError for
+    series with different variables.
     """
     first = series[0]
+    for other in (one for one in series if list(one.columns) != list(first.columns)):
+        raise DataError(
+            f"{other.attrs['name']} has the variables {', '.join(other.columns)}, {first.attrs['name']} has "
+            f"{', '.join(first.columns)}; expected the same in all series, choose with --columns"
+        )
     rows, count = first.shape
     names = ", ".join([*first.columns[:MOST_NAMES], *(["..."] if count > MOST_NAMES else [])])
     line = f"{first.attrs['name']}: {rows} row{'s' * (rows != 1)} of {count} variable{'s' * (count != 1)} ({names})"
