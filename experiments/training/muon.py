@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from flops.primitives import matmul
+
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.775, 2.0315)
 MOMENTUM = 0.95
 
@@ -42,3 +44,11 @@ def orthogonal(x: Tensor) -> Tensor:
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return x
+
+
+def muon_flops(matrices: Iterable[Tensor]) -> int:
+    """FLOPs of the products of matrices in a step of `Muon`."""
+    flops = 0
+    for short, long in (sorted(matrix.shape) for matrix in matrices):
+        flops += matmul(short, long, short) + matmul(short, short, short) + matmul(short, short, long)
+    return ITERATIONS * flops

@@ -4,6 +4,7 @@ M forecasts, Q = len(LEVELS) quantiles, h forecast steps, D variables.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from itertools import product
 from typing import ClassVar
@@ -25,9 +26,9 @@ from experiments.forecasting.values import (
     combined,
     stride_of,
 )
-from experiments.training.number_costs import muon_flops, number_step
-from experiments.training.number_windows import NumberWindows, by_muon, learns
-from experiments.training.run import chosen_settings
+from experiments.training.muon import muon_flops
+from experiments.training.number_windows import NumberWindows, by_muon, learned, number_step
+from experiments.training.run import chosen_settings, inject_adapter
 from experiments.training.settings import NUMBERS
 from experiments.training.windows import TrainingError
 
@@ -133,7 +134,7 @@ class NumberTuning:
         if others := sorted(settings.keys() - set(OPTIONS)):
             expected = "horizon, budget, context, season, " + ", ".join(OPTIONS)
             raise TrainingError(f"{others[0]} is no option of a model that reads values, which takes {expected}")
-        chosen, shapes = chosen_settings(forecaster.model, NUMBERS, settings)
+        chosen = chosen_settings(forecaster.model, NUMBERS, settings)
         longest = max(map(len, parts.train))
         ahead = min(horizon, AHEAD, longest // 2)
         self.series = [one for one in parts.train if len(one) >= ahead + MIN_STEPS]
@@ -146,9 +147,11 @@ class NumberTuning:
         self.reading = with_scale(Reading(self.context, stride, ahead, season=season), self.series)
         tokens, variables = max(2, -(-self.context // stride)), self.series[0].shape[1]
         self.settings = replace(chosen, context=tokens)
-        step = number_step(forecaster.base.config, chosen.batch // chosen.accumulate, variables, tokens, chosen.ranks)
-        matrices = [shape for name, shape in shapes.items() if learns(name, variables) and by_muon(name, shape)]
-        self.cost = chosen.accumulate * step + muon_flops(matrices)  # FLOPs of a step, as it runs
+        model = deepcopy(forecaster.base).to("meta")
+        inject_adapter(model, chosen)
+        part = number_step(model, chosen.batch // chosen.accumulate, variables, tokens)
+        matrices = by_muon(learned(model, chosen, variables)).values()
+        self.cost = chosen.accumulate * part + muon_flops(matrices)  # FLOPs of a step, as it runs
         self.forecaster, self.horizon = forecaster, horizon
 
     @property

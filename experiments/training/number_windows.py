@@ -4,16 +4,18 @@ N rows, D variables, L time steps that are read, T tokens, K = AHEAD.
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.forecasting.adapter import Reading
-from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, Patches, find_seasons, patches
+from experiments.forecasting.numbers import AHEAD, FEATURES, LEVELS, Numbers, Patches, find_seasons, patches
 from experiments.forecasting.values import MIN_STEPS, Scale, statistics
 from experiments.training.settings import Training
 from experiments.training.windows import Windows, shuffled_rows
+from flops.trace import Tracer
 from lora import adapter_parameters
 
 FIRST = 24  # tokens count from so many time steps on, or from half of a shorter series on
@@ -28,6 +30,19 @@ def weighted_loss(model: Numbers, read: Patches, truth: Tensor, weight: Tensor, 
     return 2 * (loss * weight).sum() / weight.sum()
 
 
+def number_step(model: Numbers, series: int, variables: int, tokens: int, masked: bool = False) -> int:
+    """FLOPs of a training step as it runs on a CPU: forward, `weighted_loss`, backward. The update is not counted.
+
+    masked: not all variables see each other.
+    """
+    features = torch.empty(series, variables, tokens, FEATURES, device="meta")
+    read = Patches(features, features[..., 0], torch.empty(tokens, dtype=torch.long, device="meta"))
+    values, together = features[..., :AHEAD], features[:, 0, 0, 0] if masked else None
+    with Tracer() as trace:
+        weighted_loss(deepcopy(model).to("meta"), read, values, values, together).backward()
+    return trace.total
+
+
 def counts_after(stop: Tensor, ends: Tensor) -> Tensor:
     """The weight (..., T) of tokens at `ends` (T) of a series that its values before `stop` normalise.
 
@@ -36,14 +51,15 @@ def counts_after(stop: Tensor, ends: Tensor) -> Tensor:
     return torch.where(ends >= stop, (stop / ends.clamp(min=1)).sqrt(), 0.1)
 
 
-def by_muon(name: str, shape: Sequence[int]) -> bool:
-    """True for the parameters that Muon trains in a fine-tuning: the matrices between input and output."""
-    return len(shape) == 2 and name.split(".")[0] in ("layers", "mixes")
+def learned(model: Numbers, settings: Training, variables: int) -> dict[str, nn.Parameter]:
+    """What series of so many variables train of a model, by name: one variable alone goes through no gate."""
+    parameters = adapter_parameters(model) if settings.rank else dict(model.named_parameters())
+    return {name: one for name, one in parameters.items() if variables > 1 or not name.startswith("mixes.")}
 
 
-def learns(name: str, variables: int) -> bool:
-    """True for the parameters that series of so many variables train: one alone goes through no gate."""
-    return variables > 1 or not name.startswith("mixes.")
+def by_muon(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Those that Muon trains in a fine-tuning: the matrices between input and output."""
+    return {name: one for name, one in parameters.items() if one.ndim == 2 and name.startswith(("layers.", "mixes."))}
 
 
 class NumberWindows(Windows):
@@ -52,9 +68,8 @@ class NumberWindows(Windows):
     def __init__(self, model: Numbers, series: Sequence[np.ndarray], reading: Reading, settings: Training):
         """series: (T, D), each with at least MIN_STEPS + reading.ahead time steps."""
         self.model, self.reading, self.seed = model, reading, settings.seed
-        parameters = adapter_parameters(model) if settings.rank else dict(model.named_parameters())
-        self.parameters = {name: one for name, one in parameters.items() if learns(name, series[0].shape[1])}
-        self.matrices = frozenset(name for name, one in self.parameters.items() if by_muon(name, one.shape))
+        self.parameters = learned(model, settings, series[0].shape[1])
+        self.matrices = frozenset(by_muon(self.parameters))
         self.device = model.norm.weight.device
         self.series = [np.ascontiguousarray(one.T) for one in series]
         assert settings.context is not None  # tokens; `NumberTuning` fills it in

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from experiments.forecasting.numbers import AHEAD, CONFIG, PATCH, Numbers, find_seasons, patches
+from experiments.forecasting.numbers import AHEAD, PATCH, Numbers, find_seasons, patches
 from experiments.forecasting.values import Scale, statistics
 from experiments.storage.files import RunError, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.training import synthetic
 from experiments.training.loop import Account, HeldOut, train
-from experiments.training.number_costs import muon_flops, number_step
-from experiments.training.number_windows import counts_after, weighted_loss
+from experiments.training.muon import muon_flops
+from experiments.training.number_windows import counts_after, number_step, weighted_loss
 from experiments.training.settings import Training
 from experiments.training.windows import Windows
 from qwen_min.model import Qwen
@@ -151,9 +151,9 @@ def pretrain(out: Path, steps: int, seed: int, pairs: bool, interruption: Interr
 
     account = Account("pretrain", interruption=interruption)
     done = train(windows, settings, account, state, HeldOut(checked, checks=CHECKS))
-    kinds = [windows.kind(step)[0] for step in range(steps)]
-    costs = [number_step(CONFIG, one.groups, 2, -(-one.length // one.stride), {}, masked=True) for one in kinds]
-    by_muon = muon_flops([tuple(windows.parameters[name].shape) for name in windows.matrices])
+    each = {one: number_step(model, one.groups, 2, -(-one.length // one.stride), masked=True) for one in KINDS}
+    costs = [each[windows.kind(step)[0]] for step in range(steps)]
+    by_muon = muon_flops(windows.parameters[name] for name in windows.matrices)
     curve = [
         {"steps": at, "flops": sum(costs[:at]), "muon_flops": at * by_muon, "held_out": loss}
         for at, loss in done.checks.items()

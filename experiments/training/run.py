@@ -19,7 +19,7 @@ from experiments.training.loop import Account, HeldOut, Progress, train
 from experiments.training.settings import Training
 from experiments.training.windows import TrainingError, Windows
 from lora import inject, save_adapter
-from lora.inject import new_layers, tensors_of
+from lora.inject import new_layers
 
 STATE_FILE = "state.safetensors"
 
@@ -44,22 +44,16 @@ def run_training(
     return done
 
 
-def chosen_settings(
-    model: nn.Module, defaults: Training, settings: dict
-) -> tuple[Training, dict[str, tuple[int, ...]]]:
-    """The defaults with other settings, which the data complete, and the shapes of what such a training changes.
-
-    Raises TrainingError for settings that are impossible.
-    """
+def chosen_settings(model: nn.Module, defaults: Training, settings: dict) -> Training:
+    """The defaults with other settings, which the data complete. Raises TrainingError for impossible ones."""
     try:
         chosen = replace(defaults, **settings)
-        tensors = dict(model.named_parameters())
         if chosen.rank:
             with torch.random.fork_rng(devices=[]):
-                tensors = tensors_of(new_layers(model, chosen.lora))  # refuses modules that cannot be adapted
+                new_layers(model, chosen.lora)  # refuses modules that cannot be adapted
     except (TypeError, ValueError) as error:
         raise TrainingError(str(error)) from error
-    return chosen, {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return chosen
 
 
 def inject_adapter(model: nn.Module, settings: Training) -> None:

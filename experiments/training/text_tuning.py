@@ -51,7 +51,7 @@ class TextTuning:
             raise TrainingError(f"samples is {samples}, expected at least 0")
         assert forecaster.checkpoint is not None  # checked by `Finetuning`
         rate = TINY_RATE if forecaster.checkpoint[1] == TINY else RATE
-        chosen, _ = chosen_settings(forecaster.model, replace(DEFAULTS, learning_rate=rate), settings)
+        chosen = chosen_settings(forecaster.model, replace(DEFAULTS, learning_rate=rate), settings)
         per_step = Encoding(1.0, decimals).tokens_per_step(parts.train[0].shape[1])
         context = context or max(WINDOW_TOKENS // per_step - horizon, 2 * horizon)
         self.tokens = (context + horizon) * per_step
