@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from experiments.forecasting.encoding import Encoding
 from experiments.study import plans
-from experiments.training.loop import Account, HeldOut, train
+from experiments.training.loop import Account, train
 from experiments.training.settings import Training
 from experiments.training.windows import TextWindows, TrainingError, cut_series, cut_tokens, shuffled_rows
 from flops import BudgetExceeded
@@ -138,7 +138,7 @@ def test_the_state_with_the_smallest_held_out_loss_is_kept_also_after_a_stop(tmp
 
     def held_out():
         losses = iter([5.0, 4.0, 3.0, 1.0, 2.0, 2.5, 3.0, 3.0, 3.0])
-        return HeldOut(lambda: next(losses))
+        return lambda: next(losses)
 
     whole, wanted = run(tiny, token_lists, None, settings, held_out=held_out())
     checks = held_out()

@@ -26,7 +26,7 @@ from experiments.storage.files import RunError, plain, read_json, to_json, to_js
 from experiments.storage.interruption import Interruption
 from experiments.storage.records import Tensor4, build
 from experiments.storage.runfolder import open_run, resumable
-from experiments.training.loop import Account, HeldOut, Progress
+from experiments.training.loop import Account, Progress
 from experiments.training.number_tuning import NumberTuning
 from experiments.training.run import clear, inject_adapter, run_training, software, write_adapter
 from experiments.training.settings import STEPS
@@ -257,11 +257,9 @@ def train_and_choose(
     count, forecaster = min(len(val), tuning.most_checked or len(val)), tuning.forecaster
     places = [val[at] for at in np.linspace(0, len(val) - 1, count).round().astype(int)]  # evenly spread
 
-    def held_out() -> float:
-        return float(np.mean(tuning.losses(places)))
-
     inject_adapter(forecaster.model, tuning.settings)
-    done = run_training(folder, tuning.windows(), tuning.settings, account, HeldOut(held_out))
+    windows = tuning.windows()
+    done = run_training(folder, windows, tuning.settings, account, lambda: float(np.mean(tuning.losses(places))))
     forecaster.trained = record = tuning.finished(trained, val)
     if tuning.settings.rank:
         write_adapter(forecaster.model, folder, record)

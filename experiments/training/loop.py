@@ -42,12 +42,18 @@ class Account(NamedTuple):
     interruption: Interruption = Interruption()  # asks the training to stop between two steps
     team: Team = ALONE
 
+    def debit(self, step: int) -> None:
+        """Pay for a step. Raises flops.BudgetExceeded."""
+        if self.ledger is not None:
+            self.ledger.debit(self.name, step, self.cost)
 
-class HeldOut(NamedTuple):
-    """How a training is checked while it runs."""
-
-    loss: Callable[[], float]  # the held-out loss of the parameters as they are
-    checks: int = 8  # how often in a training
+    def stop_if_asked(self) -> None:
+        """Raise Interrupted if a process of the team was asked to stop."""
+        asked = torch.tensor(float(self.interruption.asked is not None))
+        self.team.add_up([asked])
+        if asked:
+            self.interruption.asked = self.interruption.asked or signal.SIGTERM
+        self.interruption.check()
 
 
 @dataclass
@@ -133,57 +139,42 @@ def _backward(windows: Windows, rows: Tensor, accumulate: int, team: Team) -> fl
 
 
 class _Trainer:
-    """A training with its optimizer and its progress."""
+    """A training with its optimizers, its progress and the file that keeps both."""
 
-    def __init__(
-        self, windows: Windows, settings: Training, account: Account, state: Path | None, held_out: HeldOut | None
-    ):
+    def __init__(self, windows: Windows, settings: Training, account: Account, state: Path | None):
         if len(windows) < settings.batch:
             raise TrainingError(f"{len(windows)} windows cannot fill a batch of {settings.batch}; use more series")
-        self.windows, self.settings, self.account, self.held_out = windows, settings, account, held_out
-        self.state, self.parameters = state, windows.parameters
+        self.windows, self.settings, self.account, self.state = windows, settings, account, state
+        self.parameters, self.progress = windows.parameters, Progress()
         by_muon = [p for name, p in self.parameters.items() if name in windows.matrices]
         by_adam = [p for name, p in self.parameters.items() if name not in windows.matrices]
         adam = torch.optim.Adam(by_adam, betas=(0.9, settings.beta2))
         muon = Muon(by_muon) if by_muon else adam
         self.optimizers = {name: muon if name in windows.matrices else adam for name in self.parameters}
-        self.progress = Progress()
         if state and state.exists():
             self.progress = load_state(state, self.parameters, self.optimizers, settings.steps)
-        self.num_saved = len(self.progress.losses)
-        self.saved_at = time.monotonic()
+        self.num_saved, self.saved_at = self.done, time.monotonic()
 
-    def check(self) -> None:
-        """Measure the held-out loss, and keep the parameters if it was never smaller."""
-        done = len(self.progress.losses)
-        if self.held_out is None or done in self.progress.checks:
-            return
-        if done % max(1, self.settings.steps // self.held_out.checks) and done < self.settings.steps:
+    @property
+    def done(self) -> int:
+        """The number of steps so far."""
+        return len(self.progress.losses)
+
+    def check(self, held_out: Callable[[], float] | None, checks: int) -> None:
+        """Measure the held-out loss where it is due, and keep the parameters if it was never smaller."""
+        done, progress, steps = self.done, self.progress, self.settings.steps
+        if not held_out or done in progress.checks or (done % max(1, steps // checks) and done < steps):
             return
         with torch.no_grad():
-            self.progress.checks[done] = self.account.team.same(self.held_out.loss())
-        if self.progress.best_step == done:
-            self.progress.best = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
-
-    def stop_if_asked(self) -> None:
-        """Raise Interrupted if a process of the team was asked to stop."""
-        interruption = self.account.interruption
-        asked = torch.tensor(float(interruption.asked is not None))
-        self.account.team.add_up([asked])
-        if asked:
-            interruption.asked = interruption.asked or signal.SIGTERM
-        interruption.check()
-
-    def debit(self, step: int) -> None:
-        """Pay for a step. Raises flops.BudgetExceeded."""
-        if self.account.ledger is not None:
-            self.account.ledger.debit(self.account.name, step, self.account.cost)
+            progress.checks[done] = self.account.team.same(held_out())
+        if progress.best_step == done:
+            progress.best = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
 
     def step(self) -> float:
         """Take the next step; return its loss."""
-        step, settings = len(self.progress.losses), self.settings
+        step, settings, optimizers = self.done, self.settings, set(self.optimizers.values())
         rows = self.windows.rows(step, settings)
-        for optimizer in set(self.optimizers.values()):
+        for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = settings.rate(step)
             optimizer.zero_grad()
         loss = _backward(self.windows, rows, settings.accumulate, self.account.team)
@@ -191,21 +182,20 @@ class _Trainer:
             raise TrainingError(f"step {step}: the loss is {loss} (windows {rows.tolist()}); lower the learning rate")
         if settings.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
-        for optimizer in set(self.optimizers.values()):
+        for optimizer in optimizers:
             optimizer.step()
         self.progress.losses.append(loss)
         return loss
 
     def save(self) -> None:
         """Save all steps since the last save. Raises TrainingError when a parameter is not finite."""
-        if len(self.progress.losses) == self.num_saved:
+        if self.done == self.num_saved:
             return
         if not all(parameter.isfinite().all() for parameter in self.parameters.values()):
-            last = len(self.progress.losses) - 1
-            raise TrainingError(f"a weight is not finite after step {last}; lower the learning rate")
+            raise TrainingError(f"a weight is not finite after step {self.done - 1}; lower the learning rate")
         now = time.monotonic()
         self.progress.seconds += now - self.saved_at
-        self.saved_at, self.num_saved = now, len(self.progress.losses)
+        self.saved_at, self.num_saved = now, self.done
         if self.state is not None:
             save_state(self.state, self.parameters, self.optimizers, self.progress)
 
@@ -216,10 +206,13 @@ def train(
     settings: Training,
     account: Account | None = None,
     state: Path | None = None,
-    held_out: HeldOut | None = None,
+    held_out: Callable[[], float] | None = None,
+    checks: int = 8,
 ) -> Progress:
-    """Train the parameters of the windows; with `held_out` they end as those that had the smallest loss.
+    """Train the parameters of the windows.
 
+    held_out: the loss of the parameters as they are on other data. It is measured `checks` times, and the parameters
+    end as those that had the smallest one.
     Each step is debited before it runs. `state` is the file to continue from; it is saved every SAVE_SECONDS and at the
     end; with None nothing is saved. The processes of a team share out the rows of each batch; all end with the same
     parameters, and a signal to one of them stops all after the same step.
@@ -228,31 +221,30 @@ def train(
     when the windows do not fill a batch; flops.BudgetExceeded; Interrupted. The steps before the last two are saved.
     """
     account = account or Account()
-    trainer = _Trainer(windows, settings, account, state, held_out)
-    progress, ledger = trainer.progress, account.ledger
+    trainer = _Trainer(windows, settings, account, state)
     with progress_bar(settings.steps, account.name) as bar, account.interruption.held():
-        for step in range(trainer.num_saved):
-            trainer.debit(step)  # if the ledger was lost
-        bar.initial = bar.n = bar.last_print_n = trainer.num_saved  # these are not part of the speed
-        trainer.check()
-        while len(progress.losses) < settings.steps:
+        for step in range(trainer.done):
+            account.debit(step)  # if the ledger was lost
+        bar.initial = bar.n = bar.last_print_n = trainer.done  # these are not part of the speed
+        trainer.check(held_out, checks)
+        while trainer.done < settings.steps:
             try:
-                trainer.stop_if_asked()
-                trainer.debit(len(progress.losses))
+                account.stop_if_asked()
+                account.debit(trainer.done)
             except BaseException:  # the process was asked to stop, or the budget is spent
                 trainer.save()
                 raise
-            loss = trainer.step()
-            trainer.check()
+            loss, ledger = trainer.step(), account.ledger
+            trainer.check(held_out, checks)
             spent = {"budget": f"{ledger.spent / ledger.budget:.2%}"} if ledger else {}
             bar.set_postfix(loss=f"{loss:.3f}", **spent, refresh=False)
             bar.update()
             if time.monotonic() - trainer.saved_at > SAVE_SECONDS:
                 trainer.save()
         trainer.save()
-    for name, tensor in progress.best.items():
+    for name, tensor in trainer.progress.best.items():
         windows.parameters[name].data.copy_(tensor)
-    return progress
+    return trainer.progress
 
 
 def progress_bar(total: int, name: str) -> tqdm:

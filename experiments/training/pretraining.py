@@ -20,7 +20,7 @@ from experiments.forecasting.values import Scale, statistics
 from experiments.storage.files import RunError, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.training import synthetic
-from experiments.training.loop import Account, HeldOut, train
+from experiments.training.loop import Account, train
 from experiments.training.muon import muon_flops
 from experiments.training.number_windows import counts_after, number_step, weighted_loss
 from experiments.training.settings import Training
@@ -150,7 +150,7 @@ def pretrain(out: Path, steps: int, seed: int, pairs: bool, interruption: Interr
         return sum(held_out.loss(torch.tensor([step])).item() for step in range(HELD_OUT_STEPS)) / HELD_OUT_STEPS
 
     account = Account("pretrain", interruption=interruption)
-    done = train(windows, settings, account, state, HeldOut(checked, checks=CHECKS))
+    done = train(windows, settings, account, state, checked, CHECKS)
     each = {one: number_step(model, one.groups, 2, -(-one.length // one.stride), masked=True) for one in KINDS}
     costs = [each[windows.kind(step)[0]] for step in range(steps)]
     by_muon = muon_flops(windows.parameters[name] for name in windows.matrices)

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import qwen_min
 from experiments import forecasting, training
 from experiments.forecasting.adapter import Trained, write_trained
 from experiments.storage.files import sync, write_whole
-from experiments.training.loop import Account, HeldOut, Progress, train
+from experiments.training.loop import Account, Progress, train
 from experiments.training.settings import Training
 from experiments.training.windows import TrainingError, Windows
 from lora import inject, save_adapter
@@ -25,11 +26,7 @@ STATE_FILE = "state.safetensors"
 
 
 def run_training(
-    folder: Path,
-    windows: Windows,
-    settings: Training,
-    account: Account,
-    held_out: HeldOut | None = None,
+    folder: Path, windows: Windows, settings: Training, account: Account, held_out: Callable[[], float] | None = None
 ) -> Progress:
     """`train`, continued from the state in the folder; then write losses.csv and held_out.csv.
 
