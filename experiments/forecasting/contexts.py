@@ -67,12 +67,11 @@ class SeriesForecaster(ABC):
             raise SeriesError(f"context is {context}, expected at least {self.min_steps} time steps")
         if strange := [level for level in quantiles if not 0 < level < 1]:
             raise SeriesError(f"the quantile {strange[0]:g} does not exist, expected levels between 0 and 1")
-        frames = tables.from_frame(contexts, missing=self.missing) if is_frame(contexts) else []
-        if frames and self.trained:
-            require_order(frames[0].columns, self.trained.variables or frames[0].columns)
-        arrays = checked_series([one.to_numpy() for one in frames] or contexts, self.missing, self.min_steps)
+        arrays, frames = checked_series(contexts, self.missing, self.min_steps)
+        if frames and self.trained and self.trained.variables:
+            require_order(frames[0].columns, self.trained.variables)
         found = self.continued(arrays, horizon, quantiles, context, progress, **options)
-        return framed(frames, found, quantiles) if frames else found
+        return framed(frames, found, quantiles) if is_frame(contexts) else found
 
     @abstractmethod
     def continued(self, *request: Any, **options: Any) -> Forecast:
@@ -114,8 +113,8 @@ def framed(series: Sequence, found: Forecast, levels: Sequence[float]):
     return next(iter(made.values())) if len(made) == 1 else pd.concat(made, names=["series"])
 
 
-def checked_series(series, missing: str = "error", min_steps: int = 2) -> list[np.ndarray]:
-    """N series (T, D), (T) or DataFrames as float64 arrays (T, D); a single DataFrame may hold several.
+def checked_series(series, missing: str = "error", min_steps: int = 2) -> tuple[list[np.ndarray], list]:
+    """N series (T, D), (T) or DataFrames, which may hold several, as float64 arrays (T, D); and the DataFrames.
 
     missing: "keep" lets values be NaN. Raises SeriesError for a bad one, which it names by its number, and for none.
     """
@@ -149,4 +148,4 @@ def checked_series(series, missing: str = "error", min_steps: int = 2) -> list[n
     widths = {array.shape[1] for array in arrays}
     if len(widths) != 1:
         raise SeriesError(f"the series have {sorted(widths) or 'no'} variables, expected the same number for all")
-    return arrays
+    return arrays, frames

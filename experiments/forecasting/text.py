@@ -148,8 +148,8 @@ class TextForecaster(SeriesForecaster):
         """
         import pandas as pd
 
-        truths = checked_series(continuations, "keep", min_steps=1)
-        prompts = self._prompts(checked_series(contexts), max(map(len, truths)))
+        truths, _ = checked_series(continuations, "keep", min_steps=1)
+        prompts = self._prompts(checked_series(contexts)[0], max(map(len, truths)))
         nats = []
         for number, (truth, prompt) in enumerate(zip(truths, prompts, strict=True)):
             if truth.shape[1] != len(prompt.wide):

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 
 import flops
-from experiments import tables
 from experiments.forecasting.adapter import Trained, checkpoint_hash, end_hash, read_trained
 from experiments.forecasting.backtest import Origin, baseline_forecasts, check_context, scores, split
-from experiments.forecasting.contexts import checked_series, is_frame
+from experiments.forecasting.contexts import checked_series
 from experiments.forecasting.scores import inside
 from experiments.forecasting.text import TextForecaster
 from experiments.forecasting.values import NumberForecaster
@@ -86,10 +85,8 @@ class Finetuning:
         if horizon < 1:
             raise TrainingError(f"horizon is {horizon}, expected at least 1")
         check_context(context)
-        series = [series] if is_frame(series) else list(series)
-        if variables is None and series and is_frame(series[0]):
-            variables = [*tables.from_frame(series[0], missing="keep")[0].columns]
-        self.series, self.variables = checked_series(series, missing="keep"), variables
+        self.series, frames = checked_series(series, missing="keep")
+        self.variables = variables or ([*frames[0].columns] if frames else None)
         self.parts, self.season, self.budget = split(self.series, horizon), season, budget
         if forecaster.checkpoint is None:
             raise TrainingError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
