@@ -56,7 +56,6 @@ class Scale(NamedTuple):
     mean: Tensor
     spread: Tensor
     offset: Tensor | None = None
-    factor: Tensor | float = 1.0  # of x, before all else
 
     @classmethod
     def of(cls, x: Tensor, seen: Tensor) -> "Scale":
@@ -67,25 +66,16 @@ class Scale(NamedTuple):
         return cls(mean * largest, spread * largest)
 
     @classmethod
-    def recorded(cls, reading: Reading, x: Tensor | None = None) -> "Scale | None":
-        """The scale that all series of a fine-tuning share; None if each context has its own.
-
-        x: contexts (N, D, L), of which those with larger values than usual are read as if they had the usual ones.
-        """
+    def recorded(cls, reading: Reading, device: torch.device | None = None) -> "Scale | None":
+        """The scale that all series of a fine-tuning share; None if each context has its own."""
         if reading.mean is None or reading.spread is None:
             return None
-
-        def tensor(numbers: list[float]) -> Tensor:
-            return torch.tensor(numbers, dtype=torch.float64, device=None if x is None else x.device)[:, None]
-
-        scale = cls(tensor(reading.mean), tensor(reading.spread), tensor(reading.offset) if reading.offset else None)
-        if x is None or reading.usual is None:
-            return scale
-        return scale._replace(factor=(tensor(reading.usual) / x.amax(-1, keepdim=True).clamp(min=1e-300)).clamp(max=1))
+        offset = column(reading.offset, device) if reading.offset else None
+        return cls(column(reading.mean, device), column(reading.spread, device), offset)
 
     def read(self, x: Tensor) -> Tensor:
         """What the decoder reads of x (N, D, L)."""
-        x, spread = x * self.factor, torch.where(self.spread > 0, self.spread, 1.0)
+        spread = torch.where(self.spread > 0, self.spread, 1.0)
         if self.offset is None:
             return ((x - self.mean) / spread).asinh().float()
         return (((x.clamp(min=0) + self.offset).log() - self.mean) / spread).float()
@@ -94,16 +84,19 @@ class Scale(NamedTuple):
         """The values (N, D, Q, h) that the decoder means by z."""
         z, spread, mean = z.double().clamp(-FARTHEST, FARTHEST), self.spread[..., None], self.mean[..., None]
         if self.offset is None:
-            x = z.sinh() * spread + mean
-        else:
-            x = ((z * spread + mean).exp() - self.offset[..., None]).clamp(min=0)
-        return x / (self.factor[..., None] if isinstance(self.factor, Tensor) else self.factor)
+            return z.sinh() * spread + mean
+        return ((z * spread + mean).exp() - self.offset[..., None]).clamp(min=0)
 
     def slope(self, x: Tensor) -> Tensor:
         """How fast the values grow with what the decoder means, at x (N, D, L)."""
         if self.offset is None:
             return ((x - self.mean).square() + self.spread.square()).sqrt()
         return self.spread * (x.clamp(min=0) + self.offset)
+
+
+def column(numbers: list[float], device: torch.device | None) -> Tensor:
+    """Numbers as a tensor (D, 1) in fp64."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device)[:, None]
 
 
 def at_levels(found: np.ndarray, levels: Sequence[float]) -> np.ndarray:
@@ -328,13 +321,15 @@ def _quantiles(model: Numbers, reading: Reading | None, x: Tensor, horizon: int,
     x = x.to(model.norm.weight.device)
     seen, ahead = x.isfinite(), reading.ahead if reading else AHEAD
     x = x.nan_to_num()
-    scale = (reading and Scale.recorded(reading, x)) or Scale.of(x, seen)
-    z = scale.read(x)
+    scale, shrink = (reading and Scale.recorded(reading, x.device)) or Scale.of(x, seen), torch.ones_like(x[..., :1])
+    if reading and reading.usual:
+        shrink = (column(reading.usual, x.device) / x.amax(-1, keepdim=True).clamp(min=1e-300)).clamp(max=1)
+    z = scale.read(x * shrink)
     seasons = find_seasons(z, seen)
     found = model(patches(z, seen, seasons, stride))[:, :, -1, :, :ahead].sort(2).values  # (N, D, Q, at most K)
     while found.shape[-1] < horizon:
         found = torch.cat((found, _further(model, z, seen, seasons, stride, found)[..., :ahead]), -1)
-    values = scale.write(found[..., :horizon])
+    values = scale.write(found[..., :horizon]) / shrink[..., None]
     if reading is None:
         median = values[:, :, MEDIAN, None]
         values = median + (values - median) * (1 + WIDER * seen.sum(-1).rsqrt())[..., None, None]
