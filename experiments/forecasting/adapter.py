@@ -150,7 +150,7 @@ def read_trained(folder: str | Path) -> Trained | None:
         return None
     try:
         fields = read_json(path)
-        is_fitted = fields["scale"] is None and "offset" not in fields
-        return replace(build(Trained, fields, str(path)), encoding=None if is_fitted else Encoding.from_record(fields))
+        encoding = None if fields["scale"] is None else Encoding.from_record(fields)
+        return replace(build(Trained, fields, str(path)), encoding=encoding)
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: not the record of an adapter that this project trained ({error})") from error

@@ -75,7 +75,7 @@ def held_out(
     that a training saw, which end in `ends` (`adapter.rows_seen`). Raises SeriesError when none is left, and as
     `filled`.
     """
-    found, first = [], least_context(horizon)
+    found, first = [], max(MIN_CONTEXT, horizon)
     for number, one in enumerate(series):
         fits, seen = max(0, (len(one) - first) // horizon), rows_seen(one, ends) if ends else 0
         for start in range(len(one) - min(count, fits) * horizon, len(one), horizon):
@@ -95,11 +95,6 @@ def held_out(
     return found
 
 
-def least_context(horizon: int) -> int:
-    """The fewest time steps before a held-out forecast."""
-    return max(MIN_CONTEXT, horizon)
-
-
 def check_context(context: int | None) -> None:
     """Raise SeriesError for a context that is too short to be judged."""
     if context is not None and context < MIN_CONTEXT:
@@ -111,7 +106,7 @@ def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
 
     Series that are too short for a forecast are not held out. Raises SeriesError when all are too short or too few.
     """
-    least = least_context(horizon) + horizon
+    least = max(MIN_CONTEXT, horizon) + horizon
     if len(series) >= MIN_SERIES:
         order = np.random.default_rng(0).permutation(len(series))
         order = np.array(sorted(order, key=lambda number: len(series[number]) < least))  # the others in their order
@@ -125,7 +120,7 @@ def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
     shortest = min(map(len, series))
     count = int(np.clip(0.2 * shortest // horizon, 1, MAX_ORIGINS))
     steps = count * horizon
-    if shortest < 2 * steps + least_context(horizon):
+    if shortest < 2 * steps + least - horizon:
         raise SeriesError(
             f"a series has {shortest} time steps, expected at least {least + horizon} to train on, validate and test "
             f"forecasts of {horizon} steps; shorten the horizon"

@@ -80,10 +80,4 @@ def ar(contexts: np.ndarray, horizon: int) -> np.ndarray:
     return np.concatenate([var(column, horizon, AR_ORDER) for column in columns], axis=2)
 
 
-BASELINES = {
-    "persistence": persistence,
-    "context mean": context_mean,
-    "seasonal naive": seasonal,
-    "AR": ar,
-    "VAR": var,
-}
+BASELINES = {"persistence": persistence, "context mean": context_mean, "seasonal naive": seasonal, "AR": ar, "VAR": var}

@@ -17,15 +17,7 @@ from experiments.forecasting.backtest import MIN_SERIES, Origin, Parts, spreads
 from experiments.forecasting.contexts import Forecast
 from experiments.forecasting.numbers import AHEAD, LEVELS
 from experiments.forecasting.scores import BAND, group_means
-from experiments.forecasting.values import (
-    MIN_STEPS,
-    STRIDES,
-    TUNED,
-    ZERO_SHOT,
-    NumberForecaster,
-    combined,
-    stride_of,
-)
+from experiments.forecasting.values import MIN_STEPS, STRIDES, TUNED, ZERO_SHOT, NumberForecaster, combined, stride_of
 from experiments.training.muon import muon_flops
 from experiments.training.number_windows import NumberWindows, by_muon, learned, number_step
 from experiments.training.run import chosen_settings, inject_adapter

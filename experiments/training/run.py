@@ -85,8 +85,4 @@ def software() -> dict[str, str]:
     for package in (qwen_min, lora, flops, forecasting, training):
         for path in sorted(Path(package.__path__[0]).glob("*.py")):
             digest.update(path.read_bytes())
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "sources_sha256": digest.hexdigest(),
-    }
+    return {"python": platform.python_version(), "torch": torch.__version__, "sources_sha256": digest.hexdigest()}

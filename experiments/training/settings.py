@@ -39,16 +39,9 @@ class Training:
     reads: str = "text"  # "numbers": the decoder that reads values is trained, "numbers, from scratch": a new one
 
     def __post_init__(self):
+        least = dict.fromkeys(("steps", "batch", "stride", "accumulate"), 1)
         # a context of one token has no next token to learn
-        least = {
-            "rank": int(self.reads == "text"),
-            "context": 2,
-            "steps": 1,
-            "batch": 1,
-            "stride": 1,
-            "seed": 0,
-            "accumulate": 1,
-        }
+        least |= {"rank": int(self.reads == "text"), "context": 2, "seed": 0}
         for name, minimum in least.items():
             value = getattr(self, name)
             if name not in self.unset and (type(value) is not int or not minimum <= value < 2**63):
