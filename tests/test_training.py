@@ -9,7 +9,7 @@ from experiments.forecasting.encoding import Encoding
 from experiments.study import plans
 from experiments.training.loop import Account, train
 from experiments.training.settings import Training
-from experiments.training.windows import TextWindows, TrainingError, cut_series, cut_tokens, shuffled_rows
+from experiments.training.windows import TextWindows, TrainingError, Windows, cut_series, cut_tokens
 from flops import BudgetExceeded
 from lora import adapter_parameters, inject, remove
 from qwen_min import load
@@ -126,11 +126,11 @@ def test_a_cosine_rises_over_a_twentieth_of_the_steps_and_falls_to_zero():
 
 def test_an_epoch_takes_each_window_once_and_the_next_epoch_has_another_order():
     settings = Training(8, 1e-3, 2, steps=6, batch=4, seed=1)
-    epochs = [[shuffled_rows(12, step, settings).numpy() for step in range(start, start + 3)] for start in (0, 3)]
+    epochs = [[Windows.rows(range(12), step, settings).numpy() for step in range(start, start + 3)] for start in (0, 3)]
     for epoch in epochs:
         assert sorted(np.concatenate(epoch)) == list(range(12))
     assert not np.array_equal(epochs[0], epochs[1])
-    assert np.array_equal(shuffled_rows(12, 4, settings), epochs[1][1])
+    assert np.array_equal(Windows.rows(range(12), 4, settings), epochs[1][1])
 
 
 def test_the_state_with_the_smallest_held_out_loss_is_kept_also_after_a_stop(tmp_path, tiny, token_lists):

@@ -47,7 +47,6 @@ class _Prompt(NamedTuple):
     tokens: list[int]  # with a final `;`
     encoding: Encoding
     wide: list[bool]  # (D): the variables that may need a second digit
-    last: np.ndarray  # (D): the newest values
 
 
 class TextForecaster(SeriesForecaster):
@@ -148,15 +147,14 @@ class TextForecaster(SeriesForecaster):
         """
         import pandas as pd
 
-        truths, _ = checked_series(continuations, "keep", min_steps=1)
-        prompts = self._prompts(checked_series(contexts)[0], max(map(len, truths)))
-        nats = []
-        for number, (truth, prompt) in enumerate(zip(truths, prompts, strict=True)):
+        (arrays, _), (truths, _) = checked_series(contexts), checked_series(continuations, "keep", min_steps=1)
+        prompts, nats = self._prompts(arrays, max(map(len, truths))), []
+        for number, (array, truth, prompt) in enumerate(zip(arrays, truths, prompts, strict=True)):
             if truth.shape[1] != len(prompt.wide):
                 expected = f"expected {len(prompt.wide)} as in its context"
                 raise SeriesError(f"continuation {number} has {truth.shape[1]} variables, {expected}")
             known = ~np.isnan(truth)
-            truth = pd.DataFrame([prompt.last, *truth]).ffill().to_numpy()[1:]
+            truth = pd.DataFrame([array[-1], *truth]).ffill().to_numpy()[1:]
             _require_writable(truth, prompt.encoding, f"continuation {number}")
             text = prompt.encoding.encode(truth)
             ids = torch.tensor([prompt.tokens + self.tokenizer.encode(text)], device=self.model.head_weight.device)
@@ -223,7 +221,7 @@ class TextForecaster(SeriesForecaster):
                     f"series {number}, variable {variable}: {before} different values become {after} when written with "
                     f"{encoding.decimals} decimals; remove outliers, or use a model for more decimals or these units"
                 )
-        return _Prompt(tokens, encoding, may_be_wide(scaled).tolist(), array[-1])
+        return _Prompt(tokens, encoding, may_be_wide(scaled).tolist())
 
     def _paths(
         self, prompts: list[_Prompt], horizon: int, samples: int, seed: int, progress: Callable[[int], None]

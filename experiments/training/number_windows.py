@@ -14,7 +14,7 @@ from experiments.forecasting.adapter import Reading
 from experiments.forecasting.numbers import AHEAD, FEATURES, LEVELS, Numbers, Patches, find_seasons, patches
 from experiments.forecasting.values import MIN_STEPS, Scale, statistics
 from experiments.training.settings import Training
-from experiments.training.windows import Windows, shuffled_rows
+from experiments.training.windows import Windows
 from flops.trace import Tracer
 from lora import adapter_parameters
 
@@ -86,7 +86,7 @@ class NumberWindows(Windows):
 
     def rows(self, step: int, settings: Training) -> Tensor:
         """The windows (B, 2) of a step: series and number of the draw."""
-        chosen = shuffled_rows(len(self), step, settings).tolist()
+        chosen = super().rows(step, settings).tolist()
         return torch.tensor([[self.windows[row], step * settings.batch + at] for at, row in enumerate(chosen)])
 
     def num_targets(self, rows: Tensor) -> float:

@@ -22,8 +22,6 @@ from experiments.training.windows import TrainingError, Windows
 from lora import inject, save_adapter
 from lora.inject import new_layers
 
-STATE_FILE = "state.safetensors"
-
 
 def run_training(
     folder: Path, windows: Windows, settings: Training, account: Account, held_out: Callable[[], float] | None = None
@@ -32,7 +30,7 @@ def run_training(
 
     `clear` removes the state, once the run has all its results.
     """
-    done = train(windows, settings, account, folder / STATE_FILE, held_out)
+    done = train(windows, settings, account, folder / "state.safetensors", held_out)
     rows = (f"{step},{loss:.6f}\n" for step, loss in enumerate(done.losses))
     write_whole(folder / "losses.csv", "step,loss\n" + "".join(rows))
     if held_out:

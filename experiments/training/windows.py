@@ -40,8 +40,13 @@ class Windows(ABC):
         """The number of windows."""
 
     def rows(self, step: int, settings: Training) -> Tensor:
-        """The windows of a step (B, or a row for each of B), which depend on the arguments alone."""
-        return shuffled_rows(len(self), step, settings)
+        """The windows of a step (B, or a row for each of B), which depend on the arguments alone.
+
+        Each epoch has a new order of the windows. Every batch is full: the windows left over at its end are skipped.
+        """
+        epoch, index = divmod(step, len(self) // settings.batch)
+        order = np.random.default_rng([settings.seed, epoch]).permutation(len(self))
+        return torch.from_numpy(order[index * settings.batch : (index + 1) * settings.batch])
 
     def num_targets(self, rows: Tensor) -> float:
         """The number of values or tokens that the windows in rows (B) ask for: the weight of their loss."""
@@ -99,16 +104,6 @@ def cut_series(
         return tokenizer.encode(encoding.encode(encoding.writable(window)) + ";")[:length]
 
     return Cuts([range(max(1, len(one) - context - horizon + 1)) for one in series], cut)
-
-
-def shuffled_rows(num_windows: int, step: int, settings: Training) -> Tensor:
-    """The indices (B) of the windows of a step.
-
-    Each epoch has a new order of the windows. Every batch is full: the windows left over at its end are skipped.
-    """
-    epoch, index = divmod(step, num_windows // settings.batch)
-    order = np.random.default_rng([settings.seed, epoch]).permutation(num_windows)
-    return torch.from_numpy(order[index * settings.batch : (index + 1) * settings.batch])
 
 
 class TextWindows(Windows):
