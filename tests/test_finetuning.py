@@ -114,20 +114,6 @@ def test_fitting_helps_and_keeps_the_best_state(tmp_path):
     assert min(rows, key=lambda row: float(row[1]))[0] == str(metrics["best_step"])
 
 
-def test_the_level_of_a_series_does_not_decide_its_error():
-    """One scale for all series wrote those of level 1 next to those of a million with no digit."""
-    levels = np.logspace(0, 6, 8)
-    options = {"steps": 2, "context": 20, "samples": 0}
-    plain = [2 + np.sin(np.arange(40) / rate)[:, None] for rate in np.linspace(1, 3, 8)]
-    found = []
-    for factors in (np.ones(8), levels):
-        forecaster = Forecaster.load("tiny")
-        training.finetune(forecaster, [one * factor for one, factor in zip(plain, factors, strict=True)], 5, **options)
-        values = forecaster.forecast([one[:30] * factor for one, factor in zip(plain, factors, strict=True)], 5).values
-        found.append(values / factors[:, None, None])
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
-
-
 class Killed(BaseException):
     """A kill, in effect: nothing catches it."""
 
