@@ -88,7 +88,7 @@ def test_settings_that_no_encoding_has_are_refused(settings):
 @given(hnp.arrays(float, shapes, elements=st.floats(-1e300, 1e300)), decimal_places)
 def test_any_finite_series_comes_back_within_half_the_last_decimal(series, decimals):
     series = series + 0.0  # -0 is written as 0
-    encoding = Encoding.fit_each([series], decimals)
+    encoding = Encoding.fit_each(series, decimals)
     text = encoding.encode(series)
     assert "-" not in text
     found = encoding.restored(encoding.decode(text, *series.shape))
@@ -101,7 +101,7 @@ def test_any_finite_series_comes_back_within_half_the_last_decimal(series, decim
 def test_a_shifted_variable_uses_its_digits_and_others_keep_their_zero():
     steps = np.arange(50.0)
     series = np.stack([1013 + 5 * np.sin(steps), steps, -steps], 1)
-    encoding = Encoding.fit_each([series])
+    encoding = Encoding.fit_each(series)
     scaled = encoding.scaled(series)
     np.testing.assert_allclose(scaled.min(axis=0), [2, 0, 2], atol=1e-9)
     np.testing.assert_allclose(scaled.max(axis=0), [8, 9.99, 8])

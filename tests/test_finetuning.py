@@ -206,7 +206,7 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, mon
     assert command("report", "mine")[0] == 0
     assert (tmp_path / "mine" / "report.md").read_bytes() == before
     forecaster = Forecaster.load(adapter=tmp_path / "mine" / "adapter")
-    assert forecaster.encoding is None  # it is fitted to each context
+    assert forecaster.encoding.scale is None  # it is fitted to each context
     assert forecaster.forecast([waves(1)[0][:20]], 5).values.shape == (1, 5, 2)
     status, _, err = command(*words, "9e9")
     assert status == 2

@@ -64,11 +64,11 @@ def test_samples_differ_by_path_and_seed_and_give_values_and_quantiles(forecaste
 def test_any_number_of_variables_is_forecast_in_the_units_of_the_context(tiny, num_variables):
     series = waves(num_variables)
     for scale in (None, 3.0):
-        small = TextForecaster(*tiny, scale and Encoding(scale)).forecast(series, 4).values
+        small = TextForecaster(*tiny, Encoding(scale)).forecast(series, 4).values
         assert small.shape == (4, 4, num_variables)
         factor = 1024.0  # exact in binary, so that the text is the same
         scaled_up = [context * factor for context in series]
-        large = TextForecaster(*tiny, scale and Encoding(scale * factor)).forecast(scaled_up, 4).values
+        large = TextForecaster(*tiny, Encoding(scale and scale * factor)).forecast(scaled_up, 4).values
         np.testing.assert_allclose(large, small * factor)
 
 
@@ -162,7 +162,7 @@ def test_minus_zero_is_forecast_as_zero_and_the_smallest_float_is_accepted(forec
 
 def test_what_a_user_should_know_is_said_once(forecaster):
     with pytest.warns(SeriesWarning, match="was trained on numbers with 2 decimals, not 3"):
-        assert Forecaster.load("tiny", decimals=3).digits.decimals == 3
+        assert Forecaster.load("tiny", decimals=3).encoding.decimals == 3
     tiny, series = Forecaster.load("tiny"), 5 + np.sin(np.arange(500) / 3)[:, None]
     with pytest.warns(SeriesWarning, match="series 0: only the newest 189 of 500 time steps are read"):
         found = tiny.forecast([series], 10)

@@ -146,7 +146,7 @@ def read_index(path):
 
 def read_record(path):
     trained = read_trained(path.parent)
-    if trained.encoding is None:
+    if trained.encoding.scale is None:
         assert json.loads(path.read_bytes())["scale"] is None
     else:
         assert (trained.encoding.scaled(np.ones((3, np.size(trained.encoding.scale)))) < np.inf).all()

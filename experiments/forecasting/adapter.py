@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.encoding import FITTED, Encoding
 from experiments.storage.files import read_json, to_json, write_whole
 from experiments.storage.records import build
 from lora import AdapterError, read_config
@@ -63,16 +63,15 @@ class Trained:
 
     checkpoint: str  # name or folder
     checkpoint_sha256: str
-    encoding: Encoding | None = None  # None: fitted to each context
-    decimals: int = 2
+    encoding: Encoding = FITTED
     variables: list[str] | None = None  # names, in order; None: not recorded
     tokens: int | None = None  # the longest text that the training read; None: not recorded
     ends: list[str] | None = None  # `end_hash` of the rows of each series that the training saw; None: not recorded
     reading: Reading | None = None  # of a decoder that reads values
 
     def __post_init__(self):
-        if not 1 <= self.decimals <= 6 or (self.tokens is not None and self.tokens < 1):
-            raise ValueError(f"decimals are {self.decimals}, tokens {self.tokens}, expected 1 to 6, and at least 1")
+        if self.tokens is not None and self.tokens < 1:
+            raise ValueError(f"tokens are {self.tokens}, expected at least 1")
 
 
 def end_hash(rows: np.ndarray) -> str:
@@ -135,8 +134,7 @@ def resolve(checkpoint: str | Path | None, adapter: str | Path | None) -> tuple[
 def write_trained(folder: Path, trained: Trained) -> None:
     """Write the record of a training next to its adapter; `Forecaster.load` reads it."""
     fields = {name: value for name, value in asdict(trained).items() if name != "encoding" and value is not None}
-    encoding = trained.encoding.record if trained.encoding else {"scale": None}
-    write_whole(folder / TRAINED_FILE, to_json(fields | encoding))
+    write_whole(folder / TRAINED_FILE, to_json(fields | trained.encoding.record))
 
 
 def read_trained(folder: str | Path) -> Trained | None:
@@ -150,7 +148,6 @@ def read_trained(folder: str | Path) -> Trained | None:
         return None
     try:
         fields = read_json(path)
-        encoding = None if fields["scale"] is None else Encoding.from_record(fields)
-        return replace(build(Trained, fields, str(path)), encoding=encoding)
+        return replace(build(Trained, fields, str(path)), encoding=Encoding.from_record(fields))
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: not the record of an adapter that this project trained ({error})") from error

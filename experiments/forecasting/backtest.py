@@ -139,7 +139,7 @@ def baseline_forecasts(
 
     season: time steps that the seasonal one repeats; None: those that it finds.
     """
-    encodings = [Encoding.fit_each([past]) for past in pasts]  # the regressions expect about 0 to 10
+    encodings = [Encoding.fit_each(past) for past in pasts]  # the regressions expect about 0 to 10
 
     def forecasts(baseline: Callable) -> np.ndarray:
         pairs = zip(encodings, pasts, strict=True)

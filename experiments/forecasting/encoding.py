@@ -5,7 +5,6 @@ separates the time steps, and there is no `;` at the end.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +23,20 @@ class EncodingError(ValueError):
 class Encoding:
     """The text form of numbers: (x - offset) / scale, written with `decimals` places.
 
-    scale and offset are numbers for all variables, or tuples with a number for each of D variables. Raises
-    EncodingError for a scale that is not positive, an offset that is not finite, or decimals that are not 1 to 6.
+    scale and offset are numbers for all variables, or tuples with a number for each of D variables; a scale of None
+    stands for one that is `fitted` to each context. Raises EncodingError for a scale that is not positive, an offset
+    that is not finite, or decimals that are not 1 to 6.
     """
 
-    scale: float | tuple[float, ...]
+    scale: float | tuple[float, ...] | None
     decimals: int = 2
     offset: float | tuple[float, ...] = 0.0
 
     def __post_init__(self):
-        if not (np.size(self.scale) and np.isfinite(self.scale).all() and np.all(np.asarray(self.scale) > 0)):
+        scale = 1.0 if self.scale is None else self.scale
+        if not (np.size(scale) and np.isfinite(scale).all() and np.all(np.asarray(scale) > 0)):
             raise EncodingError(f"scale is {self.scale}, expected a positive number, or one for each variable")
-        if not (np.size(self.offset) in (1, np.size(self.scale)) and np.isfinite(self.offset).all()):
+        if not (np.size(self.offset) in (1, np.size(scale)) and np.isfinite(self.offset).all()):
             raise EncodingError(f"offset is {self.offset}, expected a finite number, or as many as scales")
         if not (isinstance(self.decimals, int) and 1 <= self.decimals <= 6):
             raise EncodingError(f"decimals is {self.decimals!r}, expected 1 to 6")
@@ -46,15 +47,14 @@ class Encoding:
         return cls(float(train.max() / train.dtype.type(SCALED_MAX)), decimals)
 
     @classmethod
-    def fit_each(cls, series: Sequence[np.ndarray], decimals: int = 2) -> "Encoding":
-        """An encoding for each variable of N series (T, D) of finite numbers of at most 1e300.
+    def fit_each(cls, series: np.ndarray, decimals: int = 2) -> "Encoding":
+        """An encoding for each variable of a series (T, D) of finite numbers of at most 1e300.
 
         A variable that begins near 0 keeps its 0, and its largest value becomes 9.99. A variable with negative values,
         or whose smallest value is more than half its largest, is shifted: its range becomes SHIFTED_RANGE, so that it
         uses the digits and a forecast has room above and below.
         """
-        low = np.min([one.min(axis=0) for one in series], axis=0)
-        high = np.max([one.max(axis=0) for one in series], axis=0)
+        low, high = series.min(axis=0), series.max(axis=0)
         shifted = (low < 0) | ((low > high / 2) & (low < high))
         bottom, top = SHIFTED_RANGE
         scale = np.where(shifted, (high - low) / (top - bottom), np.where(high > 0, high, 1.0) / SCALED_MAX)
@@ -63,6 +63,10 @@ class Encoding:
         scale = np.maximum(scale, np.where(shifted, smallest, np.finfo(float).tiny))
         offset = np.where(shifted, low - bottom * scale, 0.0)
         return cls(tuple(scale.tolist()), decimals, tuple(offset.tolist()))
+
+    def fitted(self, context: np.ndarray) -> "Encoding":
+        """The encoding of a context (T, D): this one if it has a scale, else `fit_each`."""
+        return Encoding.fit_each(context, self.decimals) if self.scale is None else self
 
     @property
     def record(self) -> dict[str, Any]:
@@ -117,3 +121,6 @@ class Encoding:
     def tokens_per_step(self, num_variables: int) -> int:
         """Tokens of a time step with one digit before each point: 10 for `1.23,4.56;`."""
         return num_variables * (self.decimals + 3)
+
+
+FITTED = Encoding(None)

@@ -17,7 +17,7 @@ import torch
 from experiments.forecasting import scores
 from experiments.forecasting.adapter import Trained
 from experiments.forecasting.contexts import Forecast, SeriesError, SeriesForecaster, SeriesWarning, checked_series
-from experiments.forecasting.encoding import SCALED_LIMIT, Encoding
+from experiments.forecasting.encoding import FITTED, SCALED_LIMIT, Encoding
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
 from lora import load_adapter
 from qwen_min import Qwen, Tokenizer, load
@@ -52,26 +52,11 @@ class _Prompt(NamedTuple):
 class TextForecaster(SeriesForecaster):
     """Forecasts series with a model that continues their text. Every forecast is well-formed."""
 
-    def __init__(
-        self,
-        model: Qwen,
-        tokenizer: Tokenizer,
-        encoding: Encoding | None = None,
-        decimals: int = 2,
-        tokens: int | None = None,
-    ):
-        """encoding: how values are written; None: with `decimals` places, in an encoding fitted to each context.
-
-        tokens: the longest text, context and forecast, that the model can make sense of; None: as long as it has
-        positions. Raises EncodingError for a bad number of decimals.
+    def __init__(self, model: Qwen, tokenizer: Tokenizer, encoding: Encoding = FITTED, tokens: int | None = None):
+        """encoding: how values are written. tokens: the longest text, context and forecast, that the model can make
+        sense of; None: as long as it has positions.
         """
-        self.model, self.tokenizer = model, tokenizer
-        self.use(encoding, decimals, tokens)
-
-    def use(self, encoding: Encoding | None, decimals: int, tokens: int | None) -> None:
-        """Read and write numbers as a training did; arguments as those of the constructor."""
-        self.encoding, self.tokens = encoding, tokens
-        self.digits = encoding or Encoding(1.0, decimals)  # the form of the text, whatever its scale
+        self.model, self.tokenizer, self.encoding, self.tokens = model, tokenizer, encoding, tokens
 
     @classmethod
     def read(
@@ -92,17 +77,15 @@ class TextForecaster(SeriesForecaster):
         model, tokenizer = load(folder, device, dtype)
         if adapter is not None:
             load_adapter(model, adapter)
-        known, tokens = (TINY_DECIMALS, TINY_TOKENS) if folder == TINY else (None, None)
+        known, tokens = (Encoding(None, TINY_DECIMALS), TINY_TOKENS) if folder == TINY else (None, None)
         if trained:
-            known, tokens = trained.decimals, trained.tokens
-        if decimals is not None and known is not None and decimals != known:
-            message = f"the model was trained on numbers with {known} decimals, not {decimals}: expect nonsense"
-            warnings.warn(message, SeriesWarning, stacklevel=3)
-        places = decimals if decimals is not None else known or 2
-        encoding = None if scale is None else Encoding(scale, places)
-        if trained and trained.encoding and scale is None:
-            encoding = replace(trained.encoding, decimals=places)
-        return cls(model, tokenizer, encoding, places, tokens)
+            known, tokens = trained.encoding, trained.tokens
+        if decimals is not None and known and decimals != known.decimals:
+            told = f"with {known.decimals} decimals, not {decimals}: expect nonsense"
+            warnings.warn(f"the model was trained on numbers {told}", SeriesWarning, stacklevel=3)
+        encoding = known or FITTED
+        encoding = encoding if decimals is None else replace(encoding, decimals=decimals)
+        return cls(model, tokenizer, encoding if scale is None else Encoding(scale, encoding.decimals), tokens)
 
     def continued(
         self,
@@ -136,7 +119,7 @@ class TextForecaster(SeriesForecaster):
         return Forecast(np.median(values, axis=1), values, bounds)
 
     def _grammar(self, num_variables: int) -> Grammar:
-        return Grammar(self.tokenizer, self.digits.decimals, num_variables)
+        return Grammar(self.tokenizer, self.encoding.decimals, num_variables)
 
     def nats_per_value(self, contexts, continuations) -> np.ndarray:
         """-log p of each of continuations (N, h, D) after its context, in nats for each value that is not NaN: (N).
@@ -166,10 +149,8 @@ class TextForecaster(SeriesForecaster):
     def _prompts(self, arrays: Sequence[np.ndarray], horizon: int, context: int | None = None) -> list[_Prompt]:
         """Cut the contexts to what the model reads, scale and encode them. Raises SeriesError."""
         num_variables = arrays[0].shape[1]
-        if self.encoding and np.size(self.encoding.scale) not in (1, num_variables):
-            raise SeriesError(
-                f"the series have {num_variables} variables, the model was trained on {np.size(self.encoding.scale)}"
-            )
+        if (known := np.size(self.encoding.scale or 1.0)) not in (1, num_variables):
+            raise SeriesError(f"the series have {num_variables} variables, the model was trained on {known}")
         concerns: dict[str, list[str]] = defaultdict(list)
         prompts = [self._prompt(array, number, horizon, context, concerns) for number, array in enumerate(arrays)]
         for messages in concerns.values():
@@ -181,7 +162,7 @@ class TextForecaster(SeriesForecaster):
         self, array: np.ndarray, number: int, horizon: int, context: int | None, concerns: dict[str, list[str]]
     ) -> _Prompt:
         """The prompt of one series; what the user should know about it is added to `concerns`, by kind."""
-        num_steps, per_step = len(array), self.digits.tokens_per_step(array.shape[1])
+        num_steps, per_step = len(array), self.encoding.tokens_per_step(array.shape[1])
         grammar, positions = self._grammar(array.shape[1]), self.model.config.max_position_embeddings
         room = positions - grammar.columns(horizon * array.shape[1])
         if self.tokens is not None and context is None:
@@ -190,7 +171,7 @@ class TextForecaster(SeriesForecaster):
         kept = min(wanted, room // per_step)
         while kept >= 2:
             array = array[-kept:]
-            encoding = self.encoding or Encoding.fit_each([array], self.digits.decimals)
+            encoding = self.encoding.fitted(array)
             _require_writable(array, encoding, f"series {number}")
             tokens = self.tokenizer.encode(encoding.encode(array) + ";")
             if len(tokens) <= room:

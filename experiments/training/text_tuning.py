@@ -52,7 +52,8 @@ class TextTuning:
         assert forecaster.checkpoint is not None  # checked by `Finetuning`
         rate = TINY_RATE if forecaster.checkpoint[1] == TINY else RATE
         chosen = chosen_settings(forecaster.model, replace(DEFAULTS, learning_rate=rate), settings)
-        per_step = Encoding(1.0, decimals).tokens_per_step(parts.train[0].shape[1])
+        self.encoding = Encoding(None, decimals)
+        per_step = self.encoding.tokens_per_step(parts.train[0].shape[1])
         context = context or max(WINDOW_TOKENS // per_step - horizon, 2 * horizon)
         self.tokens = (context + horizon) * per_step
         if self.tokens > (most := forecaster.model.config.max_position_embeddings):
@@ -73,12 +74,12 @@ class TextTuning:
         self.cost = step_flops(forecaster.model.config, self.settings, count)  # FLOPs of a step, as it runs
         self.told = f"{len(self.cuts)} window{'s' * (len(self.cuts) != 1)} of {length} tokens"  # what is read
         self.forecaster, self.horizon, self.context = forecaster, horizon, context
-        self.decimals, self.samples = decimals, samples
+        self.samples = samples
         self.identity = {"decimals": decimals, "samples": samples}  # what decides the result, besides the settings
 
     def begin(self) -> None:
         """Read and write numbers as the training will."""
-        self.forecaster.use(None, self.decimals, self.tokens)
+        self.forecaster.encoding, self.forecaster.tokens = self.encoding, self.tokens
 
     def windows(self) -> TextWindows:
         """What the training reads."""
@@ -89,8 +90,8 @@ class TextTuning:
     def losses(self, places: Sequence[Origin]) -> list[float]:
         """The mean nats per value of each place; its truth is cut to what can be written."""
         contexts = [place.past[-self.context :] for place in places]
-        encodings = [Encoding.fit_each([context], self.decimals) for context in contexts]
-        truths = [encoding.writable(place.truth) for encoding, place in zip(encodings, places, strict=True)]
+        pairs = zip(contexts, places, strict=True)
+        truths = [self.encoding.fitted(context).writable(place.truth) for context, place in pairs]
         with warnings.catch_warnings():  # the test forecasts have given them
             warnings.simplefilter("ignore", SeriesWarning)
             return self.forecaster.nats_per_value(contexts, truths).tolist()
@@ -103,4 +104,4 @@ class TextTuning:
 
     def finished(self, trained: Trained, places: Sequence[Origin]) -> Trained:
         """The record of the training, now that it is over."""
-        return replace(trained, decimals=self.decimals, tokens=self.tokens)
+        return replace(trained, encoding=self.encoding, tokens=self.tokens)

@@ -100,7 +100,7 @@ def cut_series(
 
     def cut(number: int, start: int) -> list[int]:
         window = series[number][start : start + context + horizon]
-        encoding = Encoding.fit_each([window[: max(2, len(window) - horizon)]], decimals)
+        encoding = Encoding.fit_each(window[: max(2, len(window) - horizon)], decimals)
         return tokenizer.encode(encoding.encode(encoding.writable(window)) + ";")[:length]
 
     return Cuts([range(max(1, len(one) - context - horizon + 1)) for one in series], cut)
