@@ -202,9 +202,8 @@ def nats_of(model: Qwen, grammar: Grammar, hidden: Tensor, text: str, known: np.
     None: all. Raises ValueError when the text is not well-formed, NotFiniteError when the result is not finite.
     """
     allowed = grammar.choices(text)
-    positions = [position for position, characters in enumerate(allowed) if len(characters) > 1]
-    if known is not None:
-        positions = [position for position in positions if known.flat[grammar.index(text[:position])]]
+    counts = np.ones(grammar.index(text) + 1, bool) if known is None else known.ravel()
+    positions = [at for at in range(len(text)) if len(allowed[at]) > 1 and counts[grammar.index(text[:at])]]
     logits = (hidden[positions] @ grammar.head(model).T).float()  # (n, 11)
     digits_only = torch.tensor([allowed[position] == DIGITS for position in positions], device=hidden.device)
     logits[:, -1].masked_fill_(digits_only, -torch.inf)

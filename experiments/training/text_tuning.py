@@ -67,11 +67,10 @@ class TextTuning:
         batch = min(chosen.batch, len(self.cuts))
         accumulate = chosen.accumulate if batch % chosen.accumulate == 0 else 1
         self.settings = replace(chosen, context=length, batch=batch, accumulate=accumulate)
-        self.vocabulary = None  # of the softmax: all tokens, or those of numbers
-        if chosen.numeric_head:
-            self.vocabulary = torch.tensor(Grammar(forecaster.tokenizer, decimals, 1).vocabulary)
-        count = None if self.vocabulary is None else len(self.vocabulary)
-        self.cost = step_flops(forecaster.model.config, self.settings, count)  # FLOPs of a step, as it runs
+        numbers = Grammar(forecaster.tokenizer, decimals, 1).vocabulary if chosen.numeric_head else None
+        self.vocabulary = torch.tensor(numbers) if numbers else None  # of the softmax; None: all tokens
+        # FLOPs of a step, as it runs
+        self.cost = step_flops(forecaster.model.config, self.settings, len(numbers) if numbers else None)
         self.told = f"{len(self.cuts)} window{'s' * (len(self.cuts) != 1)} of {length} tokens"  # what is read
         self.forecaster, self.horizon, self.context = forecaster, horizon, context
         self.samples = samples
