@@ -33,8 +33,7 @@ def may_be_wide(context: np.ndarray) -> np.ndarray:
 class Grammar:
     """The characters that may follow in a forecast of num_variables with `decimals` places, and their token `ids`.
 
-    `vocabulary` has them ascending. Raises CheckpointError when the
-    tokenizer does not have one token for each character.
+    `vocabulary` has them ascending. Raises CheckpointError when the tokenizer has not one token for each character.
     """
 
     def __init__(self, tokenizer: Tokenizer, decimals: int, num_variables: int):

@@ -127,11 +127,9 @@ class TextWindows(Windows):
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The token ids (B, T) of the windows in rows (B), padded at the end, and their lengths (B), on the CPU."""
-        cuts = [torch.tensor(self.cuts[row]) for row in rows.tolist()]
-        ids = torch.full((len(cuts), self.length), self.pad_id)
-        for row, cut in zip(ids, cuts, strict=True):
-            row[: len(cut)] = cut
-        return ids, torch.tensor([len(cut) for cut in cuts])
+        cuts = [self.cuts[row] for row in rows.tolist()]
+        padded = [cut + [self.pad_id] * (self.length - len(cut)) for cut in cuts]
+        return torch.tensor(padded), torch.tensor([len(cut) for cut in cuts])
 
     def loss(self, rows: Tensor) -> Tensor:
         """The mean loss of the next token in the windows in rows (B, on the CPU).
