@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import Trained, checkpoint_hash
-from experiments.forecasting.backtest import Origin, Parts
+from experiments.forecasting.backtest import Origin
 from experiments.forecasting.numbers import Numbers
 from experiments.forecasting.scores import QUANTILES, method_errors, squared_errors
 from experiments.forecasting.values import NumberForecaster
@@ -30,8 +30,8 @@ def number_tuning(judge: Judge, training: Training) -> NumberTuning:
         forecaster = NumberForecaster(model.to(device))
     assert training.context is not None  # a plan fills it in before the training
     settings = {name: getattr(training, name) for name in OPTIONS}
-    parts = Parts(list(judge.series["train"].astype(float)), places(judge), [], [], "")
-    return NumberTuning(forecaster, parts, HORIZON, training.context * STRIDE, **settings)
+    series = [*judge.series["train"].astype(float)]
+    return NumberTuning(forecaster, series, HORIZON, training.context * STRIDE, **settings)
 
 
 def places(judge: Judge) -> list[Origin]:

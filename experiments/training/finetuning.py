@@ -96,9 +96,9 @@ class Finetuning:
             )
         tuning: Tuning
         if isinstance(forecaster, NumberForecaster):
-            tuning = NumberTuning(forecaster, self.parts, horizon, context, season, **options)
+            tuning = NumberTuning(forecaster, self.parts.train, horizon, context, season, **options)
         else:
-            tuning = TextTuning(forecaster, self.parts, horizon, context, **options)
+            tuning = TextTuning(forecaster, self.parts.train, horizon, context, **options)
         if steps is None:
             steps = STEPS if budget is None else int(budget // tuning.cost)
         elif steps < 1:

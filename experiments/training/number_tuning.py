@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from experiments.forecasting.adapter import Reading, Trained
-from experiments.forecasting.backtest import MIN_SERIES, Origin, Parts, spreads
+from experiments.forecasting.backtest import MIN_SERIES, Origin, spreads
 from experiments.forecasting.contexts import Forecast
 from experiments.forecasting.numbers import AHEAD, LEVELS
 from experiments.forecasting.scores import BAND, group_means
@@ -113,23 +113,23 @@ class NumberTuning:
     def __init__(
         self,
         forecaster: NumberForecaster,
-        parts: Parts,
+        series: Sequence[np.ndarray],
         horizon: int,
         context: int | None = None,
         season: int | None = None,
         **settings,
     ):
-        """context: None: as many time steps as there are, up to the most that it reads. season: that the baseline has.
+        """series: those to train on. context: None: as many time steps as there are, up to the most that it reads.
 
-        The settings are those of OPTIONS, by default NUMBERS. Raises TrainingError.
+        season: that the baseline has. The settings are those of OPTIONS, by default NUMBERS. Raises TrainingError.
         """
         if others := sorted(settings.keys() - set(OPTIONS)):
             expected = "horizon, budget, context, season, " + ", ".join(OPTIONS)
             raise TrainingError(f"{others[0]} is no option of a model that reads values, which takes {expected}")
         chosen = chosen_settings(forecaster.model, NUMBERS, settings)
-        longest = max(map(len, parts.train))
+        longest = max(map(len, series))
         ahead = min(horizon, AHEAD, longest // 2)
-        self.series = [one for one in parts.train if len(one) >= ahead + MIN_STEPS]
+        self.series = [one for one in series if len(one) >= ahead + MIN_STEPS]
         if not self.series:
             raise TrainingError(
                 f"the longest series to train on has {longest} time steps, expected {2 * MIN_STEPS} or more"

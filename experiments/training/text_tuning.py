@@ -4,10 +4,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from experiments.forecasting.adapter import Trained
-from experiments.forecasting.backtest import Origin, Parts
+from experiments.forecasting.backtest import Origin
 from experiments.forecasting.contexts import Forecast, SeriesWarning
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar
@@ -35,14 +36,15 @@ class TextTuning:
     def __init__(
         self,
         forecaster: TextForecaster,
-        parts: Parts,
+        series: Sequence[np.ndarray],
         horizon: int,
         context: int | None = None,
         decimals: int = 2,
         samples: int = DEFAULT_SAMPLES,
         **settings,
     ):
-        """context: time steps that are read before a forecast; None: those that make windows of WINDOW_TOKENS.
+        """series: those to train on. context: time steps that are read before a forecast; None: those that make
+        windows of WINDOW_TOKENS.
 
         samples: paths of each held-out forecast; 0: its likeliest path. The settings are those of `Training`, by
         default DEFAULTS, with TINY_RATE for the embedded checkpoint. Raises TrainingError.
@@ -53,7 +55,7 @@ class TextTuning:
         rate = TINY_RATE if forecaster.checkpoint[1] == TINY else RATE
         chosen = chosen_settings(forecaster.model, replace(DEFAULTS, learning_rate=rate), settings)
         self.encoding = Encoding(None, decimals)
-        per_step = self.encoding.tokens_per_step(parts.train[0].shape[1])
+        per_step = self.encoding.tokens_per_step(series[0].shape[1])
         context = context or max(WINDOW_TOKENS // per_step - horizon, 2 * horizon)
         self.tokens = (context + horizon) * per_step
         if self.tokens > (most := forecaster.model.config.max_position_embeddings):
@@ -61,8 +63,8 @@ class TextTuning:
                 f"a context of {context} and a horizon of {horizon} time steps take {self.tokens} tokens, the model "
                 f"has {most} positions; shorten one of them"
             )
-        length = min(self.tokens, max(map(len, parts.train)) * per_step)
-        self.cuts = cut_series(parts.train, context, horizon, decimals, forecaster.tokenizer, length)
+        length = min(self.tokens, max(map(len, series)) * per_step)
+        self.cuts = cut_series(series, context, horizon, decimals, forecaster.tokenizer, length)
         # a batch has at most as many windows as there are
         batch = min(chosen.batch, len(self.cuts))
         accumulate = chosen.accumulate if batch % chosen.accumulate == 0 else 1
