@@ -222,10 +222,9 @@ def train(
     """
     account = account or Account()
     trainer = _Trainer(windows, settings, account, state)
-    with progress_bar(settings.steps, account.name) as bar, account.interruption.held():
+    with progress_bar(settings.steps, account.name, trainer.done) as bar, account.interruption.held():
         for step in range(trainer.done):
             account.debit(step)  # if the ledger was lost
-        bar.initial = bar.n = bar.last_print_n = trainer.done  # these are not part of the speed
         trainer.check(held_out, checks)
         while trainer.done < settings.steps:
             try:
@@ -247,6 +246,6 @@ def train(
     return trainer.progress
 
 
-def progress_bar(total: int, name: str) -> tqdm:
-    """A progress bar on stderr that is updated rarely if it is written to a file."""
-    return tqdm(total=total, desc=name, mininterval=0.1 if sys.stderr.isatty() else 30.0)
+def progress_bar(total: int, name: str, done: int = 0) -> tqdm:
+    """A progress bar on stderr, with so many done, which is updated rarely if it is written to a file."""
+    return tqdm(total=total, desc=name, initial=done, mininterval=0.1 if sys.stderr.isatty() else 30.0)
