@@ -27,7 +27,7 @@ from conftest import GROUPED, adapted, random_model
 from experiments.forecasting.adapter import read_trained
 from experiments.forecasting.encoding import Encoding
 from experiments.report import build as report
-from experiments.storage.files import RunError, read_json
+from experiments.storage.files import RunError, read_json, to_json
 from experiments.storage.runfolder import open_run
 from experiments.study import data
 from experiments.study.evaluation import Evaluation, evaluate
@@ -232,7 +232,7 @@ READERS = {  # by name of the file: changed contents, who reads it, what he may 
     "encoding.json": (changed_json(RECORD), read_record, AdapterError),
     "plan.json": (changed_json(PLAN), read_plan, RunError),
     "ledger.jsonl": (changed_bytes(DEBITS), read_ledger, LedgerError),
-    "part.state.json": (changed_json([EVALUATION.plain()]), read_evaluation, RunError),
+    "part.state.json": (changed_json(json.loads(to_json([EVALUATION]))), read_evaluation, RunError),
     "model.safetensors": (changed_bytes(save(WEIGHTS)), read_weights, ()),
     "a.h5": (changed_bytes(HDF5[:4096]).map(lambda head: head + HDF5[4096:]), read_trajectories, data.DataError),
     "series.h5": (changed_bytes(HDF5), read_table, ()),

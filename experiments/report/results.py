@@ -1,13 +1,13 @@
 """Reads run folders from their files."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from experiments.storage.files import RunError, parse_json_lines, read_json, read_text, to_json_lines, write_whole
-from experiments.storage.records import build, read, read_lines
+from experiments.storage.files import RunError, read_json, to_json, write_whole
+from experiments.storage.records import read, read_lines
 from experiments.study import records
 from experiments.study.records import Metrics, Scores
 
@@ -156,13 +156,8 @@ def _read_result(path: Path, truths: dict[str, list[np.ndarray]], conventions: d
 
 
 def read_ledger(path: Path) -> list[records.Debit]:
-    """The lines of a ledger; none without a file. Raises RunError.
-
-    An incomplete last line, which a kill leaves, does not count.
-    """
-    whole = read_text(path).rpartition("\n")[0] if path.exists() else ""
-    lines = parse_json_lines(path, whole)
-    return [build(records.Debit, line, f"{path}, line {i}") for i, line in enumerate(lines, 1)]
+    """The lines of a ledger; none without a file. Raises RunError."""
+    return read_lines(path, records.Debit) if path.exists() else []
 
 
 def shorten_ledger(path: Path) -> None:
@@ -175,7 +170,7 @@ def shorten_ledger(path: Path) -> None:
         else:
             lines.append(line)
     if lines:
-        write_whole(path, to_json_lines([asdict(line) for line in lines]))
+        write_whole(path, "".join(to_json(line, indent=None) for line in lines))
 
 
 def is_fine_tuning(folder: Path) -> bool:

@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,20 +50,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def to_json(value) -> str:
-    """Indented JSON with a final newline. Raises ValueError for NaN, which JSON does not allow."""
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+def to_json(value, indent: int | None = 2) -> str:
+    """JSON with a final newline; what it has no form for becomes `plain`. Raises ValueError for NaN outside arrays."""
+    separators = (",", ":") if indent is None else None
+    return json.dumps(value, indent=indent, allow_nan=False, separators=separators, default=plain) + "\n"
 
 
-def to_json_lines(rows: list[dict]) -> str:
-    """One JSON object per line. Raises ValueError for NaN, which JSON does not allow."""
-    return "".join(json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n" for row in rows)
+def to_json_lines(columns: Mapping[str, Iterable]) -> str:
+    """A JSON object per line, of columns of equal lengths: arrays or lists, by their names in the objects."""
+    lists = [plain(column) if isinstance(column, np.ndarray) else column for column in columns.values()]
+    return "".join(to_json(dict(zip(columns, row, strict=True)), indent=None) for row in zip(*lists, strict=True))
 
 
-def plain(values: np.ndarray) -> list:
-    """An array of floats as nested lists, with None in place of NaN, which JSON does not allow."""
-    result = values.astype(float).astype(object)
-    result[np.isnan(values)] = None
+def plain(value) -> Any:
+    """An array as nested lists, with None in place of NaN, which JSON does not allow; a record as its fields."""
+    if not isinstance(value, np.ndarray):
+        return vars(value)
+    result = value.astype(object)
+    result[np.isnan(value)] = None
     return result.tolist()
 
 
@@ -75,15 +81,12 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path):
     """The value in a JSON file. Raises RunError when it is missing or damaged."""
-    return _parsed(path, [read_text(path)], "a JSON file")[0]
+    return parse_json(path, [read_text(path)], "a JSON file")[0]
 
 
-def parse_json_lines(path: Path, text: str) -> list[dict]:
-    """The objects in the text of a JSON lines file; path is for messages. Raises RunError when the text is damaged."""
-    return _parsed(path, text.splitlines(), "JSON lines")
+def parse_json(path: Path, texts: list[str], kind: str) -> list:
+    """The values of JSON texts of a file, which is `kind`. Raises RunError when one is damaged."""
 
-
-def _parsed(path: Path, texts: list[str], kind: str) -> list:
     def refuse(name: str):
         raise ValueError(f"contains {name}, which JSON does not allow")
 

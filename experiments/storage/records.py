@@ -12,7 +12,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from experiments.storage.files import RunError, parse_json_lines, read_json, read_text
+from experiments.storage.files import RunError, parse_json, read_json, read_text
 
 MAX_NUMBER = 1e300  # the largest number accepted, so that sums of numbers in a file stay finite
 
@@ -86,8 +86,11 @@ def read(path: Path, kind: Any) -> Any:
 
 
 def read_lines(path: Path, kind: Any) -> list:
-    """Read a JSON lines file as a list of `kind`. Raises RunError when it is missing or damaged."""
-    lines = parse_json_lines(path, read_text(path))
+    """Read a JSON lines file as a list of `kind`. Raises RunError when it is missing or damaged.
+
+    An incomplete last line, which a kill leaves in a ledger, does not count.
+    """
+    lines = parse_json(path, read_text(path).rpartition("\n")[0].splitlines(), "JSON lines")
     return [build(kind, line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 

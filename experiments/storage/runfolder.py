@@ -6,30 +6,29 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from experiments.storage.files import RunError, make_folder, read_json, to_json, write_whole
+from experiments.storage.records import read
 
 LOCK_FILE, WRITER_FILE = ".lock", ".writer"  # the locked file; the id of the process that writes, or last wrote
 
 
-def resumable(state: Path | None, pieces: Sequence, make: Callable, to_plain: Callable, read: Callable) -> list:
-    """The list of make(piece) for all pieces, in order.
+def resumable(state: Path | None, pieces: Sequence, kind: Any, make: Callable, fits: Callable) -> list:
+    """The list of make(piece), each of a `kind` that `records.build` knows, for all pieces, in order.
 
-    The file `state`, if not None, keeps to_plain(result), a JSON value, for each result, so that a killed run resumes
-    after the last complete piece; read(kept value, piece) must give the same result again. Raises RunError when the
-    state is damaged; `read` may raise it too.
+    The file `state`, if not None, keeps them, so that a killed run resumes after the last complete piece. Raises
+    RunError when the state is damaged, or when fits(result, piece) is False for a result in it.
     """
-    kept = read_json(state) if state and state.exists() else []
-    if not isinstance(kept, list) or len(kept) > len(pieces):
+    results = read(state, list[kind]) if state and state.exists() else []
+    if len(results) > len(pieces) or not all(map(fits, results, pieces)):
         raise RunError(f"{state}: not a state of this run; delete it to start this part again")
-    results = [read(*pair) for pair in zip(kept, pieces, strict=False)]
-    for piece in pieces[len(kept) :]:
+    for piece in pieces[len(results) :]:
         results.append(make(piece))
         if state:
-            kept.append(to_plain(results[-1]))
-            write_whole(state, json.dumps(kept, allow_nan=False))
+            write_whole(state, to_json(results, indent=None))
     return results
 
 

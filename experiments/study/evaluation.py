@@ -5,18 +5,18 @@ Shapes: N sequences, h forecast steps, D variables, L target tokens, C hidden si
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
 from experiments.forecasting.scores import SPLIT_PARTS, method_errors
-from experiments.storage.files import RunError, plain
-from experiments.storage.records import Matrix, Tensor3, Vector, build
+from experiments.storage.records import Matrix, Tensor3, Vector
 from experiments.storage.runfolder import resumable
 from qwen_min.cache import KVCache
 from qwen_min.config import NotFiniteError
@@ -39,24 +39,18 @@ class Evaluation:
     forced_losses: Matrix  # (N, L) nats of each target token given the true tokens before it; NaN on padding
     nats: Vector  # (N) per target value, among the tokens that the grammar allows (always two digits)
 
-    def plain(self) -> dict:
-        """The fields as JSON can hold them."""
-        return {name: value if name == "texts" else plain(value) for name, value in vars(self).items()}
-
     @staticmethod
     def join(parts: list["Evaluation"]) -> "Evaluation":
-        """The sequences of all parts; shorter loss rows are filled with NaN."""
-        longest = max(part.forced_losses.shape[1] for part in parts)
+        """The sequences of all parts; shorter rows of losses end in NaN."""
 
-        def joined(name: str, width: int | None = None) -> np.ndarray:
-            arrays = [getattr(part, name).astype(float) for part in parts]
-            if width is not None:
-                arrays = [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=np.nan) for a in arrays]
-            return np.concatenate(arrays)
+        def rows(name: str) -> list:
+            return [row for part in parts for row in getattr(part, name)]
 
-        texts = [text for part in parts for text in part.texts]
-        losses = joined("free_losses", longest), joined("forced_losses", longest)
-        return Evaluation(texts, joined("values"), *losses, joined("nats"))
+        def losses(name: str) -> np.ndarray:
+            return np.array([*zip_longest(*rows(name), fillvalue=np.nan)], float).T.copy()
+
+        values, nats = np.array(rows("values")), np.array(rows("nats"))
+        return Evaluation(rows("texts"), values, losses("free_losses"), losses("forced_losses"), nats)
 
 
 def max_positions(grammar: Grammar, encoding: Encoding, context_steps: int, steps: int) -> int:
@@ -65,22 +59,7 @@ def max_positions(grammar: Grammar, encoding: Encoding, context_steps: int, step
     return context_steps * most + 1 + grammar.columns(steps * grammar.num_variables)
 
 
-class _Targets(NamedTuple):
-    """The true continuation of each context, as tokens."""
-
-    texts: list[str]  # each begins with `;`
-    ids: Tensor  # (N, L), padded at the end
-    real: Tensor  # (N, L) bool, False on padding
-
-
-def _targets(tokenizer: Tokenizer, encoding: Encoding, truth: np.ndarray, device) -> _Targets:
-    texts = [";" + encoding.encode(one) for one in truth]
-    tokens = [torch.tensor(tokenizer.encode(text)) for text in texts]
-    ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_id)
-    real = torch.arange(ids.shape[1]) < torch.tensor([[len(one)] for one in tokens])
-    return _Targets(texts, ids.to(device), real.to(device))
-
-
+@torch.inference_mode()
 def _batch(
     model: Qwen,
     tokenizer: Tokenizer,
@@ -94,15 +73,18 @@ def _batch(
     device, num_variables = model.head_weight.device, truth.shape[2]
     ids, mask = pad_left([tokenizer.encode(encoding.encode(one)) for one in contexts], tokenizer.pad_id)
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
-    targets = _targets(tokenizer, encoding, truth, device)
+    true = [";" + encoding.encode(one) for one in truth]
+    tokens = [torch.tensor(tokenizer.encode(text)) for text in true]
+    targets = pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_id).to(device)  # (N, L)
+    padding = targets == tokenizer.pad_id
     grammar = Grammar(tokenizer, encoding.decimals, num_variables)
     num_values = steps * num_variables
-    usual, length = steps * encoding.tokens_per_step(num_variables), targets.ids.shape[1]
+    usual, length = steps * encoding.tokens_per_step(num_variables), targets.shape[1]
     room = max(usual, length) + num_values  # a value of 10 or more takes one token more
     if decoding == "constrained":
         room = max(length, 1 + grammar.columns(num_values))
     cache, last = prefill(model, ids, room, mask, reused)
-    hidden, forced, nats = _losses_of_truth(model, grammar, cache, last, mask, targets)
+    hidden, forced, nats = _losses_of_truth(model, grammar, cache, last, mask, targets, true)
     free = torch.full_like(forced, torch.nan)
     if decoding == "free":
         cache.truncate(ids.shape[1])
@@ -116,27 +98,26 @@ def _batch(
         mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
         wide = [may_be_wide(encoding.scaled(one)).tolist() for one in contexts]
         texts = decode(model, grammar, cache, hidden[:, 1], num_values, mask, wide=wide)
-    if not forced[targets.real].isfinite().all() or free.isinf().any():
+    if not forced[~padding].isfinite().all() or free.isinf().any():
         raise NotFiniteError("the model's logits are not finite: the weights or the adapter are damaged")
     values = np.stack([encoding.decode(text, steps, num_variables) for text in texts])
-    forced = forced.masked_fill(~targets.real, torch.nan)
+    forced = forced.masked_fill(padding, torch.nan)
     return Evaluation(texts, values, free.cpu().numpy(), forced.cpu().numpy(), nats / truth[0].size)
 
 
-@torch.inference_mode()
 def _losses_of_truth(
-    model: Qwen, grammar: Grammar, cache: KVCache, last: Tensor, mask: Tensor | None, targets: _Targets
+    model: Qwen, grammar: Grammar, cache: KVCache, last: Tensor, mask: Tensor | None, targets: Tensor, texts: list[str]
 ) -> tuple[Tensor, Tensor, np.ndarray]:
     """One pass over the targets, after the contexts in the cache: how unlikely the model finds the truth.
 
     Returns the hidden states (N, L, C) that predict the targets, the loss of each target (N, L) over the whole
-    vocabulary, and the nats of each continuation (N) among the tokens that the grammar allows.
+    vocabulary, and the nats of each of the texts (N) among the tokens that the grammar allows.
     """
-    grown = None if mask is None else torch.nn.functional.pad(mask, (0, targets.ids.shape[1] - 1), value=1)
-    hidden = model.model(targets.ids[:, :-1], cache, grown)
+    grown = None if mask is None else torch.nn.functional.pad(mask, (0, targets.shape[1] - 1), value=1)
+    hidden = model.model(targets[:, :-1], cache, grown)
     hidden = torch.cat((last[:, None], hidden), dim=1)
-    forced = token_losses(hidden.flatten(0, 1), model.head_weight, targets.ids.flatten()).view(targets.ids.shape)
-    rows = zip(hidden, targets.texts, strict=True)
+    forced = token_losses(hidden.flatten(0, 1), model.head_weight, targets.flatten()).view(targets.shape)
+    rows = zip(hidden, texts, strict=True)
     nats = [nats_of(model, grammar, row[1 : len(text)], text[1:]) for row, text in rows]
     return hidden, forced, np.array(nats)
 
@@ -147,21 +128,22 @@ def _free(
     cache: KVCache,
     last: Tensor,
     mask: Tensor | None,
-    targets: _Targets,
+    targets: Tensor,
     usual: int,
     most: int,
     complete: Callable[[str], bool],
 ) -> tuple[list[str], Tensor]:
     """Texts of raw-argmax tokens after each context, and the loss of each target token under their logits (N, L)."""
-    free = torch.full(targets.ids.shape, torch.nan, device=last.device)
-    length, tokens = targets.ids.shape[1], []
+    free = torch.full(targets.shape, torch.nan, device=last.device)
+    length, tokens = targets.shape[1], []
     texts: list[str | None] = [None] * len(last)
     steps = decode_steps(model, cache, last, most, mask, tokenizer.end_ids, tokenizer.pad_id)
     for step, (step_tokens, logits, running) in enumerate(steps):
         tokens.append(step_tokens)
         if step < length:
-            losses = torch.nn.functional.cross_entropy(logits.float(), targets.ids[:, step], reduction="none")
-            free[:, step] = losses.masked_fill(~(running & targets.real[:, step]), torch.nan)
+            losses = torch.nn.functional.cross_entropy(logits.float(), targets[:, step], reduction="none")
+            is_over = ~running | (targets[:, step] == tokenizer.pad_id)
+            free[:, step] = losses.masked_fill(is_over, torch.nan)
         if step + 1 >= usual:
             # each row is cut where it is complete, so that its text does not depend on rows that need more tokens
             for row, text in enumerate(_texts(tokenizer, tokens)):
@@ -206,15 +188,12 @@ def evaluate(
         progress(len(batch))
         return evaluated
 
-    def read(kept: object, start: int) -> Evaluation:
-        evaluated, count = build(Evaluation, kept, str(state)), len(series[start : start + BATCH])
-        rows = {len(value) for value in vars(evaluated).values()}
-        losses = evaluated.free_losses.shape == evaluated.forced_losses.shape
-        if rows != {count} or not losses or evaluated.values.shape[1:] != (steps, series.shape[2]):
-            raise RunError(f"{state}: not a state of this evaluation; delete it to start this part again")
-        return evaluated
+    def fits(kept: Evaluation, start: int) -> bool:
+        whole = {len(value) for value in vars(kept).values()} == {len(series[start : start + BATCH])}
+        losses = kept.free_losses.shape == kept.forced_losses.shape
+        return whole and losses and kept.values.shape[1:] == (steps, series.shape[2])
 
-    return Evaluation.join(resumable(state, range(0, len(series), BATCH), make, Evaluation.plain, read))
+    return Evaluation.join(resumable(state, range(0, len(series), BATCH), Evaluation, make, fits))
 
 
 def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:

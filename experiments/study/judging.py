@@ -4,6 +4,7 @@ N sequences, T time steps, h forecast steps, D variables, S samples.
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from experiments.forecasting import scores
 from experiments.forecasting.contexts import SeriesWarning
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
-from experiments.storage.files import RunError, plain, to_json_lines, write_whole
-from experiments.storage.records import Tensor4, build
+from experiments.storage.files import to_json_lines, write_whole
+from experiments.storage.records import Tensor4
 from experiments.storage.runfolder import resumable
-from experiments.study.evaluation import BATCH, Evaluation, evaluate, metrics
+from experiments.study.evaluation import BATCH, evaluate, metrics
 from experiments.study.plans import CONTEXT_STEPS, HORIZON, LONG_HORIZON
 from experiments.training.loop import progress_bar
 from qwen_min import Qwen, Tokenizer
@@ -62,37 +63,39 @@ class Judge:
         """
         context, truth = self.context_and_truth(split)
         fallback, near = context.mean(axis=1), truth[:, :HORIZON]
-        evaluation = self._evaluated(split, truth.shape[1], path)
-        results = metrics(evaluation, truth, fallback, self.scale, HORIZON)
-        lines = [self._line(number, row, evaluation, truth) for row, number in enumerate(self.ids[split])]
-        if draws:
-            drawn = self._drawn(split, path / f"samples.{split}.state.json")
-            results["probabilistic"] = scores.probabilistic(drawn, near)
-            results["mean_of_samples"] = scores.method_errors(drawn.mean(axis=1), near, fallback, self.scale, HORIZON)
-            kept = []
-            for line, paths in zip(lines, drawn, strict=True):
-                kept.append({"id": line["id"], "samples": paths.tolist()})
-                line["quantiles"] = [self._quantile(paths, level) for level in scores.QUANTILES]
-            write_whole(path / f"samples.{split}.jsonl", to_json_lines(kept))
-        write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(lines))
-        return results
-
-    def _evaluated(self, split: str, steps: int, path: Path) -> Evaluation:
-        """Forecasts of `steps` steps."""
-        series = self.series[split]
-        with progress_bar(len(series), f"{path.name}, {split}") as bar:
-            return evaluate(
+        with progress_bar(len(truth), f"{path.name}, {split}") as bar:
+            found = evaluate(
                 self.model,
                 self.tokenizer,
                 self.encoding,
-                series,
+                self.series[split],
                 CONTEXT_STEPS,
                 HORIZON,
-                steps=steps,
+                steps=truth.shape[1],
                 decoding=self.decoding,
                 state=path / f"forecasts.{split}.state.json",
                 progress=bar.update,
             )
+        results = metrics(found, truth, fallback, self.scale, HORIZON)
+        columns = {
+            "id": self.ids[split],
+            "text": found.texts,
+            "forecast": found.values,
+            "mse": scores.squared_errors(found.values[:, :HORIZON], near),
+            "malformed_values": np.isnan(found.values[:, :HORIZON]).sum(axis=(1, 2)),
+            "nats_per_value": found.nats.round(6),
+            "forced_losses": found.forced_losses.round(4),
+        }
+        if self.decoding == "free":
+            columns["free_losses"] = found.free_losses.round(4)
+        if draws:
+            drawn = self._drawn(split, path / f"samples.{split}.state.json")
+            results["probabilistic"] = scores.probabilistic(drawn, near)
+            results["mean_of_samples"] = scores.method_errors(drawn.mean(axis=1), near, fallback, self.scale, HORIZON)
+            columns["quantiles"] = [*zip(*(self._quantile(drawn, level) for level in scores.QUANTILES), strict=True)]
+            write_whole(path / f"samples.{split}.jsonl", to_json_lines({"id": self.ids[split], "samples": drawn}))
+        write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(columns))
+        return results
 
     def _drawn(self, split: str, state: Path) -> np.ndarray:
         """Draw paths (N, S, h, D), scaled: exactly the numbers in the texts."""
@@ -110,33 +113,15 @@ class Judge:
             assert found.samples is not None  # they are None only where none were asked for
             return found.samples
 
-        def read(kept: object, start: int) -> np.ndarray:
-            paths, count = build(Tensor4, kept, str(state)), len(contexts[start : start + BATCH])
-            if paths.shape != (count, self.samples, HORIZON, 2):
-                raise RunError(f"{state}: not a state of this run; delete it to start this part again")
-            return paths
+        def fits(paths: np.ndarray, start: int) -> bool:
+            return paths.shape == (len(contexts[start : start + BATCH]), self.samples, HORIZON, 2)
 
         with bar:
-            parts = resumable(state, range(0, len(contexts), BATCH), draw, np.ndarray.tolist, read)
+            parts = resumable(state, range(0, len(contexts), BATCH), Tensor4, draw, fits)
         return (np.concatenate(parts) / self.scale).round(self.encoding.decimals)
 
-    def _quantile(self, paths: np.ndarray, level: float) -> list | None:
-        """A quantile (h, D) of paths (S, h, D); None if they are too few for it."""
+    def _quantile(self, paths: np.ndarray, level: float) -> Sequence:
+        """A quantile (N, h, D) of paths (N, S, h, D); None for each sequence if they are too few for it."""
         if self.samples < scores.samples_needed(level):
-            return None
-        return scores.quantiles(paths, [level], axis=0)[0].round(4).tolist()
-
-    def _line(self, trajectory: int, row: int, evaluation: Evaluation, truth: np.ndarray) -> dict:
-        values, true = evaluation.values[row, :HORIZON], truth[row, :HORIZON]
-        line = {
-            "id": int(trajectory),
-            "text": evaluation.texts[row],
-            "forecast": plain(evaluation.values[row]),
-            "mse": plain(scores.squared_errors(values[None], true[None]))[0],
-            "malformed_values": int(np.isnan(values).sum()),
-            "nats_per_value": round(float(evaluation.nats[row]), 6),
-            "forced_losses": plain(evaluation.forced_losses[row].round(4)),
-        }
-        if self.decoding == "free":
-            line["free_losses"] = plain(evaluation.free_losses[row].round(4))
-        return line
+            return [None] * len(paths)
+        return scores.quantiles(paths, [level], axis=1)[0].round(4)

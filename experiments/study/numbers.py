@@ -11,7 +11,7 @@ from experiments.forecasting.backtest import Origin
 from experiments.forecasting.numbers import Numbers
 from experiments.forecasting.scores import QUANTILES, method_errors, squared_errors
 from experiments.forecasting.values import NumberForecaster
-from experiments.storage.files import plain, to_json_lines, write_whole
+from experiments.storage.files import to_json_lines, write_whole
 from experiments.study.judging import Judge
 from experiments.study.plans import CONTEXT_STEPS, HORIZON
 from experiments.training.finetuning import train_and_choose
@@ -62,14 +62,11 @@ def judge_numbers(forecaster: NumberForecaster, judge: Judge, split: str, path: 
     values, quantiles = rounded.values / scale, rounded.quantiles[:, :, :HORIZON] / scale
     results = method_errors(values, truth, fallback, scale, HORIZON)
     results["exact"] = method_errors(exact, near, fallback, scale, HORIZON)
-    lines = [
-        {
-            "id": int(number),
-            "forecast": plain(values[row].round(4)),
-            "mse": plain(squared_errors(values[row : row + 1, :HORIZON], near[row : row + 1]))[0],
-            "quantiles": plain(quantiles[row].round(4)),
-        }
-        for row, number in enumerate(judge.ids[split])
-    ]
-    write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(lines))
+    columns = {
+        "id": judge.ids[split],
+        "forecast": values.round(4),
+        "mse": squared_errors(values[:, :HORIZON], near),
+        "quantiles": quantiles.round(4),
+    }
+    write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(columns))
     return results

@@ -136,11 +136,8 @@ class Suite:
         results: dict[str, dict[str, dict]] = {}  # by baseline and split
         for split in ("val", "test"):
             context, truth = judge.context_and_truth(split)
-            lines = [
-                {"id": int(i), "context": c.round(4).tolist(), "truth": t.round(6).tolist()}
-                for i, c, t in zip(judge.ids[split], context, truth, strict=True)
-            ]
-            write_whole(self.folder / f"{split}.jsonl", to_json_lines(lines))
+            columns = {"id": judge.ids[split], "context": context.round(4), "truth": truth.round(6)}
+            write_whole(self.folder / f"{split}.jsonl", to_json_lines(columns))
             rounded = context.round(judge.encoding.decimals)  # the context as the study writes it
             fallback, scale = context.mean(axis=1), judge.scale
             for name, baseline in baselines.items():

@@ -21,9 +21,9 @@ from experiments.forecasting.contexts import checked_series
 from experiments.forecasting.scores import inside
 from experiments.forecasting.text import TextForecaster
 from experiments.forecasting.values import NumberForecaster
-from experiments.storage.files import RunError, plain, read_json, to_json, to_json_lines, write_whole
+from experiments.storage.files import read_json, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
-from experiments.storage.records import Tensor4, build
+from experiments.storage.records import Tensor4
 from experiments.storage.runfolder import open_run, resumable
 from experiments.training.loop import Account, Progress
 from experiments.training.number_tuning import NumberTuning
@@ -184,7 +184,7 @@ class Finetuning:
             account = Account(NAME, ledger, tuning.cost, interruption or Interruption(), team)
             done = train_and_choose(tuning, path, account, self.parts.val, self.trained)
             after = self._forecasts(path / "after.state.json")
-            write_whole(path / "forecasts.jsonl", to_json_lines(self._lines(before, after)))
+            write_whole(path / "forecasts.jsonl", to_json_lines(self._columns(before, after)))
             metrics = self._metrics(before, after, done) | {"spent": ledger.spent, "budget": ledger.budget}
             write_whole(path / "metrics.json", to_json(metrics))  # the last file, because it marks the end
             clear(path)
@@ -201,15 +201,12 @@ class Finetuning:
             point = found.values[:, None]
             return point if found.quantiles is None else np.concatenate((point, found.quantiles), axis=1)
 
-        def read(kept: object, places: list[Origin]) -> np.ndarray:
-            found = build(Tensor4, kept, str(state))
-            if found.shape not in {(len(places), count, *places[0].truth.shape) for count in (1, 3)}:
-                raise RunError(f"{state}: not a state of this run; delete it to make the forecasts anew")
-            return found
+        def fits(found: np.ndarray, places: list[Origin]) -> bool:
+            return found.shape in {(len(places), count, *places[0].truth.shape) for count in (1, 3)}
 
         places = self.parts.test
         pieces = [places[start : start + AT_ONCE] for start in range(0, len(places), AT_ONCE)]
-        return np.concatenate(resumable(state, pieces, make, np.ndarray.tolist, read))
+        return np.concatenate(resumable(state, pieces, Tensor4, make, fits))
 
     def _metrics(self, before: np.ndarray, after: np.ndarray, done: Progress) -> dict:
         """What metrics.json holds, but for the FLOPs."""
@@ -234,14 +231,12 @@ class Finetuning:
             "errors": {name: scores(forecast, places) for name, forecast in forecasts.items()},
         }
 
-    def _lines(self, before: np.ndarray, after: np.ndarray) -> list[dict]:
-        """A line of forecasts.jsonl for each test forecast, in the units of the data."""
-        lines = []
-        for place, old, new in zip(self.parts.test, before, after, strict=True):
-            arrays = {"context": place.context[-self.tuning.context :], "truth": place.truth, "before": old[0]}
-            arrays |= dict(zip(("after", "low", "high"), new, strict=False))  # with or without quantiles
-            lines.append({name: plain(array) for name, array in arrays.items()})
-        return lines
+    def _columns(self, before: np.ndarray, after: np.ndarray) -> dict:
+        """What forecasts.jsonl says of the test forecasts, in the units of the data."""
+        places, context = self.parts.test, self.tuning.context
+        columns = {"context": [one.context[-context:] for one in places], "truth": [one.truth for one in places]}
+        ours = dict(zip(("after", "low", "high"), after.swapaxes(0, 1), strict=False))  # with or without quantiles
+        return columns | {"before": before[:, 0]} | ours
 
 
 def train_and_choose(
