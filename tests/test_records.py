@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("step,loss\n0,1.5\n", "holds 1 losses, expected 2"),
+    ("step,loss\n0,1.5\n", "the number of losses is 1, expected 2"),
     ("step,loss\n0,1.5\n1,nan\n", "holds a number that is not finite"),
     ("step\n0\n1\n", "not a table of loss"),
 ])  # fmt: skip
@@ -36,11 +36,12 @@ def frontier(tmp_path):
 
 
 def change(path: Path, *keys, value) -> None:
-    document = owner = json.loads(path.read_text())
-    for key in keys[:-1]:
+    owner = document = [json.loads(path.read_text())]
+    *above, last = 0, *keys
+    for key in above:
         owner = owner[key]
-    owner[keys[-1]] = value
-    path.write_text(json.dumps(document))
+    owner[last] = value
+    path.write_text(json.dumps(document[0]))
 
 
 def change_lines(path: Path, **values) -> None:
@@ -54,15 +55,17 @@ SETTINGS, METRICS, TESTS = (f"experiments/frontier/{name}" for name in
 
 @pytest.mark.parametrize(("file", "keys", "value", "message"), [
     ("plan.json", ["identity", "experiments", 0, "training", "batch"], 0, "experiments.0., training: batch is 0"),
-    ("baselines.json", ["VAR(18)", "test", "mse_each"], [1.0], r"VAR\(18\): has mse_each of .*'test': 1\}, expected"),
+    ("baselines.json", ["VAR(18)", "test", "mse_each"], [1.0], r"VAR\(18\): .* mse_each is .*'test': 1\}, expected"),
     ("plan.json", ["identity", "experiments", 0, "splits"], ["val", 1], r"splits\[1\]: holds 1, expected str"),
-    ("status.json", ["budget"], 0, "the budget is 0"),
+    ("baselines.json", [], {}, "holds no baseline"),
+    ("status.json", ["budget"], 0, r"budget: holds 0, expected int from 1 to 1e\+300"),
     ("status.json", ["budget"], 1e9, "budget: holds 1000000000.0, expected int"),
     (SETTINGS, ["training", "rank"], None, "the training has no rank, expected all its settings"),
     (METRICS, ["val", "all"], {}, "val, all: has no 'mse_filled'"),
     (METRICS, ["val", "all", "mse_filled"], "low", "val, all, mse_filled: holds 'low', expected float"),
     (METRICS, ["val", "all", "mse_interval"], [1], r"mse_interval: holds \[1\], expected 2 values"),
-    (SETTINGS, ["flops", "exact"], -1, "flops are .* expected positive numbers"),
+    (SETTINGS, ["flops", "exact"], -1, "flops, exact: holds -1, expected int from 1"),
+    (SETTINGS, ["training"], None, r"the conventions of FLOPs is .*, expected \[\]"),
     (METRICS, ["test", "probabilistic"], None, "mean_of_samples needs probabilistic"),
     ("experiments/frontier/seconds.json", ["training"], "long", "training: holds 'long', expected float"),
 ])  # fmt: skip
@@ -83,14 +86,14 @@ def test_a_damaged_ledger_and_missing_forecasts_are_found_and_a_torn_line_does_n
     shutil.copy(RESULTS / "frontier" / "ledger.jsonl", frontier)
     lines = (frontier / TESTS).read_text().splitlines(keepends=True)
     (frontier / TESTS).write_text("".join(lines[1:]))
-    with pytest.raises(RunError, match="forecasts of 149 test sequences, expected 150"):
+    with pytest.raises(RunError, match=r"forecasts.test.jsonl: the number of forecasts is 149, expected 150"):
         load_run(frontier)
     change_lines(frontier / "test.jsonl", truth=[[1.0, 2.0]] * 29)
     (frontier / TESTS).write_text("".join(lines))
-    with pytest.raises(RunError, match=r"a test forecast has not as many steps as its truth in test\.jsonl"):
+    with pytest.raises(RunError, match=r"forecasts.test.jsonl: the number of steps is 30, expected 29"):
         load_run(frontier)
     change_lines(frontier / "test.jsonl", truth=[[1.0], [2.0, 3.0]])
-    with pytest.raises(RunError, match=r"truth: .* expected numbers of rank 2"):
+    with pytest.raises(RunError, match=r"truth: .* expected numbers of shape \(None, 2\)"):
         load_run(frontier)
 
 

@@ -4,10 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from experiments.storage.files import RunError, read_json, to_json, write_whole
-from experiments.storage.records import read, read_lines
+from experiments.storage.records import expect, read, read_lines
 from experiments.study import records
 from experiments.study.records import Metrics, Scores
 
@@ -119,38 +117,36 @@ def load_run(folder: Path) -> Run:
         sum(line.flops * line.steps for line in read_ledger(folder / "ledger.jsonl")),
         read(folder / "status.json", records.Status),
     )
+    if not run.baselines:
+        raise RunError(f"{folder / 'baselines.json'}: holds no baseline")
     counts = {split: len(lines) for split, lines in run.contexts.items()}
-    for split, count in counts.items():
-        if not count:
-            raise RunError(f"{folder / split}.jsonl: is empty, expected a line for each sequence")
     for name, by_split in run.baselines.items():
         scored = {split: len(scores.mse_each) for split, scores in by_split.items()}
-        if scored != counts:
-            raise RunError(f"{folder / 'baselines.json'}, {name}: has mse_each of {scored}, expected {counts}")
+        expect(f"{folder / 'baselines.json'}, {name}", "the number of mse_each", scored, counts)
     for experiment in run.plan.identity.experiments:
         path = folder / "experiments" / Path(experiment.name).name
-        most = None if experiment.judged else run.plan.identity.chosen_on
-        truths = {split: [one.truth for one in lines[:most]] for split, lines in run.contexts.items()}
         if (path / "metrics.json").exists():
-            run.experiments[experiment.name] = _read_result(path, truths, run.plan.conventions)
+            most = None if experiment.judged else run.plan.identity.chosen_on
+            run.experiments[experiment.name] = _read_result(path, run, most)
     return run
 
 
-def _read_result(path: Path, truths: dict[str, list[np.ndarray]], conventions: dict[str, str]) -> Result:
+def _read_result(path: Path, run: Run, most: int | None) -> Result:
+    """Read the folder of an experiment that was evaluated on at most so many sequences of each split."""
     settings, metrics = read(path / "settings.json", records.Settings), records.read_metrics(path)
-    if settings.training and not settings.flops.keys() >= conventions.keys():
-        raise RunError(f"{path / 'settings.json'}: has FLOPs in {list(settings.flops)}, expected {list(conventions)}")
+    conventions = [*run.plan.conventions] if settings.training else []
+    expect(path / "settings.json", "the conventions of FLOPs", [*settings.flops], conventions)
     forecasts = {split: read_lines(path / f"forecasts.{split}.jsonl", records.ForecastLine) for split in metrics}
     for split, lines in forecasts.items():
-        if len(lines) != len(truths[split]):
-            raise RunError(f"{path}: has forecasts of {len(lines)} {split} sequences, expected {len(truths[split])}")
-        if any(line.forecast.shape != truth.shape for line, truth in zip(lines, truths[split], strict=True)):
-            raise RunError(f"{path}: a {split} forecast has not as many steps as its truth in {split}.jsonl")
+        file, held = path / f"forecasts.{split}.jsonl", run.contexts[split][:most]
+        expect(file, "the number of forecasts", len(lines), len(held))
+        for line, one in zip(lines, held, strict=True):
+            expect(file, "the number of steps", len(line.forecast), len(one.truth))
         metrics[split] = replace(metrics[split], mse_each=tuple(line.mse for line in lines))
         for scores in (metrics[split].mean_of_samples, metrics[split].exact):
-            if scores and len(scores.mse_each) != len(lines):
-                raise RunError(f"{path / 'metrics.json'}: has {len(scores.mse_each)} mse_each, expected {len(lines)}")
-    seconds = vars(read(path / "seconds.json", records.Seconds))
+            if scores:
+                expect(path / "metrics.json", "the number of mse_each", len(scores.mse_each), len(lines))
+    seconds = read(path / "seconds.json", dict[str, float])
     losses = records.read_losses(path / "losses.csv", settings.training.steps) if settings.training else []
     return Result(**vars(settings), metrics=metrics, seconds=seconds, forecasts=forecasts, losses=losses)
 

@@ -16,10 +16,13 @@ from experiments.storage.files import RunError, parse_json, read_json, read_text
 
 MAX_NUMBER = 1e300  # the largest number accepted, so that sums of numbers in a file stay finite
 
-Vector = Annotated[np.ndarray, 1]  # arrays of floats by rank; None in a file becomes NaN
-Matrix = Annotated[np.ndarray, 2]
-Tensor3 = Annotated[np.ndarray, 3]
-Tensor4 = Annotated[np.ndarray, 4]
+Vector = Annotated[np.ndarray, (None,)]  # arrays of floats by shape, None: any size; None in a file becomes NaN
+Matrix = Annotated[np.ndarray, (None, None)]
+Pairs = Annotated[np.ndarray, (None, 2)]
+Tensor3 = Annotated[np.ndarray, (None, None, None)]
+Tensor4 = Annotated[np.ndarray, (None, None, None, None)]
+Natural = Annotated[int, range(10**300)]
+Positive = Annotated[int, range(1, 10**300)]
 Interval = tuple[float, float]
 
 _hints = lru_cache(lambda record: get_type_hints(record, include_extras=True))
@@ -28,16 +31,21 @@ _hints = lru_cache(lambda record: get_type_hints(record, include_extras=True))
 def build(kind: Any, value: Any, where: str) -> Any:
     """Convert a value from JSON to `kind`: a dataclass, list, tuple, dict with str keys, array, `... | None` or scalar.
 
-    Raises RunError when the value does not fit, or when the dataclass raises ValueError. The message begins with
-    `where`.
+    Annotated gives the shape of an array, or the range of an int. Raises RunError when the value does not fit, or when
+    the dataclass raises ValueError. The message begins with `where`.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return None if value is None else build(arguments[0], value, where)
+    if origin is Annotated and arguments[0] is int:
+        within = arguments[1]
+        _require(type(value) is int and value in within, where, f"int from {within[0]} to {within[-1]:g}", value)
+        return value
     if origin is Annotated:
-        array = np.array(value, dtype=object)
-        fits = array.ndim == arguments[1] and all(item is None or _is_number(item) for item in array.flat)
-        _require(fits, where, f"numbers of rank {arguments[1]}", value)
+        array, shape = np.array(value, dtype=object), arguments[1]
+        sizes = [wanted in (None, size) for wanted, size in zip(shape, array.shape, strict=False)]
+        fits = array.ndim == len(shape) and all(sizes) and all(item is None or _is_number(item) for item in array.flat)
+        _require(fits, where, f"numbers of shape {shape}", value)
         return array.astype(float)
     if is_dataclass(kind):
         return _record(kind, value, where)
@@ -78,6 +86,12 @@ def _require(fits: bool, where: str, expected: str, value: Any) -> None:
     if not fits:
         text = repr(value)
         raise RunError(f"{where}: holds {text if len(text) <= 60 else text[:57] + '...'}, expected {expected}")
+
+
+def expect(where: str | Path, what: str, found: Any, expected: Any) -> None:
+    """Raise RunError unless files agree on something."""
+    if found != expected:
+        raise RunError(f"{where}: {what} is {found}, expected {expected}")
 
 
 def read(path: Path, kind: Any) -> Any:

@@ -5,13 +5,13 @@ Shapes: h forecast steps, 2 variables.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from experiments.forecasting.scores import BAND, QUANTILES
 from experiments.storage.files import RunError
-from experiments.storage.records import Interval, Matrix, Vector, read, read_columns
+from experiments.storage.records import Interval, Natural, Pairs, Positive, Vector, expect, read, read_columns
 from experiments.study.plans import Experiment
 from experiments.training.settings import Training
 
@@ -62,12 +62,8 @@ class PlanRecord:
 class Status:
     """status.json: the budget in FLOPs, and the reason why the run stopped, or None."""
 
-    budget: int
+    budget: Positive
     stopped: str | None
-
-    def __post_init__(self):
-        if self.budget < 1:
-            raise ValueError(f"the budget is {self.budget}, expected at least 1")
 
 
 @dataclass(frozen=True)
@@ -76,12 +72,8 @@ class Debit:
 
     experiment: str
     step: int
-    flops: int
-    steps: int = 1
-
-    def __post_init__(self):
-        if self.flops < 0 or not 0 < self.steps <= 10**6:
-            raise ValueError(f"flops are {self.flops} and steps {self.steps}, expected 0 or more, and 1 to a million")
+    flops: Natural
+    steps: Annotated[int, range(1, 10**6 + 1)] = 1
 
 
 @dataclass(frozen=True)
@@ -98,30 +90,27 @@ class Example:
 class Context:
     """A line of val.jsonl or test.jsonl: a sequence in scaled units."""
 
-    context: Matrix  # (T, 2)
-    truth: Matrix  # (h, 2)
-
-    def __post_init__(self):
-        if {self.context.shape[1], self.truth.shape[1]} != {2}:
-            raise ValueError(f"context is {self.context.shape} and truth {self.truth.shape}, expected two variables")
+    context: Pairs  # (T, 2)
+    truth: Pairs  # (h, 2)
 
 
 @dataclass(frozen=True)
 class ForecastLine:
     """A line of forecasts.SPLIT.jsonl: a forecast of one sequence, in scaled units."""
 
-    forecast: Matrix  # (h, 2), NaN where the text has no value
+    forecast: Pairs  # (h, 2), NaN where the text has no value
     mse: float | None
     forced_losses: Vector | None = None
     free_losses: Vector | None = None
-    quantiles: list[Matrix | None] | None = None  # (steps, 2) at each of QUANTILES; None if there are too few samples
+    quantiles: list[Pairs | None] | None = None  # (steps, 2) at each of QUANTILES; None if there are too few samples
 
     def __post_init__(self):
-        if self.quantiles and len(self.quantiles) != len(QUANTILES):
-            raise ValueError(f"quantiles have {len(self.quantiles)} levels, expected {len(QUANTILES)}")
-        shapes = {level.shape for level in self.quantiles or [] if level is not None}
-        if not shapes <= {(steps, 2) for steps in range(len(self.forecast) + 1)} or len(shapes) > 1:
-            raise ValueError(f"quantiles are {shapes}, expected all of one shape (steps, 2)")
+        levels = self.quantiles or [None] * len(QUANTILES)
+        steps = {len(level) for level in levels if level is not None}
+        if len(levels) != len(QUANTILES) or len(steps) > 1 or max(steps, default=0) > len(self.forecast):
+            raise ValueError(
+                f"quantiles are {len(levels)} of {steps} steps, expected {len(QUANTILES)} of as many steps"
+            )
 
     @property
     def band(self) -> np.ndarray | None:
@@ -188,29 +177,16 @@ class Metrics(Scores):
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """seconds.json: how long an experiment took, in seconds."""
-
-    training: float
-    evaluation: float
-
-
-@dataclass(frozen=True)
 class Settings:
     """settings.json: the training of an experiment, or None, and its FLOPs by convention."""
 
     section: str  # of the study
     training: Training | None
-    flops: dict[str, int]
+    flops: dict[str, Positive]
 
     def __post_init__(self):
-        if self.training is None:
-            if self.flops:
-                raise ValueError(f"flops are {self.flops} without a training, expected none")
-        elif self.training.unset:
+        if self.training and self.training.unset:
             raise ValueError(f"the training has no {', '.join(self.training.unset)}, expected all its settings")
-        elif not self.flops or min(self.flops.values()) < 1:
-            raise ValueError(f"flops are {self.flops}, expected positive numbers")
 
 
 def read_metrics(folder: Path) -> dict[str, Metrics]:
@@ -224,6 +200,5 @@ def read_metrics(folder: Path) -> dict[str, Metrics]:
 def read_losses(path: Path, steps: int) -> list[float]:
     """Read the loss of each step of a training. Raises RunError."""
     (losses,) = read_columns(path, "loss")
-    if len(losses) != steps:
-        raise RunError(f"{path}: holds {len(losses)} losses, expected {steps}")
+    expect(path, "the number of losses", len(losses), steps)
     return losses
