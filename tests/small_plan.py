@@ -10,7 +10,7 @@ from experiments import run
 from experiments.forecasting import gru
 from experiments.report import figures
 from experiments.storage.files import write_whole
-from experiments.study import evaluation, judging, numbers, plans, suite
+from experiments.study import evaluation, judging, plans, suite
 from experiments.training import loop
 from experiments.training.settings import Training
 
@@ -19,8 +19,7 @@ SMALL = {  # constants that replace those of these modules
     (loop,): {"SAVE_SECONDS": 0},  # a state is saved after each step
     (gru,): {"STEPS": 3},
     (evaluation, judging): {"BATCH": 2},
-    (judging, numbers): {"CONTEXT_STEPS": 20},
-    (judging, numbers, suite): {"HORIZON": 3},
+    (judging, suite): {"CONTEXT_STEPS": 20, "HORIZON": 3},
     (judging,): {"LONG_HORIZON": 5},
 }
 

@@ -27,7 +27,6 @@ from experiments.storage.interruption import Interrupted, Interruption
 from experiments.storage.runfolder import only_writer
 from experiments.study import data, plans, suite
 from experiments.study.judging import Judge
-from experiments.study.numbers import number_tuning
 from experiments.training.settings import Training
 from flops import Ledger
 from qwen_min.weights import TINY
@@ -321,7 +320,7 @@ def test_the_plan_numbers_trains_the_checkpoint_that_is_named(small_data, tmp_pa
 
     plan, judge, identity = checked("--model", str(folder))
     assert identity["checkpoint_sha256"] == checkpoint_hash(folder) != checked()[2]["checkpoint_sha256"]
-    tuning = number_tuning(judge, plan.experiments[0].training)
+    tuning = suite.number_tuning(judge, plan.experiments[0].training)
     torch.testing.assert_close(tuning.forecaster.model.norm.weight.data, weights["norm.weight"] * 2)
     with pytest.raises(CommandError, match="plan numbers is for a model that reads values"):
         checked("--model", "tiny")

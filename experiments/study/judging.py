@@ -14,6 +14,7 @@ from experiments.forecasting import scores
 from experiments.forecasting.contexts import SeriesWarning
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
+from experiments.forecasting.values import NumberForecaster
 from experiments.storage.files import to_json_lines, write_whole
 from experiments.storage.records import Tensor4
 from experiments.storage.runfolder import resumable
@@ -59,7 +60,7 @@ class Judge:
     def judge(self, split: str, path: Path, draws: bool) -> dict:
         """Forecast a split, write a line for each trajectory into the folder `path`, and return the metrics.
 
-        draws: whether samples are drawn too. Raises NotFiniteError when the model gives no finite numbers.
+        draws: whether samples are drawn too, on the test set. Raises NotFiniteError for numbers that are not finite.
         """
         context, truth = self.context_and_truth(split)
         fallback, near = context.mean(axis=1), truth[:, :HORIZON]
@@ -88,7 +89,7 @@ class Judge:
         }
         if self.decoding == "free":
             columns["free_losses"] = found.free_losses.round(4)
-        if draws:
+        if draws and split == "test":
             drawn = self._drawn(split, path / f"samples.{split}.state.json")
             results["probabilistic"] = scores.probabilistic(drawn, near)
             results["mean_of_samples"] = scores.method_errors(drawn.mean(axis=1), near, fallback, self.scale, HORIZON)
@@ -125,3 +126,26 @@ class Judge:
         if self.samples < scores.samples_needed(level):
             return [None] * len(paths)
         return scores.quantiles(paths, [level], axis=1)[0].round(4)
+
+
+def judge_numbers(forecaster: NumberForecaster, judge: Judge, split: str, path: Path) -> dict:
+    """Forecast a split from contexts as the text has them, write a line for each into `path`, and return the metrics.
+
+    Those with the key `exact` are of contexts with all their digits.
+    """
+    context, truth = judge.context_and_truth(split)
+    fallback, near, scale = context.mean(axis=1), truth[:, :HORIZON], judge.scale
+    rounded = forecaster.forecast(context.round(judge.encoding.decimals) * scale, truth.shape[1], scores.QUANTILES)
+    exact = forecaster.forecast(context * scale, HORIZON).values / scale
+    assert rounded.quantiles is not None  # they were asked for
+    values, quantiles = rounded.values / scale, rounded.quantiles[:, :, :HORIZON] / scale
+    results = scores.method_errors(values, truth, fallback, scale, HORIZON)
+    results["exact"] = scores.method_errors(exact, near, fallback, scale, HORIZON)
+    columns = {
+        "id": judge.ids[split],
+        "forecast": values.round(4),
+        "mse": scores.squared_errors(values[:, :HORIZON], near),
+        "quantiles": quantiles.round(4),
+    }
+    write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(columns))
+    return results

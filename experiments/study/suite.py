@@ -4,25 +4,30 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 
 import flops
-from experiments.forecasting import gru
-from experiments.forecasting.adapter import Trained
+from experiments.forecasting import Forecaster, gru
+from experiments.forecasting.adapter import Trained, checkpoint_hash
+from experiments.forecasting.backtest import Origin
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.grammar import Grammar
+from experiments.forecasting.numbers import Numbers
 from experiments.forecasting.scores import method_errors
+from experiments.forecasting.values import NumberForecaster
 from experiments.storage.files import RunError, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.storage.records import read
-from experiments.study.judging import Judge
-from experiments.study.numbers import judge_numbers, number_tuning, train_numbers
-from experiments.study.plans import HORIZON, Experiment, Plan, candidates, fill
+from experiments.study.judging import Judge, judge_numbers
+from experiments.study.plans import CONTEXT_STEPS, HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import Settings, read_metrics
+from experiments.training.finetuning import train_and_choose
 from experiments.training.loop import Account, progress_bar
-from experiments.training.number_tuning import NumberTuning
+from experiments.training.number_tuning import OPTIONS, STRIDE, NumberTuning
 from experiments.training.run import clear, inject_adapter, run_training, write_adapter
 from experiments.training.settings import Training
 from experiments.training.team import ALONE, Team
@@ -63,27 +68,21 @@ class Suite:
     @property
     def _vocabulary(self) -> list[int]:
         """The tokens of the forecast text."""
-        encoding = self.judge.encoding
-        return Grammar(self.judge.tokenizer, encoding.decimals, 2).vocabulary
+        return Grammar(self.judge.tokenizer, self.judge.encoding.decimals, 2).vocabulary
 
     def budget_warning(self) -> str | None:
         """A message about experiments that do not fit the budget; None if all fit."""
-        costs = {one.name: max(map(self.cost, candidates(self.plan, one)), default=0) for one in self.plan.experiments}
-        left = self.ledger.budget
-        fits: list[str] = []
-        for name, cost in costs.items():
-            if cost > left:
-                convention, way = "exact", ""
-                if self.plan.texts:
-                    convention, way = self.convention, ", or choose another --convention,"
-                return (
-                    f"plan {self.plan.name} needs up to {sum(costs.values()):.3e} FLOPs ({convention}), the budget is "
-                    f"{self.ledger.budget:.3e}. Fits: {', '.join(fits) or 'nothing'}. Does not fit: "
-                    f"{', '.join([*costs][len(fits) :])}. Raise --budget{way} to run the whole plan"
-                )
-            left -= cost
-            fits.append(name)
-        return None
+        names, budget = [one.name for one in self.plan.experiments], self.ledger.budget
+        costs = [max(map(self.cost, candidates(self.plan, one)), default=0) for one in self.plan.experiments]
+        fitting = sum(total <= budget for total in accumulate(costs))
+        if fitting == len(names):
+            return None
+        convention, way = (self.convention, ", or choose another --convention,") if self.plan.texts else ("exact", "")
+        return (
+            f"plan {self.plan.name} needs up to {sum(costs):.3e} FLOPs ({convention}), the budget is {budget:.3e}. "
+            f"Fits: {', '.join(names[:fitting]) or 'nothing'}. Does not fit: {', '.join(names[fitting:])}. "
+            f"Raise --budget{way} to run the whole plan"
+        )
 
     def run(self) -> None:
         """Run every experiment that is not finished yet.
@@ -100,13 +99,12 @@ class Suite:
 
     def _is_open(self, name: str, training: Training | None) -> bool:
         """True if an experiment has still to run. Raises flops.BudgetExceeded if it does not fit the budget."""
-        cost = self.cost(training)
         if not (self._path(name) / "metrics.json").exists():
-            self.ledger.require(name, cost)
+            self.ledger.require(name, self.cost(training))
             return True
         steps = training.steps if training else 0
         for step in range(steps):
-            self.ledger.debit(name, step, cost // steps)  # if the ledger was lost
+            self.ledger.debit(name, step, self.cost(training) // steps)  # if the ledger was lost
         clear(self._path(name))
         return False
 
@@ -165,17 +163,15 @@ class Suite:
         write_whole(path / "settings.json", to_json(record))
         with ExitStack() as stack:
             if training and training.reads != "text":
-                tuning = self._tuning(training)
-                seconds = train_numbers(tuning, self.judge, path, self._account(experiment.name, training))
-                started, forecaster = time.monotonic(), tuning.forecaster
-                results = {split: judge_numbers(forecaster, self.judge, split, path) for split in experiment.splits}
+                seconds = self._train_numbers(experiment.name, training)
+                judged = partial(judge_numbers, self._tuning(training).forecaster, self.judge)
             else:
                 if training:
-                    seconds = self._trained(experiment.name, training, stack)
-                started = time.monotonic()
+                    seconds = self._train_text(experiment.name, training, stack)
                 judge = self.judge if experiment.judged else self.judge.first(self.plan.chosen_on)
-                drawn = {"test"} if self.judge.samples > 0 and experiment == self.plan.texts[-1] else set()
-                results = {split: judge.judge(split, path, split in drawn) for split in experiment.splits}
+                judged = partial(judge.judge, draws=self.judge.samples > 0 and experiment == self.plan.texts[-1])
+            started = time.monotonic()
+            results = {split: judged(split, path) for split in experiment.splits}
             times = {"training": round(seconds, 1), "evaluation": round(time.monotonic() - started, 1)}
         write_whole(path / "seconds.json", to_json(times))
         write_whole(path / "metrics.json", to_json(results))  # last, because it marks the experiment as finished
@@ -185,8 +181,17 @@ class Suite:
         """What pays for a training."""
         return Account(name, self.ledger, self.cost(training) // training.steps, self.interruption, self.team)
 
-    def _trained(self, name: str, training: Training, stack: ExitStack) -> float:
-        """Train an adapter, which `stack` removes, on the training series; the seconds."""
+    def _train_numbers(self, name: str, training: Training) -> float:
+        """Train the decoder that reads values, and leave the adapter, if there is one, in the folder; the seconds."""
+        tuning = self._tuning(training)
+        tuning.begin()
+        checkpoint, folder = tuning.forecaster.checkpoint or ("", None)  # a new decoder has none
+        trained = Trained(checkpoint, checkpoint_hash(folder) if folder else "", variables=["prey", "predator"])
+        account = self._account(name, training)
+        return train_and_choose(tuning, self._path(name), account, places(self.judge), trained).seconds
+
+    def _train_text(self, name: str, training: Training, stack: ExitStack) -> float:
+        """Train an adapter, which `stack` removes, on the text of the training series; the seconds."""
         judge, path = self.judge, self._path(name)
         assert training.context is not None  # a plan fills it in before the training
         inject_adapter(judge.model, training)
@@ -196,6 +201,26 @@ class Suite:
         cuts = cut_tokens(tokens, training)
         windows = TextWindows(judge.model, cuts, training.context, judge.tokenizer.pad_id, vocabulary)
         done = run_training(path, windows, training, self._account(name, training))
-        trained = Trained(*self.checkpoint, judge.encoding)
-        write_adapter(judge.model, path, trained)
+        write_adapter(judge.model, path, Trained(*self.checkpoint, judge.encoding))
         return done.seconds
+
+
+def number_tuning(judge: Judge, training: Training) -> NumberTuning:
+    """A training on the study's training series, in populations; its validation series choose."""
+    device = judge.model.head_weight.device
+    forecaster = Forecaster.load(judge.numbers, device=str(device))
+    if training.reads == "numbers, from scratch":
+        model = Numbers()
+        model.start(training.seed)
+        forecaster = NumberForecaster(model.to(device))
+    assert training.context is not None  # a plan fills it in before the training
+    settings = {name: getattr(training, name) for name in OPTIONS}
+    series = [*judge.series["train"].astype(float)]
+    return NumberTuning(forecaster, series, HORIZON, training.context * STRIDE, **settings)
+
+
+def places(judge: Judge) -> list[Origin]:
+    """The validation forecasts."""
+    series = judge.series["val"].astype(float)
+    stop = CONTEXT_STEPS + HORIZON
+    return [Origin(one[:CONTEXT_STEPS], one[CONTEXT_STEPS:stop], number) for number, one in enumerate(series)]
