@@ -26,7 +26,7 @@ class Errors:
 
     rmse: float
     mae: Vector  # (D)
-    each: Vector  # (M)
+    each: list[float]  # of M forecasts
     over: str  # what the interval is over: "series" or, where they are few, "forecasts"
     interval: Interval | None = None
 
@@ -54,10 +54,8 @@ class Metrics:
         if not self.errors.keys() > METHODS.keys():
             raise ValueError(f"errors are of {', '.join(self.errors)}, expected 'before', 'after' and a baseline")
         for name, error in self.errors.items():
-            if not 0 < len(self.series) == len(error.each) == np.isfinite(error.each).sum():
-                raise ValueError(
-                    f"{name} has the errors {error.each}, expected one for each of {len(self.series)} forecasts"
-                )
+            if not 0 < len(self.series) == len(error.each):
+                raise ValueError(f"{name} has errors of {len(error.each)} forecasts, expected {len(self.series)}")
 
 
 @dataclass(frozen=True)
@@ -107,18 +105,19 @@ def page(folder: Path) -> dict[str, Any]:
         for name, error in sorted(metrics.errors.items(), key=lambda named: named[1].rmse):
             absolute = {f"MAE, {variable}": mae for variable, mae in zip(variables, error.mae, strict=True)}
             rows[METHODS.get(name, name)] = {"RMSE": error.rmse, "interval": error.interval} | absolute
-        values |= {"metrics": metrics, "verdict": verdict(metrics), "lines": lines, "rows": rows}
+        drawn = [  # the first, the middle and the last
+            figures.Fan(f"forecast {row + 1}", one.context, one.after, one.truth, one.band)
+            for row, one in enumerate(lines)
+            if row in (0, len(lines) // 2, len(lines) - 1)
+        ]
+        values |= {"metrics": metrics, "verdict": verdict(metrics), "lines": lines, "rows": rows, "drawn": drawn}
     if finished or (folder / "losses.csv").exists():
         values["losses"] = read_losses(folder / "losses.csv", steps)
     if finished or (folder / "held_out.csv").exists():
         values["checks"] = read_columns(folder / "held_out.csv", "steps", "loss")
-    return values | {
-        "title": f"Run {folder.resolve().name}: a fine-tuning on {plan.title}",
-        "plan": plan,
-        "steps": steps,
-        "spent": sum(line.flops * line.steps for line in ledger),
-        "draw_forecasts": draw_forecasts,
-    }
+    title = f"Run {folder.resolve().name}: a fine-tuning on {plan.title}"
+    spent = sum(line.flops * line.steps for line in ledger)
+    return values | {"title": title, "plan": plan, "steps": steps, "spent": spent}
 
 
 def verdict(metrics: Metrics) -> str:
@@ -136,7 +135,7 @@ def verdict(metrics: Metrics) -> str:
     )
     # these errors are in the square of the variables' standard deviations, where no error is too small to count
     groups = metrics.series if after.over == "series" else None
-    pair = paired(after.each.tolist(), best.each.tolist(), floor=0, series=groups)
+    pair = paired(after.each, best.each, floor=0, series=groups)
     assert pair is not None  # there is at least one forecast
     interval, ratio = pair["interval"], pair["ratio"]
     if interval is None or interval[0] <= 0 <= interval[1]:
@@ -148,12 +147,3 @@ def verdict(metrics: Metrics) -> str:
             "decide the comparison above."
         )
     return text
-
-
-def draw_forecasts(variables: list[str], lines: list[Line], path: Path) -> None:
-    """Draw the first, the middle and the last held-out forecast."""
-    shown = {row: lines[row] for row in sorted({0, len(lines) // 2, len(lines) - 1})}
-    forecasts = [
-        figures.Fan(f"forecast {row + 1}", one.context, one.after, one.truth, one.band) for row, one in shown.items()
-    ]
-    figures.fans(variables, forecasts, path)

@@ -43,8 +43,8 @@ class Run:
 
     def trained(self, section: str | None = None) -> dict[str, Result]:
         """The finished trainings, all or those of a section."""
-        found = {name: result for name, result in self.experiments.items() if result.training}
-        return {name: result for name, result in found.items() if section in (result.section, None)}
+        experiments = self.experiments.items()
+        return {name: one for name, one in experiments if one.training and section in (one.section, None)}
 
     @property
     def judged(self) -> dict[str, Result]:
@@ -55,8 +55,8 @@ class Run:
     @property
     def metrics(self) -> dict[str, Metrics]:
         """The metrics of all experiments, by name and split: `final, test`."""
-        found = [(name, *one) for name, result in self.experiments.items() for one in result.metrics.items()]
-        return {f"{name}, {split}": metrics for name, split, metrics in found}
+        experiments = self.experiments.items()
+        return {f"{name}, {split}": one for name, result in experiments for split, one in result.metrics.items()}
 
     @property
     def tests(self) -> dict[str, Scores]:
@@ -98,11 +98,8 @@ def load_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
         reasons = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
         raise RunError(f"{folder}: holds no plan.json, and no run folders to compare{reasons}")
     for run in runs:
-        for name, value in run.plan.compared.items():
-            if value != (first := runs[0].plan.compared[name]):
-                raise RunError(
-                    f"{run.folder}: has {name} {value}, {runs[0].folder} has {first}; compare runs that agree"
-                )
+        for name, value in runs[0].plan.compared.items():
+            expect(run.folder, f"{name}, compared with {runs[0].folder},", run.plan.compared[name], value)
     return runs, left_out
 
 

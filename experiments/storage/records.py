@@ -115,6 +115,7 @@ def read_columns(path: Path, *names: str) -> list[list[float]]:
         rows = [[float(row[name]) for name in names] for row in csv.DictReader(lines, strict=True)]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise RunError(f"{path}: not a table of {' and '.join(names)} ({error!r})") from error
-    if not np.isfinite(rows).all():
+    columns = np.reshape(rows, (-1, len(names))).T
+    if not np.isfinite(columns).all():
         raise RunError(f"{path}: holds a number that is not finite")
-    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in names]
+    return columns.tolist()
