@@ -69,13 +69,11 @@ def methods_of(experiments: Mapping[str, Result]) -> dict[str, dict[str, Scores]
     """The scores of each experiment's forecast, of the mean of its samples, of exact contexts, by name and split."""
     methods: dict[str, dict[str, Scores]] = {}
     for name, result in experiments.items():
-        if exact := {split: one.exact for split, one in result.metrics.items() if one.exact}:
-            methods[name + EXACT] = exact
-        methods[name] = dict(result.metrics)
         for split, one in result.metrics.items():
-            if one.probabilistic and one.mean_of_samples:
-                drawn = methods.setdefault(f"{name}, mean of {one.probabilistic.samples} samples", {})
-                drawn[split] = one.mean_of_samples
+            mean = f"{name}, mean of {one.probabilistic.samples} samples" if one.probabilistic else ""
+            for method, scores in ((name + EXACT, one.exact), (name, one), (mean, one.mean_of_samples)):
+                if scores:
+                    methods.setdefault(method, {})[split] = scores
     return methods
 
 

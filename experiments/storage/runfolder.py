@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,18 @@ from experiments.storage.records import read
 LOCK_FILE, WRITER_FILE = ".lock", ".writer"  # the locked file; the id of the process that writes, or last wrote
 
 
-def resumable(state: Path | None, pieces: Sequence, kind: Any, make: Callable, fits: Callable) -> list:
-    """The list of make(piece), each of a `kind` that `records.build` knows, for all pieces, in order.
+def resumable(state: Path | None, items: Any, size: int, kind: Any, make: Callable, fits: Callable) -> list:
+    """The list of make(batch), each of a `kind` that `records.build` knows, for all batches of `size` of the items.
 
-    The file `state`, if not None, keeps them, so that a killed run resumes after the last complete piece. Raises
-    RunError when the state is damaged, or when fits(result, piece) is False for a result in it.
+    The file `state`, if not None, keeps them, so that a killed run resumes after the last complete batch. Raises
+    RunError when the state is damaged, or when fits(result, batch) is False for a result in it.
     """
+    batches = [items[start : start + size] for start in range(0, len(items), size)]
     results = read(state, list[kind]) if state and state.exists() else []
-    if len(results) > len(pieces) or not all(map(fits, results, pieces)):
+    if len(results) > len(batches) or not all(map(fits, results, batches)):
         raise RunError(f"{state}: not a state of this run; delete it to start this part again")
-    for piece in pieces[len(results) :]:
-        results.append(make(piece))
+    for batch in batches[len(results) :]:
+        results.append(make(batch))
         if state:
             write_whole(state, to_json(results, indent=None))
     return results

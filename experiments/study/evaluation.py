@@ -181,19 +181,18 @@ def evaluate(
     """
     steps, reused = steps or horizon, ReusedCache(model)
 
-    def make(start: int) -> Evaluation:
-        batch = series[start : start + BATCH]
+    def make(batch: np.ndarray) -> Evaluation:
         contexts, truth = batch[:, :context_steps], batch[:, context_steps : context_steps + horizon]
         evaluated = _batch(model, tokenizer, encoding, contexts, truth, steps, decoding, reused)
         progress(len(batch))
         return evaluated
 
-    def fits(kept: Evaluation, start: int) -> bool:
-        whole = {len(value) for value in vars(kept).values()} == {len(series[start : start + BATCH])}
+    def fits(kept: Evaluation, batch: np.ndarray) -> bool:
+        whole = {len(value) for value in vars(kept).values()} == {len(batch)}
         losses = kept.free_losses.shape == kept.forced_losses.shape
         return whole and losses and kept.values.shape[1:] == (steps, series.shape[2])
 
-    return Evaluation.join(resumable(state, range(0, len(series), BATCH), Evaluation, make, fits))
+    return Evaluation.join(resumable(state, series, BATCH, Evaluation, make, fits))
 
 
 def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:

@@ -104,21 +104,19 @@ class Judge:
         contexts = self.series[split][:, :CONTEXT_STEPS]
         bar = progress_bar(len(contexts), f"{state.parent.name}, {split}, {self.samples} samples")
 
-        def draw(start: int) -> np.ndarray:
+        def draw(batch: np.ndarray) -> np.ndarray:
             with warnings.catch_warnings():  # the study's encoding is given, however few digits a series has in it
                 warnings.simplefilter("ignore", SeriesWarning)
-                found = forecaster.forecast(
-                    contexts[start : start + BATCH], HORIZON, samples=self.samples, seed=self.seed
-                )
-            bar.update(len(found.values))
+                found = forecaster.forecast(batch, HORIZON, samples=self.samples, seed=self.seed)
+            bar.update(len(batch))
             assert found.samples is not None  # they are None only where none were asked for
             return found.samples
 
-        def fits(paths: np.ndarray, start: int) -> bool:
-            return paths.shape == (len(contexts[start : start + BATCH]), self.samples, HORIZON, 2)
+        def fits(paths: np.ndarray, batch: np.ndarray) -> bool:
+            return paths.shape == (len(batch), self.samples, HORIZON, 2)
 
         with bar:
-            parts = resumable(state, range(0, len(contexts), BATCH), Tensor4, draw, fits)
+            parts = resumable(state, contexts, BATCH, Tensor4, draw, fits)
         return (np.concatenate(parts) / self.scale).round(self.encoding.decimals)
 
     def _quantile(self, paths: np.ndarray, level: float) -> Sequence:

@@ -204,9 +204,7 @@ class Finetuning:
         def fits(found: np.ndarray, places: list[Origin]) -> bool:
             return found.shape in {(len(places), count, *places[0].truth.shape) for count in (1, 3)}
 
-        places = self.parts.test
-        pieces = [places[start : start + AT_ONCE] for start in range(0, len(places), AT_ONCE)]
-        return np.concatenate(resumable(state, pieces, Tensor4, make, fits))
+        return np.concatenate(resumable(state, self.parts.test, AT_ONCE, Tensor4, make, fits))
 
     def _metrics(self, before: np.ndarray, after: np.ndarray, done: Progress) -> dict:
         """What metrics.json holds, but for the FLOPs."""
