@@ -65,7 +65,7 @@ SETTINGS, METRICS, TESTS = (f"experiments/frontier/{name}" for name in
     (METRICS, ["val", "all", "mse_filled"], "low", "val, all, mse_filled: holds 'low', expected float"),
     (METRICS, ["val", "all", "mse_interval"], [1], r"mse_interval: holds \[1\], expected 2 values"),
     (SETTINGS, ["flops", "exact"], -1, "flops, exact: holds -1, expected int from 1"),
-    (SETTINGS, ["training"], None, r"the conventions of FLOPs is .*, expected \[\]"),
+    (SETTINGS, ["training"], None, r"conventions with FLOPs is .*, expected \[\]"),
     (METRICS, ["test", "probabilistic"], None, "mean_of_samples needs probabilistic"),
     ("experiments/frontier/seconds.json", ["training"], "long", "training: holds 'long', expected float"),
 ])  # fmt: skip

@@ -129,8 +129,9 @@ def load_run(folder: Path) -> Run:
 def _read_result(path: Path, run: Run, most: int | None) -> Result:
     """Read the folder of an experiment that was evaluated on at most so many sequences of each split."""
     settings, metrics = read(path / "settings.json", records.Settings), records.read_metrics(path)
-    conventions = [*run.plan.conventions] if settings.training else []
-    expect(path / "settings.json", "the conventions of FLOPs", [*settings.flops], conventions)
+    counted = [name for name in run.plan.conventions if name in settings.flops]  # there may be more in a continued run
+    wanted = [*run.plan.conventions] if settings.training else []
+    expect(path / "settings.json", "the list of conventions with FLOPs", counted, wanted)
     forecasts = {split: read_lines(path / f"forecasts.{split}.jsonl", records.ForecastLine) for split in metrics}
     for split, lines in forecasts.items():
         file, held = path / f"forecasts.{split}.jsonl", run.contexts[split][:most]
