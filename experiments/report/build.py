@@ -6,6 +6,7 @@ figures look like. No name from a file can become markup: HTML is escaped by jin
 
 import re
 from base64 import b64encode
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.forecasting.scores import paired
 from experiments.report import contents, figures, finetuned, words
-from experiments.report.results import Run, is_fine_tuning, load_run, load_runs
+from experiments.report.results import EXACT, Run, is_fine_tuning, load_run, load_runs, methods_of
 from experiments.storage.files import write_whole
 
 
@@ -45,9 +46,25 @@ def write_comparison(folder: Path) -> tuple[Path, dict[str, str]]:
         for run in runs
         for name, experiment in run.experiments.items()
     }
-    page, values = folder / "comparison.md", {"title": "Comparison of runs", "verdict": None}
+    page = folder / "comparison.md"
+    kinds = {"baselines": runs[0].baselines}
+    for kind, is_text in (("decoders that read values", False), ("models that write text", True)):
+        found = {name: one for name, one in experiments.items() if one.is_text == is_text}
+        kinds[kind] = {name: one for name, one in methods_of(found).items() if not name.endswith(EXACT)}
+    values = {"title": "Comparison of runs", "verdict": verdict_of(kinds)}
     write_pages([page], "comparison", runs=runs, left_out=left_out, experiments=experiments, **values)
     return page, left_out
+
+
+def verdict_of(kinds: Mapping[str, contents.Methods]) -> str:
+    """The result of a comparison in words: the best of each kind of methods."""
+    best = []
+    for kind, methods in kinds.items():
+        errors = {name: by_split["test"].all.mse for name, by_split in methods.items() if "test" in by_split}
+        if known := {name: error for name, error in errors.items() if error is not None}:
+            name = min(known, key=known.__getitem__)
+            best.append(f"{name} ({words.number(known[name])}) of the {kind}")
+    return "The smallest mean squared errors on all test sequences: " + "; ".join(best) + "."
 
 
 def write_pages(paths: list[Path], template: str, **values: Any) -> None:

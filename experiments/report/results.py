@@ -22,6 +22,11 @@ class Result(records.Settings):
     forecasts: dict[str, list[records.ForecastLine]]  # by split, a line for each sequence
     losses: list[float]  # of each step of its training, if it has one
 
+    @property
+    def is_text(self) -> bool:
+        """True for a model that writes text, which is then read."""
+        return not self.training or self.training.reads == "text"
+
 
 @dataclass
 class Run:

@@ -27,6 +27,7 @@ class Identity:
     decoding: str
     checkpoint_sha256: str
     data_sha256: str
+    encoding: dict[str, float]  # scale and decimals
     convention: str  # how the budget counts FLOPs
     device: str
     dtype: str
