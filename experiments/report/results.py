@@ -85,8 +85,8 @@ def methods_of(experiments: Mapping[str, Result]) -> dict[str, dict[str, Scores]
 def load_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
     """The runs of plans in a folder, by name, and the reason for each folder with a plan.json that is left out.
 
-    Left out are fine-tunings on other series, and runs that are damaged or have no baselines yet. Raises RunError when
-    no run is left, or when the runs were not evaluated on the same sequences.
+    Left out are fine-tunings on other series, runs that are damaged or have no baselines yet, and runs with other data
+    or sequences than the first one. Raises RunError when no run is left.
     """
     runs: list[Run] = []
     left_out: dict[str, str] = {}
@@ -94,15 +94,16 @@ def load_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
         try:
             if is_fine_tuning(plan.parent):
                 raise RunError("a fine-tuning on series of its own")
-            runs.append(load_run(plan.parent))
+            run = load_run(plan.parent)
+            for name, value in (runs or [run])[0].plan.compared.items():
+                if run.plan.compared[name] != value:
+                    raise RunError(f"other {name} than {runs[0].folder.name}")
+            runs.append(run)
         except RunError as error:
             left_out[plan.parent.name] = str(error)
     if not runs:
         reasons = "".join(f"; {name}: {reason}" for name, reason in left_out.items())
         raise RunError(f"{folder}: holds no plan.json, and no run folders to compare{reasons}")
-    for run in runs:
-        for name, value in runs[0].plan.compared.items():
-            expect(run.folder, f"{name}, compared with {runs[0].folder},", run.plan.compared[name], value)
     return runs, left_out
 
 
