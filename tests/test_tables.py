@@ -163,6 +163,8 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "a note": ("date,y\n2023-01-01,1\nsource\n", "line 3: has 1 columns, the first line has 2; leave out lines that"),
     "JSON": ('{"a": 1}', "is JSON; save it as CSV"),
     "UTF-16": ("a\0,\0b\0", "has zero bytes, as UTF-16 without a mark has; save it as .* encoded as UTF-8"),
+    "GBK": ("d,销量\n2023-01-01,1\n".encode("gbk"), "is no text in UTF-8 .*, nor in Windows-1252, which would give"),
+    "Polish": ("d,sprzedaż\n2023-01-01,1\n".encode("cp1250"), "is no text in UTF-8 .*, nor in Windows-1252"),
     "two files": (zipped(a=b"1", b=b"2"), r"is a zip file of \['a', 'b'\], expected one table in it"),
     "damaged Excel": (zipped(**{"[Content_Types].xml": b""}), "Excel file"),
     "damaged zip": (zipped(a=PACKED).replace(b"1.5", b""), "cannot be unpacked"),
