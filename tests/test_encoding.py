@@ -76,7 +76,17 @@ def test_malformed_values_are_nan(text, values):
     np.testing.assert_array_equal(Encoding(1.0).decode(text, 2, 2), np.array(values, dtype=float))
 
 
-BAD = [(0.0,), (np.nan,), (1.0, 0), ((),), ((1.0, -1.0),), (1.0, 2, np.nan), ((1.0, 2.0), 2, (1.0, 2.0, 3.0))]
+BAD = [
+    (0.0,),
+    (np.nan,),
+    (1.0, 0),
+    (1.0, True),
+    (None, 2, 1.0),
+    ((),),
+    ((1.0, -1.0),),
+    (1.0, 2, np.nan),
+    ((1.0, 2.0), 2, (1.0, 2.0, 3.0)),
+]
 
 
 @pytest.mark.parametrize("settings", BAD)

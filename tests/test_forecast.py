@@ -191,6 +191,7 @@ def test_several_files_are_forecast_into_one_table_with_a_name_for_each_series(r
     assert out.startswith("a: 40 rows of 2 variables (deer, wolves), and 2 more series")
     names = [line.split(",")[0] for line in (tmp_path / "forecasts.csv").read_text().splitlines()[1:]]
     assert names == ["a", f"{files[1]}: b", f"{files[2]}: b"]
+    assert "and 1 more series" in run(files[0], files[0], "--horizon", 1, "--out", "twice.csv")[1]
     line = refused("forecast", *files[:2], sine(tmp_path / "c.csv", "deer,foxes\n"), "--out", "d.csv")
     assert "c has the variables deer, foxes, a has deer, wolves; expected the same in all series" in line
 

@@ -133,6 +133,10 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "empty": ("", "is empty"),
     "quote": ('a\n"1\n', "cannot be read"),
     "both marks": ("a;b\n1,5;1.5\n1,6;1.6\n", "has the other mark"),
+    "half hours": (
+        "date,hour,a\n2023-01-01,0.5,1\n2023-01-01,1.5,2\n",
+        "column 'hour': holds '2023-01-01 0.5:00', exp",
+    ),
     "a date is missing": ("date,a\n2023-01-01,1\n,2\n", "line 3, column 'date': is empty, expected a date"),
     "falls": ("date,a\n2023-01-02,1\n2023-01-01,2\n", r"line 3, column 'date': the time 2023-01-01 comes after 2023-"),
     "a day twice": ("d,site,a\n2023-01-01,x,1\n2023-01-01,y,2\n", r"tells them apart with --id \(site\), else keep"),

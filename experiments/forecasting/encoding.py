@@ -38,7 +38,9 @@ class Encoding:
             raise EncodingError(f"scale is {self.scale}, expected a positive number, or one for each variable")
         if not (np.size(self.offset) in (1, np.size(scale)) and np.isfinite(self.offset).all()):
             raise EncodingError(f"offset is {self.offset}, expected a finite number, or as many as scales")
-        if not (isinstance(self.decimals, int) and 1 <= self.decimals <= 6):
+        if self.scale is None and self.offset != 0.0:
+            raise EncodingError(f"offset is {self.offset} without a scale, expected both or none")
+        if not (type(self.decimals) is int and 1 <= self.decimals <= 6):
             raise EncodingError(f"decimals is {self.decimals!r}, expected 1 to 6")
 
     @classmethod

@@ -55,7 +55,8 @@ class Metrics:
             raise ValueError(f"errors are of {', '.join(self.errors)}, expected 'before', 'after' and a baseline")
         for name, error in self.errors.items():
             if not 0 < len(self.series) == len(error.each):
-                raise ValueError(f"{name} has errors of {len(error.each)} forecasts, expected {len(self.series)}")
+                expected = len(self.series) or "at least one"
+                raise ValueError(f"{name} has errors of {len(error.each)} forecasts, expected {expected}")
 
 
 @dataclass(frozen=True)

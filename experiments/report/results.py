@@ -121,6 +121,8 @@ def load_run(folder: Path) -> Run:
     if not run.baselines:
         raise RunError(f"{folder / 'baselines.json'}: holds no baseline")
     counts = {split: len(lines) for split, lines in run.contexts.items()}
+    if empty := [split for split, count in counts.items() if not count]:
+        raise RunError(f"{folder / empty[0]}.jsonl: is empty, expected a line for each sequence")
     for name, by_split in run.baselines.items():
         scored = {split: len(scores.mse_each) for split, scores in by_split.items()}
         expect(f"{folder / 'baselines.json'}, {name}", "the number of mse_each", scored, counts)
@@ -135,8 +137,8 @@ def load_run(folder: Path) -> Run:
 def _read_result(path: Path, run: Run, most: int | None) -> Result:
     """Read the folder of an experiment that was evaluated on at most so many sequences of each split."""
     settings, metrics = read(path / "settings.json", records.Settings), records.read_metrics(path)
-    counted = [name for name in run.plan.conventions if name in settings.flops]  # there may be more in a continued run
     wanted = [*run.plan.conventions] if settings.training else []
+    counted = [name for name in settings.flops if name in wanted or not wanted]  # there may be more in a continued run
     expect(path / "settings.json", "the list of conventions with FLOPs", counted, wanted)
     forecasts = {split: read_lines(path / f"forecasts.{split}.jsonl", records.ForecastLine) for split in metrics}
     for split, lines in forecasts.items():
@@ -149,13 +151,14 @@ def _read_result(path: Path, run: Run, most: int | None) -> Result:
             if scores:
                 expect(path / "metrics.json", "the number of mse_each", len(scores.mse_each), len(lines))
     seconds = read(path / "seconds.json", dict[str, float])
+    expect(path / "seconds.json", "the list of parts", sorted(seconds), ["evaluation", "training"])
     losses = records.read_losses(path / "losses.csv", settings.training.steps) if settings.training else []
     return Result(**vars(settings), metrics=metrics, seconds=seconds, forecasts=forecasts, losses=losses)
 
 
 def read_ledger(path: Path) -> list[records.Debit]:
     """The lines of a ledger; none without a file. Raises RunError."""
-    return read_lines(path, records.Debit) if path.exists() else []
+    return read_lines(path, records.Debit, grows=True) if path.exists() else []
 
 
 def shorten_ledger(path: Path) -> None:

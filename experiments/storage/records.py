@@ -45,7 +45,7 @@ def build(kind: Any, value: Any, where: str) -> Any:
         array, shape = np.array(value, dtype=object), arguments[1]
         sizes = [wanted in (None, size) for wanted, size in zip(shape, array.shape, strict=False)]
         fits = array.ndim == len(shape) and all(sizes) and all(item is None or _is_number(item) for item in array.flat)
-        _require(fits, where, f"numbers of shape {shape}", value)
+        _require(fits, where, f"numbers of shape {shape}".replace("None", "any"), value)
         return array.astype(float)
     if is_dataclass(kind):
         return _record(kind, value, where)
@@ -99,12 +99,13 @@ def read(path: Path, kind: Any) -> Any:
     return build(kind, read_json(path), str(path))
 
 
-def read_lines(path: Path, kind: Any) -> list:
+def read_lines(path: Path, kind: Any, grows: bool = False) -> list:
     """Read a JSON lines file as a list of `kind`. Raises RunError when it is missing or damaged.
 
-    An incomplete last line, which a kill leaves in a ledger, does not count.
+    grows: lines are appended to it, so that a kill may leave an incomplete last one, which does not count.
     """
-    lines = parse_json(path, read_text(path).rpartition("\n")[0].splitlines(), "JSON lines")
+    text = read_text(path)
+    lines = parse_json(path, (text.rpartition("\n")[0] if grows else text).splitlines(), "JSON lines")
     return [build(kind, line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.scores import BAND, QUANTILES
 from experiments.storage.files import RunError
 from experiments.storage.records import Interval, Natural, Pairs, Positive, Vector, expect, read, read_columns
@@ -27,7 +28,7 @@ class Identity:
     decoding: str
     checkpoint_sha256: str
     data_sha256: str
-    encoding: dict[str, float]  # scale and decimals
+    encoding: Encoding
     convention: str  # how the budget counts FLOPs
     device: str
     dtype: str
@@ -110,7 +111,7 @@ class ForecastLine:
         steps = {len(level) for level in levels if level is not None}
         if len(levels) != len(QUANTILES) or len(steps) > 1 or max(steps, default=0) > len(self.forecast):
             raise ValueError(
-                f"quantiles are {len(levels)} of {steps} steps, expected {len(QUANTILES)} of as many steps"
+                f"quantiles are {len(levels)} of {sorted(steps)} steps, expected {len(QUANTILES)} of equal length"
             )
 
     @property

@@ -64,7 +64,10 @@ def dates_of(cells: pd.Series, name: str, table: Table) -> pd.DatetimeIndex:
     starts with the day is decided for all cells together: such that all are dates, that they rise, and in equal steps.
     Raises DataError for another cell, years of two digits, seasons such as 2010/11, and cells that can be two dates.
     """
-    first, (form, *orders) = next((cell, found) for cell in cells if (found := _form(cell)))
+    first = next(filter(_form, cells), None)
+    if first is None:
+        raise table.error(f"holds {cells.iloc[0]!r}, expected a date", name, 0)
+    form, *orders = _form(first) or ()
     if not orders:
         raise table.error(f"{first!r} has a year of two digits, of this century or the last; write all four", name)
     fits = cells.str.fullmatch(f"(?i:{form})").to_numpy(bool)

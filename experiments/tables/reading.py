@@ -37,7 +37,8 @@ OTHERS = {  # the first bytes of files that are not read
 
 
 def read_series(
-    *paths: str | Path,
+    path: str | Path,
+    *more: str | Path,
     columns: Sequence[str] | None = None,
     missing: str = "error",
     id: str | None = None,
@@ -58,19 +59,18 @@ def read_series(
     A name that series of several files have gets the path of the file before it. Raises DataError when a file cannot be
     read, when it can mean two things, and for a value that is not a finite number; the message names its place.
     """
-    by_file: dict[Path, list[pd.DataFrame]] = {}
-    for path in map(Path, paths):
+    series: list[tuple[Path, pd.DataFrame]] = []
+    for file in map(Path, (path, *more)):
         try:
-            tables = _tables(path, path.read_bytes())
-            by_file[path] = [one for table in tables for one in assemble(table, columns, missing, id, wide)]
+            tables = _tables(file, file.read_bytes())
+            series += [(file, one) for table in tables for one in assemble(table, columns, missing, id, wide)]
         except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    files = Counter(name for found in by_file.values() for name in {one.attrs["name"] for one in found})
-    for path, found in by_file.items():
-        for one in found:
-            if files[one.attrs["name"]] > 1:
-                one.attrs["name"] = f"{path}: {one.attrs['name']}"
-    return [one for found in by_file.values() for one in found]
+            raise DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    files = Counter(name for _, name in {(file, one.attrs["name"]) for file, one in series})
+    for file, one in series:
+        if files[one.attrs["name"]] > 1:
+            one.attrs["name"] = f"{file}: {one.attrs['name']}"
+    return [one for _, one in series]
 
 
 def _tables(path: Path, content: bytes) -> Iterable[Table]:
