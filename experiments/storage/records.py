@@ -43,8 +43,10 @@ def build(kind: Any, value: Any, where: str) -> Any:
         return value
     if origin is Annotated:
         array, shape = np.array(value, dtype=object), arguments[1]
-        sizes = [wanted in (None, size) for wanted, size in zip(shape, array.shape, strict=False)]
-        fits = array.ndim == len(shape) and all(sizes) and all(item is None or _is_number(item) for item in array.flat)
+        fits = array.ndim == len(shape) and all(
+            wanted in (None, size) for wanted, size in zip(shape, array.shape, strict=True)
+        )
+        fits = fits and all(item is None or _is_number(item) for item in array.flat)
         _require(fits, where, f"numbers of shape {shape}".replace("None", "any"), value)
         return array.astype(float)
     if is_dataclass(kind):

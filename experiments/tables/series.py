@@ -27,7 +27,8 @@ def told(series: Sequence[pd.DataFrame]) -> str:
     series with different variables.
     """
     first = series[0]
-    for other in (one for one in series if list(one.columns) != list(first.columns)):
+    if others := [one for one in series if list(one.columns) != list(first.columns)]:
+        other = others[0]
         raise DataError(
             f"{other.attrs['name']} has the variables {', '.join(other.columns)}, {first.attrs['name']} has "
             f"{', '.join(first.columns)}; expected the same in all series, choose with --columns"

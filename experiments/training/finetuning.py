@@ -233,7 +233,8 @@ class Finetuning:
         """What forecasts.jsonl says of the test forecasts, in the units of the data."""
         places, context = self.parts.test, self.tuning.context
         columns = {"context": [one.context[-context:] for one in places], "truth": [one.truth for one in places]}
-        ours = dict(zip(("after", "low", "high"), after.swapaxes(0, 1), strict=False))  # with or without quantiles
+        names = ("after", "low", "high")[: after.shape[1]]  # without quantiles there are no bounds
+        ours = dict(zip(names, after.swapaxes(0, 1), strict=True))
         return columns | {"before": before[:, 0]} | ours
 
 
