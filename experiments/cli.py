@@ -101,24 +101,11 @@ def checked_device(name: str) -> str:
     return name
 
 
-def multiplies_bfloat16(device: "str | torch.device") -> bool:
-    """False for a CPU on which oneDNN has no bf16 products, not even emulated; torch's are hundreds of times slower.
-
-    It is True where torch cannot tell.
-    """
-    import torch
-
-    if torch.device(device).type != "cpu":
-        return True
-    if not torch.backends.mkldnn.is_available():
-        return False
-    is_supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return is_supported is None or is_supported()
-
-
 def chosen_dtype(name: str | None, device: str) -> "torch.dtype":
     """The type that --dtype names; None: the quicker one on this device. Warns of one that is very slow there."""
     import torch
+
+    from qwen_min.linear import multiplies_bfloat16
 
     is_quick = multiplies_bfloat16(device)
     if name == "bfloat16" and not is_quick:

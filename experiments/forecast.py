@@ -90,11 +90,15 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
 def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
     """The forecaster; prints what it is, and what a user should know of it."""
     from experiments.forecasting import Forecaster
+    from experiments.forecasting.text import TextForecaster
+    from qwen_min.linear import keep_only_packed
 
     device = cli.checked_device(args.device)
     dtype = cli.chosen_dtype(args.dtype, device)
     encoding = {name: value for name in ("scale", "decimals") if (value := getattr(args, name)) is not None}
     forecaster = Forecaster.load(args.model, args.adapter, device, dtype, **encoding)
+    if isinstance(forecaster, TextForecaster):
+        keep_only_packed(forecaster.model)
     trained, (name, _) = forecaster.trained, forecaster.checkpoint or ("", None)
     print(f"model: {name}" + (f" with the adapter {args.adapter}" if args.adapter else ""))
     if name == "tiny" and not args.adapter:

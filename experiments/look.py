@@ -92,6 +92,7 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     from experiments.report.build import write_pages
     from qwen_min import load
     from qwen_min.generation import prefill
+    from qwen_min.linear import pack
     from qwen_min.loss import token_losses
 
     if args.out.suffix != ".html":
@@ -109,6 +110,7 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
             f"the attention of {heads} heads; give a {'longer' if num_read < 2 else 'shorter'} text"
         )
     if grammar:
+        pack(model)
         cache, last = prefill(model, torch.tensor([ids]), room)
         written = decode(model, grammar, cache, last, num_values, wide=[wide])[0]
         ids += [grammar.ids[character] for character in written]

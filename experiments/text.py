@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         add("--model", default=INSTRUCT, help="checkpoint: a folder, a hub id or the embedded tiny (default "
             "%(default)s)")  # fmt: skip
         add("--adapter", help="folder of a LoRA adapter in peft's format")
-        cli.add_device(verb, dtype=None)
+        cli.add_device(verb, dtype="bfloat16")
         add("--max-tokens", type=cli.positive, default=512, help="most tokens of an answer (default %(default)s)")
         add("--temperature", type=float, default=0.7, help="0: greedy decoding (default %(default)s)")
         add(
@@ -52,9 +52,10 @@ class Writer:
 
     def __init__(self, args: argparse.Namespace):
         """Load the checkpoint, and the adapter if there is one. Raises errors that `cli.is_meant` for the user."""
+        import torch
+
         from lora import load_adapter, merge_and_unload
         from qwen_min import load
-        from qwen_min.linear import keep_only_packed
         from qwen_min.sampling import Sampling
         from qwen_min.weights import checkpoint_folder
 
@@ -62,11 +63,10 @@ class Writer:
         self.rules = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
         device = cli.checked_device(args.device)
         self.folder = checkpoint_folder(args.model)
-        self.model, self.tokenizer = load(self.folder, device, cli.chosen_dtype(args.dtype, device))
+        self.model, self.tokenizer = load(self.folder, device, getattr(torch, args.dtype))
         if args.adapter:
             load_adapter(self.model, args.adapter)
             merge_and_unload(self.model)
-        keep_only_packed(self.model)
 
     def checked(self, ids: list[int]) -> list[int]:
         """The token ids of a prompt. Raises CommandError if there are none, or too many for the answer to fit."""

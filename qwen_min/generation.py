@@ -56,15 +56,13 @@ def prefill(
     """Process the prompts ids (B, T): (cache, hidden states (B, C) of the last token).
 
     The cache has room for num_new_tokens more. It is a new cache, or that of `reused`, which serves successive batches.
-    attention_mask (B, T) is 0 on left padding; None means no padding. Packs the weights (`qwen_min.linear.pack`) unless
-    num_new_tokens is 0. Raises ValueError as `Qwen.forward` does and, but not on a GPU, for padding that is not left.
+    attention_mask (B, T) is 0 on left padding; None means no padding. Packed weights (`qwen_min.linear.pack`) are used.
+    Raises ValueError as `Qwen.forward` does and, but not on a GPU, for padding that is not left.
     """
     if attention_mask is not None and attention_mask.device.type == "cpu":
         real = attention_mask.bool()
         if (real[:, :-1] & ~real[:, 1:]).any() or not real[:, -1].all():
             raise ValueError("attention_mask has 0 after a 1; pad prompts on the left, as pad_left does")
-    if num_new_tokens > 0:
-        pack(model)
     weight, (batch, length) = model.head_weight, ids.shape
     cache = (reused or ReusedCache(model)).take(batch, length + num_new_tokens)
     tokens_per_chunk = PREFILL_BYTES // (model.config.intermediate_size * weight.dtype.itemsize)
@@ -168,11 +166,11 @@ def generate(
     ids, mask = _checked_prompts(model, prompts, num_new_tokens, pad_id)
     chooser = Chooser(sampling, ids, mask, num_samples, model.config.vocab_size, num_new_tokens, seed)
     room = num_new_tokens - 1
+    if room:
+        pack(model, len(ids) * num_samples)
     if num_samples == 1:
         cache, hidden = prefill(model, ids, room, mask)
     else:
-        if room:
-            pack(model)
         reused = ReusedCache(model)
         _, hidden = prefill(model, ids, 0, mask, reused)
         cache, hidden = reused.fork(num_samples, room), hidden.repeat_interleave(num_samples, 0)
@@ -204,6 +202,7 @@ def stream(
     """
     ids, _ = _checked_prompts(model, [prompt], num_new_tokens, 0)
     chooser = Chooser(sampling, ids, None, 1, model.config.vocab_size, num_new_tokens, seed)
+    pack(model, rows=1)
     cache, hidden = prefill(model, ids, num_new_tokens - 1)
     for tokens, _, _ in decode_steps(model, cache, hidden, num_new_tokens, choose=chooser):
         if (token := int(tokens)) in end_ids:

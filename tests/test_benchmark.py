@@ -19,7 +19,7 @@ FORECAST = "10 contexts + 2 time steps"
 @pytest.fixture
 def small(monkeypatch, simulated):
     """Sizes that take seconds on the embedded checkpoint."""
-    sizes = {"BATCHES": (1, 2), "TRAINED": ((2, 64), (2, 96)), "FORECAST_STEPS": 2}
+    sizes = {"BATCHES": (2,), "TRAINED": ((2, 64), (2, 96)), "FORECAST_STEPS": 2}
     for name, values in sizes.items():
         monkeypatch.setattr(work, name, values)
     monkeypatch.setattr(measurement.data, "simulate", lambda: simulated)

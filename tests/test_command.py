@@ -59,7 +59,7 @@ def test_the_entry_point_is_the_function_that_these_tests_call():
 
 @pytest.mark.parametrize(("has_bf16", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_default_type_is_one_that_the_processor_multiplies(monkeypatch, recwarn, has_bf16, chosen):
-    monkeypatch.setattr("experiments.cli.multiplies_bfloat16", lambda device: has_bf16)
+    monkeypatch.setattr("qwen_min.linear.multiplies_bfloat16", lambda device: has_bf16)
     assert cli.chosen_dtype(None, "cpu") == chosen
     assert cli.chosen_dtype("float32", "cpu") == torch.float32
     assert not recwarn

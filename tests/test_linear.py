@@ -9,7 +9,6 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from conftest import CONFIGS, adapted, random_model, relative_error
-from experiments.cli import multiplies_bfloat16
 from lora import LoraConfig, inject, merge, remove, unmerge
 from qwen_min import Qwen, generate
 from qwen_min.linear import (
@@ -20,6 +19,7 @@ from qwen_min.linear import (
     _Packed,
     keep_only_packed,
     linear,
+    multiplies_bfloat16,
     pack,
     unpack,
 )
@@ -257,6 +257,28 @@ def test_a_processor_without_bf16_instructions_is_recognised(monkeypatch):
     assert multiplies_bfloat16("cuda:1")
     monkeypatch.setattr(torch.ops, "mkldnn", object())  # a torch without that operator
     assert multiplies_bfloat16("cpu")
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_products_without_onednn_round_once(monkeypatch, supported):
+    """Of a single row, and on a processor without instructions for bf16 of several rows too."""
+    monkeypatch.setattr("qwen_min.linear.multiplies_bfloat16", lambda device: supported)
+    draw = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=draw).bfloat16() for size in ((3, 1, 512), (64, 512), (64,)))
+    for rows in (x[:1], *([] if supported else [x])):
+        with torch.no_grad():
+            found = linear(rows, weight, bias)
+        wanted = rows.double() @ weight.double().T + bias.double()
+        assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 2**-14).all()
+    assert torch.backends.mkldnn.enabled
+
+
+def test_only_products_of_several_rows_need_packed_bf16_weights():
+    model = random_model(CONFIGS["ratio 7, tied"]).to(torch.bfloat16)
+    generate(model, [[1, 2, 3]], 4)
+    assert not hasattr(model.head_weight, "packed")
+    generate(model, [[1, 2, 3]], 4, num_samples=2, temperature=1.0)
+    assert (model.head_weight.packed is not None) == _can_pack(model.head_weight)
 
 
 def test_a_large_fp32_weight_is_packed_and_its_memory_is_freed_before_the_next_one(monkeypatch):

@@ -80,7 +80,6 @@ class Ours(TorchSide):
     def start(self) -> None:
         self.model = None
         self.model, self.tokenizer = load(self.setup.folder, self.device, getattr(torch, self.setup.dtype))
-        keep_only_packed(self.model)  # as a program does that only generates
 
     def complete(self, ids: list[list[int]], tokens: int) -> list[str]:
         return [self.tokenizer.decode(row) for row in generate(self.model, ids, tokens).tokens.tolist()]
@@ -92,7 +91,9 @@ class Ours(TorchSide):
         self.texts = [encoding.encode(values) for values in forecast.values]
 
     def filled_cache(self, batch: int, context: int) -> Callable[[Tensor], Tensor]:
-        pack(self.model)  # the head too, as generate does
+        if batch > 1:  # then as `forecast` does, from here on
+            keep_only_packed(self.model)
+        pack(self.model, batch)
         cache = ReusedCache(self.model).take(batch, context + 1 + DECODE_STEPS)
         cache.keys.normal_()
         cache.values.normal_()

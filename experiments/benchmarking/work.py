@@ -7,7 +7,7 @@ from experiments.benchmarking.torch_sides import Ours, TorchSide
 
 CONTEXT = 699  # tokens in a forecasting prompt
 CONTEXTS = 10  # prompts in a batch of forecasts
-BATCHES = (1, 10, 64)  # of decode steps
+BATCHES = (10, 64)  # of decode steps, besides one text
 FORECAST_STEPS = 10
 GROWN_CONTEXT = 8192  # filled positions of a decode step
 TRAINED = ((4, 512), (4, 768))  # rows and tokens of LoRA steps
@@ -34,9 +34,10 @@ def generation(positions: int) -> list[Work]:
     have no warm-up.
     """
     works = [Work("load, to the first logits", "load"), Work(f"prefill, {CONTEXT} tokens", "prefill", (CONTEXT,))]
-    for batch in BATCHES:
-        asked = Side if batch == 1 else TorchSide
-        works.append(Work(f"decode step, batch {batch}", "decode", (batch, CONTEXT), asked))
+    works.append(Work("decode step, batch 1", "decode", (1, CONTEXT)))
+    if positions >= GROWN_CONTEXT + 1 + DECODE_STEPS:
+        works.append(Work(f"decode step, context {GROWN_CONTEXT}", "decode", (1, GROWN_CONTEXT), TorchSide))
+    works += [Work(f"decode step, batch {batch}", "decode", (batch, CONTEXT), TorchSide) for batch in BATCHES]
     steps = FORECAST_STEPS
     free, constrained = (f"{CONTEXTS} contexts + {steps} time steps, {way}" for way in ("free", "constrained"))
     works += [
@@ -45,8 +46,6 @@ def generation(positions: int) -> list[Work]:
         Work(f"{constrained} (others: free)", "constrained", (steps,), Ours, free, warm_up=0),
         Work(f"{constrained}: validation MSE", "mse", (steps,), Ours, unit=""),
     ]
-    if positions >= GROWN_CONTEXT + 1 + DECODE_STEPS:
-        works.append(Work(f"decode step, context {GROWN_CONTEXT}", "decode", (1, GROWN_CONTEXT), TorchSide))
     return [*works, Work("peak memory, generation", "peak", unit="GB")]
 
 

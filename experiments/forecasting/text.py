@@ -217,8 +217,7 @@ class TextForecaster(SeriesForecaster):
         at_once = min(num_paths, rows_at_once(self.model, room)) if samples else 1
         longest = max(len(prompt.tokens) for prompt in prompts)
         size = rows_at_once(self.model, longest + at_once * room)
-        if samples:
-            pack(self.model)
+        pack(self.model)
         found = []
         for batch in (prompts[start : start + size] for start in range(0, len(prompts), size)):
             ids, context_mask = pad_left([prompt.tokens for prompt in batch], self.tokenizer.pad_id)

@@ -22,6 +22,7 @@ from qwen_min.cache import KVCache
 from qwen_min.config import NotFiniteError
 from qwen_min.continuation import ReusedCache
 from qwen_min.generation import decode_steps, pad_left, prefill
+from qwen_min.linear import pack
 from qwen_min.loss import token_losses
 from qwen_min.model import Qwen
 from qwen_min.tokenizer import Tokenizer
@@ -83,6 +84,7 @@ def _batch(
     room = max(usual, length) + num_values  # a value of 10 or more takes one token more
     if decoding == "constrained":
         room = max(length, 1 + grammar.columns(num_values))
+    pack(model)
     cache, last = prefill(model, ids, room, mask, reused)
     hidden, forced, nats = _losses_of_truth(model, grammar, cache, last, mask, targets, true)
     free = torch.full_like(forced, torch.nan)
