@@ -324,7 +324,7 @@ def hdf5(tmp_path):
 THREE = np.ones((1, 4, 3))
 
 
-def test_hdf5_files_of_any_number_of_variables(hdf5):
+def test_hdf5_files_of_any_number_of_variables(hdf5, tmp_path):
     values = np.arange(24.0).reshape(2, 4, 3) - 5
     arrays, names = {"trajectories": values, "time": np.arange(4) * 0.5}, [("/", "variables", ["u", "v", "w"])]
     first, second = hdf5(arrays, names)
@@ -332,6 +332,8 @@ def test_hdf5_files_of_any_number_of_variables(hdf5):
     assert np.array_equal(second.values, values[1])
     assert following(second.index, 1).tolist() == [2.0]
     assert hdf5(arrays, names, ["w"])[0].values.tolist() == values[0][:, 2:].tolist()
+    (tmp_path / "b.h5.gz").write_bytes(gzip.compress((tmp_path / "a.h5").read_bytes()))
+    assert read_series(tmp_path / "b.h5.gz")[1].equals(second)
     long, short = hdf5({"short": np.ones(3), "time": np.arange(4.0), "long": np.ones((4, 2))})
     assert (long.attrs["name"], long.shape, following(long.index, 1).tolist()) == ("long", (4, 2), [4])
     assert (short.attrs["name"], short.shape, short.index.tolist()) == ("short", (3, 1), [0, 1, 2])

@@ -1,5 +1,6 @@
 """Arrays in HDF5 files, read with little memory for damaged ones. N series, T time steps, D variables."""
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +20,10 @@ TIMES = ("time", "times", "t", "date", "year")  # arrays with these names are ti
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[h5py.File]:
-    """An HDF5 file. Raises DataError when it cannot be read, also later, within the `with`."""
+def opened(path: str | Path, content: bytes | None = None) -> Iterator[h5py.File]:
+    """An HDF5 file, or its content. Raises DataError when it cannot be read, also later, within the `with`."""
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path if content is None else io.BytesIO(content), "r") as file:
             yield file
     except (DataError, MemoryError):
         raise
@@ -51,14 +52,14 @@ def numbers_in(path: str | Path, file: h5py.File, name: str, ranks: Sequence[int
     return array
 
 
-def arrays_in(path: Path) -> Iterator[Table]:
-    """The arrays of a file, a table for each series.
+def arrays_in(path: Path, content: bytes) -> Iterator[Table]:
+    """The arrays in the content of a file, a table for each series.
 
     The file has `/trajectories` (N, T, D), or else arrays (T, D) or (T) at its root, one for each series. `/time` (T)
     is the time axis of all series of T steps. Names of variables are in an attribute `variables` or `names` of the
     array or the file. netCDF's scale_factor, add_offset and _FillValue are applied. Raises DataError for other files.
     """
-    with opened(path) as file:
+    with opened(path, content) as file:
         arrays, clock = _arrays(path, file)
         for name, array in arrays.items():
             variables = _variables(path, file, array, clock is not None)

@@ -88,7 +88,7 @@ def _tables(path: Path, content: bytes) -> Iterable[Table]:
             raise DataError(f"{path}: not a readable Parquet file ({error})") from error
         return [table_of(found, str(path), series_name(path))]
     if content.startswith(b"\x89HDF\r\n\x1a\n"):
-        return arrays_in(path)
+        return arrays_in(path, content)
     start = content.lstrip()[:20]
     if other := next((what for mark, what in OTHERS.items() if start.startswith(mark)), None):
         raise DataError(f"{path}: is {other}; save it as CSV or Parquet")
