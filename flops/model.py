@@ -72,7 +72,7 @@ def query_blocks(new: int, cached: int) -> list[tuple[int, int]]:
 def attention(config: QwenConfig, batch: int, new: int, cached: int, padded: bool) -> dict[str, int]:
     """FLOPs by operator of attention as it runs: in blocks or in one fused kernel; padded: with an attention mask."""
     heads, size = config.num_attention_heads, config.head_dim
-    if not runs_in_blocks(new, masked=padded or (cached > 0 and new > 1)):
+    if not runs_in_blocks(new, masked=padded or cached > 0):
         return p.attention(batch, heads, new, cached + new, size)
     flops = {"q k^T": 0, "scale": 0, "softmax": 0, "weights v": 0}
     for queries, keys in query_blocks(new, cached):

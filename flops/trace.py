@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from flops import primitives as p
 from flops.model import check_pass
 from flops.primitives import ADD, EXP, MUL, SILU_BACKWARD, TRIG, matmul
+from lora import LoraConfig, inject
 from qwen_min.cache import KVCache
 from qwen_min.config import QwenConfig
 from qwen_min.loss import next_token_loss
@@ -149,8 +150,6 @@ class Tracer(TorchDispatchMode):
 
 def meta_model(config: QwenConfig, ranks: dict[str, int] | None = None) -> Qwen:
     """The real model on the meta device, frozen, with LoRA of the given ranks on the named modules."""
-    from lora import LoraConfig, inject
-
     with torch.device("meta"):
         model = Qwen(config)
         model.requires_grad_(False)

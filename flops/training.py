@@ -4,7 +4,7 @@ B batch, T tokens of a row, C hidden size, F feed-forward size, r LoRA rank.
 """
 
 from flops import primitives as p
-from flops.model import Op, forward, query_blocks, rotate, total
+from flops.model import Op, check_pass, forward, query_blocks, rotate, total
 from flops.primitives import ADD, EXP, MUL, matmul
 from qwen_min.config import QwenConfig
 from qwen_min.loss import CHUNK
@@ -55,8 +55,8 @@ def block_backward(
 ) -> tuple[list[Op], bool]:
     """(operators of the backward pass of one layer, True if its output needs a gradient).
 
-    Without ranks every weight trains. needs_x: True if the layer's input needs a gradient; with frozen weights, the
-    input of the first layer does not.
+    Without ranks every weight trains. needs_x: True if the layer's input needs a gradient; all do but the input of the
+    first layer under frozen weights.
     """
     rows, trains = batch * new, not ranks
     hidden, width, size = config.hidden_size, config.intermediate_size, config.head_dim
@@ -71,20 +71,19 @@ def block_backward(
 
     def projection(name: str, needs_input: bool) -> None:
         rank = ranks.get(name, 0)
-        needs[name] = needs_input or trains or rank > 0
+        needs[name] = needs_input or rank > 0
         bias = name in ("q_proj", "k_proj", "v_proj")
         ops.append(Op(name, linear_backward(rows, *shapes[name], bias, rank, needs_input, trains)))
 
     def norm(name: str, readers: int, needs_input: bool) -> None:
         """The gradients of its readers are summed; the gradient of its input is added to that of the residual."""
-        if needs_input or trains:
+        if needs_input:
             ops.append(Op(f"{name}: sum of gradients", (readers - 1) * rows * hidden * ADD))
             ops.append(Op(name, rms_norm_backward(rows, hidden, trains)))
-        if needs_input:
             ops.append(Op(f"{name}: residual", rows * hidden * ADD))
 
     for name in ("q_proj", "k_proj", "v_proj"):
-        projection(name, needs_x or trains)
+        projection(name, needs_x)
     heads = config.num_attention_heads * needs["q_proj"] + config.num_key_value_heads * needs["k_proj"]
     ops.append(Op("rotate q, k", rotate(rows * heads, size)))
     needs_attention = any(needs.values())
@@ -93,8 +92,8 @@ def block_backward(
     projection("o_proj", needs_attention)
     norm("input_layernorm", 3, needs_x)
     needs_x = needs_x or needs["o_proj"]
-    projection("gate_proj", needs_x or trains)
-    projection("up_proj", needs_x or trains)
+    projection("gate_proj", needs_x)
+    projection("up_proj", needs_x)
     needs_product = needs["gate_proj"] or needs["up_proj"]
     if needs_product:
         ops.append(Op("SwiGLU", rows * width * (MUL + p.SILU_BACKWARD + p.SILU + MUL)))
@@ -121,8 +120,10 @@ def backward(
 ) -> list[Op]:
     """The operators of the backward pass of a training step as it runs on a CPU; arguments as in `flops.model.forward`.
 
-    With ranks, the base is frozen and only the adapters train; without ranks, every weight trains.
+    With ranks, the base is frozen and only the adapters train; without ranks, every weight trains. Raises ValueError
+    for a pass that the code does not have.
     """
+    check_pass(config, batch, context, 0, ranks, "loss", False, vocabulary)
     ranks, trains = ranks or {}, not ranks
     rows, hidden = batch * context, config.hidden_size
     head_rows = batch * (context - 1)

@@ -72,7 +72,7 @@ def read_config(folder: str | Path) -> LoraConfig:
         rank, alpha, targets = (fields[name] for name in READ_SETTINGS)
         if not isinstance(targets, list):
             raise TypeError(f"target_modules is {targets!r}, expected a list of module names")
-        config = LoraConfig(rank, alpha, tuple(sorted(targets)))
+        config = LoraConfig(rank, alpha, tuple(targets))
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         wanted = ", ".join(READ_SETTINGS)
         raise AdapterError(f"{path}: not a readable adapter config ({error!r}), expected {wanted}") from error

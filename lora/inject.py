@@ -29,7 +29,7 @@ class LoraConfig:
         names = tuple(self.targets) if isinstance(self.targets, list | tuple | set) else ()
         if not (names and all(isinstance(name, str) for name in names)):
             raise ValueError(f"LoRA targets are {self.targets!r}, expected names such as ('q_proj', 'v_proj')")
-        object.__setattr__(self, "targets", names)  # a list would be unequal to a tuple, and has no hash
+        object.__setattr__(self, "targets", tuple(sorted(set(names))))  # equal settings are equal, and have a hash
 
 
 def inject(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -116,7 +116,7 @@ def config_of(model: nn.Module) -> LoraConfig:
         raise ValueError(f"the LoRA layers have several (rank, alpha): {sorted(settings)}; expected the same in all")
     others = set(map(_last_part, _plain_linears(model)))  # adapted in some layers only, they need their full names
     names = {name if _last_part(name) in others else _last_part(name) for name in layers}
-    return LoraConfig(*settings.pop(), tuple(sorted(names)))
+    return LoraConfig(*settings.pop(), tuple(names))
 
 
 def merge(model: nn.Module) -> None:

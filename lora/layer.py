@@ -77,7 +77,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """The update of the base weight, (O, I), in fp32."""
-        return self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+        with _no_autocast(self.lora_A.weight):
+            return self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qwen_min.linear import multiplies_bfloat16
+
 # upper limits for one block, so that it fits the cache of a CPU core: queries of a row; scores of all rows and heads
 QUERY_BLOCK, SCORES_PER_BLOCK = 64, 2**20
 SCORES_OF_ROW = 2**21  # a row with more scores in a block is split by heads, so that long texts need little memory
@@ -54,6 +56,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     `grouped_bias`, is added to the scores.
     """
     groups, num_new, total = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+    if q.dtype == torch.bfloat16 and num_new > 1 and not multiplies_bfloat16(q.device):
+        return attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
     by_kernel = q.is_cuda or torch.is_autocast_enabled("cpu") or (mask is not None and mask.dtype != torch.bool)
     if runs_in_blocks(num_new, mask is not None or total > num_new) and not by_kernel:
         return _Blockwise.apply(q.unflatten(1, (-1, groups)), k, v, mask).flatten(1, 2)

@@ -156,7 +156,8 @@ def generate(
     prompts: lists of token ids of any lengths, or a tensor (B, T); a single list, or a tensor (T), is a batch of one.
     A row stops after any of end_ids and is filled up with pad_id, a token of the model. return_logits keeps the logits
     of every step. temperature to repetition_penalty: as in `Sampling`. num_samples: so many continuations of each
-    prompt, which is processed only once. A draw depends on the seed, the number of rows, its row and its step.
+    prompt, which is processed only once. A draw depends on the seed, the number of rows, its row and its step. On a CPU
+    the weights are packed (`qwen_min.linear.pack`), which doubles their memory, but for a single row in bf16.
     Raises ValueError for an empty prompt, an unknown token, num_new_tokens or num_samples < 1, rules that `Sampling`
     refuses, or more tokens than the model has positions; NotFiniteError as `decode_steps`.
     """

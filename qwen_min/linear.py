@@ -3,8 +3,9 @@
 Without packed copies oneDNN converts each bf16 weight at every product, which doubles the time of a decode step; in
 fp32 a decode step takes half as long again, and twice as long with ten rows. The copies take as much memory as the
 weights: call `pack` before decoding and `unpack` before training. For a model that only infers, `keep_only_packed`
-frees the weights themselves. A single row times bf16 weights needs no copy: torch's own product for it, on any CPU,
-takes 0.8 of the time of oneDNN's with a packed one.
+frees the weights themselves. A single row times bf16 weights needs no copy: for it, torch's own product is the faster
+one, also on CPUs without instructions for bf16. torch can turn oneDNN off only for all threads: one that multiplies
+bf16 matrices meanwhile is slower.
 """
 
 from typing import Any, NoReturn
@@ -20,9 +21,9 @@ SMALLEST_PACKED_FP32 = 100_000  # elements; products with smaller fp32 weights l
 
 
 def multiplies_bfloat16(device: str | torch.device) -> bool:
-    """False for a CPU on which oneDNN has no bf16 products, not even emulated; torch's own take very long.
+    """False for a CPU on which oneDNN has no bf16 products, not even emulated. It is True where torch cannot tell.
 
-    It is True where torch cannot tell.
+    torch's own products of several rows take very long.
     """
     if torch.device(device).type != "cpu":
         return True
@@ -36,16 +37,20 @@ class _Packed:
     """A packed copy, and what identifies its source weight without keeping it alive."""
 
     def __init__(self, weight: Tensor):
-        self.storage, self.address, self.version = _storage(weight), weight.data_ptr(), weight._version
+        self.storage, self.layout, self.version = _storage(weight), _layout(weight), weight._version
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
     def matches(self, weight: Tensor) -> bool:
         """Return whether the weight is unchanged. It does not see writes through `weight.data` or a numpy view."""
-        now = weight.data_ptr(), weight._version
-        return now == (self.address, self.version) and _storage(weight) == self.storage
+        now = _layout(weight), weight._version
+        return now == (self.layout, self.version) and _storage(weight) == self.storage
 
     def __reduce__(self):
         return type(None), ()  # a pickled model does not contain its packed copies
+
+
+def _layout(weight: Tensor) -> tuple:
+    return weight.data_ptr(), weight.shape, weight.stride()
 
 
 def _storage(weight: Tensor) -> StorageWeakRef:
@@ -80,16 +85,15 @@ def pack(model: nn.Module, rows: int = 2) -> None:
     are used where no gradient is recorded. A weight that has changed, or takes part in training, loses its copy; call
     `unpack` after writing to a frozen weight through `weight.data` or numpy.
 
-    rows: of the products to come; for a single one, bf16 weights are left as they are.
+    rows: of the products to come; for a single one, bf16 weights are not packed.
     """
-    if rows == 1 and model.head_weight.dtype == torch.bfloat16:
-        return
     try:
         for weight in _matrices(model):
             packed = getattr(weight, "packed", None)
             if packed is None or not packed.matches(weight) or not _can_pack(weight):
                 weight.packed = None  # freed before the new copy is made
-                weight.packed = _Packed(weight) if _can_pack(weight) else None
+                if _can_pack(weight) and (rows > 1 or weight.dtype != torch.bfloat16):
+                    weight.packed = _Packed(weight)
     except BaseException:
         unpack(model)
         raise
@@ -102,7 +106,7 @@ def unpack(model: nn.Module) -> None:
 
 
 def unpack_trained(weight: Any) -> None:
-    """Free the packed copy of a weight that requires a gradient: no optimizer has to announce how it writes."""
+    """Free the packed copy of a weight that requires a gradient: an optimizer may write unseen by `matches`."""
     if weight.requires_grad:
         weight.packed = None
 
@@ -125,14 +129,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _linear_of_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same for x of a single row, without oneDNN, which torch can only turn off for all threads."""
-    if not torch.backends.mkldnn.enabled:  # by another thread, or by the user, for whom it stays off
+    """The same for x of a single row, without oneDNN."""
+    if not torch.backends.mkldnn.enabled:  # turned off by the user, or by another thread, which turns it on again
         return F.linear(x, weight, bias)
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
+        torch._C._set_mkldnn_enabled(False)
         return F.linear(x, weight, bias)
     finally:
-        torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
+        torch._C._set_mkldnn_enabled(True)
 
 
 class Linear(nn.Linear):

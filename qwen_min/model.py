@@ -112,7 +112,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Feed-forward output, (B, T, C), for x (B, T, C); each token is processed independently."""
+        """Feed-forward output, (B, T, C), for x (B, T, C); each token is processed independently.
+
+        Without gradients `swiglu` writes over the gate: a hook that keeps gate_proj's output should clone it.
+        """
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 

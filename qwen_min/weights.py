@@ -101,8 +101,8 @@ def tensor_problems(expected: dict[str, torch.Size], got: dict[str, list[int]]) 
     return problems
 
 
-def tensor_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """(dtype, shape) of every tensor of a checkpoint folder, by name, from the headers of the files.
+def tensor_headers(folder: Path) -> dict[str, tuple[Path, str, list[int]]]:
+    """(file, dtype, shape) of every tensor of a checkpoint folder, by name, from the headers of the files.
 
     Raises CheckpointError when a file is missing or damaged, or when a tensor appears in two files.
     """
@@ -114,7 +114,7 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
                     if name in headers:
                         raise CheckpointError(f"{folder}: {name} appears in two files, expected it in one")
                     header = file.get_slice(name)
-                    headers[name] = header.get_dtype(), list(header.get_shape())
+                    headers[name] = path, header.get_dtype(), list(header.get_shape())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     return headers
@@ -133,31 +133,28 @@ def load_weights(
     expected = {name: parameter.shape for name, parameter in model.state_dict().items()}
     headers = tensor_headers(folder)
     tensors: dict[str, torch.Tensor] = {}
-    tied = HEAD not in expected and HEAD in headers and headers[HEAD] == headers.get(EMBEDDING)
+    tied = HEAD not in expected and {HEAD, EMBEDDING} <= headers.keys() and headers[HEAD][1:] == headers[EMBEDDING][1:]
     if tied:
         expected[HEAD] = expected[EMBEDDING]
     problems = [
         f"{name} has dtype {kind}, expected one of {', '.join(FLOAT_DTYPES)}"
-        for name, (kind, _) in headers.items()
+        for name, (_, kind, _) in headers.items()
         if kind not in FLOAT_DTYPES
     ]
-    problems += tensor_problems(expected, {name: shape for name, (_, shape) in headers.items()})
+    problems += tensor_problems(expected, {name: shape for name, (_, _, shape) in headers.items()})
     if problems:
         raise CheckpointError(f"{folder}: does not match its config.json:\n  " + "\n  ".join(problems))
-    dtype = dtype or functools.reduce(torch.promote_types, {FLOAT_DTYPES[kind] for kind, _ in headers.values()})
-    try:
-        for path in weight_files(folder):
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-            for name in names:
-                # the file is mapped into memory, and all that was read of it counts until it is closed
-                with safe_open(path, framework="pt", device=str(device)) as file:
-                    tensor = file.get_tensor(name)
-                    tensors[name] = tensor.to(dtype, copy=tensor.device.type == "cpu")
-                if not torch.stack(tensors[name].aminmax()).isfinite().all():
-                    raise CheckpointError(f"{path}: {name} has NaN or infinity in {tensors[name].dtype}")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    dtype = dtype or functools.reduce(torch.promote_types, {FLOAT_DTYPES[kind] for _, kind, _ in headers.values()})
+    for name, (path, _, _) in headers.items():
+        try:
+            # the file is mapped into memory, and all that was read of it counts until it is closed
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                tensor = file.get_tensor(name)
+                tensors[name] = tensor.to(dtype, copy=tensor.device.type == "cpu")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+        if not torch.stack(tensors[name].aminmax()).isfinite().all():
+            raise CheckpointError(f"{path}: {name} has NaN or infinity in {tensors[name].dtype}")
     if tied and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
         raise CheckpointError(f"{folder}: config.json ties the head, but {HEAD} differs from {EMBEDDING}")
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -173,8 +170,8 @@ def save(model: Qwen, folder: Path, source: Path) -> None:
 
     The config, the tokenizer and the chat template are those of the checkpoint folder `source`, from which the model
     came. The folder must not exist; it appears whole or not at all. Raises CheckpointError when it exists, or when the
-    model's tensors or their dtype are not those of a checkpoint, as under an adapter; ValueError when the model refuses
-    to give its state.
+    model's tensors or their dtype are not those of a checkpoint, as under an adapter, or its config is not that of
+    `source`; ValueError when the model refuses to give its state.
     """
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already; name another folder")
@@ -188,6 +185,10 @@ def save(model: Qwen, folder: Path, source: Path) -> None:
     if problems:
         raise CheckpointError("the model has other tensors than a checkpoint:\n  " + "\n  ".join(problems))
     config = read_json(source / "config.json")
+    if QwenConfig.from_dict(config) != model.config:
+        raise CheckpointError(
+            f"{source}: its config.json is not the model's; name the checkpoint that the model came from"
+        )
     config.pop("dtype", None)  # transformers 5 would prefer it
     config["torch_dtype"] = str(dtypes.pop()).removeprefix("torch.")
     folder.parent.mkdir(parents=True, exist_ok=True)

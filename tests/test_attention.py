@@ -138,6 +138,13 @@ def test_bf16_scores_are_not_rounded():
     assert (reference_attention(q, k, v, None).float() - exact).norm() / exact.norm() > 0.02
 
 
+def test_a_processor_without_bf16_computes_attention_in_fp32(monkeypatch):
+    """torch's own products in bf16 take very long."""
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: False)
+    q, k, v = (t.bfloat16() for t in sample((14, 2), 3, 5, False)[:3])
+    assert torch.equal(attention(q, k, v, None), attention(q.float(), k.float(), v.float(), None).bfloat16())
+
+
 @pytest.mark.parametrize("num_new", [1, 4])
 @pytest.mark.parametrize("heads", [(7, 7), (14, 2)])
 def test_a_grouped_bias_gives_the_same_as_its_mask(num_new, heads):

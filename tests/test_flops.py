@@ -213,8 +213,9 @@ def test_passes_that_the_code_does_not_have_are_refused(arguments):
         with pytest.raises(ValueError, match=r"(head|batch|new|cached|vocabulary|rank of q_proj) is|ranks has q_porj"):
             count(CONFIGS["ratio 7, tied"], **{"batch": 2, "new": 7} | arguments)
     if "ranks" in arguments:
-        with pytest.raises(ValueError, match=r"rank of q_proj is|ranks has q_porj"):
-            training_step(REAL, 2, 7, **arguments)
+        for count in (training_step, backward):
+            with pytest.raises(ValueError, match=r"rank of q_proj is|ranks has q_porj"):
+                count(REAL, 2, 7, **arguments)
     with pytest.raises(ValueError, match="convention is 'loose'"):
         forward(REAL, 1, 1, convention="loose")
 

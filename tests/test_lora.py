@@ -83,6 +83,10 @@ def test_adapters_stay_fp32_over_a_bf16_base(model, ids):
     adapted(model, CONFIG)
     assert {p.dtype for p in adapter_parameters(model).values()} == {torch.float32}
     assert model(ids).dtype == torch.bfloat16
+    layer = next(module for module in model.modules() if isinstance(module, LoRALinear))
+    wanted = layer.delta()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.delta(), wanted)
 
 
 def test_no_match_raises_and_changes_nothing(model):
@@ -102,7 +106,9 @@ BAD = [(0, 1), (True, 1), (2, 0), (2, True), (2, NAN), (2, 1, "q"), (2, 1, ()), 
 def test_settings_are_checked(settings):
     with pytest.raises(ValueError, match=r"LoRA (rank|alpha|targets)"):
         LoraConfig(*settings)
-    assert hash(LoraConfig(2, 2, ["q_proj", "v_proj"])) == hash(LoraConfig(2, 2))
+    for targets in (["v_proj", "q_proj"], {"q_proj", "v_proj"}):
+        assert (one := LoraConfig(2, 2, targets)) == LoraConfig(2, 2)
+        assert hash(one) == hash(LoraConfig(2, 2))
 
 
 def test_save_and_load_give_the_same_model_with_the_settings_of_its_layers(tmp_path, model, ids):

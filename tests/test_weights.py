@@ -187,10 +187,12 @@ def test_a_saved_checkpoint_names_its_dtype_once(tmp_path, wide):
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto").dtype == torch.float32
 
 
-def test_a_dtype_that_cannot_be_loaded_is_not_saved(tmp_path, wide):
+def test_what_cannot_be_loaded_again_is_not_saved(tmp_path, wide):
     write_checkpoint(tmp_path, wide)
     with pytest.raises(CheckpointError, match=r"torch.float64"):
         save(wide.double(), tmp_path / "saved", tmp_path)
+    with pytest.raises(CheckpointError, match=r"its config.json is not the model's"):
+        save(wide.float(), tmp_path / "saved", TINY)
     assert not (tmp_path / "saved").exists()
 
 
