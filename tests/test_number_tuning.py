@@ -16,7 +16,7 @@ from experiments.forecasting.numbers import LEVELS
 from experiments.forecasting.values import TUNED, ZERO_SHOT, Scale, combined
 from experiments.training.finetuning import Finetuning
 from experiments.training.number_tuning import best_shares, with_scale
-from experiments.training.number_windows import NumberWindows
+from experiments.training.number_windows import NumberWindows, noise
 from experiments.training.settings import Training
 from experiments.training.windows import TrainingError
 
@@ -92,6 +92,21 @@ def test_windows_end_at_all_times_and_ask_only_for_what_is_known():
         assert weight.sum() > 0
         assert (weight[..., windows.reading.ahead :] == 0).all()
     assert last == {(0, end) for end in range(21, 31)} | {(1, 8), (1, 9)}
+
+
+def test_noise_is_what_a_regression_leaves_and_large_values_count_more_only_without_it():
+    """Weights that grow with a noisy truth would lead to too high forecasts."""
+    rng = np.random.default_rng(0)
+    waves = np.sin(np.arange(200) * rng.uniform(0.1, 1, (5, 1)))
+    exact, noisy = [4 + waves[:, :, None], 1.1 + 9 * rng.random((5, 200, 1))]
+    assert noise([one.T for one in exact]) < 0.01
+    assert noise([one.T for one in noisy]) == pytest.approx(1, abs=0.05)
+    assert noise([np.vstack((one.T, other.T)) for one, other in zip(exact, noisy, strict=True)]) > 0.9
+    assert noise([one[:20].T for one in exact]) == 1  # too few values to tell
+    assert noise([np.full((1, 100), 3.0)]) == 0
+    for series, grows in ((exact, True), (noisy, False)):
+        weight = windows_of([*series])._batch(torch.tensor([[0, 0], [1, 1]]))[-1]
+        assert (len(weight[weight > 0].unique()) > 1) == grows
 
 
 def places(count: int) -> list[Origin]:

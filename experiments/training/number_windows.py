@@ -8,6 +8,7 @@ from copy import deepcopy
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor, nn
 
 from experiments.forecasting.adapter import Reading
@@ -19,6 +20,8 @@ from flops.trace import Tracer
 from lora import adapter_parameters
 
 FIRST = 24  # tokens count from so many time steps on, or from half of a shorter series on
+MEMORY = 8  # values that the regression reads which tells how noisy series are
+LITTLE_NOISE = 0.01  # of their variance; with less, errors of large values count more
 STRETCH = 0.4  # series are multiplied by up to e to this power, so that levels are learned that are not in the data
 
 
@@ -51,6 +54,23 @@ def counts_after(stop: Tensor, ends: Tensor) -> Tensor:
     return torch.where(ends >= stop, (stop / ends.clamp(min=1)).sqrt(), 0.1)
 
 
+def noise(series: Sequence[np.ndarray]) -> float:
+    """The share of the variance of series (D, T) that a regression on the MEMORY values before leaves, at most 1.
+
+    It is that of the noisiest variable; 1 if there are few values.
+    """
+    shares = []
+    for variable in range(len(series[0])):
+        parts = [sliding_window_view(one[variable], MEMORY + 1) for one in series if one.shape[1] > MEMORY]
+        if (count := sum(map(len, parts))) < 10 * MEMORY:
+            return 1.0
+        gram = sum((rows := np.column_stack((np.ones(len(part)), part))).T @ rows for part in parts)
+        known, both, total = gram[:-1, :-1], gram[:-1, -1], gram[-1, -1]
+        left = total - both @ np.linalg.lstsq(known, both, rcond=None)[0]
+        shares.append(left / max(total - both[0] ** 2 / count, 1e-300))
+    return min(1.0, max(shares))
+
+
 def learned(model: Numbers, settings: Training, variables: int) -> dict[str, nn.Parameter]:
     """What series of so many variables train of a model, by name: one variable alone goes through no gate."""
     parameters = adapter_parameters(model) if settings.rank else dict(model.named_parameters())
@@ -77,6 +97,9 @@ class NumberWindows(Windows):
         windows = [number for number, one in enumerate(series) for _ in range(max(1, len(one) // self.length))]
         self.windows = windows * -(-settings.batch // len(windows))
         self.scale = Scale.recorded(reading)
+        # Weights that grow with the truth would lead to too high forecasts of noisy series: the noise is in the truth.
+        read = [] if self.scale is None else [self.scale.read(torch.from_numpy(one)).double() for one in self.series]
+        self.by_slope = bool(read) and noise([one.numpy() for one in read]) < LITTLE_NOISE
         spread = np.concatenate(self.series, axis=1).std(axis=1)
         self.unit = torch.from_numpy(np.where(spread > 0, spread, 1.0))[:, None]
 
@@ -94,7 +117,10 @@ class NumberWindows(Windows):
         return self._batch(rows)[-1].sum().item()
 
     def loss(self, rows: Tensor) -> Tensor:
-        """The mean pinball loss of the windows in rows: to first order, in standard deviations of the data."""
+        """The mean pinball loss of the windows in rows, in units of what the decoder reads.
+
+        For series of one scale with little noise: to first order, in standard deviations of the data.
+        """
         return weighted_loss(self.model, *self._batch(rows))
 
     def _draw(self, number: int, draw: int) -> tuple[np.ndarray, int, int]:
@@ -133,11 +159,9 @@ class NumberWindows(Windows):
         read = patches(z[..., :length], seen[..., :length], seasons, self.reading.stride)
         known = read.ends - begin  # (N, 1, T)
         counts = known >= ((length - begin + 1) // 2).clamp(max=FIRST)
-        if self.scale is None:
-            weight = (counts * counts_after(prefix, known))[..., None].expand(*x.shape[:2], -1, AHEAD)
-        else:
-            slope = (scale.slope(x) / self.unit).float()
-            weight = counts[..., None] * slope.unfold(-1, AHEAD, 1)[:, :, read.ends]
+        weight = (counts if self.scale else counts * counts_after(prefix, known))[..., None]
+        if self.by_slope:
+            weight = weight * (scale.slope(x) / self.unit).float().unfold(-1, AHEAD, 1)[:, :, read.ends]
         weight = weight * seen.unfold(-1, AHEAD, 1)[:, :, read.ends]
         weight = torch.where(torch.arange(AHEAD) < self.reading.ahead, weight, 0.0)
         truth = z.unfold(-1, AHEAD, 1)[:, :, read.ends]
