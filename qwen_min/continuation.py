@@ -24,6 +24,8 @@ class Continuation:
 
     def __init__(self, model: Qwen, cache: KVCache, attention_mask: Tensor | None = None):
         """attention_mask (B, filled) is 0 on the padding in the cache; None means none. ValueError for other shapes."""
+        if attention_mask is None and isinstance(cache, ForkedCache):
+            attention_mask = cache.mask(None)  # the prefix may have columns that are not filled
         if attention_mask is not None and attention_mask.shape != (filled := (cache.batch_size, cache.length)):
             raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, expected {filled} as the filled cache")
         self.decoder, self.cache, self.mask = model.model, cache, attention_mask
@@ -102,7 +104,7 @@ class GraphContinuation(Continuation):
     @torch.inference_mode()
     def __init__(self, model: Qwen, cache: KVCache, attention_mask: Tensor | None = None):
         super().__init__(model, cache, attention_mask)
-        self.captures = cache.keys.is_cuda
+        given, self.captures = self.mask, cache.keys.is_cuda
         if cache.captured is None or not cache.captured.fits(self.decoder):
             cache.captured = CapturedPasses(self.decoder, cache)
         self.mask, self.passes = cache.captured.mask, cache.captured.passes
@@ -110,7 +112,7 @@ class GraphContinuation(Continuation):
             # these columns are masked, but a NaN in uninitialised memory would still spread
             stored[:, :, :, cache.length - cache.first :] = 0
         # passes write the other columns
-        self.mask[:, : cache.length] = 1 if attention_mask is None else attention_mask.bool()
+        self.mask[:, : cache.length] = 1 if given is None else given.bool()
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, real: Tensor | None = None) -> Tensor:

@@ -88,7 +88,8 @@ def test_forked_rows_continue_as_copies_of_their_context(model, ids, padded, kin
         copied_mask = None if mask is None else mask.repeat_interleave(3, 0)
         model(ids[:, :5].repeat_interleave(3, 0), copies, copied_mask)
     forked = ForkedCache(context, 3, 9)
-    append, simple = kind(model, forked, forked.mask(mask)), Continuation(model, copies, copied_mask)
+    append = kind(model, forked, None if mask is None else forked.mask(mask))
+    simple = Continuation(model, copies, copied_mask)
     pieces = ids[:, :9].repeat_interleave(3, 0) + torch.arange(6)[:, None]  # every row continues in its own way
     real = torch.full_like(pieces[:, :2], 255)
     real[4, 1:] = 0
