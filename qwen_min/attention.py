@@ -50,10 +50,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q (B, H, T, D) over k, v (B, K, S, D): (B, H, T, D); each kv head serves G query heads.
 
     Attention Is All You Need (arXiv 1706.03762), section 3.2.1; grouped queries: arXiv 2305.13245.
-    The T new tokens are the last of S: each sees itself and all earlier tokens. mask None means just that. A boolean
-    mask is True where q may attend. With shape (B or 1, 1, T, S) it may only restrict the causal rule further; with
-    (B or 1, 1, 1, S), where T > 1, it marks the real tokens, as in `pairs_mask`. A bias (B or 1, 1, T, S), or one from
-    `grouped_bias`, is added to the scores.
+    The T new tokens are the last of S: each sees itself and all earlier tokens. The mask may restrict that further:
+
+    None: it does not. bool (B or 1, 1, T, S): True where q may attend. bool (B or 1, 1, 1, S), where T > 1: True for
+    the real tokens, as in `pairs_mask`. A float (B or 1, 1, T, S), or one from `grouped_bias`: added to the scores.
     """
     groups, num_new, total = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     if q.dtype == torch.bfloat16 and num_new > 1 and not multiplies_bfloat16(q.device):
