@@ -67,7 +67,8 @@ def noise(series: Sequence[np.ndarray]) -> float:
         gram = sum((rows := np.column_stack((np.ones(len(part)), part))).T @ rows for part in parts)
         known, both, total = gram[:-1, :-1], gram[:-1, -1], gram[-1, -1]
         left = total - both @ np.linalg.lstsq(known, both, rcond=None)[0]
-        shares.append(left / max(total - both[0] ** 2 / count, 1e-300))
+        spread = total - both[0] ** 2 / count
+        shares.append(left / spread if spread > 1e-9 * total else 0.0)
     return min(1.0, max(shares))
 
 
