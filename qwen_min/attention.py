@@ -56,7 +56,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     the real tokens, as in `pairs_mask`. A float (B or 1, 1, T, S), or one from `grouped_bias`: added to the scores.
     """
     groups, num_new, total = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
-    if q.dtype == torch.bfloat16 and num_new > 1 and not multiplies_bfloat16(q.device):
+    if num_new > 1 and _needs_fp32(q):
         return attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
     by_kernel = q.is_cuda or torch.is_autocast_enabled("cpu") or (mask is not None and mask.dtype != torch.bool)
     if runs_in_blocks(num_new, mask is not None or total > num_new) and not by_kernel:
@@ -77,6 +77,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
 
 
+def _needs_fp32(q: Tensor) -> bool:
+    """True for queries in bf16 on a processor that multiplies these very slowly."""
+    return q.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and not multiplies_bfloat16(q.device)
+
+
 def attention_after_prefix(
     q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> Tensor:
@@ -85,6 +90,9 @@ def attention_after_prefix(
     prefix_k and prefix_v are (B, K, P, D). The n rows from i n to i n + n - 1 of q, k and v continue row i of the
     prefix and read it in one matrix product. mask is as in `attention`, over P + S columns.
     """
+    if _needs_fp32(q):
+        prefix_k, prefix_v = prefix_k.float(), prefix_v.float()
+        return attention_after_prefix(q.float(), prefix_k, prefix_v, k.float(), v.float(), mask).to(q.dtype)
     (batch, kv_heads, prefix, size), (num_rows, heads, num_new, _) = prefix_k.shape, q.shape
     times, groups, total = num_rows // batch, heads // kv_heads, prefix + k.shape[2]
     at_least_fp32 = torch.promote_types(q.dtype, torch.float32)

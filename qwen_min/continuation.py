@@ -26,6 +26,8 @@ class Continuation:
         """attention_mask (B, filled) is 0 on the padding in the cache; None means none. ValueError for other shapes."""
         if attention_mask is None and isinstance(cache, ForkedCache):
             attention_mask = cache.mask(None)  # the prefix may have columns that are not filled
+            if attention_mask is not None:
+                attention_mask = torch.nn.functional.pad(attention_mask, (0, cache.length - cache.first), value=1)
         if attention_mask is not None and attention_mask.shape != (filled := (cache.batch_size, cache.length)):
             raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, expected {filled} as the filled cache")
         self.decoder, self.cache, self.mask = model.model, cache, attention_mask

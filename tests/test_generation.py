@@ -99,6 +99,7 @@ def test_forked_rows_continue_as_copies_of_their_context(model, ids, padded, kin
             one.take_back(torch.tensor([True, False, False, True, False, True]))
     with pytest.raises(ValueError, match="cache full"):
         append(pieces[:, :5])
+    assert kind(model, forked).mask is None or kind(model, forked).mask.shape[1] >= forked.length
     with pytest.raises(ValueError, match="cannot be truncated"):
         forked.truncate(4)
 

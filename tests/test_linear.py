@@ -265,11 +265,20 @@ def test_bf16_products_without_onednn_round_once(monkeypatch, supported):
     monkeypatch.setattr("qwen_min.linear.multiplies_bfloat16", lambda device: supported)
     draw = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(size, generator=draw).bfloat16() for size in ((3, 1, 512), (64, 512), (64,)))
+    how, plain = [], torch.nn.functional.linear
+
+    def product(x, *others):
+        how.append((torch.backends.mkldnn.enabled, x.dtype))
+        return plain(x, *others)
+
+    monkeypatch.setattr("qwen_min.linear.F.linear", product)
     for rows in (x[:1], *([] if supported else [x])):
         with torch.no_grad():
             found = linear(rows, weight, bias)
         wanted = rows.double() @ weight.double().T + bias.double()
         assert ((found.double() - wanted).abs() <= 2**-8 * wanted.abs() + 2**-14).all()
+    assert how == [(False, torch.bfloat16), (True, torch.float32)][: len(how)]
+    assert len(how) == 2 - supported
     assert torch.backends.mkldnn.enabled
 
 

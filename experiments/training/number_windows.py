@@ -21,7 +21,7 @@ from lora import adapter_parameters
 
 FIRST = 24  # tokens count from so many time steps on, or from half of a shorter series on
 MEMORY = 8  # values that the regression reads which tells how noisy series are
-LITTLE_NOISE = 0.01  # of their variance; with less, errors of large values count more
+LITTLE_NOISE = 0.03  # with a smaller share of it, errors of large values count more
 STRETCH = 0.4  # series are multiplied by up to e to this power, so that levels are learned that are not in the data
 
 
@@ -55,20 +55,20 @@ def counts_after(stop: Tensor, ends: Tensor) -> Tensor:
 
 
 def noise(series: Sequence[np.ndarray]) -> float:
-    """The share of the variance of series (D, T) that a regression on the MEMORY values before leaves, at most 1.
+    """How much of the squared changes of series (D, T) a regression on the MEMORY values before leaves, at most 1.
 
-    It is that of the noisiest variable; 1 if there are few values.
+    It is the share of the noisiest variable; 1 if there are few values.
     """
     shares = []
     for variable in range(len(series[0])):
         parts = [sliding_window_view(one[variable], MEMORY + 1) for one in series if one.shape[1] > MEMORY]
-        if (count := sum(map(len, parts))) < 10 * MEMORY:
+        if sum(map(len, parts)) < 10 * MEMORY:
             return 1.0
         gram = sum((rows := np.column_stack((np.ones(len(part)), part))).T @ rows for part in parts)
         known, both, total = gram[:-1, :-1], gram[:-1, -1], gram[-1, -1]
         left = total - both @ np.linalg.lstsq(known, both, rcond=None)[0]
-        spread = total - both[0] ** 2 / count
-        shares.append(left / spread if spread > 1e-9 * total else 0.0)
+        change = total - 2 * gram[-2, -1] + gram[-2, -2]
+        shares.append(left / change if change > 1e-9 * total else 0.0)
     return min(1.0, max(shares))
 
 
@@ -99,7 +99,7 @@ class NumberWindows(Windows):
         self.windows = windows * -(-settings.batch // len(windows))
         self.scale = Scale.recorded(reading)
         # Weights that grow with the truth would lead to too high forecasts of noisy series: the noise is in the truth.
-        read = [] if self.scale is None else [self.scale.read(torch.from_numpy(one)).double() for one in self.series]
+        read = [] if self.scale is None else [self.scale.read(torch.tensor(one)).double() for one in self.series]
         self.by_slope = bool(read) and noise([one.numpy() for one in read]) < LITTLE_NOISE
         spread = np.concatenate(self.series, axis=1).std(axis=1)
         self.unit = torch.from_numpy(np.where(spread > 0, spread, 1.0))[:, None]
