@@ -33,8 +33,11 @@ def generation(positions: int) -> list[Work]:
     An engine has no cache that can be filled: it would have to read each long context anew. Forecasts take minutes and
     have no warm-up.
     """
-    works = [Work("load, to the first logits", "load"), Work(f"prefill, {CONTEXT} tokens", "prefill", (CONTEXT,))]
-    works.append(Work("decode step, batch 1", "decode", (1, CONTEXT)))
+    works = [
+        Work("load, to the first logits", "load"),
+        Work(f"prefill, {CONTEXT} tokens", "prefill", (CONTEXT,)),
+        Work("decode step, batch 1", "decode", (1, CONTEXT)),
+    ]
     if positions >= GROWN_CONTEXT + 1 + DECODE_STEPS:
         works.append(Work(f"decode step, context {GROWN_CONTEXT}", "decode", (1, GROWN_CONTEXT), TorchSide))
     works += [Work(f"decode step, batch {batch}", "decode", (batch, CONTEXT), TorchSide) for batch in BATCHES]

@@ -99,8 +99,8 @@ class NumberWindows(Windows):
         self.windows = windows * -(-settings.batch // len(windows))
         self.scale = Scale.recorded(reading)
         # Weights that grow with the truth would lead to too high forecasts of noisy series: the noise is in the truth.
-        read = [] if self.scale is None else [self.scale.read(torch.tensor(one)).double() for one in self.series]
-        self.by_slope = bool(read) and noise([one.numpy() for one in read]) < LITTLE_NOISE
+        read = [self.scale.read(torch.tensor(one)).double().numpy() for one in self.series] if self.scale else []
+        self.by_slope = bool(read) and noise(read) < LITTLE_NOISE
         spread = np.concatenate(self.series, axis=1).std(axis=1)
         self.unit = torch.from_numpy(np.where(spread > 0, spread, 1.0))[:, None]
 
