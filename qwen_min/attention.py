@@ -149,8 +149,8 @@ def runs_in_blocks(num_new: int, masked: bool) -> bool:
 class _Blockwise(torch.autograd.Function):
     """Attention in blocks of queries: each block reads only its visible keys.
 
-    The backward pass recomputes the attention weights. On CPUs this is two to three times as fast as
-    `scaled_dot_product_attention`, which processes one head at a time.
+    The backward pass recomputes the attention weights. On CPUs with bf16 instructions this is up to 1.8 times as fast
+    as `scaled_dot_product_attention` of torch 2.13, in fp32 as fast. Every operator is visible to `flops.trace`.
     """
 
     @staticmethod
