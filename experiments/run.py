@@ -27,11 +27,6 @@ if TYPE_CHECKING:  # --help need not wait for torch
     from experiments.study.suite import Suite
 
 
-def sequences(text: str) -> int | None:
-    """Parse a number of sequences; None for "all"."""
-    return None if text == "all" else cli.positive(text)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.new_parser("experiments.run", __doc__)
@@ -41,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
         "plan numbers)")  # fmt: skip
     add("--data", type=Path, help="HDF5 file with /trajectories and /time (default: simulated, seed 0)")
     cli.add_device(p)
-    add("--sequences", type=sequences, metavar="N|all", help="evaluate the first N of each split (default all)")
+    add("--sequences", type=cli.positive, help="evaluate the first so many of each split (default: all)")
     add("--decoding", choices=("constrained", "free"), default="constrained", help="how forecasts are decoded: "
         "constrained to well-formed numbers (default), or free, by raw argmax, as in the study")  # fmt: skip
     add("--samples", type=cli.natural, default=20, help="paths that the last model draws for each sequence; 0: none "

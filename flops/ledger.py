@@ -33,7 +33,7 @@ class Ledger:
 
     A step is debited once, before it runs, and not again after an interruption. After a kill or a power cut, a step may
     be debited that did not run, but no step has run that was not debited. `budget` and `spent`, the sum of all steps,
-    are in FLOPs. The budget holds for one writer: two do not see each other's later debits, but lose none.
+    are in FLOPs. One process at a time may write.
     Raises LedgerError when the file is damaged, and ValueError for a budget that is no number from 0 to MAX_BUDGET.
     """
 
@@ -102,10 +102,6 @@ class Ledger:
         self._check(f"step {step} of {experiment}", flops)
         new, line = not self.path.exists(), json.dumps({"experiment": experiment, "step": step, "flops": flops}) + "\n"
         with self.path.open("a+b", buffering=0) as file:
-            if os.name == "posix":
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX)  # half of another writer's line is not one that a kill cut
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - 1, 0))
             if size and file.read(1) != b"\n":  # what an interrupted write left

@@ -153,7 +153,7 @@ def check_pass(
     if head not in ("all", "last", "loss"):
         raise ValueError(f"head is {head!r}, expected 'all', 'last' or 'loss'")
     if head == "loss" and (cached or padded):
-        raise ValueError("head is 'loss' with cached tokens or padding; next_token_loss takes neither")
+        raise ValueError("head is 'loss' with cached tokens or padding; a loss has no cache and no attention mask")
     if head != "loss" and vocabulary is not None:
         raise ValueError(f"vocabulary is {vocabulary} with head {head!r}; only a loss runs over some tokens")
     fewest = 2 if head == "loss" else 1  # a loss needs a next token

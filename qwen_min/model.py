@@ -195,18 +195,6 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-class Head(nn.Module):
-    """The output matrix (V, C) of a checkpoint that does not tie it to the embedding.
-
-    It is not a Linear, so that no adapter can be put on it: losses and grammars multiply by some rows of the matrix
-    directly and would ignore the adapter.
-    """
-
-    def __init__(self, config: QwenConfig):
-        super().__init__()
-        self.weight = nn.Parameter(initial_matrix(config))
-
-
 class Qwen(nn.Module):
     """The language model: decoder and head. The head is the embedding matrix where the config ties them."""
 
@@ -215,7 +203,9 @@ class Qwen(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = Head(config)
+            # an Embedding is no Linear, so it takes no adapter: losses and grammars multiply by some rows of the matrix
+            # directly, and would ignore the adapter
+            self.lm_head = nn.Embedding.from_pretrained(initial_matrix(config), freeze=False)
 
     @property
     def head_weight(self) -> Tensor:

@@ -46,11 +46,12 @@ def declared(*extras: str) -> set[str]:
 def test_the_project_declares_every_package_that_it_imports():
     names = declared() | declared("experiments")
     found = {name.partition(".")[0] for path in FILES.values() for name in imported(path)}
-    # imported only where the user has them, or to compare with; two come with openvino_genai and jinja2
-    optional = declared("peers") | {"openvino", "markupsafe"}
+    # imported only where the user has them, or to compare with; these come with openvino_genai, jinja2, statsforecast
+    optional = declared("peers") | {"openvino", "markupsafe", "threadpoolctl"} | set(entry.EXTRAS["series"])
     through_pandas = {"pyarrow"}  # it reads Parquet
     assert found - {*OURS} - optional - set(sys.stdlib_module_names) == names - through_pandas
-    assert set(entry.EXTRA) <= names
+    assert set(entry.EXTRAS["experiments"]) <= names
+    assert set(entry.EXTRAS["series"]) <= declared("series")
 
 
 def test_the_entry_point_is_the_function_that_these_tests_call():

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from experiments.forecasting.encoding import Encoding, EncodingError
+from experiments.storage.files import RunError
+from experiments.storage.records import build
 from experiments.study import data
 from qwen_min import Tokenizer
 
@@ -115,5 +117,7 @@ def test_a_shifted_variable_uses_its_digits_and_others_keep_their_zero():
     scaled = encoding.scaled(series)
     np.testing.assert_allclose(scaled.min(axis=0), [2, 0, 2], atol=1e-9)
     np.testing.assert_allclose(scaled.max(axis=0), [8, 9.99, 8])
-    assert Encoding.from_record(json.loads(json.dumps(encoding.record))) == encoding
+    assert build(Encoding, json.loads(json.dumps(encoding.record)), "") == encoding
     assert Encoding(0.5).record == {"scale": 0.5, "decimals": 2}
+    with pytest.raises(RunError, match="offset: holds None, expected float"):
+        build(Encoding, {"scale": 0.5, "decimals": 2, "offset": None}, "plan.json")

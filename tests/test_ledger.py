@@ -1,6 +1,5 @@
 import resource
 import signal
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -110,20 +109,6 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(path, written):
     ledger.debit("a", 1, 10)
     ledger.debit("a", 2, 10)
     assert Ledger(path, budget=100).spent == ledger.spent == 30
-
-
-def test_writers_in_two_threads_lose_no_line(path, monkeypatch):
-    """The budget is not theirs to keep together, but every line is."""
-    monkeypatch.setattr("os.fsync", lambda _: None)
-    ledgers = {name: Ledger(path, budget=10**6) for name in "ab"}
-
-    def write(name):
-        for step in range(200):
-            ledgers[name].debit(name, step, 1)
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(write, ledgers))
-    assert Ledger(path, budget=10**6).by_experiment() == {"a": 200, "b": 200}
 
 
 @pytest.mark.parametrize("budget", [float("nan"), -1, 10**400, float("inf"), "5"])

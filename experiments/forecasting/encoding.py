@@ -76,16 +76,6 @@ class Encoding:
         always = ("scale", "decimals")
         return {name: value for name, value in vars(self).items() if name in always or np.any(value)}
 
-    @classmethod
-    def from_record(cls, record: dict) -> "Encoding":
-        """The encoding that `record` describes. Raises TypeError or EncodingError for a damaged record."""
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in record.items()
-            if name in cls.__dataclass_fields__
-        }
-        return cls(**fields)
-
     def scaled(self, series: np.ndarray) -> np.ndarray:
         """Values (..., D) in scaled units, in the dtype of series."""
         return (series - np.asarray(self.offset, series.dtype)) / np.asarray(self.scale, series.dtype)

@@ -102,10 +102,8 @@ def samples_needed(level: float) -> int:
 
 
 def require_samples(levels: Sequence[float], count: int) -> None:
-    """Raise SamplesError for a level that is not between 0 and 1 or that `count` samples do not reach."""
+    """Raise SamplesError for a level, between 0 and 1, that `count` samples do not reach."""
     for level in levels:
-        if not 0 < level < 1:
-            raise SamplesError(f"the quantile {level:g} does not exist, expected levels between 0 and 1")
         if count < samples_needed(level):
             raise SamplesError(
                 f"{count} samples do not reach the quantile {level:g}, expected {samples_needed(level)} or more"

@@ -27,10 +27,11 @@ from qwen_min.weights import load_weights
 # for contexts of at most so many time steps, the steps between two tokens; the model reads at most the last number
 STRIDES = {72: 2, 144: 4, 256: 8, 512: 16}
 MIN_STEPS = 3  # of a context
-WIDER = 2.0  # zero-shot quantiles of a context of n values are so much / sqrt(n) farther from the median: real series
-# change more than synthetic ones (chosen on the M1 competition, where 80 % intervals then hold 75 to 84 %)
-# a zero-shot forecast is the mean of those from a context and from its newest shares, each of at least so many steps:
-# other scales, other seasons (chosen on fpp2 and forecast, where errors become 1 % smaller; on M1 they stay)
+# Zero-shot quantiles of a context of n values are so much / sqrt(n) farther from the median: real series change more
+# than synthetic ones (chosen on the M1 competition, where 80 % intervals then hold 75 to 84 %).
+WIDER = 2.0
+# A zero-shot forecast is the mean of those from a context and from its newest shares, each of at least so many steps:
+# other scales, other seasons (chosen on fpp2 and forecast, where errors become 1 % smaller; on M1 they stay).
 NEWEST, LEAST = (0.8, 0.6), 24
 FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
 FAR = 2.0  # standard deviations below the mean of a fine-tuning's data; a series that never comes closer is foreign

@@ -7,7 +7,7 @@ import csv
 from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -31,12 +31,16 @@ _hints = lru_cache(lambda record: get_type_hints(record, include_extras=True))
 def build(kind: Any, value: Any, where: str) -> Any:
     """Convert a value from JSON to `kind`: a dataclass, list, tuple, dict with str keys, array, `... | None` or scalar.
 
-    Annotated gives the shape of an array, or the range of an int. Raises RunError when the value does not fit, or when
-    the dataclass raises ValueError. The message begins with `where`.
+    Of a union, a list is the tuple in it, another value the first kind. Annotated gives the shape of an array, or the
+    range of an int. Raises RunError when the value does not fit, or when the dataclass raises ValueError. The message
+    begins with `where`.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        return None if value is None else build(arguments[0], value, where)
+        if value is None and NoneType in arguments:
+            return None
+        lists = [one for one in arguments if get_origin(one) is tuple and isinstance(value, list)]
+        return build([*lists, *arguments][0], value, where)
     if origin is Annotated and arguments[0] is int:
         within = arguments[1]
         _require(type(value) is int and value in within, where, f"int from {within[0]} to {within[-1]:g}", value)

@@ -23,7 +23,7 @@ class Training:
 
     rank: int | None  # 0: all weights of the decoder that reads values are trained
     learning_rate: float | None
-    context: int | None  # window length in tokens
+    context: int | None  # window length in tokens; a token of "numbers" stands for a stride of time steps
     steps: int
     batch: int = 4
     stride: int = 256  # tokens between the starts of a trajectory's windows

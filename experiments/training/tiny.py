@@ -152,7 +152,7 @@ def trained(ids: torch.Tensor, steps: int, seed: int) -> Qwen:
             torch.nn.init.normal_(parameter, std=0.02)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "layers" not in name]
-    optimizers = [
+    optimizers = [  # not this project's Muon, which is faster: the weights that ship were made with torch's
         torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
     ]
