@@ -21,7 +21,7 @@ BIAS_ALIGNMENT = 16
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The plain form of `attention`, for a boolean mask or None: softmax(q k^T / sqrt(D)) v with the softmax in fp32."""
+    """Plain `attention`, for a boolean mask or None: softmax(q k^T / sqrt(D)) v, with the softmax in fp32."""
     if mask is None or mask.shape[2] < q.shape[2]:
         mask = pairs_mask(q.shape[2], k.shape[2], q.device, mask)
     groups = q.shape[1] // k.shape[1]

@@ -8,9 +8,10 @@ quantized tensors of the GGUF file that it was made of, and wheels of packages t
 repository and FOLDER there, in as many transfers as it takes, and RESULTS.zip if an earlier machine left one.
 
 `run` expands the checkpoint to the bytes that it had, and does what RESULTS.zip does not have yet: the CUDA tests, a
-benchmark next to transformers and peft, if it has them, and the plan; other arguments are those of experiments.run. After --minutes it
-stops. RESULTS.zip, of at most 16 MiB, is written anew every minute and at the end, so that nothing more is lost when
-the machine goes. Start it again, there or elsewhere, until its exit status, which is that of the plan, is 0.
+benchmark next to transformers and peft, if it has them, and the plan; other arguments are those of experiments.run.
+After --minutes it stops. RESULTS.zip, of at most 16 MiB, is written anew every minute and at the end, so that nothing
+more is lost when the machine goes. Start it again, there or elsewhere, until its exit status, which is that of the
+plan, is 0.
 """
 
 import argparse

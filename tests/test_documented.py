@@ -99,7 +99,7 @@ def test_an_example_prints_what_its_page_says(monkeypatch, capsys, page, code):
 
 def test_the_readme_counts_lines():
     found = re.findall(r"^\| `(\w+)/` \| ([\d,]+) \|", README, re.MULTILINE)
-    assert [name for name, _ in found] == ["qwen_min", "lora", "flops", "experiments", "tests"]
+    assert [name for name, _ in found] == ["qwen_min", "lora", "flops", "experiments", "tests", "scripts"]
     for name, lines in found:
         counted = sum(len(path.read_text().splitlines()) for path in (ROOT / name).rglob("*.py"))
         assert int(lines.replace(",", "")) == pytest.approx(counted, rel=0.05), name
