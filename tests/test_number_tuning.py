@@ -45,10 +45,10 @@ def test_a_shared_scale_is_undone(shift):
     series = [one + shift for one in patterns(6)]
     scale = Scale.recorded(with_scale(Reading(40, 4, 5), series))
     x = torch.from_numpy(np.stack(series)).mT
-    z = scale.read(x)
-    np.testing.assert_allclose(scale.write(z[:, :, None])[:, :, 0], x, atol=1e-5)
+    z = scale.normalise(x)
+    np.testing.assert_allclose(scale.restore(z[:, :, None])[:, :, 0], x, atol=1e-5)
     step = 1e-4
-    slope = (scale.write(z[:, :, None] + step) - scale.write(z[:, :, None] - step))[:, :, 0] / (2 * step)
+    slope = (scale.restore(z[:, :, None] + step) - scale.restore(z[:, :, None] - step))[:, :, 0] / (2 * step)
     np.testing.assert_allclose(scale.slope(x), slope, rtol=2e-2)
 
 

@@ -224,7 +224,7 @@ def test_a_zero_shot_forecast_is_the_mean_of_three_readings_and_a_variable_may_e
     series = np.random.default_rng(0).normal(size=(60, 2)).cumsum(0)
 
     def read(steps: int) -> np.ndarray:
-        return forecaster._read(forecaster.base, None, [series[-steps:]], horizon)
+        return forecaster._by_decoder(forecaster.base, None, [series[-steps:]], horizon)
 
     found = forecaster.parts([series], horizon, [ZERO_SHOT])[ZERO_SHOT]
     np.testing.assert_allclose(found, (read(60) + read(48) + read(36)) / 3, rtol=1e-12)

@@ -29,7 +29,7 @@ class Forecaster(SeriesForecaster):
         """Load a checkpoint (folder, hub id, "numbers" or "tiny"), with or without an adapter in peft's format.
 
         The default is what the adapter records, else "numbers", the embedded checkpoint that reads values. options: as
-        `TextForecaster.read` takes them; a model that reads values takes none, and is always in fp32. Raises
+        `TextForecaster.from_folder` takes them; a model that reads values takes none, and is always in fp32. Raises
         CheckpointError or AdapterError when one of the two cannot be read or the adapter was trained on another
         checkpoint.
         """
@@ -37,10 +37,10 @@ class Forecaster(SeriesForecaster):
         if reads_values(folder):
             from experiments.forecasting.values import NumberForecaster
 
-            forecaster: Any = NumberForecaster.read(folder, adapter, trained, device, **options)
+            forecaster: Any = NumberForecaster.from_folder(folder, adapter, trained, device, **options)
         else:
             from experiments.forecasting.text import TextForecaster
 
-            forecaster = TextForecaster.read(folder, adapter, trained, device, dtype, **options)
+            forecaster = TextForecaster.from_folder(folder, adapter, trained, device, dtype, **options)
         forecaster.trained, forecaster.checkpoint = trained, (name, folder)
         return forecaster

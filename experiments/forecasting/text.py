@@ -59,7 +59,7 @@ class TextForecaster(SeriesForecaster):
         self.model, self.tokenizer, self.encoding, self.tokens = model, tokenizer, encoding, tokens
 
     @classmethod
-    def read(
+    def from_folder(
         cls,
         folder: Path,
         adapter: str | Path | None,

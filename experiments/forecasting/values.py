@@ -74,14 +74,14 @@ class Scale(NamedTuple):
         offset = column(reading.offset, device) if reading.offset else None
         return cls(column(reading.mean, device), column(reading.spread, device), offset)
 
-    def read(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Tensor) -> Tensor:
         """What the decoder reads of x (N, D, L)."""
         spread = torch.where(self.spread > 0, self.spread, 1.0)
         if self.offset is None:
             return ((x - self.mean) / spread).asinh().float()
         return (((x.clamp(min=0) + self.offset).log() - self.mean) / spread).float()
 
-    def write(self, z: Tensor) -> Tensor:
+    def restore(self, z: Tensor) -> Tensor:
         """The values (N, D, Q, h) that the decoder means by z."""
         z, spread, mean = z.double().clamp(-FARTHEST, FARTHEST), self.spread[..., None], self.mean[..., None]
         if self.offset is None:
@@ -142,7 +142,9 @@ class NumberForecaster(SeriesForecaster):
         self.model = self.base = model.eval()
 
     @classmethod
-    def read(cls, folder: Path, adapter: str | Path | None, trained: Trained | None, device: str) -> "NumberForecaster":
+    def from_folder(
+        cls, folder: Path, adapter: str | Path | None, trained: Trained | None, device: str
+    ) -> "NumberForecaster":
         """`Forecaster.load` of a checkpoint that reads values, in fp32. Raises AdapterError."""
         model = Numbers(QwenConfig.from_file(folder / "config.json"))
         load_weights(model, folder, device, torch.float32)
@@ -205,16 +207,16 @@ class NumberForecaster(SeriesForecaster):
         wanted, horizon = horizon, horizon + max(late)
         if reading and reading.mean is not None and len(reading.mean) != (variables := arrays[0].shape[1]):
             raise SeriesError(f"the series have {variables} variables, the adapter was trained on {len(reading.mean)}")
-        read = [array[-context:] for array in arrays] if context else arrays
+        contexts = [array[-context:] for array in arrays] if context else arrays
         if TUNED in names:
-            found[TUNED] = self._read(self.model, reading, read, horizon, progress)
-            if reading and (foreign := [number for number, array in enumerate(read) if is_foreign(array, reading)]):
+            found[TUNED] = self._by_decoder(self.model, reading, contexts, horizon, progress)
+            if reading and (foreign := [number for number, array in enumerate(contexts) if is_foreign(array, reading)]):
                 told = "is negative, or far below what the adapter was trained on; it is forecast without the adapter"
                 warnings.warn(f"series {foreign[0]} {told} ({len(foreign)} such series)", SeriesWarning, stacklevel=4)
-                found[TUNED][foreign] = self._zero_shot([read[number] for number in foreign], horizon)
+                found[TUNED][foreign] = self._zero_shot([contexts[number] for number in foreign], horizon)
         if ZERO_SHOT in names or not found:
             # each series counts once
-            found[ZERO_SHOT] = self._zero_shot(read, horizon, progress if not found else lambda count: None)
+            found[ZERO_SHOT] = self._zero_shot(contexts, horizon, progress if not found else lambda count: None)
         if simple := names & BASELINES.keys():
             pasts, season = [filled(past) for past in pasts], reading.season if reading else None
             simple_ones = baseline_forecasts(pasts, horizon, season, simple)
@@ -246,11 +248,11 @@ class NumberForecaster(SeriesForecaster):
 
     def _zero_shot(self, arrays, horizon, progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by the pretrained decoder."""
-        whole = self._read(self.base, None, arrays, horizon, progress)
+        whole = self._by_decoder(self.base, None, arrays, horizon, progress)
         newest = [[newest_of(array, share) for array in arrays] for share in NEWEST]
-        return np.mean([whole, *(self._read(self.base, None, some, horizon) for some in newest)], axis=0)
+        return np.mean([whole, *(self._by_decoder(self.base, None, some, horizon) for some in newest)], axis=0)
 
-    def _read(self, model, reading, arrays, horizon, progress=lambda count: None) -> np.ndarray:
+    def _by_decoder(self, model, reading, arrays, horizon, progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by a decoder and how it reads; None: zero-shot."""
         longest = reading.context if reading else max(STRIDES)
         variables = arrays[0].shape[1]
@@ -298,7 +300,7 @@ def is_foreign(array: np.ndarray, reading: Reading) -> bool:
     scale, array = Scale.recorded(reading), array[-reading.context :]
     if scale is None or scale.offset is None:
         return False
-    return bool((array < 0).any() or np.nanmax(scale.read(torch.from_numpy(array.T)).numpy()) < -FAR)
+    return bool((array < 0).any() or np.nanmax(scale.normalise(torch.from_numpy(array.T)).numpy()) < -FAR)
 
 
 def newest_of(array: np.ndarray, share: float) -> np.ndarray:
@@ -325,12 +327,12 @@ def _quantiles(model: Numbers, reading: Reading | None, x: Tensor, horizon: int,
     scale, shrink = (reading and Scale.recorded(reading, x.device)) or Scale.of(x, seen), torch.ones_like(x[..., :1])
     if reading and reading.usual:
         shrink = (column(reading.usual, x.device) / x.amax(-1, keepdim=True).clamp(min=1e-300)).clamp(max=1)
-    z = scale.read(x * shrink)
+    z = scale.normalise(x * shrink)
     seasons = find_seasons(z, seen)
     found = model(patches(z, seen, seasons, stride))[:, :, -1, :, :ahead].sort(2).values  # (N, D, Q, at most K)
     while found.shape[-1] < horizon:
         found = torch.cat((found, _further(model, z, seen, seasons, stride, found)[..., :ahead]), -1)
-    values = scale.write(found[..., :horizon]) / shrink[..., None]
+    values = scale.restore(found[..., :horizon]) / shrink[..., None]
     if reading is None:
         median = values[:, :, MEDIAN, None]
         values = median + (values - median) * (1 + WIDER * seen.sum(-1).rsqrt())[..., None, None]

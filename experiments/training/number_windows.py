@@ -99,7 +99,7 @@ class NumberWindows(Windows):
         self.windows = windows * -(-settings.batch // len(windows))
         self.scale = Scale.recorded(reading)
         # Weights that grow with the truth would lead to too high forecasts of noisy series: the noise is in the truth.
-        read = [self.scale.read(torch.tensor(one)).double().numpy() for one in self.series] if self.scale else []
+        read = [self.scale.normalise(torch.tensor(one)).double().numpy() for one in self.series] if self.scale else []
         self.by_slope = bool(read) and noise(read) < LITTLE_NOISE
         spread = np.concatenate(self.series, axis=1).std(axis=1)
         self.unit = torch.from_numpy(np.where(spread > 0, spread, 1.0))[:, None]
@@ -155,7 +155,7 @@ class NumberWindows(Windows):
         x = x.nan_to_num()
         within = seen & (times < begin + prefix)
         scale = self.scale or Scale(*statistics(x, within))
-        z = scale.read(x).clamp(-8, 8)
+        z = scale.normalise(x).clamp(-8, 8)
         seasons = find_seasons(z[..., :length], within[..., :length], begin + prefix)
         read = patches(z[..., :length], seen[..., :length], seasons, self.reading.stride)
         known = read.ends - begin  # (N, 1, T)

@@ -124,7 +124,7 @@ class SyntheticWindows(Windows):
         stop, times = torch.from_numpy(prefix + late).clamp(max=length), torch.arange(x.shape[-1])
         known = seen & (times >= begin)
         within = known & (times < stop)
-        x = Scale(*statistics(x, within)).read(x).clamp(-8, 8)
+        x = Scale(*statistics(x, within)).normalise(x).clamp(-8, 8)
         seasons = find_seasons(x[..., :length], within[..., :length], stop)
         read = patches(x[..., :length], known[..., :length], seasons, kind.stride)
         truth = x.unfold(-1, AHEAD, 1)[:, :, read.ends]
