@@ -46,6 +46,23 @@ def test_whole_series_are_held_out_if_there_are_many_and_the_end_if_there_are_fe
         split([series[:17]], 5)
 
 
+@pytest.mark.parametrize("size", [1e-200, 1.0, 1e200])
+def test_errors_of_values_of_any_size_are_the_same_and_a_constant_is_no_unit(size):
+    """0.1 repeated has a standard deviation of 3e-17 by rounding."""
+    series = [*waves(5), np.stack([np.repeat([0.1, 0.2], [56, 4])] * 2, axis=1)]
+    known, places = (held_out([factor * one for one in series], 4, 1) for factor in (1.0, size))
+    naive, found = (
+        scores(np.stack([np.repeat(one.context[-1:], 4, axis=0) for one in some]), some) for some in (known, places)
+    )
+    assert found["rmse"] == pytest.approx(naive["rmse"])
+    assert 0.1 < naive["rmse"] < 10
+
+
+def test_minus_zero_is_zero_in_the_rows_that_a_training_saw():
+    rows = np.array([[1.0], [-0.0], [np.nan]])
+    assert end_hash(rows) == end_hash(np.array([[1.0], [0.0], [-np.nan]])) != end_hash(rows + 1)
+
+
 def test_errors_are_in_standard_deviations_and_units_and_baselines_read_the_whole_past():
     places = held_out(waves(3), 4, 2)
     truth = np.stack([place.truth for place in places])

@@ -9,7 +9,7 @@ import torch
 
 from experiments import training
 from experiments.forecasting import Forecaster
-from experiments.forecasting.adapter import AdapterError, Reading, read_trained
+from experiments.forecasting.adapter import AdapterError, Reading, Trained, read_trained
 from experiments.forecasting.backtest import Origin, split
 from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.numbers import LEVELS
@@ -176,6 +176,19 @@ def test_one_short_series_keeps_the_zero_shot_forecast():
     assert metrics["shares"].startswith("as before the training, which brought no certain gain")
     assert metrics["errors"]["after"] == metrics["errors"]["before"]
     np.testing.assert_allclose(forecaster.forecast(series, 4, [0.1]).quantiles, zero_shot.quantiles, rtol=1e-14)
+
+
+def test_shares_of_two_variables_forecast_a_single_one():
+    """VAR is AR there."""
+    forecaster, series = Forecaster.load("numbers"), [one[:, [0]] for one in patterns(2)]
+    found = []
+    for shares in ({"VAR": 1.0}, {"AR": 1.0}):
+        reading = Reading(16, 4, 4, near=shares, far=shares)
+        forecaster.trained = Trained("numbers", "", reading=reading)
+        found.append(forecaster.forecast(series, 4, [0.1, 0.9]))
+    assert (found[0].values == found[1].values).all()
+    assert np.ptp(found[0].values) > 0
+    assert (found[0].quantiles == found[1].quantiles).all()
 
 
 def test_options_of_models_that_write_text_are_refused():

@@ -76,7 +76,7 @@ class Trained:
 
 def end_hash(rows: np.ndarray) -> str:
     """A hash of the newest rows of a series (T, D), which finds them again in a longer one."""
-    end = np.where(np.isnan(rows), np.nan, rows)[-HASHED_ROWS:]  # there are several kinds of NaN
+    end = np.where(np.isnan(rows), np.nan, rows + 0.0)[-HASHED_ROWS:]  # there are several kinds of NaN, and of 0
     return hashlib.sha256(end.astype(np.float64).tobytes()).hexdigest()[:16]
 
 

@@ -150,10 +150,17 @@ def baseline_forecasts(
     return {name: forecasts(one) for name, one in methods.items() if name in names and (name != "VAR" or several)}
 
 
+def _deviation(series: np.ndarray) -> np.ndarray:
+    """The standard deviation (D) of known values (T, D) of any size; 0 where they are equal up to rounding."""
+    unit = np.ldexp(1.0, np.frexp(np.nanmax(np.abs(series), axis=0))[1] - 1)  # a power of 2: squares neither overflow
+    spread = np.nanstd(series / unit, axis=0)
+    return np.where(spread > 1e-14, spread * unit, 0.0)
+
+
 def spreads(places: Sequence[Origin]) -> np.ndarray:
     """The standard deviations (M, 1, D) before each forecast, none of which is 0."""
-    spread = np.stack([np.nanstd(place.context, axis=0) for place in places])
-    together = np.nanstd(np.concatenate([place.context for place in places]), axis=0)  # for a variable that is constant
+    spread = np.stack([_deviation(place.context) for place in places])
+    together = _deviation(np.concatenate([place.context for place in places]))  # for a variable that is constant
     return np.where(spread > 0, spread, np.where(together > 0, together, 1.0))[:, None]
 
 

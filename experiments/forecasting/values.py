@@ -175,8 +175,10 @@ class NumberForecaster(SeriesForecaster):
         shifted or multiplied by a positive number, up to rounding.
         """
         reading = self.trained.reading if self.trained else None
-        names = reading.near | reading.far if reading else [ZERO_SHOT]
-        parts = self.parts(arrays, horizon, names, reading, context, progress)
+        names = {*reading.near, *reading.far} if reading else {ZERO_SHOT}
+        alone = "VAR" in names and arrays[0].shape[1] == 1  # of one variable, VAR is AR
+        parts = self.parts(arrays, horizon, names | {"AR"} if alone else names, reading, context, progress)
+        parts |= {"VAR": parts["AR"]} if alone else {}
         found = combined(parts, reading) if reading else parts[ZERO_SHOT]
         return Forecast(found[:, MEDIAN], None, at_levels(found, quantiles) if len(quantiles) else None)
 
