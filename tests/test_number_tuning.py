@@ -139,6 +139,27 @@ def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_
     assert best_shares(parts, held[:1], found) == kept
 
 
+def assert_foreign_series_are_forecast_without(tuned, series):
+    """The first of the series is like those of the fine-tuning, the others are not."""
+    tuned.trained = replace(tuned.trained, reading=replace(tuned.trained.reading, width=1 / 8))
+    with pytest.warns(SeriesWarning, match=rf"series 1 is negative, or on .* without it \({len(series) - 1} such"):
+        found = tuned.forecast(series, 4, [0.1, 0.9]).quantiles
+    wanted = Forecaster.load("numbers").forecast(series, 4, [0.1, 0.9]).quantiles
+    same = np.isclose(found, wanted, rtol=1e-4).all(axis=(1, 2, 3))
+    assert same.tolist() == [False] + [True] * (len(series) - 1)
+
+
+def test_without_logarithms_series_on_another_scale_are_foreign_too():
+    series = [one - one.mean(axis=0) for one in patterns(24)]
+    forecaster = Forecaster.load("numbers")
+    training.finetune(forecaster, series, 4, steps=1, batch=2, rank=2)
+    reading = replace(forecaster.trained.reading, near={TUNED: 1.0}, far={TUNED: 1.0})
+    assert reading.mean is not None
+    assert reading.offset is None
+    forecaster.trained = replace(forecaster.trained, reading=reading)
+    assert_foreign_series_are_forecast_without(forecaster, [series[0], 1e-3 * series[0], series[0] + 1e4])
+
+
 @pytest.mark.slow
 def test_fine_tuning_helps_where_there_is_something_to_learn_and_its_adapter_forecasts(tmp_path):
     series = patterns(24)
@@ -156,11 +177,7 @@ def test_fine_tuning_helps_where_there_is_something_to_learn_and_its_adapter_for
     assert np.isfinite(loaded.forecast(contexts, 50).values).all()  # far beyond what it was trained for
     with pytest.raises(SeriesError, match="have 1 variables, the adapter was trained on 2"):
         loaded.forecast([np.arange(20.0)], 4)
-    foreign = [series[0], series[0] - 3, series[0] / 1e4]
-    with pytest.warns(SeriesWarning, match=r"series 1 is negative, or far below what .* adapter \(2 such series\)"):
-        parts = loaded.parts(foreign, 4, [TUNED, ZERO_SHOT], loaded.trained.reading)
-    same = np.isclose(parts[TUNED], parts[ZERO_SHOT], rtol=1e-4).all(axis=(1, 2, 3))
-    assert same.tolist() == [False, True, True]
+    assert_foreign_series_are_forecast_without(loaded, [series[0], series[0] - 3, series[0] / 1e4])
     large = loaded.parts([100 * series[0], 200 * series[0]], 4, [TUNED], loaded.trained.reading)[TUNED]
     np.testing.assert_allclose(large[1], 2 * large[0])  # both are read as if they had the usual values
     (tmp_path / "adapter" / "encoding.json").unlink()

@@ -35,6 +35,7 @@ WIDER = 2.0
 NEWEST, LEAST = (0.8, 0.6), 24
 FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
 FAR = 2.0  # standard deviations below the mean of a fine-tuning's data; a series that never comes closer is foreign
+DEVIATIONS = 0.1, 100.0  # the same without logarithms: a series whose largest deviation from the mean is not in between
 BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
 MEDIAN = len(LEVELS) // 2
 ZERO_SHOT, TUNED = "zero-shot", "fine-tuned"  # the parts of a forecast that are not baselines
@@ -180,6 +181,11 @@ class NumberForecaster(SeriesForecaster):
         parts = self.parts(arrays, horizon, names | {"AR"} if alone else names, reading, context, progress)
         parts |= {"VAR": parts["AR"]} if alone else {}
         found = combined(parts, reading) if reading else parts[ZERO_SHOT]
+        if reading and (foreign := [number for number, array in enumerate(arrays) if is_foreign(array, reading)]):
+            told = "is negative, or on another scale than what the adapter was trained on; it is forecast without it"
+            warnings.warn(f"series {foreign[0]} {told} ({len(foreign)} such series)", SeriesWarning, stacklevel=3)
+            others = [arrays[number] for number in foreign]
+            found[foreign] = self.parts(others, horizon, [ZERO_SHOT], None, context)[ZERO_SHOT]
         return Forecast(found[:, MEDIAN], None, at_levels(found, quantiles) if len(quantiles) else None)
 
     def parts(
@@ -213,8 +219,6 @@ class NumberForecaster(SeriesForecaster):
         if TUNED in names:
             found[TUNED] = self._by_decoder(self.model, reading, contexts, horizon, progress)
             if reading and (foreign := [number for number, array in enumerate(contexts) if is_foreign(array, reading)]):
-                told = "is negative, or far below what the adapter was trained on; it is forecast without the adapter"
-                warnings.warn(f"series {foreign[0]} {told} ({len(foreign)} such series)", SeriesWarning, stacklevel=4)
                 found[TUNED][foreign] = self._zero_shot([contexts[number] for number in foreign], horizon)
         if ZERO_SHOT in names or not found:
             # each series counts once
@@ -298,10 +302,15 @@ def since_gap(array: np.ndarray) -> np.ndarray:
 
 
 def is_foreign(array: np.ndarray, reading: Reading) -> bool:
-    """True for a series (T, D) that a fine-tuned decoder of logarithms cannot read: negative, or far below its data."""
-    scale, array = Scale.recorded(reading), array[-reading.context :]
-    if scale is None or scale.offset is None:
+    """True for a series (T, D) that is on another scale than the data of a fine-tuning: for logarithms, negative or far
+    below; else far from the data's mean, or always next to it.
+    """
+    scale, array = Scale.recorded(reading), array[np.isfinite(array).any(axis=1)][-reading.context :]
+    if scale is None:
         return False
+    if scale.offset is None:
+        deviations = np.nanmax(np.abs(array - reading.mean) / reading.spread, axis=0)
+        return not DEVIATIONS[0] <= deviations.max() <= DEVIATIONS[1]
     return bool((array < 0).any() or np.nanmax(scale.normalise(torch.from_numpy(array.T)).numpy()) < -FAR)
 
 
