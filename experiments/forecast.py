@@ -184,6 +184,8 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     is_text, quantiles = not reads_values(folder), [] if args.samples == 0 or args.backtest else args.quantiles
     if not is_text and (given := [one for one in TEXT if getattr(args, one) is not None]):
         raise cli.CommandError(f"--{given[0]} is for models that write text, and {name} reads values; leave it out")
+    if args.season and not args.backtest:
+        raise cli.CommandError("--season is for --backtest: it is that of a simple method; leave it out")
     if args.samples is not None:
         require_samples(quantiles, args.samples)
     missing = args.missing or ("error" if is_text else "keep")

@@ -107,6 +107,7 @@ BAD = {
     "samples": (THREE, ["--samples", -1, *MODEL], "-1 samples"),
     "a short series": ("id,d,y\nA,1,1\nA,2,2\nA,3,3\nB,1,5\nB,2,6\n", ["--id", "id"], "series B: its length is 2"),
     "no values": ("day,u,v\n1,1,\n2,2,\n3,4,\n", ["--columns", "u,v"], "series series: variable v has no value"),
+    "a season of nothing": (THREE, ["--season", 12], "--season is for --backtest"),
     "samples of values": (THREE, ["--samples", 5], "--samples is for models that write text"),
     "far quantile": (THREE, ["--quantiles", "0.5,0.975", *MODEL], "20 samples do not reach the quantile 0.975"),
 }
