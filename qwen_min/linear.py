@@ -82,9 +82,9 @@ def pack(model: nn.Module, rows: int = 2) -> None:
     """Pack every weight of a Qwen whose packed copy is missing or out of date; if one fails, there is no copy at all.
 
     Only frozen bf16 and large frozen fp32 weights on a CPU are packed; other weights lose an earlier copy. The copies
-    are used where no gradient is recorded. The copy of a weight that has changed is not used, and freed by the
-    next `pack`; a weight in training loses its copy. Call `unpack` after writing to a frozen weight through
-    `weight.data` or numpy.
+    are used where no gradient is recorded. The copy of a weight that has changed is not used, and freed by the next
+    `pack`; a weight in training loses its copy. Call `unpack` after writing to a frozen weight through `weight.data` or
+    numpy.
 
     rows: of the products to come; for a single one, bf16 weights are not packed.
     """

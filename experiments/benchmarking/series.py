@@ -105,7 +105,7 @@ def read_sets(which: str) -> list[Windows]:
 
 
 def methods() -> dict[str, Method]:
-    """The methods by name, each on one thread. Raises BenchmarkError when statsforecast is not installed."""
+    """The methods by name, each on one thread."""
     import statsforecast.models
     import threadpoolctl
 
