@@ -85,6 +85,7 @@ def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
 
 def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFrame"], "Finetuning"]:
     """Read and check everything that a fine-tuning needs, and tell what it will be. Write nothing."""
+    from experiments import tables
     from experiments.forecasting import Forecaster
     from experiments.forecasting.contexts import named
     from experiments.training.finetuning import Finetuning
@@ -94,7 +95,8 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFr
     forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
     settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
     with named(series):
-        job = Finetuning(forecaster, [one.to_numpy() for one in series], variables=list(series[0].columns), **settings)
+        arrays, names, late = [one.to_numpy() for one in series], list(series[0].columns), tables.late_by(series)
+        job = Finetuning(forecaster, arrays, variables=names, late=late, **settings)
     print(job.told)
     return series, job
 

@@ -112,7 +112,7 @@ def test_noise_is_what_a_regression_leaves_and_large_values_count_more_only_with
 
 def places(count: int) -> list[Origin]:
     rng = np.random.default_rng(0)
-    return [Origin(rng.normal(size=(20, 1)), rng.normal(size=(3, 1)), number) for number in range(count)]
+    return [Origin(rng.normal(size=(20, 1)), rng.normal(size=(3, 1)), number, number) for number in range(count)]
 
 
 def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_forecast():
@@ -130,7 +130,7 @@ def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_
     )
     assert found.width == 1 / 16
     np.testing.assert_allclose(combined(parts, found)[:, 4], truth[:, 0])
-    few = [place._replace(series=place.series % 4) for place in held]
+    few = [place._replace(series=place.series % 4, group=place.group % 4) for place in held]
     assert best_shares(parts, few, Reading(16, 4, 3)).width == 1  # forecasts of so few series decide no interval
     kept = replace(found, near={ZERO_SHOT: 1.0}, far={ZERO_SHOT: 1.0}, width=1.0)
     parts = {TUNED: truth + error + 1e-3 * error[::-1] + spread, ZERO_SHOT: truth + error + spread}

@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from experiments.forecasting.adapter import rows_seen
 from experiments.forecasting.baselines import BASELINES, seasonal
@@ -31,11 +32,12 @@ class Origin(NamedTuple):
     context: np.ndarray  # (T, D); it and the truth are NaN where a value is missing
     truth: np.ndarray  # (h, D)
     series: int  # its number
+    group: int  # forecasts of other groups tell something new: those of another series, or of other dates
 
     @property
     def past(self) -> np.ndarray:
         """The context, `filled`."""
-        return filled(self.context)
+        return filled(self.context, self.series)
 
 
 class Parts(NamedTuple):
@@ -48,10 +50,10 @@ class Parts(NamedTuple):
     told: str  # the split, in words
 
 
-def filled(series: np.ndarray) -> np.ndarray:
+def filled(series: np.ndarray, number: int) -> np.ndarray:
     """A series (T, D) without missing values: by row, linearly between the nearest known ones, which end it as well.
 
-    Raises SeriesError for a variable with no known value.
+    Raises SeriesError for a variable with no known value in the series of this number.
     """
     if not np.isnan(series).any():
         return series
@@ -60,37 +62,43 @@ def filled(series: np.ndarray) -> np.ndarray:
     nothing = np.isnan(series).all(axis=0)
     if nothing.any():
         raise SeriesError(
-            f"variable {int(nothing.argmax())} has no value in the {len(series)} time steps before a held-out "
-            "forecast; leave it out, or begin the series where it begins"
+            f"series {number}: variable {int(nothing.argmax())} has no value in the {len(series)} time steps before a "
+            "held-out forecast; leave it out, or begin the series where it begins"
         )
     return np.ascontiguousarray(pd.DataFrame(series).interpolate(limit_direction="both"))
 
 
 def held_out(
-    series: Sequence[np.ndarray], horizon: int, count: int = MAX_ORIGINS, ends: Container[str] = ()
+    series: Sequence[np.ndarray],
+    horizon: int,
+    count: ArrayLike = MAX_ORIGINS,
+    ends: Container[str] = (),
+    late: Sequence[int] | None = None,
 ) -> list[Origin]:
-    """Up to `count` forecasts of the last steps of each of N series (T, D), one after the other, in the order of time.
+    """Up to `count` (of all, or N) forecasts of the last steps of each of N series (T, D), in the order of time.
 
     Left out are those of which nothing is known, those before which nothing was known for long, and those in the rows
-    that a training saw, which end in `ends` (`adapter.rows_seen`). Raises SeriesError when none is left, and as
-    `filled`.
+    that a training saw, which end in `ends` (`adapter.rows_seen`). late: as in `split`. Raises SeriesError when none is
+    left, and as `filled`.
     """
-    found, first = [], max(MIN_CONTEXT, horizon)
+    found, first, counts = [], max(MIN_CONTEXT, horizon), np.broadcast_to(count, len(series))
     for number, one in enumerate(series):
         fits, seen = max(0, (len(one) - first) // horizon), rows_seen(one, ends) if ends else 0
-        for start in range(len(one) - min(count, fits) * horizon, len(one), horizon):
+        for start in range(len(one) - min(counts[number], fits) * horizon, len(one), horizon):
             truth, before = one[start : start + horizon], one[max(0, start - LONGEST_GAP) : start]
             if start >= seen and not np.isnan(truth).all() and not np.isnan(before).all():
-                found.append(Origin(one[:start], truth, number))
-                filled(one[:start])  # refuses a variable without values
+                group = number if late is None else (len(one) - start + late[number]) // horizon
+                found.append(Origin(one[:start], truth, number, group))
+                filled(one[:start], number)  # refuses a variable without values
     if not found and ends:
         raise SeriesError(
             "the adapter was trained on all rows that could be held out; use rows that came later, or other series"
         )
     if not found:
+        longest = max(len(one) for one, some in zip(series, counts, strict=True) if some)
         raise SeriesError(
-            f"the longest series has {max(map(len, series))} time steps, expected at least {first + horizon} to hold "
-            f"out a horizon of {horizon}, with a known value in it; shorten the horizon"
+            f"the longest series has {longest} time steps, expected at least {first + horizon} to hold out a horizon "
+            f"of {horizon}, with a known value in it; shorten the horizon"
         )
     return found
 
@@ -101,35 +109,53 @@ def check_context(context: int | None) -> None:
         raise SeriesError(f"context is {context}, expected at least {MIN_CONTEXT} time steps")
 
 
-def split(series: Sequence[np.ndarray], horizon: int) -> Parts:
+def split(series: Sequence[np.ndarray], horizon: int, late: Sequence[int] | None = None) -> Parts:
     """Split N series: whole series are held out if there are at least MIN_SERIES, else the end of each series.
 
-    Series that are too short for a forecast are not held out. Raises SeriesError when all are too short or too few.
+    late: by how many time steps each series ends before the last one, of series that cover the same dates
+    (`tables.late_by`). What moves them moves all of them, so that their ends are held out: a test must come after the
+    training. Series that are too short for a forecast are not held out. Raises SeriesError when all are too short or
+    too few.
     """
-    least = max(MIN_CONTEXT, horizon) + horizon
-    if len(series) >= MIN_SERIES:
+    lengths, least = np.array([*map(len, series)]), max(MIN_CONTEXT, horizon) + horizon
+    is_many = len(series) >= MIN_SERIES
+    if is_many and late is None:
         order = np.random.default_rng(0).permutation(len(series))
-        order = np.array(sorted(order, key=lambda number: len(series[number]) < least))  # the others in their order
+        order = np.array(sorted(order, key=lambda number: lengths[number] < least))  # the others in their order
         count = max(1, round(HELD_OUT_SHARE * len(series)))
-        test, val, train = ([series[i] for i in rows] for rows in np.split(order, (count, 2 * count)))
+        test, val, train = (some.tolist() for some in np.split(order, (count, 2 * count)))
         each = max(1, min(MAX_ORIGINS, MAX_FORECASTS // count))
         told = f"{len(train)} series to train on, {count} for validation, {count} for the test"
-        ends = held_out(val, horizon, each), held_out(test, horizon, each)
-        return Parts([filled(one) for one in train], *ends, train + val, told)
+        of_val, of_test = (held_out(series, horizon, each * np.isin(np.arange(len(series)), i)) for i in (val, test))
+        seen = [series[i] for i in (*train, *val)]
+        return Parts([filled(series[i], i) for i in train], of_val, of_test, seen, told)
     # the newest fifth of each series, but at least one forecast, is the test; as much before it is the validation
-    shortest = min(map(len, series))
-    count = int(np.clip(0.2 * shortest // horizon, 1, MAX_ORIGINS))
+    usual = int(np.median(lengths) if is_many else lengths.min())
+    count = int(np.clip(0.2 * usual // horizon, 1, MAX_ORIGINS))
     steps = count * horizon
-    if shortest < 2 * steps + least - horizon:
+    if usual < 2 * steps + least - horizon:
         raise SeriesError(
-            f"a series has {shortest} time steps, expected at least {least + horizon} to train on, validate and test "
-            f"forecasts of {horizon} steps; shorten the horizon"
+            f"{'most series have' if is_many else 'a series has'} {usual} time steps, expected at least "
+            f"{least + horizon} to train on, validate and test forecasts of {horizon} steps; shorten the horizon"
         )
-    val, test = held_out([one[:-steps] for one in series], horizon, count), held_out(series, horizon, count)
-    lengths = sorted({len(one) - 2 * steps for one in series})
-    first = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}"
-    told = f"the first {first} time steps to train on, {steps} for validation, the newest {steps} for the test"
-    return Parts([filled(one[: -2 * steps]) for one in series], val, test, [one[:-steps] for one in series], told)
+    early = np.zeros(len(series), int) if late is None else np.array(late)
+    val, test = (np.maximum(0, parts * steps + int(np.median(early)) - early) for parts in (2, 1))  # where they begin
+    used = np.flatnonzero(lengths - val >= least - horizon).tolist()
+    judged = np.isin(np.arange(len(series)), used[:: -(-len(used) * count // MAX_FORECASTS) if is_many else 1])
+    before = [one[: len(one) - cut] for one, cut in zip(series, test, strict=True)]
+    counts = (np.minimum(count, rows // horizon) * judged for rows in (val - test, test))
+    first = sorted({int(lengths[i] - val[i]) for i in used})
+    told = f"the first {first[0]}" + f" to {first[-1]}" * (len(first) > 1)
+    told += f" time steps to train on, {steps} for validation, the newest {steps} for the test"
+    if late is not None and len(series) > 1:
+        told += f" ({len(used)} series of the same dates, {judged.sum()} of them judged)"
+    return Parts(
+        [filled(series[i][: lengths[i] - val[i]], i) for i in used],
+        held_out(before, horizon, next(counts), late=None if late is None else early + test),
+        held_out(series, horizon, next(counts), late=late),
+        [before[i] for i in used],
+        told,
+    )
 
 
 def baseline_forecasts(

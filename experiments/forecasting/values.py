@@ -224,7 +224,8 @@ class NumberForecaster(SeriesForecaster):
             # each series counts once
             found[ZERO_SHOT] = self._zero_shot(contexts, horizon, progress if not found else lambda count: None)
         if simple := names & BASELINES.keys():
-            pasts, season = [filled(past) for past in pasts], reading.season if reading else None
+            season = reading.season if reading else None
+            pasts = [filled(past, number) for number, past in enumerate(pasts)]
             simple_ones = baseline_forecasts(pasts, horizon, season, simple)
             found |= {name: one[:, None] for name, one in simple_ones.items()}
         return {

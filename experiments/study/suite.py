@@ -223,4 +223,4 @@ def places(judge: Judge) -> list[Origin]:
     """The validation forecasts."""
     series = judge.series["val"].astype(float)
     stop = CONTEXT_STEPS + HORIZON
-    return [Origin(one[:CONTEXT_STEPS], one[CONTEXT_STEPS:stop], number) for number, one in enumerate(series)]
+    return [Origin(one[:CONTEXT_STEPS], one[CONTEXT_STEPS:stop], number, number) for number, one in enumerate(series)]

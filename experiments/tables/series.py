@@ -117,7 +117,7 @@ def assemble(
         frame = _complete(whole.iloc[rows].set_axis(index), missing, rows, table)
         for label in names if wide else [title]:
             series.append(frame[[label]].set_axis(["value"], axis=1) if wide else frame)
-            series[-1].attrs |= {"name": label, "absent": len(frame) - len(rows)}
+            series[-1].attrs |= {"name": label, "absent": len(frame) - len(rows), "wide": wide}
     series[0].attrs["notes"] = table.notes
     return series
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import flops
+from experiments import tables
 from experiments.forecasting.adapter import Trained, checkpoint_hash, end_hash, read_trained
 from experiments.forecasting.backtest import Origin, baseline_forecasts, check_context, scores, split
 from experiments.forecasting.contexts import checked_series
@@ -72,14 +73,16 @@ class Finetuning:
         context: int | None = None,
         variables: list[str] | None = None,
         season: int | None = None,
+        late: Sequence[int] | None = None,
         **options,
     ):
         """forecaster: one that `Forecaster.load` made. series: arrays (T, D) or (T), NaN where a value is
         missing, or DataFrames.
 
         budget: FLOPs that the training may cost; it decides the number of steps unless `steps` is given. context: time
-        steps that the model reads before a forecast. season: time steps that the seasonal baseline repeats. The other
-        options are those of `TextTuning` or `NumberTuning`.
+        steps that the model reads before a forecast. season: time steps that the seasonal baseline repeats. late: as
+        in `backtest.split`; None: what the indexes of DataFrames say. The other options are those of `TextTuning` or
+        `NumberTuning`.
         Raises SeriesError or TrainingError for data, settings or a budget that do not allow it.
         """
         if horizon < 1:
@@ -87,7 +90,8 @@ class Finetuning:
         check_context(context)
         self.series, frames = checked_series(series, missing="keep")
         self.variables = variables or ([*frames[0].columns] if frames else None)
-        self.parts, self.season, self.budget = split(self.series, horizon), season, budget
+        self.late = late if late is not None or not frames else tables.late_by(frames)
+        self.parts, self.season, self.budget = split(self.series, horizon, self.late), season, budget
         if forecaster.checkpoint is None:
             raise TrainingError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
         if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
@@ -143,6 +147,7 @@ class Finetuning:
             "settings": asdict(self.tuning.settings),
             **self.tuning.identity,
             "season": self.season,
+            "late": self.late,
             "checkpoint_sha256": self.trained.checkpoint_sha256,
             "device": weight.device.type,
             "dtype": str(weight.dtype).removeprefix("torch."),

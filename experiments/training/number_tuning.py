@@ -58,14 +58,14 @@ def pinball(found: np.ndarray, places: Sequence[Origin]) -> np.ndarray:
 
 
 def is_certain(gain: np.ndarray, places: Sequence[Origin], least: int = 1) -> bool:
-    """True if the mean of gains (M) is above 0 by a t-test at 10 %, over series or, for one, over its forecasts.
+    """True if the mean of gains (M) is above 0 by a t-test at 10 %, over `Origin.group` or, in one, over its forecasts.
 
-    least: fewer series tell nothing.
+    least: fewer groups, or series, tell nothing.
     """
-    by_series = group_means(gain, [place.series for place in places])
-    if len(by_series) < least:
+    by_group = group_means(gain, [place.group for place in places])
+    if min(len(by_group), len({place.series for place in places})) < least:
         return False
-    gain = by_series if len(by_series) > 1 else gain
+    gain = by_group if len(by_group) > 1 else gain
     return len(gain) > 1 and bool(gain.mean() > stdtrit(len(gain) - 1, 0.9) * gain.std(ddof=1) / len(gain) ** 0.5)
 
 
@@ -73,8 +73,8 @@ def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], readi
     """The reading with the shares, in tenths, and the width whose forecasts of the places have the smallest loss.
 
     The best part alone is taken unless a mixture is certainly better, and the zero-shot forecast is kept unless the
-    result is. From fewer than MIN_SERIES series, the width stays as it is: a few forecasts that have chosen all else
-    would make it far too narrow. See `values.combined`.
+    result is. From fewer than MIN_SERIES series, or dates, the width stays as it is: a few forecasts that have
+    chosen all else would make it far too narrow. See `values.combined`.
     """
     medians = np.stack([part[:, part.shape[1] // 2] for part in parts.values()])  # (K, M, h, D) of K parts
     truth, spread = np.stack([place.truth for place in places]), spreads(places)
