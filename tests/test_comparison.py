@@ -57,13 +57,14 @@ def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
     path = results / "frontier" / "experiments" / "frontier"
     flops = json.loads((path / "settings.json").read_text())["flops"]
     metrics = json.loads((path / "metrics.json").read_text())
-    counts = {"frontier": 2, "frontier, mean of 20 samples": 2, "numbers": 6, "whole": 3, "scratch": 2, "trial": 1}
+    ours = {"frontier": 2, "frontier, mean of 20 samples": 2, "numbers": 6, "whole": 3, "scratch": 2, "final": 1}
     for split, part in (("val", "first"), ("val", "all"), ("test", "all")):
         points, levels, x, _ = drawn[f"{split}-{part}-by-flops"]
         convention = "published" if part == "first" else "study"
         assert x == f"training FLOPs\n(text: convention {convention}; numbers: exact)"
-        published = {"published": 14} if part == "first" else {}
-        assert {name: len(each) for name, each in points.items()} == counts | published
+        counts = ours | {"trial": 1} if split == "test" else ours | {"trial": 2, "grid": 9, "context": 3}
+        counts |= {"published": 14} if part == "first" else {}
+        assert {name: len(each) for name, each in points.items()} == counts
         assert len(levels) == 7  # six baselines and the untrained model
         errors = metrics[split]["mean_of_samples"][part]
         bar = errors["mse_interval"] if part == "all" else [errors["mse_filled"]] * 2

@@ -168,6 +168,7 @@ def assert_shown(written: list[str], values: list[float | None]) -> None:
     ("**GRU", "GRU trained on the 700"),
     ("*ours, 0.5B, text:* untrained", "untrained"),
     ("trial, the report's settings", "trial"),
+    ("`final` of plan `overnight`", "final"),
     ("`frontier`, greedy", "frontier"),
     ("`frontier`, mean of 20", "frontier, mean of 20 samples"),
     ("*ours, `tiny`, text:* untrained", "quick: untrained"),
@@ -235,9 +236,18 @@ def test_what_the_study_says_below_its_table_is_that_of_the_files(runs, methods)
     network = "GRU trained on the 700"
     seeds = [between(f"numbers-1e13-seed{seed}", network) for seed in range(3)]
     whole = between("whole-5e13", network)
+    overnight = {name: one.metrics["val"].first.mse for name, one in runs["overnight"].experiments.items()}
+    grid = sorted((mse, name) for name, mse in overnight.items() if name.startswith("grid"))
+    assert (grid[0][1], grid[-1][1]) == ("grid-r8-lr0.0005", "grid-r2-lr0.0001")
+    cost = runs["overnight"].experiments[grid[0][1]].flops["study"]
+    assert_shown(row(STUDY, "the best and the worst"), [cost, grid[0][0], grid[-1][0]])
     validation = [values[f"numbers-1e13-seed{seed}"]["val"].all.mse for seed in range(3)]
     exact = {name.removesuffix(", exact contexts"): values[3] for name, values in methods.items() if "exact" in name}
     said = [
+        f"has {methods['final'][2]:.4f} on the ten test series where the report has {TEST['final'][0]:.4f}",
+        f"the trial has {overnight['trial']:.4f}, the grid {grid[0][0]:.4f} (rank 8, 5e-4) to {grid[-1][0]:.4f} (rank "
+        f"2, 1e-4), contexts of 128, 512 and 768 tokens have {overnight['context-128']:.4f}, "
+        f"{overnight['context-512']:.4f} and {overnight['context-768']:.4f}.",
         f"text has {ratios['seasonal naive']} of seasonal naive's error, {ratios['AR(20)']} of AR(20)'s, "
         f"{ratios['VAR(18)']} of VAR(18)'s",
         f"better than the mean of samples on {percent(1 - var['better'], 0)} of the test series",

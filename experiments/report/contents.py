@@ -221,7 +221,7 @@ def by_flops(
                 low, high = interval or (errors.mse_filled, errors.mse_filled)
                 kind = re.sub("-[^,]*", "", method.rpartition(": ")[2])
                 points.setdefault(kind, []).append((experiment.flops[convention], errors.mse_filled, low, high))
-            else:
+            elif errors.mse_filled not in levels.values():  # two runs have the same untrained model
                 levels[method] = errors.mse_filled
     if (split, part) == ("val", "first"):
         theirs = published.VALIDATION.values()
