@@ -76,6 +76,13 @@ def test_thousands_and_decimal_commas(table):
             table(text)
 
 
+def several(names: str) -> str:
+    """A table with two series of five rows, one below the other; a column `n` counts all rows."""
+    rows = [f"{group},{step},{step * step % 7}.5" for group in (3, 8) for step in range(1, 6)]
+    rows = [f"{at},{row}" for at, row in enumerate(rows)] if names.startswith("n,") else rows
+    return "\n".join([f"{names},a", *rows, ""])
+
+
 TIMES = {  # text: (name of the times, the next one)
     "seconds": ("time [s],a\n0.0,1\n0.1,2\n0.2,3\n", "time [s]", "0.3"),
     "microseconds": ("t,a\n1700000004000001,1\n1700000005000003,2\n", "t", "1700000006000005"),
@@ -94,6 +101,8 @@ TIMES = {  # text: (name of the times, the next one)
     "Januaries and Aprils": ("month,a\n2010-04,1\n2011-01,1\n", "month", "2011-10-01"),
     "months as numbers": ("month,a\n202311,1\n202312,2\n", "month", "2024-01-01"),
     "numbers that go from December to January": ("n,a\n202312,1\n202401,2\n", "n", "2024-02-01"),
+    "a unit in the name": ("time_s,a\n0.0,1\n0.5,2\n1.0,3\n", "time_s", "1.5"),
+    "elapsed": ("elapsed,a\n0.0,1\n0.5,2\n1.0,3\n", "elapsed", "1.5"),
     "offsets": ("d,a\n2020-03-29T01:00+01:00,1\n2020-03-29T03:00+02:00,2\n", "d", "2020-03-29 02:00:00+00:00"),
 }
 
@@ -109,6 +118,7 @@ def test_a_time_axis_is_found_and_continued(table, text, name, expected):
 
 VARIABLES = {  # text: the variables, all but the times
     "weight,a\n1.1,1\n1.2,2\n1.4,3\n": ["weight", "a"],
+    "t_min,a\n1.5,1\n1.2,2\n1.4,3\n": ["t_min", "a"],  # a temperature, or it would rise
     "1\n2\n3\n": ["x0"],  # the only column
     ",a,b\n2023-01-01,1,5\n2023-01-02,2,6\n2023-01-03,3,9\n": ["a", "b"],  # dates are it
     "20231115.10,1\n20231215.11,2\n": ["x0", "x1"],  # decimals are no dates
@@ -176,6 +186,13 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "a title": ("Sales\n\ndate,y\n2023-01-01,1\n", "line 1: 'Sales' has one column, the last line has 2; leave out"),
     "month names": ("Year,Month,a\n2010,Jan,1\n2010,Feb,2\n", "2010 repeats .*; put 'Year' and 'Month' into one"),
     "year and week": ("year,week,a\n2010,1,1\n2010,2,2\n", "put 'year' and 'week' into one column of dates, .*14:00$"),
+    "years and weeks": (
+        several("year,week"),
+        "put 'year' and 'week' into one column of dates, such as .*, or 2023-W05",
+    ),
+    "days of mice": (several("mouse,day"), "'day' begins anew for each 'mouse', so there are 2 series, .* --id mouse,"),
+    "trials": (several("n,subject,trial"), "'trial' begins anew for each 'subject', so there are 2 series"),
+    "stations": ("d,site,a\n2023-01-01,7,1\n2023-01-01,8,2\n2023-01-02,7,3\n", r"with --id \(site\), else keep"),
     "hour ending": ("Date,HE,a\n2010-01-01,1,1\n2010-01-01,2,2\n", "put 'Date' and 'HE' into one column of dates"),
     "percent": ("a,b\n1%,1\n1%,2\n", "holds '1%', expected a number; write it without '%'; or leave the column out"),
     "a currency": ('a,b\n"$1,000",1\n', "holds '\\$1,000', expected a number; write it without '\\$'"),
@@ -231,6 +248,9 @@ def test_what_is_chosen_is_said(table):
     assert told([table("abcdefgh".replace("", ",")[1:-1] + "\n1,2,3,4,5,6,7,8\n")]).endswith("(a, b, c, d, e, f, ...)")
     assert told([table(TIMES["offsets"][0])]).endswith("'d' has several offsets, its times are in UTC")
     assert "'made' left out, as 'd' has the times" in told([table(TIMES["a date that stands still"][0])])
+    assert told([table("a,b\n1,-99\n-9999,80\n2,7\n")]).endswith(
+        "-9999 in a is read as a value; if it stands for a missing one, write nothing"
+    )
     example = read_series(Path(__file__).parents[1] / "examples" / "hare-lynx.csv")
     assert told(example) == "hare-lynx: 21 rows of 2 variables (hare, lynx), time: year, 1900 to 1920"
 

@@ -15,7 +15,11 @@ EQUAL_STEPS = 1e-6  # by how much the steps of a column without a telling name m
 TIME_NAMES = frozenset(
     "t time times timestamp ds date dates datetime day days week weeks month months quarter quarters year years period "
     "season semester hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois "
-    "trimestre jour heure año fecha".split()
+    "trimestre jour heure año fecha doy elapsed".split()
+)
+# Numbers under such names, with a unit, are times if they rise. (t_min can be a temperature, day_min a minimum.)
+WITH_UNIT = (
+    rf"(?i:(?:{'|'.join(TIME_NAMES)})(?:[ _.]+(?:time|elapsed|[numµ]?s|secs?|mins?|h|hrs?|d|{'|'.join(TIME_NAMES)}))+)"
 )
 COUNTER_NAMES = frozenset("step steps index idx id row obs".split())
 PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own
@@ -37,13 +41,34 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: T
     early = free[: next((at for at, one in enumerate(free) if one.name), 0) + 1]
     # the only column with, or without a name is what can be forecast
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
-    telling = [one for one in numbers if tells_time(one.name) or _is_long(one, table)]
+    if len(groups) == 1:
+        _refuse_several(numbers, table)
+    telling = [one for one in numbers if _tells_time(one, groups) or _is_long(one, table)]
     later = [one for one in telling if one not in early and _rises(one.values, groups)]
     # a telling first one, telling later ones, the first ones
-    for one in [*(one for one in early if tells_time(one.name)), *later, *early]:
+    for one in [*(one for one in early if one in telling), *later, *early]:
         if one in numbers and (axis := _of_numbers(one, groups, table)) is not None:
             return axis, [one]
     return None, []
+
+
+def _refuse_several(columns: list[Column], table: Table) -> None:
+    """Raise DataError if numbers count anew for each value of another column: several series, one below the other."""
+    for outer in columns:
+        begins = np.flatnonzero(np.append(True, outer.values[1:] != outer.values[:-1]))
+        runs = np.split(np.arange(len(outer.values)), begins[1:])
+        if not 1 < len(runs) == len(np.unique(outer.values)) or min(map(len, runs)) < 3:
+            continue
+        for one in (one for one in columns if not _rises(one.values) and _rises(one.values, runs)):
+            both, is_time = f"{outer.name!r} and {one.name!r}", tells_time(one.name)
+            if is_time and tells_time(outer.name):
+                raise table.error(f"put {both} into one column of dates, such as 2023-01-31, or 2023-W05")
+            if not tells_time(outer.name) and (is_time or all(_is_axis(one.name, one.values[rows]) for rows in runs)):
+                problem = (
+                    f"{one.name!r} begins anew for each {outer.name!r}, so there are {len(runs)} series, one below "
+                )
+                problem += f"the other; tell them apart with --id {outer.name}"
+                raise table.error(f"{problem}, or name the variables with --columns")
 
 
 def _is_long(one: Column, table: Table) -> bool:
@@ -90,8 +115,8 @@ def _of_parts(free: list[Column], table: Table) -> Found | None:
 def _of_numbers(one: Column, groups: list[np.ndarray], table: Table) -> pd.Index | None:
     """The times in a column of numbers. A count from 0 without a name is no time axis."""
     title = one.name if table.has_names else ""
-    is_telling = tells_time(title)
-    found = dates_of_numbers(one.values, title, table, is_telling)
+    is_telling = table.has_names and _tells_time(one, groups)
+    found = dates_of_numbers(one.values, title, table, tells_time(title))
     if found is not None and (is_telling or _rises(one.values, groups)):
         return found.rename(title or "time")
     counts = not one.name and np.array_equal(one.values, np.arange(len(one.values)))
@@ -103,6 +128,11 @@ def _of_numbers(one: Column, groups: list[np.ndarray], table: Table) -> pd.Index
 def tells_time(name: str) -> bool:
     """True if a column's name says that it holds times. A unit in brackets after it is ignored."""
     return re.sub(r"\s*[\[(].*", "", name, flags=re.DOTALL).lower() in TIME_NAMES
+
+
+def _tells_time(one: Column, groups: list[np.ndarray]) -> bool:
+    """True if the name of a column of numbers says that it holds times, or does with a unit and the numbers rise."""
+    return tells_time(one.name) or bool(re.fullmatch(WITH_UNIT, one.name) and _rises(one.values, groups))
 
 
 def _rises(values, groups=(slice(None),)) -> bool:
@@ -134,6 +164,12 @@ def _is_part(one: Column) -> bool:
     return one.kind == "text" and bool(one.cells.str.fullmatch(f"(?i:{MONTH}|{CLOCK})").all())
 
 
+def _is_id(one: Column, index: pd.Index) -> bool:
+    """True if the times rise in the rows of each whole number, of which there are fewer than rows."""
+    groups = [rows.to_numpy() for _, rows in pd.Series(range(len(index))).groupby(np.asarray(one.values))]
+    return one.kind == "numbers" and one.values.dtype.kind == "i" and len(groups) < len(index) and _rises(index, groups)
+
+
 def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column], table: Table) -> None:
     """Raise DataError for times that fall or repeat, or numbers that are not finite. `of` names the series, if any."""
     name = str(index.name)
@@ -147,14 +183,15 @@ def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column
     twice = index[index.duplicated()]
     if now == before or (not of and len(twice)):
         parts = [one.name for one in columns if one.name != name and _is_part(one)]
-        texts = [one.name for one in columns if one.kind == "text" and one.name not in parts]
+        ids = [one for one in columns if one.name not in [name, *parts] and (one.kind == "text" or _is_id(one, index))]
         problem = f"the time {time_texts(twice, index)[0]}{of} repeats ({(index == twice[0]).sum()} rows have it); "
         if parts:
             both = " and ".join(map(repr, [name, *parts]))
             problem += f"put {both} into one column of dates, such as 2023-01-31 14:00"
-        if texts or not parts:
+        if ids or not parts:
             problem += "; or " * bool(parts) + "if the table has several series, name the column that tells them apart "
-            problem += f"with --id ({', '.join(texts[:3] or ['...'])}), else keep one row for each time"
+            names = ", ".join([one.name for one in ids[:3]] or ["..."])
+            problem += f"with --id ({names}), else keep one row for each time"
     is_night = isinstance(index, pd.DatetimeIndex) and index.tz is None and index[at].hour < 4
     if is_night and (index != index.normalize()).any() and index[at - 1] - index[at] <= pd.Timedelta(hours=1):
         problem += "; if the clock was set back there, write times with their offset from UTC"

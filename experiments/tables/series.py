@@ -17,6 +17,7 @@ IDS = ("unique_id", "item_id", "id")  # as Nixtla, AutoGluon, Chronos and GluonT
 MOST_NAMES = 6  # that a line for users lists
 FILL = 'fill them with --missing interpolate (missing="interpolate")'
 SIGNS = "[%$€£¥\u2212()'\u2019\\s]"  # that numbers are written with, but not here
+MARKS = (-99.9, -99, -999, -999.9, -9999, 9999, -99999, 99999)  # that stand for missing values in many tables
 LEAVE_OUT = "leave the column out, or name the others with --columns"
 
 
@@ -48,6 +49,12 @@ def told(series: Sequence[pd.DataFrame]) -> str:
     gaps = sum(int(one.isna().to_numpy().sum()) for one in series)
     if gaps > sum(one.attrs.get("absent", 0) * one.shape[1] for one in series):
         notes.append(f"{gaps} of {sum(one.size for one in series)} values {'is' if gaps == 1 else 'are'} missing")
+    for name in first.columns:
+        values = np.concatenate([one[name] for one in series])
+        for mark in (mark for mark in MARKS if mark in values):
+            others = values[values != mark]
+            if len(others) and np.nanmax(np.abs(others)) < abs(mark) / 10:
+                notes.append(f"{mark:g} in {name} is read as a value; if it stands for a missing one, write nothing")
     return "; ".join([line, *notes])
 
 
