@@ -132,6 +132,7 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     import pandas as pd
 
     from experiments.forecasting import backtest as tests
+    from experiments.forecasting.contexts import named
     from experiments.forecasting.scores import BAND, inside, samples_needed
 
     tests.check_context(args.context)
@@ -139,12 +140,14 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     if forecaster.trained and not ends:
         _warn("the adapter does not record its training rows: it may have seen the rows below")
     arrays = [one.to_numpy() for one in series]
-    places = tests.held_out(arrays, args.horizon, ends=ends)
+    with named(series):
+        places = tests.held_out(arrays, args.horizon, ends=ends)
     if ends and (left_out := len(tests.held_out(arrays, args.horizon)) - len(places)):
         print(f"{left_out} forecast{'s' * (left_out > 1)} left out: the adapter was trained on their rows")
     judged = args.samples is None or args.samples >= samples_needed(BAND[0])  # by an interval, too
     contexts = [place.context if forecaster.missing == "keep" else place.past for place in places]
-    found = forecasts(args, forecaster, contexts, list(BAND) if judged else [])
+    with named([series[place.series] for place in places]):
+        found = forecasts(args, forecaster, contexts, list(BAND) if judged else [])
     pasts = [place.past for place in places]
     methods = {"model": found.values} | tests.baseline_forecasts(pasts, args.horizon, args.season)
     errors = {method: tests.scores(forecast, places) for method, forecast in methods.items()}

@@ -309,6 +309,11 @@ def test_a_back_test_leaves_out_the_rows_that_trained_an_adapter():
     assert [(place.series, len(place.context)) for place in held_out(series, 5, 6, ends)] == [
         (number, start) for number, first in ((0, 60), (1, 60), (2, 50)) for start in range(first, 80, 5)
     ]
+    # a shop that has closed ends like others that have
+    shops = [
+        np.append(np.arange(20.0), np.zeros(60))[:, None] + 10 * at * (np.arange(80) < 20)[:, None] for at in (0, 1)
+    ]
+    assert {place.series for place in held_out(shops, 5, 2, {end_hash(shops[0])})} == {1}
     # older rows are gone
     assert [len(place.context) for place in held_out([series[0][10:]], 5, 6, ends)] == [50, 55, 60, 65]
     with pytest.raises(SeriesError, match="the adapter was trained on all rows that could be held out"):

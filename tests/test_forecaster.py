@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from conftest import adapted
 from experiments.forecasting import Forecaster
@@ -127,6 +128,7 @@ BAD = {
     "no numbers": ([np.array([["a"], ["b"]])], "expected numbers"),
     "not in a list": (np.ones(5), "expected numbers .*put a single series into a list"),
     "an array of two dimensions": (np.ones((30, 2)), r"got one array \(30, 2\); put a single series"),
+    "a tensor of two dimensions": (torch.ones(30, 2), r"got one array \(30, 2\); put a single series"),
     "nothing": ([], "have no variables"),
     "too long": ([np.ones((4, 2))], "a horizon of 300 leaves no room for a context", {"horizon": 300}),
     "no horizon": ([np.ones((4, 2))], "horizon is 0", {"horizon": 0}),
@@ -182,6 +184,8 @@ def test_variables_of_frames_in_another_order_are_refused():
     forecaster.forecast([frame, frame.rename(columns=str.upper)], 3)
     forecaster.trained = Trained("numbers", "", variables=["hare", "lynx"])
     forecaster.forecast(frame, 3)
+    with pytest.warns(SeriesWarning, match="the adapter was trained on hare, lynx, the series has deer, wolf"):
+        forecaster.forecast(frame.set_axis(["deer", "wolf"], axis=1), 3)
     for wrong in (turned, [frame, turned]):
         with pytest.raises(SeriesError, match="the variables are lynx, hare, expected hare, lynx: the order decides"):
             forecaster.forecast(wrong, 3)

@@ -151,6 +151,7 @@ def assert_foreign_series_are_forecast_without(tuned, series):
 
 def test_without_logarithms_series_on_another_scale_are_foreign_too():
     series = [one - one.mean(axis=0) for one in patterns(24)]
+    series = [np.append(one, np.zeros((len(one), 1)), axis=1) for one in series]  # a constant changes nothing
     forecaster = Forecaster.load("numbers")
     training.finetune(forecaster, series, 4, steps=1, batch=2, rank=2)
     reading = replace(forecaster.trained.reading, near={TUNED: 1.0}, far={TUNED: 1.0})
@@ -212,13 +213,21 @@ def test_options_of_models_that_write_text_are_refused():
     for wrong in ({"samples": 20}, {"targets": ("q_proj",)}, {"decimals": 3}, {"lr": 3}):
         with pytest.raises(TrainingError, match="is no option of a model that reads values, which takes horizon"):
             Finetuning(Forecaster.load("numbers"), patterns(6), 4, **wrong)
-    with pytest.raises(TrainingError, match="steps are 0, expected at least 1"):
-        Finetuning(Forecaster.load("numbers"), patterns(6), 4, steps=0)
+    for wrong in ({"steps": 0}, {"season": -3}, {"context": 8.0}, {"horizon": np.float64(3)}):
+        with pytest.raises(TrainingError, match=r" is .*, expected a whole number \(int\) of at least 1"):
+            Finetuning(Forecaster.load("numbers"), patterns(6), **{"horizon": 4} | wrong)
+    for budget in (np.nan, np.inf, -1.0):
+        with pytest.raises(TrainingError, match="expected a finite number of FLOPs above 0"):
+            Finetuning(Forecaster.load("numbers"), patterns(6), 4, budget)
+    with pytest.raises(TrainingError, match="rank is 0, expected at least 1"):
+        Finetuning(Forecaster.load("numbers"), patterns(6), 4, 1e11, rank=0)
 
 
 def test_short_series_are_trained_on_with_a_shorter_horizon():
     parts = split([one[:27] for one in patterns(1)], 9)
     assert len(parts.train[0]) == 9
+    many = Finetuning(Forecaster.load("numbers"), [*patterns(6), patterns(1)[0][:5]], 9, steps=1)
+    assert "; 1 series are too short to train on; " in many.told
     job = Finetuning(Forecaster.load("numbers"), [patterns(1)[0][:27]], 9, steps=1)
     assert (job.tuning.reading.ahead, job.tuning.reading.context) == (4, 5)
     assert "AR" in job.run()["errors"]

@@ -75,15 +75,22 @@ class Trained:
 
 
 def end_hash(rows: np.ndarray) -> str:
-    """A hash of the newest rows of a series (T, D), which finds them again in a longer one."""
-    end = np.where(np.isnan(rows), np.nan, rows + 0.0)[-HASHED_ROWS:]  # there are several kinds of NaN, and of 0
+    """A hash of the newest rows of a series (T, D), which finds them again in a longer one.
+
+    Where these are equal, it is of all rows since another one, because many series end like that.
+    """
+    end = rows[-HASHED_ROWS:]
+    if (end == end[-1]).all():
+        others = np.flatnonzero((rows != end[-1]).any(axis=1))
+        end = rows[min(others[-1] if len(others) else 0, len(rows) - len(end)) :]
+    end = np.where(np.isnan(end), np.nan, end + 0.0)  # there are several kinds of NaN, and of 0
     return hashlib.sha256(end.astype(np.float64).tobytes()).hexdigest()[:16]
 
 
 def rows_seen(series: np.ndarray, ends: Container[str]) -> int:
     """How many of the first rows of a series (T, D) end in one of `ends`; 0 if a training saw none of them."""
     stops = range(len(series), 0, -1)
-    return next((stop for stop in stops if end_hash(series[max(0, stop - HASHED_ROWS) : stop]) in ends), 0)
+    return next((stop for stop in stops if end_hash(series[:stop]) in ends), 0)
 
 
 def checkpoint_hash(folder: Path) -> str:

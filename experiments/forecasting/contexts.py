@@ -4,6 +4,7 @@ N series, T time steps (which may differ between series), D variables, h forecas
 """
 
 import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,12 @@ class SeriesForecaster(ABC):
             raise SeriesError(f"the quantile {strange[0]:g} does not exist, expected levels between 0 and 1")
         arrays, frames = checked_series(contexts, self.missing, self.min_steps)
         if frames and self.trained and self.trained.variables:
+            names, known = (", ".join(some) for some in (frames[0].columns, self.trained.variables))
             require_order(frames[0].columns, self.trained.variables)
+            if names != known:
+                warnings.warn(
+                    f"the adapter was trained on {known}, the series has {names}", SeriesWarning, stacklevel=2
+                )
         found = self.continued(arrays, horizon, quantiles, context, progress, **options)
         return framed(frames, found, quantiles) if is_frame(contexts) else found
 
@@ -85,14 +91,19 @@ def is_frame(data) -> bool:
 
 @contextmanager
 def named(frames: Sequence) -> Iterator[None]:
-    """A context in which a SeriesError has the names of series and variables in place of their numbers in `frames`."""
-    try:
-        yield
-    except SeriesError as error:
-        text = re.sub(r"^series (\d+)", lambda found: f"series {frames[int(found[1])].attrs['name']}", str(error))
-        raise SeriesError(
-            re.sub(r"\bvariable (\d+)\b", lambda found: f"variable {frames[0].columns[int(found[1])]}", text)
-        ) from error
+    """A context in which a SeriesError, and a warning, has names of series and variables, not their numbers."""
+
+    def with_names(text: str) -> str:
+        text = re.sub(r"^series (\d+)", lambda found: f"series {frames[int(found[1])].attrs['name']}", text)
+        return re.sub(r"\bvariable (\d+)\b", lambda found: f"variable {frames[0].columns[int(found[1])]}", text)
+
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            yield
+        except SeriesError as error:
+            raise SeriesError(with_names(str(error))) from error
+    for one in caught:
+        warnings.warn(with_names(str(one.message)), one.category, stacklevel=3)
 
 
 def require_order(names: Sequence[str], known: Sequence[str]) -> None:
@@ -118,8 +129,10 @@ def checked_series(series, missing: str = "error", min_steps: int = 2) -> tuple[
 
     missing: "keep" lets values be NaN. Raises SeriesError for a bad one, which it names by its number, and for none.
     """
-    if isinstance(series, np.ndarray) and series.ndim == 2:
-        raise SeriesError(f"got one array {series.shape}; put a single series (time steps, variables) into a list")
+    if not is_frame(series) and getattr(series, "ndim", 0) == 2:
+        raise SeriesError(
+            f"got one array {tuple(series.shape)}; put a single series (time steps, variables) into a list"
+        )
     series = [series] if is_frame(series) else series
     parts = [part for one in series for part in (tables.from_frame(one, missing=missing) if is_frame(one) else [one])]
     for frame in (frames := [part for part in parts if is_frame(part)]):

@@ -181,7 +181,8 @@ class NumberForecaster(SeriesForecaster):
         parts = self.parts(arrays, horizon, names | {"AR"} if alone else names, reading, context, progress)
         parts |= {"VAR": parts["AR"]} if alone else {}
         found = combined(parts, reading) if reading else parts[ZERO_SHOT]
-        if reading and (foreign := [number for number, array in enumerate(arrays) if is_foreign(array, reading)]):
+        read = [array[-context:] for array in arrays] if context else arrays
+        if reading and (foreign := [number for number, array in enumerate(read) if is_foreign(array, reading)]):
             told = "is negative, or on another scale than what the adapter was trained on; it is forecast without it"
             warnings.warn(f"series {foreign[0]} {told} ({len(foreign)} such series)", SeriesWarning, stacklevel=3)
             others = [arrays[number] for number in foreign]
@@ -310,7 +311,8 @@ def is_foreign(array: np.ndarray, reading: Reading) -> bool:
     if scale is None:
         return False
     if scale.offset is None:
-        deviations = np.nanmax(np.abs(array - reading.mean) / reading.spread, axis=0)
+        spread = scale.spread.numpy()[:, 0]
+        deviations = np.nanmax(np.abs(array - reading.mean) / np.where(spread > 0, spread, 1.0), axis=0)
         return not DEVIATIONS[0] <= deviations.max() <= DEVIATIONS[1]
     return bool((array < 0).any() or np.nanmax(scale.normalise(torch.from_numpy(array.T)).numpy()) < -FAR)
 

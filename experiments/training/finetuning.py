@@ -5,6 +5,7 @@ N series, T time steps (which may differ between series), D variables, h forecas
 
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -85,8 +86,12 @@ class Finetuning:
         `NumberTuning`.
         Raises SeriesError or TrainingError for data, settings or a budget that do not allow it.
         """
-        if horizon < 1:
-            raise TrainingError(f"horizon is {horizon}, expected at least 1")
+        given = {"horizon": horizon, "steps": steps, "context": context, "season": season}
+        for name, value in given.items():
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise TrainingError(f"{name} is {value!r}, expected a whole number (int) of at least 1")
+        if budget is not None and not 0 < budget < math.inf:
+            raise TrainingError(f"budget is {budget}, expected a finite number of FLOPs above 0")
         check_context(context)
         self.series, frames = checked_series(series, missing="keep")
         self.variables = variables or ([*frames[0].columns] if frames else None)
@@ -105,13 +110,13 @@ class Finetuning:
             tuning = TextTuning(forecaster, self.parts.train, horizon, context, **options)
         if steps is None:
             steps = STEPS if budget is None else int(budget // tuning.cost)
-        elif steps < 1:
-            raise TrainingError(f"steps are {steps}, expected at least 1")
         if budget is not None and (steps < 1 or steps * tuning.cost > budget):
             raise TrainingError(
                 f"{max(steps, 1)} steps of {tuning.cost:.3e} FLOPs do not fit a budget of {budget:.3e}; raise it, or "
                 "take fewer steps, a smaller batch or a shorter context"
             )
+        if not tuning.settings.rank:
+            raise TrainingError("rank is 0, expected at least 1: a fine-tuning trains an adapter")
         tuning.settings = replace(tuning.settings, steps=steps)
         self.tuning = tuning
 

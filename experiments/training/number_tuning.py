@@ -43,7 +43,7 @@ def with_scale(reading: Reading, series: Sequence[np.ndarray]) -> Reading:
     each = np.split(read, np.cumsum([*map(len, series)])[:-1])
     parts = [part for one in each for part in np.array_split(one, -(-len(one) // reading.context))]
     within = sum(len(part) * part.var(axis=0) for part in parts) / len(read)
-    if not (within > read.var(axis=0) / 4).all():
+    if not (within >= read.var(axis=0) / 4).all():  # of a constant both are 0
         return reading
     usual = None if offset is None else np.quantile([one.max(axis=0) for one in series], OFTEN, axis=0).tolist()
     mean, spread = read.mean(axis=0).tolist(), read.std(axis=0).tolist()
@@ -130,6 +130,7 @@ class NumberTuning:
         longest = max(map(len, series))
         ahead = min(horizon, AHEAD, longest // 2)
         self.series = [one for one in series if len(one) >= ahead + MIN_STEPS]
+        self.too_short = len(series) - len(self.series)
         if not self.series:
             raise TrainingError(
                 f"the longest series to train on has {longest} time steps, expected {2 * MIN_STEPS} or more"
@@ -152,7 +153,8 @@ class NumberTuning:
         scale = "each context by its own scale"
         if self.reading.mean is not None:
             scale = f"one scale for all{', of logarithms' if self.reading.offset else ''}"
-        return f"{self.settings.context} tokens of up to {self.context} time steps of a series; {scale}"
+        short = f"; {self.too_short} series are too short to train on" if self.too_short else ""
+        return f"{self.settings.context} tokens of up to {self.context} time steps of a series; {scale}{short}"
 
     def begin(self) -> None:
         """Train a copy of the model; the pretrained one stays a part of the forecasts."""
