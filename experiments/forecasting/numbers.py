@@ -19,6 +19,7 @@ from qwen_min.model import Block, RMSNorm, rotary_tables
 
 PATCH, AHEAD = 16, 32
 LEVELS = tuple(level / 10 for level in range(1, 10))
+LONG, CYCLES = 48, 3  # a long season has more steps, and comes so often
 SEASONS = 3  # past values beside each value to forecast: two of the shortest season, one of the strongest
 FEATURES = 2 * PATCH + 2 * SEASONS * AHEAD + 2  # of a token: values, observed or not, how strong the seasons are
 CONFIG = QwenConfig(
@@ -45,6 +46,25 @@ class Seasons(NamedTuple):
     strengths: Tensor
 
 
+def autocorrelation(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The autocorrelation of the changes of series x (..., L) where seen, and of how many pairs: (..., L), by lag."""
+    length = x.shape[-1]
+    both = (seen[..., 1:] & seen[..., :-1]).float()
+    change = (x[..., 1:] - x[..., :-1]) * both
+    change = (change - change.sum(-1, keepdim=True) / both.sum(-1, keepdim=True).clamp(min=1)) * both
+    size = 2 * length
+    parts = [torch.fft.rfft(part, size) for part in (change, change**2, both)]
+    products = [parts[a] * parts[b].conj_physical() for a, b in ((0, 0), (1, 2), (2, 1), (2, 2))]
+    sums, early, late, pairs = (torch.fft.irfft(product, size)[..., :length] for product in products)
+    return sums * (early.clamp(min=1e-9) * late.clamp(min=1e-9)).rsqrt(), pairs
+
+
+def is_peak(found: Tensor) -> Tensor:
+    """Where values (..., L) are larger than the one before, and no smaller than the one after, from the third on."""
+    before, after = nn.functional.pad(found, (1, 0))[..., :-1], nn.functional.pad(found, (0, 1))[..., 1:]
+    return (torch.arange(found.shape[-1], device=found.device) >= 2) & (found > before) & (found >= after)
+
+
 def find_seasons(x: Tensor, seen: Tensor, lengths: Tensor | None = None) -> Seasons:
     """The seasons of series x (..., L) where seen (..., L): peaks of the autocorrelation of their changes.
 
@@ -53,25 +73,33 @@ def find_seasons(x: Tensor, seen: Tensor, lengths: Tensor | None = None) -> Seas
     """
     length, in_training = x.shape[-1], lengths is not None
     lengths = torch.tensor(length) if lengths is None else lengths
-    both = (seen[..., 1:] & seen[..., :-1]).float()
-    change = (x[..., 1:] - x[..., :-1]) * both
-    change = (change - change.sum(-1, keepdim=True) / both.sum(-1, keepdim=True).clamp(min=1)) * both
-    size = 2 * length
-    parts = [torch.fft.rfft(part, size) for part in (change, change**2, both)]
-    products = [parts[a] * parts[b].conj_physical() for a, b in ((0, 0), (1, 2), (2, 1), (2, 2))]
-    sums, early, late, pairs = (torch.fft.irfft(product, size)[..., :length] for product in products)
     lags = torch.arange(length, device=x.device)
-    found = sums * (early.clamp(min=1e-9) * late.clamp(min=1e-9)).rsqrt() * (1 - lags / lengths).clamp(min=0)
+    found, pairs = autocorrelation(x, seen)
+    found = found * (1 - lags / lengths).clamp(min=0)
     if not in_training:  # where no two changes are a lag apart, sums are rounding; the embedded weights have met these
         found = torch.where(pairs > 0.5, found, 0.0)
-    before, after = nn.functional.pad(found, (1, 0))[..., :-1], nn.functional.pad(found, (0, 1))[..., 1:]
-    is_peak = (lags >= 2) & (lags <= lengths // 2) & (found > before) & (found >= after)
-    found = torch.where(is_peak, found, 0.0)
+    found = torch.where(is_peak(found) & (lags <= lengths // 2), found, 0.0)
     strongest = found.argmax(-1, keepdim=True)
     shortest = (found >= 0.9 * found.gather(-1, strongest)).float().argmax(-1, keepdim=True)
     periods = torch.cat((shortest, strongest), -1)
     strengths = found.gather(-1, periods)
     return Seasons(torch.where(strengths > 0, periods, 1), strengths)
+
+
+def long_season(x: Tensor, seen: Tensor, length: int) -> int:
+    """A season of more than LONG steps of a series x (D, L) where seen, such as a week of hours; 0: there is none.
+
+    The changes agree far better with those of the season before than by any season that fits in `length` steps twice:
+    what is missing to a correlation of 1 is at most half as much.
+    """
+    found, pairs = autocorrelation(x / x.abs().amax(-1, keepdim=True).clamp(min=1e-300), seen)
+    found, lags = torch.where(pairs > 0.5, found, 0.0).mean(0), torch.arange(x.shape[-1])
+    found, length = torch.where(is_peak(found), found, 0.0), min(length, len(lags))
+    shortest = (found * (1 - lags / length) * (lags <= length // 2)).argmax()
+    missed = torch.where((lags > max(LONG, int(shortest))) & (lags <= len(lags) // CYCLES), 1 - found, 1.0)
+    if missed.min() > min(0.5, float(1 - found[shortest]) / 2):
+        return 0
+    return int((missed <= 1.25 * missed.min() + 1e-9).int().argmax())  # two of a season are as good as one, but longer
 
 
 class Patches(NamedTuple):

@@ -19,7 +19,7 @@ from experiments.forecasting.adapter import Reading, Trained
 from experiments.forecasting.backtest import LONGEST_GAP, baseline_forecasts, filled
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.contexts import Forecast, SeriesError, SeriesForecaster, SeriesWarning
-from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, Seasons, find_seasons, patches
+from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, Seasons, find_seasons, long_season, patches
 from lora import AdapterError, load_adapter
 from qwen_min.config import QwenConfig
 from qwen_min.weights import load_weights
@@ -38,6 +38,11 @@ FAR = 2.0  # standard deviations below the mean of a fine-tuning's data; a serie
 DEVIATIONS = 0.1, 100.0  # the same without logarithms: a series whose largest deviation from the mean is not in between
 BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
 MEDIAN = len(LEVELS) // 2
+# How far the middles of Q equal parts of a normal distribution are from the median, in distances of LEVELS.
+MIDDLES = [
+    NormalDist().inv_cdf((at + 0.5) / len(LEVELS)) / (NormalDist().inv_cdf(level) or 1.0)
+    for at, level in enumerate(LEVELS)
+]
 ZERO_SHOT, TUNED = "zero-shot", "fine-tuned"  # the parts of a forecast that are not baselines
 
 
@@ -255,10 +260,16 @@ class NumberForecaster(SeriesForecaster):
         return array
 
     def _zero_shot(self, arrays, horizon, progress=lambda count: None) -> np.ndarray:
-        """Quantiles (N, Q, h, D) of what follows the arrays, by the pretrained decoder."""
-        whole = self._by_decoder(self.base, None, arrays, horizon, progress)
-        newest = [[newest_of(array, share) for array in arrays] for share in NEWEST]
-        return np.mean([whole, *(self._by_decoder(self.base, None, some, horizon) for some in newest)], axis=0)
+        """Quantiles (N, Q, h, D) of what follows the arrays, by the pretrained decoder.
+
+        Of a series with a long season, it reads how far the values are from the `seasonal_means`.
+        """
+        means = [seasonal_means(array, horizon) for array in arrays]
+        read = [array[horizon - len(mean) :] - mean[:-horizon] for array, mean in zip(arrays, means, strict=True)]
+        whole = self._by_decoder(self.base, None, read, horizon, progress)
+        newest = [[newest_of(array, share) for array in read] for share in NEWEST]
+        found = np.mean([whole, *(self._by_decoder(self.base, None, some, horizon) for some in newest)], axis=0)
+        return found + np.stack([mean[-horizon:] for mean in means])[:, None]
 
     def _by_decoder(self, model, reading, arrays, horizon, progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by a decoder and how it reads; None: zero-shot."""
@@ -284,6 +295,23 @@ class NumberForecaster(SeriesForecaster):
                 found[rows] = _quantiles(model, reading, torch.from_numpy(x), horizon, stride)
                 progress(len(rows))
         return found
+
+
+def seasonal_means(array: np.ndarray, horizon: int) -> np.ndarray:
+    """The means of the newest values of a series (T, D) up to three long seasons before, and before h more steps.
+
+    (T' + h, D) for the newest T' steps that have so many seasons before them; zeros for all without a long season.
+    """
+    x = torch.from_numpy(np.ascontiguousarray(array.T))
+    period = long_season(x.nan_to_num(), x.isfinite(), max(STRIDES))
+    if period:
+        count = min(3, len(array) // period - 1)
+        longer = np.concatenate((array, np.resize(array[-period:], (horizon, array.shape[1]))))
+        before = [longer[(count - back) * period : len(longer) - back * period] for back in range(1, count + 1)]
+        known = np.isfinite(before).sum(axis=0)
+        if known[-horizon:].all():
+            return np.nansum(before, axis=0) / np.where(known, known, np.nan)
+    return np.zeros((len(array) + horizon, array.shape[1]))
 
 
 def late_steps(array: np.ndarray) -> int:
@@ -332,8 +360,8 @@ def stride_of(length: int) -> int:
 def _quantiles(model: Numbers, reading: Reading | None, x: Tensor, horizon: int, stride: int) -> np.ndarray:
     """Quantiles (N, Q, h, D) of what follows x (N, D, L), NaN where a value is missing.
 
-    Beyond the steps that it was trained for, the decoder continues each of the Q paths, and the quantiles are those of
-    all continuations.
+    Beyond the steps that it was trained for, the decoder continues Q paths that are as likely, at the MIDDLES, and the
+    quantiles are those of all continuations.
     """
     x = x.to(model.norm.weight.device)
     seen, ahead = x.isfinite(), reading.ahead if reading else AHEAD
@@ -355,8 +383,9 @@ def _quantiles(model: Numbers, reading: Reading | None, x: Tensor, horizon: int,
 
 def _further(model: Numbers, z: Tensor, seen: Tensor, seasons: Seasons, stride: int, found: Tensor) -> Tensor:
     """Quantiles (N, D, Q, K) of what follows normalised z (N, D, L) and the forecast of it, found (N, D, Q, h)."""
-    count = len(LEVELS)
-    paths = torch.cat((z[:, None].expand(-1, count, -1, -1), found.transpose(1, 2)), -1)  # (N, Q, D, L + h)
+    count, median = len(LEVELS), found[:, :, MEDIAN, None]
+    middles = median + (found - median) * torch.tensor(MIDDLES, device=z.device)[:, None]
+    paths = torch.cat((z[:, None].expand(-1, count, -1, -1), middles.transpose(1, 2)), -1)  # (N, Q, D, L + h)
     known = nn.functional.pad(seen, (0, found.shape[-1]), value=True).repeat_interleave(count, 0)
     seasons = Seasons(*(part.repeat_interleave(count, 0) for part in seasons))
     newest = patches(paths.flatten(0, 1)[..., -z.shape[-1] :], known[..., -z.shape[-1] :], seasons, stride)
