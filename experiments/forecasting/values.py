@@ -264,7 +264,7 @@ class NumberForecaster(SeriesForecaster):
 
         Of a series with a long season, it reads how far the values are from the `seasonal_means`.
         """
-        means = [seasonal_means(array, horizon) for array in arrays]
+        means = [seasonal_means(array, horizon, number) for number, array in enumerate(arrays)]
         read = [array[horizon - len(mean) :] - mean[:-horizon] for array, mean in zip(arrays, means, strict=True)]
         whole = self._by_decoder(self.base, None, read, horizon, progress)
         newest = [[newest_of(array, share) for array in read] for share in NEWEST]
@@ -297,21 +297,20 @@ class NumberForecaster(SeriesForecaster):
         return found
 
 
-def seasonal_means(array: np.ndarray, horizon: int) -> np.ndarray:
-    """The means of the newest values of a series (T, D) up to three long seasons before, and before h more steps.
+def seasonal_means(array: np.ndarray, horizon: int, number: int) -> np.ndarray:
+    """The means of a series (T, D) one, two and three long seasons before its newest values, and before h more steps.
 
     (T' + h, D) for the newest T' steps that have so many seasons before them; zeros for all without a long season.
+    Missing values are `filled`, so that a mean is always of all seasons, whose levels may differ.
     """
     x = torch.from_numpy(np.ascontiguousarray(array.T))
     period = long_season(x.nan_to_num(), x.isfinite(), max(STRIDES))
-    if period:
-        count = min(3, len(array) // period - 1)
-        longer = np.concatenate((array, np.resize(array[-period:], (horizon, array.shape[1]))))
-        before = [longer[(count - back) * period : len(longer) - back * period] for back in range(1, count + 1)]
-        known = np.isfinite(before).sum(axis=0)
-        if known[-horizon:].all():
-            return np.nansum(before, axis=0) / np.where(known, known, np.nan)
-    return np.zeros((len(array) + horizon, array.shape[1]))
+    if not period:
+        return np.zeros((len(array) + horizon, array.shape[1]))
+    count, known = min(3, len(array) // period - 1), filled(array, number)
+    longer = np.concatenate((known, np.resize(known[-period:], (horizon, known.shape[1]))))
+    before = [longer[(count - back) * period : len(longer) - back * period] for back in range(1, count + 1)]
+    return np.mean(before, axis=0)
 
 
 def late_steps(array: np.ndarray) -> int:
