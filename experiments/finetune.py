@@ -95,8 +95,8 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFr
     forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
     settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
     with named(series):
-        arrays, names, late = [one.to_numpy() for one in series], list(series[0].columns), tables.late_by(series)
-        job = Finetuning(forecaster, arrays, variables=names, late=late, **settings)
+        arrays, names, times = [one.to_numpy() for one in series], list(series[0].columns), tables.common_times(series)
+        job = Finetuning(forecaster, arrays, variables=names, times=times, **settings)
     print(job.told)
     return series, job
 

@@ -46,7 +46,8 @@ def declared(*extras: str) -> set[str]:
 def test_the_project_declares_every_package_that_it_imports():
     names = declared() | declared("experiments")
     found = {name.partition(".")[0] for path in FILES.values() for name in imported(path)}
-    # imported only where the user has them, or to compare with; these come with openvino_genai, jinja2, statsforecast, matplotlib
+    # imported only where the user has them, or to compare with; these come with openvino_genai, jinja2, statsforecast,
+    # matplotlib
     optional = declared("peers") | {"openvino", "markupsafe", "threadpoolctl", "PIL"} | set(entry.EXTRAS["series"])
     through_pandas = {"pyarrow"}  # it reads Parquet
     assert found - {*OURS} - optional - set(sys.stdlib_module_names) == names - through_pandas

@@ -12,7 +12,7 @@ from experiments.forecasting.adapter import end_hash
 from experiments.forecasting.backtest import Origin, baseline_forecasts, held_out, scores, split
 from experiments.forecasting.contexts import SeriesError
 from experiments.storage.files import RunError
-from experiments.tables import late_by
+from experiments.tables import common_times
 from experiments.training import loop
 from experiments.training.finetuning import Finetuning
 from experiments.training.windows import TrainingError
@@ -256,20 +256,27 @@ def test_series_of_the_same_dates_are_judged_by_later_dates_than_they_are_traine
     dates = pd.date_range("2023-01-01", periods=100)
     spans = [(0, 100)] * 8 + [(0, 99), (0, 60), (80, 100), (5, 100)]  # a day late, closed, new, begun later
     frames = [pd.DataFrame({"x": np.arange(a, b, dtype=float)}, dates[a:b].rename("date")) for a, b in spans]
-    late = late_by(frames)
-    assert late == [0] * 8 + [1, 40, 0, 0]
-    parts = split([one.to_numpy() for one in frames], 10, late)
-    assert "the newest 20 for the test (11 series of the same dates, 11 of them judged)" in parts.told
+    parts = split([one.to_numpy() for one in frames], 10, common_times(frames))
+    assert parts.told == (
+        "the first 55 to 60 time steps to train on, 20 for validation, the newest 20 for the test, of 11 series of the "
+        "same times; the test is of 10"
+    )
     assert [len(one) for one in parts.train] == [60] * 10 + [55]
     assert max(one.max() for one in parts.train) < 60 == min(place.truth.min() for place in parts.val)
     assert max(one.max() for one in parts.seen) < 80 == min(place.truth.min() for place in parts.test)
-    assert {place.group for place in parts.test if place.series == 0} == {1, 2}
+    assert {place.group for place in parts.test} == {0, 1}
+    mixed = [one[::7] if number % 2 else one for number, one in enumerate(frames[:8])]  # of days and of weeks
+    parts = split([one.to_numpy() for one in mixed], 2, common_times(mixed))
+    assert max(one.max() for one in parts.train) < min(place.truth.min() for place in parts.val)
+    assert max(one.max() for one in parts.seen) < min(place.truth.min() for place in parts.test)
     # the days of an experiment are no dates, and patients of several years are not those of one time
     days = [one.set_axis(pd.RangeIndex(len(one)).astype(float).rename("day")) for one in frames]
     apart = [one.set_axis(one.index + pd.Timedelta(days=200 * at)) for at, one in enumerate(frames)]
-    assert late_by(days) is late_by(apart) is None
+    assert common_times(days) is common_times(apart) is None
+    seconds = [one.set_axis((one.index - dates[0]).total_seconds().rename("at") + 1.6e9) for one in frames]
+    assert [*map(list, common_times(seconds))] == [*map(list, common_times(frames))]
     told = [Finetuning(Forecaster.load(), some, 10, 1e11).told for some in (frames, days)]
-    assert ["same dates" in one for one in told] == [True, False]
+    assert ["same times" in one for one in told] == [True, False]
 
 
 def test_short_series_are_not_held_out():

@@ -20,7 +20,7 @@ from experiments.forecasting.numbers import (
     long_season,
     patches,
 )
-from experiments.forecasting.values import ZERO_SHOT, NumberForecaster, at_levels
+from experiments.forecasting.values import ZERO_SHOT, NumberForecaster, at_levels, without_long_seasons
 from experiments.training.number_windows import number_step
 from experiments.training.settings import NUMBER_TARGETS
 from lora import LoraConfig, inject
@@ -149,12 +149,38 @@ def test_the_week_of_hourly_values_is_found():
     hours = np.arange(24 * 7 * 8)
     load = (np.sin(2 * np.pi * hours / 24) + 2) * np.where(hours // 24 % 7 < 5, 1, 0.7)
     series = [load + 0.03 * np.random.default_rng(seed).normal(size=len(load)).cumsum() for seed in range(4)]
-    x = torch.from_numpy(series[0])[None]
-    assert long_season(x, torch.ones_like(x, dtype=torch.bool), 512) == 168
-    gaps = torch.from_numpy(np.random.default_rng(5).random(x.shape) > 0.1)
-    assert long_season(x.where(gaps, 0.0), gaps, 512) == 168
-    assert long_season(x[:, : 24 * 20], gaps[:, : 24 * 20], 512) == 0  # too few weeks
-    assert long_season(torch.from_numpy(wave(600, 24))[None], torch.ones(1, 600, dtype=torch.bool), 512) == 0
+    rng = np.random.default_rng(5)
+    gaps = rng.random(len(load)) > 0.1
+    spike, outage, noise = (
+        np.where(hours == 1300, 60.0, load),
+        np.where(hours // 30 == 38, 0, load),
+        rng.normal(size=1344),
+    )
+    for some in (
+        series[0],
+        np.where(gaps, load, np.nan),
+        spike,
+        outage,
+        load + 0.2 * noise,
+        load[:504],
+        load + 1e7,
+        1e300 * load,
+    ):
+        assert long_season(some, 512) in (168, 336)
+    smooth = np.convolve(rng.normal(size=1900), np.hanning(300), "valid")
+    for some in (
+        load[: 24 * 20],
+        wave(600, 24),
+        noise,
+        noise.cumsum(),
+        smooth,
+        60.0 * (noise > 3),
+        np.full(600, np.nan),
+    ):
+        assert long_season(some, 512) == 0
+    beside = np.stack([series[0], noise.cumsum(), np.ones(1344)], axis=1)  # they have no long season
+    less, raised = without_long_seasons(beside, 24)
+    assert (len(less), raised[:, 1:].tolist()) == (1344 - 504, [[0, 0]] * 24)
     stops = range(len(load) - 96, len(load), 24)
     forecaster = Forecaster.load()
     found = forecaster.forecast([one[:stop] for one in series for stop in stops], 24, quantiles=(0.1, 0.9))
@@ -162,7 +188,7 @@ def test_the_week_of_hourly_values_is_found():
     naive = np.stack([one[stop - 168 : stop - 144] for one in series for stop in stops])
     assert np.abs(found.values[..., 0] - truth).mean() < 0.6 * np.abs(naive - truth).mean()
     assert 0.7 < np.mean((found.quantiles[:, 0, :, 0] < truth) & (truth < found.quantiles[:, 1, :, 0])) < 0.95
-    one = forecaster.forecast([np.where(gaps[0], series[0], np.nan)], 400).values  # far beyond a season, with gaps
+    one = forecaster.forecast([np.where(gaps, series[0], np.nan)], 400).values  # far beyond a season, with gaps
     assert np.corrcoef(np.diff(one[0, :, 0]), np.diff(load[:400]))[0, 1] > 0.9
 
 

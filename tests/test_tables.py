@@ -118,6 +118,7 @@ def test_a_time_axis_is_found_and_continued(table, text, name, expected):
 
 VARIABLES = {  # text: the variables, all but the times
     "weight,a\n1.1,1\n1.2,2\n1.4,3\n": ["weight", "a"],
+    "t,day,hour,a\n" + "".join(f"{t},{t // 4},{t % 4},{t % 3}\n" for t in range(12)): ["day", "hour", "a"],
     "t_min,a\n1.5,1\n1.2,2\n1.4,3\n": ["t_min", "a"],  # a temperature, or it would rise
     "1\n2\n3\n": ["x0"],  # the only column
     ",a,b\n2023-01-01,1,5\n2023-01-02,2,6\n2023-01-03,3,9\n": ["a", "b"],  # dates are it
@@ -189,6 +190,10 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "years and weeks": (
         several("year,week"),
         "put 'year' and 'week' into one column of dates, such as .*, or 2023-W05",
+    ),
+    "stores of items": (
+        "item_id,d,store,a\n" + "".join(f"{i},2023-01-0{d},{s},1\n" for i in "xy" for d in (1, 2) for s in (1, 2)),
+        r"of series 'x' repeats .* with --id \(store\)",
     ),
     "days of mice": (several("mouse,day"), "'day' begins anew for each 'mouse', so there are 2 series, .* --id mouse,"),
     "trials": (several("n,subject,trial"), "'trial' begins anew for each 'subject', so there are 2 series"),

@@ -32,7 +32,7 @@ class Origin(NamedTuple):
     context: np.ndarray  # (T, D); it and the truth are NaN where a value is missing
     truth: np.ndarray  # (h, D)
     series: int  # its number
-    group: int  # forecasts of other groups tell something new: those of another series, or of other dates
+    group: int  # of forecasts that fail together: those of its series, or of its dates, where series have the same
 
     @property
     def past(self) -> np.ndarray:
@@ -69,33 +69,28 @@ def filled(series: np.ndarray, number: int) -> np.ndarray:
 
 
 def held_out(
-    series: Sequence[np.ndarray],
-    horizon: int,
-    count: ArrayLike = MAX_ORIGINS,
-    ends: Container[str] = (),
-    late: Sequence[int] | None = None,
+    series: Sequence[np.ndarray], horizon: int, count: ArrayLike = MAX_ORIGINS, ends: Container[str] = ()
 ) -> list[Origin]:
-    """Up to `count` (of all, or N) forecasts of the last steps of each of N series (T, D), in the order of time.
+    """Forecasts of the last steps of each of N series (T, D), one after the other, in the order of time.
 
-    Left out are those of which nothing is known, those before which nothing was known for long, and those in the rows
-    that a training saw, which end in `ends` (`adapter.rows_seen`). late: as in `split`. Raises SeriesError when none is
-    left, and as `filled`.
+    count: the most for a series, a number or N of them. Left out are those of which nothing is known, those before
+    which nothing was known for long, and those in the rows that a training saw, which end in `ends`
+    (`adapter.rows_seen`). Raises SeriesError when none is left, and as `filled`.
     """
-    found, first, counts = [], max(MIN_CONTEXT, horizon), np.broadcast_to(count, len(series))
-    for number, one in enumerate(series):
+    found, first, longest = [], max(MIN_CONTEXT, horizon), 0
+    for number, (one, most) in enumerate(zip(series, np.broadcast_to(count, len(series)), strict=True)):
+        longest = max(longest, len(one) if most else 0)
         fits, seen = max(0, (len(one) - first) // horizon), rows_seen(one, ends) if ends else 0
-        for start in range(len(one) - min(counts[number], fits) * horizon, len(one), horizon):
+        for start in range(len(one) - min(most, fits) * horizon, len(one), horizon):
             truth, before = one[start : start + horizon], one[max(0, start - LONGEST_GAP) : start]
             if start >= seen and not np.isnan(truth).all() and not np.isnan(before).all():
-                group = number if late is None else (len(one) - start + late[number]) // horizon
-                found.append(Origin(one[:start], truth, number, group))
+                found.append(Origin(one[:start], truth, number, number))
                 filled(one[:start], number)  # refuses a variable without values
     if not found and ends:
         raise SeriesError(
             "the adapter was trained on all rows that could be held out; use rows that came later, or other series"
         )
     if not found:
-        longest = max(len(one) for one, some in zip(series, counts, strict=True) if some)
         raise SeriesError(
             f"the longest series has {longest} time steps, expected at least {first + horizon} to hold out a horizon "
             f"of {horizon}, with a known value in it; shorten the horizon"
@@ -109,53 +104,75 @@ def check_context(context: int | None) -> None:
         raise SeriesError(f"context is {context}, expected at least {MIN_CONTEXT} time steps")
 
 
-def split(series: Sequence[np.ndarray], horizon: int, late: Sequence[int] | None = None) -> Parts:
+def split(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndarray] | None = None) -> Parts:
     """Split N series: whole series are held out if there are at least MIN_SERIES, else the end of each series.
 
-    late: by how many time steps each series ends before the last one, of series that cover the same dates
-    (`tables.late_by`). What moves them moves all of them, so that their ends are held out: a test must come after the
-    training. Series that are too short for a forecast are not held out. Raises SeriesError when all are too short or
-    too few.
+    times: the times of each series, as `tables.common_times` counts them, if the series cover the same. What moves one
+    of these moves all of them, so that their ends are held out: a test must come after the training. Series that are
+    too short for a forecast are not held out. Raises SeriesError when all are too short or too few.
     """
-    lengths, least = np.array([*map(len, series)]), max(MIN_CONTEXT, horizon) + horizon
-    is_many = len(series) >= MIN_SERIES
-    if is_many and late is None:
-        order = np.random.default_rng(0).permutation(len(series))
-        order = np.array(sorted(order, key=lambda number: lengths[number] < least))  # the others in their order
-        count = max(1, round(HELD_OUT_SHARE * len(series)))
-        test, val, train = (some.tolist() for some in np.split(order, (count, 2 * count)))
-        each = max(1, min(MAX_ORIGINS, MAX_FORECASTS // count))
-        told = f"{len(train)} series to train on, {count} for validation, {count} for the test"
-        of_val, of_test = (held_out(series, horizon, each * np.isin(np.arange(len(series)), i)) for i in (val, test))
-        seen = [series[i] for i in (*train, *val)]
-        return Parts([filled(series[i], i) for i in train], of_val, of_test, seen, told)
-    # the newest fifth of each series, but at least one forecast, is the test; as much before it is the validation
-    usual = int(np.median(lengths) if is_many else lengths.min())
-    count = int(np.clip(0.2 * usual // horizon, 1, MAX_ORIGINS))
+    if times is None and len(series) >= MIN_SERIES:
+        return _by_series(series, horizon)
+    return _by_time(series, horizon, times)
+
+
+def _by_series(series: Sequence[np.ndarray], horizon: int) -> Parts:
+    """Hold out whole series, drawn at random."""
+    least = max(MIN_CONTEXT, horizon) + horizon
+    order = np.random.default_rng(0).permutation(len(series))
+    order = np.array(sorted(order, key=lambda number: len(series[number]) < least))  # the others in their order
+    count = max(1, round(HELD_OUT_SHARE * len(series)))
+    test, val, train = (some.tolist() for some in np.split(order, (count, 2 * count)))
+    each = max(1, min(MAX_ORIGINS, MAX_FORECASTS // count))
+    of_val, of_test = (held_out(series, horizon, each * np.isin(np.arange(len(series)), some)) for some in (val, test))
+    told = f"{len(train)} series to train on, {count} for validation, {count} for the test"
+    return Parts([filled(series[i], i) for i in train], of_val, of_test, [series[i] for i in (*train, *val)], told)
+
+
+def _by_time(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndarray] | None) -> Parts:
+    """Hold out the newest fifth, but at least one forecast, for the test, and as much before it for the validation.
+
+    That is of each series or, of series that cover the same times, what is later than a time in the middle of theirs.
+    """
+    lengths, numbers = np.array([*map(len, series)]), range(len(series))
+    usual = int(lengths.min() if times is None else np.median(lengths))
+    count, least = int(np.clip(0.2 * usual // horizon, 1, MAX_ORIGINS)), max(MIN_CONTEXT, horizon)
     steps = count * horizon
-    if usual < 2 * steps + least - horizon:
+    if usual < 2 * steps + least:
         raise SeriesError(
-            f"{'most series have' if is_many else 'a series has'} {usual} time steps, expected at least "
-            f"{least + horizon} to train on, validate and test forecasts of {horizon} steps; shorten the horizon"
+            f"{'a series has' if times is None else 'most series have'} {usual} time steps, expected at least "
+            f"{least + 2 * horizon} to train on, validate and test forecasts of {horizon} steps; shorten the horizon"
         )
-    early = np.zeros(len(series), int) if late is None else np.array(late)
-    val, test = (np.maximum(0, parts * steps + int(np.median(early)) - early) for parts in (2, 1))  # where they begin
-    used = np.flatnonzero(lengths - val >= least - horizon).tolist()
-    judged = np.isin(np.arange(len(series)), used[:: -(-len(used) * count // MAX_FORECASTS) if is_many else 1])
-    before = [one[: len(one) - cut] for one, cut in zip(series, test, strict=True)]
-    counts = (np.minimum(count, rows // horizon) * judged for rows in (val - test, test))
-    first = sorted({int(lengths[i] - val[i]) for i in used})
+    at = [np.arange(-length, 0) for length in lengths] if times is None else times
+    # the times at which validation and test begin, and the rows of each series before these
+    begins = [
+        np.quantile([one[max(0, len(one) - back)] for one in at], 0.5, method="higher") for back in (2 * steps, steps)
+    ]
+    val, test = (np.array([np.searchsorted(one, begin) for one in at]) for begin in begins)
+    used = [number for number in numbers if val[number] >= least]
+    judged = (
+        used if len(used) < MIN_SERIES else np.random.default_rng(0).permutation(used)[: -(-MAX_FORECASTS // count)]
+    )
+    most = count * np.isin(numbers, judged)
+    before = [one[:stop] for one, stop in zip(series, test, strict=True)]
+    of_val = held_out(before, horizon, np.minimum(most, (test - val) // horizon))
+    of_test = held_out(series, horizon, np.minimum(most, (lengths - test) // horizon))
+    if times is not None:
+        block = max(1, (max(one[-1] for one in at) + 1 - begins[1]) // count)
+        of_val, of_test = (
+            [
+                place._replace(group=round((at[place.series][len(place.context)] - begins[1]) / block))
+                for place in places
+            ]
+            for places in (of_val, of_test)
+        )
+    first = sorted({int(val[number]) for number in used})
     told = f"the first {first[0]}" + f" to {first[-1]}" * (len(first) > 1)
     told += f" time steps to train on, {steps} for validation, the newest {steps} for the test"
-    if late is not None and len(series) > 1:
-        told += f" ({len(used)} series of the same dates, {judged.sum()} of them judged)"
-    return Parts(
-        [filled(series[i][: lengths[i] - val[i]], i) for i in used],
-        held_out(before, horizon, next(counts), late=None if late is None else early + test),
-        held_out(series, horizon, next(counts), late=late),
-        [before[i] for i in used],
-        told,
-    )
+    if times is not None and len(series) > 1:
+        told += f", of {len(used)} series of the same times; the test is of {len({one.series for one in of_test})}"
+    train = [filled(series[number][: val[number]], number) for number in used]
+    return Parts(train, of_val, of_test, [before[number] for number in used], told)
 
 
 def baseline_forecasts(

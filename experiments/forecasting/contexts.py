@@ -93,9 +93,12 @@ def is_frame(data) -> bool:
 def named(frames: Sequence) -> Iterator[None]:
     """A context in which a SeriesError, and a warning, has names of series and variables, not their numbers."""
 
+    def name(found: re.Match) -> str:
+        kind, number = found[1], int(found[2])
+        return f"{kind} {frames[number].attrs['name'] if kind == 'series' else frames[0].columns[number]}"
+
     def with_names(text: str) -> str:
-        text = re.sub(r"^series (\d+)", lambda found: f"series {frames[int(found[1])].attrs['name']}", text)
-        return re.sub(r"\bvariable (\d+)\b", lambda found: f"variable {frames[0].columns[int(found[1])]}", text)
+        return re.sub(r"(^series|\bvariable) (\d+)\b", name, text)
 
     with warnings.catch_warnings(record=True) as caught:
         try:

@@ -262,14 +262,14 @@ class NumberForecaster(SeriesForecaster):
     def _zero_shot(self, arrays, horizon, progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by the pretrained decoder.
 
-        Of a series with a long season, it reads how far the values are from the `seasonal_means`.
+        Long seasons it does not read, see `without_long_seasons`.
         """
-        means = [seasonal_means(array, horizon, number) for number, array in enumerate(arrays)]
-        read = [array[horizon - len(mean) :] - mean[:-horizon] for array, mean in zip(arrays, means, strict=True)]
-        whole = self._by_decoder(self.base, None, read, horizon, progress)
-        newest = [[newest_of(array, share) for array in read] for share in NEWEST]
+        pairs = [without_long_seasons(array, horizon) for array in arrays]
+        arrays = [array for array, _ in pairs]
+        whole = self._by_decoder(self.base, None, arrays, horizon, progress)
+        newest = [[newest_of(array, share) for array in arrays] for share in NEWEST]
         found = np.mean([whole, *(self._by_decoder(self.base, None, some, horizon) for some in newest)], axis=0)
-        return found + np.stack([mean[-horizon:] for mean in means])[:, None]
+        return found + np.stack([raised for _, raised in pairs])[:, None]
 
     def _by_decoder(self, model, reading, arrays, horizon, progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by a decoder and how it reads; None: zero-shot."""
@@ -297,20 +297,23 @@ class NumberForecaster(SeriesForecaster):
         return found
 
 
-def seasonal_means(array: np.ndarray, horizon: int, number: int) -> np.ndarray:
-    """The means of a series (T, D) one, two and three long seasons before its newest values, and before h more steps.
+def without_long_seasons(array: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    """The newest T' steps of a series (T, D), less the median of the values one, two and three seasons before each.
 
-    (T' + h, D) for the newest T' steps that have so many seasons before them; zeros for all without a long season.
-    Missing values are `filled`, so that a mean is always of all seasons, whose levels may differ.
+    And what a forecast of h steps is to be raised by (h, D). A variable without a `long_season` stays as it is.
     """
-    x = torch.from_numpy(np.ascontiguousarray(array.T))
-    period = long_season(x.nan_to_num(), x.isfinite(), max(STRIDES))
-    if not period:
-        return np.zeros((len(array) + horizon, array.shape[1]))
-    count, known = min(3, len(array) // period - 1), filled(array, number)
-    longer = np.concatenate((known, np.resize(known[-period:], (horizon, known.shape[1]))))
-    before = [longer[(count - back) * period : len(longer) - back * period] for back in range(1, count + 1)]
-    return np.mean(before, axis=0)
+    less, raised, first = array.copy(), np.zeros((horizon, array.shape[1])), 0
+    for variable, x in enumerate(array.T):
+        if period := long_season(x, max(STRIDES)):
+            count, known = min(3, len(x) // period - 1), np.flatnonzero(np.isfinite(x))
+            whole = np.interp(np.arange(len(x)), known, x[known])
+            whole = np.append(whole, np.resize(whole[-period:], horizon))
+            before = [whole[(count - back) * period : len(whole) - back * period] for back in range(1, count + 1)]
+            medians, first = np.median(before, axis=0), max(first, count * period)
+            less[count * period :, variable] -= medians[:-horizon]
+            raised[:, variable] = medians[-horizon:]
+    is_known = np.isfinite(less[first:]).any(axis=0).all()
+    return (less[first:], raised) if is_known else (array, np.zeros_like(raised))
 
 
 def late_steps(array: np.ndarray) -> int:

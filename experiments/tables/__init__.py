@@ -14,12 +14,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from experiments.tables.reading import read_series
     from experiments.tables.series import from_frame, told
-    from experiments.tables.times import following, late_by
+    from experiments.tables.times import common_times, following
     from experiments.tables.writing import forecast_frame, write
 
-__all__ = ["DataError", "Table", "following", "forecast_frame", "from_frame", "late_by", "read_series", "told", "write"]
+__all__ = [
+    "DataError",
+    "Table",
+    "common_times",
+    "following",
+    "forecast_frame",
+    "from_frame",
+    "read_series",
+    "told",
+    "write",
+]
 _HOMES = {"read_series": "reading", "from_frame": "series", "told": "series", "following": "times",
-          "late_by": "times", "forecast_frame": "writing", "write": "writing"}  # fmt: skip
+          "common_times": "times", "forecast_frame": "writing", "write": "writing"}  # fmt: skip
 
 
 class DataError(ValueError):

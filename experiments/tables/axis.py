@@ -15,15 +15,14 @@ EQUAL_STEPS = 1e-6  # by how much the steps of a column without a telling name m
 TIME_NAMES = frozenset(
     "t time times timestamp ds date dates datetime day days week weeks month months quarter quarters year years period "
     "season semester hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois "
-    "trimestre jour heure año fecha doy elapsed".split()
+    "trimestre jour heure año fecha doy".split()
 )
-# Numbers under such names, with a unit, are times if they rise. (t_min can be a temperature, day_min a minimum.)
-WITH_UNIT = (
-    rf"(?i:(?:{'|'.join(TIME_NAMES)})(?:[ _.]+(?:time|elapsed|[numµ]?s|secs?|mins?|h|hrs?|d|{'|'.join(TIME_NAMES)}))+)"
-)
+# Numbers under such names, with a unit, are times if they rise. (t_min can be a temperature.)
+UNITS = "[mnuµ]?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?"
+WITH_UNIT = rf"(?i:(?:elapsed|time|t)(?:[ _.]time)?(?:[ _.](?:{UNITS}))?)"
 COUNTER_NAMES = frozenset("step steps index idx id row obs".split())
 PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own
-PART_NAMES = r"he|hrs?|hour[ _]?ending|tag|uhrzeit"  # what else a column with a part of a date is called
+PART_NAMES = r"he|hrs?|qtr|hour[ _]?ending|tag|uhrzeit"  # what else a column with a part of a date is called
 Found = tuple[pd.Index | None, list[Column]]  # the times, and the columns that they and other times are in
 
 
@@ -41,9 +40,9 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: T
     early = free[: next((at for at, one in enumerate(free) if one.name), 0) + 1]
     # the only column with, or without a name is what can be forecast
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
-    if len(groups) == 1:
+    telling = [one for one in numbers if _is_time(one, groups) or _is_long(one, table)]
+    if len(groups) == 1 and not any(_rises(one.values) for one in telling):
         _refuse_several(numbers, table)
-    telling = [one for one in numbers if _tells_time(one, groups) or _is_long(one, table)]
     later = [one for one in telling if one not in early and _rises(one.values, groups)]
     # a telling first one, telling later ones, the first ones
     for one in [*(one for one in early if one in telling), *later, *early]:
@@ -56,19 +55,25 @@ def _refuse_several(columns: list[Column], table: Table) -> None:
     """Raise DataError if numbers count anew for each value of another column: several series, one below the other."""
     for outer in columns:
         begins = np.flatnonzero(np.append(True, outer.values[1:] != outer.values[:-1]))
-        runs = np.split(np.arange(len(outer.values)), begins[1:])
-        if not 1 < len(runs) == len(np.unique(outer.values)) or min(map(len, runs)) < 3:
+        if not 1 < len(begins) <= len(outer.values) // 3 or len(begins) != len(np.unique(outer.values)):
             continue
-        for one in (one for one in columns if not _rises(one.values) and _rises(one.values, runs)):
-            both, is_time = f"{outer.name!r} and {one.name!r}", tells_time(one.name)
-            if is_time and tells_time(outer.name):
+        runs = np.split(np.arange(len(outer.values)), begins[1:])
+        for one in (one for one in columns if min(map(len, runs)) >= 3 and _begins_anew(one, runs)):
+            if tells_time(one.name) and tells_time(outer.name):
+                both = f"{outer.name!r} and {one.name!r}"
                 raise table.error(f"put {both} into one column of dates, such as 2023-01-31, or 2023-W05")
-            if not tells_time(outer.name) and (is_time or all(_is_axis(one.name, one.values[rows]) for rows in runs)):
-                problem = (
-                    f"{one.name!r} begins anew for each {outer.name!r}, so there are {len(runs)} series, one below "
+            if not tells_time(outer.name):
+                raise table.error(
+                    f"{one.name!r} begins anew for each {outer.name!r}, so there are {len(runs)} series, one below the "
+                    f"other; tell them apart with --id {outer.name}, or call that column unique_id; or, if both "
+                    "are variables, name them with --columns"
                 )
-                problem += f"the other; tell them apart with --id {outer.name}"
-                raise table.error(f"{problem}, or name the variables with --columns")
+
+
+def _begins_anew(one: Column, runs: list[np.ndarray]) -> bool:
+    """True if numbers rise in each run of rows as times do, but not from one to the next."""
+    is_time = tells_time(one.name) and _rises(one.values, runs)
+    return not _rises(one.values) and (is_time or all(_is_axis(one.name, one.values[rows]) for rows in runs))
 
 
 def _is_long(one: Column, table: Table) -> bool:
@@ -115,7 +120,7 @@ def _of_parts(free: list[Column], table: Table) -> Found | None:
 def _of_numbers(one: Column, groups: list[np.ndarray], table: Table) -> pd.Index | None:
     """The times in a column of numbers. A count from 0 without a name is no time axis."""
     title = one.name if table.has_names else ""
-    is_telling = table.has_names and _tells_time(one, groups)
+    is_telling = table.has_names and _is_time(one, groups)
     found = dates_of_numbers(one.values, title, table, tells_time(title))
     if found is not None and (is_telling or _rises(one.values, groups)):
         return found.rename(title or "time")
@@ -130,8 +135,8 @@ def tells_time(name: str) -> bool:
     return re.sub(r"\s*[\[(].*", "", name, flags=re.DOTALL).lower() in TIME_NAMES
 
 
-def _tells_time(one: Column, groups: list[np.ndarray]) -> bool:
-    """True if the name of a column of numbers says that it holds times, or does with a unit and the numbers rise."""
+def _is_time(one: Column, groups: list[np.ndarray]) -> bool:
+    """True if the name of a column of numbers tells times, or does with a unit while the numbers rise."""
     return tells_time(one.name) or bool(re.fullmatch(WITH_UNIT, one.name) and _rises(one.values, groups))
 
 
@@ -164,10 +169,12 @@ def _is_part(one: Column) -> bool:
     return one.kind == "text" and bool(one.cells.str.fullmatch(f"(?i:{MONTH}|{CLOCK})").all())
 
 
-def _is_id(one: Column, index: pd.Index) -> bool:
-    """True if the times rise in the rows of each whole number, of which there are fewer than rows."""
-    groups = [rows.to_numpy() for _, rows in pd.Series(range(len(index))).groupby(np.asarray(one.values))]
-    return one.kind == "numbers" and one.values.dtype.kind == "i" and len(groups) < len(index) and _rises(index, groups)
+def _is_id(one: Column, index: pd.Index, rows: np.ndarray) -> bool:
+    """True if the times of these rows rise for each whole number, of which there are fewer than rows."""
+    if one.kind != "numbers" or one.values.dtype.kind != "i":
+        return False
+    groups = [part.to_numpy() for _, part in pd.Series(range(len(rows))).groupby(one.values[rows])]
+    return len(groups) < len(rows) and _rises(index, groups)
 
 
 def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column], table: Table) -> None:
@@ -183,7 +190,11 @@ def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column
     twice = index[index.duplicated()]
     if now == before or (not of and len(twice)):
         parts = [one.name for one in columns if one.name != name and _is_part(one)]
-        ids = [one for one in columns if one.name not in [name, *parts] and (one.kind == "text" or _is_id(one, index))]
+        ids = [
+            one
+            for one in columns
+            if one.name not in [name, *parts] and (one.kind == "text" or _is_id(one, index, rows))
+        ]
         problem = f"the time {time_texts(twice, index)[0]}{of} repeats ({(index == twice[0]).sum()} rows have it); "
         if parts:
             both = " and ".join(map(repr, [name, *parts]))

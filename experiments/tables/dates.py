@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 
 from experiments.tables import Table
-from experiments.tables.times import YEARS, regular
+from experiments.tables.times import regular
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+YEARS = range(1800, 2201)  # of numbers such as 202312 that are dates
 CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp][Mm])?"
 MONTH = rf"({'|'.join(MONTHS)})(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?"
 # What a column holds instead of months, by what its name contains.

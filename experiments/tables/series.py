@@ -51,9 +51,9 @@ def told(series: Sequence[pd.DataFrame]) -> str:
         notes.append(f"{gaps} of {sum(one.size for one in series)} values {'is' if gaps == 1 else 'are'} missing")
     for name in first.columns:
         values = np.concatenate([one[name] for one in series])
-        for mark in (mark for mark in MARKS if mark in values):
-            others = values[values != mark]
-            if len(others) and np.nanmax(np.abs(others)) < abs(mark) / 10:
+        largest = np.abs(values[~np.isnan(values) & ~np.isin(values, MARKS)]).max(initial=0.0)
+        for mark in MARKS:
+            if mark in values and (largest < -mark / 3 or largest < mark / 9):
                 notes.append(f"{mark:g} in {name} is read as a value; if it stands for a missing one, write nothing")
     return "; ".join([line, *notes])
 

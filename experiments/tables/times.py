@@ -7,7 +7,6 @@ import pandas as pd
 
 from experiments.tables import DataError
 
-YEARS = range(1800, 2201)  # numbers that are years, or begin with one
 REGULAR = 0.01  # how far a number may lie from equal steps, in steps: times are often written with few digits
 ENOUGH = 0.4  # so many of the times of a grid, and of the steps between them, are there where the others are left out
 FEW = 12  # with fewer rows, the commonest step is not certain
@@ -40,23 +39,24 @@ def following(index: pd.Index, steps: int) -> pd.Index:
         raise DataError(f"{index.name!r} {problem}") from error
 
 
-def late_by(series: Sequence[pd.DataFrame]) -> list[int] | None:
-    """By how many time steps each of N series ends before the last one; None if they do not cover the same times.
+def common_times(series: Sequence[pd.DataFrame]) -> list[np.ndarray] | None:
+    """The times (T) of each of N series, counted along those of all; None if the series do not cover the same times.
 
-    They do if they are columns of one table, or most of them overlap in dates or years. Other numbers, such as the days
-    of an experiment, begin anew with each series.
+    They do if they are columns of one table, or if most of them overlap in dates, or in numbers that count from long
+    before, such as years. Others, such as the days of an experiment, begin anew with each series.
     """
-    times = [one.index.tz_convert(None) if getattr(one.index, "tz", None) else one.index for one in series]
-    if not all(one.attrs.get("wide") for one in series):
-        dated = all(isinstance(one, pd.DatetimeIndex) for one in times)
-        if not (dated or all(one.name and np.isin(one, YEARS).all() for one in times)):
-            return None
+    indexes = [one.index for one in series]
+    dated = [isinstance(one, pd.DatetimeIndex) for one in indexes]
+    if any(dated) != all(dated):
+        return None
+    times = [one.tz_convert(None) if getattr(one, "tz", None) else one for one in indexes]
     values = [one.as_unit("us").asi8 if isinstance(one, pd.DatetimeIndex) else one.to_numpy() for one in times]
-    starts, ends = ([one[at] for one in values] for at in (0, -1))
-    if not np.quantile(starts, 0.75) < np.quantile(ends, 0.25):
+    starts, ends = (np.array([one[at] for one in values]) for at in (0, -1))
+    is_counted = all(one.attrs.get("wide") for one in series) or any(dated) or starts.min() > np.ptp([starts, ends])
+    if not is_counted or not np.quantile(starts, 0.75) < np.quantile(ends, 0.25):
         return None
     together = np.unique(np.concatenate(values))
-    return (len(together) - np.searchsorted(together, ends, "right")).tolist()
+    return [np.searchsorted(together, one) for one in values]
 
 
 def regular(index: pd.Index) -> bool:

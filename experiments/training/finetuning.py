@@ -74,14 +74,14 @@ class Finetuning:
         context: int | None = None,
         variables: list[str] | None = None,
         season: int | None = None,
-        late: Sequence[int] | None = None,
+        times: Sequence[np.ndarray] | None = None,
         **options,
     ):
         """forecaster: one that `Forecaster.load` made. series: arrays (T, D) or (T), NaN where a value is
         missing, or DataFrames.
 
         budget: FLOPs that the training may cost; it decides the number of steps unless `steps` is given. context: time
-        steps that the model reads before a forecast. season: time steps that the seasonal baseline repeats. late: as
+        steps that the model reads before a forecast. season: time steps that the seasonal baseline repeats. times: as
         in `backtest.split`; None: what the indexes of DataFrames say. The other options are those of `TextTuning` or
         `NumberTuning`.
         Raises SeriesError or TrainingError for data, settings or a budget that do not allow it.
@@ -90,13 +90,17 @@ class Finetuning:
         for name, value in given.items():
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise TrainingError(f"{name} is {value!r}, expected a whole number (int) of at least 1")
-        if budget is not None and not 0 < budget < math.inf:
-            raise TrainingError(f"budget is {budget}, expected a finite number of FLOPs above 0")
+        if budget is not None and not (isinstance(budget, int | float) and 0 < budget < math.inf):
+            raise TrainingError(f"budget is {budget!r}, expected a finite number of FLOPs above 0")
         check_context(context)
         self.series, frames = checked_series(series, missing="keep")
         self.variables = variables or ([*frames[0].columns] if frames else None)
-        self.late = late if late is not None or not frames else tables.late_by(frames)
-        self.parts, self.season, self.budget = split(self.series, horizon, self.late), season, budget
+        if times is None and len(frames) == len(self.series):
+            times = tables.common_times(frames)
+        if times is not None and [*map(len, times)] != [*map(len, self.series)]:
+            raise TrainingError("expected a time for each time step of each series")
+        self.times = times
+        self.parts, self.season, self.budget = split(self.series, horizon, times), season, budget
         if forecaster.checkpoint is None:
             raise TrainingError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
         if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
@@ -141,7 +145,7 @@ class Finetuning:
     def identity(self) -> dict:
         """Everything that decides the result, as JSON can hold it."""
         digest = hashlib.sha256(repr([one.shape for one in self.series]).encode())
-        for one in self.series:
+        for one in (*self.series, *(self.times or ())):
             digest.update(one.tobytes())
         weight = next(self.tuning.forecaster.model.parameters())
         identity = {
@@ -152,7 +156,6 @@ class Finetuning:
             "settings": asdict(self.tuning.settings),
             **self.tuning.identity,
             "season": self.season,
-            "late": self.late,
             "checkpoint_sha256": self.trained.checkpoint_sha256,
             "device": weight.device.type,
             "dtype": str(weight.dtype).removeprefix("torch."),

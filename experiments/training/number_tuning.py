@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import stdtrit
 
 from experiments.forecasting.adapter import Reading, Trained
-from experiments.forecasting.backtest import MIN_SERIES, Origin, spreads
+from experiments.forecasting.backtest import MAX_ORIGINS, Origin, spreads
 from experiments.forecasting.contexts import Forecast
 from experiments.forecasting.numbers import AHEAD, LEVELS
 from experiments.forecasting.scores import BAND, group_means
@@ -60,10 +60,10 @@ def pinball(found: np.ndarray, places: Sequence[Origin]) -> np.ndarray:
 def is_certain(gain: np.ndarray, places: Sequence[Origin], least: int = 1) -> bool:
     """True if the mean of gains (M) is above 0 by a t-test at 10 %, over `Origin.group` or, in one, over its forecasts.
 
-    least: fewer groups, or series, tell nothing.
+    least: fewer groups, or series, tell nothing. Nor does a single group of several series: of one date.
     """
-    by_group = group_means(gain, [place.group for place in places])
-    if min(len(by_group), len({place.series for place in places})) < least:
+    by_group, count = group_means(gain, [place.group for place in places]), len({place.series for place in places})
+    if min(len(by_group), count) < least or (len(by_group) == 1 < count):
         return False
     gain = by_group if len(by_group) > 1 else gain
     return len(gain) > 1 and bool(gain.mean() > stdtrit(len(gain) - 1, 0.9) * gain.std(ddof=1) / len(gain) ** 0.5)
@@ -73,8 +73,8 @@ def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], readi
     """The reading with the shares, in tenths, and the width whose forecasts of the places have the smallest loss.
 
     The best part alone is taken unless a mixture is certainly better, and the zero-shot forecast is kept unless the
-    result is. From fewer than MIN_SERIES series, or dates, the width stays as it is: a few forecasts that have
-    chosen all else would make it far too narrow. See `values.combined`.
+    result is. Up to MAX_ORIGINS series, or dates, the width stays as it is: a few forecasts that have chosen all
+    else would make it far too narrow. See `values.combined`.
     """
     medians = np.stack([part[:, part.shape[1] // 2] for part in parts.values()])  # (K, M, h, D) of K parts
     truth, spread = np.stack([place.truth for place in places]), spreads(places)
@@ -95,7 +95,7 @@ def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], readi
     reading = replace(reading, near=near, far=best(slice(half, None)) if np.isfinite(truth[:, half:]).any() else near)
     losses = {width: pinball(combined(parts, replace(reading, width=width)), places) for width in WIDTHS}
     width = min(WIDTHS, key=lambda one: losses[one].mean())
-    if is_certain(losses[1.0] - losses[width], places, MIN_SERIES):
+    if is_certain(losses[1.0] - losses[width], places, MAX_ORIGINS + 1):
         reading = replace(reading, width=width)
     before = replace(reading, near={ZERO_SHOT: 1.0}, far={ZERO_SHOT: 1.0}, width=1.0)
     gain = pinball(combined(parts, before), places) - pinball(combined(parts, reading), places)
