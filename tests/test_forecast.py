@@ -162,6 +162,16 @@ def test_a_back_test_does_not_read_the_future_into_gaps(run, tmp_path):
     assert (status, persistence.split()[-1]) == (0, f"{97 * 4 / 19:.4g}")  # four of 19 known values are 97 off
 
 
+def test_messages_of_a_back_test_name_the_series_and_the_variable(run, tmp_path):
+    rows = [f"{name},{t},{'' if name == 'B' and t < 60 else t % 7},{t % 5}\n" for name in "AB" for t in range(70)]
+    (tmp_path / "late.csv").write_text("id,t,variable 3,wolf\n" + "".join(rows))
+    err = run(tmp_path / "late.csv", "--backtest", "--horizon", 5)[2]
+    assert "series B: variable variable 3 has no value in the 45 time steps before a held-out forecast" in err
+    (tmp_path / "long.csv").write_text("y\n" + "".join(f"{t % 7}.25\n" for t in range(300)))
+    err = run(tmp_path / "long.csv", "--backtest", "--model", "tiny", "--horizon", 3, "--samples", 9)[2]
+    assert "series long: only the newest" in err
+
+
 def test_several_series_keep_their_names_their_times_and_their_digits(run, tmp_path):
     rows = [(name, day, base + day % 3) for name, base in (("a", 1e9), ("b", 5)) for day in range(1, 21)]
     path, few = tmp_path / "long.csv", ("--horizon", 2)
