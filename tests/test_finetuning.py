@@ -1,6 +1,7 @@
 """Fine-tuning on a user's series: the split, the budget, the best state, kills, the command and its page."""
 
 import json
+import signal
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from experiments.forecasting.adapter import end_hash
 from experiments.forecasting.backtest import Origin, baseline_forecasts, held_out, scores, split
 from experiments.forecasting.contexts import SeriesError
 from experiments.storage.files import RunError
+from experiments.storage.interruption import Interrupted, Interruption
 from experiments.tables import common_times
 from experiments.training import loop
 from experiments.training.finetuning import Finetuning
@@ -169,6 +171,20 @@ def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch, mo
             run(folder, kill_at)
         run(folder)
         assert contents(folder, "**/*.*") == wanted
+
+
+@pytest.mark.parametrize("model", ["tiny", "numbers"])
+def test_an_interrupted_fine_tuning_leaves_the_forecaster_as_it_was(model, tmp_path):
+    forecaster, options = Forecaster.load(model), {"context": 15, "steps": 2}
+    before = forecaster.forecast([waves(1)[0][:20]], 5).values
+    asked = Interruption()
+    asked.asked = signal.SIGINT
+    with pytest.raises(Interrupted):
+        Finetuning(forecaster, waves(6), 5, **options).run(tmp_path / "a", interruption=asked)
+    assert forecaster.trained is None
+    np.testing.assert_array_equal(forecaster.forecast([waves(1)[0][:20]], 5).values, before)
+    again = training.finetune(forecaster, waves(6), 5, folder=tmp_path / "a", **options)
+    assert again == training.finetune(Forecaster.load(model), waves(6), 5, folder=tmp_path / "b", **options)
 
 
 def test_a_folder_belongs_to_one_fine_tuning(tmp_path):

@@ -34,7 +34,7 @@ from experiments.training.settings import STEPS
 from experiments.training.team import ALONE, Team
 from experiments.training.text_tuning import TextTuning
 from experiments.training.windows import TrainingError
-from lora import load_adapter
+from lora import load_adapter, remove
 from lora.layer import LoRALinear
 
 AT_ONCE = 50  # test forecasts that are made together, at most
@@ -53,9 +53,9 @@ def finetune(
 ) -> dict:
     """Fine-tune a forecaster's model on N series, which then has the adapter; return the metrics.
 
-    folder: where to write the adapter and the results, and to continue from after a kill; None: nowhere. The other
-    arguments and the errors are those of `Finetuning`; also flops.BudgetExceeded, Interrupted, and RunError for a
-    folder of another run.
+    folder: where to write the adapter and the results, and to continue from after a kill; None: nowhere. After an
+    error, or an interruption, the forecaster is as it was. The other arguments and the errors are those of
+    `Finetuning`; also flops.BudgetExceeded, Interrupted, and RunError for a folder of another run.
     """
     return Finetuning(forecaster, series, horizon, budget, **options).run(folder)
 
@@ -181,7 +181,18 @@ class Finetuning:
             "versions": software(),
         } | (record or {})
         tuning, forecaster = self.tuning, self.tuning.forecaster
+        known = dict(vars(forecaster))
+
+        def undo(error: type[BaseException] | None, *_: object) -> None:
+            """After an error, leave the forecaster as it was, so that the training can be begun again."""
+            if error:
+                if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
+                    remove(forecaster.model)
+                vars(forecaster).clear()
+                vars(forecaster).update(known)
+
         with ExitStack() as stack:
+            stack.push(undo)
             path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
             stack.enter_context(open_run(path, self.identity, record))
             tuning.begin()
