@@ -31,7 +31,8 @@ def metrics_of(after: list[float], ar: list[float]) -> dict:
     }
     numbers = {"horizon": 2, "samples": 0, "steps": 2, "best_step": 2, "spent": 20, "budget": 99}
     losses = {"held_out_before": 2.0, "held_out_after": 1.0, "unit": "standard deviations"}
-    return {"split": "all", "series": [*range(len(after))], "errors": each} | numbers | losses
+    rows = [*range(len(after))]
+    return {"split": "all", "series": rows, "groups": rows, "errors": each} | numbers | losses
 
 
 @pytest.fixture

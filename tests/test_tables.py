@@ -118,7 +118,14 @@ def test_a_time_axis_is_found_and_continued(table, text, name, expected):
 
 VARIABLES = {  # text: the variables, all but the times
     "weight,a\n1.1,1\n1.2,2\n1.4,3\n": ["weight", "a"],
+    "at,status,n,a\n" + "".join(f"{1700000000 + t**2},{t // 4},{t % 4},5\n" for t in range(12)): [
+        "at",
+        "status",
+        "n",
+        "a",
+    ],
     "t,day,hour,a\n" + "".join(f"{t},{t // 4},{t % 4},{t % 3}\n" for t in range(12)): ["day", "hour", "a"],
+    "T_h,a\n1.5,1\n1.7,2\n1.8,3\n": ["T_h", "a"],
     "t_min,a\n1.5,1\n1.2,2\n1.4,3\n": ["t_min", "a"],  # a temperature, or it would rise
     "1\n2\n3\n": ["x0"],  # the only column
     ",a,b\n2023-01-01,1,5\n2023-01-02,2,6\n2023-01-03,3,9\n": ["a", "b"],  # dates are it

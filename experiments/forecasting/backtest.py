@@ -149,7 +149,11 @@ def _by_time(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndar
         np.quantile([one[max(0, len(one) - back)] for one in at], 0.5, method="higher") for back in (2 * steps, steps)
     ]
     val, test = (np.array([np.searchsorted(one, begin) for one in at]) for begin in begins)
-    used = [number for number in numbers if val[number] >= least]
+    # one that begins late, or of which a variable does, is left out if times are the same
+    has_values = [
+        times is None or np.isfinite(one[:stop]).any(axis=0).all() for one, stop in zip(series, val, strict=True)
+    ]
+    used = [number for number in numbers if val[number] >= least and has_values[number]]
     judged = (
         used if len(used) < MIN_SERIES else np.random.default_rng(0).permutation(used)[: -(-MAX_FORECASTS // count)]
     )
@@ -158,7 +162,7 @@ def _by_time(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndar
     of_val = held_out(before, horizon, np.minimum(most, (test - val) // horizon))
     of_test = held_out(series, horizon, np.minimum(most, (lengths - test) // horizon))
     if times is not None:
-        block = max(1, (max(one[-1] for one in at) + 1 - begins[1]) // count)
+        block = (begins[1] - begins[0]) / count
         of_val, of_test = (
             [
                 place._replace(group=round((at[place.series][len(place.context)] - begins[1]) / block))
@@ -213,18 +217,20 @@ def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
     `rmse` and its 95 % interval are in standard deviations of each variable before the forecast, so that series of all
     levels count alike; `each` has the mean squared error of each forecast in these units, `mae` the mean absolute error
     of each variable in the units of the data. Only known values count; a variable without any has the `mae` None.
-    Forecasts of one series are not independent, so the interval is over series (`over`: "series"); of fewer than
-    MIN_SERIES it is over their forecasts, and says nothing about other series (`over`: "forecasts").
+    Forecasts of one series are not independent, so the interval is over series (`over`: "series"), or over the dates of
+    series that have the same ("dates"); of fewer than MIN_SERIES it is over their forecasts, and says nothing about
+    other series ("forecasts").
     """
     error = forecast - np.stack([place.truth for place in places])
     each = np.nanmean((error / spreads(places)) ** 2, axis=(1, 2))
     known = (~np.isnan(error)).sum(axis=(0, 1))
-    by_series = group_means(each, [place.series for place in places])
-    interval = mean_interval(by_series if len(by_series) >= MIN_SERIES else each)
+    numbers, groups = [place.series for place in places], [place.group for place in places]
+    by_series = group_means(each, numbers)
+    interval = mean_interval(group_means(each, groups) if len(by_series) >= MIN_SERIES else each)
     return {
         "rmse": float(np.sqrt(by_series.mean())),
         "interval": interval and np.sqrt(np.maximum(interval, 0)).tolist(),
-        "over": "series" if len(by_series) >= MIN_SERIES else "forecasts",
+        "over": "forecasts" if len(by_series) < MIN_SERIES else "series" if groups == numbers else "dates",
         "mae": plain(np.nansum(np.abs(error), axis=(0, 1)) / np.where(known, known, np.nan)),
         "each": each.tolist(),
     }

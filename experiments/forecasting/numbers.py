@@ -101,7 +101,8 @@ def long_season(x: np.ndarray, most: int) -> int:
         return 0
     values = np.interp(np.arange(len(x)), np.flatnonzero(seen), x[seen] / np.abs(x[seen]).max())
     changes, both = np.diff(values, prepend=0.0), seen & np.append(False, seen[:-1])
-    lags, most = torch.arange(len(x)), min(most, len(x))
+    times, lags, most = np.arange(len(x)), torch.arange(len(x)), min(most, len(x))
+    values -= np.polyval(np.polyfit(times[seen], values[seen], 1), times)  # a trend would shorten a season
     for part, known in ((values, seen), (changes, both)):
         if not known.any():
             continue

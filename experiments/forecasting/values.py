@@ -27,6 +27,7 @@ from qwen_min.weights import load_weights
 # for contexts of at most so many time steps, the steps between two tokens; the model reads at most the last number
 STRIDES = {72: 2, 144: 4, 256: 8, 512: 16}
 MIN_STEPS = 3  # of a context
+WORTH = 1.1  # a long season is used unless values change so much more within the horizon without it
 # Zero-shot quantiles of a context of n values are so much / sqrt(n) farther from the median: real series change more
 # than synthetic ones (chosen on the M1 competition, where 80 % intervals then hold 75 to 84 %).
 WIDER = 2.0
@@ -309,11 +310,20 @@ def without_long_seasons(array: np.ndarray, horizon: int) -> tuple[np.ndarray, n
             whole = np.interp(np.arange(len(x)), known, x[known])
             whole = np.append(whole, np.resize(whole[-period:], horizon))
             before = [whole[(count - back) * period : len(whole) - back * period] for back in range(1, count + 1)]
-            medians, first = np.median(before, axis=0), max(first, count * period)
-            less[count * period :, variable] -= medians[:-horizon]
+            medians, begin = np.median(before, axis=0), count * period
+            left, steps = x[begin:] - medians[:-horizon], min(horizon, period // 2)
+            if change(left, steps) > WORTH * change(x[begin:], steps):
+                continue  # in so few steps the season hardly moves, and the medians have noise
+            less[begin:, variable], first = left, max(first, begin)
             raised[:, variable] = medians[-horizon:]
     is_known = np.isfinite(less[first:]).any(axis=0).all()
     return (less[first:], raised) if is_known else (array, np.zeros_like(raised))
+
+
+def change(x: np.ndarray, most: int) -> float:
+    """The mean absolute change of values (T) over 1 to `most` steps, eight numbers of them."""
+    gaps = [np.abs(x[step:] - x[:-step]) for step in {*np.linspace(1, most, 8).astype(int).tolist()}]
+    return float(np.nanmean(np.concatenate(gaps)))
 
 
 def late_steps(array: np.ndarray) -> int:

@@ -38,6 +38,7 @@ class Metrics:
     split: str
     horizon: int
     series: list[int]  # the number of each forecast's series
+    groups: list[int]  # the same, or that of its dates, where series have the same
     samples: int
     steps: int
     best_step: int
@@ -135,7 +136,7 @@ def verdict(metrics: Metrics) -> str:
         f"{number(after.rmse)} and {number(best.rmse)} standard deviations."
     )
     # these errors are in the square of the variables' standard deviations, where no error is too small to count
-    groups = metrics.series if after.over == "series" else None
+    groups = {"series": metrics.series, "dates": metrics.groups}.get(after.over)
     pair = paired(after.each, best.each, floor=0, series=groups)
     assert pair is not None  # there is at least one forecast
     interval, ratio = pair["interval"], pair["ratio"]

@@ -17,9 +17,9 @@ TIME_NAMES = frozenset(
     "season semester hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois "
     "trimestre jour heure año fecha doy".split()
 )
-# Numbers under such names, with a unit, are times if they rise. (t_min can be a temperature.)
+# Numbers under such names, with a unit, are times if they rise; under t_min, maybe a temperature, in equal steps.
 UNITS = "[mnuµ]?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?"
-WITH_UNIT = rf"(?i:(?:elapsed|time|t)(?:[ _.]time)?(?:[ _.](?:{UNITS}))?)"
+WITH_UNIT = rf"(?i:(?:elapsed|time|(t))(?:[ _.]time)?(?:[ _.](?:{UNITS}))?)"
 COUNTER_NAMES = frozenset("step steps index idx id row obs".split())
 PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own
 PART_NAMES = r"he|hrs?|qtr|hour[ _]?ending|tag|uhrzeit"  # what else a column with a part of a date is called
@@ -41,7 +41,8 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: T
     # the only column with, or without a name is what can be forecast
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
     telling = [one for one in numbers if _is_time(one, groups) or _is_long(one, table)]
-    if len(groups) == 1 and not any(_rises(one.values) for one in telling):
+    clocks = [one for one in numbers if one in telling or (one.name and one.values.min() >= 10**7)]  # Unix seconds, too
+    if len(groups) == 1 and not any(_rises(one.values) for one in clocks):
         _refuse_several(numbers, table)
     later = [one for one in telling if one not in early and _rises(one.values, groups)]
     # a telling first one, telling later ones, the first ones
@@ -137,7 +138,10 @@ def tells_time(name: str) -> bool:
 
 def _is_time(one: Column, groups: list[np.ndarray]) -> bool:
     """True if the name of a column of numbers tells times, or does with a unit while the numbers rise."""
-    return tells_time(one.name) or bool(re.fullmatch(WITH_UNIT, one.name) and _rises(one.values, groups))
+    if not (named := re.fullmatch(WITH_UNIT, one.name)):
+        return tells_time(one.name)
+    is_axis = equal_steps if named[1] else _rises
+    return tells_time(one.name) or all(is_axis(one.values[rows]) for rows in groups)
 
 
 def _rises(values, groups=(slice(None),)) -> bool:

@@ -88,7 +88,7 @@ class Finetuning:
         """
         given = {"horizon": horizon, "steps": steps, "context": context, "season": season}
         for name, value in given.items():
-            if value is not None and not (isinstance(value, int) and value >= 1):
+            if value is not None and not (type(value) is int and value >= 1):
                 raise TrainingError(f"{name} is {value!r}, expected a whole number (int) of at least 1")
         if budget is not None and not (isinstance(budget, int | float) and 0 < budget < math.inf):
             raise TrainingError(f"budget is {budget!r}, expected a finite number of FLOPs above 0")
@@ -97,8 +97,12 @@ class Finetuning:
         self.variables = variables or ([*frames[0].columns] if frames else None)
         if times is None and len(frames) == len(self.series):
             times = tables.common_times(frames)
-        if times is not None and [*map(len, times)] != [*map(len, self.series)]:
-            raise TrainingError("expected a time for each time step of each series")
+        times = None if times is None else [np.asarray(one) for one in times]
+        if times is not None and not (
+            [one.shape for one in times] == [one.shape[:1] for one in self.series]
+            and all(one.dtype.kind in "iu" and (np.diff(one) > 0).all() for one in times)
+        ):
+            raise TrainingError("times: expected rising whole numbers, one for each time step of each series")
         self.times = times
         self.parts, self.season, self.budget = split(self.series, horizon, times), season, budget
         if forecaster.checkpoint is None:
@@ -242,6 +246,7 @@ class Finetuning:
             "context": self.tuning.context,
             "forecasts": len(places),
             "series": [place.series for place in places],
+            "groups": [place.group for place in places],
             "samples": self.tuning.samples,
             "steps": len(done.losses),
             "best_step": done.best_step,
