@@ -289,6 +289,9 @@ def test_series_of_the_same_dates_are_judged_by_later_dates_than_they_are_traine
         [np.arange(n, dtype=float)[:, None] for n in (60, 60, 60, 60, 75)], 3, [np.arange(n) for n in [60] * 4 + [75]]
     )
     assert len({place.group for place in one_later.val}) > 1
+    ages = [200] * 3 + [20] * 3  # half of the shops are new
+    parts = split([np.arange(n, dtype=float)[:, None] for n in ages], 7, [np.arange(200 - n, 200) for n in ages])
+    assert "to train on, 21 for validation, the newest 21 for the test, of 3 series of the same times" in parts.told
     late = [one.to_numpy() for one in frames[:8]]
     late[3] = np.where(np.arange(100)[:, None] < 70, np.nan, late[3])  # a new shop, in a table with a column for each
     parts = split(late, 10, [np.arange(100)] * 8)

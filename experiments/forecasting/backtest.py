@@ -144,32 +144,27 @@ def _by_time(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndar
             f"{least + 2 * horizon} to train on, validate and test forecasts of {horizon} steps; shorten the horizon"
         )
     at = [np.arange(-length, 0) for length in lengths] if times is None else times
-    # the times at which validation and test begin, and the rows of each series before these
-    begins = [
-        np.quantile([one[max(0, len(one) - back)] for one in at], 0.5, method="higher") for back in (2 * steps, steps)
-    ]
-    val, test = (np.array([np.searchsorted(one, begin) for one in at]) for begin in begins)
-    # one that begins late, or of which a variable does, is left out if times are the same
-    has_values = [
-        times is None or np.isfinite(one[:stop]).any(axis=0).all() for one, stop in zip(series, val, strict=True)
-    ]
-    used = [number for number in numbers if val[number] >= least and has_values[number]]
-    judged = (
-        used if len(used) < MIN_SERIES else np.random.default_rng(0).permutation(used)[: -(-MAX_FORECASTS // count)]
+    enough = [one for one in at if len(one) >= 2 * steps + least]
+    val_begin, test_begin = (
+        np.quantile([one[-back] for one in enough], 0.5, method="higher") for back in (2 * steps, steps)
     )
-    most = count * np.isin(numbers, judged)
+    val, test = (np.array([np.searchsorted(one, begin) for one in at]) for begin in (val_begin, test_begin))  # rows
+    # of series of the same times, one that begins late, or of which a variable does, is left out
+    known = [times is None or np.isfinite(one[:stop]).any(0).all() for one, stop in zip(series, val, strict=True)]
+    used = [number for number in numbers if val[number] >= least and known[number]]
+    some = np.random.default_rng(0).permutation(used)[: -(-MAX_FORECASTS // count)]
+    most = count * np.isin(numbers, some if len(used) >= MIN_SERIES else used)
     before = [one[:stop] for one, stop in zip(series, test, strict=True)]
     of_val = held_out(before, horizon, np.minimum(most, (test - val) // horizon))
     of_test = held_out(series, horizon, np.minimum(most, (lengths - test) // horizon))
+
+    def dated(place: Origin) -> Origin:
+        """The place, with the forecasts that begin in the same part of the held-out time as its group."""
+        begin = at[place.series][len(place.context)]
+        return place._replace(group=round(count * (begin - test_begin) / (test_begin - val_begin)))
+
     if times is not None:
-        block = (begins[1] - begins[0]) / count
-        of_val, of_test = (
-            [
-                place._replace(group=round((at[place.series][len(place.context)] - begins[1]) / block))
-                for place in places
-            ]
-            for places in (of_val, of_test)
-        )
+        of_val, of_test = ([dated(place) for place in places] for places in (of_val, of_test))
     first = sorted({int(val[number]) for number in used})
     told = f"the first {first[0]}" + f" to {first[-1]}" * (len(first) > 1)
     told += f" time steps to train on, {steps} for validation, the newest {steps} for the test"
