@@ -175,7 +175,10 @@ def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch, mo
 
 @pytest.mark.parametrize("model", ["tiny", "numbers"])
 def test_an_interrupted_fine_tuning_leaves_the_forecaster_as_it_was(model, tmp_path):
-    forecaster, options = Forecaster.load(model), {"context": 15, "steps": 2}
+    forecaster, options = (
+        Forecaster.load(model),
+        {"context": 15, "steps": 2} | ({"samples": 0} if model == "tiny" else {}),
+    )
     before = forecaster.forecast([waves(1)[0][:20]], 5).values
     asked = Interruption()
     asked.asked = signal.SIGINT
