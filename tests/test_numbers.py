@@ -9,18 +9,9 @@ import torch
 
 from experiments.forecasting import Forecaster
 from experiments.forecasting.contexts import SeriesError
-from experiments.forecasting.numbers import (
-    AHEAD,
-    LEVELS,
-    PATCH,
-    Numbers,
-    Patches,
-    Seasons,
-    find_seasons,
-    long_season,
-    patches,
-)
-from experiments.forecasting.values import ZERO_SHOT, NumberForecaster, at_levels, without_long_seasons
+from experiments.forecasting.numbers import AHEAD, LEVELS, PATCH, Numbers, Patches, patches
+from experiments.forecasting.seasons import Seasons, find_seasons, long_season, without_long_seasons
+from experiments.forecasting.values import ZERO_SHOT, NumberForecaster, at_levels
 from experiments.training.number_windows import number_step
 from experiments.training.settings import NUMBER_TARGETS
 from lora import LoraConfig, inject
@@ -179,7 +170,7 @@ def test_the_week_of_hourly_values_is_found():
     ):
         assert long_season(some, 512) == 0
     beside = np.stack([series[0], noise.cumsum(), np.ones(1344)], axis=1)  # they have no long season
-    less, raised = without_long_seasons(beside, 24)
+    less, raised = without_long_seasons(beside, 24, 512)
     assert (len(less), raised[:, 1:].tolist()) == (1344 - 504, [[0, 0]] * 24)
     stops = range(len(load) - 96, len(load), 24)
     forecaster = Forecaster.load()

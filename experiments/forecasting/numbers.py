@@ -10,18 +10,16 @@ N series, D variables, L time steps, T tokens, C hidden size, Q = len(LEVELS) qu
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from experiments.forecasting.seasons import Seasons
 from qwen_min.config import QwenConfig
 from qwen_min.linear import Linear
 from qwen_min.model import Block, RMSNorm, rotary_tables
 
 PATCH, AHEAD = 16, 32
 LEVELS = tuple(level / 10 for level in range(1, 10))
-LONG, CYCLES = 48, 3  # a long season has more steps, and comes so often
-EXTREME = 0.005  # the share of the largest, and of the smallest values that do not count for it
 SEASONS = 3  # past values beside each value to forecast: two of the shortest season, one of the strongest
 FEATURES = 2 * PATCH + 2 * SEASONS * AHEAD + 2  # of a token: values, observed or not, how strong the seasons are
 CONFIG = QwenConfig(
@@ -36,89 +34,6 @@ CONFIG = QwenConfig(
     rope_theta=100.0,
     tie_word_embeddings=False,
 )
-
-
-class Seasons(NamedTuple):
-    """The seasons that a series seems to have, in time steps, and how strong they are: each (..., 2).
-
-    The first is the shortest of the strong ones, the second the strongest; 1 stands for none.
-    """
-
-    periods: Tensor
-    strengths: Tensor
-
-
-def autocorrelation(x: Tensor, seen: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The correlation of x (..., L) with itself at each lag, and of how many pairs: (..., length).
-
-    x is 0 where seen (..., L) is.
-    """
-    parts = [torch.fft.rfft(part, 2 * length) for part in (x, x**2, seen)]
-    products = [parts[a] * parts[b].conj_physical() for a, b in ((0, 0), (1, 2), (2, 1), (2, 2))]
-    sums, early, late, pairs = (torch.fft.irfft(product, 2 * length)[..., :length] for product in products)
-    return sums * (early.clamp(min=1e-9) * late.clamp(min=1e-9)).rsqrt(), pairs
-
-
-def is_peak(found: Tensor) -> Tensor:
-    """Where values (..., L) are larger than the one before, and no smaller than the one after, from the third on."""
-    before, after = nn.functional.pad(found, (1, 0))[..., :-1], nn.functional.pad(found, (0, 1))[..., 1:]
-    return (torch.arange(found.shape[-1], device=found.device) >= 2) & (found > before) & (found >= after)
-
-
-def find_seasons(x: Tensor, seen: Tensor, lengths: Tensor | None = None) -> Seasons:
-    """The seasons of series x (..., L) where seen (..., L): peaks of the autocorrelation of their changes.
-
-    A peak at lag m counts by 1 - m / L, because few cycles can agree by chance. lengths (..., 1): the parts of L that
-    are seen, in a training; None: all.
-    """
-    length, in_training = x.shape[-1], lengths is not None
-    lengths = torch.tensor(length) if lengths is None else lengths
-    lags = torch.arange(length, device=x.device)
-    both = (seen[..., 1:] & seen[..., :-1]).float()
-    change = (x[..., 1:] - x[..., :-1]) * both
-    change = (change - change.sum(-1, keepdim=True) / both.sum(-1, keepdim=True).clamp(min=1)) * both
-    found, pairs = autocorrelation(change, both, length)
-    found = found * (1 - lags / lengths).clamp(min=0)
-    if not in_training:  # where no two changes are a lag apart, sums are rounding; the embedded weights have met these
-        found = torch.where(pairs > 0.5, found, 0.0)
-    found = torch.where(is_peak(found) & (lags <= lengths // 2), found, 0.0)
-    strongest = found.argmax(-1, keepdim=True)
-    shortest = (found >= 0.9 * found.gather(-1, strongest)).float().argmax(-1, keepdim=True)
-    periods = torch.cat((shortest, strongest), -1)
-    strengths = found.gather(-1, periods)
-    return Seasons(torch.where(strengths > 0, periods, 1), strengths)
-
-
-def long_season(x: np.ndarray, most: int) -> int:
-    """A season of more than LONG steps of a variable (L), such as a week of hours; 0 if there is none.
-
-    The values or their changes, without the most extreme ones, repeat far better after it than after any season that
-    the decoder can find in `most` steps: what is missing to a correlation of 1 is at most half as much. Longer seasons
-    count less, as in `find_seasons`.
-    """
-    seen = np.isfinite(x)
-    if len(x) < LONG * CYCLES or not np.nanmax(np.abs(x), initial=0.0) > 0:
-        return 0
-    values = np.interp(np.arange(len(x)), np.flatnonzero(seen), x[seen] / np.abs(x[seen]).max())
-    changes, both = np.diff(values, prepend=0.0), seen & np.append(False, seen[:-1])
-    times, lags, most = np.arange(len(x)), torch.arange(len(x)), min(most, len(x))
-    values -= np.polyval(np.polyfit(times[seen], values[seen], 1), times)  # a trend would shorten a season
-    for part, known in ((values, seen), (changes, both)):
-        if not known.any():
-            continue
-        usual = np.clip(part, *np.quantile(part[known], (EXTREME, 1 - EXTREME)))
-        usual = (usual - usual.mean(where=known)) * known
-        if not (largest := np.abs(usual).max()) > 0:
-            continue
-        weights = torch.from_numpy(known.astype(float))
-        found, pairs = autocorrelation(torch.from_numpy(usual / largest), weights, len(x))
-        found = torch.where(is_peak(found) & (pairs > 0.5), found, 0.0)
-        short = int((found * (1 - lags / most) * (lags <= most // 2)).argmax())
-        missed = torch.where((lags > max(LONG, short)) & (lags <= len(x) // CYCLES), 1 - found, 1.0)
-        long = int((missed / (1 - lags / len(x))).argmin())
-        if missed[long] <= min(0.5, float(1 - found[short]) / 2):
-            return long
-    return 0
 
 
 class Patches(NamedTuple):

@@ -19,7 +19,8 @@ from experiments.forecasting.adapter import Reading, Trained
 from experiments.forecasting.backtest import LONGEST_GAP, baseline_forecasts, filled
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.contexts import Forecast, SeriesError, SeriesForecaster, SeriesWarning
-from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, Seasons, find_seasons, long_season, patches
+from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, patches
+from experiments.forecasting.seasons import Seasons, find_seasons, without_long_seasons
 from lora import AdapterError, load_adapter
 from qwen_min.config import QwenConfig
 from qwen_min.weights import load_weights
@@ -27,7 +28,6 @@ from qwen_min.weights import load_weights
 # for contexts of at most so many time steps, the steps between two tokens; the model reads at most the last number
 STRIDES = {72: 2, 144: 4, 256: 8, 512: 16}
 MIN_STEPS = 3  # of a context
-WORTH = 1.1  # a long season is used unless values change so much more within the horizon without it
 # Zero-shot quantiles of a context of n values are so much / sqrt(n) farther from the median: real series change more
 # than synthetic ones (chosen on the M1 competition, where 80 % intervals then hold 75 to 84 %).
 WIDER = 2.0
@@ -265,7 +265,7 @@ class NumberForecaster(SeriesForecaster):
 
         Long seasons it does not read, see `without_long_seasons`.
         """
-        pairs = [without_long_seasons(array, horizon) for array in arrays]
+        pairs = [without_long_seasons(array, horizon, max(STRIDES)) for array in arrays]
         arrays = [array for array, _ in pairs]
         whole = self._by_decoder(self.base, None, arrays, horizon, progress)
         newest = [[newest_of(array, share) for array in arrays] for share in NEWEST]
@@ -296,34 +296,6 @@ class NumberForecaster(SeriesForecaster):
                 found[rows] = _quantiles(model, reading, torch.from_numpy(x), horizon, stride)
                 progress(len(rows))
         return found
-
-
-def without_long_seasons(array: np.ndarray, horizon: int) -> tuple[np.ndarray, np.ndarray]:
-    """The newest T' steps of a series (T, D), less the median of the values one, two and three seasons before each.
-
-    And what a forecast of h steps is to be raised by (h, D). A variable without a `long_season` stays as it is.
-    """
-    less, raised, first = array.copy(), np.zeros((horizon, array.shape[1])), 0
-    for variable, x in enumerate(array.T):
-        if period := long_season(x, max(STRIDES)):
-            count, known = min(3, len(x) // period - 1), np.flatnonzero(np.isfinite(x))
-            whole = np.interp(np.arange(len(x)), known, x[known])
-            whole = np.append(whole, np.resize(whole[-period:], horizon))
-            before = [whole[(count - back) * period : len(whole) - back * period] for back in range(1, count + 1)]
-            medians, begin = np.median(before, axis=0), count * period
-            left, steps = x[begin:] - medians[:-horizon], min(horizon, period // 2)
-            if change(left, steps) > WORTH * change(x[begin:], steps):
-                continue  # in so few steps the season hardly moves, and the medians have noise
-            less[begin:, variable], first = left, max(first, begin)
-            raised[:, variable] = medians[-horizon:]
-    is_known = np.isfinite(less[first:]).any(axis=0).all()
-    return (less[first:], raised) if is_known else (array, np.zeros_like(raised))
-
-
-def change(x: np.ndarray, most: int) -> float:
-    """The mean absolute change of values (T) over 1 to `most` steps, eight numbers of them."""
-    gaps = [np.abs(x[step:] - x[:-step]) for step in {*np.linspace(1, most, 8).astype(int).tolist()}]
-    return float(np.nanmean(np.concatenate(gaps)))
 
 
 def late_steps(array: np.ndarray) -> int:

@@ -222,7 +222,8 @@ def by_flops(
                 kind = re.sub("-[^,]*", "", method.rpartition(": ")[2])
                 points.setdefault(kind, []).append((experiment.flops[convention], errors.mse_filled, low, high))
             elif errors.mse_filled not in levels.values():  # two runs have the same untrained model
-                levels[method] = errors.mse_filled
+                name = method.rpartition(": ")[2]
+                levels[method if name in levels else name] = errors.mse_filled
     if (split, part) == ("val", "first"):
         theirs = published.VALIDATION.values()
         points["published"] = [(10**log10, error, error, error) for error, _, log10 in theirs if log10]

@@ -97,14 +97,8 @@ class Finetuning:
         self.variables = variables or ([*frames[0].columns] if frames else None)
         if times is None and len(frames) == len(self.series):
             times = tables.common_times(frames)
-        times = None if times is None else [np.asarray(one) for one in times]
-        if times is not None and not (
-            [one.shape for one in times] == [one.shape[:1] for one in self.series]
-            and all(one.dtype.kind in "iu" and (np.diff(one) > 0).all() for one in times)
-        ):
-            raise TrainingError("times: expected rising whole numbers, one for each time step of each series")
-        self.times = times
-        self.parts, self.season, self.budget = split(self.series, horizon, times), season, budget
+        self.times = None if times is None else checked_times(times, self.series)
+        self.parts, self.season, self.budget = split(self.series, horizon, self.times), season, budget
         if forecaster.checkpoint is None:
             raise TrainingError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
         if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
@@ -265,6 +259,16 @@ class Finetuning:
         names = ("after", "low", "high")[: after.shape[1]]  # without quantiles there are no bounds
         ours = dict(zip(names, after.swapaxes(0, 1), strict=True))
         return columns | {"before": before[:, 0]} | ours
+
+
+def checked_times(times: Sequence, series: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """The times (T) of each of N series (T, D) as arrays. Raises TrainingError if they are none."""
+    arrays = [np.asarray(one) for one in times]
+    if [one.shape for one in arrays] != [one.shape[:1] for one in series] or not all(
+        one.dtype.kind in "iu" and (np.diff(one) > 0).all() for one in arrays
+    ):
+        raise TrainingError("times: expected rising whole numbers, one for each time step of each series")
+    return arrays
 
 
 def train_and_choose(

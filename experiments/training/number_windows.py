@@ -12,7 +12,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor, nn
 
 from experiments.forecasting.adapter import Reading
-from experiments.forecasting.numbers import AHEAD, FEATURES, LEVELS, Numbers, Patches, find_seasons, patches
+from experiments.forecasting.numbers import AHEAD, FEATURES, LEVELS, Numbers, Patches, patches
+from experiments.forecasting.seasons import find_seasons
 from experiments.forecasting.values import MIN_STEPS, Scale, statistics
 from experiments.training.settings import Training
 from experiments.training.windows import Windows

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from experiments.forecasting.numbers import AHEAD, PATCH, Numbers, find_seasons, patches
+from experiments.forecasting.numbers import AHEAD, PATCH, Numbers, patches
+from experiments.forecasting.seasons import find_seasons
 from experiments.forecasting.values import Scale, statistics
 from experiments.storage.files import RunError, write_whole
 from experiments.storage.interruption import Interruption
