@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -5,6 +8,8 @@ from experiments.forecasting import gru
 from experiments.forecasting.baselines import ar, context_mean, seasonal, var
 from experiments.forecasting.encoding import Encoding
 from experiments.study import data
+
+KEPT = Path(__file__).parents[1] / "results/quick/baselines.json"
 
 
 def squared(baseline, series):
@@ -34,19 +39,32 @@ def test_the_seasonal_baseline_repeats_a_fractional_period_or_the_given_one():
     np.testing.assert_allclose(seasonal(context, 3, 50)[0], context[0, :3])
 
 
-@pytest.mark.slow
-def test_the_network_beats_the_context_mean_and_depends_on_the_seed_alone(monkeypatch, simulated):
-    trajectories, parts = simulated, data.split(1000)
+def in_the_text(trajectories):
+    """The series of each part, scaled: (N, 100, 2); those to train on in the digits of the text."""
+    parts = data.split(1000)
     scaled = Encoding.fit(trajectories[parts.train]).scaled(trajectories).astype(np.float64)
-    train, val = scaled[parts.train], scaled[parts.val]
-    monkeypatch.setattr(gru, "STEPS", 150)  # instead of 2000
-    forecast = gru.fit(train.round(2))
+    return scaled[parts.train].round(2), scaled[parts.val], scaled[parts.test]
+
+
+def test_the_network_of_the_study_need_not_be_trained_again(simulated, monkeypatch):
+    train, _, test = in_the_text(simulated)
+    monkeypatch.setattr(gru, "fit", lambda series, seed, steps, progress: (seed, steps))
+    network = gru.load_or_fit(train, 0)
+    kept = json.loads(KEPT.read_text())["GRU trained on the 700"]["test"]["all"]
+    assert squared(network.forecast, test).mean() == pytest.approx(kept["mse"], rel=1e-3)
+    assert gru.load_or_fit(train, 1) == (1, gru.STEPS)
+    assert gru.load_or_fit(train[:-1], 0) == (0, gru.STEPS)
+
+
+@pytest.mark.slow
+def test_the_network_beats_the_context_mean_and_depends_on_the_seed_alone(simulated):
+    train, val, _ = in_the_text(simulated)
+    forecast = gru.fit(train, steps=150).forecast
     assert (forecast(val[:, :70], 10) >= 0).all()
     errors = squared(forecast, val)
     assert errors.mean() < 0.5 * squared(context_mean, val).mean()
     assert np.median(errors) < 0.006
-    monkeypatch.setattr(gru, "STEPS", 3)
     train = train[:5]
-    first, again, other = (gru.fit(train, seed)(train[:, :40], 4) for seed in (0, 0, 1))
+    first, again, other = (gru.fit(train, seed, 3).forecast(train[:, :40], 4) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)

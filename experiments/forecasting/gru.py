@@ -3,12 +3,20 @@
 N series, T time steps, C context steps, D variables, h forecast steps, B rows. All values are in scaled units.
 """
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from experiments.storage.files import write_whole
+
+# trained with seed 0 on the study's series, which takes a minute: `qwen-min pretrain gru FOLDER`
+TRAINED = Path(__file__).with_suffix(".safetensors")
 HIDDEN, STEPS, BATCH, LEARNING_RATE = 64, 2000, 32, 2e-2
 ROLLOUT_STEPS = 10  # training rolls out so many steps on the network's own forecasts
 FIRST_ROLLOUT, ROLLOUT_SPACING = 30, 10  # roll-outs start after at least so many steps, and then every so many steps
@@ -16,7 +24,7 @@ LOG_OFFSET = 0.05  # added to values before their logarithm
 LOSS_OFFSET = 1e-4  # added to squared errors, in units of the data's variance: the loss hardly rewards smaller errors
 
 
-class _Network(nn.Module):
+class GRU(nn.Module):
     """A GRU. The next step is the present one plus a linear map of the state.
 
     The inputs include logarithms, because these tell low populations apart.
@@ -49,28 +57,33 @@ class _Network(nn.Module):
             path.append(following[:, 0])
         return torch.stack(path, 1)
 
+    @torch.no_grad()
+    def forecast(self, contexts: np.ndarray, horizon: int) -> np.ndarray:
+        """The forecasts (N, h, D) of contexts (N, C, D)."""
+        states, following = self.read(torch.from_numpy(contexts).float())
+        return self.roll(states[:, -1], following[:, -1], horizon).clamp(min=0).double().numpy()
+
 
 def fit(
-    train: np.ndarray, seed: int = 0, progress: Callable[[int], object] = lambda count: None
-) -> Callable[[np.ndarray, int], np.ndarray]:
-    """Train on series (N, T, D), on the CPU. Returns a function of contexts (N, C, D) and a horizon: (N, h, D).
+    train: np.ndarray, seed: int = 0, steps: int = STEPS, progress: Callable[[int], object] = lambda count: None
+) -> GRU:
+    """A network trained on series (N, T, D) for so many steps, on the CPU; progress is called with 1 after each.
 
-    progress is called with 1 after each of STEPS steps.
-    The result depends on train and seed alone; no validation data decide when to stop. The loss is the mean of the
-    fourth root of the squared error of each rolled-out path: a few trajectories with sharp peaks have errors a thousand
-    times the median, and would dominate a plain mean of squares. Half as many steps more lower the median error by two
-    fifths, and change the mean no more than another seed does.
+    The result depends on series, seed and steps alone; no validation data decide when to stop. The loss is the mean of
+    the fourth root of the squared error of each rolled-out path: a few trajectories with sharp peaks have errors a
+    thousand times the median, and would dominate a plain mean of squares. Half as many steps more lower the median
+    error by two fifths, and change the mean no more than another seed does.
     """
     series, generator = torch.from_numpy(train).float(), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _Network(series)
+        network = GRU(series)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the matrices are so small that a second thread costs more time than it saves
     try:
-        for _ in range(STEPS):
+        for _ in range(steps):
             batch = series[torch.randint(0, len(series), (BATCH,), generator=generator)]
             optimizer.zero_grad()
             _loss(network, batch, generator).backward()
@@ -80,16 +93,31 @@ def fit(
             progress(1)
     finally:
         torch.set_num_threads(threads)
-
-    @torch.no_grad()
-    def forecast(contexts: np.ndarray, horizon: int) -> np.ndarray:
-        states, following = network.read(torch.from_numpy(contexts).float())
-        return network.roll(states[:, -1], following[:, -1], horizon).clamp(min=0).double().numpy()
-
-    return forecast
+    return network
 
 
-def _loss(network: _Network, batch: Tensor, generator: torch.Generator) -> Tensor:
+def save(network: GRU, path: Path, train: np.ndarray, seed: int, steps: int) -> None:
+    """Write a network into a safetensors file, with what it comes from."""
+    write_whole(path, to_bytes(network.state_dict(), _origin(train, seed, steps)))
+
+
+def load_or_fit(train: np.ndarray, seed: int, progress: Callable[[int], object] = lambda count: None) -> GRU:
+    """The network of TRAINED if that is what `fit` gives, as it is for the study's series and seed 0; else of `fit`."""
+    with safe_open(TRAINED, "pt") as file:
+        if file.metadata() != _origin(train, seed, STEPS):
+            return fit(train, seed, STEPS, progress)
+        network = GRU(torch.from_numpy(train).float())
+        network.load_state_dict({name: file.get_tensor(name) for name in network.state_dict()})
+    progress(STEPS)
+    return network
+
+
+def _origin(train: np.ndarray, seed: int, steps: int) -> dict[str, str]:
+    """What decides the weights, as the metadata of a safetensors file."""
+    return {"series": hashlib.sha256(train.tobytes()).hexdigest(), "seed": str(seed), "steps": str(steps)}
+
+
+def _loss(network: GRU, batch: Tensor, generator: torch.Generator) -> Tensor:
     """Mean fourth root of the squared errors of the paths rolled out in a batch (B, T, D)."""
     states, following = network.read(batch[:, :-ROLLOUT_STEPS])
     first = FIRST_ROLLOUT + int(torch.randint(0, ROLLOUT_SPACING, (), generator=generator))

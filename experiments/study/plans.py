@@ -98,12 +98,12 @@ def quick(seed: int) -> Plan:
     """
     grid = [Training(rank, rate, 768, 10, seed=seed) for rank, rate in product((2, 4, 8), (1e-3, 2e-3, 5e-3))]
     final = Training(
-        8, None, None, 100, stride=10, seed=seed + 2, numeric_head=True, targets=LINEAR, whole_windows=True,
+        8, None, None, 80, stride=10, seed=seed + 2, numeric_head=True, targets=LINEAR, whole_windows=True,
         cosine=True, alpha=32, clip=1.0,
     )  # fmt: skip
     chain = _chain("quick", Training(4, 1e-3, 512, 10, seed=seed), grid, [128, 512, 768], 10, final)
     last = _numbers("numbers", 434, seed, batch=16, learning_rate=1.2e-2)
-    return replace(chain, experiments=(*chain.experiments, last), chosen_on=50)
+    return replace(chain, experiments=(*chain.experiments, last), chosen_on=25)
 
 
 def _numbers(name: str, steps: int, seed: int, **changes) -> Experiment:

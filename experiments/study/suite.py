@@ -130,7 +130,8 @@ class Suite:
         write_whole(self.folder / "example.json", to_json(example))
         train = judge.scaled("train").round(judge.encoding.decimals)
         with progress_bar(gru.STEPS, "GRU, a baseline") as bar:
-            baselines = BASELINES | {f"GRU trained on the {len(train)}": gru.fit(train, judge.seed, bar.update)}
+            network = gru.load_or_fit(train, judge.seed, bar.update)
+        baselines = BASELINES | {f"GRU trained on the {len(train)}": network.forecast}
         results: dict[str, dict[str, dict]] = {}  # by baseline and split
         for split in ("val", "test"):
             context, truth = judge.context_and_truth(split)
