@@ -119,42 +119,19 @@ def config_of(model: nn.Module) -> LoraConfig:
     return LoraConfig(*settings.pop(), tuple(names))
 
 
-def merge(model: nn.Module) -> None:
-    """Merge all LoRA layers, or none if one raises. A merged model costs the same as the base model.
-
-    Raises ValueError when the model has no LoRA layer, or as `LoRALinear.merge` does.
-    """
-    layers = [layer for layer in lora_layers(model).values() if not layer.merged]
-    try:
-        for layer in layers:
-            layer.merge()
-    except BaseException:  # out of memory above all
-        for layer in layers:
-            layer.unmerge()
-        raise
-
-
-def unmerge(model: nn.Module) -> None:
-    """Undo `merge`, bit for bit. Raises ValueError when the model has no LoRA layer."""
-    for layer in lora_layers(model).values():
-        layer.unmerge()
-
-
 def merge_and_unload(model: nn.Module) -> None:
-    """Merge the adapter for good: the model is an ordinary one then, with the merged weights under the usual names.
+    """Add the adapter to the weights: the model is an ordinary one then, and costs the same as before `inject`.
 
-    Raises ValueError as `merge` does, and changes nothing then.
+    Raises ValueError when the model has no LoRA layer, or as `LoRALinear.merged_weight` does; it changes nothing then.
     """
-    merge(model)
-    for name, layer in lora_layers(model).items():
+    layers = lora_layers(model)
+    merged = {name: layer.merged_weight() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.base_layer.weight.data = merged[name]
         model.set_submodule(name, layer.base_layer)
 
 
 def remove(model: nn.Module) -> None:
-    """Remove the LoRA layers. The base weights are those before `inject`, bit for bit, and stay frozen.
-
-    Raises ValueError when the model has no LoRA layer.
-    """
+    """Remove the LoRA layers; the base weights stay frozen. Raises ValueError when the model has no LoRA layer."""
     for name, layer in lora_layers(model).items():
-        layer.unmerge()
         model.set_submodule(name, layer.base_layer)

@@ -57,21 +57,10 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         self.to(base_layer.weight.device)
-        self._base_weight: Tensor | None
-        self.register_buffer("_base_weight", None, persistent=False)  # the unmerged weight, while merged
-        self.register_state_dict_pre_hook(_refuse_merged)
-        self.register_load_state_dict_pre_hook(_refuse_merged)
-
-    @property
-    def merged(self) -> bool:
-        """True while the update is added to the base weight."""
-        return self._base_weight is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., O) for x (..., I), in the dtype of the base layer's output."""
         y = self.base_layer(x)  # (..., O)
-        if self.merged:
-            return y
         return (y + _LowRank.apply(x, self.lora_A.weight, self.lora_B.weight, self.scale)).to(y.dtype)
 
     @torch.no_grad()
@@ -81,25 +70,10 @@ class LoRALinear(nn.Module):
             return self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Add the update to the base weight; the sum is computed in fp32.
-
-        Raises AdapterError, and changes nothing, when the merged weight is not finite.
-        """
-        if self.merged:
-            return
+    def merged_weight(self) -> Tensor:
+        """The base weight plus the update, added in fp32. Raises AdapterError when it is not finite."""
         weight = self.base_layer.weight
         merged = (weight.float() + self.delta()).to(weight.dtype)
         if not merged.isfinite().all():
             raise AdapterError("the merged weight is not finite: the adapter is damaged, or its training diverged")
-        self._base_weight, self.base_layer.weight.data = weight.data, merged
-
-    def unmerge(self) -> None:
-        """Restore the base weight, bit for bit."""
-        if self._base_weight is not None:
-            self.base_layer.weight.data, self._base_weight = self._base_weight, None
-
-
-def _refuse_merged(layer: LoRALinear, *_) -> None:
-    if layer.merged:
-        raise AdapterError("a merged model: its weights hold the adapter already; call unmerge, or merge_and_unload")
+        return merged

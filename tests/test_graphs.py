@@ -12,7 +12,7 @@ from conftest import random_model, real_tokens
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
-from lora import LoraConfig, adapter_parameters, inject, merge, remove, unmerge
+from lora import LoraConfig, adapter_parameters, inject, merge_and_unload, remove
 from qwen_min import continuation as module
 from qwen_min.continuation import Continuation, ReusedCache
 from qwen_min.generation import prefill
@@ -82,9 +82,9 @@ def test_a_trained_adapter_reuses_the_graphs_and_another_one_is_captured(monkeyp
     assert_fresh(2)
     model.model.layers[1].self_attn.q_proj.scale = 3.0  # a graph holds it as a constant
     assert_fresh(3)
-    merge(model)
+    merge_and_unload(model)
     assert_fresh(4)
-    unmerge(model)
+    inject(model, LoraConfig(rank=2, alpha=2))
     assert_fresh(5)
     remove(model)
     assert_fresh(6)
