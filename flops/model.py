@@ -69,10 +69,10 @@ def query_blocks(new: int, cached: int) -> list[tuple[int, int]]:
     return [(min(QUERY_BLOCK, new - start), cached + min(start + QUERY_BLOCK, new)) for start in starts]
 
 
-def attention(config: QwenConfig, batch: int, new: int, cached: int, padded: bool) -> dict[str, int]:
-    """FLOPs by operator of attention as it runs: in blocks or in one fused kernel; padded: with an attention mask."""
+def attention(config: QwenConfig, batch: int, new: int, cached: int) -> dict[str, int]:
+    """FLOPs by operator of attention as it runs: in blocks or in one fused kernel."""
     heads, size = config.num_attention_heads, config.head_dim
-    if not runs_in_blocks(new, masked=padded or cached > 0):
+    if not runs_in_blocks(new, masked=cached > 0):
         return p.attention(batch, heads, new, cached + new, size)
     flops = {"q k^T": 0, "scale": 0, "softmax": 0, "weights v": 0}
     for queries, keys in query_blocks(new, cached):
@@ -84,9 +84,7 @@ def attention(config: QwenConfig, batch: int, new: int, cached: int, padded: boo
     return flops
 
 
-def block(
-    config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: dict[str, int], padded: bool = False
-) -> list[Op]:
+def block(config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: dict[str, int]) -> list[Op]:
     """The operators of one layer for B x T new tokens after `cached` tokens; the other arguments as in `forward`."""
     rows, exact = batch * new, convention == "exact"
     hidden, size, heads = config.hidden_size, config.head_dim, config.num_attention_heads
@@ -103,7 +101,7 @@ def block(
     ]
     if exact:
         ops.append(Op("rotate q, k", rotate(rows * (heads + kv_heads), size)))
-        pairs = attention(config, batch, new, cached, padded)
+        pairs = attention(config, batch, new, cached)
     else:
         pairs = p.attention(batch, heads, new, cached + new, size)
     ops += [Op(name, flops) for name, flops in pairs.items() if convention != "published" or name != "scale"]
@@ -144,7 +142,6 @@ def check_pass(
     cached: int,
     ranks: dict[str, int] | None,
     head: str,
-    padded: bool,
     vocabulary: int | None,
 ) -> None:
     """Raise ValueError for a pass that the code does not have; arguments of `forward`."""
@@ -152,8 +149,8 @@ def check_pass(
         raise ValueError(f"ranks has {', '.join(unknown)}, expected some of {', '.join(PROJECTIONS)}")
     if head not in ("all", "last", "loss"):
         raise ValueError(f"head is {head!r}, expected 'all', 'last' or 'loss'")
-    if head == "loss" and (cached or padded):
-        raise ValueError("head is 'loss' with cached tokens or padding; a loss has no cache and no attention mask")
+    if head == "loss" and cached:
+        raise ValueError("head is 'loss' with cached tokens; a loss has no cache")
     if head != "loss" and vocabulary is not None:
         raise ValueError(f"vocabulary is {vocabulary} with head {head!r}; only a loss runs over some tokens")
     fewest = 2 if head == "loss" else 1  # a loss needs a next token
@@ -178,30 +175,27 @@ def forward(
     convention: str = "exact",
     ranks: dict[str, int] | None = None,
     head: str = "all",
-    padded: bool = False,
     vocabulary: int | None = None,
 ) -> list[Op]:
     """The operators of one forward pass over B x T new tokens after `cached` tokens; `total` adds them up.
 
     convention: a key of CONVENTIONS. ranks: LoRA rank by module name, such as {"q_proj": 8, "v_proj": 8}. head: "all"
-    logits, those of the "last" position only, or the "loss" of all positions. padded: with an attention mask.
-    vocabulary: the number of tokens that the softmax of the loss runs over, None for all. A prefill has cached = 0, a
-    decode step has new = 1. Several samples of one prompt (`ForkedCache`) cost slightly less: there the queries are
-    scaled, not the scores. Raises ValueError for an unknown convention or head, or a pass that the code does not have.
+    logits, those of the "last" position only, or the "loss" of all positions. vocabulary: the number of tokens that the
+    softmax of the loss runs over, None for all. A prefill has cached = 0, a decode step has new = 1. Several samples of
+    one prompt (`ForkedCache`) cost slightly less: there the queries are scaled, not the scores. A mask for padding adds
+    the counting of positions. Raises ValueError for an unknown convention, or a pass that the code does not have.
     """
     if convention not in CONVENTIONS:
         raise ValueError(f"convention is {convention!r}, expected one of {', '.join(CONVENTIONS)}")
-    check_pass(config, batch, new, cached, ranks, head, padded, vocabulary)
+    check_pass(config, batch, new, cached, ranks, head, vocabulary)
     exact = convention == "exact"
     hidden, vocabulary, rows = config.hidden_size, vocabulary or config.vocab_size, batch * new
     ops = []
     if not exact:
         ops.append(Op("add positions", rows * hidden * ADD))
     else:
-        if padded:  # the cumulative sum of the mask over all columns, minus one
-            ops.append(Op("positions", batch * (p.reduction(cached + new) + (cached + new) * ADD)))
-        ops.append(Op("rotary tables", rotary_tables(rows if padded else new, config.head_dim)))
-    layer = block(config, batch, new, cached, convention, {} if convention == "published" else ranks or {}, padded)
+        ops.append(Op("rotary tables", rotary_tables(new, config.head_dim)))
+    layer = block(config, batch, new, cached, convention, {} if convention == "published" else ranks or {})
     ops += [Op(op.name, op.flops * config.num_hidden_layers) for op in layer]
     ops.append(Op("norm", rms_norm(rows, hidden, convention)))
     # the last token of a row has no next token, so the code computes no logits for it

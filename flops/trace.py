@@ -21,6 +21,7 @@ from flops.primitives import ADD, EXP, MUL, SILU_BACKWARD, TRIG, matmul
 from lora import LoraConfig, inject
 from qwen_min.cache import KVCache
 from qwen_min.config import QwenConfig
+from qwen_min.linear import linear
 from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
 
@@ -166,14 +167,12 @@ def trace_forward(
     *,
     ranks: dict[str, int] | None = None,
     head: str = "all",
-    padded: bool = False,
     vocabulary: int | None = None,
 ) -> Counter:
     """FLOPs by operator name of one forward pass; arguments and errors as in `flops.model.forward`."""
-    check_pass(config, batch, new, cached, ranks, head, padded, vocabulary)
+    check_pass(config, batch, new, cached, ranks, head, vocabulary)
     model, ids = meta_model(config, ranks), torch.empty(batch, new, dtype=torch.long, device="meta")
     tokens = None if vocabulary is None else torch.empty(vocabulary, dtype=torch.long, device="meta")
-    mask = torch.empty(batch, cached + new, dtype=torch.long, device="meta") if padded else None
     cache = None
     if cached:
         cache = KVCache(config, batch, cached + new, device="meta")
@@ -182,7 +181,8 @@ def trace_forward(
         if head == "loss":
             next_token_loss(model, ids, vocabulary=tokens)
         else:
-            model(ids, cache, mask, last_only=head == "last")
+            hidden = model.model(ids, cache)
+            linear(hidden if head == "all" else hidden[:, -1], model.head_weight)
     return tracer.flops
 
 

@@ -123,7 +123,7 @@ def backward(
     With ranks, the base is frozen and only the adapters train; without ranks, every weight trains. Raises ValueError
     for a pass that the code does not have.
     """
-    check_pass(config, batch, context, 0, ranks, "loss", False, vocabulary)
+    check_pass(config, batch, context, 0, ranks, "loss", vocabulary)
     ranks, trains = ranks or {}, not ranks
     rows, hidden = batch * context, config.hidden_size
     head_rows = batch * (context - 1)

@@ -25,7 +25,7 @@ class ChatTemplate:
     """
 
     def __init__(self, folder: Path):
-        self.path, self.source, self.special_tokens = _read(Path(folder))
+        self.path, source, self.special_tokens = _read(Path(folder))
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
@@ -33,7 +33,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            self._template = environment.from_string(self.source)
+            self._template = environment.from_string(source)
         except Exception as error:  # deep nesting is a RecursionError
             raise CheckpointError(f"{self.path}: not a readable chat template ({error})") from error
 
@@ -49,16 +49,12 @@ class ChatTemplate:
             reason = str(error) or type(error).__name__
             raise CheckpointError(f"{self.path}: the chat template refuses the conversation ({reason})") from error
 
-    def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], allow_special: bool = False
-    ) -> list[int]:
-        """The token ids of a conversation, as `render` writes it.
+    def encode(self, tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """The token ids of a conversation, as `render` writes it. Errors as in `render` and of the tokenizer.
 
-        Control tokens come from the template alone: in a message they are the characters that they consist of. With
-        allow_special they stay control tokens, the default of transformers. Errors as in `render` and of the tokenizer.
+        Control tokens come from the template alone: in a message they are the characters that they consist of, unlike
+        in transformers.
         """
-        if allow_special:
-            return tokenizer.encode(self.render(messages))
         control = sorted(tokenizer.control_tokens, key=len, reverse=True)  # a token may begin with another one
         whole = "|".join(map(re.escape, control))
         begun = "|".join(re.escape(token[:size]) for token in control for size in range(len(token) - 1, 0, -1))

@@ -212,17 +212,12 @@ class Qwen(nn.Module):
         """The head's matrix (V, C)."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(
-        self, ids: Tensor, cache: KVCache | None = None, attention_mask: Tensor | None = None, last_only: bool = False
-    ) -> Tensor:
-        """Logits (B, T, V) of ids (B, T), or (B, 1, V) with last_only.
+    def forward(self, ids: Tensor, cache: KVCache | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of ids (B, T).
 
         With a cache, ids continue the tokens in the cache, and its length grows by T. attention_mask (B, S) covers
         cached and new tokens: 1 on real tokens, 0 on left padding; None means no padding.
         Raises ValueError when the tokens exceed the model's positions or the cache's capacity, or when the cache or the
         mask has the wrong shape.
         """
-        hidden = self.model(ids, cache, attention_mask)
-        if last_only:  # 2-D, because matmul with a strided 3-D input would copy the whole head
-            return linear(hidden[:, -1], self.head_weight)[:, None]
-        return linear(hidden, self.head_weight)
+        return linear(self.model(ids, cache, attention_mask), self.head_weight)

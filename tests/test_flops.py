@@ -21,12 +21,9 @@ LORA = {"q_proj": 8, "v_proj": 8}
 PASSES = {
     "prefill": {"new": 7},
     "prefill, last logits": {"new": 7, "head": "last"},
-    "padded prefill": {"new": 7, "padded": True},
     "prefill of several blocks": {"new": 150},
-    "padded prefill of several blocks": {"new": 150, "padded": True},
     "several blocks, cached": {"new": 100, "cached": 50},
     "decode": {"new": 1, "cached": 9},
-    "padded decode": {"new": 1, "cached": 9, "padded": True},
     "several cached": {"new": 4, "cached": 9},
     "training": {"new": 7, "head": "loss"},
     "prefill, LoRA": {"new": 7, "ranks": {"q_proj": 3, "v_proj": 3}},
@@ -85,9 +82,9 @@ def test_a_real_pass_over_512_tokens_on_the_cpu_dispatches_what_is_counted(dtype
     assert tracer.total == total(forward(config, 2, 512))
     cache = KVCache(config, 2, 512, dtype=dtype)
     with torch.no_grad(), Tracer() as tracer:
-        model(ids[:, :500], cache, last_only=True)
+        model(ids[:, :500], cache)
         model(ids[:, 500:501], cache)
-    assert tracer.total == total(forward(config, 2, 500, head="last")) + total(forward(config, 2, 1, 500))
+    assert tracer.total == total(forward(config, 2, 500)) + total(forward(config, 2, 1, 500))
     inject(model, LoraConfig(rank=2, alpha=2))
     with Tracer() as tracer:
         next_token_loss(model, ids).backward()
@@ -160,7 +157,7 @@ def test_generation_is_priced(model, arguments):
     with Tracer() as tracer:
         found = generate(model, prompts, **arguments)
     assert torch.equal(found.tokens, wanted.tokens)
-    assert tracer.total > total(forward(model.config, 2, 3, head="last", padded=True))
+    assert tracer.total > total(forward(model.config, 2, 3, head="last"))
 
 
 @pytest.mark.parametrize("smallest_packed", [1, 2**30])
@@ -192,7 +189,6 @@ def test_an_operator_without_a_price_does_not_run():
     "arguments",
     [
         {"head": "loss", "cached": 3},
-        {"head": "loss", "padded": True},
         {"head": "all", "vocabulary": 13},
         {"head": "last", "vocabulary": 13},
         {"ranks": {"q_porj": 8}},

@@ -198,7 +198,7 @@ def test_real_chat_tokens_agree(real_checkpoint, conversation):
     assert template.encode(ours, conversation) == wanted
     conversation = [*conversation, {"role": "assistant", "content": "so"}, {"role": "user", "content": INJECTED}]
     injected = theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-    assert template.encode(ours, conversation, allow_special=True) == injected
+    assert ours.encode(template.render(conversation)) == injected
     safe = template.encode(ours, conversation)
     control = set(ours.control_tokens.values())
     assert sum(i in control for i in safe) == sum(i in control for i in injected) - 3
