@@ -60,42 +60,33 @@ class QwenConfig:
     def from_dict(cls, record: dict) -> "QwenConfig":
         """Build the config from a parsed `config.json`; fields that do not affect the computation are ignored.
 
-        Raises CheckpointError, which names the field, for a missing or malformed field and for what is not implemented:
-        another model type or activation, quantised weights, sliding windows, dual-chunk or bidirectional attention,
-        scaled rotary positions.
+        Raises CheckpointError, which names the field, for a missing or malformed one and for what is not implemented.
         """
-        # transformers 5 writes rope_theta inside rope_parameters, which it prefers; earlier versions at the top level
+        record = {"tie_word_embeddings": False, "is_causal": True, "hidden_act": "silu"} | record
         rope, layers = record.get("rope_parameters") or {}, record.get("layer_types") or []
-        if not (isinstance(rope, dict) and isinstance(layers, list)):
-            raise CheckpointError(
-                f"config.json: rope_parameters is {rope!r}, layer_types is {layers!r}; expected an object and a list"
-            )
-        defaults = {"tie_word_embeddings": False, "is_causal": True, "hidden_act": "silu"}
-        record = defaults | record
-        if rope.get("rope_theta") is not None:
-            record["rope_theta"] = rope["rope_theta"]
-        if record.get("num_key_value_heads", ...) is None:  # as in transformers; a missing field stays an error
-            record["num_key_value_heads"] = record.get("num_attention_heads")
-        scaled = [record.get("rope_scaling") or {}, {name: rope[name] for name in rope if name != "rope_theta"}]
         supported = {
             "model_type": (record.get("model_type") == "qwen2", "'qwen2'"),
             "quantization_config": (not record.get("quantization_config"), "null: the weights are quantised"),
             "quantization": (not record.get("quantization"), "null: the weights are quantised"),
             "is_causal": (record["is_causal"] is True, "true: only causal attention is implemented"),
             "use_sliding_window": (not record.get("use_sliding_window"), "false: only full attention is implemented"),
-            "layer_types": (set(layers) <= {"full_attention"}, "full_attention alone"),
+            "layer_types": (isinstance(layers, list) and {*layers} <= {"full_attention"}, "[full_attention, ...]"),
             "dual_chunk_attention_config": (
                 not record.get("dual_chunk_attention_config"),
                 "null: it changes nothing up to its original_max_position_embeddings, so remove it and set "
                 "max_position_embeddings to that number",
             ),
-            "rope_scaling": (_unscaled(scaled[0]), "null: only unscaled rotary positions are implemented"),
-            "rope_parameters": (_unscaled(scaled[1]), "only rope_theta: rotary positions are not scaled here"),
+            "rope_scaling": (_unscaled(record.get("rope_scaling") or {}), "null: rotary positions are not scaled here"),
+            "rope_parameters": (_unscaled(rope, "rope_theta"), "only rope_theta: rotary positions are not scaled here"),
             "hidden_act": (record["hidden_act"] == "silu", "'silu'"),
         }
         for name, (right, expected) in supported.items():
             if not right:
                 raise CheckpointError(f"config.json: {name} is {record.get(name)!r}, expected {expected}")
+        if rope.get("rope_theta") is not None:  # transformers 5 writes it here, and prefers it to that at the top level
+            record["rope_theta"] = rope["rope_theta"]
+        if record.get("num_key_value_heads", ...) is None:  # as in transformers; a missing field stays an error
+            record["num_key_value_heads"] = record.get("num_attention_heads")
         names = [field.name for field in fields(cls)]
         if missing := [name for name in names if record.get(name) is None]:
             raise CheckpointError(f"config.json: missing {', '.join(missing)}")
@@ -122,7 +113,8 @@ def read_json(path: Path) -> dict:
     return record
 
 
-def _unscaled(scaling: object) -> bool:
+def _unscaled(scaling: object, *others: str) -> bool:
+    """True for a dictionary of the type "default", with no fields but `others`."""
     return isinstance(scaling, dict) and all(
-        name in ("rope_type", "type") and value == "default" for name, value in scaling.items()
+        name in others or (name in ("rope_type", "type") and value == "default") for name, value in scaling.items()
     )
