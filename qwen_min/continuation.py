@@ -158,7 +158,6 @@ def _capture(run: Callable[[], Tensor], device: torch.device) -> tuple[torch.cud
     """Capture run() as a graph: (graph, the tensor that each replay writes the result to).
 
     run() runs once before the capture, because kernels initialise lazily; this writes the same values as the replay.
-    Raises torch.OutOfMemoryError when the device has too little memory.
     """
     with torch.cuda.device(device):  # streams and graphs belong to the current device
         stream, before = _stream(device), torch.cuda.current_stream()
@@ -166,16 +165,9 @@ def _capture(run: Callable[[], Tensor], device: torch.device) -> tuple[torch.cud
         with torch.cuda.stream(stream):
             run()
             graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, stream=stream):
-                    result = run()
-            except RuntimeError as error:
-                # a capture that is interrupted by an error raises another error at its end, which hides the first
-                if isinstance(error.__context__, torch.OutOfMemoryError):
-                    raise error.__context__ from None
-                raise
-            finally:
-                before.wait_stream(stream)
+            with torch.cuda.graph(graph, stream=stream):
+                result = run()
+        before.wait_stream(stream)
     return graph, result
 
 

@@ -1,8 +1,5 @@
 """The rules of a captured pass, checked on the CPU: see `recorded`."""
 
-import contextlib
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +10,6 @@ from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
 from lora import LoraConfig, adapter_parameters, inject, merge_and_unload, remove
-from qwen_min import continuation as module
 from qwen_min.continuation import Continuation, ReusedCache
 from qwen_min.generation import prefill
 
@@ -113,29 +109,3 @@ def test_the_chunks_of_a_forecast_share_their_graphs(monkeypatch, tiny, simulate
     monkeypatch.setattr("experiments.forecasting.text.rows_at_once", lambda model, columns: 2)
     np.testing.assert_array_equal(TextForecaster(*tiny).forecast(contexts, 3, samples=samples).values, wanted.values)
     assert recorded.Graph.captured == 2
-
-
-def test_a_capture_without_enough_memory_says_so(monkeypatch):
-    """On a GPU, a capture that is interrupted by an error raises another error at its end."""
-
-    @contextlib.contextmanager
-    def cut_short(graph, stream):
-        try:
-            yield
-        finally:
-            raise RuntimeError("operation failed due to a previous error during capture")
-
-    contexts = {name: lambda *_: contextlib.nullcontext() for name in ("device", "stream")}
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in (contexts | {"graph": cut_short, "CUDAGraph": object, "current_stream": lambda: stream}).items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(module, "_stream", lambda device: stream)
-    passes = []
-
-    def run():
-        passes.append(1)
-        if len(passes) == 2:
-            raise torch.OutOfMemoryError("out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        module._capture(run, torch.device("cpu"))
