@@ -26,6 +26,7 @@ CONVENTIONS = {
     "counted",
 }
 
+Ranks = dict[str, int]  # LoRA ranks by module name
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -84,7 +85,7 @@ def attention(config: QwenConfig, batch: int, new: int, cached: int) -> dict[str
     return flops
 
 
-def block(config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: dict[str, int]) -> list[Op]:
+def block(config: QwenConfig, batch: int, new: int, cached: int, convention: str, ranks: Ranks) -> list[Op]:
     """The operators of one layer for B x T new tokens after `cached` tokens; the other arguments as in `forward`."""
     rows, exact = batch * new, convention == "exact"
     hidden, size, heads = config.hidden_size, config.head_dim, config.num_attention_heads
@@ -136,13 +137,7 @@ def loss(batch: int, new: int, vocabulary: int, convention: str) -> int:
 
 
 def check_pass(
-    config: QwenConfig,
-    batch: int,
-    new: int,
-    cached: int,
-    ranks: dict[str, int] | None,
-    head: str,
-    vocabulary: int | None,
+    config: QwenConfig, batch: int, new: int, cached: int, ranks: Ranks | None, head: str, vocabulary: int | None
 ) -> None:
     """Raise ValueError for a pass that the code does not have; arguments of `forward`."""
     if unknown := sorted(set(ranks or {}) - set(PROJECTIONS)):
@@ -173,13 +168,13 @@ def forward(
     cached: int = 0,
     *,
     convention: str = "exact",
-    ranks: dict[str, int] | None = None,
+    ranks: Ranks | None = None,
     head: str = "all",
     vocabulary: int | None = None,
 ) -> list[Op]:
     """The operators of one forward pass over B x T new tokens after `cached` tokens; `total` adds them up.
 
-    convention: a key of CONVENTIONS. ranks: LoRA rank by module name, such as {"q_proj": 8, "v_proj": 8}. head: "all"
+    convention: a key of CONVENTIONS. ranks: LoRA ranks, such as {"q_proj": 8, "v_proj": 8}. head: "all"
     logits, those of the "last" position only, or the "loss" of all positions. vocabulary: the number of tokens that the
     softmax of the loss runs over, None for all. A prefill has cached = 0, a decode step has new = 1. Several samples of
     one prompt (`ForkedCache`) cost slightly less: there the queries are scaled, not the scores. A mask for padding adds

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from flops import primitives as p
-from flops.model import check_pass
+from flops.model import Ranks, check_pass
 from flops.primitives import ADD, EXP, MUL, SILU_BACKWARD, TRIG, matmul
 from lora import LoraConfig, inject
 from qwen_min.cache import KVCache
@@ -149,7 +149,7 @@ class Tracer(TorchDispatchMode):
         return self.flops.total()
 
 
-def meta_model(config: QwenConfig, ranks: dict[str, int] | None = None) -> Qwen:
+def meta_model(config: QwenConfig, ranks: Ranks | None) -> Qwen:
     """The real model on the meta device, frozen, with LoRA of the given ranks on the named modules."""
     with torch.device("meta"):
         model = Qwen(config)
@@ -165,7 +165,7 @@ def trace_forward(
     new: int,
     cached: int = 0,
     *,
-    ranks: dict[str, int] | None = None,
+    ranks: Ranks | None = None,
     head: str = "all",
     vocabulary: int | None = None,
 ) -> Counter:
@@ -188,7 +188,7 @@ def trace_forward(
 
 @torch.enable_grad()
 def trace_training_step(
-    config: QwenConfig, batch: int, context: int, ranks: dict[str, int] | None = None, vocabulary: int | None = None
+    config: QwenConfig, batch: int, context: int, ranks: Ranks | None = None, vocabulary: int | None = None
 ) -> tuple[int, int]:
     """(FLOPs of the forward pass with loss, FLOPs of the backward pass); arguments as in `flops.training.backward`.
 
