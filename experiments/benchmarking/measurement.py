@@ -13,7 +13,7 @@ import torch
 from experiments.benchmarking.engines import Engine, LlamaCpp, LlamaCppQ8, OpenVINO, OpenVINOQ8
 from experiments.benchmarking.side import TOKENS_PER_STEP, BenchmarkError, Setup, Side, ask, processes
 from experiments.benchmarking.torch_sides import Ours, Transformers
-from experiments.benchmarking.work import CONTEXT, CONTEXTS, SHORT, Work, generation, training
+from experiments.benchmarking.work import CONTEXT, CONTEXTS, Work, generation, training
 from experiments.forecasting.encoding import Encoding
 from experiments.study import data
 from qwen_min import QwenConfig, Tokenizer
@@ -73,10 +73,9 @@ def measure(
 ) -> Iterator[str]:
     """Measure everything, `runs` times. Yield the lines of a table in Markdown, with a column for each side.
 
-    short: no forecasts and no memory.
+    short: no forecasts, and no memory but that of training.
     """
     config = QwenConfig.from_file(folder / "config.json")
-    found: dict[str, dict[str, list[float]]] = {}  # of each run, by names of work and side
     with tempfile.TemporaryDirectory(prefix="qwen-min-benchmark-") as scratch:
         setup = setup_of(folder, device, dtype, scratch, data.simulate())
         engines = {name: side for name, side in sides.items() if issubclass(side, Engine)}
@@ -85,19 +84,15 @@ def measure(
                 ask(process, name, "prepare")
         yield "| " + " | ".join(["", *sides, "spread"]) + " |"
         yield "|" + " --- |" * (len(sides) + 2)
-        for part in generation(config.max_position_embeddings), training():
+        for part in generation(config.max_position_embeddings, short), training():
             with processes(setup, sides) as started:
                 for work in part:
-                    if short and work.method not in SHORT:
-                        continue
                     asked = {name: started[name] for name, side in sides.items() if issubclass(side, work.asked)}
                     numbers: dict[str, list[float]] = {name: [] for name in asked}
                     for _ in range(work.warm_up + runs if work.unit == "s" else 1):
                         for name, process in asked.items():
                             numbers[name].append(ask(process, name, work.method, *work.values))
-                    kept = {name: each[-runs:] for name, each in numbers.items()}
-                    found[work.name] = found.get(work.instead, {}) | kept
-                    yield row(work, found[work.name], list(sides))
+                    yield row(work, {name: each[-runs:] for name, each in numbers.items()}, list(sides))
     yield LEGEND
 
 

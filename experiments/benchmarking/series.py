@@ -19,7 +19,6 @@ import torch
 
 from experiments.forecasting import Forecaster
 from experiments.forecasting.numbers import LEVELS
-from experiments.forecasting.scores import mean_interval
 
 OURS, NAIVE = "numbers", "SeasonalNaive"
 CLASSICAL = ("AutoETS", "AutoARIMA", "AutoTheta", NAIVE)
@@ -171,15 +170,6 @@ def relative(rows: pd.DataFrame, score: str) -> pd.DataFrame:
     """A score of each method (columns) on each set (rows) over that of the seasonal naive forecast."""
     by_method = rows.pivot(index="set", columns="method", values=score)
     return by_method.div(by_method[NAIVE], axis=0)
-
-
-def means(rows: pd.DataFrame, score: str) -> dict[str, tuple[float, list[float] | None]]:
-    """The geometric mean over sets of a relative score, and its 95 % interval, by method."""
-    found = {}
-    for name, ratios in relative(rows, score).items():
-        interval = mean_interval(logs := np.log(ratios.dropna().to_numpy()))
-        found[str(name)] = float(np.exp(logs.mean())), interval and np.exp(interval).tolist()
-    return found
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:

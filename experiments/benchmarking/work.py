@@ -12,8 +12,6 @@ FORECAST_STEPS = 10
 GROWN_CONTEXT = 8192  # filled positions of a decode step
 TRAINED = ((4, 512), (4, 768))  # rows and tokens of LoRA steps
 
-SHORT = ("load", "prefill", "decode", "lora_step")  # methods that take little time
-
 
 class Work(NamedTuple):
     """A piece of work, which is a line of the table."""
@@ -22,13 +20,12 @@ class Work(NamedTuple):
     method: str  # of the sides
     values: tuple[int, ...] = ()
     asked: type = Side  # the class of the sides that are asked
-    instead: str = ""  # the piece whose numbers stand for the other sides
     unit: str = "s"  # of what the method returns; empty if it is no cost. Only seconds are measured repeatedly
     warm_up: int = 1  # runs that are dropped
 
 
-def generation(positions: int) -> list[Work]:
-    """Loading, prefill, decode steps, forecasts and the memory of all that, on a model with so many positions.
+def generation(positions: int, short: bool) -> list[Work]:
+    """Loading, prefill, decode steps, unless short forecasts and the memory of all that; for so many positions.
 
     An engine has no cache that can be filled: it would have to read each long context anew. Forecasts take minutes and
     have no warm-up.
@@ -41,15 +38,13 @@ def generation(positions: int) -> list[Work]:
     if positions >= GROWN_CONTEXT + 1 + DECODE_STEPS:
         works.append(Work(f"decode step, context {GROWN_CONTEXT}", "decode", (1, GROWN_CONTEXT), TorchSide))
     works += [Work(f"decode step, batch {batch}", "decode", (batch, CONTEXT), TorchSide) for batch in BATCHES]
-    steps = FORECAST_STEPS
-    free, constrained = (f"{CONTEXTS} contexts + {steps} time steps, {way}" for way in ("free", "constrained"))
-    works += [
-        Work(free, "free", (steps,), warm_up=0),
-        Work(f"{free}: validation MSE", "mse", (steps,), unit=""),
-        Work(f"{constrained} (others: free)", "constrained", (steps,), Ours, free, warm_up=0),
-        Work(f"{constrained}: validation MSE", "mse", (steps,), Ours, unit=""),
-    ]
-    return [*works, Work("peak memory, generation", "peak", unit="GB")]
+    if not short:
+        for way, asked in (("free", Side), ("constrained", Ours)):
+            name = f"{CONTEXTS} contexts + {FORECAST_STEPS} time steps, {way}"
+            works.append(Work(name, way, (FORECAST_STEPS,), asked, warm_up=0))
+            works.append(Work(f"{name}: validation MSE", "mse", (FORECAST_STEPS,), asked, unit=""))
+        works.append(Work("peak memory, generation", "peak", unit="GB"))
+    return works
 
 
 def training() -> list[Work]:
