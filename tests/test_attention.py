@@ -123,12 +123,6 @@ def test_only_the_needed_gradients_are_computed(monkeypatch, needed):
     assert len(products) == 3 * {(0,): 3, (1,): 3, (2,): 2, (0, 2): 4}[needed]  # in each of three blocks
 
 
-def test_gradients_by_finite_differences_in_fp64(monkeypatch):
-    monkeypatch.setattr(module, "QUERY_BLOCK", 2)
-    *inputs, mask = sample((4, 2), 1, 3, True, torch.float64)
-    assert torch.autograd.gradcheck(lambda *qkv: attention(*qkv, mask), [t.requires_grad_() for t in inputs])
-
-
 def test_bf16_scores_are_not_rounded():
     """Large scores, which the biases of real checkpoints cause, are as precise as in fp32."""
     q, k, v, _ = (None if t is None else t.bfloat16() for t in sample((14, 2), 0, 130, False))

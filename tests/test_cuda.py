@@ -133,36 +133,6 @@ def test_training_steps_agree(on_cpu, on_gpu, precision, tmp_path):
             torch.testing.assert_close(found[1][1][key], parameter, rtol=0, atol=2 * 3 * settings.learning_rate)
 
 
-@pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("with_adapter", [False, True])
-def test_training_under_autocast_agrees(checkpoint, on_cpu, with_adapter, inside):
-    """With the adapter in fp32 and the base in bf16, or every weight, and the backward pass on either side."""
-    ids, found = torch.tensor([PROMPTS[0][:60]]), []
-    for model in (on_cpu, load(checkpoint, "cuda")[0]):
-        if with_adapter:
-            adapted(model, LoraConfig(rank=4, alpha=4), 0.02)
-        else:
-            model.requires_grad_(True)
-        with torch.autocast(model.head_weight.device.type, torch.bfloat16, enabled=model is not on_cpu):
-            loss = next_token_loss(model, ids.to(model.head_weight.device))
-            if inside:
-                loss.backward()
-        if not inside:
-            loss.backward()
-        found.append(torch.cat([p.grad.flatten().cpu().float() for p in model.parameters() if p.requires_grad]))
-    assert (found[1] - found[0]).norm() / found[0].norm() < 0.1
-
-
-@pytest.mark.parametrize("num_samples", [1, 2])
-def test_samples_near_the_last_position(checkpoint, num_samples):
-    """Capacities are rounded up here; the unused columns are no tokens."""
-    model = load(checkpoint, "cuda")[0]
-    positions = model.config.max_position_embeddings
-    prompt = [(PROMPTS[0] * 8)[: positions - 20]]
-    out = generate(model, prompt, 20, temperature=1.0, num_samples=num_samples)
-    assert out.tokens.shape == (num_samples, 20)
-
-
 def test_logits_that_are_not_finite_end_a_text(on_gpu):
     on_gpu.model.norm.weight.data[3] = float("nan")
     with pytest.raises(NotFiniteError, match=r"logits of rows \[0, 1\] are not finite"):

@@ -10,20 +10,6 @@ from qwen_min.loss import next_token_loss
 from qwen_min.model import attention_mask_and_positions
 
 
-def test_the_mask_is_causal_and_aligned_to_the_lower_right_corner():
-    mask, positions = attention_mask_and_positions(2, 3, None, torch.device("cpu"))
-    assert mask[0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert positions.tolist() == [[2, 3, 4]]
-
-
-@pytest.mark.parametrize("kept", [1, 255])
-def test_positions_of_a_left_padded_row_count_from_its_first_real_token(kept):
-    real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]) * kept
-    mask, positions = attention_mask_and_positions(1, 3, real, torch.device("cpu"))
-    assert positions.tolist() == [[0, 0, 1], [1, 2, 3]]
-    assert mask[0, 0].int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-
-
 def test_the_mask_of_many_tokens_has_no_row_for_each():
     real = torch.ones(2, 200, dtype=torch.long)
     assert attention_mask_and_positions(100, 100, real, torch.device("cpu"))[0].shape == (2, 1, 1, 200)

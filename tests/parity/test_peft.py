@@ -76,20 +76,15 @@ def test_what_peft_saves_loads_here(models, config, ids, tmp_path):
 
 
 def test_a_fresh_adapter_is_drawn_from_the_same_distribution(models):
-    ours, theirs = ({n: p for n, p in f(m).items() if "lora_A" in n}
-                    for f, m in zip((adapter_parameters, peft_parameters), models, strict=True))  # fmt: skip
-    for name, parameter in ours.items():
-        bound = parameter.shape[1] ** -0.5  # Kaiming-uniform with a = sqrt 5
-        assert parameter.abs().max() <= bound
-        assert theirs[name].abs().max() <= bound
-        assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
+    """Kaiming-uniform with a = sqrt 5."""
+    for parameters in (adapter_parameters(models[0]), peft_parameters(models[1])):
+        for matrix in (parameter for name, parameter in parameters.items() if "lora_A" in name):
+            bound = matrix.shape[1] ** -0.5
+            assert matrix.abs().max() <= bound
+            assert matrix.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
 
 
-@pytest.mark.parametrize("rank", [2, 4, 8])
-def test_parameter_counts_of_the_real_sizes(rank):
+def test_an_adapter_of_the_real_size_has_its_parameters():
     with torch.device("meta"):
-        model = Qwen(REAL)
-        assert sum(p.numel() for p in model.parameters()) == 494_032_768
-        assert sum(p.numel() for p in model.model.layers.parameters()) + 896 == 357_898_112
-        inject(model, LoraConfig(rank, rank))
-    assert sum(p.numel() for p in adapter_parameters(model).values()) == 67_584 * rank
+        inject(model := Qwen(REAL), LoraConfig(8, 8))
+    assert sum(p.numel() for p in adapter_parameters(model).values()) == 67_584 * 8
