@@ -1,6 +1,6 @@
 """Generation with a cache, greedy or sampled: n new tokens take 1 prefill and n - 1 decode steps.
 
-B batch, T prompt tokens, S samples of each prompt, C hidden size, V vocabulary.
+B batch, T prompt tokens, C hidden size, V vocabulary.
 """
 
 import operator
@@ -25,9 +25,8 @@ PREFILL_BYTES = 20 * 2**20
 class Generation(NamedTuple):
     """The result of `generate`."""
 
-    tokens: Tensor  # (B S, n) new tokens, pad_id after an end token; rows i S to i S + S - 1 continue prompt i
-    lengths: Tensor  # (B S) number of new tokens, up to and including the end token
-    logits: Tensor | None  # (B S, n, V) the model's logits for each token; None unless requested
+    tokens: Tensor  # (B, n) new tokens, pad_id after an end token
+    lengths: Tensor  # (B) number of new tokens, up to and including the end token
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor | None]:
@@ -143,50 +142,32 @@ def generate(
     num_new_tokens: int,
     end_ids: Collection[int] = (),
     pad_id: int = 0,
-    return_logits: bool = False,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float = 1.0,
     repetition_penalty: float = 1.0,
-    num_samples: int = 1,
     seed: int = 0,
 ) -> Generation:
     """Continue each prompt by up to num_new_tokens tokens: greedily, or with a temperature by draws.
 
     prompts: lists of token ids of any lengths, or a tensor (B, T); a single list, or a tensor (T), is a batch of one.
-    A row stops after any of end_ids and is filled up with pad_id, a token of the model. return_logits keeps the logits
-    of every step. temperature to repetition_penalty: as in `Sampling`. num_samples: so many continuations of each
-    prompt, which is processed only once. A draw depends on the seed, the number of rows, its row and its step. On a CPU
+    A row stops after any of end_ids and is filled up with pad_id, a token of the model. temperature to
+    repetition_penalty: as in `Sampling`. A draw depends on the seed, the number of rows, its row and its step. On a CPU
     the weights are packed (`qwen_min.linear.pack`), which doubles their memory, but for a single row in bf16.
-    Raises ValueError for an empty prompt, an unknown token, num_new_tokens or num_samples < 1, rules that `Sampling`
-    refuses, or more tokens than the model has positions; NotFiniteError as `decode_steps`.
+    Raises ValueError for an empty prompt, an unknown token, num_new_tokens < 1, rules that `Sampling` refuses, or more
+    tokens than the model has positions; NotFiniteError as `decode_steps`.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}, expected at least 1")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     ids, mask = _checked_prompts(model, prompts, num_new_tokens, pad_id)
-    chooser = Chooser(sampling, ids, mask, num_samples, model.config.vocab_size, num_new_tokens, seed)
-    room = num_new_tokens - 1
-    if room:
-        pack(model, len(ids) * num_samples)
-    if num_samples == 1:
-        cache, hidden = prefill(model, ids, room, mask)
-    else:
-        reused = ReusedCache(model)
-        _, hidden = prefill(model, ids, 0, mask, reused)
-        cache, hidden = reused.fork(num_samples, room), hidden.repeat_interleave(num_samples, 0)
-        mask = cache.mask(mask)
-    tokens, all_logits = [], []
-    lengths = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
-    steps = decode_steps(model, cache, hidden, num_new_tokens, mask, end_ids, pad_id, chooser)
-    for step_tokens, step_logits, running in steps:
-        tokens.append(step_tokens)
+    chooser = Chooser(sampling, ids, mask, model.config.vocab_size, num_new_tokens, seed)
+    if num_new_tokens > 1:
+        pack(model, rows=len(ids))
+    cache, hidden = prefill(model, ids, num_new_tokens - 1, mask)
+    tokens, lengths = [], torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    for step, _, running in decode_steps(model, cache, hidden, num_new_tokens, mask, end_ids, pad_id, chooser):
+        tokens.append(step)
         lengths += running
-        if return_logits:
-            all_logits.append(step_logits)
-    longest = int(lengths.max())
-    logits = torch.stack(all_logits[:longest], 1) if return_logits else None
-    return Generation(torch.stack(tokens[:longest], 1), lengths, logits)
+    return Generation(torch.stack(tokens[: int(lengths.max())], 1), lengths)
 
 
 def stream(
@@ -202,7 +183,7 @@ def stream(
     Arguments and errors as in `generate`; the rules are given as a `Sampling`.
     """
     ids, _ = _checked_prompts(model, [prompt], num_new_tokens, 0)
-    chooser = Chooser(sampling, ids, None, 1, model.config.vocab_size, num_new_tokens, seed)
+    chooser = Chooser(sampling, ids, None, model.config.vocab_size, num_new_tokens, seed)
     pack(model, rows=1)
     cache, hidden = prefill(model, ids, num_new_tokens - 1)
     for tokens, _, _ in decode_steps(model, cache, hidden, num_new_tokens, choose=chooser):

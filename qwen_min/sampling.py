@@ -78,24 +78,22 @@ GREEDY = Sampling()
 class Chooser:
     """Chooses the tokens of R growing texts, one for each row at every call."""
 
-    def __init__(
-        self, sampling: Sampling, ids: Tensor, mask: Tensor | None, times: int, vocabulary: int, steps: int, seed: int
-    ):
-        """Rows i n to i n + n - 1, where n is `times`, continue prompt i of ids (B, T); mask (B, T) is 0 on padding.
+    def __init__(self, sampling: Sampling, ids: Tensor, mask: Tensor | None, vocabulary: int, steps: int, seed: int):
+        """The texts continue ids (R, T); mask (R, T) is 0 on padding. There will be at most `steps` calls.
 
-        There will be at most `steps` calls. A draw depends on the seed, the number of rows, its row and its step alone.
+        A draw depends on the seed, the number of rows, its row and its step alone.
         """
         self.sampling, self.step = sampling, 0
         self.uniforms: Tensor | None = None  # (steps, R)
         self.seen: Tensor | None = None  # (R, V)
         if sampling.temperature:
             generator = torch.Generator("cpu").manual_seed(seed)  # there, so that every device draws the same numbers
-            draws = torch.rand(steps, len(ids) * times, generator=generator, dtype=torch.float64, device="cpu")
+            draws = torch.rand(steps, len(ids), generator=generator, dtype=torch.float64, device="cpu")
             self.uniforms = draws.to(ids.device)
         if sampling.repetition_penalty != 1:
             counts = torch.zeros(len(ids), vocabulary, dtype=torch.long, device=ids.device)
             counts.scatter_add_(1, ids, torch.ones_like(ids) if mask is None else mask.long())
-            self.seen = (counts > 0).repeat_interleave(times, 0)
+            self.seen = counts > 0
 
     def __call__(self, logits: Tensor) -> Tensor:
         """The next token of each row, (R), for logits (R, V)."""

@@ -46,7 +46,8 @@ def test_losses_equal_those_of_plain_cross_entropy(tiny, series, free):
         got = free.forced_losses[row]
         np.testing.assert_allclose(got[: len(target)], forced.detach(), rtol=1e-4, atol=1e-5)
         assert np.isnan(got[len(target) :]).all()
-        steps = generate(model, [context], len(target), return_logits=True).logits[0]
+        text = generate(model, [context], len(target)).tokens[0].tolist()
+        steps = model(torch.tensor([context + text]))[0, len(context) - 1 : -1]
         free_loss = torch.nn.functional.cross_entropy(steps, torch.tensor(target), reduction="none")
         np.testing.assert_allclose(free.free_losses[row, : len(target)], free_loss.detach(), rtol=1e-4, atol=1e-5)
 

@@ -118,7 +118,7 @@ def test_the_report_did_not_count_lora():
 
 def test_sampling_from_a_padded_batch_is_priced(model):
     """It runs in inference mode, where operators that consist of others arrive whole."""
-    rules = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2, "num_samples": 2}
+    rules = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}
     wanted = generate(model, [[1, 2, 3], [4]], 3, end_ids=[5], **rules)
     with Tracer() as tracer:
         found = generate(model, [[1, 2, 3], [4]], 3, end_ids=[5], **rules)

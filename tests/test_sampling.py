@@ -68,23 +68,7 @@ def test_a_low_temperature_is_greedy_and_a_seed_repeats(model):
     )
     assert torch.equal(drawn[:, :5], shorter)  # a longer run continues a shorter one
     assert not torch.equal(drawn, other)
-
-
-@pytest.mark.parametrize("rules", [{"temperature": 1.0}, {"temperature": 1.0, "repetition_penalty": 1.5}])
-def test_samples_of_a_prompt_are_those_of_the_repeated_prompt(model, rules):
-    repeated = [prompt for prompt in PROMPTS for _ in range(4)]
-    wanted = generate(model, repeated, 10, end_ids=[11, 30, 71], **rules)
-    found = generate(model, PROMPTS, 10, end_ids=[11, 30, 71], num_samples=4, **rules)
-    assert torch.equal(found.tokens, wanted.tokens)
-    assert torch.equal(found.lengths, wanted.lengths)
-    assert len({tuple(row) for row in found.tokens.tolist()}) == 12
-
-
-def test_the_prompt_is_processed_once_for_all_samples(model):
-    shapes = []
-    model.model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-    generate(model, [[1, 2, 3, 4]], 3, temperature=1.0, num_samples=5)
-    assert shapes == [(1, 4), (5, 1), (5, 1)]
+    assert len(generate(model, PROMPTS[:1] * 4, 12, temperature=1.0).tokens.unique(dim=0)) == 4
 
 
 def test_a_penalty_holds_for_the_prompt_and_for_new_tokens_but_not_for_padding(model):
