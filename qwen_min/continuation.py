@@ -5,6 +5,7 @@ B batch, T new tokens, S filled columns of the cache or its capacity, C hidden s
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,25 +71,21 @@ class _Pass:
         self.hidden: Tensor  # (B, T, C), once the pass has run
 
 
-class CapturedPasses:
+class _Captured(NamedTuple):
     """The mask and the captured passes of a cache; every batch that uses the cache shares them."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache):
-        self.parameters, self.inputs = list(decoder.parameters()), _inputs(decoder)  # references keep the ids unique
-        self.mask = torch.zeros(cache.batch_size, cache.capacity, dtype=torch.long, device=cache.keys.device)
-        self.passes: dict[int, _Pass] = {}
-
-    def fits(self, decoder: Decoder) -> bool:
-        """Return whether the graphs read what the decoder consists of now.
-
-        They do not after an adapter was added, removed, merged or scaled otherwise, or the model moved. Training writes
-        into the same memory: the graphs read the new values.
-        """
-        return _inputs(decoder) == self.inputs
+    inputs: tuple[list, list]
+    parameters: list[Tensor]  # references keep the ids in `inputs` unique
+    mask: Tensor  # (B, capacity)
+    passes: dict[int, _Pass]
 
 
 def _inputs(decoder: Decoder) -> tuple[list, list]:
-    """The parameters and their addresses, and the scales of adapters, which a graph holds as constants."""
+    """The scales of adapters, which a graph holds as constants, and the parameters and their addresses.
+
+    They differ after an adapter was added, removed, merged or scaled otherwise, or the model moved. Training writes
+    into the same memory: the graphs read the new values.
+    """
     scales = [getattr(module, "scale", None) for module in decoder.modules()]
     return scales, [(id(parameter), parameter.data_ptr()) for parameter in decoder.parameters()]
 
@@ -106,9 +103,10 @@ class GraphContinuation(Continuation):
     @torch.inference_mode()
     def __init__(self, model: Qwen, cache: KVCache, attention_mask: Tensor | None = None):
         super().__init__(model, cache, attention_mask)
-        given, self.captures = self.mask, cache.keys.is_cuda
-        if cache.captured is None or not cache.captured.fits(self.decoder):
-            cache.captured = CapturedPasses(self.decoder, cache)
+        given, self.captures, inputs = self.mask, cache.keys.is_cuda, _inputs(self.decoder)
+        if cache.captured is None or cache.captured.inputs != inputs:
+            mask = torch.zeros(cache.batch_size, cache.capacity, dtype=torch.long, device=cache.keys.device)
+            cache.captured = _Captured(inputs, list(self.decoder.parameters()), mask, {})
         self.mask, self.passes = cache.captured.mask, cache.captured.passes
         for stored in (cache.keys, cache.values):
             # these columns are masked, but a NaN in uninitialised memory would still spread
@@ -219,11 +217,9 @@ class ReusedCache:
     def fork(self, times: int, num_new_tokens: int) -> ForkedCache:
         """A cache with `times` continuations of each row of the last cache that `take` returned, now filled.
 
-        It is the last fork if its shape is the same, otherwise a new one. The content of the last fork is no longer
-        valid. Raises ValueError before the first `take`.
+        It is the last fork if its shape is the same, otherwise a new one, and the content of the last one is not valid.
         """
-        if self.cache is None:
-            raise ValueError("there is no cache to fork: call take, and fill the cache that it returns")
+        assert self.cache is not None
         num_new_tokens = self._rounded(num_new_tokens)
         shape = (times, self.cache.capacity + num_new_tokens)
         if self.forked is None or (self.forked.times, self.forked.capacity) != shape:
