@@ -233,14 +233,6 @@ def test_an_adapter_over_packed_weights_can_be_removed_but_not_merged(model, ids
         torch.testing.assert_close(model(ids), before)
 
 
-def test_small_fp32_weights_are_left_alone():
-    model = random_model(CONFIGS["ratio 2, untied"])
-    pack(model)
-    assert model.head_weight.packed is None
-    keep_only_packed(model)
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
-
-
 def test_a_processor_without_bf16_instructions_is_recognised(monkeypatch):
     class Operators:
         def _is_mkldnn_bf16_supported(self):

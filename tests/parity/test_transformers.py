@@ -111,53 +111,26 @@ def test_the_embedded_checkpoint_is_a_checkpoint_for_transformers_too(tiny):
 
 
 @pytest.fixture(scope="module")
-def real_models(real_checkpoint):
-    """The real checkpoint in fp32: our model, its tokenizer, and the transformers model."""
-    ours, tokenizer = load(real_checkpoint)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(real_checkpoint, dtype=torch.float32)
-    return ours, tokenizer, theirs.eval()
-
-
-@pytest.fixture(scope="module")
 def validation_texts(report_file):
-    """The first ten validation trajectories of the study's file as text: whole, and only their contexts."""
+    """The first ten validation trajectories of the study's file as text."""
     trajectories = data.read(report_file)
     parts = data.split(len(trajectories))
     encoding = Encoding.fit(trajectories[parts.train])
-    chosen = trajectories[parts.val[:10]]
-    return [encoding.encode(values) for values in chosen], [encoding.encode(values[:70]) for values in chosen]
+    return [encoding.encode(values) for values in trajectories[parts.val[:10]]]
 
 
-def test_real_logits_agree_over_a_whole_trajectory(real_models, validation_texts):
-    ours, tokenizer, theirs = real_models
-    ids = torch.tensor([tokenizer.encode(validation_texts[0][0])])
+def test_real_logits_agree_over_a_whole_trajectory(real_checkpoint, validation_texts):
+    ours, tokenizer = load(real_checkpoint)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(real_checkpoint, dtype=torch.float32).eval()
+    ids = torch.tensor([tokenizer.encode(validation_texts[0])])
     assert ids.shape == (1, 999)
     assert_equal_outputs(ours, theirs, ids)
-
-
-def test_real_greedy_text_agrees_for_four_contexts(real_models, validation_texts):
-    ours, tokenizer, theirs = real_models
-    prompts = [tokenizer.encode(text) for text in validation_texts[1][:4]]
-    assert {len(prompt) for prompt in prompts} == {699}
-    got = generate(ours, prompts, 30)
-    # with max_length, penalties and sampling of the hub's generation_config this would not be greedy decoding
-    wanted = theirs.generate(
-        torch.tensor(prompts),
-        attention_mask=torch.ones(4, 699, dtype=torch.long),
-        max_new_tokens=30,
-        do_sample=False,
-        repetition_penalty=1.0,
-        eos_token_id=None,
-        pad_token_id=tokenizer.pad_id,
-    )[:, 699:]
-    assert [tokenizer.decode(row) for row in got.tokens] == [tokenizer.decode(row) for row in wanted]
-    assert torch.equal(got.tokens, wanted)
 
 
 def test_real_tokenizer_agrees(real_checkpoint, validation_texts):
     ours = Tokenizer(real_checkpoint / "tokenizer.json")
     theirs = transformers.AutoTokenizer.from_pretrained(real_checkpoint)
-    for text in [*validation_texts[0], "1 . 2 3", "-0.5,é\n predators & prey"]:
+    for text in [*validation_texts, "1 . 2 3", "-0.5,é\n predators & prey"]:
         assert ours.encode(text) == theirs(text).input_ids
     assert set(ours.end_ids) == {151645, 151643}
     assert ours.pad_id == 151643
