@@ -202,5 +202,5 @@ def forward(
 
 
 def total(ops: list[Op]) -> int:
-    """The sum of the FLOPs of a list of operators."""
+    """The FLOPs of all operators."""
     return sum(op.flops for op in ops)

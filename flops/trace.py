@@ -1,5 +1,4 @@
-"""Run the real model and count the FLOPs of every operator that it dispatches, to verify `flops/model.py` and
-`flops/training.py`.
+"""Run the real model and count the FLOPs of every operator that it dispatches: the proof of the other counts.
 
 The model dispatches the same operators on meta tensors, which need no memory, as on a CPU. A call of
 `scaled_dot_product_attention` counts as one operator, by `primitives.attention`, because its kernels depend on the
@@ -93,7 +92,7 @@ PRICES: dict[str, Callable[..., int]] = {  # the FLOPs as a function of the oper
 
 
 class _AttentionAsOne(TorchFunctionMode):
-    """Count a call of scaled_dot_product_attention as one operator; the operators inside it are not counted."""
+    """Counts a call of scaled_dot_product_attention as one operator."""
 
     def __init__(self, flops: Counter[str]):
         super().__init__()
@@ -145,7 +144,6 @@ class Tracer(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """The FLOPs of all traced operators."""
         return self.flops.total()
 
 

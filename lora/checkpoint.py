@@ -32,8 +32,7 @@ UNSET_VALUES: tuple = (None, False, [], {})  # every other setting must have one
 def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
     """Write the adapter of the model to a folder; `base` is recorded as the checkpoint that it was trained on.
 
-    Each file is written whole or not at all. Raises ValueError when the model has no LoRA layer, or when the ranks or
-    alphas of its layers differ.
+    Each file is written whole or not at all. Raises ValueError as `config_of`.
     """
     folder, config = Path(folder), config_of(model)
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,8 +35,7 @@ class LoraConfig:
 def inject(model: nn.Module, config: LoraConfig) -> list[str]:
     """Freeze the model, replace each Linear that is a target by a LoRALinear, and return the names of these modules.
 
-    The adapter's weights are drawn from torch's global generator. Raises ValueError as `new_layers` does, and changes
-    nothing then.
+    The adapter's weights are drawn from torch's global generator. Raises ValueError as `new_layers`.
     """
     layers = new_layers(model, config)
     put_in(model, layers)
@@ -84,7 +83,7 @@ def put_in(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The LoRA layers of a model by module name. Raises ValueError when it has none."""
+    """The LoRA layers of a model by module name. Raises ValueError when it has none, as what follows does."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
         raise ValueError("the model has no LoRA layer; call inject first")
@@ -92,7 +91,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's tensors by name, as `tensors_of`. Raises ValueError when the model has no LoRA layer."""
+    """The adapter's tensors by name, as `tensors_of`."""
     return tensors_of(lora_layers(model))
 
 
@@ -106,10 +105,7 @@ def tensors_of(layers: dict[str, LoRALinear]) -> dict[str, nn.Parameter]:
 
 
 def config_of(model: nn.Module) -> LoraConfig:
-    """The settings that all LoRA layers of a model share.
-
-    Raises ValueError when the model has no LoRA layer, or when the ranks or alphas of its layers differ.
-    """
+    """The settings that all LoRA layers of a model share. Raises ValueError when their ranks or alphas differ."""
     layers = lora_layers(model)
     settings = {(layer.rank, layer.alpha) for layer in layers.values()}
     if len(settings) > 1:
@@ -122,7 +118,7 @@ def config_of(model: nn.Module) -> LoraConfig:
 def merge_and_unload(model: nn.Module) -> None:
     """Add the adapter to the weights: the model is an ordinary one then, and costs the same as before `inject`.
 
-    Raises ValueError when the model has no LoRA layer, or as `LoRALinear.merged_weight` does; it changes nothing then.
+    Raises AdapterError as `LoRALinear.merged_weight`, and changes nothing then.
     """
     layers = lora_layers(model)
     merged = {name: layer.merged_weight() for name, layer in layers.items()}
@@ -132,6 +128,6 @@ def merge_and_unload(model: nn.Module) -> None:
 
 
 def remove(model: nn.Module) -> None:
-    """Remove the LoRA layers; the base weights stay frozen. Raises ValueError when the model has no LoRA layer."""
+    """Remove the LoRA layers; the base weights stay frozen."""
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.base_layer)

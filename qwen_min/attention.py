@@ -75,7 +75,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _needs_fp32(q: Tensor) -> bool:
-    """True for queries in bf16 on a processor that multiplies these very slowly."""
     return q.dtype == torch.bfloat16 and not torch.compiler.is_compiling() and not multiplies_bfloat16(q.device)
 
 
@@ -128,8 +127,7 @@ def attention_after_prefix(
 def grouped_bias(mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     """Convert a boolean mask (B or 1, 1, T, S) to the bias (B or 1, 1, G T, S) of grouped queries: 0 or -inf.
 
-    `attention` adds it to the scores. On CUDA one bias serves all layers; each layer would otherwise have to convert,
-    group and align the boolean mask itself.
+    On CUDA one bias serves all layers; each would otherwise have to convert, group and align the mask itself.
     """
     batch, _, num_new, total = mask.shape
     aligned = -(-total // BIAS_ALIGNMENT) * BIAS_ALIGNMENT
@@ -144,10 +142,10 @@ def runs_in_blocks(num_new: int, masked: bool) -> bool:
 
 
 class _Blockwise(torch.autograd.Function):
-    """Attention in blocks of queries: each block reads only its visible keys.
+    """Attention in blocks of queries: each block reads only its visible keys; the backward pass recomputes the weights.
 
-    The backward pass recomputes the attention weights. On CPUs with bf16 instructions this is up to 1.8 times as fast
-    as `scaled_dot_product_attention` of torch 2.13, in fp32 as fast. Every operator is visible to `flops.trace`.
+    On CPUs with bf16 instructions this is up to 1.8 times as fast as `scaled_dot_product_attention` of torch 2.13, in
+    fp32 as fast. Every operator is visible to `flops.trace`.
     """
 
     @staticmethod

@@ -15,9 +15,8 @@ class KVCache:
     """Keys and values of up to `capacity` tokens in each of `batch_size` rows, for every layer.
 
     In a pass, the model reserves space, each layer writes its keys and values and attends to them, and the model
-    advances `length`. `length` is the number of filled columns. It is the same for every row: rows of unequal length
-    are padded on the left. `truncate` forgets tokens; `rows` returns a view of some rows. A cache records no gradients:
-    fill it under `torch.no_grad()` or `torch.inference_mode()`.
+    advances `length`, the number of filled columns. It is the same for every row: rows of unequal length are padded on
+    the left. A cache records no gradients: fill it under `torch.no_grad()` or `torch.inference_mode()`.
 
     B batch, K kv heads, T new tokens, S filled + new tokens, D head size. `keys` and `values` are
     (layers, B, K, capacity, D). device and dtype None mean torch's defaults.
@@ -61,8 +60,8 @@ class KVCache:
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, D) of one layer after the filled columns; return all columns, (B, K, S, D).
 
-        `length` does not change here: the model calls `advance` once every layer has written. Raises ValueError for
-        keys or values that record gradients: their graph would link every pass to all earlier passes.
+        Raises ValueError for keys or values that record gradients: their graph would link every pass to all earlier
+        passes.
         """
         if k.requires_grad or v.requires_grad:
             raise ValueError("a KVCache records no gradients: run the model under torch.no_grad(), or without a cache")
@@ -122,9 +121,9 @@ class ForkedCache(KVCache):
     def mask(self, attention_mask: Tensor | None) -> Tensor | None:
         """The mask (B n, first) of this cache for the mask (B, filled) of the prefix; None means no padding."""
         unused = self.first - self.prefix.length
-        if attention_mask is None and unused == 0:
-            return None
         if attention_mask is None:
+            if unused == 0:
+                return None
             shape = (self.prefix.batch_size, self.prefix.length)
             attention_mask = torch.ones(shape, dtype=torch.long, device=self.keys.device)
         mask = torch.nn.functional.pad(attention_mask, (0, unused))

@@ -15,7 +15,7 @@ from qwen_min.config import NotFiniteError
 from qwen_min.continuation import ReusedCache, continuation
 from qwen_min.linear import linear, pack
 from qwen_min.model import Qwen
-from qwen_min.sampling import GREEDY, Chooser, Sampling
+from qwen_min.sampling import Chooser, Sampling
 
 # size of the feed-forward activations of one prefill chunk on a CPU; larger chunks leave its cache, and the allocator
 # fetches new memory for every operator
@@ -55,8 +55,8 @@ def prefill(
     """Process the prompts ids (B, T): (cache, hidden states (B, C) of the last token).
 
     The cache has room for num_new_tokens more. It is a new cache, or that of `reused`, which serves successive batches.
-    attention_mask (B, T) is 0 on left padding; None means no padding. Packed weights (`qwen_min.linear.pack`) are used.
-    Raises ValueError as `Qwen.forward` does and, but not on a GPU, for padding that is not left.
+    attention_mask (B, T) is 0 on left padding; None means no padding. Raises ValueError as `Qwen.forward` does and, but
+    not on a GPU, for padding that is not left.
     """
     if attention_mask is not None and attention_mask.device.type == "cpu":
         real = attention_mask.bool()
@@ -171,17 +171,9 @@ def generate(
 
 
 def stream(
-    model: Qwen,
-    prompt: Sequence[int],
-    num_new_tokens: int,
-    end_ids: Collection[int] = (),
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
+    model: Qwen, prompt: Sequence[int], num_new_tokens: int, end_ids: Collection[int], sampling: Sampling, seed: int = 0
 ) -> Iterator[int]:
-    """Yield the tokens of one continuation as soon as each is chosen, without the end token; they equal `generate`'s.
-
-    Arguments and errors as in `generate`; the rules are given as a `Sampling`.
-    """
+    """Yield the tokens of one continuation as soon as each is chosen, without the end token; else as `generate`."""
     ids, _ = _checked_prompts(model, [prompt], num_new_tokens, 0)
     chooser = Chooser(sampling, ids, None, model.config.vocab_size, num_new_tokens, seed)
     pack(model, rows=1)

@@ -2,10 +2,9 @@
 
 Without packed copies oneDNN converts each bf16 weight at every product, which doubles the time of a decode step; in
 fp32 a decode step takes half as long again, and twice as long with ten rows. The copies take as much memory as the
-weights: call `pack` before decoding and `unpack` before training. For a model that only infers, `keep_only_packed`
-frees the weights themselves. A single row times bf16 weights needs no copy: for it, torch's own product is the faster
-one, also on CPUs without instructions for bf16. torch can turn oneDNN off only for all threads: one that multiplies
-bf16 matrices meanwhile is slower.
+weights: call `pack` before decoding and `unpack` before training. A single row times bf16 weights needs no copy: for
+it, torch's own product is the faster one, also on CPUs without instructions for bf16. torch can turn oneDNN off only
+for all threads: one that multiplies bf16 matrices meanwhile is slower.
 """
 
 from typing import Any, NoReturn
@@ -21,10 +20,7 @@ SMALLEST_PACKED_FP32 = 100_000  # elements; products with smaller fp32 weights l
 
 
 def multiplies_bfloat16(device: str | torch.device) -> bool:
-    """False for a CPU on which oneDNN has no bf16 products, not even emulated. It is True where torch cannot tell.
-
-    torch's own products of several rows take very long.
-    """
+    """False for a CPU on which oneDNN has no bf16 products, and torch's are very slow. True where torch cannot tell."""
     if torch.device(device).type != "cpu":
         return True
     if not torch.backends.mkldnn.is_available():
@@ -84,9 +80,7 @@ def pack(model: nn.Module, rows: int = 2) -> None:
     Only frozen bf16 and large frozen fp32 weights on a CPU are packed; other weights lose an earlier copy. The copies
     are used where no gradient is recorded. The copy of a weight that has changed is not used, and freed by the next
     `pack`; a weight in training loses its copy. Call `unpack` after writing to a frozen weight through `weight.data` or
-    numpy.
-
-    rows: of the products to come; for a single one, bf16 weights are not packed.
+    numpy. rows: of the products to come; for a single one, bf16 weights are not packed.
     """
     try:
         for weight in _matrices(model):

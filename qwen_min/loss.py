@@ -18,10 +18,9 @@ CHUNK, CUDA_CHUNK = (512, 4096), (4096, 65536)
 def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, with_mean: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Per position: loss (N), log sum exp of the logits (N), and the mean of the head's rows under the softmax (N, C).
 
-    The mean is None unless with_mean. The gradient of hidden is this mean minus the target's row, over N.
-
-    This makes one pass over the head in chunks; the running sums are rescaled when a larger logit appears. It is
-    FlashAttention (arXiv 2205.14135) with the head as keys and values.
+    The mean is None unless with_mean. The gradient of hidden is this mean minus the target's row, over N. This makes
+    one pass over the head in chunks; the running sums are rescaled when a larger logit appears. It is FlashAttention
+    (arXiv 2205.14135) with the head as keys and values.
     """
     if targets.device.type == "cpu" and ((targets < 0) | (targets >= len(weight))).any():
         raise ValueError(f"targets are {targets.min()} to {targets.max()}, expected 0 to {len(weight) - 1}")

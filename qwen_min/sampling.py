@@ -72,9 +72,6 @@ class Sampling:
         return logits
 
 
-GREEDY = Sampling()
-
-
 class Chooser:
     """Chooses the tokens of R growing texts, one for each row at every call."""
 
@@ -106,10 +103,7 @@ class Chooser:
 
 
 def choose(logits: Tensor, uniforms: Tensor | None) -> Tensor:
-    """The index of a choice in each row of logits (R, V), (R).
-
-    It is the index of the largest logit, or with uniforms (R) in [0, 1) a sample of the softmax.
-    """
+    """The index of the largest logit in each row of logits (R, V), or with uniforms (R) in [0, 1) of a sample: (R)."""
     if uniforms is None:
         return logits.argmax(-1)
     cumulative = logits.double().softmax(-1).cumsum(-1)

@@ -1,7 +1,4 @@
-"""Load a checkpoint (a folder, a hub id or the embedded one), strictly, and save one.
-
-When loaded, each tensor is copied at most once.
-"""
+"""Load a checkpoint, strictly, and save one. What is missing, damaged or not supported raises CheckpointError."""
 
 import functools
 import json
@@ -28,12 +25,10 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def checkpoint_folder(source: str | Path, files: tuple[str, ...] = ("*.safetensors", "*.json", "*.jinja")) -> Path:
-    """The folder of a checkpoint. source: an existing folder, "tiny" (the embedded checkpoint), or a hub id such as
-    "Qwen/Qwen2.5-0.5B-Instruct".
+    """The folder of a checkpoint. source: a folder, "tiny" (the embedded checkpoint), or a hub id.
 
     The `files` of a hub id are downloaded once into the hub's cache (HF_HUB_OFFLINE is honoured);
     "owner/name@revision" pins a commit, tag or branch. An existing folder always wins, even if its name is tiny.
-    Raises CheckpointError when there is no such folder and the download fails.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -55,8 +50,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint folder.
 
     They are model.safetensors, which wins over the index of an earlier save as in transformers, or those that the index
-    lists, or without an index all shards. Raises CheckpointError when a file is missing, or when the index is damaged
-    or points outside the folder.
+    lists, or without an index all shards.
     """
     index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
     if not (folder / "model.safetensors").exists():
@@ -76,10 +70,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def end_ids(folder: Path) -> list[int] | None:
-    """The tokens that end a text: `eos_token_id` of generation_config.json, else of config.json; None if in neither.
-
-    Raises CheckpointError when one of the files cannot be read, or when it has something else than token ids.
-    """
+    """The tokens that end a text: `eos_token_id` of generation_config.json, else of config.json; None if in neither."""
     for path in (folder / "generation_config.json", folder / "config.json"):
         found = read_json(path).get("eos_token_id") if path.exists() else None
         ids: list = found if isinstance(found, list) else [found]
@@ -102,10 +93,7 @@ def tensor_problems(expected: dict[str, torch.Size], got: dict[str, list[int]]) 
 
 
 def tensor_headers(folder: Path) -> dict[str, tuple[Path, str, list[int]]]:
-    """(file, dtype, shape) of every tensor of a checkpoint folder, by name, from the headers of the files.
-
-    Raises CheckpointError when a file is missing or damaged, or when a tensor appears in two files.
-    """
+    """(file, dtype, shape) of every tensor of a checkpoint folder, by name, from the headers of the files."""
     headers = {}
     for path in weight_files(folder):
         try:
@@ -136,12 +124,9 @@ def load_weights(
     tied = HEAD not in expected and {HEAD, EMBEDDING} <= headers.keys() and headers[HEAD][1:] == headers[EMBEDDING][1:]
     if tied:
         expected[HEAD] = expected[EMBEDDING]
-    problems = [
-        f"{name} has dtype {kind}, expected one of {', '.join(FLOAT_DTYPES)}"
-        for name, (_, kind, _) in headers.items()
-        if kind not in FLOAT_DTYPES
-    ]
-    problems += tensor_problems(expected, {name: shape for name, (_, _, shape) in headers.items()})
+    problems = tensor_problems(expected, {name: shape for name, (_, _, shape) in headers.items()})
+    others = {name: kind for name, (_, kind, _) in headers.items() if kind not in FLOAT_DTYPES}
+    problems += [f"{name} has dtype {kind}, expected one of {', '.join(FLOAT_DTYPES)}" for name, kind in others.items()]
     if problems:
         raise CheckpointError(f"{folder}: does not match its config.json:\n  " + "\n  ".join(problems))
     dtype = dtype or functools.reduce(torch.promote_types, {FLOAT_DTYPES[kind] for _, kind, _ in headers.values()})
@@ -169,9 +154,8 @@ def save(model: Qwen, folder: Path, source: Path) -> None:
     """Write a checkpoint that this project and transformers can load: the model's weights in their dtype.
 
     The config, the tokenizer and the chat template are those of the checkpoint folder `source`, from which the model
-    came. The folder must not exist; it appears whole or not at all. Raises CheckpointError when it exists, or when the
-    model's tensors or their dtype are not those of a checkpoint, as under an adapter, or its config is not that of
-    `source`; ValueError when the model refuses to give its state.
+    came. The folder appears whole or not at all. Raises CheckpointError when it exists, or when the model's tensors or
+    their dtype are not those of a checkpoint, as under an adapter, or its config is not that of `source`.
     """
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already; name another folder")

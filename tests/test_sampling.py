@@ -44,7 +44,7 @@ def test_logits_that_are_not_finite_end_a_text(model, rules, value):
     with pytest.raises(NotFiniteError, match=r"new token 1: logits of rows \[0, 1, 2\] are not finite"):
         generate(model, PROMPTS, 12, **rules)
     with pytest.raises(NotFiniteError):
-        list(stream(model, PROMPTS[0], 12))
+        list(stream(model, PROMPTS[0], 12, (), Sampling()))
     assert all(isinstance(error, ValueError) for error in (NotFiniteError("x"), SamplingError("x")))
 
 

@@ -41,7 +41,7 @@ def plain(text):
 def test_the_stream_equals_generate_and_ends_before_the_end_token(model):
     rules = Sampling(temperature=1.0, top_k=30, repetition_penalty=1.2)
     whole = generate(model, [5, 9, 2], 20, temperature=1.0, top_k=30, repetition_penalty=1.2, seed=3).tokens[0].tolist()
-    assert list(stream(model, [5, 9, 2], 20, sampling=rules, seed=3)) == whole
+    assert list(stream(model, [5, 9, 2], 20, [], rules, 3)) == whole
     assert list(stream(model, [5, 9, 2], 20, [whole[7]], rules, 3)) == whole[: whole.index(whole[7])]
 
 

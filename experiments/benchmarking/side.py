@@ -56,7 +56,7 @@ class Side(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Load tokenizer and model. The model loaded before is dropped first."""
+        """Load tokenizer and model."""
 
     @abstractmethod
     def complete(self, ids: list[list[int]], tokens: int) -> list[str]:
@@ -67,12 +67,10 @@ class Side(ABC):
         """Seconds of a greedy decode step after `context` tokens, mean of DECODE_STEPS."""
 
     def load(self) -> None:
-        """Load the model, and choose a first token."""
         self.start()
         self.prefill(1)
 
     def prefill(self, length: int) -> None:
-        """Read one prompt of `length` tokens, and choose a token."""
         self.complete(self.tokens(1, length), 1)
 
     def free(self, steps: int) -> None:
