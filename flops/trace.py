@@ -18,9 +18,7 @@ from flops import primitives as p
 from flops.model import Ranks, check_pass
 from flops.primitives import ADD, EXP, MUL, SILU_BACKWARD, TRIG, matmul
 from lora import LoraConfig, inject
-from qwen_min.cache import KVCache
 from qwen_min.config import QwenConfig
-from qwen_min.linear import linear
 from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
 
@@ -157,33 +155,6 @@ def meta_model(config: QwenConfig, ranks: Ranks | None) -> Qwen:
     return model
 
 
-def trace_forward(
-    config: QwenConfig,
-    batch: int,
-    new: int,
-    cached: int = 0,
-    *,
-    ranks: Ranks | None = None,
-    head: str = "all",
-    vocabulary: int | None = None,
-) -> Counter:
-    """FLOPs by operator name of one forward pass; arguments and errors as in `flops.model.forward`."""
-    check_pass(config, batch, new, cached, ranks, head, vocabulary)
-    model, ids = meta_model(config, ranks), torch.empty(batch, new, dtype=torch.long, device="meta")
-    tokens = None if vocabulary is None else torch.empty(vocabulary, dtype=torch.long, device="meta")
-    cache = None
-    if cached:
-        cache = KVCache(config, batch, cached + new, device="meta")
-        cache.advance(cached)
-    with torch.no_grad(), Tracer() as tracer:
-        if head == "loss":
-            next_token_loss(model, ids, vocabulary=tokens)
-        else:
-            hidden = model.model(ids, cache)
-            linear(hidden if head == "all" else hidden[:, -1], model.head_weight)
-    return tracer.flops
-
-
 @torch.enable_grad()
 def trace_training_step(
     config: QwenConfig, batch: int, context: int, ranks: Ranks | None = None, vocabulary: int | None = None
@@ -192,11 +163,13 @@ def trace_training_step(
 
     The gradient of the loss, which is computed during the forward pass, counts as backward.
     """
+    check_pass(config, batch, context, 0, ranks, "loss", vocabulary)
     model, ids = meta_model(config, ranks), torch.empty(batch, context, dtype=torch.long, device="meta")
     tokens = None if vocabulary is None else torch.empty(vocabulary, dtype=torch.long, device="meta")
     if not ranks:
         model.requires_grad_(True)
-    with Tracer() as tracer:
+    with torch.no_grad(), Tracer() as forward:
+        next_token_loss(model, ids, vocabulary=tokens)
+    with Tracer() as both:
         next_token_loss(model, ids, vocabulary=tokens).backward()
-    forward = trace_forward(config, batch, context, ranks=ranks, head="loss", vocabulary=vocabulary).total()
-    return forward, tracer.total - forward
+    return forward.total, both.total - forward.total
