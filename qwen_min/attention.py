@@ -21,9 +21,9 @@ BIAS_ALIGNMENT = 16
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Plain `attention`, for a boolean mask or None: softmax(q k^T / sqrt(D)) v, with the softmax in fp32."""
-    if mask is None or mask.shape[2] < q.shape[2]:
-        mask = pairs_mask(q.shape[2], k.shape[2], q.device, mask)
+    """Plain `attention`, for None or a boolean mask of all pairs: softmax(q k^T / sqrt(D)) v, the softmax in fp32."""
+    if mask is None:
+        mask = pairs_mask(q.shape[2], k.shape[2], q.device)
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (B, H, S, D)
     scores = (q @ k.transpose(2, 3)) / q.shape[-1] ** 0.5  # (B, H, T, S)
