@@ -61,8 +61,7 @@ def counts(model: str, batch: int, context: int, rank: int) -> dict:
             operators.setdefault(op.name, dict.fromkeys(CONVENTIONS, 0))[convention] = op.flops
         step = flops.training_step(config, batch, context, convention=convention, ranks=ranks)
         totals[convention] = {"forward": total(ops), "backward": step - total(ops), "training step": step}
-    rows_and_heads = batch * (1 + config.num_attention_heads * context // 2**15)  # long rows are split by heads
-    if config.num_hidden_layers * rows_and_heads * context // QUERY_BLOCK <= MOST_TRACED:
+    if config.num_hidden_layers * batch * context // QUERY_BLOCK <= MOST_TRACED:
         traced = dict(zip(("forward", "backward"), trace_training_step(config, batch, context, ranks), strict=True))
     return {
         "operators": operators,

@@ -3,7 +3,6 @@
 B batch, T new tokens, S cached + new tokens, H query heads, K key/value heads, G = H / K, D head size.
 """
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +14,6 @@ from qwen_min.linear import multiplies_bfloat16
 
 # upper limits for one block, so that it fits the cache of a CPU core: queries of a row; scores of all rows and heads
 QUERY_BLOCK, SCORES_PER_BLOCK = 64, 2**20
-SCORES_OF_ROW = 2**21  # a row with more scores in a block is split by heads, so that long texts need little memory
 # each row of a bias starts at a multiple of this many numbers; the memory-efficient kernel copies a bias that does not
 BIAS_ALIGNMENT = 16
 
@@ -153,10 +151,10 @@ class _Blockwise(torch.autograd.Function):
         """The result (B, K, G, T, D) for q (B, K, G, T, D); the other arguments as in `attention`."""
         ctx.save_for_backward(q, k, v, mask)
         out = q.new_empty(q.movedim(3, 1).shape).movedim(1, 3)  # so that o_proj needs no copy
-        for part in _parts(q, k):
-            for block, seen, weights, _ in _weights_by_block(q[part], k[part], mask, part[0]):
-                piece = out[part][block]
-                piece.copy_((weights @ v[part][:, :, :seen]).view(piece.shape))
+        for rows in _row_slices(q, k):
+            for new, seen, weights, _ in _weights_by_block(q[rows], k[rows], mask, rows):
+                piece = out[rows, :, :, new]
+                piece.copy_((weights @ v[rows, :, :seen]).view(piece.shape))
         return out
 
     @staticmethod
@@ -167,11 +165,11 @@ class _Blockwise(torch.autograd.Function):
         softmax_backward = torch.ops.aten._softmax_backward_data
         needed = zip((q, k, v), ctx.needs_input_grad[:3], strict=True)
         grad_q, grad_k, grad_v = (torch.empty_like(x) if need else None for x, need in needed)
-        for part in _parts(q, k):
-            keys, values = k[part], v[part]  # (b, j, S, D)
+        for rows in _row_slices(q, k):
+            keys, values = k[rows], v[rows]  # (b, K, S, D)
             sum_k, sum_v = keys.new_zeros(2, *keys.shape, dtype=at_least_fp32)
-            for block, seen, weights, queries in _weights_by_block(q[part], keys, mask, part[0]):
-                grad_out = grad[part][block].reshape(queries.shape)  # (b, j, g n, D)
+            for new, seen, weights, queries in _weights_by_block(q[rows], keys, mask, rows):
+                grad_out = grad[rows, :, :, new].reshape(queries.shape)  # (b, K, G n, D)
                 if grad_v is not None:
                     sum_v[:, :, :seen] += weights.mT @ grad_out
                 if grad_q is None and grad_k is None:
@@ -179,14 +177,14 @@ class _Blockwise(torch.autograd.Function):
                 grad_scores = grad_out @ values[:, :, :seen].mT
                 grad_scores = softmax_backward(grad_scores, weights, -1, weights.dtype).mul_(scale)
                 if grad_q is not None:
-                    piece = grad_q[part][block]
+                    piece = grad_q[rows, :, :, new]
                     piece.copy_((grad_scores @ keys[:, :, :seen]).view(piece.shape))
                 if grad_k is not None:
                     sum_k[:, :, :seen] += grad_scores.mT @ queries
             if grad_k is not None:
-                grad_k[part] = sum_k
+                grad_k[rows] = sum_k
             if grad_v is not None:
-                grad_v[part] = sum_v
+                grad_v[rows] = sum_v
         return grad_q, grad_k, grad_v, None
 
 
@@ -195,25 +193,24 @@ def _slices(size: int, step: int) -> list[slice]:
     return [slice(first, min(first + step, size)) for first in range(0, size, step)]
 
 
-def _parts(q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
-    """(b rows, j kv heads): parts of the work whose keys are read together."""
-    (batch, kv_heads, groups), scores_of_head = q.shape[:3], QUERY_BLOCK * k.shape[2]
-    rows = _slices(batch, SCORES_PER_BLOCK // (kv_heads * groups * scores_of_head))
-    return list(itertools.product(rows, _slices(kv_heads, SCORES_OF_ROW // (groups * scores_of_head))))
+def _row_slices(q: Tensor, k: Tensor) -> list[slice]:
+    """The rows whose keys are read together."""
+    batch, kv_heads, groups = q.shape[:3]
+    return _slices(batch, SCORES_PER_BLOCK // (kv_heads * groups * QUERY_BLOCK * k.shape[2]))
 
 
 def _weights_by_block(
     q: Tensor, k: Tensor, mask: Tensor | None, rows: slice
-) -> Iterator[tuple[tuple[slice, ...], int, Tensor, Tensor]]:
-    """Yield, for each block of g query heads and n queries of a part, q (b, j, G, T, D) and k (b, j, S, D): its place
-    in (b, j, G, T), number of visible keys, attention weights (b, j, g n, keys), queries (b, j, g n, D).
+) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+    """For each block of n queries of q (b, K, G, T, D) over k (b, K, S, D): its place in T, the number of visible keys,
+    the attention weights (b, K, G n, keys), the queries (b, K, G n, D).
 
     Scores and softmax are computed in at least fp32. The mask is that of all rows.
     """
     mask = mask[rows] if mask is not None and len(mask) > 1 else mask
-    (groups, num_new, size), total, everything = q.shape[2:], k.shape[2], slice(None)
+    (num_new, size), total = q.shape[3:], k.shape[2]
     at_least_fp32 = torch.promote_types(q.dtype, torch.float32)
-    keys = k.to(at_least_fp32).mT  # (b, j, D, S)
+    keys = k.to(at_least_fp32).mT  # (b, K, D, S)
     for new in _slices(num_new, QUERY_BLOCK):
         count, seen, first = new.stop - new.start, total - num_new + new.stop, 0
         if mask is None:
@@ -222,11 +219,9 @@ def _weights_by_block(
             visible = pairs_mask(count, seen, q.device, mask[..., :seen])
         else:
             visible = mask[:, :, new, :seen]
-        for heads in _slices(groups, SCORES_OF_ROW // (QUERY_BLOCK * total)):
-            block = everything, everything, heads, new
-            queries = q[block].flatten(2, 3)  # (b, j, g n, D)
-            scores = (queries.to(at_least_fp32) * size**-0.5) @ keys[..., :seen]
-            scores.view(len(k), -1, count, seen)[..., first:].masked_fill_(~visible, -torch.inf)  # (b, j g, n, keys)
-            weights = scores.softmax(-1).to(q.dtype)
-            del scores  # memory
-            yield block, seen, weights, queries
+        queries = q[:, :, :, new].flatten(2, 3)  # (b, K, G n, D)
+        scores = (queries.to(at_least_fp32) * size**-0.5) @ keys[..., :seen]
+        scores.view(len(k), -1, count, seen)[..., first:].masked_fill_(~visible, -torch.inf)  # (b, H, n, keys)
+        weights = scores.softmax(-1).to(q.dtype)
+        del scores  # memory
+        yield new, seen, weights, queries

@@ -47,14 +47,6 @@ def test_values_and_gradients_equal_the_reference(monkeypatch, block, num_cached
     assert_equal_to_the_reference(*sample(heads, num_cached, num_new, padded))
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("limit", [1, 5 * 9 * 4])
-def test_rows_split_by_heads_equal_the_reference(monkeypatch, padded, limit):
-    monkeypatch.setattr(module, "QUERY_BLOCK", 4)
-    monkeypatch.setattr(module, "SCORES_OF_ROW", limit)
-    assert_equal_to_the_reference(*sample((14, 2), 0, 9, padded))
-
-
 @pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (5, 4), (70, 80)])
 def test_a_mask_of_the_real_tokens_is_that_of_all_pairs(num_cached, num_new):
     real = real_tokens(num_cached + num_new, 0, 3).bool()[:, None, None]
