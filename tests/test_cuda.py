@@ -11,7 +11,6 @@ from conftest import adapted, random_model, relative_error, write_checkpoint
 from experiments.forecasting import Forecaster
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
-from experiments.study.evaluation import evaluate
 from experiments.training.finetuning import Finetuning
 from experiments.training.loop import Account, train
 from experiments.training.settings import Training
@@ -170,22 +169,6 @@ def test_forecasts_in_several_batches_agree(monkeypatch, checkpoint, samples):
     np.testing.assert_array_equal(found.values, wanted.values)
     if samples:
         np.testing.assert_array_equal(found.samples, wanted.samples)
-
-
-@pytest.mark.parametrize("decoding", ["constrained", "free"])
-def test_evaluations_in_several_batches_agree(monkeypatch, checkpoint, precision, decoding):
-    """In bf16 only the losses of the truth are compared; the texts may differ from those of fp32."""
-    monkeypatch.setattr("experiments.study.evaluation.BATCH", 2)
-    values = np.stack([values[:17] for values in series() if len(values) > 9])
-    wanted, found = (
-        evaluate(*load(checkpoint, *where), Encoding(1.0), values, 13, 3, decoding=decoding)
-        for where in (("cpu",), ("cuda", precision[0]))
-    )
-    np.testing.assert_allclose(found.nats, wanted.nats, rtol=2 * precision[1])
-    np.testing.assert_allclose(found.forced_losses, wanted.forced_losses, rtol=precision[1], atol=10 * precision[1])
-    if precision[0] == torch.float32:
-        assert found.texts == wanted.texts
-        np.testing.assert_allclose(found.free_losses, wanted.free_losses, rtol=1e-3, atol=1e-3)
 
 
 def test_all_attention_runs_in_fused_kernels(on_gpu):
