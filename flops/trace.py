@@ -50,13 +50,6 @@ def _matmul(a: Tensor, b: Tensor) -> int:
     return math.prod(batch) * matmul(rows, inner, b.shape[-1])
 
 
-def _pow(args, out) -> int:
-    exponent = args[1]
-    if isinstance(exponent, Tensor):
-        return out.numel() * p.POW
-    return out.numel() * {1: 0, 2: MUL}.get(exponent, p.POW)
-
-
 def _packed_linear(args, out) -> int:
     """x (..., I) times a packed weight, plus a bias if there is one."""
     x, _, bias = args[:3]
@@ -75,7 +68,7 @@ def _along(out: Tensor, dim: int, price: Callable[[int], int]) -> int:
 PRICES: dict[str, Callable[..., int]] = {  # the FLOPs as a function of the operator's arguments and its result
     **dict.fromkeys(("mm", "bmm"), lambda args, _: _matmul(*args[:2])),
     "addmm": lambda args, out: _matmul(*args[1:3]) + out.numel() * ADD,
-    "pow": _pow,
+    "pow": lambda args, out: out.numel() * {1: 0, 2: MUL}.get(args[1], p.POW),
     "sum": _sum,
     "mean": lambda args, out: _sum(args, out) + out.numel() * MUL,
     "cumsum": lambda args, out: _along(out, args[1], p.reduction),

@@ -33,25 +33,21 @@ class _Packed:
     """A packed copy, and what identifies its source weight without keeping it alive."""
 
     def __init__(self, weight: Tensor):
-        self.storage, self.layout, self.version = _storage(weight), _layout(weight), weight._version
+        self.source = _identity(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
 
     def matches(self, weight: Tensor) -> bool:
         """Return whether the weight is unchanged. It does not see writes through `weight.data` or a numpy view."""
-        now = _layout(weight), weight._version
-        return now == (self.layout, self.version) and _storage(weight) == self.storage
+        return _identity(weight) == self.source
 
     def __reduce__(self):
         return type(None), ()  # a pickled model does not contain its packed copies
 
 
-def _layout(weight: Tensor) -> tuple:
-    return weight.data_ptr(), weight.shape, weight.stride()
-
-
-def _storage(weight: Tensor) -> StorageWeakRef:
-    """A weak reference: while it exists no other storage is equal to it, even at the same address."""
-    return StorageWeakRef(weight.untyped_storage())
+def _identity(weight: Tensor) -> tuple:
+    """While its weak reference to the storage exists, no other storage is equal to it, even at the same address."""
+    storage = StorageWeakRef(weight.untyped_storage())
+    return weight._version, weight.data_ptr(), weight.shape, weight.stride(), storage
 
 
 def _can_pack(weight: Tensor) -> bool:
