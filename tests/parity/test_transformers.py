@@ -18,23 +18,19 @@ from qwen_min.weights import TINY, load_weights
 TOLERANCE = 1e-5
 
 
-def pair(config, folder):
-    """A random transformers model, and ours, loaded from the files that it saved."""
+@pytest.fixture
+def models(config, tmp_path):
+    """Ours, loaded from the files that a random transformers model saved, and that model."""
     torch.manual_seed(0)
     theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config_fields(config))).eval()
     for name, parameter in theirs.named_parameters():
         parameter.data.normal_(1.0 if "norm" in name else 0.0, 0.3 if "norm" in name or "bias" in name else 0.15)
-    theirs.save_pretrained(folder)
+    theirs.save_pretrained(tmp_path)
     with torch.device("meta"):
-        ours = Qwen(QwenConfig.from_file(folder / "config.json"))
+        ours = Qwen(QwenConfig.from_file(tmp_path / "config.json"))
     assert ours.config == config
-    load_weights(ours, folder)
+    load_weights(ours, tmp_path)
     return ours.eval(), theirs
-
-
-@pytest.fixture
-def models(config, tmp_path):
-    return pair(config, tmp_path)
 
 
 def outputs(model, ids):
