@@ -205,9 +205,8 @@ def load(
     names = tensor_headers(folder)
     layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
     if len(layers) != config.num_hidden_layers:  # checked before that many layers are built
-        hint = "" if layers else f"; expected names such as {EMBEDDING}, got such as {min(names, default='none')}"
-        said = f"config.json says {config.num_hidden_layers}"
-        raise CheckpointError(f"{folder}: contains the tensors of {len(layers)} layers, {said}{hint}")
+        found = f"{len(layers)} layers, with names such as {min(names, default='none')}"
+        raise CheckpointError(f"{folder}: the files have {found}; config.json says {config.num_hidden_layers} layers")
     with torch.device("meta"):
         model = Qwen(config)
     load_weights(model, folder, device, dtype)

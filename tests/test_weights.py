@@ -149,8 +149,7 @@ def test_other_names_of_tensors_are_shown(tmp_path):
         for name in list(tensors):
             tensors[f"module.{name}"] = tensors.pop(name)
 
-    message = broken(tmp_path, rename)
-    assert "expected names such as model.embed_tokens.weight, got such as module.model.embed_tokens.weight" in message
+    assert "0 layers, with names such as module.model.embed_tokens.weight" in broken(tmp_path, rename)
 
 
 @pytest.mark.parametrize(

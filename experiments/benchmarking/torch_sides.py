@@ -102,7 +102,7 @@ class Ours(TorchSide):
         return lambda ids: linear(append(ids)[:, -1], self.model.head_weight)
 
     def add_adapter(self) -> Callable[[Tensor], Tensor]:
-        self.model, _ = load(self.setup.folder, self.device, getattr(torch, self.setup.dtype))
+        self.start()
         inject(self.model, LoraConfig(rank=8, alpha=8))
         return lambda ids: next_token_loss(self.model, ids)
 
