@@ -4,7 +4,6 @@ R rows, V vocabulary. The steps and their order are those of `transformers.gener
 """
 
 from dataclasses import dataclass
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -14,10 +13,6 @@ LIMIT = 1e10  # rules beyond it, or below 1 / LIMIT, could turn a logit into inf
 
 class SamplingError(ValueError):
     """A rule of choice that is out of range."""
-
-
-def _within(value: object, low: float, high: float, kind: type = Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -39,13 +34,13 @@ class Sampling:
 
     def __post_init__(self):
         span = f"{1 / LIMIT:g} to {LIMIT:g}"
-        if not (_within(self.temperature, 1 / LIMIT, LIMIT) or _within(self.temperature, 0, 0)):
+        if not (self.temperature == 0 or 1 / LIMIT <= self.temperature <= LIMIT):
             raise SamplingError(f"temperature is {self.temperature!r}, expected 0 (greedy) or {span}")
-        if self.top_k is not None and not _within(self.top_k, 1, LIMIT, Integral):
+        if self.top_k is not None and self.top_k < 1:
             raise SamplingError(f"top_k is {self.top_k!r}, expected an integer of at least 1, or None")
-        if not _within(self.top_p, 0, 1) or self.top_p == 0:
+        if not 0 < self.top_p <= 1:
             raise SamplingError(f"top_p is {self.top_p!r}, expected more than 0 and at most 1")
-        if not _within(self.repetition_penalty, 1 / LIMIT, LIMIT):
+        if not 1 / LIMIT <= self.repetition_penalty <= LIMIT:
             raise SamplingError(f"repetition_penalty is {self.repetition_penalty!r}, expected {span}")
 
     def adjusted(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:

@@ -21,10 +21,8 @@ def test_draws_have_the_probabilities_of_the_softmax():
 
 @pytest.mark.parametrize(
     "rules",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_k": 2.5}, {"top_p": 0}, {"top_p": 1.1},
-     {"repetition_penalty": 0}, {"temperature": "0.7"}, {"temperature": True}, {"temperature": 1e-40},
-     {"temperature": 1e30}, {"top_p": None}, {"top_k": True}, {"repetition_penalty": 1e-42},
-     {"repetition_penalty": "1"}],
+    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1},
+     {"repetition_penalty": 0}, {"temperature": 1e-40}, {"temperature": 1e30}, {"repetition_penalty": 1e-42}],
 )  # fmt: skip
 def test_rules_out_of_range_are_refused(rules):
     with pytest.raises(SamplingError, match=f"{next(iter(rules))} is .*, expected"):
