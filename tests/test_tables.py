@@ -341,14 +341,11 @@ def test_columns_are_chosen_by_name(table):
 def hdf5(tmp_path):
     """Read arrays as a file: the tables in it."""
 
-    def read(arrays, attributes=(), columns=None):
-        path = tmp_path / "a.h5"
-        with h5py.File(path, "w") as file:
+    def read(arrays, columns=None):
+        with h5py.File(tmp_path / "a.h5", "w") as file:
             for name, array in arrays.items():
                 file[name] = array
-            for owner, key, value in attributes:
-                file[owner].attrs[key] = value
-        return read_series(path, columns=columns)
+        return read_series(tmp_path / "a.h5", columns=columns)
 
     return read
 
@@ -358,12 +355,12 @@ THREE = np.ones((1, 4, 3))
 
 def test_hdf5_files_of_any_number_of_variables(hdf5, tmp_path):
     values = np.arange(24.0).reshape(2, 4, 3) - 5
-    arrays, names = {"trajectories": values, "time": np.arange(4) * 0.5}, [("/", "variables", ["u", "v", "w"])]
-    first, second = hdf5(arrays, names)
-    assert (first.attrs["name"], second.attrs["name"], list(first.columns)) == ("a[0]", "a[1]", ["u", "v", "w"])
+    arrays = {"trajectories": values, "time": np.arange(4) * 0.5}
+    first, second = hdf5(arrays)
+    assert (first.attrs["name"], second.attrs["name"], list(first.columns)) == ("a[0]", "a[1]", ["x0", "x1", "x2"])
     assert np.array_equal(second.values, values[1])
     assert following(second.index, 1).tolist() == [2.0]
-    assert hdf5(arrays, names, ["w"])[0].values.tolist() == values[0][:, 2:].tolist()
+    assert hdf5(arrays, ["x2"])[0].values.tolist() == values[0][:, 2:].tolist()
     (tmp_path / "b.h5.gz").write_bytes(gzip.compress((tmp_path / "a.h5").read_bytes()))
     assert read_series(tmp_path / "b.h5.gz")[1].equals(second)
     long, short = hdf5({"short": np.ones(3), "time": np.arange(4.0), "long": np.ones((4, 2))})
@@ -372,39 +369,34 @@ def test_hdf5_files_of_any_number_of_variables(hdf5, tmp_path):
     assert [one.attrs["name"] for one in hdf5({f"s{at}": np.ones(3) for at in range(12)})][:3] == ["s0", "s1", "s2"]
 
 
-ARRAYS = [  # arrays and attributes: the names of the variables, or what is said
-    ({"trajectories": THREE}, [], ["x0", "x1", "x2"]),
-    ({"trajectories": THREE[..., :2], "time": np.arange(4.0)}, [], ["prey", "predator"]),
-    ({"trajectories": THREE}, [("trajectories", "names", "u, v, w")], ["u", "v", "w"]),
-    ({"a": np.ones(4)}, [("a", "variables", "load")], ["load"]),
-    ({"time": np.arange(3.0)}, [], r"holds \['time'\], expected the array 'trajectories', or arrays"),
-    ({"group/a": np.ones(3)}, [], r"holds \['group'\], expected"),
-    ({"a": np.ones((2, 3, 4))}, [], "expected numbers of rank 1 or 2"),
-    ({"trajectories": THREE, "time": np.arange(3.0)}, [], r"are \(1, 4, 3\), time \(3,\), expected"),
-    ({"a": np.ones(3), "time": np.array([0, 1, np.nan])}, [], "has no time in 'time'"),
-    ({"a": np.array([1, np.inf])}, [], r"a\[1\], column 'x0': is infinite"),
-    ({"trajectories": THREE * np.nan}, [], r"12 of 12 values are missing, the first in trajectories\[0, 0\]"),
-    ({"trajectories": THREE}, [("/", "names", ["u", "v", "v"])], "expected 3 different names"),
-    ({"a": np.ones(3)}, [("a", "scale_factor", "x")], "of a is 'x', expected a number"),
+ARRAYS = [  # arrays: the names of the variables, or what is said
+    ({"trajectories": THREE}, ["x0", "x1", "x2"]),
+    ({"trajectories": THREE[..., :2], "time": np.arange(4.0)}, ["prey", "predator"]),
+    ({"time": np.arange(3.0)}, r"holds \['time'\], expected the array 'trajectories', or arrays"),
+    ({"group/a": np.ones(3)}, r"holds \['group'\], expected"),
+    ({"a": np.ones((2, 3, 4))}, "expected numbers of rank 1 or 2"),
+    ({"trajectories": THREE, "time": np.arange(3.0)}, r"are \(1, 4, 3\), time \(3,\), expected"),
+    ({"a": np.ones(3), "time": np.array([0, 1, np.nan])}, "has no time in 'time'"),
+    ({"a": np.array([1, np.inf])}, r"a\[1\], column 'x0': is infinite"),
+    ({"trajectories": THREE * np.nan}, r"12 of 12 values are missing, the first in trajectories\[0, 0\]"),
 ]
 
 
-@pytest.mark.parametrize(("arrays", "attributes", "expected"), ARRAYS)
-def test_names_in_hdf5_and_what_is_refused(hdf5, arrays, attributes, expected):
+@pytest.mark.parametrize(("arrays", "expected"), ARRAYS)
+def test_names_in_hdf5_and_what_is_refused(hdf5, arrays, expected):
     if isinstance(expected, list):
-        assert list(hdf5(arrays, attributes)[0].columns) == expected
+        assert list(hdf5(arrays)[0].columns) == expected
     else:
         with pytest.raises(DataError, match=expected):
-            hdf5(arrays, attributes)
+            hdf5(arrays)
 
 
-def test_conventions_of_netcdf(hdf5):
-    attributes = [("a", "scale_factor", 0.01), ("a", "add_offset", 273.15), ("a", "_FillValue", np.int16(-9999))]
-    with pytest.raises(DataError, match=r"1 of 2 values is missing, the first in a\[1\]"):
-        hdf5({"a": np.array([100, -9999], np.int16)}, attributes)
-    (found,) = hdf5({"a": np.array([100, 200], np.int16), "Time": np.arange(2)}, attributes)
-    assert found["x0"].tolist() == pytest.approx([274.15, 275.15])
-    assert "multiplied by scale_factor 0.01" in told([found])
+def test_numbers_that_are_packed_are_refused(hdf5, tmp_path):
+    hdf5({"a": np.ones(3)})
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["a"].attrs["scale_factor"] = 0.01
+    with pytest.raises(DataError, match="a has scale_factor, as netCDF has; write the numbers"):
+        read_series(tmp_path / "a.h5")
 
 
 INDEXES = {  # index of three rows: the time after the last, or None if it is no time axis

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import h5py
@@ -16,6 +15,7 @@ from experiments.tables import DataError, Table
 MAX_ARRAY_BYTES = 2**30  # limit for an array in a file, and for all series of a file as float64
 MAX_COMPRESSION = 1100  # bytes of an array per byte in the file; deflate reaches 1032
 MAX_SERIES = 10**6  # in a file
+PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value")
 TIMES = ("time", "times", "t", "date", "year")  # arrays with these names are times, in large letters too
 
 
@@ -56,20 +56,23 @@ def arrays_in(path: Path, content: bytes) -> Iterator[Table]:
     """The arrays in the content of a file, a table for each series.
 
     The file has `/trajectories` (N, T, D), or else arrays (T, D) or (T) at its root, one for each series. `/time` (T)
-    is the time axis of all series of T steps. Names of variables are in an attribute `variables` or `names` of the
-    array or the file. netCDF's scale_factor, add_offset and _FillValue are applied. Raises DataError for other files.
+    is the time axis of all series of T steps. Raises DataError for other files, and for attributes that change what the
+    numbers mean.
     """
     with opened(path, content) as file:
         arrays, clock = _arrays(path, file)
         for name, array in arrays.items():
-            variables = _variables(path, file, array, clock is not None)
-            values, notes = _unpacked(path, name, array)
+            if packed := [key for key in PACKED if key in array.attrs]:
+                raise DataError(f"{path}: {name} has {packed[0]}, as netCDF has; write the numbers that are meant")
+            count, is_study = array.shape[-1] if array.ndim > 1 else 1, array.ndim == 3 and clock is not None
+            variables = ["prey", "predator"] if is_study and count == 2 else [f"x{at}" for at in range(count)]
+            values = array[:].astype(np.float64)
             for number, one in enumerate(values if array.ndim == 3 else [values.reshape(len(values), -1)]):
                 columns = list(zip(variables, one.T, strict=True))
                 if clock is not None and len(clock) == len(one):
                     columns.insert(0, ("time", clock[:]))
                 title, at = (f"{path.stem}[{number}]", f"{number}, ") if array.ndim == 3 else (name, "")
-                yield Table(str(path), title, columns, [*notes], partial("{}[{}{}]".format, name, at))
+                yield Table(str(path), title, columns, place=partial("{}[{}{}]".format, name, at))
 
 
 def _arrays(path: Path, file: h5py.File) -> tuple[dict[str, h5py.Dataset], h5py.Dataset | None]:
@@ -95,44 +98,3 @@ def _arrays(path: Path, file: h5py.File) -> tuple[dict[str, h5py.Dataset], h5py.
         if clock is not None and array.ndim == 3 and len(clock) != array.shape[1]:
             raise DataError(f"{path}: {name} are {array.shape}, {clocks[0]} {clock.shape}, expected (N, T, D) and (T,)")
     return arrays, clock
-
-
-def _attribute(path: Path, owner, key: str, count: int = 1, default=()) -> np.ndarray:
-    """The values of an attribute of an array or a file, `default` if it has none; at most `count` are read."""
-    if key not in owner.attrs:
-        return np.atleast_1d(default)
-    if (shape := owner.attrs.get_id(key).shape) not in ((), (1,), (count,)):
-        raise DataError(f"{path}: the attribute {key!r} of {owner.name} has the shape {shape}, expected ({count},)")
-    return np.atleast_1d(owner.attrs[key])
-
-
-def _unpacked(path: Path, name: str, array: h5py.Dataset) -> tuple[np.ndarray, list[str]]:
-    """The numbers of an array as netCDF 4 means them, NaN for missing ones, and what to tell of it."""
-    means = []
-    for key, default in {"_FillValue": np.nan, "missing_value": np.nan, "scale_factor": 1.0, "add_offset": 0.0}.items():
-        found = _attribute(path, array, key, default=default)
-        if found.dtype.kind not in "fiu":
-            raise DataError(f"{path}: the attribute {key!r} of {name} is {str(found[0])!r}, expected a number")
-        means.append(float(found[0]))
-    *fills, scale, offset = means
-    values = array[:].astype(np.float64)
-    values[np.isin(values, fills)] = np.nan
-    if (scale, offset) == (1.0, 0.0):
-        return values, []
-    return values * scale + offset, [f"{name} multiplied by scale_factor {scale:g}, plus add_offset {offset:g}"]
-
-
-def _variables(path: Path, file: h5py.File, array: h5py.Dataset, has_time: bool) -> list[str]:
-    """The names of an array's variables: of its attributes, of the study's data set, or x0, x1, ..."""
-    count = array.shape[-1] if array.ndim > 1 else 1
-    for owner, key in product((array, file), ("variables", "names")):
-        found = _attribute(path, owner, key, count)
-        names = [name.decode() if isinstance(name, bytes) else str(name) for name in found]
-        names = [name.strip() for name in (names[0].split(",") if len(names) == 1 else names)]
-        if names and (len(names) != count or len(set(names)) != count or "" in names):
-            raise DataError(f"{path}: the attribute {key!r} has the names {names}, expected {count} different names")
-        if names:
-            return names
-    if array.ndim == 3 and count == 2 and has_time:
-        return ["prey", "predator"]
-    return [f"x{at}" for at in range(count)]
