@@ -157,7 +157,7 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     ),
     "a date is missing": ("date,a\n2023-01-01,1\n,2\n", "line 3, column 'date': is empty, expected a date"),
     "falls": ("date,a\n2023-01-02,1\n2023-01-01,2\n", r"line 3, column 'date': the time 2023-01-01 comes after 2023-"),
-    "a day twice": ("d,site,a\n2023-01-01,x,1\n2023-01-01,y,2\n", r"tells them apart with --id \(site\), else keep"),
+    "a day twice": ("d,site,a\n2023-01-01,x,1\n2023-01-01,y,2\n", r"repeats \(2 rows have it\); .* with --id"),
     "clock set back": ("d,a\n2023-10-29 02:45,1\n2023-10-29 02:00,2\n", "write times with their offset from UTC"),
     "some offsets": ("d,a\n2020-03-05T00:00,1\n2020-03-06T00:00Z,2\n", "some times have an offset from UTC and some"),
     "weeks": ("week,a\n202252,1\n202301,2\n", "202252 is a week, which is counted in several ways"),
@@ -180,7 +180,7 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "24 o'clock": ("d,a\n2023-01-01 23:00,1\n2023-01-01 24:00,2\n", "write 00:00 of the next day"),
     "two dates": ("b,d,a\n2023-01-01,2023-02-01,1\n2023-01-02,2023-02-02,2\n", "'b' and 'd' can both be the times"),
     "an empty line": ("a\n1\n\n2\n", "line 3: is empty, which can be a missing value or nothing"),
-    "other dates": ("Monat,a\nJanuar 2023,1\n", "holds 'Januar 2023', which is no date that is known"),
+    "other dates": ("Monat,a\nJanuar 2023,1\n", "holds 'Januar 2023', expected a number, or a date such as"),
     "no id": ("unique_id,t,a\nx,1,1\nx,2,2\n,3,3\n", "line 4: has no 'unique_id', which names its series"),
     "a note": ("date,y\n2023-01-01,1\nsource\n", "line 3: has 1 columns, the first line has 2; leave out lines that"),
     "JSON": ('{"a": 1}', "is JSON; save it as CSV"),
@@ -190,28 +190,20 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "two files": (zipped(a=b"1", b=b"2"), r"is a zip file of \['a', 'b'\], expected one table in it"),
     "damaged Excel": (zipped(**{"[Content_Types].xml": b""}), "Excel file"),
     "damaged zip": (zipped(a=PACKED).replace(b"1.5", b""), "cannot be unpacked"),
-    "units": ("t,a\ns,K\n0,1\n1,2\n", "leave out titles, units and notes"),
+    "units": ("t,a\ns,K\n0,1\n1,2\n", "leave out titles, units and signs"),
     "a title": ("Sales\n\ndate,y\n2023-01-01,1\n", "line 1: 'Sales' has one column, the last line has 2; leave out"),
-    "month names": ("Year,Month,a\n2010,Jan,1\n2010,Feb,2\n", "2010 repeats .*; put 'Year' and 'Month' into one"),
-    "year and week": ("year,week,a\n2010,1,1\n2010,2,2\n", "put 'year' and 'week' into one column of dates, .*14:00$"),
     "years and weeks": (
         several("year,week"),
         "put 'year' and 'week' into one column of dates, such as .*, or 2023-W05",
     ),
     "stores of items": (
         "item_id,d,store,a\n" + "".join(f"{i},2023-01-0{d},{s},1\n" for i in "xy" for d in (1, 2) for s in (1, 2)),
-        r"of series 'x' repeats .* with --id \(store\)",
+        "of series 'x' repeats .* with --id",
     ),
     "days of mice": (several("mouse,day"), "'day' begins anew for each 'mouse', so there are 2 series, .* --id mouse,"),
     "trials": (several("n,subject,trial"), "'trial' begins anew for each 'subject', so there are 2 series"),
-    "stations": ("d,site,a\n2023-01-01,7,1\n2023-01-01,8,2\n2023-01-02,7,3\n", r"with --id \(site\), else keep"),
-    "hour ending": ("Date,HE,a\n2010-01-01,1,1\n2010-01-01,2,2\n", "put 'Date' and 'HE' into one column of dates"),
-    "percent": ("a,b\n1%,1\n1%,2\n", "holds '1%', expected a number; write it without '%'; or leave the column out"),
-    "a currency": ('a,b\n"$1,000",1\n', "holds '\\$1,000', expected a number; write it without '\\$'"),
-    "spaces for thousands": ("a;b\n1 000,50;1\n", "holds '1 000,50', expected a number; write it without ' '"),
-    "another minus": ("a,b\n\u22125,1\n", "write it as -5, without '\u2212'"),
+    "percent": ("a,b\n1%,1\n1%,2\n", "holds '1%', expected a number, .* signs, .*; or leave the column out"),
     "a space before a hash": (" #\n0 1.5\n1 2.5\n", "line 2: has 2 columns, the first line has 1"),  # it is no comment
-    "a negative in brackets": ("a,b\n(5.00),1\n", r"write it as -5.00, without '\(' and '\)'"),
 }
 
 
@@ -283,7 +275,7 @@ def test_several_series_one_below_the_other(tmp_path):
     assert told(found).startswith("007: 2 rows of 1 variable (y), time: ds, 2023-01-01 to 2023-01-02, and 1 more")
     other = LONG.replace("unique_id", "site")
     assert [len(one) for one in read(other, id="site")] == [2, 3]
-    with pytest.raises(DataError, match=r"time 2023-01-01 repeats \(2 rows have it\); .*--id \(site\)"):
+    with pytest.raises(DataError, match=r"time 2023-01-01 repeats \(2 rows have it\); .*--id"):
         read(other, columns=["y"])
     with pytest.raises(DataError, match="has 0 columns 'shop', expected one"):
         read(other, id="shop")
@@ -437,7 +429,7 @@ def test_columns_of_frames():
 
 
 @pytest.mark.parametrize(("columns", "index", "message"), [
-    ({"a": [1, "x"]}, None, r"row 1, column 'a': holds 'x', expected a number; .*; or leave the column out"),
+    ({"a": [1, "x"]}, None, r"row 1, column 'a': holds 'x', expected a number, .*; or leave the column out"),
     ({"a": [True, False]}, None, "holds 'True', expected a number"),
     ({"a": []}, None, "has no rows"),
     ({"a": [1, 2]}, pd.to_datetime(["2023-01-02", None]), "1 of 2 dates are missing"),

@@ -7,7 +7,7 @@ import pandas as pd
 
 from experiments.tables import Table
 from experiments.tables.cells import Column
-from experiments.tables.dates import CLOCK, MONTH, dates_of, dates_of_numbers
+from experiments.tables.dates import CLOCK, dates_of, dates_of_numbers
 from experiments.tables.times import time_texts
 
 EQUAL_STEPS = 1e-6  # by how much the steps of a column without a telling name may differ, relative to their mean
@@ -22,7 +22,6 @@ UNITS = "[mnuµ]?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?"
 WITH_UNIT = rf"(?i:(?:elapsed|time|(t))(?:[ _.]time)?(?:[ _.](?:{UNITS}))?)"
 COUNTER_NAMES = frozenset("step steps index idx id row obs".split())
 PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own
-PART_NAMES = r"he|hrs?|qtr|hour[ _]?ending|tag|uhrzeit"  # what else a column with a part of a date is called
 Found = tuple[pd.Index | None, list[Column]]  # the times, and the columns that they and other times are in
 
 
@@ -166,22 +165,7 @@ def _is_axis(name: str, values: np.ndarray) -> bool:
     return equal_steps(values) and (is_many or name.lower() in COUNTER_NAMES)
 
 
-def _is_part(one: Column) -> bool:
-    """True if a column seems to hold a part of a date, such as a month or a clock."""
-    if tells_time(one.name) or re.fullmatch(PART_NAMES, one.name, re.IGNORECASE):
-        return one.kind != "dates"
-    return one.kind == "text" and bool(one.cells.str.fullmatch(f"(?i:{MONTH}|{CLOCK})").all())
-
-
-def _is_id(one: Column, index: pd.Index, rows: np.ndarray) -> bool:
-    """True if the times of these rows rise for each whole number, of which there are fewer than rows."""
-    if one.kind != "numbers" or one.values.dtype.kind != "i":
-        return False
-    groups = [part.to_numpy() for _, part in pd.Series(range(len(rows))).groupby(one.values[rows])]
-    return len(groups) < len(rows) and _rises(index, groups)
-
-
-def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column], table: Table) -> None:
+def check_order(index: pd.Index, rows: np.ndarray, of: str, table: Table) -> None:
     """Raise DataError for times that fall or repeat, or numbers that are not finite. `of` names the series, if any."""
     name = str(index.name)
     if index.dtype.kind == "f" and not (known := np.isfinite(index.to_numpy())).all():
@@ -193,20 +177,11 @@ def check_order(index: pd.Index, rows: np.ndarray, of: str, columns: list[Column
     problem = f"the time {now}{of} comes after {before}; sort the rows by time, the oldest first"
     twice = index[index.duplicated()]
     if now == before or (not of and len(twice)):
-        parts = [one.name for one in columns if one.name != name and _is_part(one)]
-        ids = [
-            one
-            for one in columns
-            if one.name not in [name, *parts] and (one.kind == "text" or _is_id(one, index, rows))
-        ]
-        problem = f"the time {time_texts(twice, index)[0]}{of} repeats ({(index == twice[0]).sum()} rows have it); "
-        if parts:
-            both = " and ".join(map(repr, [name, *parts]))
-            problem += f"put {both} into one column of dates, such as 2023-01-31 14:00"
-        if ids or not parts:
-            problem += "; or " * bool(parts) + "if the table has several series, name the column that tells them apart "
-            names = ", ".join([one.name for one in ids[:3]] or ["..."])
-            problem += f"with --id ({names}), else keep one row for each time"
+        problem = (
+            f"the time {time_texts(twice, index)[0]}{of} repeats ({(index == twice[0]).sum()} rows have it); put dates "
+            "and clocks into one column, such as 2023-01-31 14:00; or, if the table has several series, name the "
+            "column that tells them apart with --id; or keep one row for each time"
+        )
     is_night = isinstance(index, pd.DatetimeIndex) and index.tz is None and index[at].hour < 4
     if is_night and (index != index.normalize()).any() and index[at - 1] - index[at] <= pd.Timedelta(hours=1):
         problem += "; if the clock was set back there, write times with their offset from UTC"

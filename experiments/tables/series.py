@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 
 from experiments.tables import DataError, Table
-from experiments.tables.axis import check_order, equal_steps, tells_time, time_axis
-from experiments.tables.cells import Column, columns_of, is_number
+from experiments.tables.axis import check_order, equal_steps, time_axis
+from experiments.tables.cells import Column, columns_of
 from experiments.tables.dates import CLOCK, MONTH, is_date
 from experiments.tables.times import gapless, regular, time_texts
 
@@ -16,7 +16,6 @@ MISSING = ("error", "interpolate", "keep")
 IDS = ("unique_id", "item_id", "id")  # as Nixtla, AutoGluon, Chronos and GluonTS call what tells series apart
 MOST_NAMES = 6  # that a line for users lists
 FILL = 'fill them with --missing interpolate (missing="interpolate")'
-SIGNS = "[%$€£¥\u2212()'\u2019\\s]"  # that numbers are written with, but not here
 MARKS = (-99.9, -99, -999, -999.9, -9999, 9999, -99999, 99999)  # that stand for missing values in many tables
 LEAVE_OUT = "leave the column out, or name the others with --columns"
 
@@ -111,7 +110,7 @@ def assemble(
     table.notes += ["a column without a name left out"] * len(unnamed)
     for title, rows in groups.items():
         if axis is not None:
-            check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", rest, table)
+            check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", table)
     names = asked if columns is not None else [one.name for one in free if one.name]
     if columns is None and not wide:
         _refuse_times_as_names(names, table)
@@ -158,15 +157,11 @@ def _numbers(names: Sequence[str], columns: Sequence[Column], table: Table) -> p
     found = [_the_one(name, columns, table) for name in names]
     for one in (one for one in found if one.kind != "numbers"):
         cell = str(one.cells.iloc[one.problem])[:40]
-        problem = "expected a number; leave out titles, units and notes, and write nothing for a missing value"
-        if one.cells.nunique() < len(one.cells):
-            problem += f"; if it names series, tell it with --id {one.name}"
-        if (signs := re.findall(SIGNS, cell)) and is_number(number := re.sub(SIGNS, "", cell)):
-            minus = f"as -{number}, " * (not {"\u2212", "("}.isdisjoint(signs))
-            problem = f"expected a number; write it {minus}without {' and '.join(map(repr, dict.fromkeys(signs)))}"
-        if tells_time(one.name) and one.kind == "text" and pd.to_numeric(one.cells, errors="coerce").isna().all():
-            problem = "which is no date that is known here; write dates such as 2023-01-31, or months as 2023-01"
-        raise table.error(f"holds {cell!r}, {problem}; or {LEAVE_OUT}", one.name, one.problem)
+        problem = (
+            "expected a number, or a date such as 2023-01-31; leave out titles, units and signs, and write nothing for "
+            f"a missing value; name a column that tells series apart with --id; or {LEAVE_OUT}"
+        )
+        raise table.error(f"holds {cell!r}, {problem}", one.name, one.problem)
     return pd.DataFrame({one.name: one.values for one in found}, dtype=np.float64)
 
 
