@@ -23,17 +23,6 @@ MAX_BYTES = 2**28  # limit for what a packed file unpacks to
 PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 # a formula that a program has written and none has computed; one that gives an empty text has a type
 NO_VALUE = rb'<c (?![^>]*t="str")[^>]*><f[^<]*</f>(?:<v */>|<v></v>)?</c>'
-OTHERS = {  # the first bytes of files that are not read
-    b"\x93NUMPY": "a NumPy array",
-    b"CDF": "a netCDF 3 file",
-    b"ARROW1": "a Feather file",
-    b"\xd0\xcf\x11\xe0": "an old Excel file",
-    b"MATLAB 5.0": "a MATLAB file",
-    b"\x80": "a Python pickle",
-    b"{": "JSON",
-    b"[": "JSON",
-    b"<": "HTML or XML",
-}
 
 
 def read_series(
@@ -89,9 +78,8 @@ def _tables(path: Path, content: bytes) -> Iterable[Table]:
         return [table_of(found, str(path), series_name(path))]
     if content.startswith(b"\x89HDF\r\n\x1a\n"):
         return arrays_in(path, content)
-    start = content.lstrip()[:20]
-    if other := next((what for mark, what in OTHERS.items() if start.startswith(mark)), None):
-        raise DataError(f"{path}: is {other}; save it as CSV or Parquet")
+    if content.lstrip().startswith((b"{", b"[", b"<")):
+        raise DataError(f"{path}: is JSON, HTML or XML; save it as CSV or Parquet")
     return [read_text(path, content)]
 
 

@@ -16,13 +16,6 @@ SAMPLE = 100  # rows that decide the delimiter
 ENCODINGS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 COMMA = r"[+-]?\d+,\d+(?:[eE][+-]?\d+)?"  # a number with a decimal comma, or two cells
 NO_TITLES = "leave out lines that are not of the table, such as a title or a note, and name all columns"
-UTF8 = "save it as CSV or Parquet, encoded as UTF-8"
-# What bytes of another encoding give in Windows-1252, which is meant for words such as "Größe": runs, words without a
-# plain letter, signs after letters (but m\xb3), digits within words, characters that it does not have.
-NO_WINDOWS_1252 = (
-    r"[^\0-\x7f\xa0]{3}|(?<!\w)[^\W\da-zA-Z_]{2,}(?!\w)|[^\W\d_][\xb2\xb3\xb9\xbc-\xbe][a-z]|\ufffd"
-    r"|[^\W\d_][\xa1\xa2\xa4-\xa8\xac\xad\xaf\xb4\xb6\xb8\xbf\u2020\u2021\u2030\u2039\u203a]"
-)
 
 
 def read_text(path: Path, content: bytes) -> Table:
@@ -101,14 +94,12 @@ def _decoded(path: Path, content: bytes, notes: list[str]) -> str:
     """The text in bytes, its lines ended by \\n."""
     encoding = next((name for mark, name in ENCODINGS.items() if content.startswith(mark)), "utf-8")
     if encoding == "utf-8" and b"\0" in content:
-        raise DataError(f"{path}: has zero bytes, as UTF-16 without a mark has; {UTF8}")
+        problem = "has zero bytes, as UTF-16 without a mark, and files that are no text"
+        raise DataError(f"{path}: {problem}; save it as CSV or Parquet, encoded as UTF-8")
     try:
         text = content.decode(encoding)
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")  # as Excel writes CSV in western Europe and America
-        if odd := re.search(NO_WINDOWS_1252, text):
-            problem = f"is no text in UTF-8 ({error}), nor in Windows-1252, which would give {odd[0]!r}"
-            raise DataError(f"{path}: {problem}; {UTF8}") from error
         notes.append("read as Windows-1252, as it is not UTF-8")
     return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
