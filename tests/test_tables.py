@@ -459,15 +459,6 @@ def test_forecasts_as_csv(table):
     assert [float(line.split(",")[-1]) for line in lines[1:]] == values
 
 
-def test_no_column_overwrites_another():
-    (found,) = from_frame(pd.DataFrame({"a": [1, 2, 4], "a_q0.1": [4, 5, 7], "step": [7, 5, 7]}))
-    made = forecast_frame(found, np.array([[1.0, 2, 3]]), np.full((2, 1, 3), 9.0), [0.1, 0.1])
-    assert len(set(made.columns)) == 9
-    assert made[["a", "a_q0.1", "step"]].to_numpy().tolist() == [[1, 2, 3]]
-    header, row = write([found], np.array([[[1.0, 2, 3]]])).splitlines()
-    assert (header, row) == ("series,step_,a,a_q0.1,step", "series,1,1.0,2.0,3.0")
-
-
 # what pandas may write: marks, quotes, a mark for missing values
 DIALECTS = [{}, {"sep": ";", "decimal": ","}, {"sep": "\t", "quoting": 2}, {"na_rep": "NA"}, {"sep": " "}]
 INDEX = {

@@ -17,11 +17,9 @@ def forecast_frame(
     when the times cannot be continued.
     """
     bounds = [] if quantiles is None else list(quantiles)
-    names = list(series.columns)
-    for level in levels[: len(bounds)]:
-        for name in series.columns:
-            names.append(_unused(f"{name}_q{level:g}", names))
-    return pd.DataFrame(np.concatenate([values, *bounds], axis=1), following(series.index, len(values)), names)
+    names = [f"{name}_q{level:g}" for level in levels[: len(bounds)] for name in series.columns]
+    index = following(series.index, len(values))
+    return pd.DataFrame(np.concatenate([values, *bounds], axis=1), index, [*series.columns, *names])
 
 
 def write(
@@ -44,13 +42,8 @@ def write(
         if clock is not None:
             labels.append((clock, "" if isinstance(one.index, pd.RangeIndex) else time_texts(part.index, one.index)))
         for at, (name, label) in enumerate(labels):
-            part.insert(at, _unused(name, part.columns), label)
+            while name in part:  # a variable is called so
+                name += "_"
+            part.insert(at, name, label)
         parts.append(part)
     return pd.concat(parts).to_csv(index=False, lineterminator="\n")
-
-
-def _unused(name: str, used) -> str:
-    """The name, with underscores after it until nothing else is called so."""
-    while name in used:
-        name += "_"
-    return name
