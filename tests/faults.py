@@ -28,7 +28,7 @@ from signal import SIGKILL
 from safetensors.torch import load_file
 
 from experiments.report.build import write_report
-from experiments.storage.runfolder import LOCK_FILE, WRITER_FILE
+from experiments.storage.runfolder import LOCK_FILE
 from experiments.study import data, plans
 from experiments.training.settings import Training
 from tests import forks, small_plan
@@ -56,11 +56,7 @@ def redraw(folder: Path) -> int:
 def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
     """The contents of the files in a folder, by relative path."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(found)
-        if path.name not in (LOCK_FILE, WRITER_FILE)
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(found) if path.name != LOCK_FILE}
 
 
 class Campaign:

@@ -1,7 +1,6 @@
 """The folder of a run. It belongs to one run and to one process at a time, and a killed run can continue in it."""
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from filelock import FileLock, Timeout
 from experiments.storage.files import RunError, make_folder, read_json, to_json, write_whole
 from experiments.storage.records import read
 
-LOCK_FILE, WRITER_FILE = ".lock", ".writer"  # the locked file; the id of the process that writes, or last wrote
+LOCK_FILE = ".lock"
 
 
 def resumable(state: Path | None, items: Any, size: int, kind: Any, make: Callable, fits: Callable) -> list:
@@ -37,22 +36,17 @@ def resumable(state: Path | None, items: Any, size: int, kind: Any, make: Callab
 def only_writer(folder: Path) -> Iterator[None]:
     """A context in which no other process can write to the folder.
 
-    Raises RunError when another process is writing to it (the message names the process), or when it does not exist.
+    Raises RunError when another process is writing to it, or when it does not exist.
     """
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder")
-    writer, lock = folder / WRITER_FILE, FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        held = FileLock(folder / LOCK_FILE).acquire(timeout=0)
     except Timeout:
-        holder = writer.read_text(encoding="utf-8") if writer.exists() else "unknown"
-        told = f"process {holder} is writing to it; wait until it ends, or choose another folder"
+        told = "another process is writing to it; wait until it ends, or choose another folder"
         raise RunError(f"{folder}: {told}") from None
-    try:
-        writer.write_text(str(os.getpid()), encoding="utf-8")
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -95,7 +89,7 @@ def _holds(folder: Path, identity: dict) -> bool:
             told = f"has a run with {name} {_short(old)}, this run has {_short(new)}; choose another --out"
             raise RunError(f"{folder}: {told}")
         return True
-    leftovers = {"plan.json.partial", LOCK_FILE, WRITER_FILE}  # of a run that was killed before it had a plan
+    leftovers = {"plan.json.partial", LOCK_FILE}  # of a run that was killed before it had a plan
     if folder.exists() and (not folder.is_dir() or any(p.name not in leftovers for p in folder.iterdir())):
         raise RunError(f"{folder}: exists but has no run; choose a new or empty --out")
     return False
