@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # --help need not wait for torch
     from experiments.forecasting.contexts import Forecast
 
 
-TEXT = ("samples", "scale", "decimals", "seed")  # options of models that write text
+TEXT = ("samples", "seed")  # options of models that write text
 
 
 def fractions(text: str) -> list[float]:
@@ -52,21 +52,16 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="checkpoint: numbers, which reads values, or one that writes text: a folder, a hub id or "
         "tiny (default: the adapter's, else numbers)")  # fmt: skip
     add("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
-    add("--context", type=cli.positive, help="newest time steps that the model reads (default: as many as it was "
-        "trained to read)")  # fmt: skip
+    add("--context", type=cli.positive, help="newest time steps that the model reads (default: all that it can)")
     add("--backtest", action="store_true", help="forecast the newest rows from the older ones, print errors")
     cli.add_season(p)
     add("--quantiles", type=fractions, default=list(BAND), help="quantiles to write (default "
         f"{','.join(map(str, BAND))}); of text, 0.1 needs at least 9 samples, 0.01 needs 99")  # fmt: skip
     text = p.add_argument_group("models that write text").add_argument
     text("--samples", type=int, help="paths to draw; 0: only the likeliest path, without an interval (default 20)")
-    text("--scale", type=float, help="divisor of the values (default: the adapter's encoding, else fitted to each "
-         "variable)")  # fmt: skip
-    text("--decimals", type=int, help="places after the point (default: the adapter's, else 2)")
     text("--seed", type=cli.natural, help="seed of the paths (default 0)")
     cli.add_device(p)
-    add("--out", type=Path, help="CSV to write (default: NAME.forecast.csv next to the only file NAME.csv; of several "
-        "files forecasts.csv)")  # fmt: skip
+    add("--out", type=Path, help="CSV to write (default: NAME.forecast.csv next to NAME.csv; of several forecasts.csv)")
     add("--plot", type=Path, help="figure to write: .png, .svg or .pdf")
     add("--force", action="store_true", help="overwrite existing files")
     return p
@@ -83,8 +78,6 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
             raise cli.CommandError(f"{path} exists; name another file with {option}, or overwrite it with --force")
     if args.plot and args.plot.suffix.lower() not in FORMATS:
         raise cli.CommandError(f"--plot {args.plot}: expected a name that ends in {', '.join(FORMATS)}")
-    if args.plot and args.plot.absolute() == out.absolute():
-        raise cli.CommandError(f"--out and --plot are both {out}; name two files")
 
 
 def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
@@ -94,22 +87,15 @@ def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
     from qwen_min.linear import keep_only_packed
 
     device = cli.checked_device(args.device)
-    dtype = cli.chosen_dtype(args.dtype, device)
-    encoding = {name: value for name in ("scale", "decimals") if (value := getattr(args, name)) is not None}
-    forecaster = Forecaster.load(args.model, args.adapter, device, dtype, **encoding)
+    forecaster = Forecaster.load(args.model, args.adapter, device, cli.chosen_dtype(args.dtype, device))
     if isinstance(forecaster, TextForecaster):
         keep_only_packed(forecaster.model)
     trained, (name, _) = forecaster.trained, forecaster.checkpoint or ("", None)
     print(f"model: {name}" + (f" with the adapter {args.adapter}" if args.adapter else ""))
-    if name == "tiny" and not args.adapter:
-        _warn("tiny is a demonstration of a model that writes text; the default model forecasts better. See --backtest")
     if trained and trained.variables and trained.variables != variables:
-        _warn(f"the adapter was trained on {', '.join(trained.variables)}, the series has {', '.join(variables)}")
+        known, given = ", ".join(trained.variables), ", ".join(variables)
+        warnings.warn(f"the adapter was trained on {known}, the series has {given}", stacklevel=2)
     return forecaster
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
 
 
 def forecasts(args: argparse.Namespace, forecaster: "Forecaster", contexts: list, quantiles: list) -> "Forecast":
@@ -118,7 +104,7 @@ def forecasts(args: argparse.Namespace, forecaster: "Forecaster", contexts: list
 
     from experiments.forecasting.text import DEFAULT_SAMPLES, TextForecaster
 
-    options = {name: getattr(args, name) for name in ("samples", "seed") if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in TEXT if getattr(args, name) is not None}
     if isinstance(forecaster, TextForecaster):
         options.setdefault("samples", DEFAULT_SAMPLES)
     paths = max(1, options.get("samples", 1))
@@ -138,7 +124,8 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     tests.check_context(args.context)
     ends = set(forecaster.trained.ends or []) if forecaster.trained else set()
     if forecaster.trained and not ends:
-        _warn("the adapter does not record its training rows: it may have seen the rows below")
+        told = "the adapter does not record its training rows: it may have seen the rows below"
+        warnings.warn(told, stacklevel=2)
     arrays = [one.to_numpy() for one in series]
     with named(series):
         places = tests.held_out(arrays, args.horizon, ends=ends)

@@ -47,10 +47,9 @@ def test_a_csv_file_gives_a_table_with_intervals_and_a_picture(run, tmp_path):
 
 def test_a_model_that_writes_text_takes_its_own_options(run, refused, tmp_path):
     series, few = sine(tmp_path / "sine.csv"), ("--horizon", 2, "--samples", 9, "--out", "a.csv", "--force")
-    status, out, err, _ = run(series, "--model", "tiny", *few)
+    status, out, _, _ = run(series, "--model", "tiny", *few)
     assert (status, "model: tiny" in out) == (0, True)
-    assert err.startswith("warning: tiny is a demonstration")
-    for option in ("--samples", "--scale", "--decimals", "--seed"):
+    for option in ("--samples", "--seed"):
         line = refused("forecast", series, option, 9)
         assert line == f"error: {option} is for models that write text, and numbers reads values; leave it out"
 
@@ -63,7 +62,6 @@ def test_nothing_is_written_over_unless_by_force_and_the_series_never(run, tmp_p
         status, _, err, written = run(*few, *arguments)
         assert (status, written, err.count("\n")) == (2, set(), 1)
         assert "is the series itself; name another file" in err
-    assert "--out and --plot are both a.png" in run(*few, "--out", "a.png", "--plot", "a.png")[2]
     assert run(*few, "--plot", "a.svg")[::3] == (0, {"forecast.forecast.csv", "a.svg"})
     status, _, err, _ = run(*few)
     assert (status, err.count("\n")) == (2, 1)
@@ -99,11 +97,9 @@ def test_too_little_memory_and_a_stop_end_in_one_line_and_bugs_in_a_traceback(
 
 THREE, MODEL = "1\n2\n3\n", ("--model", "tiny")
 BAD = {
-    "huge": ("a,b\n1,2\n3,4e9\n", ["--scale", 1, *MODEL], "4e+09 cannot be written, expected values from 0 to less"),
     "no adapter": (THREE, ["--adapter", "nowhere"], "nowhere/adapter_config.json: no such file"),
     "no checkpoint": (THREE, ["--model", "nowhere"], "nowhere: no such folder"),
     "no picture": (THREE, ["--plot", "a.txt"], "expected a name that ends in .png, .svg, .pdf"),
-    "decimals": (THREE, ["--decimals", 9, *MODEL], "decimals is 9, expected 1 to 6"),
     "samples": (THREE, ["--samples", -1, *MODEL], "-1 samples"),
     "a short series": ("id,d,y\nA,1,1\nA,2,2\nA,3,3\nB,1,5\nB,2,6\n", ["--id", "id"], "series B: its length is 2"),
     "no values": ("day,u,v\n1,1,\n2,2,\n3,4,\n", ["--columns", "u,v"], "series series: variable v has no value"),

@@ -252,7 +252,7 @@ def _require_writable(array: np.ndarray, encoding: Encoding, name: str) -> None:
         low, high = (encoding.restored(np.full(array.shape[1], end))[variable] for end in (0.0, SCALED_LIMIT))
         raise SeriesError(
             f"{name}, step {step}, variable {variable}: {array[step, variable]:g} cannot be written, expected values "
-            f"from {low:g} to less than {high:g}; give another --scale, or fine-tune on data in these units"
+            f"from {low:g} to less than {high:g}; give another scale, or fine-tune on data in these units"
         )
 
 
