@@ -10,8 +10,6 @@ results. A command that was stopped or killed continues where it was.
 
 import argparse
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,57 +39,42 @@ def parser() -> argparse.ArgumentParser:
         "text: a folder, a hub id or tiny")  # fmt: skip
     cli.add_season(p)
     cli.add_device(p)
-    add("--budget", type=cli.flops, help="FLOPs that the training may cost, such as 1e12; it decides the number of "
-        "steps")  # fmt: skip
+    add("--budget", type=cli.flops, help="FLOPs that the training may cost, such as 1e12; it decides the steps")
     add("--out", type=Path, help="folder for the results (default runs/NAME of the first file)")
 
-    def group(title: str) -> Callable[..., argparse.Action]:
-        """Options without a default: what is not given is not in the arguments."""
-        return partial(p.add_argument_group(title).add_argument, default=argparse.SUPPRESS)
-
-    add = group("training")
+    p.argument_default = argparse.SUPPRESS  # what is not given of the rest is not in the arguments
+    add = p.add_argument_group("training").add_argument
     add("--context", type=cli.positive, help="time steps that the model reads before a forecast (default: as many as "
         "there are, at most 512; of text, 768 tokens)")  # fmt: skip
     add("--steps", type=cli.positive, help="optimizer steps (default: those that fit the budget, else 300)")
     add("--rank", type=cli.positive, help="rank of the adapters (default 16; of text 8)")
     add("--alpha", type=float, help="the adapters' update is scaled by alpha / rank (default 16; of text 32)")
-    add(
-        "--rate", dest="learning_rate", type=float, help="peak learning rate (default 6e-3; of text 5e-4, of tiny 5e-3)"
-    )
+    add("--rate", dest="learning_rate", type=float, help="peak learning rate (default 6e-3; text 5e-4, tiny 5e-3)")
     add("--batch", type=cli.positive, help="windows in a step (default 4)")
     add("--accumulate", type=cli.positive, help="micro-batches of a step, which take less memory (default 1)")
     add("--seed", type=int, help="seed of the adapter and the batches (default 0)")
-    add = group("models that write text")
-    add("--targets", type=lambda text: tuple(text.split(",")), help="modules that get an adapter, such as "
-        "q_proj,v_proj (default: all linear layers)")  # fmt: skip
+    add = p.add_argument_group("models that write text").add_argument
+    add("--targets", type=lambda text: tuple(text.split(",")), help="modules with an adapter, such as q_proj,v_proj "
+        "(default: all linear layers)")  # fmt: skip
     add("--decimals", type=int, choices=range(1, 7), metavar="1-6", help="places after the point (default 2)")
-    add("--samples", type=int, help="paths of each held-out forecast, whose median is judged; 0: the likeliest path "
-        "(default 20)")  # fmt: skip
+    add("--samples", type=int, help="paths whose median is a held-out forecast; 0: the likeliest one (default 20)")
     return p
-
-
-def read(args: argparse.Namespace) -> list["pd.DataFrame"]:
-    """The series of all files, NaN where a value may be missing."""
-    from experiments import tables
-    from experiments.forecasting.adapter import embedded_or
-    from experiments.forecasting.forecaster import reads_values
-
-    # `backtest.split` fills what it trains on
-    missing = "keep" if args.missing == "interpolate" or reads_values(embedded_or(args.model)) else "error"
-    series = tables.read_series(*args.series, columns=args.columns, missing=missing, id=args.id, wide=args.wide)
-    print(tables.told(series))
-    return series
 
 
 def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFrame"], "Finetuning"]:
     """Read and check everything that a fine-tuning needs, and tell what it will be. Write nothing."""
     from experiments import tables
     from experiments.forecasting import Forecaster
+    from experiments.forecasting.adapter import embedded_or
     from experiments.forecasting.contexts import named
+    from experiments.forecasting.forecaster import reads_values
     from experiments.training.finetuning import Finetuning
 
     cli.checked_device(device)
-    series = read(args)
+    # `backtest.split` fills what a model that writes text trains on
+    missing = "keep" if args.missing == "interpolate" or reads_values(embedded_or(args.model)) else "error"
+    series = tables.read_series(*args.series, columns=args.columns, missing=missing, id=args.id, wide=args.wide)
+    print(tables.told(series))
     forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
     settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
     with named(series):
