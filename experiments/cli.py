@@ -29,12 +29,6 @@ def new_parser(module: str, about: str | None) -> argparse.ArgumentParser:
     )
 
 
-def add_season(parser: argparse.ArgumentParser) -> None:
-    """Add the option of the seasonal baseline."""
-    parser.add_argument("--season", type=positive, help="time steps of a season that the baseline seasonal naive "
-        "repeats, such as 12 for months (default: those that it finds)")  # fmt: skip
-
-
 def add_device(parser: argparse.ArgumentParser, dtype: str | None = "float32") -> None:
     """Add the options --device and --dtype; `chosen_dtype` reads the second one. dtype: its default."""
     add = parser.add_argument
@@ -44,15 +38,15 @@ def add_device(parser: argparse.ArgumentParser, dtype: str | None = "float32") -
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add the options --columns, --missing, --id and --wide, about files with series."""
+    """Add the options about files with series."""
     add = parser.add_argument
-    add("--columns", type=names, help="names of the columns to forecast, separated by commas; one with a comma in "
-        "double quotes (default: all but times and an index)")  # fmt: skip
+    add("--columns", type=names, help="columns to forecast, separated by commas; one with a comma in double quotes "
+        "(default: all but times and an index)")  # fmt: skip
     add("--missing", choices=("error", "interpolate"), help="what to do about missing values (default error; a model "
         "that reads values leaves them as they are)")  # fmt: skip
-    add("--id", metavar="COLUMN", help="column that tells several series in a file apart (default: unique_id, id or "
-        "item_id, if its values repeat)")  # fmt: skip
+    add("--id", metavar="COLUMN", help="column that names the series of a file (default: unique_id, id or item_id)")
     add("--wide", action="store_true", help="each column of a file is a series of its own")
+    add("--season", type=positive, help="time steps that seasonal naive repeats, such as 12 (default: it finds them)")
 
 
 def names(text: str) -> list[str]:

@@ -37,7 +37,6 @@ def parser() -> argparse.ArgumentParser:
     add("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
     add("--model", default="numbers", help="checkpoint: numbers, which reads values (default), or one that writes "
         "text: a folder, a hub id or tiny")  # fmt: skip
-    cli.add_season(p)
     cli.add_device(p)
     add("--budget", type=cli.flops, help="FLOPs that the training may cost, such as 1e12; it decides the steps")
     add("--out", type=Path, help="folder for the results (default runs/NAME of the first file)")

@@ -54,7 +54,6 @@ def parser() -> argparse.ArgumentParser:
     add("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
     add("--context", type=cli.positive, help="newest time steps that the model reads (default: all that it can)")
     add("--backtest", action="store_true", help="forecast the newest rows from the older ones, print errors")
-    cli.add_season(p)
     add("--quantiles", type=fractions, default=list(BAND), help="quantiles to write (default "
         f"{','.join(map(str, BAND))}); of text, 0.1 needs at least 9 samples, 0.01 needs 99")  # fmt: skip
     text = p.add_argument_group("models that write text").add_argument
