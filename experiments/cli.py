@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments.storage.interruption import Interrupted, Interruption
@@ -40,6 +41,8 @@ def add_device(parser: argparse.ArgumentParser, dtype: str | None = "float32") -
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Add the options about files with series."""
     add = parser.add_argument
+    add("series", type=Path, nargs="+", help="files with one series or several each: CSV, Excel, Parquet, HDF5")
+    add("--horizon", type=positive, default=10, help="time steps to forecast (default %(default)s)")
     add("--columns", type=names, help="columns to forecast, separated by commas; one with a comma in double quotes "
         "(default: all but times and an index)")  # fmt: skip
     add("--missing", choices=("error", "interpolate"), help="what to do about missing values (default error; a model "

@@ -32,9 +32,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.new_parser("experiments.finetune", __doc__)
     add = p.add_argument
-    add("series", type=Path, nargs="+", help="files with series: CSV, Excel, Parquet, HDF5")
     cli.add_data(p)
-    add("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
     add("--model", default="numbers", help="checkpoint: numbers, which reads values (default), or one that writes "
         "text: a folder, a hub id or tiny")  # fmt: skip
     cli.add_device(p)

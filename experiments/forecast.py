@@ -46,12 +46,10 @@ def parser() -> argparse.ArgumentParser:
 
     p = cli.new_parser("experiments.forecast", __doc__)
     add = p.add_argument
-    add("series", type=Path, nargs="+", help="files with one series or several each: CSV, Excel, Parquet, HDF5")
     cli.add_data(p)
     add("--adapter", type=Path, help="folder of an adapter: of finetune, of run, or in peft's format")
     add("--model", help="checkpoint: numbers, which reads values, or one that writes text: a folder, a hub id or "
         "tiny (default: the adapter's, else numbers)")  # fmt: skip
-    add("--horizon", type=cli.positive, default=10, help="time steps to forecast (default %(default)s)")
     add("--context", type=cli.positive, help="newest time steps that the model reads (default: all that it can)")
     add("--backtest", action="store_true", help="forecast the newest rows from the older ones, print errors")
     add("--quantiles", type=fractions, default=list(BAND), help="quantiles to write (default "
