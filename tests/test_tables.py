@@ -190,16 +190,13 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "damaged zip": (zipped(a=PACKED).replace(b"1.5", b""), "cannot be unpacked"),
     "units": ("t,a\ns,K\n0,1\n1,2\n", "leave out titles, units and signs"),
     "a title": ("Sales\n\ndate,y\n2023-01-01,1\n", "line 1: 'Sales' has one column, the last line has 2; leave out"),
-    "years and weeks": (
-        several("year,week"),
-        "put 'year' and 'week' into one column of dates, such as .*, or 2023-W05",
-    ),
+    "years and weeks": (several("year,week"), "'week' begins anew for each 'year'; .* into one column, such as"),
     "stores of items": (
         "item_id,d,store,a\n" + "".join(f"{i},2023-01-0{d},{s},1\n" for i in "xy" for d in (1, 2) for s in (1, 2)),
         "of series 'x' repeats .* with --id",
     ),
-    "days of mice": (several("mouse,day"), "'day' begins anew for each 'mouse', so there are 2 series, .* --id mouse,"),
-    "trials": (several("n,subject,trial"), "'trial' begins anew for each 'subject', so there are 2 series"),
+    "days of mice": (several("mouse,day"), "'day' begins anew for each 'mouse'; if these are 2 series, .* --id mouse;"),
+    "trials": (several("n,subject,trial"), "'trial' begins anew for each 'subject'; if these are 2 series"),
     "percent": ("a,b\n1%,1\n1%,2\n", "holds '1%', expected a number, .* signs, .*; or leave the column out"),
     "a space before a hash": (" #\n0 1.5\n1 2.5\n", "line 2: has 2 columns, the first line has 1"),  # it is no comment
 }
@@ -248,7 +245,6 @@ def test_what_is_chosen_is_said(table):
     )
     assert "read as Windows-1252" in told([table("Höhe\n1\n".encode("cp1252"))])
     assert told([table("abcdefgh".replace("", ",")[1:-1] + "\n1,2,3,4,5,6,7,8\n")]).endswith("(a, b, c, d, e, f, ...)")
-    assert told([table(TIMES["offsets"][0])]).endswith("'d' has several offsets, its times are in UTC")
     assert "'made' left out, as 'd' has the times" in told([table(TIMES["a date that stands still"][0])])
     assert told([table("a,b\n1,-99\n-9999,80\n2,7\n")]).endswith(
         "-9999 in a is read as a value; if it stands for a missing one, write nothing"

@@ -17,9 +17,7 @@ TIME_NAMES = frozenset(
     "season semester hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois "
     "trimestre jour heure año fecha doy".split()
 )
-# Numbers under such names, with a unit, are times if they rise; under t_min, maybe a temperature, in equal steps.
-UNITS = "[mnuµ]?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?"
-WITH_UNIT = rf"(?i:(?:elapsed|time|(t))(?:[ _.]time)?(?:[ _.](?:{UNITS}))?)"
+WITH_UNIT = r"(?:elapsed|time)(?:[ _.]time)?(?:[ _.](?:[mnuµ]?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?))?"
 COUNTER_NAMES = frozenset("step steps index idx id row obs".split())
 PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own
 Found = tuple[pd.Index | None, list[Column]]  # the times, and the columns that they and other times are in
@@ -39,7 +37,7 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: T
     early = free[: next((at for at, one in enumerate(free) if one.name), 0) + 1]
     # the only column with, or without a name is what can be forecast
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
-    telling = [one for one in numbers if _is_time(one, groups) or _is_long(one, table)]
+    telling = [one for one in numbers if tells_time(one.name) or _is_long(one, table)]
     clocks = [one for one in numbers if one in telling or (one.name and one.values.min() >= 10**7)]  # Unix seconds, too
     if len(groups) == 1 and not any(_rises(one.values) for one in clocks):
         _refuse_several(numbers, table)
@@ -59,14 +57,11 @@ def _refuse_several(columns: list[Column], table: Table) -> None:
             continue
         runs = np.split(np.arange(len(outer.values)), begins[1:])
         for one in (one for one in columns if min(map(len, runs)) >= 3 and _begins_anew(one, runs)):
-            if tells_time(one.name) and tells_time(outer.name):
-                both = f"{outer.name!r} and {one.name!r}"
-                raise table.error(f"put {both} into one column of dates, such as 2023-01-31, or 2023-W05")
-            if not tells_time(outer.name):
+            if tells_time(one.name) or not tells_time(outer.name):
                 raise table.error(
-                    f"{one.name!r} begins anew for each {outer.name!r}, so there are {len(runs)} series, one below the "
-                    f"other; tell them apart with --id {outer.name}, or call that column unique_id; or, if both "
-                    "are variables, name them with --columns"
+                    f"{one.name!r} begins anew for each {outer.name!r}; if these are {len(runs)} series, one below the "
+                    f"other, tell them apart with --id {outer.name}; if both are parts of dates, put them into one "
+                    "column, such as 2023-01-31 or 2023-W05; if both are variables, name them with --columns"
                 )
 
 
@@ -97,9 +92,6 @@ def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Fou
         raise table.error(f"{moving[0].name!r} and {moving[1].name!r} can both be the times; delete one of them")
     axis = (moving or dated)[0]
     table.notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in dated if one is not axis]
-    in_utc = axis.cells.dtype == "str" and str(axis.values.tz) == "UTC"
-    if in_utc and not axis.cells.str.contains(r"(?:Z|UTC|GMT|\+00:?00)$", regex=True).all():
-        table.notes.append(f"{axis.name!r} has several offsets, its times are in UTC")
     return axis.values.rename(axis.name or "time"), dated
 
 
@@ -120,8 +112,8 @@ def _of_parts(free: list[Column], table: Table) -> Found | None:
 def _of_numbers(one: Column, groups: list[np.ndarray], table: Table) -> pd.Index | None:
     """The times in a column of numbers. A count from 0 without a name is no time axis."""
     title = one.name if table.has_names else ""
-    is_telling = table.has_names and _is_time(one, groups)
-    found = dates_of_numbers(one.values, title, table, tells_time(title))
+    is_telling = tells_time(title)
+    found = dates_of_numbers(one.values, title, table, is_telling)
     if found is not None and (is_telling or _rises(one.values, groups)):
         return found.rename(title or "time")
     counts = not one.name and np.array_equal(one.values, np.arange(len(one.values)))
@@ -132,15 +124,8 @@ def _of_numbers(one: Column, groups: list[np.ndarray], table: Table) -> pd.Index
 
 def tells_time(name: str) -> bool:
     """True if a column's name says that it holds times. A unit in brackets after it is ignored."""
-    return re.sub(r"\s*[\[(].*", "", name, flags=re.DOTALL).lower() in TIME_NAMES
-
-
-def _is_time(one: Column, groups: list[np.ndarray]) -> bool:
-    """True if the name of a column of numbers tells times, or does with a unit while the numbers rise."""
-    if not (named := re.fullmatch(WITH_UNIT, one.name)):
-        return tells_time(one.name)
-    is_axis = equal_steps if named[1] else _rises
-    return tells_time(one.name) or all(is_axis(one.values[rows]) for rows in groups)
+    plain = re.sub(r"\s*[\[(].*", "", name, flags=re.DOTALL).lower()
+    return plain in TIME_NAMES or re.fullmatch(WITH_UNIT, plain) is not None
 
 
 def _rises(values, groups=(slice(None),)) -> bool:
@@ -174,15 +159,15 @@ def check_order(index: pd.Index, rows: np.ndarray, of: str, table: Table) -> Non
         return
     at = int((index[1:] <= index[:-1]).argmax()) + 1
     before, now = time_texts(index[[at - 1, at]], index)
-    problem = f"the time {now}{of} comes after {before}; sort the rows by time, the oldest first"
+    problem = (
+        f"the time {now}{of} comes after {before}; sort the rows by time, the oldest first; if the clock was set back "
+        "there, write times with their offset from UTC"
+    )
     twice = index[index.duplicated()]
     if now == before or (not of and len(twice)):
         problem = (
             f"the time {time_texts(twice, index)[0]}{of} repeats ({(index == twice[0]).sum()} rows have it); put dates "
-            "and clocks into one column, such as 2023-01-31 14:00; or, if the table has several series, name the "
+            "and clocks into one column, such as 2023-01-31 14:00+01:00; or, if the table has several series, name the "
             "column that tells them apart with --id; or keep one row for each time"
         )
-    is_night = isinstance(index, pd.DatetimeIndex) and index.tz is None and index[at].hour < 4
-    if is_night and (index != index.normalize()).any() and index[at - 1] - index[at] <= pd.Timedelta(hours=1):
-        problem += "; if the clock was set back there, write times with their offset from UTC"
     raise table.error(problem, name, rows[at])

@@ -13,7 +13,6 @@ from experiments.tables.dates import is_date
 
 DELIMITERS = "\t;,|"
 SAMPLE = 100  # rows that decide the delimiter
-ENCODINGS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 COMMA = r"[+-]?\d+,\d+(?:[eE][+-]?\d+)?"  # a number with a decimal comma, or two cells
 NO_TITLES = "leave out lines that are not of the table, such as a title or a note, and name all columns"
 
@@ -92,7 +91,7 @@ def series_name(path: Path) -> str:
 
 def _decoded(path: Path, content: bytes, notes: list[str]) -> str:
     """The text in bytes, its lines ended by \\n."""
-    encoding = next((name for mark, name in ENCODINGS.items() if content.startswith(mark)), "utf-8")
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
     if encoding == "utf-8" and b"\0" in content:
         problem = "has zero bytes, as UTF-16 without a mark, and files that are no text"
         raise DataError(f"{path}: {problem}; save it as CSV or Parquet, encoded as UTF-8")
