@@ -30,20 +30,18 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     import torch
 
     from experiments.forecasting import Forecaster
-    from experiments.forecasting.adapter import TRAINED_FILE
-    from experiments.forecasting.text import TextForecaster
+    from experiments.forecasting.adapter import TRAINED_FILE, resolve
+    from experiments.forecasting.forecaster import reads_values
     from lora import merge_and_unload
     from qwen_min.weights import save
 
+    folder = resolve(args.model, args.adapter)[1]
+    if reads_values(folder):
+        problem = "is of a model that reads values, whose forecasts need the weights as they were, too"
+        raise cli.CommandError(f"{args.adapter} {problem}; forecast with --adapter")
     forecaster = Forecaster.load(args.model, args.adapter, dtype=getattr(torch, args.dtype))
-    if not isinstance(forecaster, TextForecaster):
-        raise cli.CommandError(
-            f"{args.adapter} is of a model that reads values, whose forecasts need the weights as they were, too; "
-            "forecast with --adapter"
-        )
     merge_and_unload(forecaster.model)
-    assert forecaster.checkpoint is not None  # `load` sets it
-    save(forecaster.model, args.out, forecaster.checkpoint[1])
+    save(forecaster.model, args.out, folder)
     if (args.adapter / TRAINED_FILE).exists():
         shutil.copyfile(args.adapter / TRAINED_FILE, args.out / TRAINED_FILE)
     print(args.out)

@@ -17,17 +17,8 @@ if TYPE_CHECKING:
     from experiments.tables.times import common_times, following
     from experiments.tables.writing import forecast_frame, write
 
-__all__ = [
-    "DataError",
-    "Table",
-    "common_times",
-    "following",
-    "forecast_frame",
-    "from_frame",
-    "read_series",
-    "told",
-    "write",
-]
+__all__ = ["DataError", "Table", "common_times", "following", "forecast_frame", "from_frame", "read_series", "told",
+           "write"]  # fmt: skip
 _HOMES = {"read_series": "reading", "from_frame": "series", "told": "series", "following": "times",
           "common_times": "times", "forecast_frame": "writing", "write": "writing"}  # fmt: skip
 
