@@ -117,32 +117,26 @@ def test_a_time_axis_is_found_and_continued(table, text, name, expected):
 
 
 VARIABLES = {  # text: the variables, all but the times
-    "weight,a\n1.1,1\n1.2,2\n1.4,3\n": ["weight", "a"],
-    "at,status,n,a\n" + "".join(f"{1700000000 + t**2},{t // 4},{t % 4},5\n" for t in range(12)): [
-        "at",
-        "status",
-        "n",
-        "a",
-    ],
-    "t,day,hour,a\n" + "".join(f"{t},{t // 4},{t % 4},{t % 3}\n" for t in range(12)): ["day", "hour", "a"],
-    "T_h,a\n1.5,1\n1.7,2\n1.8,3\n": ["T_h", "a"],
-    "t_min,a\n1.5,1\n1.2,2\n1.4,3\n": ["t_min", "a"],  # a temperature, or it would rise
-    "1\n2\n3\n": ["x0"],  # the only column
-    ",a,b\n2023-01-01,1,5\n2023-01-02,2,6\n2023-01-03,3,9\n": ["a", "b"],  # dates are it
-    "20231115.10,1\n20231215.11,2\n": ["x0", "x1"],  # decimals are no dates
-    "# of a logger\n#\na b\n0 1.5\n1 2.5\n": ["a", "b"],  # comments
-    "n,a\n20231231,1\n20231232,2\n": ["n", "a"],  # no day of the calendar
-    "n,a\n999911,1\n999912,2\n": ["n", "a"],  # no year that dates have
-    "site,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n": ["site", "2019", "2020"],  # names, as a cell is no number
-    ",0,1\n0,1.5,4\n1,1.6,4\n": ["0", "1"],  # as pandas writes them
-    "2018,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n": ["x0", "x1", "x2"],  # years alone are numbers, so data
+    "weight,a\n1.1,1\n1.2,2\n1.4,3\n": "weight a",
+    "at,status,n,a\n" + "".join(f"{1700000000 + t**2},{t // 4},{t % 4},5\n" for t in range(12)): "at status n a",
+    "t,day,hour,a\n" + "".join(f"{t},{t // 4},{t % 4},{t % 3}\n" for t in range(12)): "day hour a",
+    "T_h,a\n1.5,1\n1.7,2\n1.8,3\n": "T_h a",
+    "t_min,a\n1.5,1\n1.2,2\n1.4,3\n": "t_min a",  # a temperature
+    "1\n2\n3\n": "x0",  # the only column
+    ",a,b\n2023-01-01,1,5\n2023-01-02,2,6\n2023-01-03,3,9\n": "a b",  # dates are it
+    "20231115.10,1\n20231215.11,2\n": "x0 x1",  # decimals are no dates
+    "# of a logger\n#\na b\n0 1.5\n1 2.5\n": "a b",  # comments
+    "n,a\n20231231,1\n20231232,2\n": "n a",  # no day of the calendar
+    "n,a\n999911,1\n999912,2\n": "n a",  # no year that dates have
+    "site,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n": "site 2019 2020",  # names, as a cell is no number
+    ",0,1\n0,1.5,4\n1,1.6,4\n": "0 1",  # as pandas writes them
+    "2018,2019,2020\n0.5,1.5,2.5\n0.1,1.6,2.4\n": "x0 x1 x2",  # years alone are numbers, so data
 }
 
 
 @pytest.mark.parametrize(("text", "names"), VARIABLES.items())
 def test_what_is_a_variable(table, text, names):
-    assert list(table(text).columns) == names
-    assert list(table("year,a\n1900,1\n1901,2\n", ["year", "a"]).columns) == ["year", "a"]  # asked for by name
+    assert list(table(text).columns) == names.split()
 
 
 REFUSED = {  # what can mean two things, would have to be guessed, or is no table
@@ -151,13 +145,9 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "empty": ("", "is empty"),
     "quote": ('a\n"1\n', "cannot be read"),
     "both marks": ("a;b\n1,5;1.5\n1,6;1.6\n", "has the other mark"),
-    "half hours": (
-        "date,hour,a\n2023-01-01,0.5,1\n2023-01-01,1.5,2\n",
-        "column 'hour': holds '2023-01-01 0.5:00', exp",
-    ),
+    "half hours": ("date,hour,a\n2023-01-01,0.5,1\n2023-01-01,1.5,2\n", "'hour': holds '2023-01-01 0.5:00', exp"),
     "a date is missing": ("date,a\n2023-01-01,1\n,2\n", "line 3, column 'date': is empty, expected a date"),
     "falls": ("date,a\n2023-01-02,1\n2023-01-01,2\n", r"line 3, column 'date': the time 2023-01-01 comes after 2023-"),
-    "a day twice": ("d,site,a\n2023-01-01,x,1\n2023-01-01,y,2\n", r"repeats \(2 rows have it\); .* with --id"),
     "clock set back": ("d,a\n2023-10-29 02:45,1\n2023-10-29 02:00,2\n", "write times with their offset from UTC"),
     "some offsets": ("d,a\n2020-03-05T00:00,1\n2020-03-06T00:00Z,2\n", "some times have an offset from UTC and some"),
     "weeks": ("week,a\n202252,1\n202301,2\n", "202252 is a week, which is counted in several ways"),
@@ -165,7 +155,6 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "quarters": ("date,a\n2010-3,1\n2010-4,2\n2011-1,3\n", "'2010-3' can be a month or a quarter; write .* or 2010Q2"),
     "a quarter": ("quarter,a\n2010/01,1\n2010/02,2\n", "'2010/01' can be a month or a quarter; write its first day"),
     "quarters as numbers": ("quarter,a\n201001,1\n201002,2\n", "'201001' can be a month or a quarter"),
-    "quarters before years": ("Quartal,a\n1/2010,1\n2/2010,2\n", "'1/2010' can be a month or a quarter"),
     "quarters of five digits": ("t,a\n20104,1\n20111,2\n20112,2\n", "'20104' can be a month or a quarter"),
     "quarters with a point": ("t,a\n2010.3,1\n2010.4,1\n2011.1,2\n", "'2010.3' can be a month or a quarter"),
     "half-years": ("d,a\n2000-1,1\n2000-2,2\n2001-1,3\n", "'2000-1' can be a month or a half-year; .* 2000-07-01"),
@@ -180,7 +169,6 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "24 o'clock": ("d,a\n2023-01-01 23:00,1\n2023-01-01 24:00,2\n", "write 00:00 of the next day"),
     "two dates": ("b,d,a\n2023-01-01,2023-02-01,1\n2023-01-02,2023-02-02,2\n", "'b' and 'd' can both be the times"),
     "an empty line": ("a\n1\n\n2\n", "line 3: is empty, which can be a missing value or nothing"),
-    "other dates": ("Monat,a\nJanuar 2023,1\n", "holds 'Januar 2023', expected a number, or a date such as"),
     "no id": ("unique_id,t,a\nx,1,1\nx,2,2\n,3,3\n", "line 4: has no 'unique_id', which names its series"),
     "a note": ("date,y\n2023-01-01,1\nsource\n", "line 3: has 1 columns, the first line has 2; leave out lines that"),
     "JSON": ('{"a": 1}', "is JSON, HTML or XML; save it as CSV"),
@@ -188,16 +176,14 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "two files": (zipped(a=b"1", b=b"2"), r"is a zip file of \['a', 'b'\], expected one table in it"),
     "damaged Excel": (zipped(**{"[Content_Types].xml": b""}), "Excel file"),
     "damaged zip": (zipped(a=PACKED).replace(b"1.5", b""), "cannot be unpacked"),
-    "units": ("t,a\ns,K\n0,1\n1,2\n", "leave out titles, units and signs"),
     "a title": ("Sales\n\ndate,y\n2023-01-01,1\n", "line 1: 'Sales' has one column, the last line has 2; leave out"),
     "years and weeks": (several("year,week"), "'week' begins anew for each 'year'; .* into one column, such as"),
     "stores of items": (
-        "item_id,d,store,a\n" + "".join(f"{i},2023-01-0{d},{s},1\n" for i in "xy" for d in (1, 2) for s in (1, 2)),
+        "id,d,a\nx,2023-01-01,1\nx,2023-01-01,1\ny,2023-01-01,1\n",
         "of series 'x' repeats .* with --id",
     ),
     "days of mice": (several("mouse,day"), "'day' begins anew for each 'mouse'; if these are 2 series, .* --id mouse;"),
     "trials": (several("n,subject,trial"), "'trial' begins anew for each 'subject'; if these are 2 series"),
-    "percent": ("a,b\n1%,1\n1%,2\n", "holds '1%', expected a number, .* signs, .*; or leave the column out"),
     "a space before a hash": (" #\n0 1.5\n1 2.5\n", "line 2: has 2 columns, the first line has 1"),  # it is no comment
 }
 
@@ -317,6 +303,7 @@ def test_a_small_file_cannot_claim_much_memory(table, monkeypatch):
 def test_columns_are_chosen_by_name(table):
     assert table("a,b,a\n1,2,3\n4,5,6\n", ["b"]).values.tolist() == [[2], [5]]
     assert list(table("a,b\n1,2\n", ["b", "a", "b"]).columns) == ["b", "a"]
+    assert list(table("year,a\n1900,1\n1901,2\n", ["year", "a"]).columns) == ["year", "a"]
     with pytest.raises(DataError, match=r"has 0 columns 'c', expected one; it has \['a', 'b'\]"):
         table("a,b\n1,2\n", ["c"])
     with pytest.raises(DataError, match="has no column of numbers"):
