@@ -89,7 +89,7 @@ def _of_zip(path: Path, content: bytes) -> Iterable[Table]:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             names = [name for name in archive.namelist() if not name.endswith("/") and not name.startswith("__MACOSX")]
             is_excel = "[Content_Types].xml" in names
-            if not is_excel and (len(names) != 1 or names[0].endswith(".npy")):
+            if not is_excel and len(names) != 1:
                 raise DataError(f"{path}: is a zip file of {names[:6]}, expected one table in it; unpack it")
             inner = [name for name in names if not is_excel or name.startswith("xl/worksheets/")]
             files = [_limited(path, archive.open(name)) for name in inner]

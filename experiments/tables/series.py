@@ -43,10 +43,7 @@ def told(series: Sequence[pd.DataFrame]) -> str:
     if len(series) > 1:
         line += f", and {len(series) - 1} more series"
     notes = list(dict.fromkeys(note for one in series for note in one.attrs.get("notes", [])))
-    if absent := sum(one.attrs.get("absent", 0) for one in series):
-        notes.append(f"{absent} of {sum(map(len, series))} time steps have no row")
-    gaps = sum(int(one.isna().to_numpy().sum()) for one in series)
-    if gaps > sum(one.attrs.get("absent", 0) * one.shape[1] for one in series):
+    if gaps := sum(int(one.isna().to_numpy().sum()) for one in series):
         notes.append(f"{gaps} of {sum(one.size for one in series)} values {'is' if gaps == 1 else 'are'} missing")
     for name in first.columns:
         values = np.concatenate([one[name] for one in series])
@@ -57,13 +54,13 @@ def told(series: Sequence[pd.DataFrame]) -> str:
     return "; ".join([line, *notes])
 
 
-def from_frame(frame, name: str = "series", missing: str = "error") -> list[pd.DataFrame]:
+def from_frame(frame, missing: str = "error") -> list[pd.DataFrame]:
     """The series in a pandas DataFrame or Series, a row for each time step; `missing` as in `reading.read_series`.
 
     The index is the time axis if it holds dates, periods, durations (then in seconds) or has a name. Row numbers are
     none, also where a filter has left a part of them. Levels of an index become columns. Errors as in `read_series`.
     """
-    return assemble(table_of(frame, name, name), None, missing)
+    return assemble(table_of(frame, "series", "series"), None, missing)
 
 
 def table_of(frame, where: str, name: str) -> Table:
@@ -123,7 +120,7 @@ def assemble(
         frame = _complete(whole.iloc[rows].set_axis(index), missing, rows, table)
         for label in names if wide else [title]:
             series.append(frame[[label]].set_axis(["value"], axis=1) if wide else frame)
-            series[-1].attrs |= {"name": label, "absent": len(frame) - len(rows), "wide": wide}
+            series[-1].attrs |= {"name": label, "wide": wide}
     series[0].attrs["notes"] = table.notes
     return series
 
