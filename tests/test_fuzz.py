@@ -7,7 +7,6 @@ changed bytes and, if the file is JSON, with replaced values. For a long search:
 
 import copy
 import gzip
-import io
 import json
 import os
 import resource
@@ -94,28 +93,25 @@ def changed_bytes(draw, good: bytes) -> bytes:
 
 def _paths(value, path=()) -> list[tuple]:
     pairs = value.items() if isinstance(value, dict) else enumerate(value[:20]) if isinstance(value, list) else ()
-    return [path, *(found for key, inner in pairs if len(path) < 6 for found in _paths(inner, (*path, key)))]
+    return [path, *(found for key, inner in pairs if len(path) < 7 for found in _paths(inner, (*path, key)))]
 
 
 @st.composite
 def changed_json(draw, good) -> bytes:
     """A good document with some values replaced or removed, or with changed bytes."""
-    document = copy.deepcopy(good)
     if draw(st.integers(0, 3)) == 0:
         return draw(changed_bytes(json.dumps(good).encode()))
+    whole = [copy.deepcopy(good)]
     for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(_paths(document)))
-        if not path:
-            document = copy.deepcopy(draw(VALUES))
-            continue
-        owner = document
-        for key in path[:-1]:
+        *above, last = draw(st.sampled_from(_paths(whole)[1:]))
+        owner = whole
+        for key in above:
             owner = owner[key]
-        if draw(st.booleans()):
-            owner[path[-1]] = copy.deepcopy(draw(VALUES))
+        if draw(st.booleans()) or owner is whole:
+            owner[last] = copy.deepcopy(draw(VALUES))
         else:
-            del owner[path[-1]]
-    return json.dumps(document).encode()
+            del owner[last]
+    return json.dumps(whole[0]).encode()
 
 
 WEIGHTS = {name: t.clone() for name, t in random_model(GROUPED).state_dict().items()}
@@ -192,22 +188,12 @@ def read_table(path):
                 assert len(one) == 1 or len(following(one.index, 3)) == 3
 
 
-def hdf5() -> bytes:
-    content = io.BytesIO()
-    with h5py.File(content, "w") as file:
-        file["trajectories"] = ONES
-    return content.getvalue()
-
-
-def adapter() -> dict[str, bytes]:
-    with TemporaryDirectory() as folder:
-        save_adapter(adapted(random_model(GROUPED), LoraConfig(rank=2, alpha=2)), folder)
-        return contents(Path(folder), "*")
-
-
-ADAPTER = adapter()
 ONES = np.ones((8, 100, 2), np.float32)
-HDF5 = hdf5()
+with TemporaryDirectory() as made:
+    save_adapter(adapted(random_model(GROUPED), LoraConfig(rank=2, alpha=2)), made)
+    ADAPTER = contents(Path(made), "*")
+    data.write(Path(made) / "a.h5", ONES)
+    HDF5 = (Path(made) / "a.h5").read_bytes()
 PLAIN = b"prey,predator\n" + b"".join(b"%d.5,%d\n" % (i, i) for i in range(30))
 DATED = b"date;load\n" + b"".join(b"%02d.01.2023;1.23%d,5\n" % (day, day % 10) for day in range(1, 32))
 INDEX = {"metadata": {}, "weight_map": dict.fromkeys(WEIGHTS, "model-00001-of-00001.safetensors")}
@@ -258,24 +244,20 @@ def test_hdf5_that_claims_terabytes_or_points_elsewhere(tmp_path):
     good = tmp_path / "good.h5"
     good.write_bytes(HDF5)
     (tmp_path / "raw").write_bytes(ONES.tobytes())
-    layout = h5py.VirtualLayout((8, 100, 2), np.float32)
-    layout[:] = h5py.VirtualSource(good, "trajectories", (8, 100, 2))
+    raw, layout = [(tmp_path / "raw", 0, ONES.nbytes)], h5py.VirtualLayout(ONES.shape, ONES.dtype)
+    layout[:] = h5py.VirtualSource(good, "trajectories", ONES.shape)
     cases = {
         "claims": lambda f: f.create_dataset("trajectories", (10**10, 100, 2), np.float32, chunks=(1, 100, 2)),
         "claims less": lambda f: f.create_dataset("trajectories", (2**17, 100, 2), np.float64, chunks=(1, 100, 2)),
         "soft link": lambda f: f.__setitem__("trajectories", h5py.ExternalLink(good, "trajectories")),
-        "raw bytes": lambda f: f.create_dataset(
-            "trajectories", (8, 100, 2), np.float32, external=[(tmp_path / "raw", 0, 6400)]
-        ),
+        "raw bytes": lambda f: f.create_dataset("trajectories", ONES.shape, ONES.dtype, external=raw),
         "virtual": lambda f: f.create_virtual_dataset("trajectories", layout),
     }
     for name, make in cases.items():
-        path = tmp_path / f"{name}.h5"
-        with h5py.File(path, "w") as file:
-            file["time"] = np.arange(100)
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
             make(file)
         with pytest.raises(data.DataError, match=r"at most|in the file itself"):
-            data.read(path)
+            data.read(tmp_path / f"{name}.h5")
 
 
 @fuzz

@@ -12,22 +12,14 @@ from experiments.tables.times import gapless, regular, time_texts
 
 FIFTH = datetime(2020, 3, 5)
 DATES = {
-    "2020-03-05": FIFTH,
-    "5.3.2020": FIFTH,
-    "5 March 2020": FIFTH,
-    "Mar 5, 2020": FIFTH,
-    "2020-03": datetime(2020, 3, 1),
-    "05MAR2020": FIFTH,
-    "2020M03": datetime(2020, 3, 1),
-    "3/2020": datetime(2020, 3, 1),
-    "Q3 2020": datetime(2020, 7, 1),
-    "2020-W10": datetime(2020, 3, 2),
-    "2020Q3": datetime(2020, 7, 1),
-    "2020-03-02/2020-03-08": datetime(2020, 3, 2),
-    "2020-03-05T14:30:15.5": datetime(2020, 3, 5, 14, 30, 15, 500000),
-    "5.3.2020 2:30 PM": datetime(2020, 3, 5, 14, 30),
-    "2020-03-05T14:30:00Z": datetime(2020, 3, 5, 14, 30, tzinfo=UTC),
-    "2020/03/05 14:30 +02:00": datetime(2020, 3, 5, 14, 30, tzinfo=timezone(timedelta(hours=2))),
+    FIFTH: ["2020-03-05", "5.3.2020", "5 March 2020", "Mar 5, 2020", "05MAR2020"],
+    datetime(2020, 3, 1): ["2020-03", "2020M03", "3/2020"],
+    datetime(2020, 7, 1): ["Q3 2020", "2020Q3"],
+    datetime(2020, 3, 2): ["2020-W10", "2020-03-02/2020-03-08"],
+    datetime(2020, 3, 5, 14, 30): ["5.3.2020 2:30 PM"],
+    datetime(2020, 3, 5, 14, 30, 15, 500000): ["2020-03-05T14:30:15.5"],
+    datetime(2020, 3, 5, 14, 30, tzinfo=UTC): ["2020-03-05T14:30:00Z"],
+    datetime(2020, 3, 5, 14, 30, tzinfo=timezone(timedelta(hours=2))): ["2020/03/05 14:30 +02:00"],
 }
 
 
@@ -36,7 +28,7 @@ def read(cells):
     return dates_of(pd.Series(cells, dtype="str"), "d", Table("here"))
 
 
-@pytest.mark.parametrize(("cell", "date"), DATES.items(), ids=DATES.keys())
+@pytest.mark.parametrize(("cell", "date"), [(cell, date) for date, cells in DATES.items() for cell in cells])
 def test_a_date(cell, date):
     assert is_date(cell)
     (found,) = read([cell])
