@@ -29,15 +29,9 @@ if TYPE_CHECKING:  # --help need not wait for torch
 TEXT = ("samples", "seed")  # options of models that write text
 
 
-def fractions(text: str) -> list[float]:
-    """Parse numbers between 0 and 1, separated by commas."""
-    try:
-        values = sorted(float(part) for part in text.split(","))
-    except ValueError:
-        values = []
-    if not values or not all(0 < value < 1 for value in values):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers between 0 and 1, such as 0.1,0.9")
-    return values
+def levels(text: str) -> list[float]:
+    """Parse numbers, separated by commas; `forecast` refuses those that are no quantiles."""
+    return sorted(map(float, text.split(",")))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "tiny (default: the adapter's, else numbers)")  # fmt: skip
     add("--context", type=cli.positive, help="newest time steps that the model reads (default: all that it can)")
     add("--backtest", action="store_true", help="forecast the newest rows from the older ones, print errors")
-    add("--quantiles", type=fractions, default=list(BAND), help="quantiles to write (default "
+    add("--quantiles", type=levels, default=list(BAND), help="quantiles to write (default "
         f"{','.join(map(str, BAND))}); of text, 0.1 needs at least 9 samples, 0.01 needs 99")  # fmt: skip
     text = p.add_argument_group("models that write text").add_argument
     text("--samples", type=int, help="paths to draw; 0: only the likeliest path, without an interval (default 20)")
@@ -163,7 +157,6 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     from experiments.forecasting.adapter import resolve
     from experiments.forecasting.contexts import named
     from experiments.forecasting.forecaster import reads_values
-    from experiments.forecasting.scores import require_samples
     from experiments.storage.files import write_whole
     from experiments.tables.text import series_name
 
@@ -173,8 +166,6 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
         raise cli.CommandError(f"--{given[0]} is for models that write text, and {name} reads values; leave it out")
     if args.season and not args.backtest:
         raise cli.CommandError("--season is for --backtest: it is that of a simple method; leave it out")
-    if args.samples is not None:
-        require_samples(quantiles, args.samples)
     missing = args.missing or ("error" if is_text else "keep")
     if args.backtest and missing == "interpolate":
         missing = "keep"  # held-out forecasts fill what is before them themselves, so that it tells nothing of the rest

@@ -100,7 +100,7 @@ BAD = {
     "no adapter": (THREE, ["--adapter", "nowhere"], "nowhere/adapter_config.json: no such file"),
     "no checkpoint": (THREE, ["--model", "nowhere"], "nowhere: no such folder"),
     "no picture": (THREE, ["--plot", "a.txt"], "expected a name that ends in .png, .svg, .pdf"),
-    "samples": (THREE, ["--samples", -1, *MODEL], "-1 samples"),
+    "samples": (THREE, ["--samples", -1, *MODEL], "samples is -1, expected 0 or more"),
     "a short series": ("id,d,y\nA,1,1\nA,2,2\nA,3,3\nB,1,5\nB,2,6\n", ["--id", "id"], "series B: its length is 2"),
     "no values": ("day,u,v\n1,1,\n2,2,\n3,4,\n", ["--columns", "u,v"], "series series: variable v has no value"),
     "a season of nothing": (THREE, ["--season", 12], "--season is for --backtest"),
