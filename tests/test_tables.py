@@ -156,7 +156,7 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "quarters as numbers": ("quarter,a\n201001,1\n201002,2\n", "'201001' can be a month or a quarter"),
     "quarters of five digits": ("t,a\n20104,1\n20111,2\n20112,2\n", "'20104' can be a month or a quarter"),
     "quarters with a point": ("t,a\n2010.3,1\n2010.4,1\n2011.1,2\n", "'2010.3' can be a month or a quarter"),
-    "half-years": ("d,a\n2000-1,1\n2000-2,2\n2001-1,3\n", "'2000-1' can be a month or a half-year; .* 2000-07-01"),
+    "half-years": ("d,a\n2000-1,1\n2000-2,2\n2001-1,3\n", "'2000-1' can be a month or a quarter; write its first"),
     "weeks or months": ("week,a\n2023-01,1\n2023-02,2\n", "'2023-01' can be a month or a week; write its first day"),
     "months with a point": ("date,a\n2022.11,1\n2022.12,2\n2023.01,3\n", "2022.11 can be a month or a number"),
     "no such day": ("date,a\n20230228,1\n20230229,2\n", "line 3, .*20230229 is not a day of the calendar"),

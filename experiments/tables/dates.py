@@ -13,8 +13,7 @@ YEARS = range(1800, 2201)  # of numbers such as 202312 that are dates
 CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp][Mm])?"
 MONTH = rf"({'|'.join(MONTHS)})(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?"
 # What a column holds instead of months, by what its name contains.
-PERIODS = {"": "month|monat|mois", "week": "week|woche|semaine|semana", "half-year": "half|halb|semest",
-           "quarter": "quart|trimest"}  # fmt: skip
+PERIODS = {"": "month|monat|mois", "week": "week|woche|semaine|semana", "quarter": "quart|trimest|half|halb|semest"}
 _ZONE = r"(?:Z|UTC|GMT|[+-]\d{2}:?\d{2})"
 _AFTER = rf"((?:[T ,]+{CLOCK}(?: ?{_ZONE})?)?)"
 # What a date looks like, and how it is written for pandas: in two ways where the day or the month can come first,
@@ -96,20 +95,19 @@ def dates_of(cells: pd.Series, name: str, table: Table) -> pd.DatetimeIndex:
 
 
 def _refuse_no_months(years, parts, first, name: str, table: Table) -> None:
-    """Raise DataError if the years and other parts (T) of months can be seasons, quarters, half-years or weeks.
+    """Raise DataError if the years and other parts (T) of months can be seasons, quarters (or half-years) or weeks.
 
-    Seasons such as 2010/11 have the year that follows. Quarters and half-years count to 4 and to 2 in several years.
+    Seasons such as 2010/11 have the year that follows. Quarters count to 4 in several years.
     """
     year, part = int(years[0]), int(parts[0])
     if len(years) > 1 and (parts == (years + 1) % 100).all():
         month = f"month {part} of {year} or " if 1 <= part <= 12 else ""
         advice = f"write months as dates, such as {year}-01-01, and seasons as their first year, {year}"
         raise table.error(f"'{first}' can be {month}the season {year} to {year + 1}; {advice}", name)
-    counted = ("half-year" if max(parts) <= 2 else "quarter") if min(np.ptp(years), np.ptp(parts)) > 0 else ""
+    counted = "quarter" if min(np.ptp(years), np.ptp(parts)) > 0 else ""
     kind = next((kind for kind, names in PERIODS.items() if re.search(names, name, re.IGNORECASE)), counted)
     if kind and (part <= 12 if kind == "week" else max(parts) <= 4):
-        other = {"quarter": f", or {year}Q2", "week": f", or {year}-W14"}.get(kind, "")
-        advice = f"write its first day, such as {year}-0{7 if kind == 'half-year' else 4}-01{other}"
+        advice = f"write its first day, such as {year}-04-01, or {year}{'-W14' if kind == 'week' else 'Q2'}"
         raise table.error(f"'{first}' can be a month or a {kind}; {advice}", name)
 
 
