@@ -34,9 +34,10 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: T
     early = free[: next((at for at, one in enumerate(free) if one.name), 0) + 1]
     # the only column with, or without a name is what can be forecast
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
-    telling = [one for one in numbers if tells_time(one.name) or _is_long(one, table)]
-    clocks = [one for one in numbers if one in telling or (one.name and one.values.min() >= 10**7)]  # Unix seconds, too
-    if len(groups) == 1 and not any(_rises(one.values) for one in clocks):
+    large = [one for one in numbers if one.values.min() >= 10**7]  # such as 20231231, or Unix seconds
+    dates = [one for one in large if dates_of_numbers(one.values, one.name, table, False) is not None]
+    telling = [one for one in numbers if tells_time(one.name) or one in dates]
+    if len(groups) == 1 and not any(_rises(one.values) for one in [*telling, *large]):
         _refuse_several(numbers, table)
     later = [one for one in telling if one not in early and _rises(one.values, groups)]
     # a telling first one, telling later ones, the first ones
@@ -66,11 +67,6 @@ def _begins_anew(one: Column, runs: list[np.ndarray]) -> bool:
     """True if numbers rise in each run of rows as times do, but not from one to the next."""
     is_time = tells_time(one.name) and _rises(one.values, runs)
     return not _rises(one.values) and (is_time or all(_is_axis(one.name, one.values[rows]) for rows in runs))
-
-
-def _is_long(one: Column, table: Table) -> bool:
-    """True for a column of dates such as 20231231, 2023123123 and longer ones."""
-    return one.values.min() >= 10**7 and dates_of_numbers(one.values, one.name, table, False) is not None
 
 
 def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Found:
