@@ -3,6 +3,7 @@
 import re
 import sys
 import tomllib
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -29,10 +30,8 @@ def test_without_a_known_verb_all_verbs_are_listed(command, arguments, status):
 
 
 def test_a_missing_package_is_told_with_what_installs_it(monkeypatch, refused):
-    def missing(name: str):
-        raise ModuleNotFoundError("No module named 'h5py'", name="h5py")
-
-    monkeypatch.setattr(entry, "import_module", missing)
+    error = ModuleNotFoundError("No module named 'h5py'", name="h5py")
+    monkeypatch.setattr(entry, "import_module", Mock(side_effect=error))
     assert "pip install 'qwen-min[experiments]'" in refused("run")
 
 

@@ -55,7 +55,6 @@ STYLES = {
     "zip": zipped(**{"a.csv": PACKED}),
     "two byte order marks": "\ufeff\ufeffa,b\n1.5,2\n1.6,3\n",
     "xz": lzma.compress(PACKED),
-    "a column of texts is left out by name": "a,b,site\n1.5,2,Ham\n1.6,3,Ham\n",
 }
 
 
@@ -256,8 +255,6 @@ def test_several_series_one_below_the_other(tmp_path):
     assert [len(one) for one in read(other, id="site")] == [2, 3]
     with pytest.raises(DataError, match=r"time 2023-01-01 repeats \(2 rows have it\); .*--id"):
         read(other, columns=["y"])
-    with pytest.raises(DataError, match="has 0 columns 'shop', expected one"):
-        read(other, id="shop")
     with pytest.raises(DataError, match="the time 2023-01-02 of series 'B' comes after 2023-01-03"):
         read(LONG + "B,2023-01-02,7\n")
     with pytest.raises(DataError, match="has 2 series, one below the other; leave out --wide"):
@@ -299,7 +296,7 @@ def test_a_small_file_cannot_claim_much_memory(table, monkeypatch):
 
 
 def test_columns_are_chosen_by_name(table):
-    assert table("a,b,a\n1,2,3\n4,5,6\n", ["b"]).values.tolist() == [[2], [5]]
+    assert table("a,b,a\n1,2,Ham\n4,5,Ham\n", ["b"]).values.tolist() == [[2], [5]]
     assert list(table("a,b\n1,2\n", ["b", "a", "b"]).columns) == ["b", "a"]
     assert list(table("year,a\n1900,1\n1901,2\n", ["year", "a"]).columns) == ["year", "a"]
     with pytest.raises(DataError, match=r"has 0 columns 'c', expected one; it has \['a', 'b'\]"):
@@ -348,7 +345,6 @@ ARRAYS = [  # arrays: the names of the variables, or what is said
     ({"a": np.ones((2, 3, 4))}, "expected numbers of rank 1 or 2"),
     ({"trajectories": THREE, "time": np.arange(3.0)}, r"are \(1, 4, 3\), time \(3,\), expected"),
     ({"a": np.ones(3), "time": np.array([0, 1, np.nan])}, "has no time in 'time'"),
-    ({"a": np.array([1, np.inf])}, r"a\[1\], column 'x0': is infinite"),
     ({"trajectories": THREE * np.nan}, r"12 of 12 values are missing, the first in trajectories\[0, 0\]"),
 ]
 
