@@ -33,16 +33,14 @@ def parser() -> argparse.ArgumentParser:
     p = cli.new_parser("experiments.finetune", __doc__)
     add = p.add_argument
     cli.add_data(p)
-    add("--model", default="numbers", help="checkpoint: numbers, which reads values (default), or one that writes "
-        "text: a folder, a hub id or tiny")  # fmt: skip
+    add("--model", default="numbers", help="numbers (default), or one that writes text: a folder, a hub id or tiny")
     cli.add_device(p)
     add("--budget", type=cli.flops, help="FLOPs that the training may cost, such as 1e12; it decides the steps")
     add("--out", type=Path, help="folder for the results (default runs/NAME of the first file)")
 
     p.argument_default = argparse.SUPPRESS  # what is not given of the rest is not in the arguments
     add = p.add_argument_group("training").add_argument
-    add("--context", type=cli.positive, help="time steps that the model reads before a forecast (default: as many as "
-        "there are, at most 512; of text, 768 tokens)")  # fmt: skip
+    add("--context", type=cli.positive, help="time steps that it reads (default: at most 512; of text, 768 tokens)")
     add("--steps", type=cli.positive, help="optimizer steps (default: those that fit the budget, else 300)")
     add("--rank", type=cli.positive, help="rank of the adapters (default 16; of text 8)")
     add("--alpha", type=float, help="the adapters' update is scaled by alpha / rank (default 16; of text 32)")

@@ -42,12 +42,10 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     cli.add_data(p)
     add("--adapter", type=Path, help="folder of an adapter: of finetune, of run, or in peft's format")
-    add("--model", help="checkpoint: numbers, which reads values, or one that writes text: a folder, a hub id or "
-        "tiny (default: the adapter's, else numbers)")  # fmt: skip
+    add("--model", help="numbers (default), or one that writes text: a folder, a hub id or tiny; or the adapter's")
     add("--context", type=cli.positive, help="newest time steps that the model reads (default: all that it can)")
     add("--backtest", action="store_true", help="forecast the newest rows from the older ones, print errors")
-    add("--quantiles", type=levels, default=list(BAND), help="quantiles to write (default "
-        f"{','.join(map(str, BAND))}); of text, 0.1 needs at least 9 samples, 0.01 needs 99")  # fmt: skip
+    add("--quantiles", type=levels, default=list(BAND), help=f"to write (default {','.join(map(str, BAND))})")
     text = p.add_argument_group("models that write text").add_argument
     text("--samples", type=int, help="paths to draw; 0: only the likeliest path, without an interval (default 20)")
     text("--seed", type=cli.natural, help="seed of the paths (default 0)")
