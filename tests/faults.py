@@ -195,9 +195,8 @@ def refuse_the_next(folder: Path, refused: list[str], sites: Path) -> None:
         if not full and site not in refused:
             full = True
             sites.write_text("\n".join([*refused, site]))
-        if full and event in ("open", "os.mkdir", "os.rename"):  # deleting works on a full disk
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        if site not in refused and event in ("os.remove", "os.rmdir", "os.truncate"):
+        frees = event in ("os.remove", "os.rmdir", "os.truncate")  # which works on a full disk
+        if site not in refused or (full and not frees):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     sys.addaudithook(hook)

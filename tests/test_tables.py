@@ -283,8 +283,8 @@ def test_missing_values_are_counted_or_interpolated_in_time(table):
     kept = table("date,a\n" + rows.replace(",5\n", ",\n"), missing="keep")
     assert from_frame(kept.dropna(), missing="keep")[0].equals(kept)
     assert told([kept]).endswith("3 of 30 values are missing")
-    with pytest.raises(DataError, match="'a' has 1 of 2 values, expected at least 2"):
-        table("a,b\n1,1\n,2\n", missing="interpolate")
+    with pytest.raises(DataError, match="'a': has no value, or values that are too far apart"):
+        table("a,b\nNA,1\nNA,2\n", missing="interpolate")
     with pytest.raises(DataError, match="missing is 'zero', expected one of error, interpolate, keep"):
         table(text, missing="zero")
 

@@ -35,9 +35,8 @@ def read_series(
 ) -> list[pd.DataFrame]:
     """The series in files, each a DataFrame (T, D) of float64; see `experiments.tables`.
 
-    A file is a text table (CSV and its relatives; gzip or zip may have packed it), Excel, Parquet or HDF5. It has a
-    row for each time step. A text table has commas, semicolons, tabs or spaces between its columns; dates and numbers
-    may be written in any common way, but all in the same way.
+    A file is a text table (CSV and its relatives, maybe packed), Excel, Parquet or HDF5, with a row for each time step.
+    Dates and numbers may be written in any common way, but all in the same way.
 
     columns: the names of the variables; None takes all columns but times, the id and columns without a name.
     missing: "error", "interpolate" (linearly in time between the nearest known values, beyond them the nearest), or

@@ -195,10 +195,8 @@ def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, table: Table)
             raise table.error(f"{problem} at {time}, which has no row; {FILL}")
         place = table.place(rows[times.get_loc(frame.index[row])])
         raise table.error(f"{problem} in {place}, column {frame.columns[at]!r}; {FILL}; or {LEAVE_OUT}")
-    for name, known in frame.count().items():
-        if known < 2:
-            raise table.error(f"{name!r} has {known} of {len(frame)} values, expected at least 2; {LEAVE_OUT}")
     filled = frame.interpolate(method="index", limit_direction="both")
-    if not np.isfinite(filled.to_numpy()).all():
-        raise table.error("its values are too far apart to interpolate")
+    if len(bad := np.argwhere(~np.isfinite(filled.to_numpy()))):
+        problem = f"has no value, or values that are too far apart to interpolate; {LEAVE_OUT}"
+        raise table.error(problem, frame.columns[bad[0][1]])
     return filled
