@@ -19,16 +19,30 @@ from experiments.tables.times import time_texts
 
 
 @pytest.fixture
-def table(tmp_path):
-    """Read a text as a file: the one table in it."""
+def read(tmp_path):
+    """Read a text, or arrays of HDF5 by their names, as a file: the series in it."""
 
-    def read(content: str | bytes, columns=None, missing="error", name="a.csv"):
+    def read(content, name="a.csv", **wanted):
         path = tmp_path / name
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        (found,) = read_series(path, columns=columns, missing=missing)
-        return found
+        if isinstance(content, dict):
+            with h5py.File(path, "w") as file:
+                file.update(content)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return read_series(path, **wanted)
 
     return read
+
+
+@pytest.fixture
+def table(read):
+    """Read a text as a file: the only series in it."""
+
+    def table(content, columns=None, **wanted):
+        (found,) = read(content, columns=columns, **wanted)
+        return found
+
+    return table
 
 
 def zipped(**files: bytes) -> bytes:
@@ -240,13 +254,7 @@ def test_what_is_chosen_is_said(table):
 LONG = "unique_id,ds,y\n007,2023-01-01,1\nB,2023-01-01,5\n007,2023-01-02,2\nB,2023-01-02,6\nB,2023-01-03,7\n"
 
 
-def test_several_series_one_below_the_other(tmp_path):
-    path = tmp_path / "a.csv"
-
-    def read(text, **wanted):
-        path.write_text(text)
-        return read_series(path, **wanted)
-
+def test_several_series_one_below_the_other(read, tmp_path):
     found = read(LONG)
     assert [(one.attrs["name"], one["y"].tolist()) for one in found] == [("007", [1, 2]), ("B", [5, 6, 7])]
     assert time_texts(following(found[1].index, 1), found[1].index) == ["2023-01-04"]
@@ -260,7 +268,7 @@ def test_several_series_one_below_the_other(tmp_path):
     with pytest.raises(DataError, match="has 2 series, one below the other; leave out --wide"):
         read(LONG, wide=True)
     assert [one["y"].tolist() for one in read("item_id,t,y\n1,0,5\n2,0,6\n1,1,7\n2,1,8\n")] == [[5, 7], [6, 8]]
-    frame = pd.read_csv(path).set_index(["item_id", "t"])
+    frame = pd.read_csv(tmp_path / "a.csv").set_index(["item_id", "t"])
     assert [one["y"].tolist() for one in from_frame(frame)] == [[5, 7], [6, 8]]
     assert [one.index.name for one in read("id,y\n1,5\n2,6\n3,7\n")] == ["id"]  # a count, not ids
     north, south = read("d,north,south\n2023-01-01,1,5\n2023-01-02,2,6\n", wide=True)
@@ -305,41 +313,26 @@ def test_columns_are_chosen_by_name(table):
         table("a,b\n1,2\n", [])
 
 
-@pytest.fixture
-def hdf5(tmp_path):
-    """Read arrays as a file: the tables in it."""
-
-    def read(arrays, columns=None):
-        with h5py.File(tmp_path / "a.h5", "w") as file:
-            for name, array in arrays.items():
-                file[name] = array
-        return read_series(tmp_path / "a.h5", columns=columns)
-
-    return read
-
-
 THREE = np.ones((1, 4, 3))
 
 
-def test_hdf5_files_of_any_number_of_variables(hdf5, tmp_path):
+def test_hdf5_files_of_any_number_of_variables(read, tmp_path):
     values = np.arange(24.0).reshape(2, 4, 3) - 5
     arrays = {"trajectories": values, "time": np.arange(4) * 0.5}
-    first, second = hdf5(arrays)
+    first, second = read(arrays)
     assert (first.attrs["name"], second.attrs["name"], list(first.columns)) == ("a[0]", "a[1]", ["x0", "x1", "x2"])
     assert np.array_equal(second.values, values[1])
     assert following(second.index, 1).tolist() == [2.0]
-    assert hdf5(arrays, ["x2"])[0].values.tolist() == values[0][:, 2:].tolist()
-    (tmp_path / "b.h5.gz").write_bytes(gzip.compress((tmp_path / "a.h5").read_bytes()))
-    assert read_series(tmp_path / "b.h5.gz")[1].equals(second)
-    long, short = hdf5({"short": np.ones(3), "time": np.arange(4.0), "long": np.ones((4, 2))})
+    assert read(arrays, columns=["x2"])[0].values.tolist() == values[0][:, 2:].tolist()
+    assert read(gzip.compress((tmp_path / "a.csv").read_bytes()), "a.h5.gz")[1].equals(second)
+    assert list(read(arrays | {"trajectories": values[..., :2]})[0].columns) == ["prey", "predator"]
+    long, short = read({"short": np.ones(3), "time": np.arange(4.0), "long": np.ones((4, 2))})
     assert (long.attrs["name"], long.shape, following(long.index, 1).tolist()) == ("long", (4, 2), [4])
     assert (short.attrs["name"], short.shape, short.index.tolist()) == ("short", (3, 1), [0, 1, 2])
-    assert [one.attrs["name"] for one in hdf5({f"s{at}": np.ones(3) for at in range(12)})][:3] == ["s0", "s1", "s2"]
+    assert [one.attrs["name"] for one in read({f"s{at}": np.ones(3) for at in range(12)})][:3] == ["s0", "s1", "s2"]
 
 
-ARRAYS = [  # arrays: the names of the variables, or what is said
-    ({"trajectories": THREE}, ["x0", "x1", "x2"]),
-    ({"trajectories": THREE[..., :2], "time": np.arange(4.0)}, ["prey", "predator"]),
+NO_SERIES = [
     ({"time": np.arange(3.0)}, r"holds \['time'\], expected the array 'trajectories', or arrays"),
     ({"group/a": np.ones(3)}, r"holds \['group'\], expected"),
     ({"a": np.ones((2, 3, 4))}, "expected numbers of rank 1 or 2"),
@@ -349,21 +342,18 @@ ARRAYS = [  # arrays: the names of the variables, or what is said
 ]
 
 
-@pytest.mark.parametrize(("arrays", "expected"), ARRAYS)
-def test_names_in_hdf5_and_what_is_refused(hdf5, arrays, expected):
-    if isinstance(expected, list):
-        assert list(hdf5(arrays)[0].columns) == expected
-    else:
-        with pytest.raises(DataError, match=expected):
-            hdf5(arrays)
+@pytest.mark.parametrize(("arrays", "message"), NO_SERIES)
+def test_arrays_that_are_refused(read, arrays, message):
+    with pytest.raises(DataError, match=message):
+        read(arrays)
 
 
-def test_numbers_that_are_packed_are_refused(hdf5, tmp_path):
-    hdf5({"a": np.ones(3)})
-    with h5py.File(tmp_path / "a.h5", "a") as file:
+def test_numbers_that_are_packed_are_refused(read, tmp_path):
+    read({"a": np.ones(3)})
+    with h5py.File(tmp_path / "a.csv", "a") as file:
         file["a"].attrs["scale_factor"] = 0.01
     with pytest.raises(DataError, match="a has scale_factor, as netCDF has; write the numbers"):
-        read_series(tmp_path / "a.h5")
+        read_series(tmp_path / "a.csv")
 
 
 INDEXES = {  # index of three rows: the time after the last, or None if it is no time axis
