@@ -62,10 +62,8 @@ def read_text(path: Path, content: bytes) -> Table:
 def read_cells(path: Path, cells: pd.DataFrame, delimiter: str, notes: list[str]) -> Table:
     """The table in cells of text (rows, columns), where the first row may hold names. The index numbers the rows."""
     filled = (cells != "").any(axis=1).to_numpy().nonzero()[0]
-    if 0 < len(filled) < len(cells) and any(map(is_date, cells.iloc[filled[-1]])):  # a row without a date is none
-        before, cells = len(cells), cells[filled[0] : filled[-1] + 1]
-        if left := before - len(cells):
-            notes.append(f"{left} empty rows before or after the table left out")
+    if len(filled) and any(map(is_date, cells.iloc[filled[-1]])):  # an empty row without a date is none
+        cells = cells[filled[0] : filled[-1] + 1]
     names = [cell.strip() for cell in cells.iloc[0]]
     # a cell is text; or only the first one is empty and the others differ, as pandas writes an index
     has_names = any(not is_number(cell) and not is_date(cell) for cell in names) or (
