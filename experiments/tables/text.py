@@ -74,8 +74,6 @@ def read_cells(path: Path, cells: pd.DataFrame, delimiter: str, notes: list[str]
     elif delimiter == "," and len(names) == 2 and (cells[0] + "," + cells[1]).str.fullmatch(COMMA).all():
         text = ",".join(names)
         raise DataError(f"{path}: {text!r} can be two numbers, or one with a decimal comma; write names above them")
-    if cells.empty:
-        raise DataError(f"{path}: has names but no numbers, expected a row for each time step")
     columns = [(title if has_names else f"x{at}", cells[at]) for at, title in enumerate(names)]
     at, name = cells.index, series_name(path)
     return Table(str(path), name, columns, notes, lambda row: f"{at.name} {at[row]}", has_names, delimiter)
