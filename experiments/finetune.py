@@ -80,10 +80,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFr
 
 
 def work(args: argparse.Namespace, interruption: Interruption) -> int:
-    """Fine-tune, together with the processes that torchrun started, and print the result; the exit status.
-
-    Raises an error that `cli.is_meant` for the user.
-    """
+    """Fine-tune, together with the processes that torchrun started, and print the result; the exit status."""
     from experiments.forecasting.backtest import better_baseline
     from experiments.report.build import write_report
     from experiments.tables.text import series_name

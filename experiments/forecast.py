@@ -147,10 +147,7 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
 
 
 def work(args: argparse.Namespace, _: Interruption) -> int:
-    """Read, forecast, write, and print the paths of the files written; the exit status.
-
-    For bad input it writes nothing and raises an error that `cli.is_meant` for the user.
-    """
+    """Read, forecast, write, and print the paths of the files written; the exit status. Bad input writes nothing."""
     from experiments import tables
     from experiments.forecasting.adapter import resolve
     from experiments.forecasting.contexts import named

@@ -62,7 +62,6 @@ SETTINGS, METRICS, TESTS = (f"experiments/frontier/{name}" for name in
     (SETTINGS, ["training", "rank"], None, "the training has no rank, expected all its settings"),
     (METRICS, ["val", "all"], {}, "val, all: has no 'mse_filled'"),
     (METRICS, ["val", "all", "mse_interval"], [1], r"mse_interval: holds \[1\], expected 2 values"),
-    (SETTINGS, ["flops", "exact"], -1, "flops, exact: holds -1, expected int from 1"),
     (SETTINGS, ["training"], None, r"conventions with FLOPs is .*, expected \[\]"),
     (METRICS, ["test", "probabilistic"], None, "mean_of_samples needs probabilistic"),
     ("experiments/frontier/seconds.json", ["training"], "long", "training: holds 'long', expected float"),
