@@ -69,15 +69,12 @@ def table_of(frame, where: str, name: str) -> Table:
         frame = frame.to_frame("x0" if frame.name is None else frame.name)
     if not isinstance(frame, pd.DataFrame):
         raise DataError(f"{where}: got a {type(frame).__name__}, expected a pandas DataFrame or Series")
-    if frame.columns.nlevels > 1:
-        raise DataError(f"{where}: has several levels of columns; select one level")
     dates = [str(title) for title in frame.select_dtypes(["datetime", "datetimetz"])]
     table = Table(where, name, [(str(title), cells) for title, cells in frame.items()])
     for at in reversed(range(frame.index.nlevels)):
         level = frame.index.get_level_values(at)
         is_number = level.dtype.kind in "iuf"
         if is_number and level.name is None and (dates or not equal_steps(level.to_numpy(float))):
-            table.notes += ["the row numbers of the frame left out"] * (not isinstance(level, pd.RangeIndex))
             continue
         if level.dtype.kind == "M":  # it goes before columns of dates
             table.columns = [one for one in table.columns if one[0] not in dates]
