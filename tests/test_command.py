@@ -54,10 +54,6 @@ def test_the_project_declares_every_package_that_it_imports():
     assert set(entry.EXTRAS["series"]) <= declared("series")
 
 
-def test_the_entry_point_is_the_function_that_these_tests_call():
-    assert PROJECT["project"]["scripts"]["qwen-min"] == f"{entry.main.__module__}:main"
-
-
 @pytest.mark.parametrize(("has_bf16", "chosen"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_default_type_is_one_that_the_processor_multiplies(monkeypatch, recwarn, has_bf16, chosen):
     monkeypatch.setattr("qwen_min.linear.multiplies_bfloat16", lambda device: has_bf16)

@@ -93,12 +93,9 @@ def test_sets_are_found_in_the_tables(monkeypatch):
     assert [one.name for one in series.read_sets("rest")] == ["MASS/own"]
 
 
-def test_a_missing_package_and_earlier_results_are_told_in_words(monkeypatch, refused, tmp_path):
-    words = ("benchmark", "series", "--out", tmp_path)
-    monkeypatch.setitem(sys.modules, "statsforecast.models", None)
-    assert "pip install 'qwen-min[series]'" in refused(*words)
+def test_earlier_results_are_not_overwritten(refused, tmp_path):
     (tmp_path / "scores.csv").touch()
-    assert "scores.csv exists; name another folder" in refused(*words)
+    assert "scores.csv exists; name another folder" in refused("benchmark", "series", "--out", tmp_path)
 
 
 def test_the_command_writes_tables_and_a_picture(monkeypatch, command, tmp_path):
