@@ -348,12 +348,12 @@ def test_arrays_that_are_refused(read, arrays, message):
         read(arrays)
 
 
-def test_numbers_that_are_packed_are_refused(read, tmp_path):
-    read({"a": np.ones(3)})
-    with h5py.File(tmp_path / "a.csv", "a") as file:
+def test_numbers_that_are_packed_are_refused(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["a"] = np.ones(3)
         file["a"].attrs["scale_factor"] = 0.01
     with pytest.raises(DataError, match="a has scale_factor, as netCDF has; write the numbers"):
-        read_series(tmp_path / "a.csv")
+        read_series(tmp_path / "a.h5")
 
 
 INDEXES = {  # index of three rows: the time after the last, or None if it is no time axis

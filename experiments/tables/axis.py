@@ -11,7 +11,7 @@ from experiments.tables.dates import CLOCK, dates_of, dates_of_numbers
 from experiments.tables.times import time_texts
 
 EQUAL_STEPS = 1e-6  # by how much the steps of a column without a telling name may differ, relative to their mean
-# Numbers under the first names are times, whatever their steps; under the second they must rise in equal steps.
+# Numbers under the first names, or WITH_UNIT, are times, whatever their steps; under the last they rise in equal steps.
 TIME_NAMES = frozenset(
     "t time times timestamp ds date dates datetime day days week weeks month months quarter quarters year years period "
     "season semester hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois "
