@@ -19,6 +19,7 @@ TIME_NAMES = frozenset(
 )
 WITH_UNIT = r"(?:elapsed|time)(?:[ _.]time)?(?:[ _.](?:[mnuµ]?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?))?"
 COUNTER_NAMES = frozenset("step steps index idx id row obs".split())
+PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own
 Found = tuple[pd.Index | None, list[Column]]  # the times, and the columns that they and other times are in
 
 
@@ -26,11 +27,13 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: T
     """The times of all rows; None if the table has none.
 
     free: the columns that are not asked for as variables; `named` columns have names. groups: the rows of each series.
-    Times are in a column of dates, maybe with a clock in another one, or in a column of numbers, whose name or steps
-    say so. Raises DataError for columns that can both be the times.
+    Times are in a column of dates, with a clock or an hour in another one; in columns with parts of dates; or in a
+    column of numbers, whose name or steps say so. Raises DataError for columns that can both be the times.
     """
     if any(one.kind == "dates" for one in free):
         return _of_dates(free, groups, table)
+    if found := _of_parts(free, table):
+        return found
     early = free[: next((at for at, one in enumerate(free) if one.name), 0) + 1]
     # the only column with, or without a name is what can be forecast
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
@@ -74,8 +77,11 @@ def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Fou
     dated = [one for one in free if one.kind == "dates"]
     first, moving = dated[0], [one for one in dated if _rises(one.values, groups)]
     clocks = [one for one in free if one.kind == "text" and one.cells.str.fullmatch(CLOCK).all()]
+    if not moving:
+        clocks += [one for one in free if one.name.lower() == "hour" and one.kind == "numbers"]
     if clocks and (first.values == first.values.normalize()).all():
-        both = pd.Series(first.values.strftime("%Y-%m-%d "), dtype="str") + clocks[0].cells
+        clock = clocks[0].cells.astype("str") + (":00" if clocks[0].kind == "numbers" else "")
+        both = pd.Series(first.values.strftime("%Y-%m-%d "), dtype="str") + clock
         table.notes.append(f"{first.name!r} and {clocks[0].name!r} put together")
         return dates_of(both, clocks[0].name, table).rename(first.name), [*dated, clocks[0]]
     if len(moving) > 1:
@@ -83,6 +89,20 @@ def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Fou
     axis = (moving or dated)[0]
     table.notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in dated if one is not axis]
     return axis.values.rename(axis.name or "time"), dated
+
+
+def _of_parts(free: list[Column], table: Table) -> Found | None:
+    """The times in columns such as year and month, if the years repeat; None if there are none."""
+    parts = {one.name.lower(): one for one in free if one.kind == "numbers" and one.name.lower() in PARTS}
+    if "year" not in parts or not {"month", "quarter"} & parts.keys() or _rises(parts["year"].values):
+        return None
+    values = {part: one.values for part, one in parts.items()}
+    quarter = values.pop("quarter", 1)  # a month says more
+    found = pd.to_datetime(pd.DataFrame({"month": 3 * quarter - 2, "day": 1} | values), errors="coerce")
+    if found.isna().any():
+        return None
+    table.notes.append(" and ".join(repr(one.name) for one in parts.values()) + " put together")
+    return pd.DatetimeIndex(found, name="time"), list(parts.values())
 
 
 def _of_numbers(one: Column, groups: list[np.ndarray], table: Table) -> pd.Index | None:
