@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # --help need not wait for torch
 # the options that `Finetuning` takes by their names here, if they are given
 SETTINGS = (
     "horizon", "budget", "steps", "context", "decimals", "samples", "rank", "alpha", "targets",
-    "learning_rate", "batch", "accumulate", "seed", "season",
+    "learning_rate", "batch", "seed", "season",
 )  # fmt: skip
 
 
@@ -46,7 +46,6 @@ def parser() -> argparse.ArgumentParser:
     add("--alpha", type=float, help="the adapters' update is scaled by alpha / rank (default 16; of text 32)")
     add("--rate", dest="learning_rate", type=float, help="peak learning rate (default 6e-3; text 5e-4, tiny 5e-3)")
     add("--batch", type=cli.positive, help="windows in a step (default 4)")
-    add("--accumulate", type=cli.positive, help="micro-batches of a step, which take less memory (default 1)")
     add("--seed", type=int, help="seed of the adapter and the batches (default 0)")
     add = p.add_argument_group("models that write text").add_argument
     add("--targets", type=lambda text: tuple(text.split(",")), help="modules with an adapter, such as q_proj,v_proj "

@@ -39,7 +39,7 @@ def train(folder: Path) -> int:
         model.double()
         ids = torch.randint(0, GROUPED.vocab_size, (9, 24), generator=torch.Generator().manual_seed(1))
         lengths = torch.tensor([24, 11, 24, 7, 24, 24, 18, 24, 3])
-        settings = Training(4, 1e-2, 24, 6, batch=3, accumulate=1, clip=0.5)
+        settings = Training(4, 1e-2, 24, 6, batch=3, clip=0.5)
         cuts = Cuts([range(9)], lambda _, row: ids[row, : lengths[row]].tolist())
         windows, state = TextWindows(model, cuts, 24, 0), run / f"state-{team.size}"
         tensors = {"losses": torch.tensor(train_on(windows, settings, Account(team=team), state).losses).double()}

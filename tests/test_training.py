@@ -59,7 +59,6 @@ def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None, vocabular
     ({"learning_rate": float("nan")}, "learning_rate is nan, expected a positive number"),
     ({"context": 1}, "context is 1, expected an integer of at least 2"),
     ({"seed": -1}, "seed is -1"),
-    ({"accumulate": 2}, "a batch of 3 cannot be read in 2 equal parts"),
     ({"targets": "q_proj"}, "targets are 'q_proj', expected names"),
     ({"targets": ()}, r"targets are \(\), expected names"),
 ])  # fmt: skip
@@ -191,15 +190,6 @@ def test_training_frees_packed_weights(token_lists):
     pack(model)
     run((model, tokenizer), token_lists, None, replace(SETTINGS, steps=1))
     assert model.head_weight.packed is None
-
-
-def test_a_batch_read_in_parts_gives_the_gradients_of_the_whole(tiny, token_lists):
-    """Windows of unequal length: a part counts by its number of target tokens."""
-    settings = replace(SETTINGS, batch=4, context=30, steps=4)
-    whole, parts = (run(tiny, token_lists, None, replace(settings, accumulate=count)) for count in (1, 2))
-    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
-    for name, tensor in whole[1].items():
-        torch.testing.assert_close(parts[1][name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_gradients_are_clipped_to_a_norm(monkeypatch, tiny, token_lists):

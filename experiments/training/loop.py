@@ -112,22 +112,18 @@ def load_state(path: Path, parameters: Mapping[str, Tensor], optimizers: Optimiz
     return Progress(saved["losses"].tolist(), saved["seconds"].item(), held_out, best)
 
 
-def _backward(windows: Windows, rows: Tensor, accumulate: int, team: Team) -> float:
-    """Compute the gradients of the mean loss of the windows in rows (B), in `accumulate` parts; return the loss.
+def _backward(windows: Windows, rows: Tensor, team: Team) -> float:
+    """Compute the gradients of the mean loss of the windows in rows (B), which the team shares out; return the loss.
 
-    The rows of each part are shared out in the team. A share counts by its number of targets, so that the
-    gradients are those of the whole batch in a single pass.
+    A share counts by its number of targets, so that the gradients are those of the whole batch in a single pass.
     """
-    shared = accumulate > 1 or team.size > 1
-    targets = windows.num_targets(rows) if shared else 1
     total = torch.zeros((), dtype=torch.float64, device=windows.device)
-    for part in rows.chunk(accumulate):
-        if len(share := team.share(part)):
-            loss = windows.loss(share)
-            if shared:
-                loss = loss * (windows.num_targets(share) / targets)
-            loss.backward()
-            total += loss.detach()
+    if len(share := team.share(rows)):
+        loss = windows.loss(share)
+        if team.size > 1:
+            loss = loss * (windows.num_targets(share) / windows.num_targets(rows))
+        loss.backward()
+        total += loss.detach()
     if team.size > 1:
         parameters = windows.parameters.values()
         for parameter in parameters:
@@ -177,7 +173,7 @@ class _Trainer:
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = settings.rate(step)
             optimizer.zero_grad()
-        loss = _backward(self.windows, rows, settings.accumulate, self.account.team)
+        loss = _backward(self.windows, rows, self.account.team)
         if not math.isfinite(loss):
             raise TrainingError(f"step {step}: the loss is {loss} (windows {rows.tolist()}); lower the learning rate")
         if settings.clip is not None:

@@ -24,7 +24,7 @@ from experiments.training.run import chosen_settings, inject_adapter
 from experiments.training.settings import NUMBERS
 from experiments.training.windows import TrainingError
 
-OPTIONS = ("rank", "alpha", "learning_rate", "batch", "accumulate", "seed", "steps")
+OPTIONS = ("rank", "alpha", "learning_rate", "batch", "seed", "steps")
 STRIDE = 8  # the smallest between two tokens
 SIMPLE = ("AR", "VAR", "seasonal naive")  # baselines that a forecast may be made of
 WIDTHS = tuple(2 ** (step / 4) for step in range(-16, 9))  # of intervals, 1/16 to 4
@@ -142,9 +142,9 @@ class NumberTuning:
         self.settings = replace(chosen, context=tokens)
         model = deepcopy(forecaster.base).to("meta")
         inject_adapter(model, chosen)
-        part = number_step(model, chosen.batch // chosen.accumulate, variables, tokens)
         matrices = by_muon(learned(model, chosen, variables)).values()
-        self.cost = chosen.accumulate * part + muon_flops(matrices)  # FLOPs of a step, as it runs
+        # FLOPs of a step, as it runs
+        self.cost = number_step(model, chosen.batch, variables, tokens) + muon_flops(matrices)
         self.forecaster, self.horizon = forecaster, horizon
 
     @property

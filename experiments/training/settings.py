@@ -35,11 +35,10 @@ class Training:
     alpha: float | None = None  # the adapters' update is scaled by alpha / rank; None: by 1, as in the study
     clip: float | None = None  # gradients with a larger norm are scaled down to it
     beta2: float = 0.999  # Adam's second moments forget so slowly; with small batches a run needs less memory of them
-    accumulate: int = 1  # a batch is read in so many parts, which takes less memory
     reads: str = "text"  # "numbers": the decoder that reads values is trained, "numbers, from scratch": a new one
 
     def __post_init__(self):
-        least = dict.fromkeys(("steps", "batch", "stride", "accumulate"), 1)
+        least = dict.fromkeys(("steps", "batch", "stride"), 1)
         # a context of one token has no next token to learn
         least |= {"rank": int(self.reads == "text"), "context": 2, "seed": 0}
         for name, minimum in least.items():
@@ -51,8 +50,6 @@ class Training:
                 raise ValueError(f"{name} is {value!r}, expected a positive number")
         if not 0 < self.beta2 < 1:
             raise ValueError(f"beta2 is {self.beta2!r}, expected a number between 0 and 1")
-        if self.batch % self.accumulate:
-            raise ValueError(f"a batch of {self.batch} cannot be read in {self.accumulate} equal parts")
         if isinstance(self.targets, str) or not self.targets:
             raise ValueError(f"targets are {self.targets!r}, expected names of modules such as ('q_proj', 'v_proj')")
 

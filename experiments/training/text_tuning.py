@@ -65,10 +65,7 @@ class TextTuning:
             )
         length = min(self.tokens, max(map(len, series)) * per_step)
         self.cuts = cut_series(series, context, horizon, decimals, forecaster.tokenizer, length)
-        # a batch has at most as many windows as there are
-        batch = min(chosen.batch, len(self.cuts))
-        accumulate = chosen.accumulate if batch % chosen.accumulate == 0 else 1
-        self.settings = replace(chosen, context=length, batch=batch, accumulate=accumulate)
+        self.settings = replace(chosen, context=length, batch=min(chosen.batch, len(self.cuts)))
         numbers = Grammar(forecaster.tokenizer, decimals, 1).vocabulary if chosen.numeric_head else None
         self.vocabulary = torch.tensor(numbers) if numbers else None  # of the softmax; None: all tokens
         # FLOPs of a step, as it runs

@@ -151,8 +151,5 @@ class TextWindows(Windows):
 def step_flops(config: QwenConfig, settings: Training, vocabulary: int | None, convention: str = "exact") -> int:
     """FLOPs of one optimizer step; vocabulary: the number of tokens that the softmax runs over, None for all."""
     assert settings.context is not None  # a plan fills it in before the training
-    batch, ranks = settings.batch // settings.accumulate, settings.ranks
-    part = flops.training_step(
-        config, batch, settings.context, convention=convention, ranks=ranks, vocabulary=vocabulary
-    )
-    return settings.accumulate * part
+    size, ranks = (settings.batch, settings.context), settings.ranks
+    return flops.training_step(config, *size, convention=convention, ranks=ranks, vocabulary=vocabulary)
