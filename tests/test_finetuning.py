@@ -299,9 +299,6 @@ def test_series_of_the_same_dates_are_judged_by_later_dates_than_they_are_traine
     late[3] = np.where(np.arange(100)[:, None] < 70, np.nan, late[3])  # a new shop, in a table with a column for each
     parts = split(late, 10, [np.arange(100)] * 8)
     assert "of 7 series of the same times" in parts.told
-    for wrong in ([0] * 8, [np.arange(99)] * 8, [np.zeros(100, int)] * 8):
-        with pytest.raises(TrainingError, match="times: expected rising whole numbers"):
-            Finetuning(Forecaster.load(), late, 10, 1e11, times=wrong)
     # the days of an experiment are no dates, and patients of several years are not those of one time
     days = [one.set_axis(pd.RangeIndex(len(one)).astype(float).rename("day")) for one in frames]
     apart = [one.set_axis(one.index + pd.Timedelta(days=200 * at)) for at, one in enumerate(frames)]

@@ -8,7 +8,6 @@ import json
 import math
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -77,17 +76,14 @@ class Finetuning:
         times: Sequence[np.ndarray] | None = None,
         **options,
     ):
-        """forecaster: one that `Forecaster.load` made. series: arrays (T, D) or (T), NaN where a value is
-        missing, or DataFrames.
+        """series: arrays (T, D) or (T), NaN where a value is missing, or DataFrames.
 
         budget: FLOPs that the training may cost; it decides the number of steps unless `steps` is given. context: time
         steps that the model reads before a forecast. season: time steps that the seasonal baseline repeats. times: as
         in `backtest.split`; None: what the indexes of DataFrames say. The other options are those of `TextTuning` or
-        `NumberTuning`.
-        Raises SeriesError or TrainingError for data, settings or a budget that do not allow it.
+        `NumberTuning`. Raises SeriesError or TrainingError for data, settings or a budget that do not allow it.
         """
-        given = {"horizon": horizon, "steps": steps, "context": context, "season": season}
-        for name, value in given.items():
+        for name, value in {"horizon": horizon, "steps": steps, "context": context, "season": season}.items():
             if value is not None and not (type(value) is int and value >= 1):
                 raise TrainingError(f"{name} is {value!r}, expected a whole number (int) of at least 1")
         if budget is not None and not (isinstance(budget, int | float) and 0 < budget < math.inf):
@@ -95,16 +91,12 @@ class Finetuning:
         check_context(context)
         self.series, frames = checked_series(series, missing="keep")
         self.variables = variables or ([*frames[0].columns] if frames else None)
-        if times is None and len(frames) == len(self.series):
-            times = tables.common_times(frames)
-        self.times = None if times is None else checked_times(times, self.series)
+        self.times = tables.common_times(frames) if times is None and len(frames) == len(self.series) else times
         self.parts, self.season, self.budget = split(self.series, horizon, self.times), season, budget
         if forecaster.checkpoint is None:
             raise TrainingError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
         if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
-            raise TrainingError(
-                "the model has an adapter; load the forecaster anew, without it or from an exported checkpoint"
-            )
+            raise TrainingError("the model has an adapter; load the forecaster anew, or an exported checkpoint")
         tuning: Tuning
         if isinstance(forecaster, NumberForecaster):
             tuning = NumberTuning(forecaster, self.parts.train, horizon, context, season, **options)
@@ -120,16 +112,10 @@ class Finetuning:
         if not tuning.settings.rank:
             raise TrainingError("rank is 0, expected at least 1: a fine-tuning trains an adapter")
         tuning.settings = replace(tuning.settings, steps=steps)
-        self.tuning = tuning
-
-    @property
-    def told(self) -> str:
-        """What a user should know before it begins."""
-        cost, steps = self.tuning.cost, self.tuning.settings.steps
-        return (
-            f"held out: {self.parts.told}\n{self.tuning.told}; {cost:.3e} FLOPs a step, {steps} steps "
-            f"({cost * steps:.3e})"
-        )
+        self.tuning, self.total = tuning, steps * tuning.cost  # FLOPs
+        # what a user should know before it begins
+        cost = f"{tuning.cost:.3e} FLOPs a step, {steps} steps ({self.total:.3e})"
+        self.told = f"held out: {self.parts.told}\n{tuning.told}; {cost}"
 
     @cached_property
     def trained(self) -> Trained:
@@ -146,19 +132,18 @@ class Finetuning:
         for one in (*self.series, *(self.times or ())):
             digest.update(one.tobytes())
         weight = next(self.tuning.forecaster.model.parameters())
-        identity = {
+        return {
             "series_sha256": digest.hexdigest(),
             "variables": self.variables or [f"x{at}" for at in range(self.series[0].shape[1])],
             "horizon": self.tuning.horizon,
             "context": self.tuning.context,
-            "settings": asdict(self.tuning.settings),
+            "settings": json.loads(json.dumps(asdict(self.tuning.settings))),
             **self.tuning.identity,
             "season": self.season,
             "checkpoint_sha256": self.trained.checkpoint_sha256,
             "device": weight.device.type,
             "dtype": str(weight.dtype).removeprefix("torch."),
         }
-        return json.loads(json.dumps(identity))
 
     def run(
         self,
@@ -169,8 +154,7 @@ class Finetuning:
     ) -> dict:
         """Train, keep the best state, evaluate, write everything; return the metrics. See `finetune`.
 
-        record: what plan.json has besides the identity. It can be killed at any time; the same fine-tuning in the same
-        folder continues it. The processes of a team share out the batches.
+        record: what plan.json has besides the identity. The processes of a team share out the batches.
         """
         record = {
             "command": "experiments.training.finetune",
@@ -178,45 +162,42 @@ class Finetuning:
             "model": self.trained.checkpoint,
             "versions": software(),
         } | (record or {})
-        tuning, forecaster = self.tuning, self.tuning.forecaster
+        forecaster = self.tuning.forecaster
         known = dict(vars(forecaster))
+        try:
+            with tempfile.TemporaryDirectory() as nowhere:
+                path = Path(folder or nowhere)
+                with open_run(path, self.identity, record):
+                    return self._run(path, interruption or Interruption(), team)
+        except BaseException:  # the forecaster is left as it was, so that the training can be begun again
+            if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
+                remove(forecaster.model)
+            vars(forecaster).clear()
+            vars(forecaster).update(known)
+            raise
 
-        def undo(error: type[BaseException] | None, *_: object) -> None:
-            """After an error, leave the forecaster as it was, so that the training can be begun again."""
-            if error:
-                if any(isinstance(module, LoRALinear) for module in forecaster.model.modules()):
-                    remove(forecaster.model)
-                vars(forecaster).clear()
-                vars(forecaster).update(known)
-
-        with ExitStack() as stack:
-            stack.push(undo)
-            path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
-            stack.enter_context(open_run(path, self.identity, record))
-            tuning.begin()
-            if (path / "metrics.json").exists():
-                load_adapter(forecaster.model, path / "adapter")
-                forecaster.trained = read_trained(path / "adapter")
-                clear(path)
-                return read_json(path / "metrics.json")
-            before = self._forecasts(path / "before.state.json")
-            total = tuning.settings.steps * tuning.cost
-            ledger = flops.Ledger(path / "ledger.jsonl", int(self.budget or total))
-            ledger.require(NAME, total)
-            account = Account(NAME, ledger, tuning.cost, interruption or Interruption(), team)
-            done = train_and_choose(tuning, path, account, self.parts.val, self.trained)
-            after = self._forecasts(path / "after.state.json")
-            write_whole(path / "forecasts.jsonl", to_json_lines(self._columns(before, after)))
-            metrics = self._metrics(before, after, done) | {"spent": ledger.spent, "budget": ledger.budget}
-            write_whole(path / "metrics.json", to_json(metrics))  # the last file, because it marks the end
+    def _run(self, path: Path, interruption: Interruption, team: Team) -> dict:
+        tuning, forecaster = self.tuning, self.tuning.forecaster
+        tuning.begin()
+        if (path / "metrics.json").exists():
+            load_adapter(forecaster.model, path / "adapter")
+            forecaster.trained = read_trained(path / "adapter")
             clear(path)
-            return metrics
+            return read_json(path / "metrics.json")
+        before = self._forecasts(path / "before.state.json")
+        ledger = flops.Ledger(path / "ledger.jsonl", int(self.budget or self.total))
+        ledger.require(NAME, self.total)
+        account = Account(NAME, ledger, tuning.cost, interruption, team)
+        done = train_and_choose(tuning, path, account, self.parts.val, self.trained)
+        after = self._forecasts(path / "after.state.json")
+        write_whole(path / "forecasts.jsonl", to_json_lines(self._columns(before, after)))
+        metrics = self._metrics(before, after, done) | {"spent": ledger.spent, "budget": ledger.budget}
+        write_whole(path / "metrics.json", to_json(metrics))  # the last file, because it marks the end
+        clear(path)
+        return metrics
 
     def _forecasts(self, state: Path) -> np.ndarray:
-        """The test forecasts (M, 1, h, D), with quantiles at BAND, (M, 3, h, D), if there are any.
-
-        The file `state` keeps them, so that a continued fine-tuning reads them.
-        """
+        """The test forecasts (M, 1, h, D), with quantiles at BAND, (M, 3, h, D), if there are any; kept in `state`."""
 
         def make(places: list[Origin]) -> np.ndarray:
             found = self.tuning.forecast(places)
@@ -237,8 +218,6 @@ class Finetuning:
         return {
             "split": self.parts.told,
             "horizon": self.tuning.horizon,
-            "context": self.tuning.context,
-            "forecasts": len(places),
             "series": [place.series for place in places],
             "groups": [place.group for place in places],
             "samples": self.tuning.samples,
@@ -256,19 +235,9 @@ class Finetuning:
         """What forecasts.jsonl says of the test forecasts, in the units of the data."""
         places, context = self.parts.test, self.tuning.context
         columns = {"context": [one.context[-context:] for one in places], "truth": [one.truth for one in places]}
-        names = ("after", "low", "high")[: after.shape[1]]  # without quantiles there are no bounds
-        ours = dict(zip(names, after.swapaxes(0, 1), strict=True))
+        # without quantiles there are no bounds
+        ours = dict(zip(("after", "low", "high"), after.swapaxes(0, 1), strict=False))
         return columns | {"before": before[:, 0]} | ours
-
-
-def checked_times(times: Sequence, series: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """The times (T) of each of N series (T, D) as arrays. Raises TrainingError if they are none."""
-    arrays = [np.asarray(one) for one in times]
-    if [one.shape for one in arrays] != [one.shape[:1] for one in series] or not all(
-        one.dtype.kind in "iu" and (np.diff(one) > 0).all() for one in arrays
-    ):
-        raise TrainingError("times: expected rising whole numbers, one for each time step of each series")
-    return arrays
 
 
 def train_and_choose(
@@ -280,7 +249,6 @@ def train_and_choose(
     """
     count, forecaster = min(len(val), tuning.most_checked or len(val)), tuning.forecaster
     places = [val[at] for at in np.linspace(0, len(val) - 1, count).round().astype(int)]  # evenly spread
-
     inject_adapter(forecaster.model, tuning.settings)
     windows = tuning.windows()
     done = run_training(folder, windows, tuning.settings, account, lambda: float(np.mean(tuning.losses(places))))
@@ -300,7 +268,7 @@ def summary(metrics: dict) -> list[str]:
     if metrics["shares"]:
         kept += f"; forecasts are {metrics['shares']}"
     return [
-        f"error {after} after, {before} before; {others} (RMSE in standard deviations over {metrics['forecasts']} "
+        f"error {after} after, {before} before; {others} (RMSE in standard deviations over {len(metrics['series'])} "
         f"held-out forecasts of {metrics['horizon']} steps){holds}",
         f"{metrics['spent']:.3e} of {metrics['budget']:.3e} FLOPs spent in {metrics['steps']} steps; {kept}",
     ]
