@@ -7,6 +7,8 @@ import torch
 
 from experiments.forecasting.adapter import resolve
 from experiments.forecasting.contexts import SeriesForecaster
+from experiments.forecasting.text import TextForecaster
+from experiments.forecasting.values import NumberForecaster
 from qwen_min.config import read_json
 
 
@@ -34,13 +36,7 @@ class Forecaster(SeriesForecaster):
         checkpoint.
         """
         name, folder, trained = resolve(checkpoint, adapter)
-        if reads_values(folder):
-            from experiments.forecasting.values import NumberForecaster
-
-            forecaster: Any = NumberForecaster.from_folder(folder, adapter, trained, device, **options)
-        else:
-            from experiments.forecasting.text import TextForecaster
-
-            forecaster = TextForecaster.from_folder(folder, adapter, trained, device, dtype, **options)
+        kind = NumberForecaster if reads_values(folder) else TextForecaster
+        forecaster = kind.from_folder(folder, adapter, trained, device, dtype, **options)
         forecaster.trained, forecaster.checkpoint = trained, (name, folder)
         return forecaster

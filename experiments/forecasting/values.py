@@ -150,7 +150,7 @@ class NumberForecaster(SeriesForecaster):
 
     @classmethod
     def from_folder(
-        cls, folder: Path, adapter: str | Path | None, trained: Trained | None, device: str
+        cls, folder: Path, adapter: str | Path | None, trained: Trained | None, device: str, _: torch.dtype
     ) -> "NumberForecaster":
         """`Forecaster.load` of a checkpoint that reads values, in fp32. Raises AdapterError."""
         model = Numbers(QwenConfig.from_file(folder / "config.json"))
