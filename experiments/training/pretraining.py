@@ -5,6 +5,7 @@ of two variables, L time steps, T tokens, K = AHEAD.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -150,17 +151,8 @@ def pretrain(out: Path, steps: int, seed: int, pairs: bool, interruption: Interr
     def checked() -> float:
         return sum(held_out.loss(torch.tensor([step])).item() for step in range(HELD_OUT_STEPS)) / HELD_OUT_STEPS
 
-    account = Account("pretrain", interruption=interruption)
-    done = train(windows, settings, account, state, checked, CHECKS)
-    each = {one: number_step(model, one.groups, 2, -(-one.length // one.stride), masked=True) for one in KINDS}
-    costs = [each[windows.kind(step)[0]] for step in range(steps)]
-    by_muon = muon_flops(windows.parameters[name] for name in windows.matrices)
-    curve = [
-        {"steps": at, "flops": sum(costs[:at]), "muon_flops": at * by_muon, "held_out": loss}
-        for at, loss in done.checks.items()
-    ]
-    write_whole(out / "curve.json", json.dumps(curve, indent=1) + "\n")
-    write_checkpoint(out, model, "Numbers", card(model, curve, steps, seed, pairs))
+    done = train(windows, settings, Account("pretrain", interruption=interruption), state, checked, CHECKS)
+    write_checkpoint(out, model, "Numbers", card(windows, steps, done.checks))
     state.unlink()
 
 
@@ -173,24 +165,29 @@ def write_checkpoint(out: Path, model: Numbers | Qwen, architecture: str, card: 
     write_whole(out / "model.safetensors", save(model.state_dict(), metadata={"format": "pt"}))
 
 
-def card(model: Numbers, curve: list[dict], steps: int, seed: int, pairs: bool) -> str:
-    """The page of the checkpoint."""
-    families = synthetic.SINGLE | (synthetic.PAIRS if pairs else {})
+def card(windows: SyntheticWindows, steps: int, checks: Mapping[int, float]) -> str:
+    """The page of the checkpoint; checks: steps and the held-out loss after them."""
+    families = synthetic.SINGLE | (synthetic.PAIRS if windows.pairs else {})
     total = sum(families.values())
     shares = ", ".join(f"{family.__name__} {round(100 * share / total)} %" for family, share in families.items())
-    rows = "".join(f"| {one['steps']} | {one['flops']:.2e} | {one['held_out']:.4f} |\n" for one in curve)
-    options = f"--steps {steps} --seed {seed}" + ("" if pairs else " --no-pairs")
+    each = {
+        kind: number_step(windows.model, kind.groups, 2, -(-kind.length // kind.stride), masked=True) for kind in KINDS
+    }
+    costs = [each[windows.kind(step)[0]] for step in range(steps)]
+    by_muon = steps * muon_flops(windows.parameters[name] for name in windows.matrices)
+    rows = "".join(f"| {at} | {sum(costs[:at]):.2e} | {loss:.4f} |\n" for at, loss in checks.items())
+    options = f"--steps {steps} --seed {windows.seed}" + ("" if windows.pairs else " --no-pairs")
     return f"""# The embedded checkpoint that reads numbers
 
-{sum(p.numel() for p in model.parameters()):,} weights in fp32, pretrained on synthetic series alone: no public series,
-and no predators and prey. The same command gives the same weights on CPUs of the same kind with as many threads.
+{sum(p.numel() for p in windows.model.parameters()):,} weights in fp32, pretrained on synthetic series alone: no public
+series, no predators and prey. The same command gives the same weights on CPUs of the same kind with as many threads.
 
 | | |
 |---|---|
 | command | `qwen-min pretrain numbers FOLDER {options}` |
 | series | {shares} |
 | steps | {steps}, of about 2,000 tokens; Muon for matrices, Adam for the rest, peak rate {RATE} |
-| FLOPs | {curve[-1]["flops"]:.3e} for forward and backward passes, {curve[-1]["muon_flops"]:.3e} for Muon's products |
+| FLOPs | {sum(costs):.3e} for forward and backward passes, {by_muon:.3e} for Muon's products |
 | threads | {torch.get_num_threads()} |
 
 Held-out loss (pinball, in normalised units) against FLOPs:
