@@ -154,7 +154,6 @@ def test_values_beyond_the_encoding_and_the_samples_are_refused(tiny, forecaster
         forecaster.forecast(waves(), 3, samples=20, quantiles=(0.5, 0.04))
 
 
-@pytest.mark.filterwarnings("ignore:series 0. has only")
 def test_minus_zero_is_forecast_as_zero_and_the_smallest_float_is_accepted(forecaster):
     found = [forecaster.forecast([np.array([[1.0, 2.0], [zero, 3.0], [2.0, 4.0]])], 3).values for zero in (0.0, -0.0)]
     np.testing.assert_array_equal(*found)
@@ -171,8 +170,6 @@ def test_what_a_user_should_know_is_said_once(forecaster):
     np.testing.assert_array_equal(found.values, tiny.forecast([series], 10, context=189).values)
     with pytest.warns(SeriesWarning, match=r"take 1350 tokens, the model was trained on 999; expect jumps"):
         tiny.forecast([series], 10, context=260)
-    with pytest.warns(SeriesWarning, match="series 0: has only 3 time steps; a forecast from so few is a guess"):
-        tiny.forecast([np.array([1.0, 2.0, 3.0])], 2)
     outlier = [np.append(1 + np.random.default_rng(i).random(60), 1000.0)[:, None] for i in range(3)]
     with pytest.warns(SeriesWarning, match=r"series 0, variable 0: 61 different values become 3 .* \(2 more like it\)"):
         forecaster.forecast(outlier, 2)

@@ -50,16 +50,15 @@ class Reading:
         """What forecasts are, in words."""
         if self.near == self.far == {"zero-shot": 1.0}:
             return "as before the training, which brought no certain gain on the validation forecasts"
-        near, far = (
-            ", ".join(f"{round(100 * one)} % {name}" for name, one in some.items()) for some in (self.near, self.far)
-        )
+        parts = [[f"{round(100 * one)} % {name}" for name, one in some.items()] for some in (self.near, self.far)]
+        near, far = map(", ".join, parts)
         mixed = near if near == far else f"{near} in the first {-(-self.ahead // 2)} steps, then {far}"
         return f"{mixed}, as was best on the validation forecasts"
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What an adapter was trained with. `encoding.json` in its folder holds it, next to peft's files."""
+    """What an adapter was trained with, in `encoding.json`."""
 
     checkpoint: str  # name or folder
     checkpoint_sha256: str
@@ -96,9 +95,8 @@ def rows_seen(series: np.ndarray, ends: Container[str]) -> int:
 def checkpoint_hash(folder: Path) -> str:
     """The sha256, in hex, over the config, the tokenizer and the weights of a checkpoint folder."""
     digest = hashlib.sha256()
-    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
-        if path.name == "tokenizer.json" and not path.exists():
-            continue  # a checkpoint that reads numbers has none
+    tokenizer = [*folder.glob("tokenizer.json")]  # a checkpoint that reads numbers has none
+    for path in [folder / "config.json", *tokenizer, *weight_files(folder)]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -113,13 +111,14 @@ def resolve(checkpoint: str | Path | None, adapter: str | Path | None) -> tuple[
     """The name and the folder of a checkpoint (None: the one that the adapter records, or numbers), and its training.
 
     The training is that of the adapter, or of one that was merged into the checkpoint; None if there is no record of
-    it. A recorded relative path starts at the directory where the training was started. We try it from the working
-    directory, then from each folder above the adapter, because run folders usually lie below that directory. Raises
-    AdapterError for an adapter whose checkpoint is not found or is another one, and CheckpointError.
+    it. A recorded relative path is tried from the working directory, then from each folder above the adapter, because
+    run folders usually lie below the directory where the training was started. Raises AdapterError for an adapter whose
+    checkpoint is not found or is another one, and CheckpointError.
     """
     if adapter is None:
-        folder = embedded_or(checkpoint or "numbers")
-        return str(checkpoint or "numbers"), folder, read_trained(folder) if (folder / TRAINED_FILE).exists() else None
+        name = str(checkpoint or "numbers")
+        folder = embedded_or(name)
+        return name, folder, read_trained(folder) if (folder / TRAINED_FILE).exists() else None
     trained = read_trained(adapter)
     if checkpoint is not None:
         name, folder = str(checkpoint), embedded_or(checkpoint)
@@ -145,13 +144,10 @@ def write_trained(folder: Path, trained: Trained) -> None:
 
 
 def read_trained(folder: str | Path) -> Trained | None:
-    """Read what `write_trained` wrote; None if the folder has a plain peft adapter.
-
-    Raises AdapterError when the record is damaged or the folder has no adapter.
-    """
+    """Read what `write_trained` wrote; None for a plain adapter. Raises AdapterError for a damaged one, or none."""
     path = Path(folder) / TRAINED_FILE
     if not path.exists():
-        read_config(folder)
+        read_config(folder)  # refuses a folder without an adapter
         return None
     try:
         fields = read_json(path)

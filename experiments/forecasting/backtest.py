@@ -61,10 +61,11 @@ def filled(series: np.ndarray, number: int) -> np.ndarray:
 
     nothing = np.isnan(series).all(axis=0)
     if nothing.any():
-        raise SeriesError(
-            f"series {number}: variable {int(nothing.argmax())} has no value in the {len(series)} time steps before a "
-            "held-out forecast; leave it out, or begin the series where it begins"
+        where = f"in the {len(series)} time steps before a held-out forecast"
+        told = (
+            f"variable {int(nothing.argmax())} has no value {where}; leave it out, or begin the series where it begins"
         )
+        raise SeriesError(f"series {number}: {told}")
     return np.ascontiguousarray(pd.DataFrame(series).interpolate(limit_direction="both"))
 
 
@@ -74,8 +75,8 @@ def held_out(
     """Forecasts of the last steps of each of N series (T, D), one after the other, in the order of time.
 
     count: the most for a series, a number or N of them. Left out are those of which nothing is known, those before
-    which nothing was known for long, and those in the rows that a training saw, which end in `ends`
-    (`adapter.rows_seen`). Raises SeriesError when none is left, and as `filled`.
+    which nothing was known for long, and those in `rows_seen` by a training. Raises SeriesError when none is left, and
+    as `filled`.
     """
     found, first, longest = [], max(MIN_CONTEXT, horizon), 0
     for number, (one, most) in enumerate(zip(series, np.broadcast_to(count, len(series)), strict=True)):
@@ -87,14 +88,10 @@ def held_out(
                 found.append(Origin(one[:start], truth, number, number))
                 filled(one[:start], number)  # refuses a variable without values
     if not found and ends:
-        raise SeriesError(
-            "the adapter was trained on all rows that could be held out; use rows that came later, or other series"
-        )
+        raise SeriesError("the adapter was trained on all rows that could be held out; use later rows, or other series")
     if not found:
-        raise SeriesError(
-            f"the longest series has {longest} time steps, expected at least {first + horizon} to hold out a horizon "
-            f"of {horizon}, with a known value in it; shorten the horizon"
-        )
+        expected = f"expected at least {first + horizon} to hold out a horizon of {horizon} with a known value in it"
+        raise SeriesError(f"the longest series has {longest} time steps, {expected}; shorten the horizon")
     return found
 
 
@@ -139,10 +136,9 @@ def _by_time(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndar
     count, least = int(np.clip(0.2 * usual // horizon, 1, MAX_ORIGINS)), max(MIN_CONTEXT, horizon)
     steps = count * horizon
     if usual < 2 * steps + least:
-        raise SeriesError(
-            f"{'a series has' if times is None else 'most series have'} {usual} time steps, expected at least "
-            f"{least + 2 * horizon} to train on, validate and test forecasts of {horizon} steps; shorten the horizon"
-        )
+        expected = f"at least {least + 2 * horizon} to train on, validate and test forecasts of {horizon} steps"
+        which = "a series has" if times is None else "most series have"
+        raise SeriesError(f"{which} {usual} time steps, expected {expected}; shorten the horizon")
     at = [np.arange(-length, 0) for length in lengths] if times is None else times
     enough = [one for one in at if len(one) >= 2 * steps + least]
     val_begin, test_begin = (
@@ -157,14 +153,11 @@ def _by_time(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndar
     before = [one[:stop] for one, stop in zip(series, test, strict=True)]
     of_val = held_out(before, horizon, np.minimum(most, (test - val) // horizon))
     of_test = held_out(series, horizon, np.minimum(most, (lengths - test) // horizon))
-
-    def dated(place: Origin) -> Origin:
-        """The place, with the forecasts that begin in the same part of the held-out time as its group."""
-        begin = at[place.series][len(place.context)]
-        return place._replace(group=round(count * (begin - test_begin) / (test_begin - val_begin)))
-
-    if times is not None:
-        of_val, of_test = ([dated(place) for place in places] for places in (of_val, of_test))
+    for places in (of_val, of_test) if times is not None else ():
+        for row, place in enumerate(places):  # its group are those that begin in the same part of the held-out time
+            begin = at[place.series][len(place.context)]
+            group = round(count * (begin - test_begin) / (test_begin - val_begin))
+            places[row] = place._replace(group=group)
     first = sorted({int(val[number]) for number in used})
     told = f"the first {first[0]}" + f" to {first[-1]}" * (len(first) > 1)
     told += f" time steps to train on, {steps} for validation, the newest {steps} for the test"
@@ -207,14 +200,12 @@ def spreads(places: Sequence[Origin]) -> np.ndarray:
 
 
 def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
-    """The errors of forecasts (M, h, D), as JSON can hold them.
+    """The errors of forecasts (M, h, D), as JSON can hold them. Only known values count.
 
-    `rmse` and its 95 % interval are in standard deviations of each variable before the forecast, so that series of all
-    levels count alike; `each` has the mean squared error of each forecast in these units, `mae` the mean absolute error
-    of each variable in the units of the data. Only known values count; a variable without any has the `mae` None.
-    Forecasts of one series are not independent, so the interval is over series (`over`: "series"), or over the dates of
-    series that have the same ("dates"); of fewer than MIN_SERIES it is over their forecasts, and says nothing about
-    other series ("forecasts").
+    `rmse`, its 95 % interval and the mean squared errors `each` are in standard deviations of each variable before the
+    forecast, so that series of all levels count alike; `mae` (D) is in the units of the data. Forecasts of one series
+    are not independent, so the interval is `over` series, or the dates of series that have the same; of fewer than
+    MIN_SERIES it is over their forecasts, and says nothing about other series.
     """
     error = forecast - np.stack([place.truth for place in places])
     each = np.nanmean((error / spreads(places)) ** 2, axis=(1, 2))

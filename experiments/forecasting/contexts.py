@@ -54,10 +54,10 @@ class SeriesForecaster(ABC):
         """Continue series by `horizon` steps: a `Forecast`, or a DataFrame for a DataFrame.
 
         contexts: an array (N, T, D), a list of N arrays (T, D) or (T) or DataFrames, or a single DataFrame: its times
-        are continued. If it holds several series (a column `unique_id`, `id` or `item_id`), so does the index of the
-        result: id and time. quantiles: levels between 0 and 1. context: the model reads so many of the newest time
-        steps; None: as many as it can make sense of. progress is called with a number whenever so many are done.
-        options: those of `TextForecaster.continued`; a model that reads values has none.
+        are continued. If it holds several series (a column `unique_id`, `id` or `item_id`), so does the result.
+        quantiles: levels between 0 and 1. context: the model reads so many of the newest time steps; None: as many as
+        it can make sense of. progress is called with a number whenever so many are done. options: those of
+        `TextForecaster.continued`; a model that reads values has none.
 
         The result for a series does not depend on the others. Raises SeriesError, before any forecast, for what cannot
         be forecast.
@@ -73,9 +73,8 @@ class SeriesForecaster(ABC):
             names, known = (", ".join(some) for some in (frames[0].columns, self.trained.variables))
             require_order(frames[0].columns, self.trained.variables)
             if names != known:
-                warnings.warn(
-                    f"the adapter was trained on {known}, the series has {names}", SeriesWarning, stacklevel=2
-                )
+                told = f"the adapter was trained on {known}, the series has {names}"
+                warnings.warn(told, SeriesWarning, stacklevel=2)
         found = self.continued(arrays, horizon, quantiles, context, progress, **options)
         return framed(frames, found, quantiles) if is_frame(contexts) else found
 
@@ -133,9 +132,7 @@ def checked_series(series, missing: str = "error", min_steps: int = 2) -> tuple[
     missing: "keep" lets values be NaN. Raises SeriesError for a bad one, which it names by its number, and for none.
     """
     if not is_frame(series) and getattr(series, "ndim", 0) == 2:
-        raise SeriesError(
-            f"got one array {tuple(series.shape)}; put a single series (time steps, variables) into a list"
-        )
+        raise SeriesError(f"got one array {tuple(series.shape)}; put a single series (steps, variables) into a list")
     series = [series] if is_frame(series) else series
     parts = [part for one in series for part in (tables.from_frame(one, missing=missing) if is_frame(one) else [one])]
     for frame in (frames := [part for part in parts if is_frame(part)]):
@@ -146,20 +143,16 @@ def checked_series(series, missing: str = "error", min_steps: int = 2) -> tuple[
         array = np.ma.filled(part.astype(np.float64), np.nan) if masked else np.asarray(part)
         array = array[:, None] if array.ndim == 1 else array
         if array.ndim != 2 or 0 in array.shape or array.dtype.kind not in "fiu":
-            raise SeriesError(
-                f"series {number}: got an array of {array.dtype} {array.shape}, expected numbers (time steps, "
-                "variables); put a single series into a list"
-            )
+            got = f"series {number}: got an array of {array.dtype} {array.shape}"
+            raise SeriesError(f"{got}, expected numbers (steps, variables); put a single series into a list")
         if len(array) < min_steps:
             raise SeriesError(f"series {number}: its length is {len(array)}, expected at least {min_steps} time steps")
         array = array.astype(np.float64) + 0.0  # + 0.0 turns -0 into 0
         bad = ~(np.abs(array) <= MAX_VALUE) & ~(np.isnan(array) & (missing == "keep"))
         if bad.any():
             step, variable = np.argwhere(bad)[0]
-            raise SeriesError(
-                f"series {number}, step {step}, variable {variable}: {array[step, variable]:g}, expected finite "
-                f"numbers of at most {MAX_VALUE:g}"
-            )
+            got = f"step {step}, variable {variable}: {array[step, variable]:g}"
+            raise SeriesError(f"series {number}, {got}, expected finite numbers of at most {MAX_VALUE:g}")
         arrays.append(array)
     widths = {array.shape[1] for array in arrays}
     if len(widths) != 1:

@@ -24,8 +24,7 @@ class Encoding:
     """The text form of numbers: (x - offset) / scale, written with `decimals` places.
 
     scale and offset are numbers for all variables, or tuples with a number for each of D variables; a scale of None
-    stands for one that is `fitted` to each context. Raises EncodingError for a scale that is not positive, an offset
-    that is not finite, or decimals that are not 1 to 6.
+    stands for one that is `fitted` to each context. Raises EncodingError for what is out of range.
     """
 
     scale: float | tuple[float, ...] | None
@@ -99,8 +98,8 @@ class Encoding:
     def decode(self, text: str, num_steps: int, num_variables: int) -> np.ndarray:
         """The scaled values of the first num_steps steps of a text, (num_steps, num_variables).
 
-        A missing or malformed value is NaN. A value is well-formed if it consists of an optional minus, digits, a
-        point and exactly `decimals` digits. A step that has not exactly num_variables values is NaN.
+        A value is NaN unless it is an optional minus, digits, a point and exactly `decimals` digits. A step that has
+        not exactly num_variables values is NaN.
         """
         well_formed = re.compile(rf"-?[0-9]+\.[0-9]{{{self.decimals}}}")
         values = np.full((num_steps, num_variables), np.nan)

@@ -65,11 +65,9 @@ class Grammar:
 
     def choices(self, text: str, wide: Sequence[bool] | None = None) -> list[str]:
         """What the grammar allows in place of each character of a text. Raises ValueError if it is not well-formed."""
-        allowed = []
-        for at, character in enumerate(text):
-            allowed.append(self.follow(text[:at], wide))
-            if character not in allowed[-1]:
-                raise ValueError(f"{text!r} is not a forecast of {self.num_variables} variables")
+        allowed = [self.follow(text[:at], wide) for at in range(len(text))]
+        if any(character not in some for character, some in zip(text, allowed, strict=True)):
+            raise ValueError(f"{text!r} is not a forecast of {self.num_variables} variables")
         return allowed
 
     def most_choices(self, num_values: int) -> int:
@@ -164,11 +162,11 @@ def decode(
     Each token is the allowed character with the largest logit, or a sample among them if uniforms are given: (B, n) in
     [0, 1), a number for each choice in turn; n is `Grammar.most_choices`. hidden (B, C) is the hidden state of the last
     token in the cache, the end of a time step. attention_mask (B, filled) is 0 on padding in the cache, which needs
-    room for `Grammar.columns` more tokens. wide (B, D) is as in `Grammar.follow`.
+    room for `Grammar.columns` more tokens. wide (B, D) is as in `Grammar.follow`. Raises NotFiniteError for logits that
+    are NaN or +infinity.
 
-    A pass reads a chosen digit together with the character that it forces. It also reads a guessed point after a first
+    A pass reads a chosen digit together with the character that it forces, and with a guessed point after a first
     digit, because a point is likely there. If the model chooses a second digit instead, the point is taken back.
-    Raises NotFiniteError for logits that are NaN or +infinity.
     """
     head, append = grammar.head(model), continuation(model, cache, attention_mask)
     rows = [_Row(grammar, num_values, None if wide is None else wide[row]) for row in range(len(hidden))]

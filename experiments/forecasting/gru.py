@@ -41,7 +41,7 @@ class GRU(nn.Module):
     def read(self, series: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The state after each step of series (B, T, D), and the forecast of the next step: (B, T, HIDDEN), (B, T, D).
 
-        state (B, HIDDEN) is the state before the first step, or None at the start of a series.
+        state (B, HIDDEN): before the first step; None: the series begins.
         """
         logarithms = torch.log(series.clamp(min=0) + LOG_OFFSET)
         inputs = torch.cat(((series - self.mean) / self.spread, logarithms), dim=-1)
@@ -71,8 +71,7 @@ def fit(
 
     The result depends on series, seed and steps alone; no validation data decide when to stop. The loss is the mean of
     the fourth root of the squared error of each rolled-out path: a few trajectories with sharp peaks have errors a
-    thousand times the median, and would dominate a plain mean of squares. Half as many steps more lower the median
-    error by two fifths, and change the mean no more than another seed does.
+    thousand times the median, and would dominate a plain mean of squares.
     """
     series, generator = torch.from_numpy(train).float(), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):

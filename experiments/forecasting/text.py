@@ -31,7 +31,6 @@ CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**34
 TINY_TOKENS, TINY_DECIMALS = 999, 2  # what the embedded checkpoint was pretrained on, see its card
 DEFAULT_SAMPLES = 20
 MIN_DISTINCT = 20  # a series should keep so many different values as text
-MIN_STEPS = 8  # and should have so many time steps
 
 
 def rows_at_once(model: Qwen, num_columns: int) -> int:
@@ -53,9 +52,7 @@ class TextForecaster(SeriesForecaster):
     """Forecasts series with a model that continues their text. Every forecast is well-formed."""
 
     def __init__(self, model: Qwen, tokenizer: Tokenizer, encoding: Encoding = FITTED, tokens: int | None = None):
-        """encoding: how values are written. tokens: the longest text, context and forecast, that the model can make
-        sense of; None: as long as it has positions.
-        """
+        """tokens: the longest text, context and forecast, that the model makes sense of; None: all its positions."""
         self.model, self.tokenizer, self.encoding, self.tokens = model, tokenizer, encoding, tokens
 
     @classmethod
@@ -97,13 +94,10 @@ class TextForecaster(SeriesForecaster):
         samples: int | None = None,
         seed: int = 0,
     ) -> Forecast:
-        """`forecast`, with further options.
+        """`forecast`, with further options. progress is called with a number of paths.
 
-        samples: so many paths are drawn from the model; None means 20 if there are quantiles to estimate, else 0.
-        `scores.quantiles` estimates the quantiles from them, and `values` is their median.
-        progress is called with a number of paths. A SeriesWarning tells when not all of a context is read.
-
-        The result depends on the seed too (and in bf16, the rounding of other series in the batch can change a digit).
+        samples: so many paths are drawn from the model, by the seed; None means 20 if there are quantiles to estimate,
+        else 0. `values` is their median. In bf16, the rounding of other series in the batch can change a digit.
         Raises SeriesError for values that the encoding cannot write, and for a text longer than the model has
         positions; SamplesError for quantiles that need more samples.
         """
@@ -124,9 +118,8 @@ class TextForecaster(SeriesForecaster):
     def nats_per_value(self, contexts, continuations) -> np.ndarray:
         """-log p of each of continuations (N, h, D) after its context, in nats for each value that is not NaN: (N).
 
-        Each character competes with those that the grammar allows there. The end after the last value has no cost. In
-        the text, a missing value is the last one known before it. Errors as in `forecast`, and SeriesError for a
-        continuation with another number of variables than its context.
+        Each character competes with those that the grammar allows there; the end has no cost. In the text, a missing
+        value is the last one known before it. Errors as in `forecast`.
         """
         import pandas as pd
 
@@ -178,30 +171,21 @@ class TextForecaster(SeriesForecaster):
                 break
             kept -= -(-(len(tokens) - room) // per_step)  # values with two digits before the point take more tokens
         else:
-            raise SeriesError(
-                f"a horizon of {horizon} leaves no room for a context: the model reads {self.tokens or positions} "
-                f"tokens and a time step takes {per_step}; shorten the horizon"
-            )
+            read = f"the model reads {self.tokens or positions} tokens and a time step takes {per_step}"
+            raise SeriesError(f"a horizon of {horizon} leaves no room for a context: {read}; shorten the horizon")
         if kept < wanted:
-            concerns["cut"].append(
-                f"series {number}: only the newest {kept} of {num_steps} time steps are read; with a horizon of "
-                f"{horizon} the model has room for no more"
-            )
+            told = f"only the newest {kept} of {num_steps} time steps are read"
+            concerns["cut"].append(f"series {number}: {told}; a horizon of {horizon} leaves room for no more")
         if self.tokens is not None and (length := len(tokens) + horizon * per_step) > self.tokens:
-            concerns["long"].append(
-                f"series {number}: context and forecast take {length} tokens, the model was trained on {self.tokens}; "
-                "expect jumps after that"
-            )
-        if kept < MIN_STEPS:
-            concerns["short"].append(f"series {number}: has only {kept} time steps; a forecast from so few is a guess")
+            told = f"context and forecast take {length} tokens, the model was trained on {self.tokens}"
+            concerns["long"].append(f"series {number}: {told}; expect jumps after that")
         scaled = encoding.scaled(array)
         for variable, (values, texts) in enumerate(zip(array.T, np.round(scaled, encoding.decimals).T, strict=True)):
             before, after = len(np.unique(values)), len(np.unique(texts))
             if after < min(MIN_DISTINCT, before / 2):
-                concerns["coarse"].append(
-                    f"series {number}, variable {variable}: {before} different values become {after} when written with "
-                    f"{encoding.decimals} decimals; remove outliers, or use a model for more decimals or these units"
-                )
+                told = f"{before} different values become {after} with {encoding.decimals} decimals"
+                what = "remove outliers, or use a model for more decimals or these units"
+                concerns["coarse"].append(f"series {number}, variable {variable}: {told}; {what}")
         return _Prompt(tokens, encoding, may_be_wide(scaled).tolist())
 
     def _paths(
@@ -250,10 +234,9 @@ def _require_writable(array: np.ndarray, encoding: Encoding, name: str) -> None:
     if (bad := (scaled < 0) | (scaled >= SCALED_LIMIT)).any():
         step, variable = np.argwhere(bad)[0]
         low, high = (encoding.restored(np.full(array.shape[1], end))[variable] for end in (0.0, SCALED_LIMIT))
-        raise SeriesError(
-            f"{name}, step {step}, variable {variable}: {array[step, variable]:g} cannot be written, expected values "
-            f"from {low:g} to less than {high:g}; give another scale, or fine-tune on data in these units"
-        )
+        told = f"{array[step, variable]:g} cannot be written, expected values from {low:g} to less than {high:g}"
+        what = "give another scale, or fine-tune on data in these units"
+        raise SeriesError(f"{name}, step {step}, variable {variable}: {told}; {what}")
 
 
 def _uniforms(seed: int, prompt: _Prompt, sample: int, count: int) -> np.ndarray:
