@@ -69,8 +69,7 @@ def long_season(x: np.ndarray, most: int) -> int:
     """A season of more than LONG steps of a variable (L), such as a week of hours; 0 if there is none.
 
     The values or their changes, without the most extreme ones, repeat far better after it than after any season that
-    the decoder can find in `most` steps: what is missing to a correlation of 1 is at most half as much. Longer seasons
-    count less, as in `find_seasons`.
+    the decoder can find in `most` steps: what is missing to a correlation of 1 is at most half as much.
     """
     seen = np.isfinite(x)
     if len(x) < LONG * CYCLES or not np.nanmax(np.abs(x), initial=0.0) > 0:

@@ -29,10 +29,10 @@ from qwen_min.weights import load_weights
 STRIDES = {72: 2, 144: 4, 256: 8, 512: 16}
 MIN_STEPS = 3  # of a context
 # Zero-shot quantiles of a context of n values are so much / sqrt(n) farther from the median: real series change more
-# than synthetic ones (chosen on the M1 competition, where 80 % intervals then hold 75 to 84 %).
+# than synthetic ones (chosen on the M1 competition).
 WIDER = 2.0
 # A zero-shot forecast is the mean of those from a context and from its newest shares, each of at least so many steps:
-# other scales, other seasons (chosen on fpp2 and forecast, where errors become 1 % smaller; on M1 they stay).
+# other scales, other seasons (chosen on fpp2 and forecast).
 NEWEST, LEAST = (0.8, 0.6), 24
 FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
 FAR = 2.0  # standard deviations below the mean of a fine-tuning's data; a series that never comes closer is foreign
@@ -119,15 +119,13 @@ def at_levels(found: np.ndarray, levels: Sequence[float]) -> np.ndarray:
 
 
 def combined(parts: Mapping[str, np.ndarray], reading: Reading) -> np.ndarray:
-    """The forecast (N, Q, h, D) that `reading` makes of its parts; see `NumberForecaster.parts`.
+    """The forecast (N, Q, h, D) that `reading` makes of `NumberForecaster.parts`.
 
     Its quantiles lie around its median as those of the decoders do, `width` times as far.
     """
     steps = next(iter(parts.values())).shape[2]
-    near = np.arange(steps) < -(-reading.ahead // 2)
-    shares = {
-        name: np.where(near, reading.near.get(name, 0.0), reading.far.get(name, 0.0))[:, None] for name in parts
-    }  # (h, 1) each
+    near = np.arange(steps)[:, None] < -(-reading.ahead // 2)  # (h, 1)
+    shares = {name: np.where(near, reading.near.get(name, 0.0), reading.far.get(name, 0.0)) for name in parts}
     decoders = [name for name in (ZERO_SHOT, TUNED) if name in parts]
     total = np.sum([shares[name] for name in decoders], axis=0)
     median, spread = 0.0, 0.0
@@ -145,8 +143,7 @@ class NumberForecaster(SeriesForecaster):
     missing, min_steps = "keep", MIN_STEPS
 
     def __init__(self, model: Numbers):
-        """model: pretrained; an adapter changes a copy of it."""
-        self.model = self.base = model.eval()
+        self.model = self.base = model.eval()  # an adapter changes a copy of the latter
 
     @classmethod
     def from_folder(
@@ -213,10 +210,8 @@ class NumberForecaster(SeriesForecaster):
         # what follows the last value is forecast, too, where it is missing
         late = [late_steps(array) for array in arrays]
         if max(late) > LONGEST_GAP:
-            raise SeriesError(
-                f"series {np.argmax(late)}: has no value in its newest {max(late)} time steps; leave these out, or the "
-                "series"
-            )
+            told = f"has no value in its newest {max(late)} time steps; leave these out, or the series"
+            raise SeriesError(f"series {np.argmax(late)}: {told}")
         pasts = [array[: len(array) - steps] for array, steps in zip(arrays, late, strict=True)]
         arrays = [self._evened(since_gap(past)) for past in pasts]
         wanted, horizon = horizon, horizon + max(late)
@@ -231,9 +226,8 @@ class NumberForecaster(SeriesForecaster):
             # each series counts once
             found[ZERO_SHOT] = self._zero_shot(contexts, horizon, progress if not found else lambda count: None)
         if simple := names & BASELINES.keys():
-            season = reading.season if reading else None
             pasts = [filled(past, number) for number, past in enumerate(pasts)]
-            simple_ones = baseline_forecasts(pasts, horizon, season, simple)
+            simple_ones = baseline_forecasts(pasts, horizon, reading.season if reading else None, simple)
             found |= {name: one[:, None] for name, one in simple_ones.items()}
         return {
             name: np.stack([one[:, steps : steps + wanted] for one, steps in zip(part, late, strict=True)])
@@ -261,16 +255,13 @@ class NumberForecaster(SeriesForecaster):
         return array
 
     def _zero_shot(self, arrays, horizon, progress=lambda count: None) -> np.ndarray:
-        """Quantiles (N, Q, h, D) of what follows the arrays, by the pretrained decoder.
-
-        Long seasons it does not read, see `without_long_seasons`.
-        """
+        """Quantiles (N, Q, h, D) of what follows the arrays, by the pretrained decoder and `without_long_seasons`."""
         pairs = [without_long_seasons(array, horizon, max(STRIDES)) for array in arrays]
-        arrays = [array for array, _ in pairs]
+        arrays, raised = zip(*pairs, strict=True)
         whole = self._by_decoder(self.base, None, arrays, horizon, progress)
         newest = [[newest_of(array, share) for array in arrays] for share in NEWEST]
         found = np.mean([whole, *(self._by_decoder(self.base, None, some, horizon) for some in newest)], axis=0)
-        return found + np.stack([raised for _, raised in pairs])[:, None]
+        return found + np.stack(raised)[:, None]
 
     def _by_decoder(self, model, reading, arrays, horizon, progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by a decoder and how it reads; None: zero-shot."""
@@ -280,9 +271,8 @@ class NumberForecaster(SeriesForecaster):
         for number, array in enumerate(arrays):
             length = min(len(array), longest)
             if (empty := np.isnan(array[-length:]).all(0)).any():
-                raise SeriesError(
-                    f"series {number}: variable {int(empty.argmax())} has no value in the newest {length} time steps"
-                )
+                told = f"variable {int(empty.argmax())} has no value in the newest {length} time steps"
+                raise SeriesError(f"series {number}: {told}")
             stride = reading.stride if reading else stride_of(length)
             batches[stride, -(-length // stride)].append(number)
         found = np.empty((len(arrays), len(LEVELS), horizon, variables))
