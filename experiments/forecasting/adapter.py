@@ -138,7 +138,6 @@ def resolve(checkpoint: str | Path | None, adapter: str | Path | None) -> tuple[
 
 
 def write_trained(folder: Path, trained: Trained) -> None:
-    """Write the record of a training next to its adapter; `Forecaster.load` reads it."""
     fields = {name: value for name, value in asdict(trained).items() if name != "encoding" and value is not None}
     write_whole(folder / TRAINED_FILE, to_json(fields | trained.encoding.record))
 

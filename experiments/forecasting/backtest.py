@@ -96,7 +96,6 @@ def held_out(
 
 
 def check_context(context: int | None) -> None:
-    """Raise SeriesError for a context that is too short to be judged."""
     if context is not None and context < MIN_CONTEXT:
         raise SeriesError(f"context is {context}, expected at least {MIN_CONTEXT} time steps")
 
@@ -114,7 +113,6 @@ def split(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndarray
 
 
 def _by_series(series: Sequence[np.ndarray], horizon: int) -> Parts:
-    """Hold out whole series, drawn at random."""
     least = max(MIN_CONTEXT, horizon) + horizon
     order = np.random.default_rng(0).permutation(len(series))
     order = np.array(sorted(order, key=lambda number: len(series[number]) < least))  # the others in their order

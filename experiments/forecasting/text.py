@@ -41,8 +41,6 @@ def rows_at_once(model: Qwen, num_columns: int) -> int:
 
 
 class _Prompt(NamedTuple):
-    """A context as the model reads it."""
-
     tokens: list[int]  # with a final `;`
     encoding: Encoding
     wide: list[bool]  # (D): the variables that may need a second digit

@@ -138,8 +138,6 @@ def combined(parts: Mapping[str, np.ndarray], reading: Reading) -> np.ndarray:
 
 
 class NumberForecaster(SeriesForecaster):
-    """Forecasts series with a decoder that reads their values."""
-
     missing, min_steps = "keep", MIN_STEPS
 
     def __init__(self, model: Numbers):
@@ -326,7 +324,6 @@ def newest_of(array: np.ndarray, share: float) -> np.ndarray:
 
 
 def stride_of(length: int) -> int:
-    """The time steps between two tokens of a context."""
     return next(stride for most, stride in STRIDES.items() if length <= most)
 
 

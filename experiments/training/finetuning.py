@@ -210,7 +210,6 @@ class Finetuning:
         return np.concatenate(resumable(state, self.parts.test, AT_ONCE, Tensor4, make, fits))
 
     def _metrics(self, before: np.ndarray, after: np.ndarray, done: Progress) -> dict:
-        """What metrics.json holds, but for the FLOPs."""
         places, trained = self.parts.test, self.tuning.forecaster.trained
         truth = np.stack([place.truth for place in places])
         forecasts = {"before": before[:, 0], "after": after[:, 0]}
@@ -259,7 +258,6 @@ def train_and_choose(
 
 
 def summary(metrics: dict) -> list[str]:
-    """The result of a fine-tuning in two lines."""
     errors = {name: f"{error['rmse']:.3g}" for name, error in metrics["errors"].items()}
     before, after = errors.pop("before"), errors.pop("after")
     others = ", ".join(f"{name} {errors[name]}" for name in ("seasonal naive", "AR", "VAR") if name in errors)

@@ -43,7 +43,6 @@ class Account(NamedTuple):
     team: Team = ALONE
 
     def debit(self, step: int) -> None:
-        """Pay for a step. Raises flops.BudgetExceeded."""
         if self.ledger is not None:
             self.ledger.debit(self.name, step, self.cost)
 
@@ -67,7 +66,6 @@ class Progress:
 
     @property
     def best_step(self) -> int:
-        """The number of steps after which the held-out loss was smallest."""
         return min(self.checks, key=lambda steps: (self.checks[steps], steps))
 
 
@@ -75,7 +73,6 @@ Optimizers = Mapping[str, torch.optim.Optimizer]  # by the name of the parameter
 
 
 def save_state(path: Path, parameters: Mapping[str, Tensor], optimizers: Optimizers, progress: Progress) -> None:
-    """Write everything that the next step needs."""
     numbers = {"losses": progress.losses, "seconds": progress.seconds, "checked": [*progress.checks]}
     numbers["held_out"] = [*progress.checks.values()]
     tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
@@ -135,8 +132,6 @@ def _backward(windows: Windows, rows: Tensor, team: Team) -> float:
 
 
 class _Trainer:
-    """A training with its optimizers, its progress and the file that keeps both."""
-
     def __init__(self, windows: Windows, settings: Training, account: Account, state: Path | None):
         if len(windows) < settings.batch:
             raise TrainingError(f"{len(windows)} windows cannot fill a batch of {settings.batch}; use more series")
@@ -153,7 +148,6 @@ class _Trainer:
 
     @property
     def done(self) -> int:
-        """The number of steps so far."""
         return len(self.progress.losses)
 
     def check(self, held_out: Callable[[], float] | None, checks: int) -> None:

@@ -149,7 +149,6 @@ class NumberTuning:
 
     @property
     def told(self) -> str:
-        """What is read in training."""
         scale = "each context by its own scale"
         if self.reading.mean is not None:
             scale = f"one scale for all{', of logarithms' if self.reading.offset else ''}"
@@ -161,7 +160,6 @@ class NumberTuning:
         self.forecaster.copied()
 
     def windows(self) -> NumberWindows:
-        """What the training reads."""
         return NumberWindows(self.forecaster.model, self.series, self.reading, self.settings)
 
     def losses(self, places: Sequence[Origin]) -> list[float]:
@@ -172,7 +170,6 @@ class NumberTuning:
         return self.forecaster.parts([place.context for place in places], self.horizon, names, self.reading)
 
     def forecast(self, places: Sequence[Origin]) -> Forecast:
-        """What the forecaster says of places, with quantiles at BAND."""
         return self.forecaster.forecast([place.context for place in places], self.horizon, BAND)
 
     def finished(self, trained: Trained, places: Sequence[Origin]) -> Trained:

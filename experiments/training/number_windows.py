@@ -115,7 +115,6 @@ class NumberWindows(Windows):
         return torch.tensor([[self.windows[row], step * settings.batch + at] for at, row in enumerate(chosen)])
 
     def num_targets(self, rows: Tensor) -> float:
-        """The weight of the windows in rows."""
         return self._batch(rows)[-1].sum().item()
 
     def loss(self, rows: Tensor) -> Tensor:

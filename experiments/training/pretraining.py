@@ -83,7 +83,6 @@ class SyntheticWindows(Windows):
         self._groups = lru_cache(len(LENGTHS))(self._made)
 
     def __len__(self) -> int:
-        """There is no end of them."""
         return 2**31
 
     def rows(self, step: int, settings: Training) -> Tensor:

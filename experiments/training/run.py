@@ -72,7 +72,6 @@ def write_adapter(model: nn.Module, folder: Path, trained: Trained) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove the states of a finished run."""
     for state in folder.glob("*state.*"):
         state.unlink()
 

@@ -55,12 +55,10 @@ class Training:
 
     @property
     def unset(self) -> list[str]:
-        """The names of the settings that are still None."""
         return [name for name in ("rank", "learning_rate", "context") if getattr(self, name) is None]
 
     @property
     def lora(self) -> "LoraConfig":
-        """The configuration of the adapters."""
         from lora import LoraConfig  # here, because it imports torch, which a report and --help do not need
 
         assert self.rank is not None  # a plan fills it in before the training

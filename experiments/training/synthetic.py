@@ -17,7 +17,6 @@ BURN_IN = 40  # time steps before a series begins
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float, size) -> np.ndarray:
-    """Random numbers whose logarithm is uniform."""
     return np.exp(rng.uniform(np.log(low), np.log(high), size))
 
 
@@ -224,7 +223,6 @@ def pendulums(rng: np.random.Generator, n: int) -> tuple[Callable, np.ndarray, f
 
 
 def lorenz(rng: np.random.Generator, n: int) -> tuple[Callable, np.ndarray, float]:
-    """The Lorenz system."""
     a, b, c = rng.uniform(8, 12, n), rng.uniform(18, 40, n), rng.uniform(2, 3.2, n)
 
     def rates(_, s: np.ndarray) -> np.ndarray:
@@ -234,7 +232,6 @@ def lorenz(rng: np.random.Generator, n: int) -> tuple[Callable, np.ndarray, floa
 
 
 def roessler(rng: np.random.Generator, n: int) -> tuple[Callable, np.ndarray, float]:
-    """The Roessler system."""
     a, b, c = rng.uniform(0.1, 0.3, n), rng.uniform(0.1, 0.4, n), rng.uniform(3, 9, n)
 
     def rates(_, s: np.ndarray) -> np.ndarray:

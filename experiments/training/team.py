@@ -44,7 +44,6 @@ class Team:
         return self.rank == 0
 
     def share(self, rows: Tensor) -> Tensor:
-        """The rows that this process works on: every size-th."""
         return rows[self.rank :: self.size]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:

@@ -80,7 +80,6 @@ class TextTuning:
         self.forecaster.encoding, self.forecaster.tokens = self.encoding, self.tokens
 
     def windows(self) -> TextWindows:
-        """What the training reads."""
         assert self.settings.context is not None  # the constructor fills it in
         tokenizer = self.forecaster.tokenizer
         return TextWindows(self.forecaster.model, self.cuts, self.settings.context, tokenizer.pad_id, self.vocabulary)
@@ -95,11 +94,9 @@ class TextTuning:
             return self.forecaster.nats_per_value(contexts, truths).tolist()
 
     def forecast(self, places: Sequence[Origin]) -> Forecast:
-        """What the forecaster says of places, with quantiles at BAND if there are enough samples."""
         levels = BAND if self.samples >= samples_needed(BAND[0]) else ()
         contexts = [place.past for place in places]
         return self.forecaster.forecast(contexts, self.horizon, levels, self.context, samples=self.samples)
 
     def finished(self, trained: Trained, places: Sequence[Origin]) -> Trained:
-        """The record of the training, now that it is over."""
         return replace(trained, encoding=self.encoding, tokens=self.tokens)

@@ -103,7 +103,6 @@ def ar2(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def random_walks(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Gaussian random walks; the variables are independent."""
     return rng.normal(size=(n, NUM_STEPS, 2)).cumsum(axis=1)
 
 
@@ -173,7 +172,6 @@ def trained(ids: torch.Tensor, steps: int, seed: int) -> Qwen:
 
 
 def pretrain(out: Path, steps: int, seed: int) -> None:
-    """Write the checkpoint into the folder out, with a README."""
     out.mkdir(parents=True, exist_ok=True)
     byte_tokenizer().save(str(out / "tokenizer.json"))
     tokenizer, encoding = Tokenizer(out / "tokenizer.json"), Encoding(scale=1.0)

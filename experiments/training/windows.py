@@ -66,11 +66,9 @@ class Cuts:
         self.cut = lru_cache(KEPT)(cut)
 
     def __len__(self) -> int:
-        """The number of windows."""
         return len(self.places)
 
     def __getitem__(self, index: int) -> list[int]:
-        """The tokens of a window."""
         return self.cut(*self.places[index])
 
 
@@ -118,7 +116,6 @@ class TextWindows(Windows):
         self.vocabulary = vocabulary
 
     def __len__(self) -> int:
-        """The number of windows."""
         return len(self.cuts)
 
     def num_targets(self, rows: Tensor) -> int:
