@@ -1,9 +1,7 @@
 """Training on windows of series, with a state from which an interrupted training continues to the same bytes.
 
-The bytes agree between CPUs of the same kind, with the same number of threads and the same torch. On a GPU they agree
-only up to rounding, because the backward pass of attention sums in no fixed order.
-
-B batch size.
+The bytes agree between CPUs of the same kind, with the same number of threads and the same torch; on a GPU only up to
+rounding, because the backward pass of attention sums in no fixed order.
 """
 
 import math
@@ -34,11 +32,11 @@ MOMENTS = {torch.optim.Adam: ("exp_avg", "exp_avg_sq"), Muon: ("momentum",)}  # 
 
 
 class Account(NamedTuple):
-    """What pays for a training: each step costs `cost` FLOPs, which the ledger debits from its budget."""
+    """What pays for a training."""
 
     name: str = "training"  # in the ledger
-    ledger: flops.Ledger | None = None  # None: the whole training is debited already
-    cost: int = 0
+    ledger: flops.Ledger | None = None  # None: nothing is debited
+    cost: int = 0  # FLOPs of a step
     interruption: Interruption = Interruption()  # asks the training to stop between two steps
     team: Team = ALONE
 
@@ -199,13 +197,12 @@ def train(
     held_out: Callable[[], float] | None = None,
     checks: int = 8,
 ) -> Progress:
-    """Train the parameters of the windows.
+    """Train the parameters of the windows; each step is debited before it runs.
 
-    held_out: the loss of the parameters as they are on other data. It is measured `checks` times, and the parameters
-    end as those that had the smallest one.
-    Each step is debited before it runs. `state` is the file to continue from; it is saved every SAVE_SECONDS and at the
-    end; with None nothing is saved. The processes of a team share out the rows of each batch; all end with the same
-    parameters, and a signal to one of them stops all after the same step.
+    held_out: the loss of the parameters on other data. It is measured `checks` times, and the parameters end as those
+    that had the smallest one. `state`: the file to continue from, saved every SAVE_SECONDS and at the end; None: nothing
+    is saved. The processes of a team share out the rows of each batch; all end with the same parameters, and a signal
+    to one of them stops all after the same step.
 
     Raises TrainingError when a loss or a parameter is not finite, when the state does not belong to this training, or
     when the windows do not fill a batch; flops.BudgetExceeded; Interrupted. The steps before the last two are saved.

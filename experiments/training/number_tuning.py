@@ -74,7 +74,7 @@ def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], readi
 
     The best part alone is taken unless a mixture is certainly better, and the zero-shot forecast is kept unless the
     result is. Up to MAX_ORIGINS series, or dates, the width stays as it is: a few forecasts that have chosen all
-    else would make it far too narrow. See `values.combined`.
+    else would make it far too narrow.
     """
     medians = np.stack([part[:, part.shape[1] // 2] for part in parts.values()])  # (K, M, h, D) of K parts
     truth, spread = np.stack([place.truth for place in places]), spreads(places)
@@ -119,9 +119,9 @@ class NumberTuning:
         season: int | None = None,
         **settings,
     ):
-        """series: those to train on. context: None: as many time steps as there are, up to the most that it reads.
+        """context: None: as many time steps as there are, up to the most that it reads.
 
-        season: that the baseline has. The settings are those of OPTIONS, by default NUMBERS. Raises TrainingError.
+        The settings are those of OPTIONS, by default NUMBERS. Raises TrainingError.
         """
         if others := sorted(settings.keys() - set(OPTIONS)):
             expected = "horizon, budget, context, season, " + ", ".join(OPTIONS)
@@ -132,9 +132,8 @@ class NumberTuning:
         self.series = [one for one in series if len(one) >= ahead + MIN_STEPS]
         self.too_short = len(series) - len(self.series)
         if not self.series:
-            raise TrainingError(
-                f"the longest series to train on has {longest} time steps, expected {2 * MIN_STEPS} or more"
-            )
+            told = f"the longest series to train on has {longest} time steps"
+            raise TrainingError(f"{told}, expected {2 * MIN_STEPS} or more")
         self.context = min(context or max(STRIDES), max(STRIDES), longest - ahead)
         stride = max(STRIDE, stride_of(self.context))
         self.reading = with_scale(Reading(self.context, stride, ahead, season=season), self.series)

@@ -71,10 +71,9 @@ ALONE = Team()
 
 @contextmanager
 def joined(device: str, folder: Path) -> Iterator[tuple[Team, str, Path]]:
-    """(the processes that torchrun started, the device of this one for --device, the folder of the run for this one).
+    """The processes that torchrun started, the device of this one for --device, and its folder of the run.
 
-    Of several GPUs, `cuda` means the one with the number of the process on its machine. What the other processes print
-    is not shown.
+    Of several GPUs, `cuda` is the one with the number of the process. What the other processes print is not shown.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE, device, folder
@@ -91,13 +90,12 @@ def joined(device: str, folder: Path) -> Iterator[tuple[Team, str, Path]]:
         with ExitStack() as stack:
             team = Team(dist.get_rank(), dist.get_world_size())
             if not team.leads:
-                copy = Path(stack.enter_context(tempfile.TemporaryDirectory())) / folder.name
-                if (folder / "plan.json").exists():
-                    shutil.copytree(folder, copy)
+                original, folder = folder, Path(stack.enter_context(tempfile.TemporaryDirectory())) / folder.name
+                if (original / "plan.json").exists():
+                    shutil.copytree(original, folder)
                 nowhere = stack.enter_context(Path(os.devnull).open("w"))
                 stack.enter_context(redirect_stdout(nowhere))
                 stack.enter_context(redirect_stderr(nowhere))
-                folder = copy
             team.same(None)  # the copies are made before the leading process writes
             yield team, device, folder
     finally:

@@ -43,8 +43,7 @@ class TextTuning:
         samples: int = DEFAULT_SAMPLES,
         **settings,
     ):
-        """series: those to train on. context: time steps that are read before a forecast; None: those that make
-        windows of WINDOW_TOKENS.
+        """context: time steps that are read before a forecast; None: those that make windows of WINDOW_TOKENS.
 
         samples: paths of each held-out forecast; 0: its likeliest path. The settings are those of `Training`, by
         default DEFAULTS, with TINY_RATE for the embedded checkpoint. Raises TrainingError.
@@ -59,10 +58,8 @@ class TextTuning:
         context = context or max(WINDOW_TOKENS // per_step - horizon, 2 * horizon)
         self.tokens = (context + horizon) * per_step
         if self.tokens > (most := forecaster.model.config.max_position_embeddings):
-            raise TrainingError(
-                f"a context of {context} and a horizon of {horizon} time steps take {self.tokens} tokens, the model "
-                f"has {most} positions; shorten one of them"
-            )
+            told = f"a context of {context} and a horizon of {horizon} time steps take {self.tokens} tokens"
+            raise TrainingError(f"{told}, the model has {most} positions; shorten one of them")
         length = min(self.tokens, max(map(len, series)) * per_step)
         self.cuts = cut_series(series, context, horizon, decimals, forecaster.tokenizer, length)
         self.settings = replace(chosen, context=length, batch=min(chosen.batch, len(self.cuts)))
@@ -71,8 +68,7 @@ class TextTuning:
         # FLOPs of a step, as it runs
         self.cost = step_flops(forecaster.model.config, self.settings, len(numbers) if numbers else None)
         self.told = f"{len(self.cuts)} window{'s' * (len(self.cuts) != 1)} of {length} tokens"  # what is read
-        self.forecaster, self.horizon, self.context = forecaster, horizon, context
-        self.samples = samples
+        self.forecaster, self.horizon, self.context, self.samples = forecaster, horizon, context, samples
         self.identity = {"decimals": decimals, "samples": samples}  # what decides the result, besides the settings
 
     def begin(self) -> None:
@@ -86,12 +82,11 @@ class TextTuning:
 
     def losses(self, places: Sequence[Origin]) -> list[float]:
         """The mean nats per value of each place; its truth is cut to what can be written."""
-        contexts = [place.past[-self.context :] for place in places]
-        pairs = zip(contexts, places, strict=True)
-        truths = [self.encoding.fitted(context).writable(place.truth) for context, place in pairs]
+        contexts, truths = [place.past[-self.context :] for place in places], [place.truth for place in places]
+        cut = [self.encoding.fitted(one).writable(truth) for one, truth in zip(contexts, truths, strict=True)]
         with warnings.catch_warnings():  # the test forecasts have given them
             warnings.simplefilter("ignore", SeriesWarning)
-            return self.forecaster.nats_per_value(contexts, truths).tolist()
+            return self.forecaster.nats_per_value(contexts, cut).tolist()
 
     def forecast(self, places: Sequence[Origin]) -> Forecast:
         levels = BAND if self.samples >= samples_needed(BAND[0]) else ()

@@ -1,11 +1,9 @@
-"""Pretrain the embedded checkpoint that writes text: a small Qwen2.5 that has read many series, but none of predators
-and prey.
+"""Pretrain the embedded checkpoint that writes text: a small Qwen2.5 that has read no predators and prey.
 
-The series are oscillators, van der Pol cycles, sums of sines, logistic growth, AR(2) and random walks, in the text
-encoding of the study. Shapes: n series, T = 100 time steps, 2 variables.
+Shapes: n series, T = 100 time steps, 2 variables.
 """
 
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +11,18 @@ import tokenizers
 import torch
 from tqdm import trange
 
+from experiments.forecasting import numbers
 from experiments.forecasting.encoding import SCALED_MAX, Encoding
 from experiments.training.pretraining import write_checkpoint
 from experiments.training.settings import Training
 from experiments.training.synthetic import log_uniform, runge_kutta
-from qwen_min.config import QwenConfig
 from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
 from qwen_min.tokenizer import PAD, Tokenizer
 
-CONFIG = QwenConfig(
-    vocab_size=257,  # the 256 bytes and the end of text
-    hidden_size=128,
-    intermediate_size=384,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=2048,
-    rms_norm_eps=1e-6,
-    rope_theta=10_000.0,
-    tie_word_embeddings=True,
+# of the same size as `numbers`; the tokens are the 256 bytes and the end of text
+CONFIG = replace(
+    numbers.CONFIG, vocab_size=257, max_position_embeddings=2048, rope_theta=10_000.0, tie_word_embeddings=True
 )
 NUM_STEPS = 100
 SUBSTEPS = 10  # Runge-Kutta steps between two time steps
@@ -156,8 +146,7 @@ def trained(ids: torch.Tensor, steps: int, seed: int) -> Qwen:
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     settings = Training(None, RATE, None, steps, cosine=True)
-    progress = trange(steps, desc="pretrain", mininterval=5)
-    for step in progress:
+    for step in (progress := trange(steps, desc="pretrain", mininterval=5)):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = settings.rate(step)
             optimizer.zero_grad()
@@ -177,9 +166,7 @@ def pretrain(out: Path, steps: int, seed: int) -> None:
     tokenizer, encoding = Tokenizer(out / "tokenizer.json"), Encoding(scale=1.0)
     all_series = series(seed, steps * BATCH + HELD_OUT)
     ids = torch.tensor([tokenizer.encode(encoding.encode(one)) for one in all_series])
-    started = time.monotonic()
     model = trained(ids[:-HELD_OUT], steps, seed).to(torch.bfloat16)
-    seconds = time.monotonic() - started
     with torch.no_grad():
         losses = [next_token_loss(model.float(), rows).item() for rows in ids[-HELD_OUT:].split(32)]
     families = ", ".join(f"{family.__name__} {share:.0%}" for family, share in FAMILIES.items())
@@ -194,7 +181,7 @@ which have to be downloaded.
 | command | `qwen-min pretrain tiny FOLDER --steps {steps} --seed {seed}` |
 | data | {len(ids) - HELD_OUT:,} series of 100 x 2 values, each read once: {families} |
 | steps | {steps} of {BATCH} x {ids.shape[1]} tokens, Muon and AdamW, peak rate {RATE} |
-| seconds | {seconds:.0f} on {torch.get_num_threads()} CPU threads |
+| threads | {torch.get_num_threads()} |
 | held-out loss | {np.mean(losses):.4f} nats per token over {HELD_OUT} further series |
 
 The same command gives the same weights on the same machine and number of threads. Weights are bf16.

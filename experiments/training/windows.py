@@ -40,10 +40,7 @@ class Windows(ABC):
         """The number of windows."""
 
     def rows(self, step: int, settings: Training) -> Tensor:
-        """The windows of a step (B, or a row for each of B), which depend on the arguments alone.
-
-        Each epoch has a new order of the windows. Every batch is full: the windows left over at its end are skipped.
-        """
+        """The windows of a step (B, or a row for each of B). Each epoch has a new order; every batch of it is full."""
         epoch, index = divmod(step, len(self) // settings.batch)
         order = np.random.default_rng([settings.seed, epoch]).permutation(len(self))
         return torch.from_numpy(order[index * settings.batch : (index + 1) * settings.batch])
@@ -73,10 +70,7 @@ class Cuts:
 
 
 def cut_tokens(token_lists: Sequence[list[int]], settings: Training) -> Cuts:
-    """Windows that start every `stride` tokens of each list (the study, section 6.1.1), shorter where the tokens end.
-
-    Raises TrainingError when the context is longer than every list.
-    """
+    """Windows that start every `stride` tokens of each list (the study, section 6.1.1), shorter where they end."""
     length = settings.context
     assert length is not None  # a plan fills it in before the training
     longest = max(map(len, token_lists))
@@ -92,8 +86,8 @@ def cut_series(
 ) -> Cuts:
     """Windows of context and forecast that start at every time step of series (T, D), as at most `length` tokens.
 
-    Each is written in the encoding that is fitted to its context, as `Forecaster` does it; what follows is cut to the
-    numbers that this can write. A series that is shorter than a window is one window.
+    Each is written in the encoding that is fitted to its context; what follows is cut to the numbers that this can
+    write. A series that is shorter than a window is one window.
     """
 
     def cut(number: int, start: int) -> list[int]:
@@ -119,7 +113,6 @@ class TextWindows(Windows):
         return len(self.cuts)
 
     def num_targets(self, rows: Tensor) -> int:
-        """The number of tokens that have a token before them."""
         return sum(len(self.cuts[row]) - 1 for row in rows.tolist())
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,20 +122,15 @@ class TextWindows(Windows):
         return torch.tensor(padded), torch.tensor([len(cut) for cut in cuts])
 
     def loss(self, rows: Tensor) -> Tensor:
-        """The mean loss of the next token in the windows in rows (B, on the CPU).
-
-        Raises ValueError when a window has tokens outside the vocabulary.
-        """
+        """The mean loss of the next token in the windows in rows. Raises ValueError for one outside the vocabulary."""
         ids, lengths = self.batch(rows)
         vocabulary = self.vocabulary
         if vocabulary is not None:
             # checked on the CPU, because a check on a GPU would wait for it
             check_targets(ids[torch.arange(self.length) < lengths[:, None]], vocabulary)
             vocabulary = vocabulary.to(self.device, non_blocking=True)
-        is_padded = bool((lengths < self.length).any())
-        return next_token_loss(
-            self.model, ids.to(self.device, non_blocking=True), lengths if is_padded else None, vocabulary
-        )
+        padded = lengths if (lengths < self.length).any() else None
+        return next_token_loss(self.model, ids.to(self.device, non_blocking=True), padded, vocabulary)
 
 
 def step_flops(config: QwenConfig, settings: Training, vocabulary: int | None, convention: str = "exact") -> int:
