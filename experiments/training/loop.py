@@ -200,8 +200,8 @@ def train(
     """Train the parameters of the windows; each step is debited before it runs.
 
     held_out: the loss of the parameters on other data. It is measured `checks` times, and the parameters end as those
-    that had the smallest one. `state`: the file to continue from, saved every SAVE_SECONDS and at the end; None: nothing
-    is saved. The processes of a team share out the rows of each batch; all end with the same parameters, and a signal
+    that had the smallest one. `state`: the file to continue from, saved every SAVE_SECONDS and at the end; None: none
+    is written. The processes of a team share out the rows of each batch; all end with the same parameters, and a signal
     to one of them stops all after the same step.
 
     Raises TrainingError when a loss or a parameter is not finite, when the state does not belong to this training, or
