@@ -34,19 +34,22 @@ def wave(length: int, period: float, seed: int = 0, noise: float = 0.1) -> np.nd
     return np.sin(2 * np.pi * t / period) + 0.01 * t + noise * np.random.default_rng(seed).normal(size=length)
 
 
-def seasons_of(x: np.ndarray, seen: np.ndarray | None = None) -> list[int]:
-    """The periods that are found in x (T)."""
-    seen = np.ones(len(x), bool) if seen is None else seen
-    return find_seasons(torch.from_numpy(x), torch.from_numpy(seen)).periods.tolist()
-
-
 def test_seasons_are_found_in_noise_trends_and_gaps():
-    """Also with a fifth of the values missing; a day inside a week; none in a straight line."""
-    assert seasons_of(wave(96, 12)) == [12, 12]
-    assert seasons_of(wave(96, 12), np.random.default_rng(3).random(96) > 0.2) == [12, 12]
-    hours = wave(500, 24) + (np.arange(500) // 24 % 7 == 0) * 3
-    assert seasons_of(hours)[1] == 168
-    assert seasons_of(np.arange(50.0)) == [1, 1]
+    """Also with a fifth of the values missing; a week of days; none in a straight line.
+
+    Of lags that no two values are apart, rounding would make any number: an autocorrelation is at most 1.
+    """
+    rng = np.random.default_rng(3)
+    for x, seen, wanted in (
+        (wave(96, 12), np.ones(96), [12, 12]),
+        (wave(96, 12), rng.random(96) > 0.2, [12, 12]),
+        (wave(500, 24) + (np.arange(500) // 24 % 7 == 0) * 3, np.ones(500), [168, 168]),
+        (np.arange(50.0), np.ones(50), [1, 1]),
+    ):
+        assert find_seasons(torch.from_numpy(x), torch.from_numpy(seen).bool()).periods.tolist() == wanted
+    x, seen = (torch.from_numpy(one) for one in (rng.normal(size=(500, 54)).cumsum(-1), rng.random((500, 54)) < 0.3))
+    strengths = find_seasons(x.float() * seen, seen).strengths
+    assert 0 < strengths.max() <= 1
 
 
 def test_a_token_holds_its_newest_values_and_the_seasons_of_what_it_forecasts():
@@ -135,75 +138,53 @@ def test_any_series_gets_finite_ordered_quantiles(forecaster, name):
         assert (found.quantiles == 5).all()
 
 
-def test_the_week_of_hourly_values_is_found():
-    """Working days and weekends: where the decoder reads days alone, its error is three times seasonal naive's."""
-    hours = np.arange(24 * 7 * 8)
-    load = (np.sin(2 * np.pi * hours / 24) + 2) * np.where(hours // 24 % 7 < 5, 1, 0.7)
-    series = [load + 0.03 * np.random.default_rng(seed).normal(size=len(load)).cumsum() for seed in range(4)]
-    rng = np.random.default_rng(5)
-    gaps = rng.random(len(load)) > 0.1
-    spike, outage, noise = (
-        np.where(hours == 1300, 60.0, load),
-        np.where(hours // 30 == 38, 0, load),
-        rng.normal(size=1344),
-    )
-    for some in (
-        series[0],
-        np.where(gaps, load, np.nan),
-        spike,
-        outage,
-        load + 0.2 * noise,
-        load[:504],
-        load + 1e7,
-        1e300 * load,
-    ):
+HOURS = np.arange(24 * 7 * 8)
+LOAD = (np.sin(2 * np.pi * HOURS / 24) + 2) * np.where(HOURS // 24 % 7 < 5, 1, 0.7)  # working days and weekends
+WANDERING = [LOAD + 0.03 * np.random.default_rng(seed).normal(size=len(LOAD)).cumsum() for seed in range(4)]
+NOISE = np.random.default_rng(5).normal(size=len(LOAD))
+KNOWN = np.random.default_rng(6).random(len(LOAD)) > 0.1
+
+
+def test_a_long_season_is_found_only_where_there_is_one():
+    with_gaps, with_spike = np.where(KNOWN, LOAD, np.nan), np.where(HOURS == 1300, 60.0, LOAD)
+    with_outage = np.where(HOURS // 30 == 38, 0, LOAD)
+    for some in (with_gaps, with_spike, with_outage, LOAD + 0.2 * NOISE, LOAD[:504], LOAD + 1e7, 1e300 * LOAD):
         assert long_season(some, 512) in (168, 336)
-    smooth = np.convolve(rng.normal(size=1900), np.hanning(300), "valid")
-    for some in (
-        load[: 24 * 20],
-        wave(600, 24),
-        noise,
-        noise.cumsum(),
-        smooth,
-        60.0 * (noise > 3),
-        np.full(600, np.nan),
-    ):
+    smooth, spikes = np.convolve(NOISE, np.hanning(300), "valid"), 60.0 * (NOISE > 3)
+    for some in (LOAD[: 24 * 20], wave(600, 24), NOISE, NOISE.cumsum(), smooth, spikes, np.full(600, np.nan)):
         assert long_season(some, 512) == 0
-    beside = np.stack([series[0], noise.cumsum(), np.ones(1344)], axis=1)  # they have no long season
+    beside = np.stack([WANDERING[0], NOISE.cumsum(), np.ones(1344)], axis=1)  # they have no long season
     less, raised = without_long_seasons(beside, 24, 512)
     assert (len(less), raised[:, 1:].tolist()) == (1344 - 504, [[0, 0]] * 24)
-    stops = range(len(load) - 96, len(load), 24)
-    forecaster = Forecaster.load()
-    found = forecaster.forecast([one[:stop] for one in series for stop in stops], 24, quantiles=(0.1, 0.9))
-    truth = np.stack([one[stop : stop + 24] for one in series for stop in stops])
-    naive = np.stack([one[stop - 168 : stop - 144] for one in series for stop in stops])
+
+
+def test_the_week_of_hourly_values_is_forecast():
+    """Where the decoder reads days alone, its error is three times seasonal naive's."""
+    places = [(one, stop) for one in WANDERING for stop in range(len(LOAD) - 96, len(LOAD), 24)]
+    found = Forecaster.load().forecast([one[:stop] for one, stop in places], 24, quantiles=(0.1, 0.9))
+    truth, naive = (np.stack([one[stop - back :][:24] for one, stop in places]) for back in (0, 168))
     assert np.abs(found.values[..., 0] - truth).mean() < 0.6 * np.abs(naive - truth).mean()
     assert 0.7 < np.mean((found.quantiles[:, 0, :, 0] < truth) & (truth < found.quantiles[:, 1, :, 0])) < 0.95
-    one = forecaster.forecast([np.where(gaps, series[0], np.nan)], 400).values  # far beyond a season, with gaps
-    assert np.corrcoef(np.diff(one[0, :, 0]), np.diff(load[:400]))[0, 1] > 0.9
+    one = Forecaster.load().forecast([np.where(KNOWN, WANDERING[0], np.nan)], 400).values  # far beyond a season
+    assert np.corrcoef(np.diff(one[0, :, 0]), np.diff(LOAD[:400]))[0, 1] > 0.9
 
 
 @pytest.mark.slow
 def test_intervals_far_ahead_do_not_shrink():
     """Of random walks, 80 % intervals of steps 65 to 100 held 48 %, of noise 73 %."""
     rng = np.random.default_rng(5)
-    for series, least, most in (
-        (rng.normal(size=(16, 396)), 0.8, 0.95),
-        (rng.normal(size=(16, 396)).cumsum(1), 0.6, 0.9),
-    ):
-        low, high = (
-            Forecaster.load().forecast([*series[:, :300]], 96, quantiles=(0.1, 0.9)).quantiles[..., 0].swapaxes(0, 1)
-        )
+    noise, walks = rng.normal(size=(16, 396)), rng.normal(size=(16, 396)).cumsum(1)
+    for series, least, most in ((noise, 0.8, 0.95), (walks, 0.6, 0.9)):
+        found = Forecaster.load().forecast([*series[:, :300]], 96, quantiles=(0.1, 0.9))
+        low, high = found.quantiles[..., 0].swapaxes(0, 1)
         assert least < ((low < series[:, 300:]) & (series[:, 300:] < high))[:, 64:].mean() < most
 
 
-@pytest.mark.parametrize(
-    ("series", "words"), [([1.0, 2.0], "expected at least 3"), ([np.nan] * 9, "variable 0 has no value")]
-)
-def test_what_cannot_be_forecast_is_refused_in_words(forecaster, series, words):
-    """Before anything is computed; what no forecaster takes is in test_forecaster.py."""
-    with pytest.raises(SeriesError, match=words):
-        forecaster.forecast([np.array(series)], 5)
+def test_what_cannot_be_forecast_is_refused_in_words(forecaster):
+    """What no forecaster takes is in test_forecaster.py."""
+    for series, words in ([1.0, 2.0], "expected at least 3"), ([np.nan] * 9, "variable 0 has no value"):
+        with pytest.raises(SeriesError, match=words):
+            forecaster.forecast([np.array(series)], 5)
     for level in (0.0, 1.5, np.nan):
         with pytest.raises(SeriesError, match="does not exist, expected levels between 0 and 1"):
             forecaster.forecast([np.arange(5.0)], 3, quantiles=(0.5, level))
@@ -238,28 +219,17 @@ def test_what_is_missing_at_an_end_is_not_read(forecaster):
 
 def test_a_series_is_read_from_its_newest_long_gap_on(forecaster):
     """If enough follows, of each variable."""
-    old, new, gap = wave(100, 7), wave(60, 12), np.full((2, 300), np.nan)
-    whole = forecaster.forecast(
-        [np.concatenate((old, gap[0], new)), np.concatenate((old, gap[0, :100], new))], 5
-    ).values
-    np.testing.assert_array_equal(whole[0], forecaster.forecast([new], 5).values[0])
-    assert not np.allclose(whole[1], whole[0])
-    few = np.concatenate((old, gap[0, :140], new[:5]))
-    assert not np.allclose(forecaster.forecast([few], 5).values, forecaster.forecast([new[:5]], 5).values)
-    two = np.stack([np.concatenate((old, gap[0], new)), np.concatenate((old, gap[0], gap[0, :60]))], axis=1)
+    old, new, gap = wave(100, 7), wave(60, 12), np.full(300, np.nan)
+
+    def after(gap: np.ndarray, new: np.ndarray) -> np.ndarray:
+        return forecaster.forecast([np.concatenate((old, gap, new))], 5).values
+
+    alone = forecaster.forecast([new], 5).values
+    np.testing.assert_array_equal(after(gap, new), alone)
+    assert not np.allclose(after(gap[:100], new), alone)
+    assert not np.allclose(after(gap[:140], new[:5]), forecaster.forecast([new[:5]], 5).values)
+    two = np.stack([np.concatenate((old, gap, new)), np.append(old, np.full(360, np.nan))], axis=1)
     assert np.isfinite(forecaster.forecast([two], 5).values).all()
-
-
-def test_no_season_is_found_where_too_little_is_seen_of_it():
-    """An autocorrelation is at most 1; of lags that no two values are apart, rounding would make any number."""
-    rng = np.random.default_rng(0)
-    x, seen = (
-        torch.from_numpy(rng.normal(size=(500, 54)).cumsum(-1)).float(),
-        torch.from_numpy(rng.random((500, 54)) < 0.3),
-    )
-    strengths = find_seasons(x * seen, seen).strengths
-    assert strengths.max() <= 1
-    assert (strengths > 0).any()
 
 
 def test_other_levels_lie_on_the_lines_of_a_normal_distribution():
