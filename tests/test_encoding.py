@@ -78,20 +78,10 @@ def test_malformed_values_are_nan(text, values):
     np.testing.assert_array_equal(Encoding(1.0).decode(text, 2, 2), np.array(values, dtype=float))
 
 
-BAD = [
-    (0.0,),
-    (np.nan,),
-    (1.0, 0),
-    (1.0, True),
-    (None, 2, 1.0),
-    ((),),
-    ((1.0, -1.0),),
-    (1.0, 2, np.nan),
+@pytest.mark.parametrize("settings", [
+    (0.0,), (np.nan,), ((),), ((1.0, -1.0),), (1.0, 0), (1.0, True), (None, 2, 1.0), (1.0, 2, np.nan),
     ((1.0, 2.0), 2, (1.0, 2.0, 3.0)),
-]
-
-
-@pytest.mark.parametrize("settings", BAD)
+])  # fmt: skip
 def test_settings_that_no_encoding_has_are_refused(settings):
     with pytest.raises(EncodingError, match="expected"):
         Encoding(*settings)

@@ -43,8 +43,7 @@ def train(folder: Path) -> int:
         cuts = Cuts([range(9)], lambda _, row: ids[row, : lengths[row]].tolist())
         windows, state = TextWindows(model, cuts, 24, 0), run / f"state-{team.size}"
         tensors = {"losses": torch.tensor(train_on(windows, settings, Account(team=team), state).losses).double()}
-        tensors |= {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
-        save_file(tensors, folder / f"{team.size}-{team.rank}.safetensors")
+        save_file(tensors | adapter_parameters(model), folder / f"{team.size}-{team.rank}.safetensors")
     return 0
 
 
