@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # --help need not wait for torch
 
 # the options that `Finetuning` takes by their names here, if they are given
 SETTINGS = (
-    "horizon", "budget", "steps", "context", "decimals", "samples", "rank", "alpha", "targets",
+    "horizon", "budget", "steps", "context", "samples", "rank", "alpha", "targets",
     "learning_rate", "batch", "seed", "season",
 )  # fmt: skip
 
@@ -50,7 +50,6 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument_group("models that write text").add_argument
     add("--targets", type=lambda text: tuple(text.split(",")), help="modules with an adapter, such as q_proj,v_proj "
         "(default: all linear layers)")  # fmt: skip
-    add("--decimals", type=int, choices=range(1, 7), metavar="1-6", help="places after the point (default 2)")
     add("--samples", type=int, help="paths whose median is a held-out forecast; 0: the likeliest one (default 20)")
     return p
 

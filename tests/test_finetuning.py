@@ -184,14 +184,14 @@ def test_an_interrupted_fine_tuning_leaves_the_forecaster_as_it_was(model, tmp_p
 
 def test_a_folder_belongs_to_one_fine_tuning(tmp_path):
     """From Python as from the command: other series, also with the same numbers, or other settings are refused."""
-    options = {"folder": tmp_path, "context": 15, "steps": 2, "samples": 0, "decimals": 1}
+    options = {"folder": tmp_path, "context": 15, "steps": 2, "samples": 0}
     first = training.finetune(Forecaster.load("tiny"), waves(6), 5, **options)
     ledger = (tmp_path / "ledger.jsonl").read_bytes()
     forecaster = Forecaster.load("tiny")
     assert training.finetune(forecaster, waves(6), 5, **options) == first
     assert (tmp_path / "ledger.jsonl").read_bytes() == ledger
     loaded = Forecaster.load(adapter=tmp_path / "adapter")
-    assert loaded.tokens == forecaster.tokens == 20 * 2 * 4  # of 15 time steps and 5 to forecast
+    assert loaded.tokens == forecaster.tokens == 20 * 2 * 5  # of 15 time steps and 5 to forecast
     context = [waves(1)[0][:20]]
     np.testing.assert_array_equal(loaded.forecast(context, 5).values, forecaster.forecast(context, 5).values)
     plan = json.loads((tmp_path / "plan.json").read_text())

@@ -74,7 +74,7 @@ def save_fresh_adapter(tiny, folder, base=None):
     """A random adapter for a copy of the model, and the forecasts of both by an encoding."""
     model = adapted(deepcopy(tiny[0]), LoraConfig(rank=4, alpha=4))
     save_adapter(model, folder, base)
-    return forecasts(TextForecaster(model, tiny[1], Encoding(2.5, 1)))
+    return forecasts(TextForecaster(model, tiny[1], Encoding(2.5)))
 
 
 def forecasts(forecaster):
@@ -86,14 +86,14 @@ def test_an_adapter_s_folder_restores_the_encoding_of_its_training(tmp_path, tin
     with pytest.raises(AdapterError, match=r"does not record its checkpoint; name it with --model"):
         Forecaster.load(adapter=tmp_path)
     # peft's files suffice, with the checkpoint named or recorded in them
-    assert forecasts(Forecaster.load("tiny", tmp_path, scale=2.5, decimals=1)) == wanted
+    assert forecasts(Forecaster.load("tiny", tmp_path, scale=2.5)) == wanted
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "tiny"}))
-    assert forecasts(Forecaster.load(adapter=tmp_path, scale=2.5, decimals=1)) == wanted
-    write_trained(tmp_path, Trained("tiny", checkpoint_hash(TINY), Encoding(2.5, 1)))
+    assert forecasts(Forecaster.load(adapter=tmp_path, scale=2.5)) == wanted
+    write_trained(tmp_path, Trained("tiny", checkpoint_hash(TINY), Encoding(2.5)))
     assert forecasts(Forecaster.load(adapter=tmp_path)) == wanted
-    assert forecasts(TextForecaster(*tiny, Encoding(2.5, 1))) != wanted
-    write_trained(tmp_path, Trained("other/model", "0" * 64, Encoding(2.5, 1)))
+    assert forecasts(TextForecaster(*tiny, Encoding(2.5))) != wanted
+    write_trained(tmp_path, Trained("other/model", "0" * 64, Encoding(2.5)))
     with pytest.raises(AdapterError, match=r"was trained on other/model, but .*tiny has other files"):
         Forecaster.load("tiny", tmp_path)
 
@@ -102,15 +102,15 @@ def test_a_checkpoint_named_by_a_relative_folder_is_found_from_other_directories
     home, adapter = tmp_path / "home", tmp_path / "home" / "runs" / "quick" / "experiments" / "final" / "adapter"
     shutil.copytree(TINY, home / "models" / "small")
     save_fresh_adapter(tiny, adapter, "models/small")
-    write_trained(adapter, Trained("models/small", checkpoint_hash(TINY), Encoding(2.5, 1)))
+    write_trained(adapter, Trained("models/small", checkpoint_hash(TINY), Encoding(2.5)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for directory in (home, tmp_path, adapter):
         monkeypatch.chdir(directory)
-        assert Forecaster.load(adapter=os.path.relpath(adapter)).encoding.decimals == 1
+        assert Forecaster.load(adapter=os.path.relpath(adapter)).encoding.scale == 2.5
     (home / "models").rename(home / "moved")
     with pytest.raises(AdapterError, match=r"adapter: its checkpoint was not found; name it with --model \(models/sm"):
         Forecaster.load(adapter=adapter)
-    assert Forecaster.load(home / "moved" / "small", adapter).encoding.decimals == 1
+    assert Forecaster.load(home / "moved" / "small", adapter).encoding.scale == 2.5
 
 
 BAD = {
@@ -156,8 +156,6 @@ def test_minus_zero_is_forecast_as_zero_and_the_smallest_float_is_accepted(forec
 
 
 def test_what_a_user_should_know_is_said_once(forecaster):
-    with pytest.warns(SeriesWarning, match="was trained on numbers with 2 decimals, not 3"):
-        assert Forecaster.load("tiny", decimals=3).encoding.decimals == 3
     tiny, series = Forecaster.load("tiny"), 5 + np.sin(np.arange(500) / 3)[:, None]
     with pytest.warns(SeriesWarning, match="series 0: only the newest 189 of 500 time steps are read"):
         found = tiny.forecast([series], 10)

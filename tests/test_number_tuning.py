@@ -205,7 +205,7 @@ def test_shares_of_two_variables_forecast_a_single_one():
 
 
 def test_options_of_models_that_write_text_are_refused():
-    for wrong in ({"samples": 20}, {"targets": ("q_proj",)}, {"decimals": 3}, {"lr": 3}):
+    for wrong in ({"samples": 20}, {"targets": ("q_proj",)}, {"lr": 3}):
         with pytest.raises(TrainingError, match="is no option of a model that reads values, which takes horizon"):
             Finetuning(Forecaster.load("numbers"), patterns(6), 4, **wrong)
     for wrong in ({"steps": 0}, {"season": -3}, {"context": 8.0}, {"horizon": np.float64(3)}):

@@ -97,14 +97,14 @@ def test_windows_of_own_series_are_written_relative_to_their_context(tiny):
     """The level of a series does not show in its text; what follows is cut to what can be written."""
     tokenizer = tiny[1]
     wave = 2 + np.sin(np.arange(30) / 3)[:, None]
-    low, high = (cut_series([one], 20, 5, 2, tokenizer, 1000) for one in (wave, 1e6 * wave))
+    low, high = (cut_series([one], 20, 5, tokenizer, 1000) for one in (wave, 1e6 * wave))
     assert len(low) == 6
     assert [low[row] for row in range(6)] == [high[row] for row in range(6)]
     encoding = Encoding.fit_each(wave[5:25])
     assert tokenizer.decode(low[5]) == encoding.encode(wave[5:30]) + ";"
     wave[20:] = -1e3
-    assert tokenizer.decode(cut_series([wave], 20, 5, 2, tokenizer, 1000)[0]).endswith(";0.00;0.00;0.00;0.00;0.00;")
-    short = cut_series([wave[:12], wave], 20, 5, 2, tokenizer, 30)
+    assert tokenizer.decode(cut_series([wave], 20, 5, tokenizer, 1000)[0]).endswith(";0.00;0.00;0.00;0.00;0.00;")
+    short = cut_series([wave[:12], wave], 20, 5, tokenizer, 30)
     assert [len(short), len(short[0])] == [7, 30]
 
 

@@ -7,7 +7,6 @@ import hashlib
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from qwen_min.weights import TINY
 
 # the most bytes of keys and values at a time; a constant and not the free memory, as the batch size affects rounding
 CACHE_BYTES, CUDA_CACHE_BYTES = 2**30, 2**34
-TINY_TOKENS, TINY_DECIMALS = 999, 2  # what the embedded checkpoint was pretrained on, see its card
+TINY_TOKENS = 999  # what the embedded checkpoint was pretrained on, see its card
 DEFAULT_SAMPLES = 20
 MIN_DISTINCT = 20  # a series should keep so many different values as text
 
@@ -62,24 +61,14 @@ class TextForecaster(SeriesForecaster):
         device: str,
         dtype: torch.dtype,
         scale: float | None = None,
-        decimals: int | None = None,
     ) -> "TextForecaster":
-        """`Forecaster.load` of a checkpoint that writes text.
-
-        scale, decimals: how values are written. The defaults are what a training records; without a record a scale and
-        an offset fitted to each series, and 2 decimals.
-        """
+        """`Forecaster.load` of a checkpoint that writes text. scale: None: as trained, else each context's."""
         model, tokenizer = load(folder, device, dtype)
         if adapter is not None:
             load_adapter(model, adapter)
-        known, tokens = (Encoding(None, TINY_DECIMALS), TINY_TOKENS) if folder == TINY else (None, None)
+        encoding, tokens = FITTED, TINY_TOKENS if folder == TINY else None
         if trained:
-            known, tokens = trained.encoding, trained.tokens
-        if decimals is not None and known and decimals != known.decimals:
-            told = f"with {known.decimals} decimals, not {decimals}: expect nonsense"
-            warnings.warn(f"the model was trained on numbers {told}", SeriesWarning, stacklevel=3)
-        encoding = known or FITTED
-        encoding = encoding if decimals is None else replace(encoding, decimals=decimals)
+            encoding, tokens = trained.encoding, trained.tokens
         return cls(model, tokenizer, encoding if scale is None else Encoding(scale, encoding.decimals), tokens)
 
     def continued(

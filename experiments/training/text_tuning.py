@@ -10,7 +10,7 @@ import torch
 from experiments.forecasting.adapter import Trained
 from experiments.forecasting.backtest import Origin
 from experiments.forecasting.contexts import Forecast, SeriesWarning
-from experiments.forecasting.encoding import Encoding
+from experiments.forecasting.encoding import FITTED
 from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import BAND, samples_needed
 from experiments.forecasting.text import DEFAULT_SAMPLES, TextForecaster
@@ -39,7 +39,6 @@ class TextTuning:
         series: Sequence[np.ndarray],
         horizon: int,
         context: int | None = None,
-        decimals: int = 2,
         samples: int = DEFAULT_SAMPLES,
         **settings,
     ):
@@ -53,27 +52,26 @@ class TextTuning:
         assert forecaster.checkpoint is not None  # checked by `Finetuning`
         rate = TINY_RATE if forecaster.checkpoint[1] == TINY else RATE
         chosen = chosen_settings(forecaster.model, replace(DEFAULTS, learning_rate=rate), settings)
-        self.encoding = Encoding(None, decimals)
-        per_step = self.encoding.tokens_per_step(series[0].shape[1])
+        per_step = FITTED.tokens_per_step(series[0].shape[1])
         context = context or max(WINDOW_TOKENS // per_step - horizon, 2 * horizon)
         self.tokens = (context + horizon) * per_step
         if self.tokens > (most := forecaster.model.config.max_position_embeddings):
             told = f"a context of {context} and a horizon of {horizon} time steps take {self.tokens} tokens"
             raise TrainingError(f"{told}, the model has {most} positions; shorten one of them")
         length = min(self.tokens, max(map(len, series)) * per_step)
-        self.cuts = cut_series(series, context, horizon, decimals, forecaster.tokenizer, length)
+        self.cuts = cut_series(series, context, horizon, forecaster.tokenizer, length)
         self.settings = replace(chosen, context=length, batch=min(chosen.batch, len(self.cuts)))
-        numbers = Grammar(forecaster.tokenizer, decimals, 1).vocabulary if chosen.numeric_head else None
+        numbers = Grammar(forecaster.tokenizer, FITTED.decimals, 1).vocabulary if chosen.numeric_head else None
         self.vocabulary = torch.tensor(numbers) if numbers else None  # of the softmax; None: all tokens
         # FLOPs of a step, as it runs
         self.cost = step_flops(forecaster.model.config, self.settings, len(numbers) if numbers else None)
         self.told = f"{len(self.cuts)} window{'s' * (len(self.cuts) != 1)} of {length} tokens"  # what is read
         self.forecaster, self.horizon, self.context, self.samples = forecaster, horizon, context, samples
-        self.identity = {"decimals": decimals, "samples": samples}  # what decides the result, besides the settings
+        self.identity = {"samples": samples}  # what decides the result, besides the settings
 
     def begin(self) -> None:
         """Read and write numbers as the training will."""
-        self.forecaster.encoding, self.forecaster.tokens = self.encoding, self.tokens
+        self.forecaster.encoding, self.forecaster.tokens = FITTED, self.tokens
 
     def windows(self) -> TextWindows:
         assert self.settings.context is not None  # the constructor fills it in
@@ -83,7 +81,7 @@ class TextTuning:
     def losses(self, places: Sequence[Origin]) -> list[float]:
         """The mean nats per value of each place; its truth is cut to what can be written."""
         contexts, truths = [place.past[-self.context :] for place in places], [place.truth for place in places]
-        cut = [self.encoding.fitted(one).writable(truth) for one, truth in zip(contexts, truths, strict=True)]
+        cut = [FITTED.fitted(one).writable(truth) for one, truth in zip(contexts, truths, strict=True)]
         with warnings.catch_warnings():  # the test forecasts have given them
             warnings.simplefilter("ignore", SeriesWarning)
             return self.forecaster.nats_per_value(contexts, cut).tolist()
@@ -94,4 +92,4 @@ class TextTuning:
         return self.forecaster.forecast(contexts, self.horizon, levels, self.context, samples=self.samples)
 
     def finished(self, trained: Trained, places: Sequence[Origin]) -> Trained:
-        return replace(trained, encoding=self.encoding, tokens=self.tokens)
+        return replace(trained, encoding=FITTED, tokens=self.tokens)

@@ -81,9 +81,7 @@ def cut_tokens(token_lists: Sequence[list[int]], settings: Training) -> Cuts:
     return Cuts(starts, lambda number, start: token_lists[number][start : start + length])
 
 
-def cut_series(
-    series: Sequence[np.ndarray], context: int, horizon: int, decimals: int, tokenizer: Tokenizer, length: int
-) -> Cuts:
+def cut_series(series: Sequence[np.ndarray], context: int, horizon: int, tokenizer: Tokenizer, length: int) -> Cuts:
     """Windows of context and forecast that start at every time step of series (T, D), as at most `length` tokens.
 
     Each is written in the encoding that is fitted to its context; what follows is cut to the numbers that this can
@@ -92,7 +90,7 @@ def cut_series(
 
     def cut(number: int, start: int) -> list[int]:
         window = series[number][start : start + context + horizon]
-        encoding = Encoding.fit_each(window[: max(2, len(window) - horizon)], decimals)
+        encoding = Encoding.fit_each(window[: max(2, len(window) - horizon)])
         return tokenizer.encode(encoding.encode(encoding.writable(window)) + ";")[:length]
 
     return Cuts([range(max(1, len(one) - context - horizon + 1)) for one in series], cut)
