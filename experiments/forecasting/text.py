@@ -53,15 +53,7 @@ class TextForecaster(SeriesForecaster):
         self.model, self.tokenizer, self.encoding, self.tokens = model, tokenizer, encoding, tokens
 
     @classmethod
-    def from_folder(
-        cls,
-        folder: Path,
-        adapter: str | Path | None,
-        trained: Trained | None,
-        device: str,
-        dtype: torch.dtype,
-        scale: float | None = None,
-    ) -> "TextForecaster":
+    def from_folder(cls, folder: Path, adapter, trained: Trained | None, device, dtype, scale=None) -> "TextForecaster":
         """`Forecaster.load` of a checkpoint that writes text. scale: None: as trained, else each context's."""
         model, tokenizer = load(folder, device, dtype)
         if adapter is not None:
@@ -71,16 +63,7 @@ class TextForecaster(SeriesForecaster):
             encoding, tokens = trained.encoding, trained.tokens
         return cls(model, tokenizer, encoding if scale is None else Encoding(scale, encoding.decimals), tokens)
 
-    def continued(
-        self,
-        arrays: Sequence[np.ndarray],
-        horizon: int,
-        quantiles: Sequence[float],
-        context: int | None,
-        progress: Callable[[int], None],
-        samples: int | None = None,
-        seed: int = 0,
-    ) -> Forecast:
+    def continued(self, arrays, horizon, quantiles, context, progress, samples: int | None = None, seed=0) -> Forecast:
         """`forecast`, with further options. progress is called with a number of paths.
 
         samples: so many paths are drawn from the model, by the seed; None means 20 if there are quantiles to estimate,

@@ -5,7 +5,7 @@ N series, D variables, L time steps, Q = len(LEVELS) quantiles, h forecast steps
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from statistics import NormalDist
@@ -144,9 +144,7 @@ class NumberForecaster(SeriesForecaster):
         self.model = self.base = model.eval()  # an adapter changes a copy of the latter
 
     @classmethod
-    def from_folder(
-        cls, folder: Path, adapter: str | Path | None, trained: Trained | None, device: str, _: torch.dtype
-    ) -> "NumberForecaster":
+    def from_folder(cls, folder: Path, adapter, trained: Trained | None, device, _) -> "NumberForecaster":
         """`Forecaster.load` of a checkpoint that reads values, in fp32. Raises AdapterError."""
         model = Numbers(QwenConfig.from_file(folder / "config.json"))
         load_weights(model, folder, device, torch.float32)
@@ -162,14 +160,7 @@ class NumberForecaster(SeriesForecaster):
         self.model = deepcopy(self.base)
         return self.model
 
-    def continued(
-        self,
-        arrays: Sequence[np.ndarray],
-        horizon: int,
-        quantiles: Sequence[float],
-        context: int | None,
-        progress: Callable[[int], None],
-    ) -> Forecast:
+    def continued(self, arrays, horizon, quantiles, context, progress) -> Forecast:
         """`forecast`; `values` are medians.
 
         Values may be missing (NaN). Quantiles beyond 0.1 and 0.9 are extrapolated by a normal distribution. The newest
@@ -191,13 +182,7 @@ class NumberForecaster(SeriesForecaster):
         return Forecast(found[:, MEDIAN], None, at_levels(found, quantiles) if len(quantiles) else None)
 
     def parts(
-        self,
-        arrays: Sequence[np.ndarray],
-        horizon: int,
-        names: Iterable[str],
-        reading: Reading | None = None,
-        context: int | None = None,
-        progress: Callable[[int], None] = lambda count: None,
+        self, arrays, horizon, names, reading: Reading | None = None, context=None, progress=lambda count: None
     ) -> dict[str, np.ndarray]:
         """What forecasts are made of, by name: quantiles (N, Q, h, D) of the decoders, (N, 1, h, D) of baselines.
 
