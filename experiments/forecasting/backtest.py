@@ -5,7 +5,7 @@ Missing values are NaN, and are not scored. What cannot read them gets a context
 that it knows nothing of what follows.
 """
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -61,11 +61,9 @@ def filled(series: np.ndarray, number: int) -> np.ndarray:
 
     nothing = np.isnan(series).all(axis=0)
     if nothing.any():
-        where = f"in the {len(series)} time steps before a held-out forecast"
-        told = (
-            f"variable {int(nothing.argmax())} has no value {where}; leave it out, or begin the series where it begins"
-        )
-        raise SeriesError(f"series {number}: {told}")
+        told = f"has no value in the {len(series)} time steps before a held-out forecast"
+        what = "leave it out, or begin the series where it begins"
+        raise SeriesError(f"series {number}: variable {int(nothing.argmax())} {told}; {what}")
     return np.ascontiguousarray(pd.DataFrame(series).interpolate(limit_direction="both"))
 
 
@@ -173,14 +171,13 @@ def baseline_forecasts(
     season: time steps that the seasonal one repeats; None: those that it finds.
     """
     encodings = [Encoding.fit_each(past) for past in pasts]  # the regressions expect about 0 to 10
-
-    def forecasts(baseline: Callable) -> np.ndarray:
-        pairs = zip(encodings, pasts, strict=True)
-        return np.stack([one.restored(baseline(one.scaled(past)[None], horizon)[0]) for one, past in pairs])
-
+    pairs = [(one, one.scaled(past)[None]) for one, past in zip(encodings, pasts, strict=True)]
     several = pasts[0].shape[1] > 1  # of one variable, VAR is AR
-    methods = BASELINES | {"seasonal naive": partial(seasonal, season=season)}
-    return {name: forecasts(one) for name, one in methods.items() if name in names and (name != "VAR" or several)}
+    found = {}
+    for name, baseline in (BASELINES | {"seasonal naive": partial(seasonal, season=season)}).items():
+        if name in names and (name != "VAR" or several):
+            found[name] = np.stack([one.restored(baseline(scaled, horizon)[0]) for one, scaled in pairs])
+    return found
 
 
 def _deviation(series: np.ndarray) -> np.ndarray:

@@ -119,10 +119,8 @@ def framed(series: Sequence, found: Forecast, levels: Sequence[float]):
     import pandas as pd
 
     bounds = [None] * len(series) if found.quantiles is None else found.quantiles
-    made = {
-        one.attrs["name"]: tables.forecast_frame(one, values, bound, levels)
-        for one, values, bound in zip(series, found.values, bounds, strict=True)
-    }
+    rows = zip(series, found.values, bounds, strict=True)
+    made = {one.attrs["name"]: tables.forecast_frame(one, values, bound, levels) for one, values, bound in rows}
     return next(iter(made.values())) if len(made) == 1 else pd.concat(made, names=["series"])
 
 

@@ -188,10 +188,8 @@ class TextForecaster(SeriesForecaster):
                     uniforms = torch.from_numpy(np.stack(draws)).to(device)
                 hidden, wide = last.repeat_interleave(len(paths), 0), [prompt.wide for prompt, _ in rows]
                 texts = decode(self.model, grammar, cache, hidden, num_values, mask, uniforms, wide)
-                values = [
-                    prompt.encoding.restored(prompt.encoding.decode(text, horizon, num_variables))
-                    for (prompt, _), text in zip(rows, texts, strict=True)
-                ]
+                pairs = zip((prompt.encoding for prompt, _ in rows), texts, strict=True)
+                values = [one.restored(one.decode(text, horizon, num_variables)) for one, text in pairs]
                 parts.append(np.reshape(values, (len(batch), len(paths), horizon, num_variables)))
                 progress(len(rows))
             found.append(np.concatenate(parts, axis=1))

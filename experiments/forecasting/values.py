@@ -212,9 +212,9 @@ class NumberForecaster(SeriesForecaster):
             pasts = [filled(past, number) for number, past in enumerate(pasts)]
             simple_ones = baseline_forecasts(pasts, horizon, reading.season if reading else None, simple)
             found |= {name: one[:, None] for name, one in simple_ones.items()}
+        cuts = [slice(steps, steps + wanted) for steps in late]
         return {
-            name: np.stack([one[:, steps : steps + wanted] for one, steps in zip(part, late, strict=True)])
-            for name, part in found.items()
+            name: np.stack([one[:, cut] for one, cut in zip(part, cuts, strict=True)]) for name, part in found.items()
         }
 
     def _evened(self, array: np.ndarray) -> np.ndarray:

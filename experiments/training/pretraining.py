@@ -169,9 +169,8 @@ def card(windows: SyntheticWindows, steps: int, checks: Mapping[int, float]) -> 
     families = synthetic.SINGLE | (synthetic.PAIRS if windows.pairs else {})
     total = sum(families.values())
     shares = ", ".join(f"{family.__name__} {round(100 * share / total)} %" for family, share in families.items())
-    each = {
-        kind: number_step(windows.model, kind.groups, 2, -(-kind.length // kind.stride), masked=True) for kind in KINDS
-    }
+    tokens = {kind: -(-kind.length // kind.stride) for kind in KINDS}
+    each = {kind: number_step(windows.model, kind.groups, 2, tokens[kind], masked=True) for kind in KINDS}
     costs = [each[windows.kind(step)[0]] for step in range(steps)]
     by_muon = steps * muon_flops(windows.parameters[name] for name in windows.matrices)
     rows = "".join(f"| {at} | {sum(costs[:at]):.2e} | {loss:.4f} |\n" for at, loss in checks.items())

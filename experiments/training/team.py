@@ -108,6 +108,4 @@ def _lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost(
-            "another process of this job ended; see its message, then run the same command again to continue"
-        ) from error
+        raise PeerLost("another process of this job ended; see its message, then repeat the command") from error

@@ -97,13 +97,8 @@ def random_walks(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 FAMILIES = {
-    oscillators: 0.3,
-    van_der_pol: 0.25,
-    sums_of_sines: 0.25,
-    logistic_growth: 0.1,
-    ar2: 0.05,
-    random_walks: 0.05,
-}
+    oscillators: 0.3, van_der_pol: 0.25, sums_of_sines: 0.25, logistic_growth: 0.1, ar2: 0.05, random_walks: 0.05
+}  # fmt: skip
 
 
 def series(seed: int, n: int) -> np.ndarray:
@@ -146,7 +141,7 @@ def trained(ids: torch.Tensor, steps: int, seed: int) -> Qwen:
         torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     settings = Training(None, RATE, None, steps, cosine=True)
-    for step in (progress := trange(steps, desc="pretrain", mininterval=5)):
+    for step in trange(steps, desc="pretrain", mininterval=5):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = settings.rate(step)
             optimizer.zero_grad()
@@ -155,8 +150,6 @@ def trained(ids: torch.Tensor, steps: int, seed: int) -> Qwen:
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        if step % 20 == 0:
-            progress.set_postfix(loss=f"{loss.item():.4f}")
     return model
 
 
