@@ -9,7 +9,6 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -114,14 +113,9 @@ class Finetuning:
         # what a user should know before it begins
         cost = f"{tuning.cost:.3e} FLOPs a step, {steps} steps ({self.total:.3e})"
         self.told = f"held out: {self.parts.told}\n{tuning.told}; {cost}"
-
-    @cached_property
-    def trained(self) -> Trained:
-        """The record that stands beside the adapter, but for what the training decides."""
-        assert self.tuning.forecaster.checkpoint is not None  # checked before
-        name, folder = self.tuning.forecaster.checkpoint
-        ends = [end_hash(rows) for rows in self.parts.seen]
-        return Trained(name, checkpoint_hash(folder), variables=self.variables, ends=ends)
+        # the record that stands beside the adapter, but for what the training decides
+        (name, folder), ends = forecaster.checkpoint, [end_hash(rows) for rows in self.parts.seen]
+        self.trained = Trained(name, checkpoint_hash(folder), variables=self.variables, ends=ends)
 
     @property
     def identity(self) -> dict:
