@@ -74,10 +74,7 @@ class Trained:
 
 
 def end_hash(rows: np.ndarray) -> str:
-    """A hash of the newest rows of a series (T, D), which finds them again in a longer one.
-
-    Where these are equal, it is of all rows since another one, because many series end like that.
-    """
+    """A hash of the newest rows of a series (T, D); where these are equal, as many series end, of all since another."""
     end = rows[-HASHED_ROWS:]
     if (end == end[-1]).all():
         others = np.flatnonzero((rows != end[-1]).any(axis=1))

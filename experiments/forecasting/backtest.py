@@ -51,10 +51,7 @@ class Parts(NamedTuple):
 
 
 def filled(series: np.ndarray, number: int) -> np.ndarray:
-    """A series (T, D) without missing values: by row, linearly between the nearest known ones, which end it as well.
-
-    Raises SeriesError for a variable with no known value in the series of this number.
-    """
+    """A series (T, D), interpolated by row, also at its ends. Raises SeriesError for a variable without values."""
     if not np.isnan(series).any():
         return series
     import pandas as pd  # slow, and seldom needed
@@ -166,10 +163,7 @@ def _by_time(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndar
 def baseline_forecasts(
     pasts: Sequence[np.ndarray], horizon: int, season: int | None = None, names: Iterable[str] = BASELINES
 ) -> dict[str, np.ndarray]:
-    """The forecasts (M, h, D) of baselines, which read all that is known, M pasts (T, D) without missing values.
-
-    season: time steps that the seasonal one repeats; None: those that it finds.
-    """
+    """Forecasts (M, h, D) of M pasts (T, D) without missing values. season: what the seasonal one repeats, if known."""
     encodings = [Encoding.fit_each(past) for past in pasts]  # the regressions expect about 0 to 10
     pairs = [(one, one.scaled(past)[None]) for one, past in zip(encodings, pasts, strict=True)]
     several = pasts[0].shape[1] > 1  # of one variable, VAR is AR

@@ -96,11 +96,7 @@ class Encoding:
         return ";".join(",".join(f"{value:.{self.decimals}f}" for value in step) for step in steps.tolist())
 
     def decode(self, text: str, num_steps: int, num_variables: int) -> np.ndarray:
-        """The scaled values of the first num_steps steps of a text, (num_steps, num_variables).
-
-        A value is NaN unless it is an optional minus, digits, a point and exactly `decimals` digits. A step that has
-        not exactly num_variables values is NaN.
-        """
+        """The scaled values (num_steps, num_variables) of a text; NaN where a value or its step is not well-formed."""
         well_formed = re.compile(rf"-?[0-9]+\.[0-9]{{{self.decimals}}}")
         values = np.full((num_steps, num_variables), np.nan)
         for step, step_text in zip(values, text.split(";"), strict=False):

@@ -46,10 +46,7 @@ class Grammar:
         self.pad_id = tokenizer.pad_id
 
     def follow(self, text: str, wide: Sequence[bool] | None = None) -> str:
-        """The characters that may come after `text`, the well-formed beginning of a forecast.
-
-        wide (D): the variables that may have a second digit before the point (after a 0 none has); None: all.
-        """
+        """The characters that may follow `text`; wide (D): the variables that may have a second digit (None: all)."""
         *before, word = text[text.rfind(";") + 1 :].split(",")
         whole, point, places = word.partition(".")
         if point and len(places) == self.decimals:

@@ -25,10 +25,7 @@ LOSS_OFFSET = 1e-4  # added to squared errors, in units of the data's variance: 
 
 
 class GRU(nn.Module):
-    """A GRU. The next step is the present one plus a linear map of the state.
-
-    The inputs include logarithms, because these tell low populations apart.
-    """
+    """The next step is the present one plus a linear map of the state. Logarithms as inputs tell low values apart."""
 
     def __init__(self, series: Tensor):
         """The mean and the spread of series (N, T, D) normalise the inputs."""
@@ -39,10 +36,7 @@ class GRU(nn.Module):
         self.change = nn.Linear(HIDDEN, num_variables)
 
     def read(self, series: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The state after each step of series (B, T, D), and the forecast of the next step: (B, T, HIDDEN), (B, T, D).
-
-        state (B, HIDDEN): before the first step; None: the series begins.
-        """
+        """The states (B, T, HIDDEN) after each step of series (B, T, D) and a state, and forecasts of the next step."""
         logarithms = torch.log(series.clamp(min=0) + LOG_OFFSET)
         inputs = torch.cat(((series - self.mean) / self.spread, logarithms), dim=-1)
         states, _ = self.gru(inputs, None if state is None else state[None].contiguous())

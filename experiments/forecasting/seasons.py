@@ -15,20 +15,14 @@ WORTH = 1.1  # a long season is used unless values change so much more within th
 
 
 class Seasons(NamedTuple):
-    """The seasons that a series seems to have, in time steps, and how strong they are: each (..., 2).
-
-    The first is the shortest of the strong ones, the second the strongest; 1 stands for none.
-    """
+    """The seasons of a series in time steps, and their strengths: (..., 2), the shortest and the strongest; 1: none."""
 
     periods: Tensor
     strengths: Tensor
 
 
 def autocorrelation(x: Tensor, seen: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The correlation of x (..., L) with itself at each lag, and of how many pairs: (..., length).
-
-    x is 0 where seen (..., L) is.
-    """
+    """Correlations of x (..., L), 0 where not seen, with itself at each lag, and of how many pairs: (..., length)."""
     parts = [torch.fft.rfft(part, 2 * length) for part in (x, x**2, seen)]
     products = [parts[a] * parts[b].conj_physical() for a, b in ((0, 0), (1, 2), (2, 1), (2, 2))]
     sums, early, late, pairs = (torch.fft.irfft(product, 2 * length)[..., :length] for product in products)

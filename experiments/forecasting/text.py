@@ -161,10 +161,7 @@ class TextForecaster(SeriesForecaster):
     def _paths(
         self, prompts: list[_Prompt], horizon: int, samples: int, seed: int, progress: Callable[[int], None]
     ) -> np.ndarray:
-        """Paths (N, S, h, D) after each prompt, drawn from the model; for no samples one of the likeliest characters.
-
-        The paths of a prompt share the keys and values of its context.
-        """
+        """Paths (N, S, h, D) after each prompt, which share its keys and values; for no samples the likeliest one."""
         num_variables, device = len(prompts[0].wide), self.model.head_weight.device
         grammar, reused, num_values = self._grammar(num_variables), ReusedCache(self.model), horizon * num_variables
         room, num_paths = grammar.columns(num_values), max(1, samples)

@@ -108,10 +108,7 @@ def column(numbers: list[float], device: torch.device | None) -> Tensor:
 
 
 def at_levels(found: np.ndarray, levels: Sequence[float]) -> np.ndarray:
-    """Quantiles at other levels, (N, len(levels), h, D), from those at LEVELS, (N, Q, h, D).
-
-    Between two levels, and beyond the outer ones, they lie on the line of a normal distribution.
-    """
+    """Quantiles (N, len(levels), h, D) from those at LEVELS (N, Q, h, D), on the lines of a normal distribution."""
     known, wanted = ([NormalDist().inv_cdf(level) for level in some] for some in (LEVELS, levels))
     low = np.clip(np.searchsorted(known, wanted, side="right") - 1, 0, len(known) - 2)
     share = (wanted - np.take(known, low)) / (np.take(known, low + 1) - np.take(known, low))
@@ -119,10 +116,7 @@ def at_levels(found: np.ndarray, levels: Sequence[float]) -> np.ndarray:
 
 
 def combined(parts: Mapping[str, np.ndarray], reading: Reading) -> np.ndarray:
-    """The forecast (N, Q, h, D) that `reading` makes of `NumberForecaster.parts`.
-
-    Its quantiles lie around its median as those of the decoders do, `width` times as far.
-    """
+    """The forecast (N, Q, h, D) that `reading` makes of its parts; around its median as the decoders', by `width`."""
     steps = next(iter(parts.values())).shape[2]
     near = np.arange(steps)[:, None] < -(-reading.ahead // 2)  # (h, 1)
     shares = {name: np.where(near, reading.near.get(name, 0.0), reading.far.get(name, 0.0)) for name in parts}
@@ -277,10 +271,7 @@ def late_steps(array: np.ndarray) -> int:
 
 
 def since_gap(array: np.ndarray) -> np.ndarray:
-    """A series (T, D) from its first value on, or from the newest gap that is longer than the decoder can bridge.
-
-    After a gap there must be LEAST time steps, and some value of each variable.
-    """
+    """A series (T, D) from its first value on, or from the newest long gap that LEAST steps of all variables follow."""
     seen = np.flatnonzero(np.isfinite(array).any(axis=1))
     ends = seen[1:][np.diff(seen) > LONGEST_GAP]
     begins = [*seen[:1][len(array) - seen[:1] >= MIN_STEPS], *ends[len(array) - ends >= LEAST]]

@@ -144,10 +144,7 @@ class Finetuning:
         interruption: Interruption | None = None,
         team: Team = ALONE,
     ) -> dict:
-        """Train, keep the best state, evaluate, write everything; return the metrics. See `finetune`.
-
-        record: what plan.json has besides the identity. The processes of a team share out the batches.
-        """
+        """Train, keep the best state, evaluate, write all, return the metrics. record: what else plan.json has."""
         record = {
             "command": "experiments.training.finetune",
             "title": f"{len(self.series)} series",
@@ -234,10 +231,7 @@ class Finetuning:
 def train_and_choose(
     tuning: Tuning, folder: Path, account: Account, val: Sequence[Origin], trained: Trained
 ) -> Progress:
-    """Inject an adapter, train it with the forecasts `val` as the held-out part, and leave it in the folder.
-
-    The forecaster then has the adapter, and `trained`, completed, as its record; see `run_training`.
-    """
+    """Train an adapter, with the forecasts `val` as the held-out part; leave it in the folder, with its record."""
     count, forecaster = min(len(val), tuning.most_checked or len(val)), tuning.forecaster
     places = [val[at] for at in np.linspace(0, len(val) - 1, count).round().astype(int)]  # evenly spread
     inject_adapter(forecaster.model, tuning.settings)

@@ -119,10 +119,7 @@ class NumberTuning:
         season: int | None = None,
         **settings,
     ):
-        """context: None: as many time steps as there are, up to the most that it reads.
-
-        The settings are those of OPTIONS, by default NUMBERS. Raises TrainingError.
-        """
+        """The settings are those of OPTIONS, by default NUMBERS; context: time steps, None: all that can be read."""
         if others := sorted(settings.keys() - set(OPTIONS)):
             expected = "horizon, budget, context, season, " + ", ".join(OPTIONS)
             raise TrainingError(f"{others[0]} is no option of a model that reads values, which takes {expected}")

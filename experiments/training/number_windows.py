@@ -35,10 +35,7 @@ def weighted_loss(model: Numbers, read: Patches, truth: Tensor, weight: Tensor, 
 
 
 def number_step(model: Numbers, series: int, variables: int, tokens: int, masked: bool = False) -> int:
-    """FLOPs of a training step as it runs on a CPU: forward, `weighted_loss`, backward. The update is not counted.
-
-    masked: not all variables see each other.
-    """
+    """FLOPs of a training step as it runs, but for the update; masked: not all variables see each other."""
     features = torch.empty(series, variables, tokens, FEATURES, device="meta")
     read = Patches(features, features[..., 0], torch.empty(tokens, dtype=torch.long, device="meta"))
     values, together = features[..., :AHEAD], features[:, 0, 0, 0] if masked else None
@@ -56,10 +53,7 @@ def counts_after(stop: Tensor, ends: Tensor) -> Tensor:
 
 
 def noise(series: Sequence[np.ndarray]) -> float:
-    """How much of the squared changes of series (D, T) a regression on the MEMORY values before leaves, at most 1.
-
-    It is the share of the noisiest variable; 1 if there are few values.
-    """
+    """The share of squared changes of series (D, T) that a regression leaves, in the worst variable; 1: too few."""
     shares = []
     for variable in range(len(series[0])):
         parts = [sliding_window_view(one[variable], MEMORY + 1) for one in series if one.shape[1] > MEMORY]
@@ -118,17 +112,11 @@ class NumberWindows(Windows):
         return self._batch(rows)[-1].sum().item()
 
     def loss(self, rows: Tensor) -> Tensor:
-        """The mean pinball loss of the windows in rows, in units of what the decoder reads.
-
-        For series of one scale with little noise: to first order, in standard deviations of the data.
-        """
+        """The mean pinball loss; for series with little noise, to first order in standard deviations of the data."""
         return weighted_loss(self.model, *self._batch(rows))
 
     def _draw(self, number: int, draw: int) -> tuple[np.ndarray, int, int]:
-        """A window (D, L + K), NaN before its series begins and after what is to be forecast.
-
-        Also the time at which its series begins, and how many steps after it a context may end.
-        """
+        """A window (D, L + K), NaN outside its series; when that begins; the steps after it that a context may have."""
         rng, series, ahead = np.random.default_rng([self.seed, draw]), self.series[number], self.reading.ahead
         total, most = series.shape[1], self.length + ahead
         if total > most + self.reading.stride:

@@ -134,10 +134,7 @@ class SyntheticWindows(Windows):
 
 
 def pretrain(out: Path, steps: int, seed: int, pairs: bool, interruption: Interruption) -> None:
-    """Write a checkpoint of `Numbers` into the folder out, with a card; continue there after a kill.
-
-    Raises RunError for a folder that has a checkpoint already, Interrupted, and TrainingError for a damaged state.
-    """
+    """Write a checkpoint of `Numbers`, with a card, into the folder out; continue there after a kill."""
     if (out / "model.safetensors").exists():
         raise RunError(f"{out}: has a checkpoint already; name another folder")
     state = out / f"steps{steps}-seed{seed}{'' if pairs else '-no-pairs'}.state.safetensors"  # of this run alone

@@ -26,10 +26,7 @@ from lora.inject import new_layers
 def run_training(
     folder: Path, windows: Windows, settings: Training, account: Account, held_out: Callable[[], float] | None = None
 ) -> Progress:
-    """`train`, continued from the state in the folder; then write losses.csv and held_out.csv.
-
-    `clear` removes the state, once the run has all its results.
-    """
+    """`train`, continued from a state in the folder, which `clear` removes; then write losses.csv, held_out.csv."""
     done = train(windows, settings, account, folder / "state.safetensors", held_out)
     rows = (f"{step},{loss:.6f}\n" for step, loss in enumerate(done.losses))
     write_whole(folder / "losses.csv", "step,loss\n" + "".join(rows))

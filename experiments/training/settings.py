@@ -16,10 +16,7 @@ STEPS = 300  # of a fine-tuning without a budget
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of one fine-tuning run. None marks a setting that a plan fills in from an earlier experiment.
-
-    Raises ValueError for a setting that is out of range.
-    """
+    """Settings of a training; a plan fills in those that are None. Raises ValueError for one that is out of range."""
 
     rank: int | None  # 0: all weights of the decoder that reads values are trained
     learning_rate: float | None

@@ -307,10 +307,7 @@ FOLLOWING = 0.2  # the share of single series that another one follows
 
 
 def groups(rng: np.random.Generator, count: int, length: int, pairs: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Groups (G, 2, L) of zero mean and unit spread, shuffled, and whether the two series belong together (G).
-
-    Without `pairs`, no differential equations and maps are among them.
-    """
+    """Groups (G, 2, L) of zero mean and unit spread, shuffled, and which belong together (G); pairs: also PAIRS."""
     families = SINGLE | (PAIRS if pairs else {})
     shares = np.array([*families.values()])
     parts, together = [], []

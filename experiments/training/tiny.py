@@ -123,10 +123,7 @@ def byte_tokenizer() -> tokenizers.Tokenizer:
 
 
 def trained(ids: torch.Tensor, steps: int, seed: int) -> Qwen:
-    """Train a model on ids (n, T); each row is read once, in order, so steps * BATCH <= n is needed.
-
-    Muon trains the matrices of the layers, AdamW the rest. Weights are fp32, products bf16 by autocast.
-    """
+    """Train a model on ids (n, T), each row once, by Muon and AdamW; weights are fp32, products bf16 by autocast."""
     torch.manual_seed(seed)
     model = Qwen(CONFIG)
     for name, parameter in model.named_parameters():
