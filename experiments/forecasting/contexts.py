@@ -91,13 +91,10 @@ def is_frame(data) -> bool:
 @contextmanager
 def named(frames: Sequence) -> Iterator[None]:
     """A context in which a SeriesError, and a warning, has names of series and variables, not their numbers."""
-
-    def name(found: re.Match) -> str:
-        kind, number = found[1], int(found[2])
-        return f"{kind} {frames[number].attrs['name'] if kind == 'series' else frames[0].columns[number]}"
+    names = {"series": [one.attrs["name"] for one in frames], "variable": frames[0].columns}
 
     def with_names(text: str) -> str:
-        return re.sub(r"(^series|\bvariable) (\d+)\b", name, text)
+        return re.sub(r"(^series|\bvariable) (\d+)\b", lambda one: f"{one[1]} {names[one[1]][int(one[2])]}", text)
 
     with warnings.catch_warnings(record=True) as caught:
         try:

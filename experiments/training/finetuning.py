@@ -179,7 +179,10 @@ class Finetuning:
         account = Account(NAME, ledger, tuning.cost, interruption, team)
         done = train_and_choose(tuning, path, account, self.parts.val, self.trained)
         after = self._forecasts(path / "after.state.json")
-        write_whole(path / "forecasts.jsonl", to_json_lines(self._columns(before, after)))
+        columns = {"context": [one.context[-tuning.context :] for one in self.parts.test]}
+        columns |= {"truth": [one.truth for one in self.parts.test]}
+        ours = dict(zip(("after", "low", "high"), after.swapaxes(0, 1), strict=False))  # no bounds without quantiles
+        write_whole(path / "forecasts.jsonl", to_json_lines(columns | ours))
         metrics = self._metrics(before, after, done) | {"spent": ledger.spent, "budget": ledger.budget}
         write_whole(path / "metrics.json", to_json(metrics))  # the last file, because it marks the end
         clear(path)
@@ -218,14 +221,6 @@ class Finetuning:
             "coverage_80": inside(after[:, 1], after[:, 2], truth) if after.shape[1] > 1 else None,
             "errors": {name: scores(forecast, places) for name, forecast in forecasts.items()},
         }
-
-    def _columns(self, before: np.ndarray, after: np.ndarray) -> dict:
-        """What forecasts.jsonl says of the test forecasts, in the units of the data."""
-        places, context = self.parts.test, self.tuning.context
-        columns = {"context": [one.context[-context:] for one in places], "truth": [one.truth for one in places]}
-        # without quantiles there are no bounds
-        ours = dict(zip(("after", "low", "high"), after.swapaxes(0, 1), strict=False))
-        return columns | {"before": before[:, 0]} | ours
 
 
 def train_and_choose(
