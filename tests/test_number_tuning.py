@@ -204,18 +204,14 @@ def test_shares_of_two_variables_forecast_a_single_one():
     assert np.ptp(found[0]) > 0
 
 
-def test_options_of_models_that_write_text_are_refused():
-    for wrong in ({"samples": 20}, {"targets": ("q_proj",)}, {"lr": 3}):
-        with pytest.raises(TrainingError, match="is no option of a model that reads values, which takes horizon"):
-            Finetuning(Forecaster.load("numbers"), patterns(6), 4, **wrong)
-    for wrong in ({"steps": 0}, {"season": -3}, {"context": 8.0}, {"horizon": np.float64(3)}):
-        with pytest.raises(TrainingError, match=r" is .*, expected a whole number \(int\) of at least 1"):
-            Finetuning(Forecaster.load("numbers"), patterns(6), **{"horizon": 4} | wrong)
-    for budget in (np.nan, np.inf, -1.0):
-        with pytest.raises(TrainingError, match="expected a finite number of FLOPs above 0"):
-            Finetuning(Forecaster.load("numbers"), patterns(6), 4, budget)
-    with pytest.raises(TrainingError, match="rank is 0, expected at least 1"):
-        Finetuning(Forecaster.load("numbers"), patterns(6), 4, 1e11, rank=0)
+def test_settings_that_no_fine_tuning_of_numbers_has_are_refused():
+    no_option, no_count = "is no option of a model that reads values", r"expected a whole number \(int\) of at least 1"
+    wrong = [({name: 3}, no_option) for name in ("samples", "targets", "lr")]
+    wrong += [({"steps": 0}, no_count), ({"season": -3}, no_count), ({"horizon": np.float64(3)}, no_count)]
+    wrong += [({"budget": flops}, "expected a finite number of FLOPs above 0") for flops in (np.nan, np.inf, -1.0)]
+    for options, words in [*wrong, ({"rank": 0}, "rank is 0, expected at least 1")]:
+        with pytest.raises(TrainingError, match=words):
+            Finetuning(Forecaster.load("numbers"), patterns(6), **{"horizon": 4} | options)
 
 
 def test_short_series_are_trained_on_with_a_shorter_horizon():

@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.forecasting.encoding import FITTED, Encoding
 from experiments.storage.files import read_json, to_json, write_whole
-from experiments.storage.records import build
+from experiments.storage.records import Positive, build
 from lora import AdapterError, read_config
 from qwen_min import config
 from qwen_min.config import CheckpointError
@@ -64,13 +64,9 @@ class Trained:
     checkpoint_sha256: str
     encoding: Encoding = FITTED
     variables: list[str] | None = None  # names, in order; None: not recorded
-    tokens: int | None = None  # the longest text that the training read; None: not recorded
+    tokens: Positive | None = None  # the longest text that the training read; None: not recorded
     ends: list[str] | None = None  # `end_hash` of the rows of each series that the training saw; None: not recorded
     reading: Reading | None = None  # of a decoder that reads values
-
-    def __post_init__(self):
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"tokens are {self.tokens}, expected at least 1")
 
 
 def end_hash(rows: np.ndarray) -> str:

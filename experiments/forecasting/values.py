@@ -185,7 +185,7 @@ class NumberForecaster(SeriesForecaster):
         """
         found, names = {}, set(names)
         # what follows the last value is forecast, too, where it is missing
-        late = [late_steps(array) for array in arrays]
+        late = [min(int(np.isfinite(one).any(axis=1)[::-1].argmax()), len(one) - MIN_STEPS) for one in arrays]
         if max(late) > LONGEST_GAP:
             told = f"has no value in its newest {max(late)} time steps; leave these out, or the series"
             raise SeriesError(f"series {np.argmax(late)}: {told}")
@@ -263,11 +263,6 @@ class NumberForecaster(SeriesForecaster):
                 found[rows] = _quantiles(model, reading, torch.from_numpy(x), horizon, stride)
                 progress(len(rows))
         return found
-
-
-def late_steps(array: np.ndarray) -> int:
-    """The time steps of a series (T, D) after the last one with a value; at least MIN_STEPS are before them."""
-    return min(int(np.isfinite(array).any(axis=1)[::-1].argmax()), len(array) - MIN_STEPS)
 
 
 def since_gap(array: np.ndarray) -> np.ndarray:

@@ -113,7 +113,7 @@ def _backward(windows: Windows, rows: Tensor, team: Team) -> float:
     A share counts by its number of targets, so that the gradients are those of the whole batch in a single pass.
     """
     total = torch.zeros((), dtype=torch.float64, device=windows.device)
-    if len(share := team.share(rows)):
+    if len(share := rows[team.rank :: team.size]):
         loss = windows.loss(share)
         if team.size > 1:
             loss = loss * (windows.num_targets(share) / windows.num_targets(rows))

@@ -43,9 +43,6 @@ class Team:
         """True in the process whose files and messages are those of the run."""
         return self.rank == 0
 
-    def share(self, rows: Tensor) -> Tensor:
-        return rows[self.rank :: self.size]
-
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the processes, which is the same to the last bit in all of them."""
         if self.size == 1:
