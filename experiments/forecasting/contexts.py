@@ -57,10 +57,8 @@ class SeriesForecaster(ABC):
         are continued. If it holds several series (a column `unique_id`, `id` or `item_id`), so does the result.
         quantiles: levels between 0 and 1. context: the model reads so many of the newest time steps; None: as many as
         it can make sense of. progress is called with a number whenever so many are done. options: those of
-        `TextForecaster.continued`; a model that reads values has none.
-
-        The result for a series does not depend on the others. Raises SeriesError, before any forecast, for what cannot
-        be forecast.
+        `TextForecaster.continued`. The result for a series does not depend on the others. Raises SeriesError, before
+        any forecast, for what cannot be forecast.
         """
         if horizon < 1:
             raise SeriesError(f"horizon is {horizon}, expected at least 1")

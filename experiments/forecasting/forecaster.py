@@ -30,10 +30,9 @@ class Forecaster(SeriesForecaster):
     ) -> Any:
         """Load a checkpoint (folder, hub id, "numbers" or "tiny"), with or without an adapter in peft's format.
 
-        The default is what the adapter records, else "numbers", the embedded checkpoint that reads values. options: as
-        `TextForecaster.from_folder` takes them; a model that reads values takes none, and is always in fp32. Raises
-        CheckpointError or AdapterError when one of the two cannot be read or the adapter was trained on another
-        checkpoint.
+        The default is what the adapter records, else "numbers", which reads values, always in fp32. options: `scale`,
+        of a model that writes text. Raises CheckpointError or AdapterError when one of the two cannot be read or the
+        adapter was trained on another checkpoint.
         """
         name, folder, trained = resolve(checkpoint, adapter)
         kind = NumberForecaster if reads_values(folder) else TextForecaster

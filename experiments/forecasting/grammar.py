@@ -93,9 +93,7 @@ class _Row:
     guessed: bool = False  # True if pending ends in a guessed point, which is not in the text yet
 
     def advance(self, first: str, last: str) -> bool:
-        """Write a choice of a pass: `last`, after all that it read, or a second digit `first` in place of the guessed
-        point, which then has to be taken back: True.
-        """
+        """Write what a pass chose: `last`, or a second digit `first` in place of the guessed point: take that back."""
         if rejected := self.guessed and first != ".":
             self.choose(first)
         elif self.pending:
@@ -120,8 +118,8 @@ class _Row:
 def _packed(grammar: Grammar, rows: list[_Row], device: torch.device) -> tuple[Tensor, ...]:
     """The input of one pass, in a single copy to the device, so that a GPU does not have to wait.
 
-    Returns ids (B, T), padded at the end; real (B, T), 0 on padding; the index of the last real token (B, 1); 1 where
-    that token is a guessed point (B, 1); and the random numbers for the choices after the first and the last (B, 2).
+    Ids (B, T), padded at the end; real (B, T), 0 on padding; the index of the last real token (B, 1); 1 where that is
+    a guessed point (B, 1); the numbers of the choices after the first token and after the last (B, 2).
     """
     width = max(len(row.pending) for row in rows)
     packed = [

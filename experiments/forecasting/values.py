@@ -157,9 +157,8 @@ class NumberForecaster(SeriesForecaster):
     def continued(self, arrays, horizon, quantiles, context, progress) -> Forecast:
         """`forecast`; `values` are medians.
 
-        Values may be missing (NaN). Quantiles beyond 0.1 and 0.9 are extrapolated by a normal distribution. The newest
-        512 time steps are read, the last number of STRIDES. A zero-shot forecast moves with its series if that is
-        shifted or multiplied by a positive number, up to rounding.
+        Values may be missing (NaN). Quantiles beyond 0.1 and 0.9 are extrapolated by a normal distribution. A zero-shot
+        forecast moves with its series if that is shifted or multiplied by a positive number, up to rounding.
         """
         reading = self.trained.reading if self.trained else None
         names = {*reading.near, *reading.far} if reading else {ZERO_SHOT}
@@ -180,8 +179,7 @@ class NumberForecaster(SeriesForecaster):
     ) -> dict[str, np.ndarray]:
         """What forecasts are made of, by name: quantiles (N, Q, h, D) of the decoders, (N, 1, h, D) of baselines.
 
-        At least one is of a decoder. reading: how the fine-tuned one reads. Raises SeriesError for a variable without
-        values.
+        At least one is of a decoder. reading: how the fine-tuned one reads. Raises SeriesError for what has no values.
         """
         found, names = {}, set(names)
         # what follows the last value is forecast, too, where it is missing
@@ -212,11 +210,7 @@ class NumberForecaster(SeriesForecaster):
         }
 
     def _evened(self, array: np.ndarray) -> np.ndarray:
-        """A series (T, D) whose variables begin and end together.
-
-        One that begins late has its first value before that. One that ends early is continued by its own forecast, or
-        by its last value where that is long ago.
-        """
+        """A series (T, D) whose variables begin and end together: with their first value, and their own forecasts."""
         if np.isfinite(array[[0, -1]]).all():
             return array
         array = array.copy()
@@ -275,9 +269,7 @@ def since_gap(array: np.ndarray) -> np.ndarray:
 
 
 def is_foreign(array: np.ndarray, reading: Reading) -> bool:
-    """True for a series (T, D) that is on another scale than the data of a fine-tuning: for logarithms, negative or far
-    below; else far from the data's mean, or always next to it.
-    """
+    """True for a series (T, D) on another scale than a fine-tuning, or negative where that reads logarithms."""
     scale, array = Scale.recorded(reading), array[np.isfinite(array).any(axis=1)][-reading.context :]
     if scale is None:
         return False

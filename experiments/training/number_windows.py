@@ -45,10 +45,7 @@ def number_step(model: Numbers, series: int, variables: int, tokens: int, masked
 
 
 def counts_after(stop: Tensor, ends: Tensor) -> Tensor:
-    """The weight (..., T) of tokens at `ends` (T) of a series that its values before `stop` normalise.
-
-    These tell earlier tokens of their future; later ones count the less the farther they are.
-    """
+    """The weight (..., T) of tokens at `ends` (T): what normalises, before `stop`, tells of their future."""
     return torch.where(ends >= stop, (stop / ends.clamp(min=1)).sqrt(), 0.1)
 
 

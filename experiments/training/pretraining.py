@@ -112,11 +112,7 @@ class SyntheticWindows(Windows):
         return x, seen, (together | (rng.random(kind.groups) < 0.15)).astype(np.float32)
 
     def loss(self, rows: Tensor) -> Tensor:
-        """The mean pinball loss of a step.
-
-        A random prefix normalises each series, as a context does in a forecast. Tokens within it hardly count, because
-        its statistics tell them of their future, and later ones the less the farther they are from it.
-        """
+        """The mean pinball loss of a step. A random prefix normalises each series, as a context does in a forecast."""
         kind, rng = self.kind(int(rows))
         x, seen, together = map(torch.from_numpy, self.draw(int(rows), kind, rng))
         prefix = np.exp(rng.uniform(np.log(kind.shortest), np.log(kind.length), (kind.groups, 1, 1))).astype(int)

@@ -44,8 +44,7 @@ class TextTuning:
     ):
         """context: time steps that are read before a forecast; None: those that make windows of WINDOW_TOKENS.
 
-        samples: paths of each held-out forecast; 0: its likeliest path. The settings are those of `Training`, by
-        default DEFAULTS, with TINY_RATE for the embedded checkpoint. Raises TrainingError.
+        samples: paths of each held-out forecast; 0: its likeliest path. settings: of `Training`. Raises TrainingError.
         """
         if samples < 0:
             raise TrainingError(f"samples is {samples}, expected at least 0")

@@ -1,7 +1,4 @@
-"""Pretrain the embedded checkpoint that writes text: a small Qwen2.5 that has read no predators and prey.
-
-Shapes: n series, T = 100 time steps, 2 variables.
-"""
+"""Pretrain the embedded checkpoint that writes text, on n series of T = 100 time steps and 2 variables."""
 
 from dataclasses import replace
 from pathlib import Path

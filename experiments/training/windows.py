@@ -84,8 +84,7 @@ def cut_tokens(token_lists: Sequence[list[int]], settings: Training) -> Cuts:
 def cut_series(series: Sequence[np.ndarray], context: int, horizon: int, tokenizer: Tokenizer, length: int) -> Cuts:
     """Windows of context and forecast that start at every time step of series (T, D), as at most `length` tokens.
 
-    Each is written in the encoding that is fitted to its context; what follows is cut to the numbers that this can
-    write. A series that is shorter than a window is one window.
+    Each is written in the encoding that is fitted to its context; what follows is cut to what this can write.
     """
 
     def cut(number: int, start: int) -> list[int]:
