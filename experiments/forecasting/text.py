@@ -154,7 +154,7 @@ class TextForecaster(SeriesForecaster):
             before, after = len(np.unique(values)), len(np.unique(texts))
             if after < min(MIN_DISTINCT, before / 2):
                 told = f"{before} different values become {after} with {encoding.decimals} decimals"
-                what = "remove outliers, or use a model for more decimals or these units"
+                what = "remove outliers, or use a model for these units"
                 concerns["coarse"].append(f"series {number}, variable {variable}: {told}; {what}")
         return _Prompt(tokens, encoding, may_be_wide(scaled).tolist())
 

@@ -130,7 +130,7 @@ class Finetuning:
             "horizon": self.tuning.horizon,
             "context": self.tuning.context,
             "settings": json.loads(json.dumps(asdict(self.tuning.settings))),
-            **self.tuning.identity,
+            "samples": self.tuning.samples,
             "season": self.season,
             "checkpoint_sha256": self.trained.checkpoint_sha256,
             "device": weight.device.type,

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import product
-from typing import ClassVar
 
 import numpy as np
 from scipy.special import stdtrit
@@ -108,7 +107,6 @@ class NumberTuning:
     unit = "standard deviations"
     most_checked = None
     samples = 0
-    identity: ClassVar[dict] = {}  # what decides the result, besides the settings
 
     def __init__(
         self,
@@ -127,7 +125,6 @@ class NumberTuning:
         longest = max(map(len, series))
         ahead = min(horizon, AHEAD, longest // 2)
         self.series = [one for one in series if len(one) >= ahead + MIN_STEPS]
-        self.too_short = len(series) - len(self.series)
         if not self.series:
             told = f"the longest series to train on has {longest} time steps"
             raise TrainingError(f"{told}, expected {2 * MIN_STEPS} or more")
@@ -142,14 +139,11 @@ class NumberTuning:
         # FLOPs of a step, as it runs
         self.cost = number_step(model, chosen.batch, variables, tokens) + muon_flops(matrices)
         self.forecaster, self.horizon = forecaster, horizon
-
-    @property
-    def told(self) -> str:
-        scale = "each context by its own scale"
-        if self.reading.mean is not None:
-            scale = f"one scale for all{', of logarithms' if self.reading.offset else ''}"
-        short = f"; {self.too_short} series are too short to train on" if self.too_short else ""
-        return f"{self.settings.context} tokens of up to {self.context} time steps of a series; {scale}{short}"
+        scale = f"one scale for all{', of logarithms' if self.reading.offset else ''}"
+        scale = "each context by its own scale" if self.reading.mean is None else scale
+        too_short = len(series) - len(self.series)
+        short = f"; {too_short} series are too short to train on" if too_short else ""
+        self.told = f"{tokens} tokens of up to {self.context} time steps of a series; {scale}{short}"
 
     def begin(self) -> None:
         """Train a copy of the model; the pretrained one stays a part of the forecasts."""

@@ -66,7 +66,6 @@ class TextTuning:
         self.cost = step_flops(forecaster.model.config, self.settings, len(numbers) if numbers else None)
         self.told = f"{len(self.cuts)} window{'s' * (len(self.cuts) != 1)} of {length} tokens"  # what is read
         self.forecaster, self.horizon, self.context, self.samples = forecaster, horizon, context, samples
-        self.identity = {"samples": samples}  # what decides the result, besides the settings
 
     def begin(self) -> None:
         """Read and write numbers as the training will."""
