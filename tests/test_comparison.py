@@ -40,7 +40,7 @@ def test_the_comparison_matches_its_runs_and_names_what_it_leaves_out(results, c
     (results / "no-baselines" / "baselines.json").unlink()
     (results / "mine").mkdir()  # a fine-tuning that was killed before its first check
     (results / "mine" / "plan.json").write_text('{"identity": {"variables": ["a"]}}')
-    status, _, err = command("compare", results)
+    status, _, err = command("report", results)
     page = (results / "comparison.md").read_text()
     assert (status, [line.split(": ")[1] for line in err.splitlines()]) == (0, ["mine", "no-baselines", "quick"])
     assert "Left out: quick: other data_sha256 than frontier\n" in page
