@@ -34,7 +34,6 @@ class Run:
 
     folder: Path
     plan: records.PlanRecord
-    example: records.Example
     baselines: dict[str, dict[str, Scores]]  # by name and split
     contexts: dict[str, list[records.Context]]  # by split
     spent: int  # FLOPs, from the ledger
@@ -112,7 +111,6 @@ def load_run(folder: Path) -> Run:
     run = Run(
         folder,
         read(folder / "plan.json", records.PlanRecord),
-        read(folder / "example.json", records.Example),
         read(folder / "baselines.json", dict[str, dict[str, Scores]]),
         {split: read_lines(folder / f"{split}.jsonl", records.Context) for split in SPLITS},
         sum(line.flops * line.steps for line in read_ledger(folder / "ledger.jsonl")),

@@ -79,16 +79,6 @@ class Debit:
 
 
 @dataclass(frozen=True)
-class Example:
-    """example.json: the beginning of a series, as text and as tokens."""
-
-    text: str
-    tokens: list[int]
-    num_characters: int
-    num_tokens: int
-
-
-@dataclass(frozen=True)
 class Context:
     """A line of val.jsonl or test.jsonl: a sequence in scaled units."""
 

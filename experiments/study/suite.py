@@ -117,17 +117,10 @@ class Suite:
         return self.folder / "experiments" / name
 
     def _write_shared(self) -> None:
-        """Write the files that all experiments share, if one is missing: an example (section 3.2.5), contexts with
-        truth, baselines.
-        """
-        shared = ("example.json", "val.jsonl", "test.jsonl", "baselines.json")
-        if all((self.folder / name).exists() for name in shared):
+        """Write the files that all experiments share, if one is missing: contexts with truth, baselines."""
+        if all((self.folder / name).exists() for name in ("val.jsonl", "test.jsonl", "baselines.json")):
             return
         judge = self.judge
-        text = judge.encoding.encode(judge.series["train"][1])
-        tokens = judge.tokenizer.encode(text)
-        example = {"text": text[:40], "tokens": tokens[:20], "num_characters": len(text), "num_tokens": len(tokens)}
-        write_whole(self.folder / "example.json", to_json(example))
         train = judge.scaled("train").round(judge.encoding.decimals)
         with progress_bar(gru.STEPS, "GRU, a baseline") as bar:
             network = gru.load_or_fit(train, judge.seed, bar.update)
