@@ -86,7 +86,7 @@ def test_constrained_forecasts_are_whole_and_have_the_same_losses(tiny, series, 
     np.testing.assert_allclose(alone.values / ENCODING.scale, constrained.values, rtol=1e-6)
     np.testing.assert_allclose(forecaster.nats_per_value(series[:, :20], series[:, 20:23]), free.nats, rtol=1e-4)
     truth = ENCODING.scaled(series)[:, 20:27].astype(float)
-    found_metrics = metrics(constrained, truth, truth[:, 0], ENCODING.scale, horizon=3)
+    found_metrics = metrics(constrained, truth, truth[:, 0], horizon=3)
     assert len(found_metrics["all"]["mse_by_horizon"]) == 3
     assert len(found_metrics["long"]["mse_by_horizon"]) == 7
     assert "free_loss" not in found_metrics["all"]

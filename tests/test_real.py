@@ -24,7 +24,7 @@ def test_the_untrained_model_forecasts_and_a_few_steps_improve_it(real_checkpoin
 
     def judged():
         found = evaluate(model, tokenizer, encoding, series, 70, 10)
-        return metrics(found, truth, fallback, encoding.scale, 10)["first"]
+        return metrics(found, truth, fallback, 10)["first"]
 
     before = judged()
     assert before["sequences"] == 3

@@ -53,19 +53,18 @@ def assert_same(kept: object, found: object, rel: float, place: str = "") -> Non
 def test_metrics_are_those_of_the_forecasts(path):
     """The digits that forecasts and contexts are written with decide how well they agree."""
     folder = path.parents[1]
-    scale = json.loads((folder / "plan.json").read_text())["identity"]["encoding"]["scale"]
     for split, kept in json.loads((path / "metrics.json").read_text()).items():
         held = lines(path / f"forecasts.{split}.jsonl")
         forecast = np.array([line["forecast"] for line in held], float)
         context, truth = (array[: len(held)] for array in contexts(folder, split))
         fallback, near = context.mean(axis=1), truth[:, :HORIZON]
-        found = method_errors(forecast, truth, fallback, scale, HORIZON)
+        found = method_errors(forecast, truth, fallback, HORIZON)
         each = found.pop("mse_each")
         assert_same([line["mse"] for line in held], each, 0.05, path.name)
         if "probabilistic" in kept:
             samples = np.array([line["samples"] for line in lines(path / f"samples.{split}.jsonl")])
             found["probabilistic"] = probabilistic(samples, near)
-            found["mean_of_samples"] = method_errors(samples.mean(axis=1), near, fallback, scale, HORIZON)
+            found["mean_of_samples"] = method_errors(samples.mean(axis=1), near, fallback, HORIZON)
         assert_same(kept, found, 0.005, f"{path.name} {split}")
         if "exact" in kept:
             assert_same(kept["exact"], of_each(kept["exact"]["mse_each"]), 0.001, f"{path.name} {split} exact")

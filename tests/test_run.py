@@ -334,7 +334,6 @@ def test_experiments_beyond_the_report_are_shown_at_full_length(small_plan, monk
     assert run.main(words) == 0
     markdown = (tmp_path / "report.md").read_text()
     assert "Settings: rank 2, learning_rate 0.001, context 768" in markdown
-    assert "all: sum" not in markdown  # next to the cost of the study's whole suite
     assert (tmp_path / "figures" / "losses-frontier.png").exists()
     # two samples are too few for both intervals, whose columns are left out
     header = next(line for line in markdown.splitlines() if line.startswith("| method | samples |"))

@@ -8,14 +8,13 @@ def test_errors_by_hand():
     truth = np.zeros((2, 2, 2))
     fallback = np.array([[2.0, 4.0], [1.0, 1.0]])
     values = np.array([[[1.0, np.nan], [3.0, 0.0]], [[np.nan, np.nan], [np.nan, np.nan]]])
-    got = errors(values, truth, fallback, scale=2.0)
+    got = errors(values, truth, fallback)
     assert got["mse_filled"] == pytest.approx((1 + 16 + 9 + 0 + 4 * 1) / 8)
-    assert (got["malformed_values"], got["sequences_without_forecast"], got["sequences"]) == (5, 1, 2)
+    assert (got["malformed_values"], got["sequences"]) == (5, 2)
     assert got["mse"] == got["mse_median"] == pytest.approx(10 / 3)
     assert got["mae"] == pytest.approx(4 / 3)
-    assert got["mse_populations"] == pytest.approx(40 / 3)
     assert got["mse_by_horizon"] == pytest.approx([1.0, 4.5])
-    assert errors(np.full((1, 2, 2), np.nan), truth[:1], fallback[:1], 1.0)["mse"] is None
+    assert errors(np.full((1, 2, 2), np.nan), truth[:1], fallback[:1])["mse"] is None
 
 
 def test_the_interval_covers_the_mean_of_skewed_values():
@@ -39,7 +38,7 @@ def test_intervals_of_few_or_equal_values_and_of_errors_which_are_not_negative()
     forecast[0] = 1.0
     low, high = mean_interval((forecast**2).mean((1, 2)))
     assert low < 0  # of ten numbers whose mean could be anything
-    assert errors(forecast, np.zeros_like(forecast), np.zeros((10, 1)), 1.0)["mse_interval"] == [0.0, high]
+    assert errors(forecast, np.zeros_like(forecast), np.zeros((10, 1)))["mse_interval"] == [0.0, high]
 
 
 def test_crps_by_its_definition():

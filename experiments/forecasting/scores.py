@@ -121,8 +121,8 @@ def squared_errors(forecast: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return _known_mean((forecast - truth) ** 2, (1, 2))
 
 
-def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale: float) -> dict:
-    """MSE and MAE of forecast (N, h, D) against truth (N, h, D), both scaled; as `populations` in units of the data.
+def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray) -> dict:
+    """MSE and MAE of forecast (N, h, D) against truth (N, h, D), both scaled, over the well-formed values.
 
     Each sequence contributes the mean over its well-formed values; if there are none at all, `mse` is None and the
     means below it are absent. In `mse_filled` the fallback (N, D), the mean of the context, replaces missing values.
@@ -136,7 +136,6 @@ def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale:
         "mse_filled": float(((filled - truth) ** 2).mean()),
         "sequences": len(forecast),
         "malformed_values": int(malformed.sum()),
-        "sequences_without_forecast": int((~has_forecast).sum()),
     }
     if not has_forecast.any():
         return result | {"mse": None}
@@ -147,18 +146,16 @@ def errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale:
         "mse_interval": interval and [max(0.0, bound) for bound in interval],  # errors are never negative
         "mse_median": float(np.median(squared)),
         "mae": float(absolute.mean()),
-        "mse_populations": float(squared.mean() * scale**2),
-        "mae_populations": float(absolute.mean() * scale),
         "mse_by_horizon": plain(_known_mean(error**2, (0, 2))),
     }
 
 
-def method_errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:
+def method_errors(forecast: np.ndarray, truth: np.ndarray, fallback: np.ndarray, horizon: int) -> dict:
     """`errors` over the first `horizon` steps, by part of the split, over all steps (`long`), and of each sequence."""
     near, true = forecast[:, :horizon], truth[:, :horizon]
-    found = {part: errors(near[rows], true[rows], fallback[rows], scale) for part, rows in SPLIT_PARTS.items()}
+    found = {part: errors(near[rows], true[rows], fallback[rows]) for part, rows in SPLIT_PARTS.items()}
     if forecast.shape[1] > horizon:
-        found["long"] = errors(forecast, truth, fallback, scale)
+        found["long"] = errors(forecast, truth, fallback)
     return found | {"mse_each": plain(squared_errors(near, true).round(8))}
 
 

@@ -18,18 +18,13 @@ from experiments.study.records import Errors, Metrics, Scores
 Rows = Mapping[str, Mapping[str, Any]]
 Methods = dict[str, dict[str, Scores]]  # by name and split
 
-SHOWN_STEPS = (1, 2, 5, 10, 20, 30)  # forecast steps
-MOST_CURVES = 3  # of ours in a figure; the table next to it has all
+MOST_CURVES = 3  # of ours in a figure
 OTHER_ERRORS = {  # by title; columns of nothing but 0 are left out
-    "sequences": "sequences",
     "MAE": "mae",
-    "MSE, populations": "mse_populations",
-    "MAE, populations": "mae_populations",
     "free loss": "free_loss",
     "forced loss": "forced_loss",
     "nats per value": "nats_per_value",
     "malformed values": "malformed_values",
-    "without forecast": "sequences_without_forecast",
     "unscored tokens": "unscored_tokens",
 }
 
@@ -74,16 +69,6 @@ def long_errors(run: Run) -> dict[str, Errors]:
     """The test errors of the baselines and the judged experiments over the long horizon, where they are known."""
     errors = {name: run.tests[name].long or run.tests[name].all for name in [*run.baselines, *run.judged]}
     return {name: one for name, one in errors.items() if one.mse_by_horizon}
-
-
-def by_step(run: Run) -> Rows:
-    """The errors of `long_errors` at some steps, and their mean."""
-    rows = {}
-    for name, errors in long_errors(run).items():
-        curve = errors.mse_by_horizon or []
-        rows[name] = {f"step {step}": curve[step - 1] for step in SHOWN_STEPS if step <= len(curve)}
-        rows[name][f"mean of {len(curve)}"] = errors.mse
-    return rows
 
 
 def samples(run: Run) -> Rows:
@@ -139,18 +124,6 @@ def costs(experiments: Mapping[str, Result], conventions: Iterable[str]) -> Rows
         }
         for name, one in experiments.items()
     }
-
-
-def compute(run: Run) -> Rows:
-    """The costs of a run, and the sums of the study's sections in it with those that the study published."""
-    rows = dict(costs(run.experiments, run.plan.conventions))
-    planned = {one.section for one in run.plan.identity.experiments}
-    for title, (sections, log10) in published.SECTIONS.items():
-        if planned >= sections:
-            parts = [one for one in run.trained().values() if one.section in sections]
-            ours = {name: flops(sum(one.flops[name] for one in parts)) for name in run.plan.conventions}
-            rows[f"{title}: sum"] = ours | {"published by the study": flops(10**log10)}
-    return rows
 
 
 def published_next_to(metrics: Mapping[str, Metrics], names: Iterable[str] = published.VALIDATION) -> Rows:

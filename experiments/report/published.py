@@ -25,10 +25,3 @@ VALIDATION: Published = {
 }
 TEST: Published = {"final": (0.0071, 1.9080, 16.35)}
 ERRORS = {"val": VALIDATION, "test": TEST}
-SECTIONS = {  # log10 FLOPs of the trainings of sections
-    "trial": ({"6.2"}, 15.38),
-    "grid": ({"6.3"}, 16.64),
-    "context lengths": ({"6.4"}, 16.13),
-    "final": ({"6.5"}, 16.35),
-    "all": ({"6.2", "6.3", "6.4", "6.5"}, 16.91),
-}

@@ -197,12 +197,12 @@ def evaluate(
     return Evaluation.join(resumable(state, series, BATCH, Evaluation, make, fits))
 
 
-def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, scale: float, horizon: int) -> dict:
+def metrics(evaluation: Evaluation, truth: np.ndarray, fallback: np.ndarray, horizon: int) -> dict:
     """`scores.method_errors` with the losses of each part; `mse_each` stands with the forecasts.
 
     `unscored_tokens` counts the target tokens without a free loss: the text ended earlier.
     """
-    result = method_errors(evaluation.values, truth, fallback, scale, horizon)
+    result = method_errors(evaluation.values, truth, fallback, horizon)
     del result["mse_each"]
     for name, rows in SPLIT_PARTS.items():
         free, forced = evaluation.free_losses[rows], evaluation.forced_losses[rows]

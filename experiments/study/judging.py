@@ -77,7 +77,7 @@ class Judge:
                 state=path / f"forecasts.{split}.state.json",
                 progress=bar.update,
             )
-        results = metrics(found, truth, fallback, self.scale, HORIZON)
+        results = metrics(found, truth, fallback, HORIZON)
         columns = {
             "id": self.ids[split],
             "text": found.texts,
@@ -92,7 +92,7 @@ class Judge:
         if draws and split == "test":
             drawn = self._drawn(split, path / f"samples.{split}.state.json")
             results["probabilistic"] = scores.probabilistic(drawn, near)
-            results["mean_of_samples"] = scores.method_errors(drawn.mean(axis=1), near, fallback, self.scale, HORIZON)
+            results["mean_of_samples"] = scores.method_errors(drawn.mean(axis=1), near, fallback, HORIZON)
             columns["quantiles"] = [*zip(*(self._quantile(drawn, level) for level in scores.QUANTILES), strict=True)]
             write_whole(path / f"samples.{split}.jsonl", to_json_lines({"id": self.ids[split], "samples": drawn}))
         write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(columns))
@@ -137,8 +137,8 @@ def judge_numbers(forecaster: NumberForecaster, judge: Judge, split: str, path: 
     exact = forecaster.forecast(context * scale, HORIZON).values / scale
     assert rounded.quantiles is not None  # they were asked for
     values, quantiles = rounded.values / scale, rounded.quantiles[:, :, :HORIZON] / scale
-    results = scores.method_errors(values, truth, fallback, scale, HORIZON)
-    results["exact"] = scores.method_errors(exact, near, fallback, scale, HORIZON)
+    results = scores.method_errors(values, truth, fallback, HORIZON)
+    results["exact"] = scores.method_errors(exact, near, fallback, HORIZON)
     columns = {
         "id": judge.ids[split],
         "forecast": values.round(4),

@@ -120,13 +120,10 @@ class Errors:
     mse_filled: float
     sequences: int
     malformed_values: int
-    sequences_without_forecast: int
     mse: float | None
     mse_interval: Interval | None = None
     mse_median: float | None = None
     mae: float | None = None
-    mse_populations: float | None = None
-    mae_populations: float | None = None
     mse_by_horizon: list[float | None] | None = None
     forced_loss: float | None = None
     nats_per_value: float | None = None
