@@ -34,18 +34,24 @@ def test_the_reports_that_come_with_the_project_match_their_files(results, name)
 
 
 def test_the_comparison_matches_its_runs_and_names_what_it_leaves_out(results, command):
-    assert write_comparison(results)[0].read_text() == (RESULTS / "comparison.md").read_text()
+    with pytest.warns(UserWarning, match="left out: quick"):
+        page = write_comparison(results)
+    assert page.read_text() == (RESULTS / "comparison.md").read_text()
     assert len(list(results.glob("*.png"))) == 3
     shutil.copytree(results / "trial", results / "no-baselines")
     (results / "no-baselines" / "baselines.json").unlink()
     (results / "mine").mkdir()  # a fine-tuning that was killed before its first check
     (results / "mine" / "plan.json").write_text('{"identity": {"variables": ["a"]}}')
+    plan = shutil.copytree(results / "frontier", results / "short") / "plan.json"
+    plan.write_text(plan.read_text().replace('"sequences": null', '"sequences": 10'))
     status, _, err = command("report", results)
-    page = (results / "comparison.md").read_text()
-    assert (status, [line.split(": ")[1] for line in err.splitlines()]) == (0, ["mine", "no-baselines", "quick"])
-    assert "Left out: quick: other data_sha256 than frontier\n" in page
-    assert "Left out: mine: a fine-tuning on series of its own\n" in page
-    assert "baselines.json: not a readable text file" in page
+    left_out = [line.removeprefix("warning: left out: ") for line in err.splitlines()]
+    assert (status, [line.split(": ")[0] for line in left_out]) == (0, ["mine", "no-baselines", "quick", "short"])
+    for reason in ("mine: a fine-tuning on series of its own", "quick: other data_sha256 than frontier",
+                   "short: other sequences than frontier"):  # fmt: skip
+        assert reason in left_out
+        assert f"Left out: {reason}\n" in page.read_text()
+    assert "baselines.json: not a readable text file" in page.read_text()
     assert [run.folder.name for run in load_runs(results)[0]] == [name for name in RUNS if name != "quick"]
 
 
@@ -53,7 +59,8 @@ def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
     drawn = {}
     monkeypatch.setattr(figures, "against_flops", lambda *given, others: drawn.setdefault(given[-1].stem, given))
     shutil.copytree(results / "frontier", results / "zzz")
-    write_comparison(results)
+    with pytest.warns(UserWarning, match="left out: quick"):
+        write_comparison(results)
     path = results / "frontier" / "experiments" / "frontier"
     flops = json.loads((path / "settings.json").read_text())["flops"]
     metrics = json.loads((path / "metrics.json").read_text())
@@ -71,14 +78,6 @@ def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
         assert points["frontier, mean of 20 samples"] == [(flops[convention], errors["mse_filled"], *bar)] * 2
     published = drawn["val-first-by-flops"][0]["published"]
     assert {(10**15.68, *[0.0071] * 3), (10**16.35, *[0.0021] * 3)} < {*published}
-
-
-def test_runs_on_other_sequences_are_not_compared(results):
-    plan = shutil.copytree(results / RUNS[0], results / "zzz") / "plan.json"
-    held = json.loads(plan.read_text())
-    held["identity"]["sequences"] = 10
-    plan.write_text(json.dumps(held))
-    assert write_comparison(results)[1]["zzz"] == f"other sequences than {RUNS[0]}"
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, refused):

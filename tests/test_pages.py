@@ -46,8 +46,6 @@ def folder(tmp_path) -> Path:
     (tmp_path / "forecasts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "losses.csv").write_text("step,loss\n0,1.5\n1,0.5\n")
     (tmp_path / "held_out.csv").write_text("steps,loss\n0,2.0\n2,1.0\n")
-    steps = [{"experiment": "finetune", "step": step, "flops": 10} for step in range(2)]
-    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     return tmp_path
 
 
@@ -78,7 +76,9 @@ def test_the_page_tells_which_forecasts_it_draws_and_what_the_model_read(folder,
     drawn = []
     plain = figures._save
     monkeypatch.setattr(figures, "_save", lambda figure, path: (drawn.append(figure), plain(figure, path)))
+    settings = dict(matplotlib.rcParams)
     text = write_report(folder).with_suffix(".md").read_text()
+    assert dict(matplotlib.rcParams) == settings  # those of the caller
     written = contents(folder, "**/*")
     write_report(folder)
     assert contents(folder, "**/*") == written  # the same numbers give the same files
@@ -87,20 +87,6 @@ def test_the_page_tells_which_forecasts_it_draws_and_what_the_model_read(folder,
     assert "US$ % AU$" in drawn[0].axes[0].get_ylabel()  # no formula: `drawn` was written with these dollars
     assert 2 * text.count("![") == len(drawn) == 6
     assert drawn[2].axes[0].get_ylabel() == "held-out loss (standard deviations)"
-
-
-def test_an_unfinished_fine_tuning_is_drawn_as_far_as_it_is(folder):
-    (folder / "metrics.json").unlink()
-    settings = dict(matplotlib.rcParams)
-    text = write_report(folder).with_suffix(".md").read_text()
-    assert "Not finished: 2 steps trained, which cost 20 FLOPs." in text
-    assert text.count("![") == 2
-    assert dict(matplotlib.rcParams) == settings
-    for name in ("losses.csv", "held_out.csv", "ledger.jsonl", "forecasts.jsonl"):
-        (folder / name).unlink()
-    text = write_report(folder).with_suffix(".md").read_text()
-    assert "Not finished: 0 steps trained" in text
-    assert "![" not in text
 
 
 def test_files_of_a_fine_tuning_that_do_not_agree_are_named(folder):

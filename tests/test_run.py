@@ -232,7 +232,7 @@ def test_a_finished_run_is_not_run_again_and_has_the_same_page_with_a_shortened_
     small_plan, copied, small_data, command, refused, monkeypatch, capsys
 ):
     before = (copied / "report.md").read_bytes()
-    assert "--shorten takes the folder of one run" in refused("report", copied.parent, "--shorten")
+    assert "ledger.jsonl: not a readable" in refused("report", copied.parent, "--shorten")
     assert command("report", copied, "--shorten")[0] == 0
     lines = read_lines(copied / "ledger.jsonl")
     assert [line["steps"] for line in lines] == [2, 2, 2, 2, 2, 6, 3]

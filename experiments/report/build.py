@@ -5,6 +5,7 @@ figures look like. No name from a file can become markup: HTML is escaped by jin
 """
 
 import re
+import warnings
 from base64 import b64encode
 from collections.abc import Mapping
 from functools import cache
@@ -20,7 +21,7 @@ from experiments.storage.files import write_whole
 
 
 def write_report(folder: Path) -> Path:
-    """Write figures, report.md and report.html into a run folder or the folder of a fine-tuning, finished or not.
+    """Write figures, report.md and report.html into a run folder, finished or not, or that of a finished fine-tuning.
 
     Returns the path of report.html. Raises RunError when the folder holds neither, or a damaged file.
     """
@@ -35,12 +36,14 @@ def write_report(folder: Path) -> Path:
     return pages[-1]
 
 
-def write_comparison(folder: Path) -> tuple[Path, dict[str, str]]:
-    """Write comparison.md and its figures into a folder of run folders.
+def write_comparison(folder: Path) -> Path:
+    """Write comparison.md, whose path is returned, and its figures into a folder of run folders.
 
-    Returns the path of comparison.md, and the reason for each folder that was left out. Raises RunError as `load_runs`.
+    Raises RunError as `load_runs`, and warns of each folder that is left out.
     """
     runs, left_out = load_runs(folder)
+    for name, reason in left_out.items():
+        warnings.warn(f"left out: {name}: {reason}", stacklevel=2)
     experiments = {  # by a name that is unique among all runs
         name if name == run.folder.name else f"{run.folder.name}: {name}": experiment
         for run in runs
@@ -53,7 +56,7 @@ def write_comparison(folder: Path) -> tuple[Path, dict[str, str]]:
         kinds[kind] = {name: one for name, one in methods_of(found).items() if not name.endswith(EXACT)}
     values = {"title": "Comparison of runs", "verdict": verdict_of(kinds)}
     write_pages([page], "comparison", runs=runs, left_out=left_out, experiments=experiments, **values)
-    return page, left_out
+    return page
 
 
 def verdict_of(kinds: Mapping[str, contents.Methods]) -> str:

@@ -1,4 +1,4 @@
-"""The page of a fine-tuning on a user's series, finished or not, from the files of its folder; no model is loaded.
+"""The page of a finished fine-tuning on a user's series, from the files of its folder; no model is loaded.
 
 M held-out forecasts, h forecast steps, D variables.
 """
@@ -11,10 +11,9 @@ import numpy as np
 
 from experiments.forecasting.scores import paired
 from experiments.report import figures
-from experiments.report.results import read_ledger
 from experiments.report.words import bracket, counted, factor, number, percent
 from experiments.storage.files import RunError
-from experiments.storage.records import Interval, Matrix, Vector, read, read_columns, read_lines
+from experiments.storage.records import Interval, Matrix, Positive, Vector, read, read_columns, read_lines
 from experiments.study.records import read_losses
 
 METHODS = {"before": "before the fine-tuning", "after": "after the fine-tuning"}
@@ -40,7 +39,7 @@ class Metrics:
     series: list[int]  # the number of each forecast's series
     groups: list[int]  # the same, or that of its dates, where series have the same
     samples: int
-    steps: int
+    steps: Positive
     best_step: int
     held_out_before: float
     held_out_after: float
@@ -94,32 +93,31 @@ class Plan:
 
 
 def page(folder: Path) -> dict[str, Any]:
-    """What `write_pages` takes, of an unfinished fine-tuning as far as it is. Raises RunError for damage."""
-    plan, ledger = read(folder / "plan.json", Plan), read_ledger(folder / "ledger.jsonl")
-    variables, steps = plan.identity.variables, sum(line.steps for line in ledger)
-    values: dict[str, Any] = {"metrics": None, "verdict": None, "losses": [], "checks": ([], [])}
-    if finished := (folder / "metrics.json").exists():
-        metrics, lines = read(folder / "metrics.json", Metrics), read_lines(folder / "forecasts.jsonl", Line)
-        widths = {len(one.mae) for one in metrics.errors.values()} | {line.truth.shape[1] for line in lines}
-        if widths != {len(variables)} or len(lines) != len(metrics.series):
-            raise RunError(f"{folder}: its files do not agree on the variables or on the number of forecasts")
-        steps, rows = metrics.steps, {}
-        for name, error in sorted(metrics.errors.items(), key=lambda named: named[1].rmse):
-            absolute = {f"MAE, {variable}": mae for variable, mae in zip(variables, error.mae, strict=True)}
-            rows[METHODS.get(name, name)] = {"RMSE": error.rmse, "interval": error.interval} | absolute
-        drawn = [  # the first, the middle and the last
-            figures.Fan(f"forecast {row + 1}", one.context, one.after, one.truth, one.band)
-            for row, one in enumerate(lines)
-            if row in (0, len(lines) // 2, len(lines) - 1)
-        ]
-        values |= {"metrics": metrics, "verdict": verdict(metrics), "lines": lines, "rows": rows, "drawn": drawn}
-    if finished or (folder / "losses.csv").exists():
-        values["losses"] = read_losses(folder / "losses.csv", steps)
-    if finished or (folder / "held_out.csv").exists():
-        values["checks"] = read_columns(folder / "held_out.csv", "steps", "loss")
-    title = f"Run {folder.resolve().name}: a fine-tuning on {plan.title}"
-    spent = sum(line.flops * line.steps for line in ledger)
-    return values | {"title": title, "plan": plan, "steps": steps, "spent": spent}
+    """What `write_pages` takes. Raises RunError for a fine-tuning that is not finished, or damaged."""
+    plan, metrics = read(folder / "plan.json", Plan), read(folder / "metrics.json", Metrics)
+    lines, variables = read_lines(folder / "forecasts.jsonl", Line), plan.identity.variables
+    widths = {len(one.mae) for one in metrics.errors.values()} | {line.truth.shape[1] for line in lines}
+    if widths != {len(variables)} or len(lines) != len(metrics.series):
+        raise RunError(f"{folder}: its files do not agree on the variables or on the number of forecasts")
+    rows = {}
+    for name, error in sorted(metrics.errors.items(), key=lambda named: named[1].rmse):
+        absolute = {f"MAE, {variable}": mae for variable, mae in zip(variables, error.mae, strict=True)}
+        rows[METHODS.get(name, name)] = {"RMSE": error.rmse, "interval": error.interval} | absolute
+    drawn = [
+        figures.Fan(f"forecast {row + 1}", lines[row].context, lines[row].after, lines[row].truth, lines[row].band)
+        for row in sorted({0, len(lines) // 2, len(lines) - 1})
+    ]
+    return {
+        "title": f"Run {folder.resolve().name}: a fine-tuning on {plan.title}",
+        "verdict": verdict(metrics),
+        "plan": plan,
+        "metrics": metrics,
+        "lines": lines,
+        "rows": rows,
+        "drawn": drawn,
+        "losses": read_losses(folder / "losses.csv", metrics.steps),
+        "checks": read_columns(folder / "held_out.csv", "steps", "loss"),
+    }
 
 
 def verdict(metrics: Metrics) -> str:

@@ -108,12 +108,14 @@ def load_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
 
 def load_run(folder: Path) -> Run:
     """Read a run folder. Raises RunError when a file of it is missing or damaged."""
+    ledger = folder / "ledger.jsonl"
+    debits = read_lines(ledger, records.Debit, grows=True) if ledger.exists() else []
     run = Run(
         folder,
         read(folder / "plan.json", records.PlanRecord),
         read(folder / "baselines.json", dict[str, dict[str, Scores]]),
         {split: read_lines(folder / f"{split}.jsonl", records.Context) for split in SPLITS},
-        sum(line.flops * line.steps for line in read_ledger(folder / "ledger.jsonl")),
+        sum(line.flops * line.steps for line in debits),
         read(folder / "status.json", records.Status),
     )
     if not run.baselines:
@@ -154,22 +156,16 @@ def _read_result(path: Path, run: Run, most: int | None) -> Result:
     return Result(**vars(settings), metrics=metrics, seconds=seconds, forecasts=forecasts, losses=losses)
 
 
-def read_ledger(path: Path) -> list[records.Debit]:
-    """The lines of a ledger; none without a file. Raises RunError."""
-    return read_lines(path, records.Debit, grows=True) if path.exists() else []
-
-
 def shorten_ledger(path: Path) -> None:
     """Replace the lines of successive steps at one price by one line. Raises RunError."""
     lines: list[records.Debit] = []
-    for line in read_ledger(path):
+    for line in read_lines(path, records.Debit, grows=True):
         last = lines[-1] if lines else line
         if (last.experiment, last.step + last.steps, last.flops) == (line.experiment, line.step, line.flops):
             lines[-1] = replace(last, steps=last.steps + line.steps)
         else:
             lines.append(line)
-    if lines:
-        write_whole(path, "".join(to_json(line, indent=None) for line in lines))
+    write_whole(path, "".join(to_json(line, indent=None) for line in lines))
 
 
 def is_fine_tuning(folder: Path) -> bool:
