@@ -59,7 +59,7 @@ NAMES = ["untrained", "trial", "grid-r2-lr0.001", "grid-r2-lr0.01", "context-32"
 def test_one_command_gives_a_finished_report(finished):
     log = finished.with_name("log").read_text()
     assert log.strip().endswith(f"report: {finished / 'report.html'}")
-    assert "Numbers has a smaller test error than " in log
+    assert "On 3 test sequences the mean squared error of numbers" in log
     assert "experiment 7 of 8: final\n" in log
     spent = Ledger(finished / "ledger.jsonl", budget=10**17).by_experiment()
     for name in (*NAMES, "numbers"):

@@ -7,7 +7,6 @@ figures look like. No name from a file can become markup: HTML is escaped by jin
 import re
 import warnings
 from base64 import b64encode
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,7 @@ def write_report(folder: Path) -> Path:
         write_pages(pages, "finetuned", **finetuned.page(folder))
     else:
         run = load_run(folder)
-        data = "predators and prey" if run.plan.data.startswith("simulated") else Path(run.plan.data).stem
-        title = f"Run {folder.resolve().name}: forecasts of {data}"
+        title = f"Run {folder.resolve().name}: forecasts of predators and prey"
         write_pages(pages, "run", title=title, verdict=verdict(run), run=run)
     return pages[-1]
 
@@ -49,25 +47,18 @@ def write_comparison(folder: Path) -> Path:
         for run in runs
         for name, experiment in run.experiments.items()
     }
-    page = folder / "comparison.md"
-    kinds = {"baselines": runs[0].baselines}
+    kinds, best = {"baselines": runs[0].baselines}, []
     for kind, is_text in (("decoders that read values", False), ("models that write text", True)):
-        found = {name: one for name, one in experiments.items() if one.is_text == is_text}
-        kinds[kind] = {name: one for name, one in methods_of(found).items() if not name.endswith(EXACT)}
-    values = {"title": "Comparison of runs", "verdict": verdict_of(kinds)}
-    write_pages([page], "comparison", runs=runs, left_out=left_out, experiments=experiments, **values)
-    return page
-
-
-def verdict_of(kinds: Mapping[str, contents.Methods]) -> str:
-    """The result of a comparison in words: the best of each kind of methods."""
-    best = []
+        kinds[kind] = methods_of({name: one for name, one in experiments.items() if one.is_text == is_text})
     for kind, methods in kinds.items():
-        errors = {name: by_split["test"].all.mse for name, by_split in methods.items() if "test" in by_split}
-        if known := {name: error for name, error in errors.items() if error is not None}:
-            name = min(known, key=known.__getitem__)
-            best.append(f"{name} ({words.number(known[name])}) of the {kind}")
-    return "The smallest mean squared errors on all test sequences: " + "; ".join(best) + "."
+        tests = {name: one["test"].all.mse for name, one in methods.items() if "test" in one}
+        if known := [(error, name) for name, error in tests.items() if error is not None and EXACT not in name]:
+            error, name = min(known)
+            best.append(f"{name} ({words.number(error)}) of the {kind}")
+    words_of_best = f"The smallest mean squared errors on all test sequences: {'; '.join(best)}."
+    values = {"title": "Comparison of runs", "verdict": words_of_best, "runs": runs, "left_out": left_out}
+    write_pages([page := folder / "comparison.md"], "comparison", experiments=experiments, **values)
+    return page
 
 
 def write_pages(paths: list[Path], template: str, **values: Any) -> None:
@@ -108,12 +99,11 @@ def verdict(run: Run) -> str | None:
     tests = run.tests
     name, ours = [*tests.items()][-1]
     best, theirs = min(((one, tests[one]) for one in run.baselines), key=lambda named: named[1].all.mse_filled)
-    subject = f"{name[0].upper()}{name[1:]}" + ("," if "," in name else "")
     beaten = sum(ours.all.mse_filled < tests[one].all.mse_filled for one in run.baselines)
     text = (
-        f"{subject} has a smaller test error than {beaten} of {words.counted(len(run.baselines), 'baseline')}. "
-        f"Its mean squared error on {ours.all.sequences} sequences is {words.number(ours.all.mse)}. "
-        f"The best baseline, {best}, has {words.number(theirs.all.mse)}."
+        f"On {ours.all.sequences} test sequences the mean squared error of {name} is {words.number(ours.all.mse)}, "
+        f"smaller than that of {beaten} of {words.counted(len(run.baselines), 'baseline')}. The best baseline, {best}, "
+        f"has {words.number(theirs.all.mse)}."
     )
     pair = paired(ours.mse_each, theirs.mse_each)
     if pair and (interval := pair["ratio_interval"]):

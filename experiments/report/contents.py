@@ -65,44 +65,30 @@ def other_errors(run: Run) -> Rows:
     return rows
 
 
-def long_errors(run: Run) -> dict[str, Errors]:
-    """The test errors of the baselines and the judged experiments over the long horizon, where they are known."""
-    errors = {name: run.tests[name].long or run.tests[name].all for name in [*run.baselines, *run.judged]}
-    return {name: one for name, one in errors.items() if one.mse_by_horizon}
-
-
 def samples(run: Run) -> Rows:
     """The scores of sampled paths, and the absolute errors of the baselines; no rows if there are no samples."""
-    rows: dict[str, dict] = {
-        name: {
-            "samples": drawn.samples,
-            "CRPS": drawn.crps,
-            "interval": drawn.crps_interval,
-            "50 % interval": percent(drawn.coverage_50),
-            "80 % interval": percent(drawn.coverage_80),
-        }
-        for name, metrics in run.metrics.items()
-        if (drawn := metrics.probabilistic)
-    }
-    points = {name: by_split["test"].all.mae for name, by_split in run.baselines.items()}
-    return rows and rows | {f"{name}, test": {"samples": "point", "CRPS": error} for name, error in points.items()}
+    rows: dict[str, dict] = {}
+    for name, metrics in run.metrics.items():
+        if drawn := metrics.probabilistic:
+            rows[name] = {"samples": drawn.samples, "CRPS": drawn.crps, "interval": drawn.crps_interval}
+            rows[name] |= {"50 % interval": percent(drawn.coverage_50), "80 % interval": percent(drawn.coverage_80)}
+    points = {f"{name}, test": by_split["test"].all.mae for name, by_split in run.baselines.items()}
+    return rows and rows | {name: {"samples": "point", "CRPS": error} for name, error in points.items()}
 
 
 def against_others(run: Run) -> Mapping[str, Rows]:
     """For each method of the experiment that is best on validation: its comparison with all others, by sequence."""
     each = {name: scores.mse_each for name, scores in run.tests.items()}
-    best = methods_of(dict([*run.judged.items()][-1:]))
-    found: dict[str, dict] = {name: {} for name in best if name in each}
-    for ours, rows in found.items():
-        for name, theirs in each.items():
-            if name != ours and (pair := paired(each[ours], theirs)):
-                rows[name] = {
-                    "difference of MSE": f"{pair['difference']:+.4f}",
-                    "its interval, often too narrow": bracket(pair["interval"], "{:+.4f}".format),
-                    "ratio of geometric mean MSE": f"{pair['ratio']:.3g}",
-                    "its 95 % interval": bracket(pair["ratio_interval"], "{:.3g}".format),
-                    "sequences where it is better": percent(pair["better"], 0),
-                }
+    found: dict[str, dict] = {name: {} for name in methods_of(dict([*run.judged.items()][-1:])) if name in each}
+    for ours, name in product(found, each):
+        if name != ours and (pair := paired(each[ours], each[name])):
+            found[ours][name] = {
+                "difference of MSE": f"{pair['difference']:+.4f}",
+                "its interval, often too narrow": bracket(pair["interval"], "{:+.4f}".format),
+                "ratio of geometric mean MSE": f"{pair['ratio']:.3g}",
+                "its 95 % interval": bracket(pair["ratio_interval"], "{:.3g}".format),
+                "sequences where it is better": percent(pair["better"], 0),
+            }
     return found
 
 
@@ -146,7 +132,7 @@ def published_next_to(metrics: Mapping[str, Metrics], names: Iterable[str] = pub
 def worst(result: Result) -> list[int]:
     """The test sequences with the largest errors, as many as a figure shows, the largest first."""
     known = {row: line.mse for row, line in enumerate(result.forecasts["test"]) if line.mse is not None}
-    return sorted(known, key=lambda row: known[row], reverse=True)[: figures.MAX_SERIES]
+    return sorted(known, key=known.__getitem__, reverse=True)[: figures.MAX_SERIES]
 
 
 def best(trained: Mapping[str, Result]) -> str:
@@ -156,15 +142,20 @@ def best(trained: Mapping[str, Result]) -> str:
 
 def settings(trained: Mapping[str, Result]) -> tuple[str, Rows]:
     """The settings that trainings share, in words, and the others of each."""
-    every = {}
-    for name, one in trained.items():
-        given = {key: value for key, value in vars(one.training).items() if value is not None}
-        every[name] = {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in given.items()}
-        every[name]["targets"] = " + ".join(given["targets"])
-    shared = set.intersection(*({*one.items()} for one in every.values()))
-    words = [f"{key} {value}" for key, value in next(iter(every.values())).items() if (key, value) in shared]
-    rows = {name: {key: one[key] for key in one if (key, one[key]) not in shared} for name, one in every.items()}
-    return ", ".join(words), rows
+
+    def written(value: Any) -> str:
+        return (
+            f"{value:g}" if isinstance(value, float) else " + ".join(value) if isinstance(value, tuple) else str(value)
+        )
+
+    rows = {
+        name: {key: written(value) for key, value in vars(one.training).items() if value is not None}
+        for name, one in trained.items()
+    }
+    shared = dict(set.intersection(*({*row.items()} for row in rows.values())))
+    words = [f"{key} {value}" for key, value in next(iter(rows.values())).items() if key in shared]
+    others = {name: {key: value for key, value in row.items() if key not in shared} for name, row in rows.items()}
+    return ", ".join(words), others
 
 
 def losses(trained: Mapping[str, Result], path: Path) -> None:
@@ -223,9 +214,8 @@ def errors(run: Run, path: Path) -> None:
 
 def by_horizon(run: Run, path: Path) -> None:
     """Draw the test error of the baselines, which are grey, and of the best of ours at each forecast step."""
-    lines, ours = {}, [*run.judged][-MOST_CURVES:]
-    for name, errors in long_errors(run).items():
-        if name in [*run.baselines, *ours]:
-            curve = np.array(errors.mse_by_horizon, dtype=float)
-            lines[name] = (1 + np.arange(len(curve)), curve, {} if name in ours else figures.OTHER)
+    lines = {}
+    for name in [*run.baselines, *[*run.judged][-MOST_CURVES:]]:
+        curve = np.array((run.tests[name].long or run.tests[name].all).mse_by_horizon or [], dtype=float)
+        lines[name] = (1 + np.arange(len(curve)), curve, figures.OTHER if name in run.baselines else {})
     figures.curves(lines, "forecast step", "MSE (scaled units)", log=True, path=path)
