@@ -3,14 +3,16 @@
 Shapes: N sequences, h forecast steps, D variables, L target tokens, C hidden size.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from experiments.forecasting.encoding import Encoding
@@ -18,7 +20,6 @@ from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_o
 from experiments.forecasting.scores import SPLIT_PARTS, method_errors
 from experiments.storage.records import Matrix, Tensor3, Vector
 from experiments.storage.runfolder import resumable
-from qwen_min.cache import KVCache
 from qwen_min.config import NotFiniteError
 from qwen_min.continuation import ReusedCache
 from qwen_min.generation import decode_steps, pad_left, prefill
@@ -43,15 +44,11 @@ class Evaluation:
     @staticmethod
     def join(parts: list["Evaluation"]) -> "Evaluation":
         """The sequences of all parts; shorter rows of losses end in NaN."""
-
-        def rows(name: str) -> list:
-            return [row for part in parts for row in getattr(part, name)]
-
-        def losses(name: str) -> np.ndarray:
-            return np.array([*zip_longest(*rows(name), fillvalue=np.nan)], float).T.copy()
-
-        values, nats = np.array(rows("values")), np.array(rows("nats"))
-        return Evaluation(rows("texts"), values, losses("free_losses"), losses("forced_losses"), nats)
+        texts, values, *losses, nats = (
+            [row for part in parts for row in getattr(part, field.name)] for field in fields(Evaluation)
+        )
+        free, forced = (np.array([*zip_longest(*rows, fillvalue=np.nan)], float).T.copy() for rows in losses)
+        return Evaluation(texts, np.array(values), free, forced, np.array(nats))
 
 
 def max_positions(grammar: Grammar, encoding: Encoding, context_steps: int, steps: int) -> int:
@@ -71,6 +68,7 @@ def _batch(
     decoding: str,
     reused: ReusedCache,
 ) -> Evaluation:
+    """The evaluation of a batch, N sequences of contexts (N, T, D) and truth (N, h, D)."""
     device, num_variables = model.head_weight.device, truth.shape[2]
     ids, mask = pad_left([tokenizer.encode(encoding.encode(one)) for one in contexts], tokenizer.pad_id)
     ids, mask = ids.to(device), None if mask is None else mask.to(device)
@@ -79,86 +77,60 @@ def _batch(
     targets = pad_sequence(tokens, batch_first=True, padding_value=tokenizer.pad_id).to(device)  # (N, L)
     padding = targets == tokenizer.pad_id
     grammar = Grammar(tokenizer, encoding.decimals, num_variables)
-    num_values = steps * num_variables
+    num_values, read = steps * num_variables, partial(encoding.decode, num_steps=steps, num_variables=num_variables)
     usual, length = steps * encoding.tokens_per_step(num_variables), targets.shape[1]
     room = max(usual, length) + num_values  # a value of 10 or more takes one token more
     if decoding == "constrained":
         room = max(length, 1 + grammar.columns(num_values))
     pack(model)
     cache, last = prefill(model, ids, room, mask, reused)
-    hidden, forced, nats = _losses_of_truth(model, grammar, cache, last, mask, targets, true)
+    # one pass over the targets, after the contexts in the cache: how unlikely the model finds the truth
+    grown = None if mask is None else pad(mask, (0, length - 1), value=1)
+    hidden = torch.cat((last[:, None], model.model(targets[:, :-1], cache, grown)), dim=1)  # (N, L, C)
+    forced = token_losses(hidden.flatten(0, 1), model.head_weight, targets.flatten()).view(targets.shape)
+    nats = [nats_of(model, grammar, row[1 : len(text)], text[1:]) for row, text in zip(hidden, true, strict=True)]
     free = torch.full_like(forced, torch.nan)
     if decoding == "free":
         cache.truncate(ids.shape[1])
-
-        def complete(text: str) -> bool:
-            return not np.isnan(encoding.decode(text, steps, num_variables)).any()
-
-        texts, free = _free(model, tokenizer, cache, last, mask, targets, usual, room, complete)
+        decoded = decode_steps(model, cache, last, room, mask, tokenizer.end_ids, tokenizer.pad_id)
+        texts, free = _free(tokenizer, decoded, targets, usual, read)
     else:
         cache.truncate(ids.shape[1] + 1)  # the first target token is the `;` after the context
-        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
+        mask = None if mask is None else pad(mask, (0, 1), value=1)
         wide = [may_be_wide(encoding.scaled(one)).tolist() for one in contexts]
         texts = decode(model, grammar, cache, hidden[:, 1], num_values, mask, wide=wide)
     if not forced[~padding].isfinite().all() or free.isinf().any():
         raise NotFiniteError("the model's logits are not finite: the weights or the adapter are damaged")
-    values = np.stack([encoding.decode(text, steps, num_variables) for text in texts])
+    values = np.stack([*map(read, texts)])
     forced = forced.masked_fill(padding, torch.nan)
-    return Evaluation(texts, values, free.cpu().numpy(), forced.cpu().numpy(), nats / truth[0].size)
-
-
-def _losses_of_truth(
-    model: Qwen, grammar: Grammar, cache: KVCache, last: Tensor, mask: Tensor | None, targets: Tensor, texts: list[str]
-) -> tuple[Tensor, Tensor, np.ndarray]:
-    """One pass over the targets, after the contexts in the cache: how unlikely the model finds the truth.
-
-    Returns the hidden states (N, L, C) that predict the targets, the loss of each target (N, L) over the whole
-    vocabulary, and the nats of each of the texts (N) among the tokens that the grammar allows.
-    """
-    grown = None if mask is None else torch.nn.functional.pad(mask, (0, targets.shape[1] - 1), value=1)
-    hidden = model.model(targets[:, :-1], cache, grown)
-    hidden = torch.cat((last[:, None], hidden), dim=1)
-    forced = token_losses(hidden.flatten(0, 1), model.head_weight, targets.flatten()).view(targets.shape)
-    rows = zip(hidden, texts, strict=True)
-    nats = [nats_of(model, grammar, row[1 : len(text)], text[1:]) for row, text in rows]
-    return hidden, forced, np.array(nats)
+    return Evaluation(texts, values, free.cpu().numpy(), forced.cpu().numpy(), np.array(nats) / truth[0].size)
 
 
 def _free(
-    model: Qwen,
-    tokenizer: Tokenizer,
-    cache: KVCache,
-    last: Tensor,
-    mask: Tensor | None,
-    targets: Tensor,
-    usual: int,
-    most: int,
-    complete: Callable[[str], bool],
+    tokenizer: Tokenizer, decoded: Iterator, targets: Tensor, usual: int, read: Callable[[str], np.ndarray]
 ) -> tuple[list[str], Tensor]:
     """Texts of raw-argmax tokens after each context, and the loss of each target token under their logits (N, L)."""
-    free = torch.full(targets.shape, torch.nan, device=last.device)
-    length, tokens = targets.shape[1], []
-    texts: list[str | None] = [None] * len(last)
-    steps = decode_steps(model, cache, last, most, mask, tokenizer.end_ids, tokenizer.pad_id)
-    for step, (step_tokens, logits, running) in enumerate(steps):
+    free = torch.full(targets.shape, torch.nan, device=targets.device)
+    tokens: list[Tensor] = []
+    texts: list[str | None] = [None] * len(targets)
+
+    def written() -> list[str]:  # without the `;` that ends the last step of the context
+        return [tokenizer.decode(row).removeprefix(";") for row in torch.stack(tokens, 1).tolist()]
+
+    for step, (step_tokens, logits, running) in enumerate(decoded):
         tokens.append(step_tokens)
-        if step < length:
-            losses = torch.nn.functional.cross_entropy(logits.float(), targets[:, step], reduction="none")
+        if step < targets.shape[1]:
+            losses = cross_entropy(logits.float(), targets[:, step], reduction="none")
             is_over = ~running | (targets[:, step] == tokenizer.pad_id)
             free[:, step] = losses.masked_fill(is_over, torch.nan)
         if step + 1 >= usual:
             # each row is cut where it is complete, so that its text does not depend on rows that need more tokens
-            for row, text in enumerate(_texts(tokenizer, tokens)):
-                if texts[row] is None and complete(text):
+            for row, text in enumerate(written()):
+                if texts[row] is None and not np.isnan(read(text)).any():
                     texts[row] = text
-            if None not in texts and step + 1 >= length:
+            if None not in texts and step + 1 >= targets.shape[1]:
                 break
-    return [text or whole for text, whole in zip(texts, _texts(tokenizer, tokens), strict=True)], free
-
-
-def _texts(tokenizer: Tokenizer, tokens: list[Tensor]) -> list[str]:
-    """The text of each row, without the `;` that ends the last step of the context."""
-    return [tokenizer.decode(row).removeprefix(";") for row in torch.stack(tokens, 1).tolist()]
+    return [text or whole for text, whole in zip(texts, written(), strict=True)], free
 
 
 def evaluate(

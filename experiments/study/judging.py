@@ -64,19 +64,9 @@ class Judge:
         """
         context, truth = self.context_and_truth(split)
         fallback, near = context.mean(axis=1), truth[:, :HORIZON]
+        given = self.model, self.tokenizer, self.encoding, self.series[split], CONTEXT_STEPS, HORIZON, truth.shape[1]
         with progress_bar(len(truth), f"{path.name}, {split}") as bar:
-            found = evaluate(
-                self.model,
-                self.tokenizer,
-                self.encoding,
-                self.series[split],
-                CONTEXT_STEPS,
-                HORIZON,
-                steps=truth.shape[1],
-                decoding=self.decoding,
-                state=path / f"forecasts.{split}.state.json",
-                progress=bar.update,
-            )
+            found = evaluate(*given, self.decoding, path / f"forecasts.{split}.state.json", bar.update)
         results = metrics(found, truth, fallback, HORIZON)
         columns = {
             "id": self.ids[split],
