@@ -92,21 +92,16 @@ class Suite:
         """
         self._write_shared()
         for number, experiment in enumerate(self.plan.experiments, start=1):
-            training = self._settings(experiment)
-            if self._is_open(experiment.name, training):
-                print(f"experiment {number} of {len(self.plan.experiments)}: {experiment.name}", file=sys.stderr)
+            name, training = experiment.name, self._settings(experiment)
+            if (self._path(name) / "metrics.json").exists():
+                steps = training.steps if training else 0
+                for step in range(steps):
+                    self.ledger.debit(name, step, self.cost(training) // steps)  # if the ledger was lost
+                clear(self._path(name))
+            else:
+                self.ledger.require(name, self.cost(training))
+                print(f"experiment {number} of {len(self.plan.experiments)}: {name}", file=sys.stderr)
                 self._run(experiment, training)
-
-    def _is_open(self, name: str, training: Training | None) -> bool:
-        """True if an experiment has still to run. Raises flops.BudgetExceeded if it does not fit the budget."""
-        if not (self._path(name) / "metrics.json").exists():
-            self.ledger.require(name, self.cost(training))
-            return True
-        steps = training.steps if training else 0
-        for step in range(steps):
-            self.ledger.debit(name, step, self.cost(training) // steps)  # if the ledger was lost
-        clear(self._path(name))
-        return False
 
     def write_status(self, stopped: str | None) -> None:
         """Write the FLOPs spent so far, and the reason why the run stopped, or None."""
@@ -181,8 +176,9 @@ class Suite:
         tuning.begin()
         checkpoint, folder = tuning.forecaster.checkpoint or ("", None)  # a new decoder has none
         trained = Trained(checkpoint, checkpoint_hash(folder) if folder else "", variables=["prey", "predator"])
-        account = self._account(name, training)
-        return train_and_choose(tuning, self._path(name), account, places(self.judge), trained).seconds
+        series, stop = self.judge.series["val"].astype(float), CONTEXT_STEPS + HORIZON
+        places = [Origin(one[:CONTEXT_STEPS], one[CONTEXT_STEPS:stop], row, row) for row, one in enumerate(series)]
+        return train_and_choose(tuning, self._path(name), self._account(name, training), places, trained).seconds
 
     def _train_text(self, name: str, training: Training, stack: ExitStack) -> float:
         """Train an adapter, which `stack` removes, on the text of the training series; the seconds."""
@@ -211,10 +207,3 @@ def number_tuning(judge: Judge, training: Training) -> NumberTuning:
     settings = {name: getattr(training, name) for name in OPTIONS}
     series = [*judge.series["train"].astype(float)]
     return NumberTuning(forecaster, series, HORIZON, training.context * STRIDE, **settings)
-
-
-def places(judge: Judge) -> list[Origin]:
-    """The validation forecasts."""
-    series = judge.series["val"].astype(float)
-    stop = CONTEXT_STEPS + HORIZON
-    return [Origin(one[:CONTEXT_STEPS], one[CONTEXT_STEPS:stop], number, number) for number, one in enumerate(series)]
