@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experiments import cli
-from experiments.storage.files import RunError
 from experiments.storage.interruption import Interrupted, Interruption
 from experiments.storage.runfolder import open_run
 from experiments.study import plans
@@ -42,15 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=cli.natural, default=20, help="paths that the last model draws for each sequence; 0: none "
         "(default %(default)s)")  # fmt: skip
     add("--numeric-head", action="store_true", help="train with a softmax over the tokens of numbers only")
-    add(
-        "--seed",
-        type=cli.natural,
-        default=0,
-        help="seed of adapters, batches, samples and the GRU (default %(default)s)",
-    )
-    add(
-        "--budget", type=cli.flops, default=10**17, help="FLOPs that all training runs may cost together (default 1e17)"
-    )
+    add("--seed", type=cli.natural, default=0, help="seed of adapters, batches, samples and the GRU (default 0)")
+    add("--budget", type=cli.flops, default=10**17, help="FLOPs that all trainings may cost together (default 1e17)")
     add("--convention", choices=("exact", "study", "published"), default="study", help="how FLOPs are counted (default "
         "%(default)s, the strictest)")  # fmt: skip
     add("--out", type=Path, help="run folder (default runs/PLAN); all processes must see it")
@@ -81,8 +73,8 @@ def read_data(path: Path | None):
     return trajectories, parts, encoding
 
 
-def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Judge", dict]:
-    """Read and check everything that a run needs, with the model on the device: also its identity. Write nothing.
+def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Judge", dict, dict]:
+    """Read and check everything that a run needs, with the model on the device, and `described`. Write nothing.
 
     Raises an error that `cli.is_meant` for the user.
     """
@@ -124,14 +116,19 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
     numbers = "numbers" if plan.texts else args.model
     judge = Judge(model, tokenizer, encoding, series, ids, args.decoding, args.samples, args.seed, numbers)
     data_sha256 = hashlib.sha256(repr(trajectories.shape).encode() + trajectories.tobytes()).hexdigest()
-    return plan, judge, identity_of(args, plan, judge, folder, data_sha256)
+    return plan, judge, *described(args, plan, judge, folder, data_sha256)
 
 
-def identity_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge", folder: Path, data_sha256: str) -> dict:
-    """Everything that decides the results of a run, as JSON can hold it; folder: that of the checkpoint."""
+def described(
+    args: argparse.Namespace, plan: plans.Plan, judge: "Judge", folder: Path, data_sha256: str
+) -> tuple[dict, dict]:
+    """What plan.json holds: all that decides the results of a run, as JSON can hold it; how and where it began."""
     import torch
 
+    import flops
+    from experiments.forecasting import Forecaster
     from experiments.forecasting.adapter import checkpoint_hash, embedded_or
+    from experiments.training.run import software
 
     numbers = checkpoint_hash(embedded_or(judge.numbers)) if len(plan.texts) < len(plan.experiments) else None
     identity = {
@@ -150,20 +147,9 @@ def identity_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge", fold
         "device": torch.device(args.device).type,
         "dtype": args.dtype,
     }
-    return json.loads(json.dumps(identity))  # tuples become lists, as they are when the file is read again
-
-
-def record_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge") -> dict:
-    """The rest of plan.json: how and where the run began."""
-    import torch
-
-    import flops
-    from experiments.forecasting import Forecaster
-    from experiments.training.run import software
-
     model = judge.model if plan.texts else Forecaster.load(judge.numbers).model
     cuda = args.device.startswith("cuda")
-    return {
+    record = {
         "command": cli.command_line("experiments.run"),
         "model": args.model,
         "data": args.data.name if args.data else "simulated, seed 0",
@@ -173,24 +159,25 @@ def record_of(args: argparse.Namespace, plan: plans.Plan, judge: "Judge") -> dic
         "threads": torch.get_num_threads(),
         "versions": software(),
     }
+    return json.loads(json.dumps(identity)), record  # tuples become lists, as they are when the file is read again
 
 
 def work(args: argparse.Namespace, interruption: Interruption) -> int:
     """Check the inputs, open the run folder and run the plan in it, together with the processes that torchrun started,
     if it did.
 
-    The exit status is 0 when the plan is finished, 1 when it ended early (budget, loss, disk, memory).
+    The exit status is 0 when the plan is finished, 1 when it ended early (budget, loss, memory).
     """
     from experiments.training.team import joined
 
     with ExitStack() as stack:
         out = args.out or Path("runs") / args.plan
         team, device, out = stack.enter_context(joined(args.device, out))
-        plan, judge, identity = check_inputs(args, device)
+        plan, judge, identity, record = check_inputs(args, device)
         import flops
         from experiments.study.suite import Suite
 
-        if stack.enter_context(open_run(out, identity, record_of(args, plan, judge))):
+        if stack.enter_context(open_run(out, identity, record)):
             print(f"continuing {out}")
         if team.size > 1:
             print(f"{team.size} processes share out the batches of each training")
@@ -222,22 +209,18 @@ def finish(suite: "Suite") -> int:
     if warning := suite.budget_warning():
         print(f"warning: {warning}", file=sys.stderr)
     stopped = None
+    suite.write_status(None)  # the old one has the reason and the budget of an earlier process
     try:
-        suite.write_status(None)  # the old one has the reason and the budget of an earlier process
-        try:
-            with cli.memory_errors():
-                suite.run()
-        except Interrupted as error:
-            suite.write_status(f"Stopped by {error}.")
-            raise
-        except (*known_to_all, flops.LedgerError, NotFiniteError, MemoryError, PeerLost) as error:
-            stopped = str(error)
-            print(f"stopped: {stopped}", file=sys.stderr)
-        suite.write_status(stopped)
-        page = write_report(suite.folder)
-    except (RunError, OSError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
+        with cli.memory_errors():
+            suite.run()
+    except Interrupted as error:
+        suite.write_status(f"Stopped by {error}.")
+        raise
+    except (*known_to_all, flops.LedgerError, NotFiniteError, MemoryError, PeerLost) as error:
+        stopped = str(error)
+        print(f"stopped: {stopped}", file=sys.stderr)
+    suite.write_status(stopped)
+    page = write_report(suite.folder)
     spent, budget = suite.ledger.spent, suite.ledger.budget
     rules = counting(suite.plan.experiments, suite.convention)
     print(f"spent {spent:.3e} of {budget:.3e} FLOPs ({spent / budget:.2%}; {rules})")

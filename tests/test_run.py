@@ -195,10 +195,10 @@ def test_a_second_signal_does_not_wait_for_the_end_of_a_step(default_sigint):
 
 
 def test_too_little_memory_ends_in_one_message(small_plan, monkeypatch, small_data, tmp_path, capsys):
-    def fails(self):
+    def fails(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("experiments.study.suite.Suite.run", fails)
+    monkeypatch.setattr("experiments.study.suite.Suite._run", fails)
     assert run.main(["--data", str(small_data), "--out", str(tmp_path / "out")]) == 1
     assert "stopped: DefaultCPUAllocator" in capsys.readouterr().err
 
@@ -318,7 +318,7 @@ def test_the_plan_numbers_trains_the_checkpoint_that_is_named(small_data, tmp_pa
             run.parser().parse_args(["--plan", "numbers", "--data", str(small_data), *words]), "cpu"
         )
 
-    plan, judge, identity = checked("--model", str(folder))
+    plan, judge, identity, _ = checked("--model", str(folder))
     assert identity["checkpoint_sha256"] == checkpoint_hash(folder) != checked()[2]["checkpoint_sha256"]
     tuning = suite.number_tuning(judge, plan.experiments[0].training)
     torch.testing.assert_close(tuning.forecaster.model.norm.weight.data, weights["norm.weight"] * 2)
