@@ -9,7 +9,6 @@ seconds, the real code is traced as well, without memory or arithmetic.
 import argparse
 import math
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from experiments import cli
@@ -76,22 +75,16 @@ def table(result: dict) -> str:
     from flops.model import CONVENTIONS
 
     totals, traced = result["totals"], result["traced"]
-
-    def line(name: str, cells: Iterable[str]) -> str:
-        return f"{name:<44}" + "".join(f"{cell:>22}" for cell in cells)
-
-    def counted(name: str, found: dict[str, int]) -> str:
-        return line(name, [f"{found[c]:,}" if found[c] else "-" for c in CONVENTIONS])
-
-    lines = [line("operator of the forward pass", CONVENTIONS)]
-    lines += [counted(name, found) for name, found in result["operators"].items()]
-    lines += ["", line("operator of the backward pass", ["exact"])]
-    lines += [line(name, [f"{found:,}"]) for name, found in result["backward operators"].items()]
-    lines += ["", line("", CONVENTIONS)]
-    lines += [counted(name, {c: totals[c][name] for c in CONVENTIONS}) for name in totals["exact"]]
+    rows: list[tuple] = [("operator of the forward pass", *CONVENTIONS)]
+    rows += [(name, *(found[c] or "-" for c in CONVENTIONS)) for name, found in result["operators"].items()]
+    rows += [("",), ("operator of the backward pass", "exact"), *result["backward operators"].items()]
+    rows += [("",), ("", *CONVENTIONS)]
+    rows += [(name, *(totals[c][name] for c in CONVENTIONS)) for name in totals["exact"]]
     steps = {c: totals[c]["training step"] for c in CONVENTIONS}
-    lines.append(line("  as a power of ten", [f"10^{math.log10(step):.3f}" for step in steps.values()]))
-    lines.append(line("  in forward passes", [f"{steps[c] / totals[c]['forward']:.2f}" for c in CONVENTIONS]))
+    rows.append(("  as a power of ten", *(f"10^{math.log10(step):.3f}" for step in steps.values())))
+    rows.append(("  in forward passes", *(f"{steps[c] / totals[c]['forward']:.2f}" for c in CONVENTIONS)))
+    written = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
+    lines = [f"{name:<44}" + "".join(f"{cell:>22}" for cell in cells) for name, *cells in written]
     outcome = "Not traced: that would take more than a few seconds."
     if traced:
         agrees = "equals" if all(traced[name] == totals["exact"][name] for name in traced) else "DIFFERS FROM"

@@ -21,11 +21,12 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.new_parser("experiments.text", __doc__)
     verbs = p.add_subparsers(dest="verb", required=True)
-    generate = verbs.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
-    generate.add_argument("prompt", help="the text to continue; - reads it from standard input")
-    chat = verbs.add_parser("chat", help="chat with an instruct checkpoint", description="Chat, a line at a time.")
-    chat.add_argument("--system", help="the system message (default: the checkpoint's)")
-    for verb in (generate, chat):
+    one = verbs.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    one.add_argument("prompt", help="the text to continue; - reads it from standard input")
+    many = verbs.add_parser("chat", help="chat with an instruct checkpoint", description="Chat, a line at a time.")
+    many.add_argument("--system", help="the system message (default: the checkpoint's)")
+    for verb, work in ((one, generate), (many, chat)):
+        verb.set_defaults(work=work)
         add = verb.add_argument
         add("--model", default=INSTRUCT, help="checkpoint: a folder, a hub id or the embedded tiny (default "
             "%(default)s)")  # fmt: skip
@@ -33,12 +34,7 @@ def parser() -> argparse.ArgumentParser:
         cli.add_device(verb, dtype="bfloat16")
         add("--max-tokens", type=cli.positive, default=512, help="most tokens of an answer (default %(default)s)")
         add("--temperature", type=float, default=0.7, help="0: greedy decoding (default %(default)s)")
-        add(
-            "--top-k",
-            type=cli.positive,
-            default=20,
-            help="most tokens to draw among (default %(default)s)",
-        )
+        add("--top-k", type=cli.positive, default=20, help="most tokens to draw among (default %(default)s)")
         add("--top-p", type=float, default=0.8, help="draw among the likeliest tokens that together have this "
             "probability (default %(default)s)")  # fmt: skip
         add("--repetition-penalty", type=float, default=1.1, help="more than 1: tokens that the text already has "
@@ -132,12 +128,7 @@ def chat(args: argparse.Namespace, interruption: Interruption) -> int:
     return 0
 
 
-def work(args: argparse.Namespace, interruption: Interruption) -> int:
-    """Generate or chat; the exit status."""
-    return {"generate": generate, "chat": chat}[args.verb](args, interruption)
-
-
-main = cli.command(parser, work)
+main = cli.command(parser, lambda args, interruption: args.work(args, interruption))
 
 if __name__ == "__main__":
     sys.exit(main())
