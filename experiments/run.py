@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     add("--sequences", type=cli.positive, help="evaluate the first so many of each split (default: all)")
     add("--decoding", choices=("constrained", "free"), default="constrained", help="how forecasts are decoded: "
         "constrained to well-formed numbers (default), or free, by raw argmax, as in the study")  # fmt: skip
-    add("--samples", type=cli.natural, default=20, help="paths that the last model draws for each sequence; 0: none "
-        "(default %(default)s)")  # fmt: skip
+    add("--samples", type=cli.natural, default=20, help="paths that the last model draws for each sequence, 0 or at "
+        "least 9 (default %(default)s)")  # fmt: skip
     add("--numeric-head", action="store_true", help="train with a softmax over the tokens of numbers only")
     add("--seed", type=cli.natural, default=0, help="seed of adapters, batches, samples and the GRU (default 0)")
     add("--budget", type=cli.flops, default=10**17, help="FLOPs that all trainings may cost together (default 1e17)")
@@ -78,6 +78,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
 
     Raises an error that `cli.is_meant` for the user.
     """
+    from experiments.forecasting import scores
     from experiments.forecasting.adapter import embedded_or
     from experiments.forecasting.forecaster import reads_values
     from experiments.forecasting.grammar import Grammar
@@ -88,6 +89,8 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
     from qwen_min.weights import TINY
 
     cli.checked_device(device)
+    if args.samples:
+        scores.require_samples(scores.QUANTILES, args.samples)
     plan = plans.PLANS[args.plan](args.seed)
     if args.numeric_head:
         plan = plans.with_numeric_head(plan)

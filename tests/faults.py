@@ -76,7 +76,7 @@ class Campaign:
 
     def start(self, folder: Path, before: Callable | None = None) -> list[BaseProcess]:
         """Run or continue in a folder, with exactly the FLOPs of the plan as budget; before() comes first."""
-        words = ["--data", self.source, "--out", folder, "--budget", self.budget, "--samples", 2]
+        words = ["--data", self.source, "--out", folder, "--budget", self.budget, "--samples", 9]
         work = partial(small_plan.main, plan=plan, before=before)
         return forks.start(self.log, work, *words, size=self.processes)
 

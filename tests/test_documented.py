@@ -177,5 +177,5 @@ def torchrun(folder: Path, words: list[str]) -> int:
 def test_a_command_with_torchrun_runs(folder, tmp_path, line):
     words, log = expanded(line, folder)[1:], tmp_path / "log"
     if "small_plan.py" in line:
-        words += ["--data", "lotka_volterra_data.h5", "--samples", "2", "--out", str(tmp_path / "out")]
+        words += ["--data", "lotka_volterra_data.h5", "--samples", "9", "--out", str(tmp_path / "out")]
     assert forks.run(log, torchrun, folder, words) == 0, log.read_text()

@@ -82,7 +82,7 @@ class Gone(Exception):
 def test_a_plan_on_two_machines_ends_with_the_bytes_of_an_undisturbed_run(monkeypatch, sent, small_data, tmp_path):
     """The first goes without warning, after an experiment is in the archive. The next one has nothing else."""
     machine, archive, log, pack = tmp_path / "machine", tmp_path / "results.zip", tmp_path / "log", gpu.pack
-    words = ["--data", small_data, "--sequences", 2, "--samples", 2]
+    words = ["--data", small_data, "--sequences", 2, "--samples", 9]
     monkeypatch.setattr(gpu, "PLAN", ("-c", PLAN))
     monkeypatch.setattr(gpu, "PACK_SECONDS", 0.3)
 

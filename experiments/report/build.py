@@ -113,7 +113,6 @@ def verdict(run: Run) -> str | None:
         )
         if (pair["ratio"] < 1) != (pair["difference"] < 0):
             text += " The two means disagree: a few sequences with large errors decide the first one."
-    drawn = list(run.judged.values())[-1].metrics["test"].probabilistic
-    if drawn and drawn.coverage_80 is not None:
+    if drawn := [*run.judged.values()][-1].metrics["test"].probabilistic:
         text += f" Its 80 % intervals hold {words.percent(drawn.coverage_80, 0)} of the true values."
     return text

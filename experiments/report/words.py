@@ -24,9 +24,9 @@ def factor(value: float) -> str:
     return f"{float(f'{value:.2g}'):g}"
 
 
-def percent(share: float | None, decimals: int = 1) -> str:
+def percent(share: float, decimals: int = 1) -> str:
     """A share: `74.2 %`."""
-    return NO_VALUE if share is None else f"{100 * share:.{decimals}f} %"
+    return f"{100 * share:.{decimals}f} %"
 
 
 def flops(count: float | None) -> str:

@@ -4,7 +4,6 @@ N sequences, T time steps, h forecast steps, D variables, S samples.
 """
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,7 +82,7 @@ class Judge:
             drawn = self._drawn(split, path / f"samples.{split}.state.json")
             results["probabilistic"] = scores.probabilistic(drawn, near)
             results["mean_of_samples"] = scores.method_errors(drawn.mean(axis=1), near, fallback, HORIZON)
-            columns["quantiles"] = [*zip(*(self._quantile(drawn, level) for level in scores.QUANTILES), strict=True)]
+            columns["quantiles"] = scores.quantiles(drawn, scores.QUANTILES, axis=1).swapaxes(0, 1).round(4)
             write_whole(path / f"samples.{split}.jsonl", to_json_lines({"id": self.ids[split], "samples": drawn}))
         write_whole(path / f"forecasts.{split}.jsonl", to_json_lines(columns))
         return results
@@ -108,12 +107,6 @@ class Judge:
         with bar:
             parts = resumable(state, contexts, BATCH, Tensor4, draw, fits)
         return (np.concatenate(parts) / self.scale).round(self.encoding.decimals)
-
-    def _quantile(self, paths: np.ndarray, level: float) -> Sequence:
-        """A quantile (N, h, D) of paths (N, S, h, D); None for each sequence if they are too few for it."""
-        if self.samples < scores.samples_needed(level):
-            return [None] * len(paths)
-        return scores.quantiles(paths, [level], axis=1)[0].round(4)
 
 
 def judge_numbers(forecaster: NumberForecaster, judge: Judge, split: str, path: Path) -> dict:

@@ -94,23 +94,16 @@ class ForecastLine:
     mse: float | None
     forced_losses: Vector | None = None
     free_losses: Vector | None = None
-    quantiles: list[Pairs | None] | None = None  # (steps, 2) at each of QUANTILES; None if there are too few samples
+    quantiles: Annotated[np.ndarray, (len(QUANTILES), None, 2)] | None = None  # (levels, at most h steps, 2)
 
     def __post_init__(self):
-        levels = self.quantiles or [None] * len(QUANTILES)
-        steps = {len(level) for level in levels if level is not None}
-        if len(levels) != len(QUANTILES) or len(steps) > 1 or max(steps, default=0) > len(self.forecast):
-            raise ValueError(
-                f"quantiles are {len(levels)} of {sorted(steps)} steps, expected {len(QUANTILES)} of equal length"
-            )
+        if self.quantiles is not None and self.quantiles.shape[1] > len(self.forecast):
+            raise ValueError(f"quantiles are of {self.quantiles.shape[1]} steps, the forecast of {len(self.forecast)}")
 
     @property
     def band(self) -> np.ndarray | None:
-        """The bounds (2, steps, 2) of the central 80 % of the samples; None without enough samples."""
-        if not self.quantiles:
-            return None
-        low, high = (self.quantiles[QUANTILES.index(level)] for level in BAND)
-        return None if low is None or high is None else np.stack([low, high])
+        """The bounds (2, steps, 2) of the central 80 % of the samples; None without samples."""
+        return None if self.quantiles is None else self.quantiles[[QUANTILES.index(level) for level in BAND]]
 
 
 @dataclass(frozen=True)
@@ -147,9 +140,9 @@ class Probabilistic:
 
     samples: int
     crps: float
+    coverage_50: float
+    coverage_80: float
     crps_interval: Interval | None = None
-    coverage_50: float | None = None
-    coverage_80: float | None = None
 
 
 @dataclass(frozen=True)
