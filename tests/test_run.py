@@ -44,6 +44,12 @@ def small_plan(monkeypatch):
 
 
 @pytest.fixture
+def again(small_plan, small_data):
+    """`experiments.run` as for the complete run, in a folder and with more words: the exit status."""
+    return lambda out, *more: run.main(["--data", str(small_data), "--out", str(out), "--samples", "9", *more])
+
+
+@pytest.fixture
 def copied(finished, tmp_path) -> Path:
     """A copy of the complete run."""
     return shutil.copytree(finished, tmp_path / finished.name)
@@ -122,12 +128,11 @@ def test_forecasts_and_samples_hold_what_the_metrics_say(finished):
     assert error == pytest.approx(metrics["mean_of_samples"]["all"]["mse"], rel=1e-4)
 
 
-def test_the_seed_of_a_run_reaches_its_samples_and_the_gru(small_plan, small_data, tmp_path):
+def test_the_seed_of_a_run_reaches_its_samples_and_the_gru(again, small_data, tmp_path):
     found = []
-    for seed in (0, 1):
-        out = tmp_path / str(seed)
-        words = ["--plan", "untrained", "--data", str(small_data), "--samples", "9", "--sequences", "1"]
-        assert run.main([*words, "--seed", str(seed), "--out", str(out)]) == 0
+    for seed in ("0", "1"):
+        out = tmp_path / seed
+        assert again(out, "--plan", "untrained", "--sequences", "1", "--seed", seed) == 0
         (line,) = read_lines(out / "experiments" / "untrained" / "samples.test.jsonl")
         found.append((line["id"], line["samples"], read(out / "baselines.json")["GRU trained on the 14"]["val"]))
     assert Ledger(out / "ledger.jsonl", budget=1).spent == 0
@@ -194,42 +199,34 @@ def test_a_second_signal_does_not_wait_for_the_end_of_a_step(default_sigint):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_too_little_memory_ends_in_one_message(small_plan, monkeypatch, small_data, tmp_path, capsys):
+def test_too_little_memory_ends_in_one_message(again, monkeypatch, tmp_path, capsys):
     def fails(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr("experiments.study.suite.Suite._run", fails)
-    assert run.main(["--data", str(small_data), "--out", str(tmp_path / "out")]) == 1
+    assert again(tmp_path / "out") == 1
     assert "stopped: DefaultCPUAllocator" in capsys.readouterr().err
 
 
-def test_a_folder_that_another_process_writes_to_is_refused(small_plan, small_data, tmp_path, capsys):
-    words = ["--plan", "untrained", "--sequences", "1", "--samples", "0", "--data", str(small_data)]
-    words += ["--out", str(tmp_path)]
+def test_a_folder_that_another_process_writes_to_is_refused(again, tmp_path, capsys):
+    words = "--plan", "untrained", "--sequences", "1", "--samples", "0"
     with only_writer(tmp_path):  # by a descriptor of its own, as that of another process
-        assert run.main(words) == 2
+        assert again(tmp_path, *words) == 2
         assert "another process is writing to it" in capsys.readouterr().err
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
-    assert run.main(words) == 0
+    assert again(tmp_path, *words) == 0
 
 
-def test_a_ledger_of_other_prices_ends_in_one_message(small_plan, copied, small_data, capsys):
-    ledger = copied / "ledger.jsonl"
-    ledger.write_text(ledger.read_text().replace('"flops": ', '"flops": 1', 1))
-    assert run.main(["--data", str(small_data), "--out", str(copied), "--samples", "9"]) == 1
-    assert "ledger.jsonl: step 0 of trial is booked at" in capsys.readouterr().err
-
-
-def test_steps_of_a_lost_ledger_are_booked_again(small_plan, copied, finished, small_data):
+def test_steps_of_a_lost_ledger_are_booked_again(again, copied, finished):
     (copied / "ledger.jsonl").unlink()
     (copied / "experiments" / "final" / "metrics.json").unlink()
-    assert run.main(["--data", str(small_data), "--out", str(copied), "--samples", "9"]) == 0
+    assert again(copied) == 0
     booked = [sorted((out / "ledger.jsonl").read_text().splitlines()) for out in (finished, copied)]
     assert booked[0] == booked[1]
 
 
 def test_a_finished_run_is_not_run_again_and_has_the_same_page_with_a_shortened_ledger(
-    small_plan, copied, small_data, command, refused, monkeypatch, capsys
+    again, copied, command, refused, monkeypatch, capsys
 ):
     before = (copied / "report.md").read_bytes()
     assert "ledger.jsonl: not a readable" in refused("report", copied.parent, "--shorten")
@@ -238,38 +235,34 @@ def test_a_finished_run_is_not_run_again_and_has_the_same_page_with_a_shortened_
     assert [line["steps"] for line in lines] == [2, 2, 2, 2, 2, 6, 3]
     files = contents(copied, "**/*.json", "**/*.jsonl", "**/*.safetensors")
     monkeypatch.delattr(suite, "run_training")
-    assert run.main(["--data", str(small_data), "--out", str(copied), "--samples", "9"]) == 0
+    assert again(copied) == 0
     assert "continuing" in capsys.readouterr().out
     assert (copied / "report.md").read_bytes() == before
     assert contents(copied, "**/*.json", "**/*.jsonl", "**/*.safetensors") == files
 
 
-def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_continues(
-    small_plan, copied, small_data, capsys
-):
-    words = ["--data", str(small_data), "--out", str(undone(copied, "numbers")), "--samples", "9"]
-    spent = read(copied / "status.json")["spent"]
-    assert run.main([*words, "--budget", str(spent - 1)]) == 1
+def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_continues(again, copied, capsys):
+    spent = read(undone(copied, "numbers") / "status.json")["spent"]
+    assert again(copied, "--budget", str(spent - 1)) == 1
     err = capsys.readouterr().err
     assert "plan quick needs up to" in err
     assert "stopped: numbers needs" in err
     assert "Not finished: numbers." in (copied / "report.md").read_text()
     status, numbers = read(copied / "status.json"), copied / "experiments" / "numbers" / "settings.json"
     assert status["stopped"].startswith("numbers needs")
-    assert run.main(words) == 0
+    assert again(copied) == 0
     assert "Not finished" not in (copied / "report.md").read_text()
     assert read(copied / "status.json")["stopped"] is None
     assert status["spent"] == spent - read(numbers)["flops"]["study"]
 
 
-def test_a_folder_of_another_run_is_refused_and_left_alone(small_plan, finished, small_data, tmp_path, capsys):
+def test_a_folder_of_another_run_is_refused_and_left_alone(again, finished, tmp_path, capsys):
     before = contents(finished, "**/*")
-    words = ["--data", str(small_data), "--out", str(finished), "--samples", "9"]
     for other in (["--seed", "1"], ["--dtype", "bfloat16"], ["--sequences", "2"], ["--convention", "exact"]):
-        assert run.main([*words, *other]) == 2
+        assert again(finished, *other) == 2
         assert "choose another --out" in capsys.readouterr().err
     (tmp_path / "mine.txt").write_text("mine")
-    assert run.main(["--data", str(small_data), "--out", str(tmp_path)]) == 2
+    assert again(tmp_path) == 2
     assert "exists but has no run" in capsys.readouterr().err
     assert contents(finished, "**/*") == before
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
@@ -327,12 +320,11 @@ def test_the_plan_numbers_trains_the_checkpoint_that_is_named(small_data, tmp_pa
         checked("--model", "tiny")
 
 
-def test_experiments_beyond_the_report_are_shown_at_full_length(small_plan, monkeypatch, small_data, tmp_path):
+def test_experiments_beyond_the_report_are_shown_at_full_length(again, monkeypatch, tmp_path):
     settings = Training(2, 1e-3, 768, 2, stride=10, numeric_head=True, whole_windows=True, cosine=True)
     beyond = plans.Plan("frontier", (plans.Experiment("frontier", "frontier", settings, splits=("val", "test")),))
     monkeypatch.setitem(plans.PLANS, "frontier", lambda seed: beyond)
-    words = ["--plan", "frontier", "--data", str(small_data), "--out", str(tmp_path), "--samples", "9"]
-    assert run.main(words) == 0
+    assert again(tmp_path, "--plan", "frontier") == 0
     markdown = (tmp_path / "report.md").read_text()
     assert "Settings: rank 2, learning_rate 0.001, context 768" in markdown
     assert (tmp_path / "figures" / "losses-frontier.png").exists()

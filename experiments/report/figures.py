@@ -18,7 +18,7 @@ from experiments.report.words import number
 from experiments.storage.files import write_whole
 
 # our model is blue, the truth is almost black, everything else is grey with its name next to it; the notebook has
-# a second colour for the predators
+# a second colour for the predators. All four differ without red or green, too, and stand out from white (3:1)
 OURS = PREY = "#1f6fb4"
 PREDATOR, GREY, TEXT, GRID = "#d1602b", "#767676", "#333333", "#dddddd"
 LINES, MARKS = ("-", "--", "-.", ":"), "os^DvPX*pdh"
