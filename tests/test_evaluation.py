@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
@@ -26,30 +27,22 @@ def free(tiny, series):
     return evaluate(*tiny, ENCODING, series, context_steps=20, horizon=3, decoding="free")
 
 
-def test_text_and_values_equal_plain_greedy_generation(tiny, series, free):
-    model, tokenizer = tiny
-    for row, one in enumerate(series):
-        prompt = tokenizer.encode(ENCODING.encode(one[:20]))
-        text = tokenizer.decode(generate(model, [prompt], 40).tokens[0])
-        assert free.texts[row].split(";")[:3] == text.removeprefix(";").split(";")[:3]
-        np.testing.assert_array_equal(free.values[row], ENCODING.decode(text.removeprefix(";"), 3, 2))
-
-
-def test_losses_equal_those_of_plain_cross_entropy(tiny, series, free):
+def test_free_decoding_and_losses_equal_plain_greedy_generation_and_cross_entropy(tiny, series, free):
     model, tokenizer = tiny
     for row, one in enumerate(series):
         context = tokenizer.encode(ENCODING.encode(one[:20]))
         target = tokenizer.encode(ENCODING.encode(one[:23]))[len(context) :]
         assert len(target) == (31 if row == 4 else 30)
-        logits = model(torch.tensor([context + target]))[0, len(context) - 1 : -1]
-        forced = torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none")
-        got = free.forced_losses[row]
-        np.testing.assert_allclose(got[: len(target)], forced.detach(), rtol=1e-4, atol=1e-5)
-        assert np.isnan(got[len(target) :]).all()
-        text = generate(model, [context], len(target)).tokens[0].tolist()
-        steps = model(torch.tensor([context + text]))[0, len(context) - 1 : -1]
-        free_loss = torch.nn.functional.cross_entropy(steps, torch.tensor(target), reduction="none")
-        np.testing.assert_allclose(free.free_losses[row, : len(target)], free_loss.detach(), rtol=1e-4, atol=1e-5)
+        tokens = generate(model, [context], 40).tokens[0]
+        text = tokenizer.decode(tokens).removeprefix(";")
+        assert free.texts[row].split(";")[:3] == text.split(";")[:3]
+        np.testing.assert_array_equal(free.values[row], ENCODING.decode(text, 3, 2))
+        losses = (free.forced_losses[row], target), (free.free_losses[row], tokens.tolist())
+        for found, following in losses:
+            logits = model(torch.tensor([context + following]))[0, len(context) - 1 : -1]
+            wanted = cross_entropy(logits[: len(target)], torch.tensor(target), reduction="none")
+            np.testing.assert_allclose(found[: len(target)], wanted.detach(), rtol=1e-4, atol=1e-5)
+            assert np.isnan(found[len(target) :]).all()
 
 
 def test_a_row_is_cut_where_it_is_complete_whatever_other_rows_need(monkeypatch, tiny, series):
