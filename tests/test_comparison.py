@@ -37,7 +37,7 @@ def test_the_comparison_matches_its_runs_and_names_what_it_leaves_out(results, c
     with pytest.warns(UserWarning, match="left out: quick"):
         page = write_comparison(results)
     assert page.read_text() == (RESULTS / "comparison.md").read_text()
-    assert len(list(results.glob("*.png"))) == 3
+    assert len(list(results.glob("*.png"))) == 2
     shutil.copytree(results / "trial", results / "no-baselines")
     (results / "no-baselines" / "baselines.json").unlink()
     (results / "mine").mkdir()  # a fine-tuning that was killed before its first check
@@ -55,9 +55,9 @@ def test_the_comparison_matches_its_runs_and_names_what_it_leaves_out(results, c
     assert [run.folder.name for run in load_runs(results)[0]] == [name for name in RUNS if name != "quick"]
 
 
-def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
+def test_figures_show_every_run(results, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(figures, "against_flops", lambda *given, others: drawn.setdefault(given[-1].stem, given))
+    monkeypatch.setattr(figures, "against_flops", lambda *given: drawn.setdefault(given[-1].stem, given))
     shutil.copytree(results / "frontier", results / "zzz")
     with pytest.warns(UserWarning, match="left out: quick"):
         write_comparison(results)
@@ -65,19 +65,15 @@ def test_figures_show_every_run_with_what_was_published(results, monkeypatch):
     flops = json.loads((path / "settings.json").read_text())["flops"]
     metrics = json.loads((path / "metrics.json").read_text())
     ours = {"frontier": 2, "frontier, mean of 20 samples": 2, "numbers": 6, "whole": 3, "scratch": 2, "final": 1}
-    for split, part in (("val", "first"), ("val", "all"), ("test", "all")):
-        points, levels, x, _ = drawn[f"{split}-{part}-by-flops"]
-        convention = "published" if part == "first" else "study"
-        assert x == f"training FLOPs\n(text: convention {convention}; numbers: exact)"
+    for split in ("val", "test"):
+        points, levels, x, _ = drawn[f"{split}-all-by-flops"]
+        assert x == "training FLOPs\n(text: convention study; numbers: exact)"
         counts = ours | {"trial": 1} if split == "test" else ours | {"trial": 2, "grid": 9, "context": 3}
-        counts |= {"published": 14} if part == "first" else {}
         assert {name: len(each) for name, each in points.items()} == counts
         assert len(levels) == 7  # six baselines and the untrained model
-        errors = metrics[split]["mean_of_samples"][part]
-        bar = errors["mse_interval"] if part == "all" else [errors["mse_filled"]] * 2
-        assert points["frontier, mean of 20 samples"] == [(flops[convention], errors["mse_filled"], *bar)] * 2
-    published = drawn["val-first-by-flops"][0]["published"]
-    assert {(10**15.68, *[0.0071] * 3), (10**16.35, *[0.0021] * 3)} < {*published}
+        errors = metrics[split]["mean_of_samples"]["all"]
+        wanted = (flops["study"], errors["mse_filled"], *errors["mse_interval"])
+        assert points["frontier, mean of 20 samples"] == [wanted] * 2
 
 
 def test_a_folder_without_runs_is_refused(tmp_path, refused):

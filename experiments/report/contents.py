@@ -13,7 +13,7 @@ from experiments.report import figures, published
 from experiments.report.results import EXACT, SPLITS, Result, Run, methods_of
 from experiments.report.words import NO_VALUE, bracket, cell, duration, flops, number, percent
 from experiments.study.plans import HORIZON
-from experiments.study.records import Errors, Metrics, Scores
+from experiments.study.records import Metrics, Scores
 
 Rows = Mapping[str, Mapping[str, Any]]
 Methods = dict[str, dict[str, Scores]]  # by name and split
@@ -163,36 +163,29 @@ def losses(trained: Mapping[str, Result], path: Path) -> None:
     figures.losses({name: one.losses for name, one in trained.items()}, best(trained), path=path)
 
 
-def by_flops(
-    baselines: Methods, experiments: Mapping[str, Result], split: str, part: str, convention: str, path: Path
-) -> None:
-    """Draw the errors on a part of a split ("first" or "all") against the FLOPs of each training; baselines and
-    untrained models are levels. Those on the first ten validation sequences stand next to the published ones.
+def by_flops(baselines: Methods, experiments: Mapping[str, Result], split: str, convention: str, path: Path) -> None:
+    """Draw the errors on a split against the FLOPs of each training; baselines and untrained models are levels.
 
     Trainings whose names are the same up to the first hyphen have the same mark.
     """
-    levels = {name: getattr(by_split[split], part).mse for name, by_split in baselines.items()}
+    levels = {name: by_split[split].all.mse for name, by_split in baselines.items()}
     points: dict[str, list[tuple]] = {}
     for name, experiment in experiments.items():
         for method, by_split in methods_of({name: experiment}).items():
             # the baselines have read rounded contexts, so they do not compare with exact ones
             if split not in by_split or method.endswith(EXACT):
                 continue
-            errors: Errors = getattr(by_split[split], part)
+            errors = by_split[split].all
             if experiment.training:
-                # an interval from ten sequences contains the mean of all in about half of the cases
-                interval = errors.mse_interval if part == "all" and not errors.malformed_values else None
+                interval = None if errors.malformed_values else errors.mse_interval
                 low, high = interval or (errors.mse_filled, errors.mse_filled)
                 kind = re.sub("-[^,]*", "", method.rpartition(": ")[2])
                 points.setdefault(kind, []).append((experiment.flops[convention], errors.mse_filled, low, high))
             elif errors.mse_filled not in levels.values():  # two runs have the same untrained model
                 name = method.rpartition(": ")[2]
                 levels[method if name in levels else name] = errors.mse_filled
-    if (split, part) == ("val", "first"):
-        theirs = published.VALIDATION.values()
-        points["published"] = [(10**log10, error, error, error) for error, _, log10 in theirs if log10]
     x = f"training FLOPs\n({counting(experiments.values(), convention)})"
-    figures.against_flops(points, levels, x, path, others=["published"])
+    figures.against_flops(points, levels, x, path)
 
 
 def sequences(run: Run, name: str, split: str, rows: Sequence[int], path: Path) -> None:

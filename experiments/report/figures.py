@@ -218,12 +218,12 @@ def errors(
 
 @rc_context(STYLE)
 def against_flops(
-    points: Mapping[str, Sequence[tuple]], levels: Mapping[str, float], x: str, path: Path, others: Sequence[str] = ()
+    points: Mapping[str, Sequence[tuple]], levels: Mapping[str, float | None], x: str, path: Path
 ) -> None:
     """Draw error against the FLOPs of trainings on logarithmic axes: a mark for each name, lines for `levels`.
 
-    points: (FLOPs, error, low, high) by name, low and high the interval or both the error. `others` are not ours.
-    Marks of different names at the same FLOPs, to 1 %, stand side by side.
+    points: (FLOPs, error, low, high) by name, low and high the interval or both the error. Marks of different names at
+    the same FLOPs, to 1 %, stand side by side.
     """
     figure = Figure(figsize=(WIDTH, 4))
     axes = figure.subplots()
@@ -231,16 +231,14 @@ def against_flops(
     known = {name: level for name, level in levels.items() if level}  # a logarithmic axis has no 0
     for level in known.values():
         axes.axhline(level, color=GREY, linestyle="--", linewidth=1, zorder=1)
-    marks = dict(zip(points, cycle(MARKS), strict=False)) | dict.fromkeys(others, "o")
-    for name, group in points.items():
+    for (name, group), mark in zip(points.items(), cycle(MARKS), strict=False):
         flops, errors, low, high = np.array(group).T
         sharing = [
             [one for one in points if any(abs(each[0] / cost - 1) < 0.01 for each in points[one])] for cost in flops
         ]
         places = flops * [1.15 ** (names.index(name) - (len(names) - 1) / 2) for names in sharing]
-        color, fill = (GREY, "none") if name in others else (OURS, OURS)
-        axes.vlines(places, low, high, color=color, linewidth=1)
-        axes.plot(places, errors, marks[name], color=color, markerfacecolor=fill, label=name)
+        axes.vlines(places, low, high, color=OURS, linewidth=1)
+        axes.plot(places, errors, mark, color=OURS, label=name)
     if points:
         flops = [each[0] for group in points.values() for each in group]
         axes.set_xlim(min(flops) / 2, max(flops) * 2)

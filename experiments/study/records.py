@@ -50,7 +50,7 @@ class PlanRecord:
     versions: dict[str, str]
 
     def __post_init__(self):
-        if missing := {self.identity.convention, "study", "published"} - self.conventions.keys():  # pages show them
+        if missing := {self.identity.convention, "study"} - self.conventions.keys():  # pages show them
             raise ValueError(f"conventions are {list(self.conventions)}, expected {', '.join(missing)} among them")
 
     @property
