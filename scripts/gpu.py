@@ -137,31 +137,22 @@ def run(folder: Path, archive: Path, minutes: float, device: str, leave_out: lis
 
 def work(command: tuple, log: Path, seconds: float, site: Path, pack) -> int:
     """The exit status of a Python command, which is told to stop after so many seconds; `log` gets what it prints."""
-    end, partial = time.monotonic() + seconds, log.with_suffix(".partial")
-    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
-    with (
-        partial.open("wb") as out,
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": path},
-            preexec_fn=lambda: ctypes.CDLL(None).prctl(1, SIGKILL),  # it ends when this process does
-        ) as process,
-    ):
+    end, partial, words = time.monotonic() + seconds, log.with_suffix(".partial"), [sys.executable, *map(str, command)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+    options: dict = {"stderr": subprocess.STDOUT, "cwd": ROOT, "env": env}
+    options["preexec_fn"] = lambda: ctypes.CDLL(None).prctl(1, SIGKILL)  # it ends when this process does
+    with partial.open("wb") as out, subprocess.Popen(words, stdout=out, **options) as process:
         try:
             while process.poll() is None and (left := end - time.monotonic()) > 0:
                 try:
                     process.wait(min(left, PACK_SECONDS))
                 except subprocess.TimeoutExpired:
                     process.send_signal(SIGSTOP)  # files stay as they are
-                    try:
-                        pack()
-                    finally:
-                        process.send_signal(SIGCONT)
+                    pack()
+                    process.send_signal(SIGCONT)
         finally:
             process.terminate()
+            process.send_signal(SIGCONT)  # if `pack` has failed
             try:
                 process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
@@ -189,9 +180,8 @@ def pack(results: Path, archive: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m scripts.gpu", description=__doc__, formatter_class=form)
     verbs = parser.add_subparsers(dest="verb", required=True)
     parts = verbs.add_parser("parts", help="write what to send into a new folder")
     parts.add_argument("folder", type=Path)

@@ -195,12 +195,9 @@ def fans(
 
 @rc_context(STYLE)
 def errors(
-    values: Mapping[str, tuple[float, Sequence[float] | None]],
-    ours: set[str],
-    path: Path,
-    x: str = "mean squared error (scaled units)",
+    values: Mapping[str, tuple], ours: set[str], path: Path, x: str = "mean squared error (scaled units)"
 ) -> None:
-    """Draw an error with its interval for each method, on a logarithmic axis, the smallest on top; `ours` in colour."""
+    """Draw (error, interval or None) of each method on a logarithmic axis, the smallest on top, `ours` in colour."""
     ordered = sorted(values, key=lambda name: values[name][0], reverse=True)
     figure = Figure(figsize=(WIDTH, 0.6 + 0.36 * len(ordered)))
     axes = figure.subplots()

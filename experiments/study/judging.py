@@ -67,13 +67,11 @@ class Judge:
         with progress_bar(len(truth), f"{path.name}, {split}") as bar:
             found = evaluate(*given, self.decoding, path / f"forecasts.{split}.state.json", bar.update)
         results = metrics(found, truth, fallback, HORIZON)
-        columns = {
+        columns: dict = {
             "id": self.ids[split],
             "text": found.texts,
             "forecast": found.values,
             "mse": scores.squared_errors(found.values[:, :HORIZON], near),
-            "malformed_values": np.isnan(found.values[:, :HORIZON]).sum(axis=(1, 2)),
-            "nats_per_value": found.nats.round(6),
             "forced_losses": found.forced_losses.round(4),
         }
         if self.decoding == "free":

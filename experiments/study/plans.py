@@ -149,6 +149,5 @@ PLANS = {plan.__name__: plan for plan in (quick, study, overnight, untrained, tr
 
 def with_numeric_head(plan: Plan) -> Plan:
     """The plan, but each training has a softmax over the tokens of numbers only."""
-    heads = [one.training and replace(one.training, numeric_head=True) for one in plan.experiments]
-    changed = [replace(one, training=head) for one, head in zip(plan.experiments, heads, strict=True)]
+    changed = [replace(e, training=e.training and replace(e.training, numeric_head=True)) for e in plan.experiments]
     return replace(plan, experiments=tuple(changed))

@@ -125,11 +125,9 @@ class Suite:
             context, truth = judge.context_and_truth(split)
             columns = {"id": judge.ids[split], "context": context.round(4), "truth": truth.round(6)}
             write_whole(self.folder / f"{split}.jsonl", to_json_lines(columns))
-            rounded = context.round(judge.encoding.decimals)  # the context as the study writes it
-            fallback = context.mean(axis=1)
             for name, baseline in baselines.items():
-                forecast = baseline(rounded, truth.shape[1])
-                results.setdefault(name, {})[split] = method_errors(forecast, truth, fallback, HORIZON)
+                forecast = baseline(context.round(judge.encoding.decimals), truth.shape[1])  # as the study writes it
+                results.setdefault(name, {})[split] = method_errors(forecast, truth, context.mean(axis=1), HORIZON)
         write_whole(self.folder / "baselines.json", to_json(results))
 
     def _settings(self, experiment: Experiment) -> Training | None:
