@@ -129,13 +129,6 @@ def test_what_no_page_can_show_is_refused_with_what_to_do(tmp_path, capsys, text
     assert not (tmp_path / out).exists()
 
 
-def test_real_weights_fit_on_a_page(tmp_path, real_checkpoint):
-    html, data = page_of(tmp_path, SERIES, "--model", str(real_checkpoint))
-    assert len(html) < 5_000_000
-    assert "<h2>Forecast" in html
-    assert "".join(data["names"][str(i)] for i in data["ids"]).startswith(SERIES)
-
-
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium on PATH")
 def test_a_browser_runs_the_page_without_errors(tmp_path):
     page_of(tmp_path, SERIES)

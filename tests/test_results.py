@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -214,25 +215,22 @@ def test_the_table_of_the_readme_is_that_of_the_files(methods):
 
 
 def test_what_the_study_says_below_its_table_is_that_of_the_files(runs, methods):
-    text = runs["frontier"].experiments["frontier"].metrics["test"]
+    network, text = "GRU trained on the 700", runs["frontier"].experiments["frontier"].metrics["test"]
     others = {name: by_split["test"] for name, by_split in runs["frontier"].baselines.items()}
     pairs = {name: paired(text.mean_of_samples.mse_each, one.mse_each) for name, one in others.items()}
-    ratios = {
-        name: f"{pair['ratio']:.2f} {bracket(pair['ratio_interval'], '{:.2f}'.format)}" for name, pair in pairs.items()
-    }
-    mae = {name: one.all.mae for name, one in others.items()}
-    var, gru, drawn = pairs["VAR(18)"], pairs["GRU trained on the 700"], text.probabilistic
+    var, gru, drawn = pairs["VAR(18)"], pairs[network], text.probabilistic
     values = runs["numbers"].baselines | methods_of(runs["numbers"].experiments)
 
     def between(name: str, other: str) -> dict:
         return paired(*(values[one]["test"].mse_each for one in (name, other)))
 
+    def ratio(pair: dict, digits: int = 2) -> str:
+        return f"{pair['ratio']:.{digits}f} {bracket(pair['ratio_interval'], f'{{:.{digits}f}}'.format)}"
+
     lora = {
         f"{other}-{flops}": f"{between(f'numbers-{flops}-seed0', f'{other}-{flops}')['ratio']:.2f}"
-        for other in ("whole", "scratch")
-        for flops in ("1e12", "1e13")
+        for other, flops in product(("whole", "scratch"), ("1e12", "1e13"))
     }
-    network = "GRU trained on the 700"
     seeds = [between(f"numbers-1e13-seed{seed}", network) for seed in range(3)]
     whole = between("whole-5e13", network)
     overnight = {name: one.metrics["val"].first.mse for name, one in runs["overnight"].experiments.items()}
@@ -247,10 +245,10 @@ def test_what_the_study_says_below_its_table_is_that_of_the_files(runs, methods)
         f"the trial has {overnight['trial']:.4f}, the grid {grid[0][0]:.4f} (rank 8, 5e-4) to {grid[-1][0]:.4f} (rank "
         f"2, 1e-4), contexts of 128, 512 and 768 tokens have {overnight['context-128']:.4f}, "
         f"{overnight['context-512']:.4f} and {overnight['context-768']:.4f}.",
-        f"text has {ratios['seasonal naive']} of seasonal naive's error, {ratios['AR(20)']} of AR(20)'s, "
-        f"{ratios['VAR(18)']} of VAR(18)'s",
+        f"text has {ratio(pairs['seasonal naive'])} of seasonal naive's error, {ratio(pairs['AR(20)'])} of AR(20)'s, "
+        f"{ratio(var)} of VAR(18)'s",
         f"better than the mean of samples on {percent(1 - var['better'], 0)} of the test series",
-        f"error is {gru['ratio']:.0f} times {bracket(gru['ratio_interval'], '{:.0f}'.format)} smaller",
+        f"error is {ratio(gru, 0).replace(' ', ' times ', 1)} smaller",
         f"better on {percent(1 - gru['better'], 0)} of the series",
         f"weights gives {exact['whole-1e12']:.4f} and {exact['whole-1e13']:.5f}, training the same network from random "
         f"weights {exact['scratch-1e12']:.3f} and {exact['scratch-1e13']:.5f} (",
@@ -258,9 +256,9 @@ def test_what_the_study_says_below_its_table_is_that_of_the_files(runs, methods)
         f"and {lora['scratch-1e13']} of that from random weights",
         f"is {min(one['ratio'] for one in seeds):.2f} to {max(one['ratio'] for one in seeds):.2f} times the GRU's",
         f"on {100 * min(one['better'] for one in seeds):.0f} to {100 * max(one['better'] for one in seeds):.0f} % of",
-        f"{whole['ratio']:.2f} {bracket(whole['ratio_interval'], '{:.2f}'.format)} and {percent(whole['better'], 0)}",
+        f"{ratio(whole)} and {percent(whole['better'], 0)}",
         f"it has {min(validation):.5f} to {max(validation):.5f} for 1e13, the GRU {values[network]['val'].all.mse:.5f}",
         f"hold {percent(drawn.coverage_80, 0)} of the truth, the 50 % intervals {percent(drawn.coverage_50, 0)}",
-        f"{drawn.crps:.4f}; VAR(18) {mae['VAR(18)']:.4f}, GRU {mae['GRU trained on the 700']:.4f}",
+        f"{drawn.crps:.4f}; VAR(18) {others['VAR(18)'].all.mae:.4f}, GRU {others[network].all.mae:.4f}",
     ]
     assert [one for one in said if one not in " ".join(STUDY.split())] == []
