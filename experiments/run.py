@@ -82,7 +82,6 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
     from experiments.forecasting.adapter import embedded_or
     from experiments.forecasting.forecaster import reads_values
     from experiments.forecasting.grammar import Grammar
-    from experiments.study.evaluation import max_positions
     from experiments.study.judging import Judge
     from experiments.training.windows import cut_tokens
     from qwen_min import load
@@ -103,9 +102,10 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
         raise cli.CommandError(f"{args.model}: plan {plan.name} is for a model that {wanted}; choose another --model")
     writer = folder if plan.texts else TINY  # the judge encodes the series for it, whatever is trained
     model, tokenizer = load(writer, device, cli.chosen_dtype(args.dtype, device))
-    grammar = Grammar(tokenizer, encoding.decimals, 2)
+    # tokens of a context and a forecast of two variables, with values up to 99
+    forecast = Grammar(tokenizer, encoding.decimals, 2).columns(plans.LONG_HORIZON * 2)
+    needed = plans.CONTEXT_STEPS * (encoding.tokens_per_step(2) + 2) + 1 + forecast
     sample = [tokenizer.encode(encoding.encode(trajectories[parts.train[0]]))]
-    needed = max_positions(grammar, encoding, plans.CONTEXT_STEPS, plans.LONG_HORIZON)
     for training in (one for experiment in plan.texts for one in plans.candidates(plan, experiment)):
         assert training.context is not None  # candidates have all their settings
         cut_tokens(sample, training)  # refuses a context longer than a trajectory

@@ -30,22 +30,16 @@ from experiments.study.judging import Judge
 from experiments.training.settings import Training
 from flops import Ledger
 from qwen_min.weights import TINY
-from tests import forks
-from tests import small_plan as small
+from tests import forks, small_plan
 from tests.faults import contents
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def small_plan(monkeypatch):
-    """Runs are small in this process."""
-    small.install(put=monkeypatch.setattr)
-
-
-@pytest.fixture
-def again(small_plan, small_data):
-    """`experiments.run` as for the complete run, in a folder and with more words: the exit status."""
+def again(monkeypatch, small_data):
+    """`experiments.run`, small, as for the complete run, in a folder and with more words: the exit status."""
+    small_plan.install(put=monkeypatch.setattr)
     return lambda out, *more: run.main(["--data", str(small_data), "--out", str(out), "--samples", "9", *more])
 
 
@@ -158,13 +152,11 @@ def terminate_final() -> None:
     Ledger.debit = debit_and_terminate
 
 
-def test_a_run_that_is_asked_to_stop_saves_its_step_and_ends_with_the_same_bytes(
-    small_plan, copied, finished, small_data
-):
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_ends_with_the_same_bytes(again, copied, finished, small_data):
     """Here before the last two experiments are done; `faults.py` stops runs anywhere."""
     undone(copied, "final", "numbers")
     log, words = copied.with_name("log"), ("--data", small_data, "--out", copied, "--samples", 9)
-    assert forks.run(log, partial(small.main, before=terminate_final), *words) == 128 + signal.SIGTERM
+    assert forks.run(log, partial(small_plan.main, before=terminate_final), *words) == 128 + signal.SIGTERM
     last = log.read_text().splitlines()[-1]
     assert last.startswith("stopped by SIGTERM; to continue from what is saved: python -m experiments.run --data")
     state = copied / "experiments" / "final" / "state.safetensors"
@@ -176,11 +168,11 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_ends_with_the_same_bytes
     assert f"Spent {flops(status['spent'])} of a budget of 1e17 FLOPs" in page
     whole = state.read_bytes()
     state.write_bytes(b"{")
-    assert forks.run(log, small.main, *words) == 1
+    assert forks.run(log, small_plan.main, *words) == 1
     assert "state.safetensors: not a state of this training" in log.read_text()
     assert "Traceback" not in log.read_text()
     state.write_bytes(whole)
-    assert forks.run(log, small.main, *words) == 0, log.read_text()
+    assert forks.run(log, small_plan.main, *words) == 0, log.read_text()
     results = ("experiments/*/metrics.json", "experiments/*/adapter/*", "experiments/*/*.csv", "**/*.jsonl")
     assert contents(copied, *results) == contents(finished, *results)
 

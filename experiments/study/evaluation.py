@@ -51,12 +51,6 @@ class Evaluation:
         return Evaluation(texts, np.array(values), free, forced, np.array(nats))
 
 
-def max_positions(grammar: Grammar, encoding: Encoding, context_steps: int, steps: int) -> int:
-    """Positions that a context and a forecast of `steps` steps after it can need, with values up to 99."""
-    most = encoding.tokens_per_step(grammar.num_variables) + grammar.num_variables
-    return context_steps * most + 1 + grammar.columns(steps * grammar.num_variables)
-
-
 @torch.inference_mode()
 def _batch(
     model: Qwen,
