@@ -189,10 +189,10 @@ def by_flops(baselines: Methods, experiments: Mapping[str, Result], split: str, 
 
 
 def sequences(run: Run, name: str, split: str, rows: Sequence[int], path: Path) -> None:
-    """Draw sequences of a split, with the central 80 % of the samples if there are some."""
-    forecasts = []
-    for row in rows:
-        line, context = run.experiments[name].forecasts[split][row], run.contexts[split][row]
+    """Draw sequences of a split, the last one for those that it lacks, with the central 80 % of their samples."""
+    forecasts, lines = [], run.experiments[name].forecasts[split]
+    for row in dict.fromkeys(min(row, len(lines) - 1) for row in rows):
+        line, context = lines[row], run.contexts[split][row]
         title = f"sequence {row}, MSE {number(line.mse)}"
         forecasts.append(figures.Fan(title, context.context, line.forecast, context.truth, line.band))
     figures.fans(["prey", "predator"], forecasts, path, judged=HORIZON)
