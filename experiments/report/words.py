@@ -35,11 +35,8 @@ def flops(count: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: `47 s`, `12 min`, `1 h 59 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+    """A time: `47 s`, `119 min`."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def bracket(interval: Sequence[float] | None, write: Callable[[float], str] = number) -> str:
