@@ -106,6 +106,7 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     import numpy as np
     import pandas as pd
 
+    from experiments import tables
     from experiments.forecasting import backtest as tests
     from experiments.forecasting.contexts import named
     from experiments.forecasting.scores import BAND, inside, samples_needed
@@ -115,9 +116,9 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     if forecaster.trained and not ends:
         told = "the adapter does not record its training rows: it may have seen the rows below"
         warnings.warn(told, stacklevel=2)
-    arrays = [one.to_numpy() for one in series]
+    arrays, times = [one.to_numpy() for one in series], tables.common_times(series)
     with named(series):
-        places = tests.held_out(arrays, args.horizon, ends=ends)
+        places = tests.held_out(arrays, args.horizon, ends=ends, times=times)
     if ends and (left_out := len(tests.held_out(arrays, args.horizon)) - len(places)):
         print(f"{left_out} forecast{'s' * (left_out > 1)} left out: the adapter was trained on their rows")
     judged = args.samples is None or args.samples >= samples_needed(BAND[0])  # by an interval, too
@@ -127,7 +128,7 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     pasts = [place.past for place in places]
     methods = {"model": found.values} | tests.baseline_forecasts(pasts, args.horizon, args.season)
     errors = {method: tests.scores(forecast, places) for method, forecast in methods.items()}
-    count, over = len(places), {"series": "series", "forecasts": "these forecasts"}[errors["model"]["over"]]
+    count, over = len(places), errors["model"]["over"].replace("forecasts", "these forecasts")
     print(
         f"\n{count} held-out forecast{'s' * (count > 1)} of {args.horizon} steps; RMSE in standard deviations of each "
         f"variable before the forecast, its 95 % interval over {over}\n"

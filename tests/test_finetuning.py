@@ -266,7 +266,7 @@ def test_series_of_the_same_dates_are_judged_by_later_dates_than_they_are_traine
     assert [len(one) for one in parts.train] == [60] * 10 + [55]
     assert max(one.max() for one in parts.train) < 60 == min(place.truth.min() for place in parts.val)
     assert max(one.max() for one in parts.seen) < 80 == min(place.truth.min() for place in parts.test)
-    assert {place.group for place in parts.test} == {0, 1}
+    assert {place.group for place in parts.test} == {-2, -1}
     mixed = [one[::7] if number % 2 else one for number, one in enumerate(frames[:8])]  # of days and of weeks
     parts = split([one.to_numpy() for one in mixed], 2, common_times(mixed))
     assert max(one.max() for one in parts.train) < min(place.truth.min() for place in parts.val)

@@ -176,7 +176,9 @@ def test_several_series_keep_their_names_their_times_and_their_digits(run, tmp_p
     assert "2 variables (wolves, deer, young)" in run(odd, *few, "--columns", 'wolves, "deer, young"')[1]
     wide = sine(tmp_path / "wide.csv")
     assert run(wide, *few, "--wide")[1].startswith("deer: 40 rows of 1 variable (value), and 1 more series")
-    assert run(wide, *few, "--wide", "--backtest")[0] == 0
+    days = pd.date_range("2023-01-01", periods=40, name="day")
+    pd.DataFrame(np.random.default_rng(0).random((40, 6)), days, [*"abcdef"]).to_csv(wide)
+    assert "95 % interval over dates" in run(wide, *few, "--wide", "--backtest")[1]
 
 
 def test_several_files_are_forecast_into_one_table_with_a_name_for_each_series(run, refused, tmp_path):

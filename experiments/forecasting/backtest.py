@@ -65,22 +65,30 @@ def filled(series: np.ndarray, number: int) -> np.ndarray:
 
 
 def held_out(
-    series: Sequence[np.ndarray], horizon: int, count: ArrayLike = MAX_ORIGINS, ends: Container[str] = ()
+    series: Sequence[np.ndarray],
+    horizon: int,
+    count: ArrayLike = MAX_ORIGINS,
+    ends: Container[str] = (),
+    times: Sequence[np.ndarray] | None = None,
 ) -> list[Origin]:
     """Forecasts of the last steps of each of N series (T, D), one after the other, in the order of time.
 
-    count: the most for a series, a number or N of them. Left out are those of which nothing is known, those before
-    which nothing was known for long, and those in `rows_seen` by a training. Raises SeriesError when none is left, and
-    as `filled`.
+    count: the most for a series, a number or N of them. times: as in `split`; those that begin at about the same time
+    are a group. Left out are forecasts of which nothing is known, those before which nothing was known for long, and
+    those in `rows_seen` by a training. Raises SeriesError when none is left, and as `filled`.
     """
     found, first, longest = [], max(MIN_CONTEXT, horizon), 0
+    if times is not None:
+        step = np.median([np.ptp(one) / max(1, len(one) - 1) for one in times])
+        end = max(one[-1] for one in times) + step
     for number, (one, most) in enumerate(zip(series, np.broadcast_to(count, len(series)), strict=True)):
         longest = max(longest, len(one) if most else 0)
         fits, seen = max(0, (len(one) - first) // horizon), rows_seen(one, ends) if ends else 0
         for start in range(len(one) - min(most, fits) * horizon, len(one), horizon):
             truth, before = one[start : start + horizon], one[max(0, start - LONGEST_GAP) : start]
             if start >= seen and not np.isnan(truth).all() and not np.isnan(before).all():
-                found.append(Origin(one[:start], truth, number, number))
+                group = number if times is None else round((times[number][start] - end) / (horizon * step))
+                found.append(Origin(one[:start], truth, number, group))
                 filled(one[:start], number)  # refuses a variable without values
     if not found and ends:
         raise SeriesError("the adapter was trained on all rows that could be held out; use later rows, or other series")
@@ -144,13 +152,8 @@ def _by_time(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndar
     some = np.random.default_rng(0).permutation(used)[: -(-MAX_FORECASTS // count)]
     most = count * np.isin(numbers, some if len(used) >= MIN_SERIES else used)
     before = [one[:stop] for one, stop in zip(series, test, strict=True)]
-    of_val = held_out(before, horizon, np.minimum(most, (test - val) // horizon))
-    of_test = held_out(series, horizon, np.minimum(most, (lengths - test) // horizon))
-    for places in (of_val, of_test) if times is not None else ():
-        for row, place in enumerate(places):  # its group are those that begin in the same part of the held-out time
-            begin = at[place.series][len(place.context)]
-            group = round(count * (begin - test_begin) / (test_begin - val_begin))
-            places[row] = place._replace(group=group)
+    of_val = held_out(before, horizon, np.minimum(most, (test - val) // horizon), times=times)
+    of_test = held_out(series, horizon, np.minimum(most, (lengths - test) // horizon), times=times)
     first = sorted({int(val[number]) for number in used})
     told = f"the first {first[0]}" + f" to {first[-1]}" * (len(first) > 1)
     told += f" time steps to train on, {steps} for validation, the newest {steps} for the test"
