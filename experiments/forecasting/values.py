@@ -34,6 +34,9 @@ WIDER = 2.0
 # A zero-shot forecast is the mean of those from a context and from its newest shares, each of at least so many steps:
 # other scales, other seasons (chosen on fpp2 and forecast).
 NEWEST, LEAST = (0.8, 0.6), 24
+# Intervals of a series with a long season become wider where so many forecasts of its newest steps show the need, up to
+# so many times (chosen on simulated weeks of hours; on fpp2 and forecast nothing changes).
+CHECKS, WIDEST = 4, 3.0
 FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
 FAR = 2.0  # standard deviations below the mean of a fine-tuning's data; a series that never comes closer is foreign
 DEVIATIONS = 0.1, 100.0  # the same without logarithms: a series whose largest deviation from the mean is not in between
@@ -228,11 +231,31 @@ class NumberForecaster(SeriesForecaster):
     def _zero_shot(self, arrays, horizon, progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by the pretrained decoder and `without_long_seasons`."""
         pairs = [without_long_seasons(array, horizon, max(STRIDES)) for array in arrays]
-        arrays, raised = zip(*pairs, strict=True)
+        arrays = [array for array, _ in pairs]
         whole = self._by_decoder(self.base, None, arrays, horizon, progress)
         newest = [[newest_of(array, share) for array in arrays] for share in NEWEST]
         found = np.mean([whole, *(self._by_decoder(self.base, None, some, horizon) for some in newest)], axis=0)
-        return found + np.stack(raised)[:, None]
+        for row, (array, more) in enumerate(pairs):
+            if more.any():
+                median, wider = found[row, MEDIAN], np.where(more.any(axis=0), self._wider(array, horizon), 1.0)
+                found[row] = median + (found[row] - median) * wider + more
+        return found
+
+    def _wider(self, array: np.ndarray, horizon: int) -> np.ndarray:
+        """By how much (D) the intervals of a series (T, D) that has lost its long seasons are too narrow.
+
+        What is left of days that differ as a whole is like nothing that the decoder was trained on, so forecasts of
+        the newest steps are tried.
+        """
+        starts = [len(array) - back * horizon for back in range(1, CHECKS + 1)]
+        starts = [at for at in starts if at >= LEAST and np.isfinite(array[:at][-max(STRIDES) :]).any(axis=0).all()]
+        if not starts:
+            return np.ones(array.shape[1])
+        found = self._by_decoder(self.base, None, [array[:at] for at in starts], horizon)
+        gap = np.stack([array[at : at + horizon] for at in starts]) - found[:, MEDIAN]
+        width = np.where(gap > 0, found[:, -1] - found[:, MEDIAN], found[:, MEDIAN] - found[:, 0])
+        ratio = np.nan_to_num(np.minimum(np.abs(gap), WIDEST * width) / np.where(width > 0, width, 1.0))
+        return np.maximum(1, np.quantile(ratio, LEVELS[-1] - LEVELS[0], axis=(0, 1)))
 
     def _by_decoder(self, model, reading, arrays, horizon, progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by a decoder and how it reads; None: zero-shot."""
