@@ -17,8 +17,9 @@ TIME_NAMES = frozenset(
     "season semester hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois "
     "trimestre jour heure año fecha doy".split()
 )
-WITH_UNIT = r"(?:elapsed|time)(?:[ _.]time)?(?:[ _.](?:[mnuµ]?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?))?"
-COUNTER_NAMES = frozenset("step steps index idx id row obs".split())
+UNIT = "[ _.](?:[mnuµ]?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?)"
+WITH_UNIT = rf"(?:elapsed|time)(?:[ _.]time)?(?:{UNIT})?"
+COUNTER_NAMES = rf"steps?|index|idx|id|row|obs|t{UNIT}"  # t_min can be a temperature, too
 PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own
 Found = tuple[pd.Index | None, list[Column]]  # the times, and the columns that they and other times are in
 
@@ -143,7 +144,7 @@ def equal_steps(values: np.ndarray) -> bool:
 def _is_axis(name: str, values: np.ndarray) -> bool:
     """True if numbers (T) rise in equal steps and are called by a counter, or are three without a name, or whole."""
     is_many = len(values) >= 3 and (not name or bool((values == np.round(values)).all()))
-    return equal_steps(values) and (is_many or name.lower() in COUNTER_NAMES)
+    return equal_steps(values) and (is_many or re.fullmatch(COUNTER_NAMES, name.lower()) is not None)
 
 
 def check_order(index: pd.Index, rows: np.ndarray, of: str, table: Table) -> None:
@@ -155,10 +156,10 @@ def check_order(index: pd.Index, rows: np.ndarray, of: str, table: Table) -> Non
         return
     at = int((index[1:] <= index[:-1]).argmax()) + 1
     before, now = time_texts(index[[at - 1, at]], index)
-    problem = (
-        f"the time {now}{of} comes after {before}; sort the rows by time, the oldest first; if the clock was set back "
-        "there, write times with their offset from UTC"
-    )
+    advice = f"{name!r} is a variable, name it with --columns"
+    if isinstance(index, pd.DatetimeIndex):
+        advice = "the clock was set back there, write times with their offset from UTC"
+    problem = f"the time {now}{of} comes after {before}; sort the rows by time, the oldest first; if {advice}"
     twice = index[index.duplicated()]
     if now == before or (not of and len(twice)):
         problem = (
