@@ -67,6 +67,8 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
             raise cli.CommandError(f"{path} exists; name another file with {option}, or overwrite it with --force")
     if args.plot and args.plot.suffix.lower() not in FORMATS:
         raise cli.CommandError(f"--plot {args.plot}: expected a name that ends in {', '.join(FORMATS)}")
+    if args.plot and args.plot.absolute() == out.absolute():
+        raise cli.CommandError(f"--out and --plot are both {out}; name two files")
 
 
 def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
