@@ -188,6 +188,7 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "a note": ("date,y\n2023-01-01,1\nsource\n", "line 3: has 1 columns, the first line has 2; leave out lines that"),
     "JSON": ('{"a": 1}', "is JSON, HTML or XML; save it as CSV"),
     "UTF-16": ("a\0,\0b\0", "has zero bytes, as UTF-16 without a mark.*; save it as .* encoded as UTF-8"),
+    "UTF-32": ("a\n1\n2\n".encode("utf-32"), "has zero bytes, as .* UTF-32"),
     "two files": (zipped(a=b"1", b=b"2"), r"is a zip file of \['a', 'b'\], expected one table in it"),
     "damaged Excel": (zipped(**{"[Content_Types].xml": b""}), "Excel file"),
     "damaged zip": (zipped(a=PACKED).replace(b"1.5", b""), "cannot be unpacked"),

@@ -88,14 +88,14 @@ def series_name(path: Path) -> str:
 def _decoded(path: Path, content: bytes, notes: list[str]) -> str:
     """The text in bytes, its lines ended by \\n."""
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
-    if encoding == "utf-8" and b"\0" in content:
-        problem = "has zero bytes, as UTF-16 without a mark, and files that are no text"
-        raise DataError(f"{path}: {problem}; save it as CSV or Parquet, encoded as UTF-8")
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")  # as Excel writes CSV in western Europe and America
         notes.append("read as Windows-1252, as it is not UTF-8")
+    if "\0" in text:
+        problem = "has zero bytes, as UTF-16 without a mark, UTF-32, and files that are no text"
+        raise DataError(f"{path}: {problem}; save it as CSV or Parquet, encoded as UTF-8")
     return text.lstrip("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
