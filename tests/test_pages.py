@@ -94,6 +94,9 @@ def test_files_of_a_fine_tuning_that_do_not_agree_are_named(folder):
     (folder / "metrics.json").write_text(json.dumps(metrics_of([1.0, float("1e9")], [2.0]) | {"series": [0, 1, 2]}))
     with pytest.raises(RunError, match=r"metrics.json: before has errors of 2 forecasts, expected 3"):
         write_report(folder)
+    (folder / "metrics.json").unlink()
+    with pytest.raises(RunError, match="the fine-tuning is not finished; its command continues it: finetune x"):
+        write_report(folder)
 
 
 @pytest.mark.parametrize(("after", "ar", "chance", "other_way"), [

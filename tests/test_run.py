@@ -231,6 +231,8 @@ def test_a_finished_run_is_not_run_again_and_has_the_same_page_with_a_shortened_
     assert "continuing" in capsys.readouterr().out
     assert (copied / "report.md").read_bytes() == before
     assert contents(copied, "**/*.json", "**/*.jsonl", "**/*.safetensors") == files
+    (copied / "ledger.jsonl").unlink()  # a run without trainings has none
+    assert command("report", copied, "--shorten")[0] == 0
 
 
 def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_continues(again, copied, capsys):

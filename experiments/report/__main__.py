@@ -30,11 +30,12 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace, _: Interruption) -> int:
     """Write the pages; the exit status."""
-    folder = args.folder
+    folder, ledger = args.folder, args.folder / "ledger.jsonl"
     with only_writer(folder):
-        if args.shorten:
-            shorten_ledger(folder / "ledger.jsonl")
-        print(write_report(folder) if (folder / "plan.json").exists() else write_comparison(folder))
+        is_run = (folder / "plan.json").exists()
+        if args.shorten and (ledger.exists() or not is_run):  # a run without trainings has none
+            shorten_ledger(ledger)
+        print(write_report(folder) if is_run else write_comparison(folder))
     return 0
 
 

@@ -94,8 +94,11 @@ class Plan:
 
 def page(folder: Path) -> dict[str, Any]:
     """What `write_pages` takes. Raises RunError for a fine-tuning that is not finished, or damaged."""
-    plan, metrics = read(folder / "plan.json", Plan), read(folder / "metrics.json", Metrics)
-    lines, variables = read_lines(folder / "forecasts.jsonl", Line), plan.identity.variables
+    plan = read(folder / "plan.json", Plan)
+    if not (folder / "metrics.json").exists():
+        raise RunError(f"{folder}: the fine-tuning is not finished; its command continues it: {plan.command}")
+    metrics, lines = read(folder / "metrics.json", Metrics), read_lines(folder / "forecasts.jsonl", Line)
+    variables = plan.identity.variables
     widths = {len(one.mae) for one in metrics.errors.values()} | {line.truth.shape[1] for line in lines}
     if widths != {len(variables)} or len(lines) != len(metrics.series):
         raise RunError(f"{folder}: its files do not agree on the variables or on the number of forecasts")
