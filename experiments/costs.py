@@ -84,7 +84,7 @@ def table(result: dict) -> str:
     rows.append(("  as a power of ten", *(f"10^{math.log10(step):.3f}" for step in steps.values())))
     rows.append(("  in forward passes", *(f"{steps[c] / totals[c]['forward']:.2f}" for c in CONVENTIONS)))
     written = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
-    lines = [f"{name:<44}" + "".join(f"{cell:>22}" for cell in cells) for name, *cells in written]
+    lines = [(f"{name:<44}" + "".join(f"{cell:>22}" for cell in cells)).rstrip() for name, *cells in written]
     outcome = "Not traced: that would take more than a few seconds."
     if traced:
         agrees = "equals" if all(traced[name] == totals["exact"][name] for name in traced) else "DIFFERS FROM"

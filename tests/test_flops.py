@@ -196,6 +196,7 @@ def test_command_prints_the_table(command):
     assert status == 0
     assert "This equals the exact column" in out
     assert f"{found['operators']['lm_head']['exact']:,}" in out
+    assert " \n" not in out
 
 
 def test_command_counts_in_closed_form_what_would_take_long_to_trace(command):

@@ -100,8 +100,9 @@ def verdict(run: Run) -> str | None:
     name, ours = [*tests.items()][-1]
     best, theirs = min(((one, tests[one]) for one in run.baselines), key=lambda named: named[1].all.mse_filled)
     beaten = sum(ours.all.mse_filled < tests[one].all.mse_filled for one in run.baselines)
+    subject = name + "," * ("," in name)
     text = (
-        f"On {ours.all.sequences} test sequences the mean squared error of {name} is {words.number(ours.all.mse)}, "
+        f"On {ours.all.sequences} test sequences the mean squared error of {subject} is {words.number(ours.all.mse)}, "
         f"smaller than that of {beaten} of {words.counted(len(run.baselines), 'baseline')}. The best baseline, {best}, "
         f"has {words.number(theirs.all.mse)}."
     )
