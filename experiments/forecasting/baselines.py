@@ -31,7 +31,10 @@ def _interpolate(context: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def seasonal(contexts: np.ndarray, horizon: int, season: int | None = None) -> np.ndarray:
-    """Repeat the last season of each context (N, C, D); None: the lag of 2 to C/2 steps that best explains its end."""
+    """Repeat the last season of each context (N, C, D): (N, h, D). A longer season is the whole context.
+
+    None: the lag of 2 to C/2 steps that best explains its end.
+    """
     length = contexts.shape[1]
     end, future = np.arange(max(length - MATCHED_STEPS, length // 2), length), length + np.arange(horizon)
     lags = np.arange(2, length / 2, LAG_SPACING) if length > 4 else np.array([1])
@@ -47,7 +50,7 @@ def seasonal(contexts: np.ndarray, horizon: int, season: int | None = None) -> n
 
 
 def _autoregression(context: np.ndarray, horizon: int, most: int) -> np.ndarray:
-    """Roll out a ridge regression of a context (C, D) on at most `most` steps, between 0 and 1.5 times its maximum."""
+    """Roll out a ridge regression of a context (C, D) on up to `most` steps: (h, D), from 0 to 1.5 times its maxima."""
     length, variables = context.shape
     # length - order equations for each variable
     order = max(1, min(most, int((length - EQUATIONS) / (1 + EQUATIONS * variables))))

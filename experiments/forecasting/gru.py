@@ -36,7 +36,10 @@ class GRU(nn.Module):
         self.change = nn.Linear(HIDDEN, num_variables)
 
     def read(self, series: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The states (B, T, HIDDEN) after each step of series (B, T, D) and a state, and forecasts of the next step."""
+        """The states (B, T, HIDDEN) after each step of series (B, T, D), and forecasts (B, T, D) of the next one.
+
+        state (B, HIDDEN): that before the first step; None at the start of a series.
+        """
         logarithms = torch.log(series.clamp(min=0) + LOG_OFFSET)
         inputs = torch.cat(((series - self.mean) / self.spread, logarithms), dim=-1)
         states, _ = self.gru(inputs, None if state is None else state[None].contiguous())
