@@ -64,13 +64,14 @@ class QwenConfig:
         """
         record = {"tie_word_embeddings": False, "is_causal": True, "hidden_act": "silu"} | record
         rope, layers = record.get("rope_parameters") or {}, record.get("layer_types") or []
+        is_full = isinstance(layers, list) and all(one == "full_attention" for one in layers)
         supported = {
             "model_type": (record.get("model_type") == "qwen2", "'qwen2'"),
             "quantization_config": (not record.get("quantization_config"), "null: the weights are quantised"),
             "quantization": (not record.get("quantization"), "null: the weights are quantised"),
             "is_causal": (record["is_causal"] is True, "true: only causal attention is implemented"),
             "use_sliding_window": (not record.get("use_sliding_window"), "false: only full attention is implemented"),
-            "layer_types": (isinstance(layers, list) and {*layers} <= {"full_attention"}, "[full_attention, ...]"),
+            "layer_types": (is_full, "[full_attention, ...]"),
             "dual_chunk_attention_config": (
                 not record.get("dual_chunk_attention_config"),
                 "null: it changes nothing up to its original_max_position_embeddings, so remove it and set "

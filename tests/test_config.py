@@ -10,6 +10,8 @@ FIELDS = config_fields(GROUPED)
     ({"model_type": "llama"}, "model_type"),
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ({"layer_types": [["full_attention"]]}, "layer_types"),
+    ({"layer_types": 1}, "layer_types"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_parameters"),
     ({"is_causal": False}, "is_causal"),
