@@ -55,9 +55,10 @@ def write_comparison(folder: Path) -> Path:
         if known := [(error, name) for name, error in tests.items() if error is not None and EXACT not in name]:
             error, name = min(known)
             best.append(f"{name} ({words.number(error)}) of the {kind}")
-    words_of_best = f"The smallest mean squared errors on all test sequences: {'; '.join(best)}."
-    values = {"title": "Comparison of runs", "verdict": words_of_best, "runs": runs, "left_out": left_out}
-    write_pages([page := folder / "comparison.md"], "comparison", experiments=experiments, **values)
+    page = folder / "comparison.md"
+    values = {"title": "Comparison of runs", "runs": runs, "left_out": left_out, "experiments": experiments}
+    values["verdict"] = f"The smallest mean squared errors on all test sequences: {'; '.join(best)}."
+    write_pages([page], "comparison", **values)
     return page
 
 

@@ -144,9 +144,9 @@ def settings(trained: Mapping[str, Result]) -> tuple[str, Rows]:
     """The settings that trainings share, in words, and the others of each."""
 
     def written(value: Any) -> str:
-        return (
-            f"{value:g}" if isinstance(value, float) else " + ".join(value) if isinstance(value, tuple) else str(value)
-        )
+        if isinstance(value, float):
+            return f"{value:g}"
+        return " + ".join(value) if isinstance(value, tuple) else str(value)
 
     rows = {
         name: {key: written(value) for key, value in vars(one.training).items() if value is not None}
