@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # --help need not wait for torch
 TEXT = ("samples", "seed")  # options of models that write text
 
 
-def levels(text: str) -> list[float]:
+def numbers(text: str) -> list[float]:
     """Parse numbers, separated by commas; `forecast` refuses those that are no quantiles."""
     return sorted(map(float, text.split(",")))
 
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="numbers (default), or one that writes text: a folder, a hub id or tiny; or the adapter's")
     add("--context", type=cli.positive, help="newest time steps that the model reads (default: all that it can)")
     add("--backtest", action="store_true", help="forecast the newest rows from the older ones, print errors")
-    add("--quantiles", type=levels, default=list(BAND), help=f"to write (default {','.join(map(str, BAND))})")
+    add("--quantiles", type=numbers, default=list(BAND), help=f"to write (default {','.join(map(str, BAND))})")
     text = p.add_argument_group("models that write text").add_argument
     text("--samples", type=int, help="paths to draw; 0: only the likeliest path, without an interval (default 20)")
     text("--seed", type=cli.natural, help="seed of the paths (default 0)")

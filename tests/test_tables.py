@@ -173,6 +173,10 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "quarters of five digits": ("t,a\n20104,1\n20111,2\n20112,2\n", "'20104' can be a month or a quarter"),
     "quarters with a point": ("t,a\n2010.3,1\n2010.4,1\n2011.1,2\n", "'2010.3' can be a month or a quarter"),
     "half-years": ("d,a\n2000-1,1\n2000-2,2\n2001-1,3\n", "'2000-1' can be a month or a quarter; write its first"),
+    "half-years in words": (
+        "semester,a\n2000-1,1\n2000-2,2\n",
+        "a month or a half-year; write its first day, such as 2000-07-01",
+    ),
     "weeks or months": ("week,a\n2023-01,1\n2023-02,2\n", "'2023-01' can be a month or a week; write its first day"),
     "months with a point": ("date,a\n2022.11,1\n2022.12,2\n2023.01,3\n", "2022.11 can be a month or a number"),
     "no such day": ("date,a\n20230228,1\n20230229,2\n", "line 3, .*20230229 is not a day of the calendar"),
@@ -355,6 +359,9 @@ def test_arrays_that_are_refused(read, arrays, message):
 def test_numbers_that_are_packed_are_refused(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["a"] = np.ones(3)
+        file["a"].attrs["_FillValue"] = np.nan  # as xarray writes it
+    assert len(read_series(tmp_path / "a.h5")[0]) == 3
+    with h5py.File(tmp_path / "a.h5", "a") as file:
         file["a"].attrs["scale_factor"] = 0.01
     with pytest.raises(DataError, match="a has scale_factor, as netCDF has; write the numbers"):
         read_series(tmp_path / "a.h5")

@@ -13,7 +13,10 @@ YEARS = range(1800, 2201)  # of numbers such as 202312 that are dates
 CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp][Mm])?"
 MONTH = rf"({'|'.join(MONTHS)})(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?"
 # What a column holds instead of months, by what its name contains.
-PERIODS = {"": "month|monat|mois", "week": "week|woche|semaine|semana", "quarter": "quart|trimest|half|halb|semest"}
+PERIODS = {
+    "": "month|monat|mois", "week": "week|woche|semaine|semana", "quarter": "quart|trimest", "half-year":
+    "half|halb|semest"
+}  # fmt: skip
 _ZONE = r"(?:Z|UTC|GMT|[+-]\d{2}:?\d{2})"
 _AFTER = rf"((?:[T ,]+{CLOCK}(?: ?{_ZONE})?)?)"
 # What a date looks like, and how it is written for pandas: in two ways where the day or the month can come first,
@@ -107,8 +110,8 @@ def _refuse_no_months(years, parts, first, name: str, table: Table) -> None:
     counted = "quarter" if min(np.ptp(years), np.ptp(parts)) > 0 else ""
     kind = next((kind for kind, names in PERIODS.items() if re.search(names, name, re.IGNORECASE)), counted)
     if kind and (part <= 12 if kind == "week" else max(parts) <= 4):
-        advice = f"write its first day, such as {year}-04-01, or {year}{'-W14' if kind == 'week' else 'Q2'}"
-        raise table.error(f"'{first}' can be a month or a {kind}; {advice}", name)
+        example = {"week": f"04-01, or {year}-W14", "quarter": f"04-01, or {year}Q2", "half-year": "07-01"}[kind]
+        raise table.error(f"'{first}' can be a month or a {kind}; write its first day, such as {year}-{example}", name)
 
 
 def _parsed(text: pd.Series, name: str, table: Table) -> pd.DatetimeIndex:

@@ -62,7 +62,8 @@ def arrays_in(path: Path, content: bytes) -> Iterator[Table]:
     with opened(path, content) as file:
         arrays, clock = _arrays(path, file)
         for name, array in arrays.items():
-            if packed := [key for key in PACKED if key in array.attrs]:
+            meanings = {key: array.attrs[key] for key in PACKED if key in array.attrs}
+            if packed := [key for key, value in meanings.items() if np.all(value == value)]:  # NaN is missing anyhow
                 raise DataError(f"{path}: {name} has {packed[0]}, as netCDF has; write the numbers that are meant")
             count, is_study = array.shape[-1] if array.ndim > 1 else 1, array.ndim == 3 and clock is not None
             variables = ["prey", "predator"] if is_study and count == 2 else [f"x{at}" for at in range(count)]
