@@ -23,18 +23,7 @@ from tests import forks, small_plan
 if "QWEN_CHECKPOINT" not in os.environ:
     torch.set_num_threads(1)
 
-GROUPED = QwenConfig(
-    vocab_size=97,
-    hidden_size=56,
-    intermediate_size=80,
-    num_hidden_layers=3,
-    num_attention_heads=14,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    rms_norm_eps=1e-6,
-    rope_theta=1e6,
-    tie_word_embeddings=True,
-)
+GROUPED = QwenConfig(97, 56, 80, 3, 14, 2, 256, 1e-6, 1e6, True)
 REAL = QwenConfig(151936, 896, 4864, 24, 14, 2, 32768, 1e-6, 1e6, True)  # Qwen2.5-0.5B
 CONFIGS = {
     "ratio 7, tied": GROUPED,
@@ -87,12 +76,10 @@ def write_checkpoint(folder: Path, model: Qwen, dtype: torch.dtype = torch.float
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
         return
-    weight_map = {}
-    for shard in range(shards):
-        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        part = dict(list(tensors.items())[shard::shards])
-        save_file(part, folder / name)
-        weight_map |= dict.fromkeys(part, name)
+    names = [f"model-{shard + 1:05}-of-{shards:05}.safetensors" for shard in range(shards)]
+    weight_map = dict(zip(tensors, names * len(tensors), strict=False))
+    for name in names:
+        save_file({key: tensors[key] for key in tensors if weight_map[key] == name}, folder / name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -183,19 +170,15 @@ def refused(command):
     return call
 
 
-def _path_from(variable: str) -> Path:
-    if variable not in os.environ:
-        pytest.skip(f"{variable} is not set")
-    return Path(os.environ[variable])
+def _path_from(variable: str):
+    @pytest.fixture(scope="session")
+    def path() -> Path:
+        if variable not in os.environ:
+            pytest.skip(f"{variable} is not set")
+        return Path(os.environ[variable])
+
+    return path
 
 
-@pytest.fixture(scope="session")
-def real_checkpoint() -> Path:
-    """A folder with real Qwen2.5-0.5B weights."""
-    return _path_from("QWEN_CHECKPOINT")
-
-
-@pytest.fixture(scope="session")
-def report_file() -> Path:
-    """The study's HDF5 file."""
-    return _path_from("LOTKA_VOLTERRA_H5")
+real_checkpoint = _path_from("QWEN_CHECKPOINT")  # a folder with real Qwen2.5-0.5B weights
+report_file = _path_from("LOTKA_VOLTERRA_H5")  # the study's HDF5 file

@@ -27,39 +27,23 @@ def sample(heads, num_cached, num_new, padded, dtype=torch.float32):
     return q, k, v, pairs_mask(num_new, total, q.device, real)
 
 
-def assert_equal_to_the_reference(q, k, v, mask, given=None):
-    """Compare values and gradients; given: the mask in another form."""
-    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
-    wanted, got = reference_attention(*inputs, mask), attention(*inputs, mask if given is None else given)
+@pytest.mark.parametrize("block", [2, 4, 64])
+@pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (0, 1), (5, 1), (5, 4)])
+@pytest.mark.parametrize("heads", [(7, 7), (14, 2)])
+@pytest.mark.parametrize("given", ["nothing", "pairs", "padded pairs", "real tokens"])
+def test_values_and_gradients_equal_the_reference(monkeypatch, block, num_cached, num_new, heads, given):
+    """Some passes take several blocks of queries, some take none. All forms of a mask mean the same."""
+    monkeypatch.setattr(module, "QUERY_BLOCK", block)
+    *inputs, mask = sample(heads, num_cached, num_new, given in ("padded pairs", "real tokens"))
+    real = real_tokens(num_cached + num_new, 0, 3).bool()[:, None, None]
+    form = {"nothing": None, "real tokens": real if num_new > 1 else mask}.get(given, mask)
+    for tensor in inputs:
+        tensor.requires_grad_()
+    wanted, got = reference_attention(*inputs, mask), attention(*inputs, form)
     torch.testing.assert_close(got, wanted)
     direction = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
     ours, theirs = (torch.autograd.grad(out, inputs, direction) for out in (got, wanted))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("block", [2, 4, 64])
-@pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (0, 1), (5, 1), (5, 4)])
-@pytest.mark.parametrize("heads", [(7, 7), (14, 2)])
-@pytest.mark.parametrize("padded", [False, True])
-def test_values_and_gradients_equal_the_reference(monkeypatch, block, num_cached, num_new, heads, padded):
-    """Some passes take several blocks of queries, some take none."""
-    monkeypatch.setattr(module, "QUERY_BLOCK", block)
-    assert_equal_to_the_reference(*sample(heads, num_cached, num_new, padded))
-
-
-@pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (5, 4), (70, 80)])
-def test_a_mask_of_the_real_tokens_is_that_of_all_pairs(num_cached, num_new):
-    real = real_tokens(num_cached + num_new, 0, 3).bool()[:, None, None]
-    assert_equal_to_the_reference(*sample((14, 2), num_cached, num_new, padded=True), real)
-
-
-@pytest.mark.parametrize(("num_cached", "num_new"), [(5, 4), (70, 80)])
-def test_without_a_mask_the_new_tokens_are_the_last_ones(num_cached, num_new):
-    q, k, v, mask = sample((14, 2), num_cached, num_new, padded=False)
-    torch.testing.assert_close(attention(q, k, v, None), reference_attention(q, k, v, mask))
-    with torch.autocast("cpu", torch.bfloat16):  # takes the code path of a GPU
-        found = attention(q, k, v, None)
-    torch.testing.assert_close(found.float(), reference_attention(q, k, v, mask), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("num_new", [1, 2])
@@ -74,9 +58,7 @@ def test_rows_that_share_a_prefix_get_what_copies_of_it_give(monkeypatch, num_ne
     q = torch.randn(batch * times, num_new, heads * groups, size, generator=generator).to(dtype).transpose(1, 2)
     shared = torch.randn(2, batch, heads, prefix, size, generator=generator).to(dtype)
     k, v = torch.randn(2, batch * times, heads, own, size, generator=generator).to(dtype)
-    mask = None
-    if masked != "not" or num_new > 1:
-        mask = torch.ones(prefix + own, prefix + own).tril()[None, None, -num_new:].bool()
+    mask = pairs_mask(num_new, prefix + own, q.device)
     if masked in ("by row", "biased"):
         mask = mask.repeat(batch * times, 1, 1, 1)
         mask[:times, :, :, :3] = mask[5, :, :, 10] = False
@@ -84,9 +66,7 @@ def test_rows_that_share_a_prefix_get_what_copies_of_it_give(monkeypatch, num_ne
         torch.cat((before.repeat_interleave(times, 0), after), 2) for before, after in zip(shared, (k, v), strict=True)
     )
     wanted = reference_attention(q, whole_k, whole_v, mask)
-    given = grouped_bias(mask, groups, dtype) if masked == "biased" else mask
-    if masked == "not":
-        given = None
+    given = {"not": None, "biased": grouped_bias(mask, groups, dtype)}.get(masked, mask)
     found = attention_after_prefix(q, *shared, k, v, given)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
@@ -122,10 +102,9 @@ def test_a_processor_without_bf16_computes_attention_in_fp32(monkeypatch):
 
 
 @pytest.mark.parametrize("num_new", [1, 4])
-@pytest.mark.parametrize("heads", [(7, 7), (14, 2)])
-def test_a_grouped_bias_gives_the_same_as_its_mask(num_new, heads):
-    q, k, v, mask = sample(heads, 5, num_new, True)
-    bias = grouped_bias(mask, heads[0] // heads[1], q.dtype)
+def test_a_grouped_bias_gives_the_same_as_its_mask(num_new):
+    q, k, v, mask = sample((14, 2), 5, num_new, True)
+    bias = grouped_bias(mask, 7, q.dtype)
     torch.testing.assert_close(attention(q, k, v, bias), reference_attention(q, k, v, mask))
     assert all(stride % BIAS_ALIGNMENT == 0 for stride in bias.stride()[:-1])
 

@@ -24,9 +24,7 @@ def test_autoregressions_continue_waves_and_stay_between_zero_and_one_and_a_half
     for baseline in (ar, var):
         np.testing.assert_allclose(baseline(wave[:, :50], 10), wave[:, 50:], atol=0.02)
         forecast = baseline(growing, 30)
-        assert forecast.shape == (1, 30, 2)
-        assert (forecast >= 0).all()
-        assert (forecast <= 1.5 * growing.max(axis=1)).all()
+        assert ((forecast >= 0) & (forecast <= 1.5 * growing.max(axis=1))).all()
 
 
 def test_the_seasonal_baseline_repeats_a_fractional_period_or_the_given_one():
@@ -60,7 +58,6 @@ def test_the_network_of_the_study_need_not_be_trained_again(simulated, monkeypat
 def test_the_network_beats_the_context_mean_and_depends_on_the_seed_alone(simulated):
     train, val, _ = in_the_text(simulated)
     forecast = gru.fit(train, steps=150).forecast
-    assert (forecast(val[:, :70], 10) >= 0).all()
     assert squared(forecast, val).mean() < 0.5 * squared(context_mean, val).mean()
     train = train[:5]
     first, again, other = (gru.fit(train, seed, 3).forecast(train[:, :40], 4) for seed in (0, 0, 1))

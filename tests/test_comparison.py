@@ -27,17 +27,15 @@ def results(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_reports_that_come_with_the_project_match_their_files(results, name):
     page = write_report(results / name)
-    markdown, html = page.with_suffix(".md").read_text(), page.read_text()
+    markdown = page.with_suffix(".md").read_text()
     assert markdown == (RESULTS / name / "report.md").read_text()
-    assert markdown.count("![") == len(list((results / name / "figures").glob("*.png"))) > 0
-    assert html.count('<img alt="') == html.count("data:image/png;base64,") == markdown.count("![")
+    assert page.read_text().count("data:image/png;base64,") == markdown.count("![") > 0
 
 
 def test_the_comparison_matches_its_runs_and_names_what_it_leaves_out(results, command):
     with pytest.warns(UserWarning, match="left out: quick"):
         page = write_comparison(results)
     assert page.read_text() == (RESULTS / "comparison.md").read_text()
-    assert len(list(results.glob("*.png"))) == 2
     shutil.copytree(results / "trial", results / "no-baselines")
     (results / "no-baselines" / "baselines.json").unlink()
     (results / "mine").mkdir()  # a fine-tuning that was killed before its first check

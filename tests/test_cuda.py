@@ -18,7 +18,7 @@ from experiments.training.windows import TextWindows, cut_tokens
 from lora import LoraConfig, adapter_parameters, inject
 from qwen_min import KVCache, QwenConfig, generate, load
 from qwen_min.config import NotFiniteError
-from qwen_min.continuation import GraphContinuation, ReusedCache, continuation
+from qwen_min.continuation import GraphContinuation, continuation
 from qwen_min.generation import pad_left, prefill
 from qwen_min.loss import next_token_loss
 from qwen_min.weights import TINY
@@ -186,25 +186,6 @@ def test_all_attention_runs_in_fused_kernels(on_gpu):
                 append(ids[:, :width])
         inject(on_gpu, LoraConfig(rank=2, alpha=2))
         next_token_loss(on_gpu, ids).backward()
-
-
-def test_caches_of_similar_lengths_have_the_same_capacity(on_gpu):
-    reused = ReusedCache(on_gpu)
-    caches = [reused.take(2, length) for length in (860, 861, 896)]
-    assert caches[0] is caches[1] is caches[2]
-    assert caches[0].capacity == 896
-
-
-@pytest.mark.skipif(not hasattr(torch._C, "_cuda_set_sync_debug_mode"), reason="waits are not reported")
-def test_a_training_pass_does_not_synchronise(on_gpu):
-    ids, rows, lengths = torch.randint(15, 25, (4, 24)).cuda(), torch.tensor([2, 0]), torch.tensor([24, 9])
-    inject(on_gpu, LoraConfig(rank=2, alpha=2))
-    for mode in ("default", "error"):  # kernels initialise at first use
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            next_token_loss(on_gpu, ids[rows.to("cuda", non_blocking=True)], lengths).backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_decoder_that_reads_values_forecasts_and_is_fine_tuned_alike():

@@ -9,11 +9,7 @@ from experiments.study.data import DataError
 def test_reading_returns_the_dataset_that_was_written(tmp_path):
     written = data.simulate(seed=3, num_systems=4)
     data.write(tmp_path / "a.h5", written)
-    read = data.read(tmp_path / "a.h5")
-    assert np.array_equal(read, written)
-    assert read.shape == (4, 100, 2)
-    with h5py.File(tmp_path / "a.h5") as file:
-        assert (file["time"][0], file["time"][-1], len(file["time"])) == (0, 200, 100)
+    assert np.array_equal(data.read(tmp_path / "a.h5"), written)
     assert not np.array_equal(written, GOOD[:4])
 
 
@@ -47,7 +43,6 @@ def with_value(value):
     ({"trajectories": GOOD[0]}, "expected numbers of rank 3"),
     ({"trajectories": GOOD[:, :, :1]}, r"expected \(series, time steps, 2\)"),
     ({"trajectories": GOOD[:0]}, r"are \(0, 100, 2\)"),
-    ({"trajectories": np.full((4, 100, 2), b"x")}, "expected numbers"),
     (with_value(np.nan), r"trajectories\[1, 5, 0\] is nan"),
     (with_value(-1e-3), r"expected finite populations >= 0"),
 ])  # fmt: skip

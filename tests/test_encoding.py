@@ -33,9 +33,7 @@ def test_the_published_example_is_reproduced(simulated, tiny):
     check_published(simulated, tiny[1])
 
 
-def test_the_published_example_is_reproduced_from_the_report_s_file_with_the_real_tokenizer(
-    report_file, real_checkpoint
-):
+def test_the_published_example_is_that_of_the_report_s_file_and_the_real_tokenizer(report_file, real_checkpoint):
     check_published(data.read(report_file), Tokenizer(real_checkpoint / "tokenizer.json"))
 
 
@@ -66,9 +64,7 @@ def test_any_text_decodes_and_no_value_is_invented(text, num_steps, num_variable
     ("12.34,-4.56;", [[12.34, -4.56], [None, None]]),
     ("1.23;0.10,0.20", [[None, None], [0.1, 0.2]]),  # a missing variable does not shift the others
     ("1.23,4.56,7.89;0.10,0.20", [[None, None], [0.1, 0.2]]),
-    ("nan,inf;1e5,.12", [[None, None], [None, None]]),
     ("1.2.3, 1.00;٣.00,1.00", [[None, None], [None, 1.0]]),
-    ("", [[None, None], [None, None]]),
 ])  # fmt: skip
 def test_malformed_values_are_nan(text, values):
     np.testing.assert_array_equal(Encoding(1.0).decode(text, 2, 2), np.array(values, dtype=float))
