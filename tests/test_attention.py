@@ -2,8 +2,6 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import real_tokens
@@ -72,19 +70,6 @@ def test_rows_that_share_a_prefix_get_what_copies_of_it_give(monkeypatch, num_ne
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)])
-def test_some_gradients_may_not_be_needed(monkeypatch, needed):
-    monkeypatch.setattr(module, "QUERY_BLOCK", 4)
-    *inputs, mask = sample((14, 2), 0, 9, False)
-    for index in needed:
-        inputs[index].requires_grad_()
-    wanted = torch.autograd.grad(reference_attention(*inputs, mask).sum(), [inputs[i] for i in needed])
-    attention(*inputs, mask).sum().backward()
-    for index, gradient in zip(needed, wanted, strict=True):
-        torch.testing.assert_close(inputs[index].grad, gradient, rtol=1e-4, atol=1e-5)
-    assert [inputs[i].grad is None for i in range(3)] == [i not in needed for i in range(3)]
-
-
 def test_bf16_scores_are_not_rounded():
     """Large scores, which the biases of real checkpoints cause, are as precise as in fp32."""
     q, k, v, _ = (None if t is None else t.bfloat16() for t in sample((14, 2), 0, 130, False))
@@ -107,22 +92,6 @@ def test_a_grouped_bias_gives_the_same_as_its_mask(num_new):
     bias = grouped_bias(mask, 7, q.dtype)
     torch.testing.assert_close(attention(q, k, v, bias), reference_attention(q, k, v, mask))
     assert all(stride % BIAS_ALIGNMENT == 0 for stride in bias.stride()[:-1])
-
-
-@pytest.mark.parametrize(("dtype", "grouped"), [(torch.float32, False), (torch.bfloat16, True)])
-def test_causal_attention_on_cuda_calls_only_what_a_fused_kernel_supports(monkeypatch, dtype, grouped):
-    """In fp32 no fused kernel supports fewer kv heads than query heads. The tensors are fake: they have only shapes."""
-    calls, real = [], F.scaled_dot_product_attention
-
-    def logged(q, k, v, **options):
-        calls.append((k.shape[1] < q.shape[1], options["enable_gqa"], options["is_causal"]))
-        return real(q, k, v, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", logged)
-    with FakeTensorMode():
-        q, k = (torch.empty(2, heads, 9, 8, dtype=dtype, device="cuda") for heads in (14, 2))
-        assert attention(q, k, k, None).shape == q.shape
-    assert calls == [(grouped, grouped, True)]
 
 
 class Memory(TorchDispatchMode):

@@ -16,9 +16,9 @@ from experiments.training.loop import Account, train
 from experiments.training.settings import Training
 from experiments.training.windows import TextWindows, cut_tokens
 from lora import LoraConfig, adapter_parameters, inject
-from qwen_min import KVCache, QwenConfig, generate, load
+from qwen_min import QwenConfig, generate, load
 from qwen_min.config import NotFiniteError
-from qwen_min.continuation import GraphContinuation, continuation
+from qwen_min.continuation import continuation
 from qwen_min.generation import pad_left, prefill
 from qwen_min.loss import next_token_loss
 from qwen_min.weights import TINY
@@ -82,36 +82,6 @@ def test_greedy_text_of_a_padded_batch_agrees(checkpoint, on_cpu):
     on_gpu = load(checkpoint, "cuda")[0]
     wanted, found = (generate(model, PROMPTS, 40) for model in (on_cpu, on_gpu))
     assert torch.equal(found.tokens.cpu(), wanted.tokens)
-
-
-def test_replayed_graphs_equal_eager_passes(on_gpu, precision):
-    """Passes of one and two tokens in turn, with padding in the cache and among the new tokens.
-
-    Afterwards the same graphs run after other prompts.
-    """
-    caches = [KVCache(on_gpu.config, 2, 331, "cuda", precision[0]) for _ in range(2)]  # rows that are not aligned
-    generator, captured = torch.Generator().manual_seed(0), None
-    for prompts in (PROMPTS, [PROMPTS[0][3:90], PROMPTS[0][:101]]):
-        ids, mask = (tensor.cuda() for tensor in pad_left(prompts, 256))
-        with torch.inference_mode():
-            for cache in caches:
-                cache.truncate(0)
-                on_gpu.model(ids, cache, mask)
-        graphs = continuation(on_gpu, caches[0], mask)
-        assert isinstance(graphs, GraphContinuation)
-        for step in range(20):
-            new = torch.randint(15, 25, (2, 1 + step % 2), generator=generator).cuda()
-            real = torch.ones_like(new)
-            real[1, 1:] = 0
-            mask = torch.cat((mask, real), dim=1)
-            with torch.inference_mode():
-                eager = on_gpu.model(new, caches[1], mask)
-            assert relative_error(graphs(new, real).float(), eager.float()) < precision[1]
-        assert sorted(graphs.passes) == [1, 2]
-        assert caches[0].length == caches[1].length == ids.shape[1] + 30
-        captured = captured or [step.graph for step in graphs.passes.values()]
-        assert None not in captured
-        assert captured == [step.graph for step in graphs.passes.values()]
 
 
 def test_training_steps_agree(on_cpu, on_gpu, precision, tmp_path):

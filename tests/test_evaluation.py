@@ -69,7 +69,6 @@ def test_a_row_is_cut_where_it_is_complete_whatever_other_rows_need(monkeypatch,
 
 def test_constrained_forecasts_are_whole_and_have_the_same_losses(tiny, series, free):
     constrained = evaluate(*tiny, ENCODING, series, context_steps=20, horizon=3, steps=7)
-    assert constrained.values.shape == (7, 7, 2)
     assert np.isfinite(constrained.values).all()
     assert np.isnan(constrained.free_losses).all()
     np.testing.assert_allclose(constrained.forced_losses, free.forced_losses, rtol=1e-4, atol=1e-5)
@@ -80,7 +79,5 @@ def test_constrained_forecasts_are_whole_and_have_the_same_losses(tiny, series, 
     np.testing.assert_allclose(forecaster.nats_per_value(series[:, :20], series[:, 20:23]), free.nats, rtol=1e-4)
     truth = ENCODING.scaled(series)[:, 20:27].astype(float)
     found_metrics = metrics(constrained, truth, truth[:, 0], horizon=3)
-    assert len(found_metrics["all"]["mse_by_horizon"]) == 3
-    assert len(found_metrics["long"]["mse_by_horizon"]) == 7
-    assert "free_loss" not in found_metrics["all"]
+    assert [len(found_metrics[part]["mse_by_horizon"]) for part in ("all", "long")] == [3, 7]
     assert found_metrics["all"]["nats_per_value"] == pytest.approx(free.nats.mean(), rel=1e-4)

@@ -49,15 +49,10 @@ def test_weights_are_written_in_the_given_type_whole_or_not_at_all(command, refu
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
 
 
-def test_an_adapter_of_unknown_origin_needs_a_checkpoint(command, refused, tmp_path, exported):
+def test_an_adapter_of_unknown_origin_needs_a_checkpoint_and_an_adapted_model_is_none(refused, tmp_path, exported):
     model, _, merged = exported
     save_adapter(model, tmp_path / "plain")
     assert "name it with --model" in refused("export", tmp_path / "plain", merged)
-    assert command("export", tmp_path / "plain", merged, "--model", "tiny")[0] == 0
-
-
-def test_a_model_with_an_adapter_cannot_be_saved(exported):
-    model, _, merged = exported
     with pytest.raises(CheckpointError, match=r"unexpected .*lora_A"):
         save(model, merged, TINY)
     assert not merged.exists()

