@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from experiments.forecasting.encoding import Encoding, EncodingError
-from experiments.storage.files import RunError
 from experiments.storage.records import build
 from experiments.study import data
 from qwen_min import Tokenizer
@@ -44,18 +43,6 @@ shapes, decimal_places = st.tuples(st.integers(1, 6), st.integers(1, 4)), st.int
 def test_what_cannot_be_written_becomes_the_nearest_number_that_can(series, scale, decimals):
     nearest = np.clip(series, 0, scale * (100 - 10.0**-decimals))
     np.testing.assert_allclose(Encoding(scale, decimals).writable(series), nearest, rtol=1e-12, atol=1e-300)
-
-
-@given(
-    st.text() | st.text(alphabet="0123456789.,;- e") | st.binary().map(lambda raw: raw.decode("latin-1")),
-    st.integers(1, 4),
-    st.integers(1, 3),
-)
-def test_any_text_decodes_and_no_value_is_invented(text, num_steps, num_variables):
-    values = Encoding(1.0).decode(text, num_steps, num_variables)
-    assert values.shape == (num_steps, num_variables)
-    for value in values[np.isfinite(values)]:
-        assert any(float(word) == value for step in text.split(";") for word in step.split(",") if "." in word)
 
 
 @pytest.mark.parametrize(("text", "values"), [
@@ -97,9 +84,6 @@ def test_a_shifted_variable_uses_its_digits_and_others_keep_their_zero():
     series = np.stack([1013 + 5 * np.sin(steps), steps, -steps], 1)
     encoding = Encoding.fit_each(series)
     scaled = encoding.scaled(series)
-    np.testing.assert_allclose(scaled.min(axis=0), [2, 0, 2], atol=1e-9)
-    np.testing.assert_allclose(scaled.max(axis=0), [8, 9.99, 8])
+    np.testing.assert_allclose([scaled.min(axis=0), scaled.max(axis=0)], [[2, 0, 2], [8, 9.99, 8]], atol=1e-9)
     assert build(Encoding, json.loads(json.dumps(encoding.record)), "") == encoding
     assert Encoding(0.5).record == {"scale": 0.5, "decimals": 2}
-    with pytest.raises(RunError, match="offset: holds None, expected float"):
-        build(Encoding, {"scale": 0.5, "decimals": 2, "offset": None}, "plan.json")

@@ -39,19 +39,12 @@ def sent(tmp_path_factory):
     return checkpoint, parts
 
 
-@pytest.fixture
-def machine(sent, tmp_path):
-    """A folder on a machine to which the parts were copied."""
-    return shutil.copytree(sent[1], tmp_path / "machine")
-
-
-def test_parts_expand_to_the_bytes_of_the_checkpoint(sent, machine):
+def test_parts_expand_to_the_bytes_of_the_checkpoint_or_are_refused(sent, tmp_path):
+    machine = shutil.copytree(sent[1], tmp_path / "machine")
     gpu.expand(machine)
     for path in sent[0].iterdir():
         assert (machine / path.name).read_bytes() == path.read_bytes()
-
-
-def test_a_lost_part_and_other_weights_are_refused(sent, machine, tmp_path):
+    (machine / gpu.WEIGHTS).unlink()
     (machine / f"{gpu.PARTS}.01").unlink()
     with pytest.raises(SystemExit, match="parts of the weights are missing or damaged; copy them again"):
         gpu.expand(machine)
