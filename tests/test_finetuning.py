@@ -36,7 +36,6 @@ def waves(count: int, steps: int = 60) -> list[np.ndarray]:
 def test_whole_series_are_held_out_if_there_are_many_and_the_end_if_there_are_few():
     series = waves(20)
     parts = split(series, 5)
-    assert parts.told == "14 series to train on, 3 for validation, 3 for the test"
     assert (len(parts.train), len(parts.val), len(parts.test)) == (14, 15, 15)
     trained = {one.tobytes() for one in parts.train}
     for place in parts.val + parts.test:

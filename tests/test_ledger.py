@@ -80,15 +80,14 @@ def test_a_damaged_ledger_is_refused(path, line):
         Ledger(path, budget=100)
 
 
-@pytest.mark.parametrize("written", [0, 20])
-def test_a_write_that_fails_leaves_the_file_as_it_was(path, written):
+def test_a_write_that_fails_leaves_the_file_as_it_was(path):
     """The disk is full after some bytes; the same process tries again later."""
     ledger = Ledger(path, budget=100)
     ledger.debit("a", 0, 10)
     before = path.read_bytes()
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + written, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
     try:
         with pytest.raises(OSError, match=r"space|large"):
             ledger.debit("a", 1, 10)
