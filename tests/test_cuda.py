@@ -22,6 +22,7 @@ from qwen_min.continuation import continuation
 from qwen_min.generation import pad_left, prefill
 from qwen_min.loss import next_token_loss
 from qwen_min.weights import TINY
+from test_forecaster import waves
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -76,7 +77,6 @@ def test_logits_agree(on_cpu, on_gpu, precision):
 
 
 def test_training_steps_agree(on_cpu, on_gpu, precision, tmp_path):
-    """The windows are with and without padding."""
     settings = Training(rank=4, learning_rate=1e-3, context=24, steps=3, batch=2, stride=10, seed=5)
     cuts = cut_tokens([PROMPTS[0][:40]] * 3, settings)
     found = []
@@ -112,19 +112,12 @@ def test_gradients_of_long_contexts_agree(on_cpu, on_gpu, precision, context):
     assert (found[1] - found[0]).norm() / found[0].norm() < 2 * precision[1]
 
 
-def series() -> list[np.ndarray]:
-    """Six series of unequal length; half of them have values of two digits when scaled by 1."""
-    return [
-        np.stack([5 + 3 * np.sin(np.arange(steps) / (3 + row + d)) for d in range(2)], 1) * (1 + row % 2)
-        for row, steps in enumerate((24, 30, 17, 24, 9, 30))
-    ]
-
-
 @pytest.mark.parametrize("samples", [0, 3])
 def test_forecasts_in_several_batches_agree(monkeypatch, checkpoint, samples):
     monkeypatch.setattr("experiments.forecasting.text.rows_at_once", lambda model, columns: 4)
+    series = waves(steps=(24, 30, 17, 24, 9, 30))  # some of their values have two digits
     wanted, found = (
-        TextForecaster(*load(checkpoint, device), Encoding(1.0)).forecast(series(), 4, samples=samples)
+        TextForecaster(*load(checkpoint, device), Encoding(1.0)).forecast(series, 4, samples=samples)
         for device in ("cpu", "cuda")
     )
     np.testing.assert_array_equal(found.values, wanted.values)

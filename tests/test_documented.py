@@ -106,7 +106,6 @@ def test_the_readme_counts_lines():
 
 
 def smaller(line: str) -> str:
-    """The command as it runs here."""
     for written, here in SMALLER.items():
         line = line.replace(written, here)
     return line

@@ -23,7 +23,6 @@ def series(simulated):
 
 @pytest.fixture(scope="module")
 def free(tiny, series):
-    """The evaluation with free decoding."""
     return evaluate(*tiny, ENCODING, series, context_steps=20, horizon=3, decoding="free")
 
 

@@ -131,7 +131,7 @@ def test_fitting_helps_and_keeps_the_best_state(tmp_path):
 
 
 class Killed(BaseException):
-    """A kill, in effect: nothing catches it."""
+    """Nothing catches it."""
 
 
 @pytest.mark.parametrize(("model", "options"), (FEW | {"tiny": {"context": 12, "samples": 2}}).items())

@@ -134,7 +134,7 @@ def test_messages_of_a_back_test_name_the_series_and_the_variable(run, tmp_path)
     rows = [f"{name},{t},{'' if name == 'B' and t < 60 else t % 7},{t % 5}\n" for name in "AB" for t in range(70)]
     (tmp_path / "late.csv").write_text("id,t,variable 3,wolf\n" + "".join(rows))
     err = run(tmp_path / "late.csv", "--backtest", "--horizon", 5)[2]
-    assert "series B: variable variable 3 has no value in the 45 time steps before a held-out forecast" in err
+    assert "series B: variable variable 3 has no value in the 45 time steps" in err
     (tmp_path / "long.csv").write_text("y\n" + "".join(f"{t % 7}.25\n" for t in range(300)))
     err = run(tmp_path / "long.csv", "--backtest", "--model", "tiny", "--horizon", 3, "--samples", 9)[2]
     assert "series long: only the newest" in err

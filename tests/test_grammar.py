@@ -79,7 +79,6 @@ def test_a_time_step_of_ten_tokens_costs_six_passes(tiny):
 
 
 def test_samples_follow_the_model_s_probabilities(models):
-    """The shares of the first digit in many samples are the softmax over the digits."""
     model, tokenizer = models
     count = 2000
     uniforms = torch.from_numpy(np.random.default_rng(0).random((count, 100)))
