@@ -86,11 +86,9 @@ def test_training_steps_agree(on_cpu, on_gpu, precision, tmp_path):
         losses = train(TextWindows(model, cuts, 24, 256), settings, Account(), tmp_path / name).losses
         found.append((losses, {key: p.detach().cpu() for key, p in adapter_parameters(model).items()}))
     assert found[1][0] == pytest.approx(found[0][0], rel=precision[1])
-    for key, parameter in found[0][1].items():
-        if precision[0] == torch.float32:
-            torch.testing.assert_close(found[1][1][key], parameter, rtol=1e-2, atol=1e-4)
-        else:  # a gradient near zero may have another sign, and Adam's steps have one size
-            torch.testing.assert_close(found[1][1][key], parameter, rtol=0, atol=2 * 3 * settings.learning_rate)
+    # in bf16 a gradient near zero may have another sign, and Adam's steps have one size
+    near = 1e-4 if precision[0] == torch.float32 else 2 * 3 * settings.learning_rate
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-2, atol=near)
 
 
 def test_logits_that_are_not_finite_end_a_text(on_gpu):
