@@ -298,6 +298,7 @@ def test_held_out_places_know_nothing_of_what_follows_and_count_what_is_known():
     wrong = scores(np.stack([np.where(np.isnan(p.truth), 1e9, p.truth + 1) for p in places]), places)
     assert wrong["mae"] == [1, 1]
     assert np.isfinite(wrong["rmse"])
+    assert not np.isnan(np.concatenate(split([series], 3).train)).any()
     late = np.concatenate((np.arange(30.0), np.full(140, np.nan), np.arange(30.0)))[:, None]
     assert [len(place.context) for place in held_out([late], 5, 8)] == [175, 180, 185, 190, 195]
     series[:, 0] = np.nan
