@@ -19,12 +19,17 @@ from qwen_min.loss import next_token_loss
 
 LORA = {"q_proj": 8, "v_proj": 8}
 PASSES = {
+    "prefill": {"new": 7},
     "prefill, last logits": {"new": 7, "head": "last"},
     "prefill of several blocks": {"new": 150},
     "several blocks, cached": {"new": 100, "cached": 50},
+    "decode": {"new": 1, "cached": 9},
     "several cached": {"new": 4, "cached": 9},
+    "training": {"new": 7, "head": "loss"},
+    "prefill, LoRA": {"new": 7, "ranks": {"q_proj": 3, "v_proj": 3}},
     "decode, LoRA": {"new": 1, "cached": 3, "ranks": {"q_proj": 2, "down_proj": 5}},
     "training, numbers only": {"new": 7, "head": "loss", "vocabulary": 13},
+    "training, LoRA": {"new": 7, "head": "loss", "ranks": {"q_proj": 3, "v_proj": 3}},
 }
 
 
@@ -56,9 +61,8 @@ def test_closed_form_equals_the_trace_of_the_real_sizes(arguments, tied):
 
 
 @pytest.mark.parametrize(("context", "wanted"), [(512, "12.683"), (128, "12.061"), (768, "12.871")])
-@pytest.mark.parametrize("ranks", [LORA, {}])
-def test_the_report_convention_reproduces_the_published_figures_which_do_not_count_lora(context, wanted, ranks):
-    assert f"{math.log10(training_step(REAL, 4, context, convention='published', ranks=ranks)):.3f}" == wanted
+def test_the_report_convention_reproduces_the_published_figures(context, wanted):
+    assert f"{math.log10(training_step(REAL, 4, context, convention='published', ranks=LORA)):.3f}" == wanted
 
 
 TRAINED = {"q_proj": 3, "v_proj": 3}, dict.fromkeys(PROJECTIONS, 4), None
@@ -86,17 +90,28 @@ def test_a_real_pass_over_512_tokens_on_the_cpu_dispatches_what_is_counted(dtype
     with torch.no_grad(), Tracer() as tracer:
         model(ids)
     assert tracer.total == total(forward(config, 2, 512))
+    cache = KVCache(config, 2, 512, dtype=dtype)
+    with torch.no_grad(), Tracer() as tracer:
+        model(ids[:, :500], cache)
+        model(ids[:, 500:501], cache)
+    assert tracer.total == total(forward(config, 2, 500)) + total(forward(config, 2, 1, 500))
     inject(model, LoraConfig(rank=2, alpha=2))
     with Tracer() as tracer:
         next_token_loss(model, ids).backward()
     assert tracer.total == training_step(config, 2, 512, ranks={"q_proj": 2, "v_proj": 2})
 
 
-@pytest.mark.parametrize(("convention", "wanted"), [("published", 10**16.91), ("study", 1.145e17), ("exact", 7.155e16)])
-def test_the_suite_breaks_the_budget_by_the_reports_own_rules(convention, wanted):
+def suite_cost(convention):
     """Trial, grid, contexts and final of the study."""
     step = {context: training_step(REAL, 4, context, convention=convention, ranks=LORA) for context in (128, 512, 768)}
-    assert 9500 * step[512] + 1000 * sum(step.values()) + 3000 * step[768] == pytest.approx(wanted, rel=0.01)
+    return 500 * step[512] + 9000 * step[512] + 1000 * sum(step.values()) + 3000 * step[768]
+
+
+def test_the_suite_breaks_the_budget_by_the_reports_own_rules():
+    assert f"{math.log10(suite_cost('published')):.2f}" == "16.91"
+    assert suite_cost("published") < 1e17 < suite_cost("study")
+    assert suite_cost("study") == pytest.approx(1.145e17, rel=0.001)
+    assert suite_cost("exact") == pytest.approx(7.155e16, rel=0.001)  # no gradients of frozen weights
 
 
 def test_primitives_are_those_of_section_4_3():
@@ -104,6 +119,11 @@ def test_primitives_are_those_of_section_4_3():
     assert p.SWIGLU == 14
     norm = {op.name: op.flops for op in forward(REAL, 1, 1, convention="study")}["norm"]
     assert norm == 4 * 896 + 11
+
+
+def test_the_report_did_not_count_lora():
+    with_lora, without = (training_step(REAL, 4, 64, convention="published", ranks=ranks) for ranks in (LORA, {}))
+    assert with_lora == without
 
 
 def test_sampling_from_a_padded_batch_is_priced(model):
@@ -128,16 +148,17 @@ def test_a_generation_costs_its_passes(monkeypatch, model, smallest_packed):
 
 def test_an_operator_without_a_price_does_not_run():
     tensor = torch.zeros(3)
-    with pytest.raises(ValueError, match="has no price"), Tracer():
+    with pytest.raises(ValueError, match=r"aten\.erfinv_\.default has no price"), Tracer():
         tensor.erfinv_()
     with pytest.raises(ValueError, match="has no price"), torch.inference_mode(), Tracer():
         torch.zeros(3).lgamma_()
 
 
 @pytest.mark.parametrize("arguments", [
-    {"head": "loss", "cached": 3}, {"head": "all", "vocabulary": 13}, {"ranks": {"q_porj": 8}}, {"head": "none"},
-    {"ranks": {"q_proj": 8.5}}, {"batch": 0}, {"new": 10**6}, {"cached": -1}, {"head": "loss", "new": 1},
-    {"head": "loss", "vocabulary": 0},
+    {"head": "loss", "cached": 3}, {"head": "all", "vocabulary": 13}, {"head": "last", "vocabulary": 13},
+    {"ranks": {"q_porj": 8}}, {"ranks": {"q_proj": -8}}, {"ranks": {"q_proj": 8.5}}, {"head": "none"}, {"batch": 0},
+    {"new": 0}, {"new": 10**6}, {"cached": -1}, {"head": "loss", "new": 1}, {"head": "loss", "vocabulary": 0},
+    {"head": "loss", "vocabulary": 10**7},
 ])  # fmt: skip
 def test_passes_that_the_code_does_not_have_are_refused(arguments):
     with pytest.raises(ValueError, match=r"(head|batch|new|cached|vocabulary|rank of q_proj) is|ranks has q_porj"):
@@ -146,6 +167,8 @@ def test_passes_that_the_code_does_not_have_are_refused(arguments):
         for count in (training_step, backward, trace_training_step):
             with pytest.raises(ValueError, match=r"rank of q_proj is|ranks has q_porj"):
                 count(REAL, 2, 7, **arguments)
+    with pytest.raises(ValueError, match="convention is 'loose'"):
+        forward(REAL, 1, 1, convention="loose")
 
 
 PARAMETERS = [  # as published
@@ -174,9 +197,15 @@ def test_command_prints_the_table(command):
     assert "This equals the exact column" in out
     assert f"{found['operators']['lm_head']['exact']:,}" in out
     assert " \n" not in out
-    assert "Not traced" in command("flops", "--batch", 10**18)[1]  # it would take long
 
 
-@pytest.mark.parametrize("words", [("--context", 1), ("--rank", -1), ("--model", "/none")])
+def test_command_counts_in_closed_form_what_would_take_long_to_trace(command):
+    status, out, _ = command("flops", "--batch", 10**18)
+    assert status == 0
+    assert "Not traced" in out
+
+
+@pytest.mark.parametrize("words", [("--context", 1), ("--batch", 0), ("--rank", -1), ("--rank", 10**12),
+                                   ("--context", 100000), ("--model", "/none")])  # fmt: skip
 def test_command_refuses_bad_input_in_one_line(refused, words):
     refused("flops", *words)

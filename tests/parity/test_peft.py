@@ -5,8 +5,9 @@ import pytest
 import torch
 import transformers
 
-from conftest import config_fields, random_model, relative_error
+from conftest import REAL, config_fields, random_model, relative_error
 from lora import LoraConfig, adapter_parameters, inject, load_adapter, save_adapter
+from qwen_min import Qwen
 from qwen_min.loss import next_token_loss
 
 CONFIG = LoraConfig(rank=4, alpha=8, targets=("q_proj", "v_proj"))
@@ -31,8 +32,11 @@ def randomise(parameters):
 
 def peft_parameters(model):
     """The trainable parameters by our names."""
-    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return {name.removeprefix("base_model.model.").replace(".default.", "."): p for name, p in named}
+    return {
+        name.removeprefix("base_model.model.").replace(".default.", "."): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def test_values_and_gradients_agree(models, ids):
@@ -55,6 +59,9 @@ def test_peft_loads_what_is_saved_here(models, ids, tmp_path):
     save_adapter(ours, tmp_path)
     loaded = peft.PeftModel.from_pretrained(theirs.unload(), tmp_path).eval()
     torch.testing.assert_close(ours(ids), loaded(ids).logits, rtol=1e-5, atol=1e-5)
+    ours_parameters = adapter_parameters(ours)
+    saved = peft.get_peft_model_state_dict(loaded)
+    assert all(torch.equal(saved[f"base_model.model.{name}"], p) for name, p in ours_parameters.items())
 
 
 def test_what_peft_saves_loads_here(models, config, ids, tmp_path):
@@ -63,6 +70,8 @@ def test_what_peft_saves_loads_here(models, config, ids, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = random_model(config)
     assert load_adapter(ours, tmp_path) == CONFIG
+    for name, parameter in peft_parameters(theirs).items():
+        assert torch.equal(parameter, adapter_parameters(ours)[name]), name
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -73,3 +82,9 @@ def test_a_fresh_adapter_is_drawn_from_the_same_distribution(models):
             bound = matrix.shape[1] ** -0.5
             assert matrix.abs().max() <= bound
             assert matrix.std().item() == pytest.approx(bound / 3**0.5, rel=0.2)
+
+
+def test_an_adapter_of_the_real_size_has_its_parameters():
+    with torch.device("meta"):
+        inject(model := Qwen(REAL), LoraConfig(8, 8))
+    assert sum(p.numel() for p in adapter_parameters(model).values()) == 67_584 * 8
