@@ -38,13 +38,6 @@ def test_a_padded_batch_equals_its_rows_alone(model, ids, times):
     assert logits.isfinite().all()
 
 
-def test_a_padded_batch_continues_from_its_cache(model, ids):
-    mask = real_tokens(12, 4, 0)
-    cache = KVCache(model.config, batch_size=2, capacity=12)
-    pieces = [model(ids[:, start:end], cache, mask[:, :end]) for start, end in ((0, 7), (7, 8), (8, 12))]
-    torch.testing.assert_close(torch.cat(pieces, 1)[0, 4:], model(ids[:1, 4:])[0], rtol=1e-5, atol=1e-5)
-
-
 def test_a_full_cache_raises_and_keeps_its_tokens(model, ids):
     cache = KVCache(model.config, batch_size=2, capacity=8)
     model(ids[:, :6], cache)
