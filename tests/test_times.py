@@ -92,7 +92,6 @@ CONTINUED = {  # times, whether they are regular, the next two
     "weekdays": (WEEKDAYS, True, "2024-01-29, 2024-01-30"),
     "weekdays with a holiday": (WEEKDAYS.delete(12), False, "2024-01-29, 2024-01-30"),
     "without Sundays": (SIX_WEEKS[SIX_WEEKS.day_of_week < 6], True, "2024-02-12, 2024-02-13"),
-    "weekends": (SIX_WEEKS[SIX_WEEKS.day_of_week > 4], True, "2024-02-17, 2024-02-18"),
     "Monday, Wednesday, Friday, a holiday": (ODD_DAYS.delete(8), False, "2024-02-12, 2024-02-14"),
     "six days": (DAILY[:6], True, "2024-01-07, 2024-01-08"),
     "halves of months": (pd.date_range("2024-01-01", periods=8, freq="SMS"), True, "2024-05-01, 2024-05-15"),

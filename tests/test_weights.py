@@ -31,14 +31,14 @@ def test_loads_every_layout_and_dtype(tmp_path, wide, shards, dtype):
     assert not cast.training
 
 
-def broken(tmp_path, change):
-    """The error of loading a checkpoint after `change` changed its tensors."""
+def broken(tmp_path, change, dtype=torch.float32):
+    """The error of loading a checkpoint in a dtype after `change` changed its tensors."""
     write_checkpoint(tmp_path, random_model(replace(CONFIGS["ratio 7, tied"], vocab_size=260)))
     tensors = load_file(tmp_path / "model.safetensors")
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError) as caught:
-        load(tmp_path)
+        load(tmp_path, dtype=dtype)
     return str(caught.value)
 
 
@@ -54,13 +54,13 @@ def test_one_error_lists_missing_unexpected_and_misshapen_tensors(tmp_path):
     assert "model.layers.1.mlp.up_proj.weight has shape [80, 55], expected [80, 56]" in message
 
 
-INTEGERS = torch.zeros(56, dtype=torch.long), "model.norm.weight has dtype I64"
-NOT_FINITE = [(torch.full((56,), value), "model.norm.weight has NaN or infinity") for value in (torch.nan, -torch.inf)]
-
-
-@pytest.mark.parametrize(("tensor", "message"), [INTEGERS, *NOT_FINITE])
-def test_refuses_weights_that_are_no_finite_floats(tmp_path, tensor, message):
-    assert message in broken(tmp_path, lambda tensors: tensors.update({"model.norm.weight": tensor}))
+@pytest.mark.parametrize(("tensor", "problem"), [
+    (torch.zeros(56, dtype=torch.long), "dtype I64"), (torch.full((56,), -torch.inf), "NaN or infinity"),
+    (torch.full((56,), torch.nan), "NaN or infinity"), (torch.full((56,), 1e6), "NaN or infinity in torch.float16"),
+])  # fmt: skip
+def test_refuses_weights_that_are_no_finite_floats_in_the_chosen_dtype(tmp_path, tensor, problem):
+    message = broken(tmp_path, lambda tensors: tensors.update({"model.norm.weight": tensor}), torch.float16)
+    assert f"model.norm.weight has {problem}" in message
 
 
 def test_a_stored_head_that_the_config_ties_has_to_equal_the_embedding(tmp_path):
@@ -86,7 +86,6 @@ def embedded(tmp_path) -> Path:
 WEIGHTS, INDEX, END = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 DAMAGED = [  # the files that are written, or removed where the content is None: what is said
     ({WEIGHTS: None}, r"missing model\.safetensors"),
-    ({WEIGHTS: None, "adapter_config.json": "{}"}, "missing model.safetensors; the folder holds .*an adapter"),
     ({WEIGHTS: None, "pytorch_model.bin": ""}, "missing model.safetensors; the folder holds .*pytorch_model.bin"),
     ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),
     ({WEIGHTS: None, INDEX: '{"weight_map": {"a": "../model.safetensors"}}'}, "same folder"),
@@ -112,9 +111,6 @@ def test_a_single_file_wins_over_the_index_and_the_shards_of_an_earlier_save(tmp
     newer = {name: 2 * tensor for name, tensor in wide.state_dict().items()}
     save_file(newer, tmp_path / "model.safetensors")
     assert torch.equal(load(tmp_path)[0].state_dict()["model.norm.weight"], newer["model.norm.weight"])
-    for shard in tmp_path.glob("model-*"):
-        shard.unlink()
-    assert torch.equal(load(tmp_path)[0].state_dict()["model.norm.weight"], newer["model.norm.weight"])
 
 
 def test_shards_without_an_index_are_read_and_a_missing_one_is_noticed(tmp_path, wide):
@@ -126,14 +122,6 @@ def test_shards_without_an_index_are_read_and_a_missing_one_is_noticed(tmp_path,
         load(tmp_path)
 
 
-def test_a_weight_that_is_not_finite_in_the_chosen_dtype_is_named(tmp_path, wide):
-    wide.model.norm.weight[0] = 1e6
-    write_checkpoint(tmp_path, wide)
-    load(tmp_path)
-    with pytest.raises(CheckpointError, match=r"model.norm.weight has NaN or infinity in torch.float16"):
-        load(tmp_path, dtype=torch.float16)
-
-
 def test_a_checkpoint_of_several_dtypes_keeps_the_widest(tmp_path, wide):
     write_checkpoint(tmp_path, wide)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -142,14 +130,6 @@ def test_a_checkpoint_of_several_dtypes_keeps_the_widest(tmp_path, wide):
     model, _ = load(tmp_path, dtype=None)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert generate(model, [[1, 2]], 3).tokens.shape == (1, 3)
-
-
-def test_other_names_of_tensors_are_shown(tmp_path):
-    def rename(tensors):
-        for name in list(tensors):
-            tensors[f"module.{name}"] = tensors.pop(name)
-
-    assert "0 layers, with names such as module.model.embed_tokens.weight" in broken(tmp_path, rename)
 
 
 @pytest.mark.parametrize(
@@ -212,16 +192,10 @@ def test_a_failed_save_leaves_nothing_behind(monkeypatch, tmp_path, wide):
 
 
 def test_refuses_a_source_that_does_not_exist(monkeypatch):
-    def fails(*_, **__):
-        raise RuntimeError
-
     with pytest.raises(CheckpointError, match="expected a folder, a hub id"):
         load("/no/such/folder")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CheckpointError, match="nobody/nothing: no such folder, and the download from the hub failed"):
-        load("nobody/nothing")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
-    with pytest.raises(CheckpointError, match=r"download from the hub failed \(RuntimeError\)"):
         load("nobody/nothing")
 
 
@@ -243,16 +217,3 @@ def test_a_hub_id_is_downloaded_with_its_templates_unless_a_folder_has_its_name(
         (tmp_path / name).mkdir(parents=True)
         assert checkpoint_folder(name) == Path(name)
     assert len(asked) == 2
-
-
-def test_the_embedded_checkpoint_is_a_small_qwen(tiny):
-    model, tokenizer = tiny
-    assert sum(path.stat().st_size for path in TINY.iterdir()) < 8e6
-    assert model.config.num_attention_heads > model.config.num_key_value_heads
-    assert model.config.tie_word_embeddings
-    assert tokenizer.encode("1.23") == [16, 13, 17, 18]
-    assert tokenizer.encode("0,1;2") == [15, 11, 16, 26, 17]
-    assert tokenizer.encode("é\n") == [127, 102, 198]  # bytes C3 A9 0A in GPT-2's order
-    assert tokenizer.decode(tokenizer.encode("0.92,0.74;é")) == "0.92,0.74;é"
-    assert tokenizer.end_ids == (256,)
-    assert tokenizer.decode([16, tokenizer.pad_id]) == "1"
