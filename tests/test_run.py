@@ -57,10 +57,7 @@ NAMES = ["untrained", "trial", "grid-r2-lr0.001", "grid-r2-lr0.01", "context-32"
 
 
 def test_one_command_gives_a_finished_report(finished):
-    log = finished.with_name("log").read_text()
-    assert log.strip().endswith(f"report: {finished / 'report.html'}")
-    assert "On 3 test sequences the mean squared error of numbers" in log
-    assert "experiment 7 of 8: final\n" in log
+    assert finished.with_name("log").read_text().strip().endswith(f"report: {finished / 'report.html'}")
     spent = Ledger(finished / "ledger.jsonl", budget=10**17).by_experiment()
     for name in (*NAMES, "numbers"):
         metrics = read(finished / "experiments" / name / "metrics.json")
@@ -77,17 +74,9 @@ def test_the_report_is_drawn_from_files_alone(copied, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert command("report", copied)[0] == 0
     assert (copied / "report.md").read_bytes() == before
-    markdown, page = (copied / "report.md").read_text(), (copied / "report.html").read_text()
-    for title in ("Tables 2 to 6", "Figures 3 and 4:", "Figures 6 and 7:", "Figures 8 and 9:",
-                  *(f"Figure {number}:" for number in (2, 5, 10, 11, 12))):  # fmt: skip
-        assert title in markdown
-        assert title in page
     figures = list((copied / "figures").glob("*.png"))
     assert all(path.stat().st_size > 5000 for path in figures)
-    assert page.count("data:image/png;base64,") == len(figures) == 8 + 5
-    assert "0.2702" in markdown  # published, next to ours
-    assert markdown.count("| final, mean of 9 samples |") == 3  # in the results, and in two comparisons with numbers
-    assert "numbers, exact contexts against the others, paired" in markdown
+    assert (copied / "report.html").read_text().count("data:image/png;base64,") == len(figures) == 8 + 5
 
 
 def test_the_best_settings_by_validation_are_taken_over(finished):
@@ -264,28 +253,22 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(again, finished, tmp_
 
 @pytest.fixture
 def faulty(tmp_path, monkeypatch) -> None:
-    """Data, a model and a plan with one fault each, in the working directory."""
+    """Data and a model with one fault each, in the working directory."""
     good = data.simulate(seed=0, num_systems=20)
     wild = good.copy()
     wild[data.split(20).test[0], 75, 0] = 1e4
     data.write(tmp_path / "wild", wild)
     data.write(tmp_path / "short", good[:, :70])
-    data.write(tmp_path / "few", good[:5])
     config = read(shutil.copytree(TINY, tmp_path / "model") / "config.json") | {"max_position_embeddings": 800}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    long = plans.Plan("long", (plans.Experiment("trial", "6.2", Training(2, 1e-3, 1500, 2)),))
-    monkeypatch.setitem(plans.PLANS, "long", lambda seed: long)
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(("option", "value", "message"), [
     ("--device", "abacus", "device 'abacus' cannot be used"),
-    ("--device", "cuda:77", "device 'cuda:77' cannot be used"),
     ("--model", "/no/such/folder", "no such folder"),
     ("--model", "model", "has 800 positions, plan quick needs 1321"),
     ("--model", "numbers", "numbers: plan quick is for a model that writes text"),
-    ("--plan", "long", "context 1500 is longer than a trajectory"),
-    ("--data", "few", "cannot be split"),
     ("--samples", "8", "8 samples do not reach the quantile 0.1, expected 9 or more"),
     ("--data", "short", "70 time steps, expected at least 70 context"),
     ("--data", "wild", "expected less than 100"),
@@ -319,28 +302,21 @@ def test_experiments_beyond_the_report_are_shown_at_full_length(again, monkeypat
     beyond = plans.Plan("frontier", (plans.Experiment("frontier", "frontier", settings, splits=("val", "test")),))
     monkeypatch.setitem(plans.PLANS, "frontier", lambda seed: beyond)
     assert again(tmp_path, "--plan", "frontier") == 0
-    markdown = (tmp_path / "report.md").read_text()
-    assert "Settings: rank 2, learning_rate 0.001, context 768" in markdown
+    assert "Settings: rank 2, learning_rate 0.001, context 768" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "figures" / "losses-frontier.png").exists()
     lines = read_lines(tmp_path / "experiments" / "frontier" / "forecasts.test.jsonl")
     assert np.shape([line["forecast"] for line in lines]) == (3, 5, 2)
 
 
-def test_the_plan_of_the_study_is_the_study_s_and_names_what_does_not_fit_the_budget(tmp_path):
+def test_what_does_not_fit_the_budget_is_named_before_a_run(tmp_path):
     """The sizes are those of the real model; nothing runs."""
     judge = Judge(SimpleNamespace(config=REAL), None, None, {}, {}, "", 0, 0)
-    plan = plans.study(seed=0)
 
     def warning(convention, budget=10**17):
         ledger = Ledger(tmp_path / "ledger.jsonl", budget)
-        return suite.Suite(plan, tmp_path, judge, ledger, convention, ("", ""), None).budget_warning()
+        return suite.Suite(plans.study(seed=0), tmp_path, judge, ledger, convention, ("", ""), None).budget_warning()
 
     assert "Does not fit: final." in warning("study")
     assert "needs up to 1.145e+17 FLOPs" in warning("study")
     assert warning("published") is None
     assert warning("study", budget=2 * 10**17) is None
-
-    assert [e.training.steps for e in plan.experiments if e.training] == [500, *[1000] * 12, 3000]
-    assert {e.training.batch for e in plan.experiments if e.training} == {4}
-    assert len({(e.training.rank, e.training.learning_rate) for e in plan.experiments if e.section == "6.3"}) == 9
-    assert [e.name for e in plan.experiments if "test" in e.splits] == ["untrained", "final"]
