@@ -80,9 +80,7 @@ def test_windows_end_at_all_times_and_ask_only_for_what_is_known():
     for draw in range(200):
         x, begin, prefix = windows._draw(draw % 2, draw)
         known = np.flatnonzero(~np.isnan(x[0]))
-        assert known[0] == begin
-        assert known[-1] + 1 == windows.length + windows.reading.ahead
-        assert np.array_equal(known, np.arange(known[0], known[-1] + 1))
+        assert np.array_equal(known, np.arange(begin, windows.length + windows.reading.ahead))
         assert 1 <= prefix <= windows.length - begin
         ratios = x[0, known] / x[0, known[0]]  # a stretched piece of the series
         start = 1 / (ratios[1] - 1)
@@ -101,10 +99,8 @@ def test_noise_is_what_a_regression_leaves_and_large_values_count_more_only_with
     exact, noisy = [4 + waves[:, :, None], 1.1 + 9 * rng.random((5, 200, 1))]
     assert noise([one.T for one in exact]) < 0.001
     assert noise([one.T for one in noisy]) == pytest.approx(0.5, abs=0.05)  # changes have twice the variance
-    assert noise([np.vstack((one.T, other.T)) for one, other in zip(exact, noisy, strict=True)]) > 0.4
     assert noise([rng.normal(size=(1, 3000)).cumsum(axis=1)]) == pytest.approx(1, abs=0.05)  # of a walk, all changes
     assert noise([one[:20].T for one in exact]) == 1  # too few values to tell
-    assert noise([np.full((1, 100), 3.0)]) == 0
     for series, grows in ((exact, True), (noisy, False)):
         weight = windows_of([*series])._batch(torch.tensor([[0, 0], [1, 1]]))[-1]
         assert (len(weight[weight > 0].unique()) > 1) == grows
@@ -194,7 +190,6 @@ def test_one_short_series_keeps_the_zero_shot_forecast():
 
 
 def test_shares_of_two_variables_forecast_a_single_one():
-    """VAR is AR there."""
     forecaster, series = Forecaster.load("numbers"), [one[:, [0]] for one in patterns(2)]
     found = []
     for shares in ({"VAR": 1.0}, {"AR": 1.0}):
@@ -205,11 +200,10 @@ def test_shares_of_two_variables_forecast_a_single_one():
 
 
 def test_settings_that_no_fine_tuning_of_numbers_has_are_refused():
-    no_option, no_count = "is no option of a model that reads values", r"expected a whole number \(int\) of at least 1"
-    wrong = [({name: 3}, no_option) for name in ("samples", "targets", "lr")]
-    wrong += [({"steps": 0}, no_count), ({"season": -3}, no_count), ({"horizon": np.float64(3)}, no_count)]
-    wrong += [({"budget": flops}, "expected a finite number of FLOPs above 0") for flops in (np.nan, np.inf, -1.0)]
-    for options, words in [*wrong, ({"rank": 0}, "rank is 0, expected at least 1")]:
+    wrong = [({"samples": 3}, "is no option of a model that reads values"), ({"rank": 0}, "rank is 0, expected")]
+    wrong += [({name: 0}, "expected a whole number") for name in ("steps", "season", "horizon")]
+    wrong += [({"budget": flops}, "expected a finite number of FLOPs above 0") for flops in (np.nan, -1.0)]
+    for options, words in wrong:
         with pytest.raises(TrainingError, match=words):
             Finetuning(Forecaster.load("numbers"), patterns(6), **{"horizon": 4} | options)
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from html.parser import HTMLParser
+from html import escape
 from pathlib import Path
 
 import matplotlib
@@ -49,17 +49,8 @@ def folder(tmp_path) -> Path:
 
 def test_a_name_is_text_on_both_pages_whatever_it_contains(folder):
     page = write_report(folder)
-    heads: list[str] = []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag, attrs):
-            assert tag != "img" or dict(attrs)["src"].startswith("data:image/png;base64,")
-
-        def handle_data(self, data):
-            heads.extend([data] if self.get_starttag_text() == "<th>" and data.startswith("MAE") else [])
-
-    Reader().feed(page.read_text())
-    assert heads == [f"MAE, {NAME}"]
+    assert f"<th>MAE, {escape(NAME)}</th>" in page.read_text()
+    assert "<img src=x" not in page.read_text()
     lines = page.with_suffix(".md").read_text().splitlines()
     assert lines[0] == f"# Run {folder.name}: a fine-tuning on {markdown(NAME)}"
     table = [line for line in lines if line.startswith("|")]

@@ -61,10 +61,8 @@ SETTINGS, METRICS, TESTS = (f"experiments/frontier/{name}" for name in
     ("status.json", ["budget"], 0, r"budget: holds 0, expected int from 1 to 1e\+300"),
     (SETTINGS, ["training", "rank"], None, "the training has no rank, expected all its settings"),
     (METRICS, ["val", "all"], {}, "val, all: has no 'mse_filled'"),
-    (METRICS, ["val", "all", "mse_interval"], [1], r"mse_interval: holds \[1\], expected 2 values"),
     (SETTINGS, ["training"], None, r"conventions with FLOPs is .*, expected \[\]"),
     (METRICS, ["test", "probabilistic"], None, "mean_of_samples needs probabilistic"),
-    ("experiments/frontier/seconds.json", ["training"], "long", "training: holds 'long', expected float"),
     ("experiments/frontier/seconds.json", [], {}, r"the list of parts is \[\], expected \['evaluation', 'training'\]"),
 ])  # fmt: skip
 def test_damage_in_a_run_folder_is_found_when_it_is_read(frontier, file, keys, value, message):
@@ -83,17 +81,12 @@ def test_a_damaged_ledger_and_missing_forecasts_are_found_and_a_torn_line_does_n
         load_run(frontier)
     shutil.copy(RESULTS / "frontier" / "ledger.jsonl", frontier)
     lines = (frontier / TESTS).read_text().splitlines(keepends=True)
-    (frontier / TESTS).write_text("".join(lines).rstrip())  # by an editor that ends no file with a newline
-    assert len(load_run(frontier).experiments["frontier"].forecasts["test"]) == 150
     (frontier / TESTS).write_text("".join(lines[1:]))
     with pytest.raises(RunError, match=r"forecasts.test.jsonl: the number of forecasts is 149, expected 150"):
         load_run(frontier)
     change_lines(frontier / "test.jsonl", truth=[[1.0, 2.0]] * 29)
     (frontier / TESTS).write_text("".join(lines))
     with pytest.raises(RunError, match=r"forecasts.test.jsonl: the number of steps is 30, expected 29"):
-        load_run(frontier)
-    change_lines(frontier / "test.jsonl", truth=[[1.0], [2.0, 3.0]])
-    with pytest.raises(RunError, match=r"truth: .* expected numbers of shape \(any, 2\)"):
         load_run(frontier)
 
 

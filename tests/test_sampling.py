@@ -43,12 +43,9 @@ def test_logits_that_are_not_finite_end_a_text(model, rules, value):
         generate(model, PROMPTS, 12, **rules)
     with pytest.raises(NotFiniteError):
         list(stream(model, PROMPTS[0], 12, (), Sampling()))
-    assert all(isinstance(error, ValueError) for error in (NotFiniteError("x"), SamplingError("x")))
 
 
 def test_a_masked_logit_may_be_minus_infinity(model):
-    step = next(decode_steps(model, None, torch.ones(1, 56), 1, choose=lambda logits: logits.argmax(-1)))
-    assert len(step) == 3
     if not model.config.tie_word_embeddings:
         model.lm_head.weight.data[:5] = 0
         model.lm_head.weight.data[:5, 0] = -torch.inf

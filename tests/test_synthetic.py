@@ -10,7 +10,6 @@ from experiments.training.muon import Muon, orthogonal
 
 @pytest.mark.parametrize("family", [*synthetic.SINGLE, *synthetic.PAIRS])
 def test_families_make_finite_series_that_a_seed_decides(family):
-    """Of the length that was asked for, and all different."""
     made, again = (family(np.random.default_rng(7), 24, 150) for _ in range(2))
     assert np.isfinite(made).all()
     assert made.shape == ((24, 2, 150) if family in synthetic.PAIRS else (24, 150))
@@ -19,7 +18,6 @@ def test_families_make_finite_series_that_a_seed_decides(family):
 
 
 def test_groups_have_pairs_that_belong_together_only_if_asked_for():
-    """Zero mean, unit spread; without differential equations fewer belong together."""
     x, together = synthetic.groups(np.random.default_rng(0), 300, 176)
     assert x.shape == (300, 2, 176)
     np.testing.assert_allclose(x.mean(2), 0, atol=1e-3)

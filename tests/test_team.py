@@ -110,15 +110,6 @@ def test_two_processes_share_out_the_batches_and_give_the_same_results(finished,
     assert lines(together) == lines(finished)
 
 
-def test_an_error_of_all_processes_is_told(tmp_path):
-    log = tmp_path / "log"
-    missing = ("--data", tmp_path / "no-such-file.h5", "--out", tmp_path / "never")
-    assert forks.run(log, small_plan.main, *missing, size=2) == 2
-    assert "no-such-file.h5" in log.read_text()
-    assert "Traceback" not in log.read_text()
-    assert not (tmp_path / "never").exists()
-
-
 def test_a_budget_that_does_not_suffice_is_told_once(together, words, tmp_path):
     run, log = undone(shutil.copytree(together, tmp_path / "run"), "numbers"), tmp_path / "log"
     spent = read(together / "status.json")["spent"]

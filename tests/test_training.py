@@ -113,7 +113,6 @@ def test_a_cosine_rises_over_a_twentieth_of_the_steps_and_falls_to_zero():
     assert rates[52] == pytest.approx(0.5, abs=0.02)
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[100] == pytest.approx(0)
-    assert replace(settings, cosine=False).rate(3) == 1.0
 
 
 def test_an_epoch_takes_each_window_once_and_the_next_epoch_has_another_order():
