@@ -199,14 +199,6 @@ def test_values_that_are_no_finite_floats_or_that_fp32_cannot_hold_are_refused(s
         load_adapter(fresh(), saved)
 
 
-def test_an_adapter_in_a_folder_below_or_in_another_format_is_pointed_out(saved):
-    with pytest.raises(AdapterError, match=rf"no such file; adapters lie in .*{saved.name}"):
-        load_adapter(fresh(), saved.parent)
-    (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
-    with pytest.raises(AdapterError, match=r"in the folder: adapter_model.bin"):
-        load_adapter(fresh(), saved)
-
-
 class Shared(torch.nn.Module):
     """Linears of any kind: plain ones, twice the same, one weight in two, one computed from others."""
 

@@ -27,7 +27,6 @@ from experiments.storage.interruption import Interrupted, Interruption
 from experiments.storage.runfolder import only_writer
 from experiments.study import data, plans, suite
 from experiments.study.judging import Judge
-from experiments.training.settings import Training
 from flops import Ledger
 from qwen_min.weights import TINY
 from tests import forks, small_plan
@@ -295,17 +294,6 @@ def test_the_plan_numbers_trains_the_checkpoint_that_is_named(small_data, tmp_pa
     torch.testing.assert_close(tuning.forecaster.model.norm.weight.data, weights["norm.weight"] * 2)
     with pytest.raises(CommandError, match="plan numbers is for a model that reads values"):
         checked("--model", "tiny")
-
-
-def test_experiments_beyond_the_report_are_shown_at_full_length(again, monkeypatch, tmp_path):
-    settings = Training(2, 1e-3, 768, 2, stride=10, numeric_head=True, whole_windows=True, cosine=True)
-    beyond = plans.Plan("frontier", (plans.Experiment("frontier", "frontier", settings, splits=("val", "test")),))
-    monkeypatch.setitem(plans.PLANS, "frontier", lambda seed: beyond)
-    assert again(tmp_path, "--plan", "frontier") == 0
-    assert "Settings: rank 2, learning_rate 0.001, context 768" in (tmp_path / "report.md").read_text()
-    assert (tmp_path / "figures" / "losses-frontier.png").exists()
-    lines = read_lines(tmp_path / "experiments" / "frontier" / "forecasts.test.jsonl")
-    assert np.shape([line["forecast"] for line in lines]) == (3, 5, 2)
 
 
 def test_what_does_not_fit_the_budget_is_named_before_a_run(tmp_path):

@@ -41,16 +41,6 @@ def test_intervals_of_few_or_equal_values_and_of_errors_which_are_not_negative()
     assert errors(forecast, np.zeros_like(forecast), np.zeros((10, 1)))["mse_interval"] == [0.0, high]
 
 
-def test_crps_by_its_definition():
-    rng = np.random.default_rng(0)
-    samples, truth = rng.normal(size=(3, 6, 2, 2)), rng.normal(size=(3, 2, 2))
-    pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
-    distance = np.mean([abs(samples[:, i] - truth) for i in range(6)], axis=0)
-    spread = np.mean([abs(samples[:, i] - samples[:, j]) for i, j in pairs], axis=0)
-    np.testing.assert_allclose(crps(samples, truth), (distance - spread / 2).mean(axis=(1, 2)))
-    np.testing.assert_allclose(crps(samples[:, :1], truth), abs(samples[:, 0] - truth).mean(axis=(1, 2)))
-
-
 @pytest.mark.parametrize("count", [20, 200])
 def test_intervals_of_the_true_distribution_cover_their_share_for_any_number_of_samples(count):
     """With numpy's default quantiles, 20 samples would cover 72.4 % and 45.2 %."""
@@ -68,6 +58,7 @@ def test_quantiles_beyond_the_samples_are_refused_and_coverages_left_out():
     for level, needed in ((0.09, 11), (0.95, 19)):
         with pytest.raises(ValueError, match=f"9 samples do not reach the quantile {level}, expected {needed} or more"):
             quantiles(samples, [0.5, level], axis=1)
+    assert crps(samples[:, 2:3], np.ones((1, 1, 1))) == [5]  # of a single sample: the absolute error
     few = probabilistic(samples[:, :3], np.zeros((1, 1, 1)))
     assert (few["coverage_50"], few["coverage_80"]) == (0, None)
 

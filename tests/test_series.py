@@ -13,8 +13,7 @@ from experiments.benchmarking.series import Windows, cut, measure, scores, seaso
 
 @pytest.mark.parametrize(("times", "season"), [
     (1956 + np.arange(30).round(8) / 12, 12), (np.arange(9) / 4, 4), (np.arange(9) / 7, 7),
-    (1991.1 + np.arange(9) / 52.18, 52), (np.arange(1900, 1910), 1), (np.arange(1896, 1936, 4), 1),
-    ([1, 2, 4, 5], None), ([3, 2, 1], None), ([1], None),
+    (1991.1 + np.arange(9) / 52.18, 52), (np.arange(1896, 1936, 4), 1), ([1, 2, 4, 5], None), ([3, 2, 1], None),
 ])  # fmt: skip
 def test_the_season_is_how_many_steps_make_a_unit_of_time(times, season):
     assert season_of(times) == season

@@ -356,7 +356,6 @@ def test_numbers_that_are_packed_are_refused(tmp_path):
 
 
 INDEXES = {  # index of three rows: the time after the last, or None if it is no time axis
-    "dates": (pd.date_range("2023-01-30", periods=3), "2023-02-02"),
     "hours in a zone": (pd.date_range("2023-01-01", periods=3, freq="h", tz="Asia/Tokyo"), "2023-01-01 03:00:00+09:00"),
     "clocks change": (pd.date_range("2023-03-25", periods=3, tz="Europe/Berlin"), "2023-03-28 00:00:00+02:00"),
     "months": (pd.period_range("2023-01", periods=3, freq="M"), "2023-04-01"),

@@ -100,7 +100,7 @@ def test_errors_are_one_line(monkeypatch, refused, arguments, message):
 
 
 @pytest.mark.parametrize("content", [
-    None, "not json", "[]", "{}", "[" * 10_000, json.dumps({"chat_template": "{% if %}"}),
+    None, "not json", "{}", "[" * 10_000, json.dumps({"chat_template": "{% if %}"}),
     json.dumps({"chat_template": "{{ " + 3000 * "(" + "1" + 3000 * ")" + " }}"}),
     json.dumps({"chat_template": [{"name": "tool_use", "template": "x"}]}),
 ])  # fmt: skip
@@ -128,7 +128,6 @@ def test_a_template_that_fails_or_refuses_in_any_way_is_one_message(tmp_path, so
     ("[{{ bos_token }}]", {"bos_token": None}, "[]"),
     ("a{% generation %}{{ messages[0].content }}{% endgeneration %}b", {}, "ahib"),
     ("{{ {'b': 'é<', 'a': 1} | tojson }}", {}, '{"b": "é<", "a": 1}'),
-    ("{{ 'é' | tojson(ensure_ascii=True) }}", {}, '"\\u00e9"'),
     ("{{ {'b': 2, 'a': 1} | tojson(indent=1, sort_keys=True) }}", {}, '{\n "a": 1,\n "b": 2\n}'),
     ([{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}], {}, "y"),
     ("{% for m in messages %}{% if m.role == 'no' %}{% continue %}{% endif %}{{ m.role }}{% endfor %}", {}, "user"),
