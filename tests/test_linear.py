@@ -121,12 +121,10 @@ def test_no_optimizer_leaves_a_stale_copy(monkeypatch, ids, name, optimizer, opt
         model.requires_grad_(trainable)
         with torch.no_grad():
             loss, logits = next_token_loss(model, ids), model(ids)
-        text = generate(model, ids[:, :5], 6).tokens
         unpack(model)
         with torch.no_grad():
             assert torch.equal(loss, next_token_loss(model, ids))
             torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-4)
-        assert torch.equal(text, generate(model, ids[:, :5], 6).tokens)
     assert abs(loss.item() - before) > 1e-4
 
 
