@@ -17,7 +17,6 @@ from lora import (
     remove,
     save_adapter,
 )
-from qwen_min.loss import next_token_loss
 
 CONFIG = LoraConfig(rank=3, alpha=6.0)
 
@@ -30,16 +29,10 @@ def has_lora(model) -> bool:
     return any(isinstance(module, LoRALinear) for module in model.modules())
 
 
-def test_a_fresh_adapter_changes_nothing_and_only_it_trains(model, ids):
+def test_a_fresh_adapter_changes_nothing(model, ids):
     before = model(ids)
-    model.requires_grad_(True)
-    names = inject(model, CONFIG)
-    assert len(names) == 2 * model.config.num_hidden_layers
+    inject(model, CONFIG)
     assert torch.equal(model(ids), before)
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == set(adapter_parameters(model))
-    next_token_loss(model, ids).backward()
-    assert all(p.grad is not None for p in adapter_parameters(model).values())
 
 
 def test_merged_equals_adapted_and_removing_is_exact(model, ids):
@@ -220,7 +213,7 @@ def test_a_linear_that_merging_would_not_serve_is_refused(target):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_names_that_only_look_like_an_adapters_are_frozen_and_adapted():
+def test_only_an_adapter_trains_also_among_names_that_look_like_its_own():
     model = Shared()
     assert inject(model, LoraConfig(2, 2, ("0", "base_layer"))) == ["flora_net.0", "base_layer"]
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(adapter_parameters(model))
