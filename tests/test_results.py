@@ -12,10 +12,9 @@ import pytest
 from conftest import REAL
 from experiments.forecasting.adapter import NUMBERS, checkpoint_hash
 from experiments.forecasting.baselines import BASELINES
-from experiments.forecasting.scores import SPLIT_PARTS, mean_interval, method_errors, paired, probabilistic
+from experiments.forecasting.scores import SPLIT_PARTS, mean_interval, method_errors, probabilistic
 from experiments.report.published import TEST, VALIDATION
 from experiments.report.results import Run, load_run, methods_of
-from experiments.report.words import bracket, percent
 from experiments.study import plans
 from experiments.study.plans import HORIZON
 from experiments.training.settings import Training
@@ -197,6 +196,12 @@ def test_rows_of_the_report_have_its_errors_and_the_costs_of_the_plan():
     assert f"cost\n{flops['all']:.3e}, more than".replace("e+", "e") in README
 
 
+def test_the_grid_of_plan_overnight_is_that_of_the_files(runs):
+    grid = [runs["overnight"].experiments[name] for name in ("grid-r8-lr0.0005", "grid-r2-lr0.0001")]
+    errors = [one.metrics["val"].first.mse for one in grid]
+    assert_shown(row(STUDY, "the best and the worst"), [grid[0].flops["study"], *errors])
+
+
 def test_the_table_of_the_readme_is_that_of_the_files(methods):
     assert_shown(row(README, "text: a student's report"), [study_flops()["final"], TEST["final"][0]])
     for begins, name in (
@@ -211,31 +216,3 @@ def test_the_table_of_the_readme_is_that_of_the_files(methods):
         cost = methods[name.partition(",")[0]][0]  # samples cost no training
         written = row(README, begins)
         assert_shown(written, [cost, *test, ten][-len(written) :])
-
-
-def test_comparisons_below_the_table_of_the_study_are_those_of_the_files(runs):
-    network, text = "GRU trained on the 700", runs["frontier"].experiments["frontier"].metrics["test"]
-    others = {name: by_split["test"] for name, by_split in runs["frontier"].baselines.items()}
-    pairs = {name: paired(text.mean_of_samples.mse_each, one.mse_each) for name, one in others.items()}
-    var, gru, drawn = pairs["VAR(18)"], pairs[network], text.probabilistic
-    values = runs["numbers"].baselines | methods_of(runs["numbers"].experiments)
-    names = [*(f"numbers-1e13-seed{seed}" for seed in range(3)), "whole-5e13"]
-    *seeds, whole = (paired(values[one]["test"].mse_each, values[network]["test"].mse_each) for one in names)
-    grid = runs["overnight"].experiments["grid-r8-lr0.0005"], runs["overnight"].experiments["grid-r2-lr0.0001"]
-    errors = [one.metrics["val"].first.mse for one in grid]
-    assert_shown(row(STUDY, "the best and the worst"), [grid[0].flops["study"], *errors])
-
-    def ratio(pair: dict, digits: int = 2) -> str:
-        return f"{pair['ratio']:.{digits}f} {bracket(pair['ratio_interval'], f'{{:.{digits}f}}'.format)}"
-
-    said = [
-        f"text has {ratio(pairs['seasonal naive'])} of seasonal naive's error, {ratio(pairs['AR(20)'])} of AR(20)'s, "
-        f"{ratio(var)} of VAR(18)'s",
-        f"better than the mean of samples on {percent(1 - var['better'], 0)} of the test series",
-        f"error is {ratio(gru, 0).replace(' ', ' times ', 1)} smaller",
-        f"better on {percent(1 - gru['better'], 0)} of the series",
-        f"is {min(one['ratio'] for one in seeds):.2f} to {max(one['ratio'] for one in seeds):.2f} times the GRU's",
-        f"{ratio(whole)} and {percent(whole['better'], 0)}",
-        f"hold {percent(drawn.coverage_80, 0)} of the truth, the 50 % intervals {percent(drawn.coverage_50, 0)}",
-    ]
-    assert [one for one in said if one not in " ".join(STUDY.split())] == []
