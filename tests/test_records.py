@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -35,15 +37,6 @@ def frontier(tmp_path):
     return shutil.copytree(RESULTS / "frontier", tmp_path / "frontier", ignore=drawn)
 
 
-def change(path: Path, *keys, value) -> None:
-    owner = document = [json.loads(path.read_text())]
-    *above, last = 0, *keys
-    for key in above:
-        owner = owner[key]
-    owner[last] = value
-    path.write_text(json.dumps(document[0]))
-
-
 def change_lines(path: Path, **values) -> None:
     lines = [json.loads(line) | values for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -66,7 +59,10 @@ SETTINGS, METRICS, TESTS = (f"experiments/frontier/{name}" for name in
     ("experiments/frontier/seconds.json", [], {}, r"the list of parts is \[\], expected \['evaluation', 'training'\]"),
 ])  # fmt: skip
 def test_damage_in_a_run_folder_is_found_when_it_is_read(frontier, file, keys, value, message):
-    change(frontier / file, *keys, value=value)
+    document = [json.loads((frontier / file).read_text())]
+    *above, last = 0, *keys
+    reduce(getitem, above, document)[last] = value
+    (frontier / file).write_text(json.dumps(document[0]))
     with pytest.raises(RunError, match=f"{Path(file).name}.*{message}"):
         load_run(frontier)
 

@@ -89,6 +89,8 @@ def test_windows_are_padded_at_the_end(tiny, token_lists):
     assert ids.tolist() == [token_lists[0][30:] + [256] * 20, token_lists[0][:24]]
     with pytest.raises(TrainingError, match="context 35 is longer than a trajectory of 34 tokens"):
         cut_tokens(token_lists, Training(2, 1e-3, context=35, steps=1))
+    with pytest.raises(TrainingError, match="24 windows cannot fill a batch of 25"):
+        run(tiny, token_lists, None, replace(SETTINGS, batch=25))
 
 
 def test_windows_of_own_series_are_written_relative_to_their_context(tiny):
@@ -156,11 +158,6 @@ def test_a_foreign_state_is_refused_and_named(tmp_path, tiny, token_lists):
     run(tiny, token_lists, tmp_path / "state")
     with pytest.raises(TrainingError, match="state: not a state of this training"):
         run(tiny, token_lists, tmp_path / "state", replace(SETTINGS, rank=3))
-
-
-def test_too_few_windows_are_refused(tiny, token_lists):
-    with pytest.raises(TrainingError, match="24 windows cannot fill a batch of 25"):
-        run(tiny, token_lists, None, replace(SETTINGS, batch=25))
 
 
 def test_a_loss_over_the_tokens_of_numbers_is_smaller(tiny, token_lists):
