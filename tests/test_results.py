@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 from conftest import REAL
 from experiments.forecasting.adapter import NUMBERS, checkpoint_hash
 from experiments.forecasting.baselines import BASELINES
-from experiments.forecasting.scores import SPLIT_PARTS, mean_interval, method_errors, probabilistic
+from experiments.forecasting.scores import SPLIT_PARTS, mean_interval, method_errors, paired, probabilistic
 from experiments.report.published import TEST, VALIDATION
 from experiments.report.results import Run, load_run, methods_of
+from experiments.report.words import bracket, percent
 from experiments.study import plans
 from experiments.study.plans import HORIZON
 from experiments.training.settings import Training
@@ -196,12 +198,6 @@ def test_rows_of_the_report_have_its_errors_and_the_costs_of_the_plan():
     assert f"cost\n{flops['all']:.3e}, more than".replace("e+", "e") in README
 
 
-def test_the_grid_of_plan_overnight_is_that_of_the_files(runs):
-    grid = [runs["overnight"].experiments[name] for name in ("grid-r8-lr0.0005", "grid-r2-lr0.0001")]
-    errors = [one.metrics["val"].first.mse for one in grid]
-    assert_shown(row(STUDY, "the best and the worst"), [grid[0].flops["study"], *errors])
-
-
 def test_the_table_of_the_readme_is_that_of_the_files(methods):
     assert_shown(row(README, "text: a student's report"), [study_flops()["final"], TEST["final"][0]])
     for begins, name in (
@@ -216,3 +212,53 @@ def test_the_table_of_the_readme_is_that_of_the_files(methods):
         cost = methods[name.partition(",")[0]][0]  # samples cost no training
         written = row(README, begins)
         assert_shown(written, [cost, *test, ten][-len(written) :])
+
+
+def test_what_the_study_says_below_its_table_is_that_of_the_files(runs, methods):
+    network, text = "GRU trained on the 700", runs["frontier"].experiments["frontier"].metrics["test"]
+    others = {name: by_split["test"] for name, by_split in runs["frontier"].baselines.items()}
+    pairs = {name: paired(text.mean_of_samples.mse_each, one.mse_each) for name, one in others.items()}
+    var, gru, drawn = pairs["VAR(18)"], pairs[network], text.probabilistic
+    values = runs["numbers"].baselines | methods_of(runs["numbers"].experiments)
+
+    def between(name: str, other: str) -> dict:
+        return paired(*(values[one]["test"].mse_each for one in (name, other)))
+
+    def ratio(pair: dict, digits: int = 2) -> str:
+        return f"{pair['ratio']:.{digits}f} {bracket(pair['ratio_interval'], f'{{:.{digits}f}}'.format)}"
+
+    lora = {
+        f"{other}-{flops}": f"{between(f'numbers-{flops}-seed0', f'{other}-{flops}')['ratio']:.2f}"
+        for other, flops in product(("whole", "scratch"), ("1e12", "1e13"))
+    }
+    seeds = [between(f"numbers-1e13-seed{seed}", network) for seed in range(3)]
+    whole = between("whole-5e13", network)
+    overnight = {name: one.metrics["val"].first.mse for name, one in runs["overnight"].experiments.items()}
+    grid = sorted((mse, name) for name, mse in overnight.items() if name.startswith("grid"))
+    assert (grid[0][1], grid[-1][1]) == ("grid-r8-lr0.0005", "grid-r2-lr0.0001")
+    cost = runs["overnight"].experiments[grid[0][1]].flops["study"]
+    assert_shown(row(STUDY, "the best and the worst"), [cost, grid[0][0], grid[-1][0]])
+    validation = [values[f"numbers-1e13-seed{seed}"]["val"].all.mse for seed in range(3)]
+    exact = {name.removesuffix(", exact contexts"): values[3] for name, values in methods.items() if "exact" in name}
+    said = [
+        f"has {methods['final'][2]:.4f} on the ten test series where the report has {TEST['final'][0]:.4f}",
+        f"the trial has {overnight['trial']:.4f}, the grid {grid[0][0]:.4f} (rank 8, 5e-4) to {grid[-1][0]:.4f} (rank "
+        f"2, 1e-4), contexts of 128, 512 and 768 tokens have {overnight['context-128']:.4f}, "
+        f"{overnight['context-512']:.4f} and {overnight['context-768']:.4f}.",
+        f"text has {ratio(pairs['seasonal naive'])} of seasonal naive's error, {ratio(pairs['AR(20)'])} of AR(20)'s, "
+        f"{ratio(var)} of VAR(18)'s",
+        f"better than the mean of samples on {percent(1 - var['better'], 0)} of the test series",
+        f"error is {ratio(gru, 0).replace(' ', ' times ', 1)} smaller",
+        f"better on {percent(1 - gru['better'], 0)} of the series",
+        f"weights gives {exact['whole-1e12']:.4f} and {exact['whole-1e13']:.5f}, training the same network from random "
+        f"weights {exact['scratch-1e12']:.3f} and {exact['scratch-1e13']:.5f} (",
+        f"LoRA has {lora['whole-1e12']} and {lora['whole-1e13']} of the error of all weights, {lora['scratch-1e12']} "
+        f"and {lora['scratch-1e13']} of that from random weights",
+        f"is {min(one['ratio'] for one in seeds):.2f} to {max(one['ratio'] for one in seeds):.2f} times the GRU's",
+        f"on {100 * min(one['better'] for one in seeds):.0f} to {100 * max(one['better'] for one in seeds):.0f} % of",
+        f"{ratio(whole)} and {percent(whole['better'], 0)}",
+        f"it has {min(validation):.5f} to {max(validation):.5f} for 1e13, the GRU {values[network]['val'].all.mse:.5f}",
+        f"hold {percent(drawn.coverage_80, 0)} of the truth, the 50 % intervals {percent(drawn.coverage_50, 0)}",
+        f"{drawn.crps:.4f}; VAR(18) {others['VAR(18)'].all.mae:.4f}, GRU {others[network].all.mae:.4f}",
+    ]
+    assert [one for one in said if one not in " ".join(STUDY.split())] == []

@@ -1,14 +1,19 @@
 """The walkthrough runs from top to bottom, its answers are right, and its committed outputs come from such a run."""
 
+import builtins
 import os
 import re
+from collections import defaultdict
 from pathlib import Path
+from symtable import SymbolTable, symtable
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parents[1] / "walkthrough.ipynb"
+TEACHING = NOTEBOOK.parent / "docs" / "teaching.md"
+LEFT_OUT = ("def without(", "layer.mlp.gate_proj", "plans.study(", "svdvals(")  # in cells that TEACHING says can be
 SMALLER = {  # by what is written: what runs here
     "steps=50,": "steps=4,",
     "length = 512 ": "length = 64 ",
@@ -59,6 +64,35 @@ def test_it_is_a_small_file_that_stands_alone_with_its_outputs_and_describes_its
     assert {output.output_type for output in shown} == {"stream", "display_data"}
     assert not any(output.get("name") == "stderr" or "False" in output.get("text", "") for output in shown)
     assert not any(re.search(r"/(?:root|home|tmp|usr|work|Users)/", output.get("text", "")) for output in shown)
-    assert all(len(picture.metadata["image/png"]["alt"]) > 20 for cell in code for picture in pictures(cell))
+    alts = [picture.metadata["image/png"]["alt"] for cell in code for picture in pictures(cell)]
+    assert len(alts) >= 10
+    assert min(map(len, alts)) > 20
     links = [link for cell in notebook.cells if cell not in code for link in re.findall(r"\]\(([^)]*)\)", cell.source)]
     assert all(link.startswith("https://") for link in links)
+
+
+def read(table: SymbolTable) -> set[str]:
+    """The global names that a cell reads, itself and in its functions."""
+    top = table.get_type() == "module"
+    names = {
+        symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced() and (top or symbol.is_global())
+    }
+    return names.union(*map(read, table.get_children()))
+
+
+def test_nothing_uses_what_can_be_left_out(notebook):
+    """A cell uses its own chapter, those that the page for teachers says it needs, and no cell that can be left out."""
+    needs, given, chapter = {0: {0}}, defaultdict(set), 0
+    for number, named in re.findall(r"^\| (\d)\. [^|]*\| ([^|]*)\|", TEACHING.read_text(), re.MULTILINE):
+        needs[int(number)] = {0, int(number)}.union(*(needs[int(one)] for one in re.findall(r"\d", named)))
+    assert [*needs] == [*range(10)]
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            heading = re.match(r"## (\d)\. ", cell.source)
+            chapter = int(heading[1]) if heading else chapter
+            continue
+        table = symtable(cell.source, "cell", "exec")
+        bound = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+        assert read(table) <= bound.union(dir(builtins), *(given[one] for one in needs[chapter])), cell.source
+        if not any(code in cell.source for code in LEFT_OUT):
+            given[chapter] |= bound
