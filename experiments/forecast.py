@@ -131,9 +131,10 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     methods = {"model": found.values} | tests.baseline_forecasts(pasts, args.horizon, args.season)
     errors = {method: tests.scores(forecast, places) for method, forecast in methods.items()}
     count, over = len(places), errors["model"]["over"].replace("forecasts", "these forecasts")
+    interval = f", its 95 % interval over {over}" if errors["model"]["interval"] else ""
     print(
         f"\n{count} held-out forecast{'s' * (count > 1)} of {args.horizon} steps; RMSE in standard deviations of each "
-        f"variable before the forecast, its 95 % interval over {over}\n"
+        f"variable before the forecast{interval}\n"
     )
     rows = [
         [f"{error['rmse']:.3f}", "[{:.3f}, {:.3f}]".format(*error["interval"]) if error["interval"] else ""]
