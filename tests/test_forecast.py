@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+from experiments.forecasting.backtest import better_baseline
 from experiments.forecasting.values import NumberForecaster
 
 
@@ -117,6 +118,12 @@ def test_a_back_test_prints_the_model_next_to_baselines_and_writes_nothing(run, 
     assert out.splitlines()[-1].startswith("VAR is better here: it has 0.")
     (tmp_path / "five.csv").write_text("y\n" + "5\n" * 40)
     assert "holds 100 % of the true values" in run(tmp_path / "five.csv", "--backtest", "--horizon", 3)[1]
+
+
+@pytest.mark.parametrize(("error", "told"), [(0.98, "AR is better here: it has 0.98 times"), (0.997, ""), (1, "")])
+def test_a_baseline_of_the_same_error_is_not_called_better(error, told):
+    line = better_baseline({"model": {"rmse": 1.0}, "AR": {"rmse": error}}, "model")
+    assert line[: len(told) or None] == told
 
 
 def test_a_back_test_does_not_read_the_future_into_gaps(run, tmp_path):

@@ -215,8 +215,9 @@ def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
 
 
 def better_baseline(errors: dict[str, dict], ours: str) -> str:
-    """A line that names the best of the baselines if it has a smaller error than `ours`; else ""."""
+    """A line that names the best of the baselines if it has a smaller error than `ours`, in two digits; else ""."""
     best = min(BASELINES.keys() & errors.keys(), key=lambda name: (errors[name]["rmse"], name))
     if errors[best]["rmse"] >= errors[ours]["rmse"]:
         return ""
-    return f"{best} is better here: it has {errors[best]['rmse'] / errors[ours]['rmse']:.2g} times the model's error"
+    times = f"{errors[best]['rmse'] / errors[ours]['rmse']:.2g}"
+    return "" if times == "1" else f"{best} is better here: it has {times} times the model's error"
