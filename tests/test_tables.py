@@ -278,6 +278,7 @@ def test_missing_values_are_counted_or_interpolated_in_time(table):
         table(text)
     assert table(text, missing="interpolate").values.tolist() == [[1, 5], [2, pytest.approx(17 / 3)], [4, 7], [4, 8]]
     assert table(text, missing="keep")["a"].isna().tolist() == [False, True, False, True]
+    assert told([table(text, missing="interpolate")]).endswith("; 3 of 8 values were missing and interpolated")
     assert table("t,a\n1,nan\n2,null\n3,-\n4,?\n5,#N/A\n6,..\n7,.\n8,5\n", missing="keep")["a"].count() == 1
     days = "day,a\n2023-01-01,1\n2023-01-02,\n2023-01-05,2\n"
     assert table(days, missing="interpolate").values[1] == 1.25

@@ -45,6 +45,9 @@ def told(series: Sequence[pd.DataFrame]) -> str:
     notes = list(dict.fromkeys(note for one in series for note in one.attrs.get("notes", [])))
     if gaps := sum(int(one.isna().to_numpy().sum()) for one in series):
         notes.append(f"{gaps} of {sum(one.size for one in series)} values {'is' if gaps == 1 else 'are'} missing")
+    if filled := sum(one.attrs.get("filled", 0) for one in series):
+        verb = "was" if filled == 1 else "were"
+        notes.append(f"{filled} of {sum(one.size for one in series)} values {verb} missing and interpolated")
     for name in first.columns:
         values = np.concatenate([one[name] for one in series])
         largest = np.abs(values[~np.isnan(values) & ~np.isin(values, MARKS)]).max(initial=0.0)
@@ -115,9 +118,10 @@ def assemble(
     for title, rows in groups.items():
         index = pd.RangeIndex(len(rows)) if axis is None else axis[rows]
         frame = _complete(whole.iloc[rows].set_axis(index), missing, rows, table)
+        filled = frame.count() - whole.iloc[rows].count()
         for label in names if wide else [title]:
             series.append(frame[[label]].set_axis(["value"], axis=1) if wide else frame)
-            series[-1].attrs |= {"name": label, "wide": wide}
+            series[-1].attrs |= {"name": label, "wide": wide, "filled": int(filled[[label] if wide else names].sum())}
     series[0].attrs["notes"] = table.notes
     return series
 
