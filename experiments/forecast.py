@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="numbers (default), or one that writes text: a folder, a hub id or tiny; or the adapter's")
     add("--context", type=cli.positive, help="newest time steps that the model reads (default: all that it can)")
     add("--backtest", action="store_true", help="forecast the newest rows from the older ones, print errors")
-    add("--quantiles", type=numbers, default=list(BAND), help=f"to write (default {','.join(map(str, BAND))})")
+    add("--quantiles", type=numbers, help=f"to write (default {','.join(map(str, BAND))})")
     text = p.add_argument_group("models that write text").add_argument
     text("--samples", type=int, help="paths to draw; 0: only the likeliest path, without an interval (default 20)")
     text("--seed", type=cli.natural, help="seed of the paths (default 0)")
@@ -156,13 +156,17 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     from experiments.forecasting.adapter import resolve
     from experiments.forecasting.contexts import named
     from experiments.forecasting.forecaster import reads_values
+    from experiments.forecasting.scores import BAND
     from experiments.storage.files import write_whole
     from experiments.tables.text import series_name
 
     name, folder, _trained = resolve(args.model, args.adapter)
-    is_text, quantiles = not reads_values(folder), [] if args.samples == 0 or args.backtest else args.quantiles
+    is_text = not reads_values(folder)
+    quantiles = [] if args.samples == 0 or args.backtest else args.quantiles or list(BAND)
     if not is_text and (given := [one for one in TEXT if getattr(args, one) is not None]):
         raise cli.CommandError(f"--{given[0]} is for models that write text, and {name} reads values; leave it out")
+    if args.samples == 0 and args.quantiles:
+        raise cli.CommandError("--samples 0 has no quantiles; leave out --quantiles, or ask for more samples")
     if args.season and not args.backtest:
         raise cli.CommandError("--season is for --backtest: it is that of a simple method; leave it out")
     missing = args.missing or ("error" if is_text else "keep")

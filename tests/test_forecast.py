@@ -85,6 +85,7 @@ BAD = {
     "a variable like a quantile": ("a,a_q0.1\n3,1\n2,2\n5,3\n", [], "'a_q0.1' is also the name of a column of"),
     "one file for both": (THREE, ["--out", "a.png", "--plot", "a.png"], "--out and --plot are both a.png"),
     "samples of values": (THREE, ["--samples", 5], "--samples is for models that write text"),
+    "a quantile of no samples": (THREE, ["--quantiles", "0.5", "--samples", 0, *MODEL], "--samples 0 has no quantiles"),
     "far quantile": (THREE, ["--quantiles", "0.5,0.975", *MODEL], "20 samples do not reach the quantile 0.975"),
 }
 
