@@ -104,8 +104,9 @@ class Finetuning:
         if steps is None:
             steps = STEPS if budget is None else int(budget // tuning.cost)
         if budget is not None and (steps < 1 or steps * tuning.cost > budget):
-            told = f"{max(steps, 1)} steps of {tuning.cost:.3e} FLOPs do not fit a budget of {budget:.3e}"
-            raise TrainingError(f"{told}; raise it, or take fewer steps, a smaller batch or a shorter context")
+            count, does, fewer = ("a step", "does", "") if steps < 2 else (f"{steps} steps", "do", "fewer steps, ")
+            told = f"{count} of {tuning.cost:.3e} FLOPs {does} not fit a budget of {budget:.3e}"
+            raise TrainingError(f"{told}; raise it, or take {fewer}a smaller batch or a shorter context")
         if not tuning.settings.rank:
             raise TrainingError("rank is 0, expected at least 1: a fine-tuning trains an adapter")
         tuning.settings = replace(tuning.settings, steps=steps)
