@@ -121,6 +121,14 @@ def test_a_back_test_prints_the_model_next_to_baselines_and_writes_nothing(run, 
     assert "holds 100 % of the true values" in run(tmp_path / "five.csv", "--backtest", "--horizon", 3)[1]
 
 
+@pytest.mark.parametrize(("count", "step"), [(30, "MS"), (45, "MS"), (60, "MS"), (40, "h"), (90, "D"), (100, "min")])
+def test_a_figure_of_dates_finds_its_ticks_without_a_warning(run, tmp_path, count, step):
+    dates = pd.date_range("2018-01-01", periods=count, freq=step)
+    pd.DataFrame({"t": dates, "y": np.sin(np.arange(count))}).to_csv(tmp_path / "dates.csv", index=False)
+    status, _, err, _ = run(tmp_path / "dates.csv", "--plot", "dates.png")
+    assert (status, "warning" in err) == (0, False)
+
+
 @pytest.mark.parametrize(("error", "told"), [(0.98, "AR is better here: it has 0.98 times"), (0.997, ""), (1, "")])
 def test_a_baseline_of_the_same_error_is_not_called_better(error, told):
     line = better_baseline({"model": {"rmse": 1.0}, "AR": {"rmse": error}}, "model")
