@@ -322,6 +322,8 @@ def test_hdf5_files_of_any_number_of_variables(read, tmp_path):
     assert read(arrays, columns=["x2"])[0].values.tolist() == values[0][:, 2:].tolist()
     assert read(gzip.compress((tmp_path / "a.csv").read_bytes()), "a.h5.gz")[1].equals(second)
     assert list(read(arrays | {"trajectories": values[..., :2]})[0].columns) == ["prey", "predator"]
+    names = [one.attrs["name"] for one in read(arrays, wide=True)]
+    assert (names[0][-6:], len(names)) == ("0]: x0", len({*names}))
     long, short = read({"short": np.ones(3), "time": np.arange(4.0), "long": np.ones((4, 2))})
     assert (long.attrs["name"], long.shape, following(long.index, 1).tolist()) == ("long", (4, 2), [4])
     assert (short.attrs["name"], short.shape, short.index.tolist()) == ("short", (3, 1), [0, 1, 2])

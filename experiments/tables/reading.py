@@ -50,8 +50,12 @@ def read_series(
     series: list[tuple[Path, pd.DataFrame]] = []
     for file in map(Path, (path, *more)):
         try:
-            tables = _tables(file, file.read_bytes())
-            series += [(file, one) for table in tables for one in assemble(table, columns, missing, id, wide)]
+            for table in (tables := [*_tables(file, file.read_bytes())]):
+                found = assemble(table, columns, missing, id, wide)
+                if wide and len(tables) > 1:  # their variables have the same names
+                    for one in found:
+                        one.attrs["name"] = f"{table.name}: {one.attrs['name']}"
+                series += [(file, one) for one in found]
         except (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
             raise DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     files = Counter(name for _, name in {(file, one.attrs["name"]) for file, one in series})
