@@ -181,7 +181,7 @@ def fans(
             panel.set_title(one.title)
         if one.times is not None:
             if x.dtype.kind == "M":
-                panel.xaxis.set_major_locator(locator := AutoDateLocator(minticks=2, maxticks=5))
+                panel.xaxis.set_major_locator(locator := AutoDateLocator(minticks=3, maxticks=6))
                 panel.xaxis.set_major_formatter(ConciseDateFormatter(locator))
             continue
         panel.locator_params(axis="x", integer=True)
