@@ -14,9 +14,11 @@ CLOCK = r"\d{1,2}:\d{2}(?::\d{2}(?:[.,]\d+)?)?(?: ?[AaPp][Mm])?"
 MONTH = rf"({'|'.join(MONTHS)})(?:uary|ruary|ch|il|e|y|ust|t|tember|ober|ember)?\.?"
 # What a column holds instead of months, by what its name contains.
 PERIODS = {
-    "": "month|monat|mois", "week": "week|woche|semaine|semana", "quarter": "quart|trimest", "half-year":
-    "half|halb|semest"
-}  # fmt: skip
+    "": "month|monat|mois",
+    "week": "week|woche|semaine|semana",
+    "quarter": "quart|trimest",
+    "half-year": "half|halb|semest",
+}
 _ZONE = r"(?:Z|UTC|GMT|[+-]\d{2}:?\d{2})"
 _AFTER = rf"((?:[T ,]+{CLOCK}(?: ?{_ZONE})?)?)"
 # What a date looks like, and how it is written for pandas: in two ways where the day or the month can come first,

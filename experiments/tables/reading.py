@@ -50,7 +50,8 @@ def read_series(
     series: list[tuple[Path, pd.DataFrame]] = []
     for file in map(Path, (path, *more)):
         try:
-            for table in (tables := [*_tables(file, file.read_bytes())]):
+            tables = [*_tables(file, file.read_bytes())]
+            for table in tables:
                 found = assemble(table, columns, missing, id, wide)
                 if wide and len(tables) > 1:  # their variables have the same names
                     for one in found:
