@@ -8,6 +8,7 @@ seconds, the real code is traced as well, without memory or arithmetic.
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -40,10 +41,12 @@ def counts(model: str, batch: int, context: int, rank: int) -> dict:
     from qwen_min.config import MAX_VALUE
     from qwen_min.weights import checkpoint_folder
 
-    if model in SIZES and not Path(model).is_dir():
+    if Path(model).is_dir() or not re.fullmatch(r"[\d.]+B", model):
+        path = checkpoint_folder(model, ("config.json",)) / "config.json"
+    elif model in SIZES:
         path = Path(flops.__file__).parent / "configs" / f"{model}.json"
     else:
-        path = checkpoint_folder(model, ("config.json",)) / "config.json"
+        raise cli.CommandError(f"there is no Qwen2.5 of {model}, expected {', '.join(SIZES)}, or a checkpoint")
     config = QwenConfig.from_file(path)
     longest = config.max_position_embeddings
     if batch < 1 or not 2 <= context <= longest or not 0 <= rank <= MAX_VALUE:

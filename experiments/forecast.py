@@ -169,6 +169,8 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
         raise cli.CommandError("--samples 0 has no quantiles; leave out --quantiles, or ask for more samples")
     if args.season and not args.backtest:
         raise cli.CommandError("--season is for --backtest: it is that of a simple method; leave it out")
+    if args.backtest and (given := [one for one in ("quantiles", "out", "plot") if getattr(args, one) is not None]):
+        raise cli.CommandError(f"--{given[0]} is for a forecast, and --backtest writes none; leave one of them out")
     missing = args.missing or ("error" if is_text else "keep")
     if args.backtest and missing == "interpolate":
         missing = "keep"  # held-out forecasts fill what is before them themselves, so that it tells nothing of the rest

@@ -14,7 +14,8 @@ class AdapterError(ValueError):
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 class _LowRank(torch.autograd.Function):

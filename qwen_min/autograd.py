@@ -26,7 +26,8 @@ def _at_least_fp32(x: Tensor) -> Tensor:
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which products on x's device keep the dtypes of their factors, also under autocast."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -206,6 +206,6 @@ def test_command_counts_in_closed_form_what_would_take_long_to_trace(command):
 
 
 @pytest.mark.parametrize("words", [("--context", 1), ("--batch", 0), ("--rank", -1), ("--rank", 10**12),
-                                   ("--context", 100000), ("--model", "/none")])  # fmt: skip
+                                   ("--context", 100000), ("--model", "/none"), ("--model", "8B")])  # fmt: skip
 def test_command_refuses_bad_input_in_one_line(refused, words):
     refused("flops", *words)

@@ -82,6 +82,11 @@ BAD = {
     "no values": ("day,u,v\n1,1,\n2,2,\n3,4,\n", ["--columns", "u,v"], "series series: variable v has no value"),
     "gaps": ("y\n1\nNA\n3\n", MODEL, "1 of 3 values is missing"),
     "a season of nothing": (THREE, ["--season", 12], "--season is for --backtest"),
+    "a file of nothing": (
+        THREE,
+        ["--backtest", "--out", "a.csv"],
+        "--out is for a forecast, and --backtest writes none",
+    ),
     "a variable like a quantile": ("a,a_q0.1\n3,1\n2,2\n5,3\n", [], "'a_q0.1' is also the name of a column of"),
     "one file for both": (THREE, ["--out", "a.png", "--plot", "a.png"], "--out and --plot are both a.png"),
     "samples of values": (THREE, ["--samples", 5], "--samples is for models that write text"),

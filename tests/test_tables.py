@@ -113,6 +113,7 @@ TIMES = {  # text: (name of the times, the next one)
     "numbers that go from December to January": ("n,a\n202312,1\n202401,2\n", "n", "2024-02-01"),
     "t with a unit": ("t_s,a\n0.0,1\n0.5,2\n1.0,3\n", "t_s", "1.5"),
     "elapsed": ("elapsed,a\n0.0,1\n0.5,2\n1.0,3\n", "elapsed", "1.5"),
+    "years with decimals": ("decimal_date,a\n1990.125,1\n1990.375,2\n1990.625,3\n", "decimal_date", "1990.875"),
     "offsets": ("d,a\n2020-03-29T01:00+01:00,1\n2020-03-29T03:00+02:00,2\n", "d", "2020-03-29 02:00:00+00:00"),
 }
 
@@ -130,6 +131,8 @@ VARIABLES = {  # text: the variables, all but the times
     "weight,a\n1.1,1\n1.2,2\n1.4,3\n": "weight a",
     "at,status,n,a\n" + "".join(f"{1700000000 + t**2},{t // 4},{t % 4},5\n" for t in range(12)): "at status n a",
     "t,day,hour,a\n" + "".join(f"{t},{t // 4},{t % 4},{t % 3}\n" for t in range(12)): "day hour a",
+    "date,day,a\n2020-01-01,0,3\n2020-01-02,1,2\n": "a",  # the same times again
+    "year,month,decimal_date,a\n1990,11,1990.875,3\n1990,12,1990.958,2\n": "a",
     "t_min,a\n1.5,1\n1.2,2\n1.4,3\n": "t_min a",  # a temperature
     "1\n2\n3\n": "x0",  # the only column
     ",a,b\n2023-01-01,1,5\n2023-01-02,2,6\n2023-01-03,3,9\n": "a b",  # dates are it

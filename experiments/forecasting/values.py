@@ -38,7 +38,7 @@ NEWEST, LEAST = (0.8, 0.6), 24
 # so many times (chosen on simulated weeks of hours; on fpp2 and forecast nothing changes).
 CHECKS, WIDEST = 4, 3.0
 FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
-FAR = 2.0  # standard deviations below the mean of a fine-tuning's data; a series that never comes closer is foreign
+FAR = 2.0  # standard deviations from the mean of a fine-tuning's data; a series that never comes closer is foreign
 DEVIATIONS = 0.1, 100.0  # the same without logarithms: a series whose largest deviation from the mean is not in between
 BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
 MEDIAN = len(LEVELS) // 2
@@ -300,7 +300,8 @@ def is_foreign(array: np.ndarray, reading: Reading) -> bool:
         spread = scale.spread.numpy()[:, 0]
         deviations = np.nanmax(np.abs(array - reading.mean) / np.where(spread > 0, spread, 1.0), axis=0)
         return not DEVIATIONS[0] <= deviations.max() <= DEVIATIONS[1]
-    return bool((array < 0).any() or np.nanmax(scale.normalise(torch.from_numpy(array.T)).numpy()) < -FAR)
+    read = scale.normalise(torch.from_numpy(array.T)).numpy()
+    return bool((array < 0).any() or np.nanmax(read) < -FAR or np.nanmin(read) > FAR)
 
 
 def newest_of(array: np.ndarray, share: float) -> np.ndarray:

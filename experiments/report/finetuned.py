@@ -132,8 +132,11 @@ def verdict(metrics: Metrics) -> str:
     text = f"The fine-tuning made the error {percent(abs(change), 0)} {'smaller' if change > 0 else 'larger'}. "
     if abs(change) < 0.005:
         text = "The fine-tuning did not change the error. "
+    compared = "smaller than" if after.rmse < best.rmse else "larger than"
+    if number(after.rmse) == number(best.rmse):
+        compared = "as large as"
     text += (
-        f"It is {'smaller' if after.rmse < best.rmse else 'larger'} than that of the best baseline, {name}: "
+        f"It is {compared} that of the best baseline, {name}: "
         f"{number(after.rmse)} and {number(best.rmse)} standard deviations."
     )
     # these errors are in the square of the variables' standard deviations, where no error is too small to count

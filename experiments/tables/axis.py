@@ -18,7 +18,7 @@ TIME_NAMES = frozenset(
     "trimestre jour heure año fecha doy".split()
 )
 UNIT = "[ _.](?:[mnuµ]?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?)"
-WITH_UNIT = rf"(?:elapsed|time)(?:[ _.]time)?(?:{UNIT})?"
+WITH_UNIT = rf"(?:elapsed|time)(?:[ _.]time)?(?:{UNIT})?|(?:decimal|fractional)[ _.](?:date|year)"
 COUNTER_NAMES = rf"steps?|index|idx|id|row|obs|t{UNIT}"  # t_min can be a temperature, too
 PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own
 Found = tuple[pd.Index | None, list[Column]]  # the times, and the columns that they and other times are in
@@ -41,9 +41,9 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: T
     large = [one for one in numbers if one.values.min() >= 10**7]  # such as 20231231, or Unix seconds
     dates = [one for one in large if dates_of_numbers(one.values, one.name, table, False) is not None]
     telling = [one for one in numbers if tells_time(one.name) or one in dates]
-    if len(groups) == 1 and not any(_rises(one.values) for one in [*telling, *large]):
+    if len(groups) == 1 and not any(rises(one.values) for one in [*telling, *large]):
         _refuse_several(numbers, table)
-    later = [one for one in telling if one not in early and _rises(one.values, groups)]
+    later = [one for one in telling if one not in early and rises(one.values, groups)]
     # a telling first one, telling later ones, the first ones
     for one in [*(one for one in early if one in telling), *later, *early]:
         if one in numbers and (axis := _of_numbers(one, groups, table)) is not None:
@@ -69,14 +69,14 @@ def _refuse_several(columns: list[Column], table: Table) -> None:
 
 def _begins_anew(one: Column, runs: list[np.ndarray]) -> bool:
     """True if numbers rise in each run of rows as times do, but not from one to the next."""
-    is_time = tells_time(one.name) and _rises(one.values, runs)
-    return not _rises(one.values) and (is_time or all(_is_axis(one.name, one.values[rows]) for rows in runs))
+    is_time = tells_time(one.name) and rises(one.values, runs)
+    return not rises(one.values) and (is_time or all(_is_axis(one.name, one.values[rows]) for rows in runs))
 
 
 def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Found:
     """The times in columns of dates, put together with a clock where the dates have none."""
     dated = [one for one in free if one.kind == "dates"]
-    first, moving = dated[0], [one for one in dated if _rises(one.values, groups)]
+    first, moving = dated[0], [one for one in dated if rises(one.values, groups)]
     clocks = [one for one in free if one.kind == "text" and one.cells.str.fullmatch(CLOCK).all()]
     if not moving:
         clocks += [one for one in free if one.name.lower() == "hour" and one.kind == "numbers"]
@@ -95,7 +95,7 @@ def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Fou
 def _of_parts(free: list[Column], table: Table) -> Found | None:
     """The times in columns such as year and month, if the years repeat; None if there are none."""
     parts = {one.name.lower(): one for one in free if one.kind == "numbers" and one.name.lower() in PARTS}
-    if "year" not in parts or not {"month", "quarter"} & parts.keys() or _rises(parts["year"].values):
+    if "year" not in parts or not {"month", "quarter"} & parts.keys() or rises(parts["year"].values):
         return None
     values = {part: one.values for part, one in parts.items()}
     quarter = values.pop("quarter", 1)  # a month says more
@@ -111,7 +111,7 @@ def _of_numbers(one: Column, groups: list[np.ndarray], table: Table) -> pd.Index
     title = one.name if table.has_names else ""
     is_telling = tells_time(title)
     found = dates_of_numbers(one.values, title, table, is_telling)
-    if found is not None and (is_telling or _rises(one.values, groups)):
+    if found is not None and (is_telling or rises(one.values, groups)):
         return found.rename(title or "time")
     counts = not one.name and np.array_equal(one.values, np.arange(len(one.values)))
     if not counts and (is_telling or all(_is_axis(title, one.values[rows]) for rows in groups)):
@@ -125,7 +125,7 @@ def tells_time(name: str) -> bool:
     return plain in TIME_NAMES or re.fullmatch(WITH_UNIT, plain) is not None
 
 
-def _rises(values, groups=(slice(None),)) -> bool:
+def rises(values, groups=(slice(None),)) -> bool:
     """True if times, or finite numbers, rise strictly, by finite steps, in all groups of rows."""
     for index in (pd.Index(values[rows]) for rows in groups):
         with np.errstate(over="ignore"):  # from the first to the last is no further than a float can tell
@@ -138,7 +138,7 @@ def _rises(values, groups=(slice(None),)) -> bool:
 def equal_steps(values: np.ndarray) -> bool:
     """True if numbers rise in equal steps."""
     steps = np.diff(values)
-    return _rises(values) and (not len(steps) or bool(np.ptp(steps) <= EQUAL_STEPS * steps.mean()))
+    return rises(values) and (not len(steps) or bool(np.ptp(steps) <= EQUAL_STEPS * steps.mean()))
 
 
 def _is_axis(name: str, values: np.ndarray) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.tables import DataError, Table
-from experiments.tables.axis import check_order, equal_steps, time_axis
+from experiments.tables.axis import check_order, equal_steps, rises, tells_time, time_axis
 from experiments.tables.cells import Column, columns_of
 from experiments.tables.dates import CLOCK, MONTH, is_date
 from experiments.tables.times import gapless, regular, time_texts
@@ -102,6 +102,11 @@ def assemble(
     free = [one for one in rest if one.name not in asked]
     axis, used = time_axis(free, [*groups.values()], sum(bool(one.name) for one in rest), table)
     free = [one for one in free if one not in used]
+    if axis is not None:
+        telling = [one for one in free if one.kind == "numbers" and tells_time(one.name)]
+        again = [one for one in telling if rises(one.values, [*groups.values()])]
+        table.notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in again]
+        free = [one for one in free if one not in again]
     count = np.arange(len(found[0].cells))  # as pandas writes the index of a frame
     unnamed = [one for one in free if not one.name and not np.array_equal(one.values, count)]
     table.notes += ["a column without a name left out"] * len(unnamed)
