@@ -125,6 +125,10 @@ def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_
     np.testing.assert_allclose(combined(parts, found)[:, 4], truth[:, 0])
     few = [place._replace(series=place.series % 4, group=place.group % 4) for place in held]
     assert best_shares(parts, few, Reading(16, 4, 3)).width == 1  # forecasts of so few series decide no interval
+    uneven = truth + np.where(np.arange(20) % 4, 0.001, 0.3)[:, None, None, None]  # three quarters are almost right
+    parts = {TUNED: uneven + spread, ZERO_SHOT: uneven + 9 + spread}
+    # the narrowest whose interval holds 80 %; that with the smallest loss holds 75 %
+    assert best_shares(parts, held, Reading(16, 4, 3)).width == 2**-0.25
     kept = replace(found, near={ZERO_SHOT: 1.0}, far={ZERO_SHOT: 1.0}, width=1.0)
     parts = {TUNED: truth + error + 1e-3 * error[::-1] + spread, ZERO_SHOT: truth + error + spread}
     assert best_shares(parts, held, found) == kept

@@ -15,7 +15,7 @@ from experiments.forecasting.adapter import Reading, Trained
 from experiments.forecasting.backtest import MAX_ORIGINS, Origin, spreads
 from experiments.forecasting.contexts import Forecast
 from experiments.forecasting.numbers import AHEAD, LEVELS
-from experiments.forecasting.scores import BAND, group_means
+from experiments.forecasting.scores import BAND, group_means, inside
 from experiments.forecasting.values import MIN_STEPS, STRIDES, TUNED, ZERO_SHOT, NumberForecaster, combined, stride_of
 from experiments.training.muon import muon_flops
 from experiments.training.number_windows import NumberWindows, by_muon, learned, number_step
@@ -72,8 +72,9 @@ def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], readi
     """The reading with the shares, in tenths, and the width whose forecasts of the places have the smallest loss.
 
     The best part alone is taken unless a mixture is certainly better, and the zero-shot forecast is kept unless the
-    result is. Up to MAX_ORIGINS series, or dates, the width stays as it is: a few forecasts that have chosen all
-    else would make it far too narrow.
+    result is. The 80 % intervals have to hold 80 % of the truth, or as much as before.
+    Up to MAX_ORIGINS series, or dates, the width stays as it is: a few forecasts that have chosen all else would make it
+    far too narrow.
     """
     medians = np.stack([part[:, part.shape[1] // 2] for part in parts.values()])  # (K, M, h, D) of K parts
     truth, spread = np.stack([place.truth for place in places]), spreads(places)
@@ -92,8 +93,12 @@ def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], readi
     half = -(-reading.ahead // 2)
     near = best(slice(half))
     reading = replace(reading, near=near, far=best(slice(half, None)) if np.isfinite(truth[:, half:]).any() else near)
-    losses = {width: pinball(combined(parts, replace(reading, width=width)), places) for width in WIDTHS}
-    width = min(WIDTHS, key=lambda one: losses[one].mean())
+    widened = {width: combined(parts, replace(reading, width=width)) for width in WIDTHS}
+    held = {width: inside(found[:, 0], found[:, -1], truth) for width, found in widened.items()}
+    # where a few errors are much larger than the others, the smallest loss is that of intervals that hold too little
+    fair = [width for width in WIDTHS if held[width] >= min(BAND[1] - BAND[0], held[1.0])]
+    losses = {width: pinball(widened[width], places) for width in fair}
+    width = min(fair, key=lambda one: losses[one].mean())
     if is_certain(losses[1.0] - losses[width], places, MAX_ORIGINS + 1):
         reading = replace(reading, width=width)
     before = replace(reading, near={ZERO_SHOT: 1.0}, far={ZERO_SHOT: 1.0}, width=1.0)
