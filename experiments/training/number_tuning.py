@@ -72,9 +72,8 @@ def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], readi
     """The reading with the shares, in tenths, and the width whose forecasts of the places have the smallest loss.
 
     The best part alone is taken unless a mixture is certainly better, and the zero-shot forecast is kept unless the
-    result is. The 80 % intervals have to hold 80 % of the truth, or as much as before.
-    Up to MAX_ORIGINS series, or dates, the width stays as it is: a few forecasts that have chosen all else would make it
-    far too narrow.
+    result is. The 80 % intervals have to hold 80 % of the truth, or as much as with width 1. Up to MAX_ORIGINS series,
+    or dates, the width stays as it is: a few forecasts that have chosen all else would make it far too narrow.
     """
     medians = np.stack([part[:, part.shape[1] // 2] for part in parts.values()])  # (K, M, h, D) of K parts
     truth, spread = np.stack([place.truth for place in places]), spreads(places)
@@ -99,8 +98,8 @@ def best_shares(parts: Mapping[str, np.ndarray], places: Sequence[Origin], readi
     fair = [width for width in WIDTHS if held[width] >= min(BAND[1] - BAND[0], held[1.0])]
     losses = {width: pinball(widened[width], places) for width in fair}
     width = min(fair, key=lambda one: losses[one].mean())
-    if is_certain(losses[1.0] - losses[width], places, MAX_ORIGINS + 1):
-        reading = replace(reading, width=width)
+    is_better = is_certain(losses[1.0] - losses[width], places, MAX_ORIGINS + 1)
+    reading = replace(reading, width=width if is_better else 1.0)
     before = replace(reading, near={ZERO_SHOT: 1.0}, far={ZERO_SHOT: 1.0}, width=1.0)
     gain = pinball(combined(parts, before), places) - pinball(combined(parts, reading), places)
     return reading if is_certain(gain, places) else before
