@@ -113,6 +113,7 @@ TIMES = {  # text: (name of the times, the next one)
     "numbers that go from December to January": ("n,a\n202312,1\n202401,2\n", "n", "2024-02-01"),
     "t with a unit": ("t_s,a\n0.0,1\n0.5,2\n1.0,3\n", "t_s", "1.5"),
     "elapsed": ("elapsed,a\n0.0,1\n0.5,2\n1.0,3\n", "elapsed", "1.5"),
+    "rows as R counts them": ("rownames,year,a\n1,1900,1\n2,1901,2\n", "year", "1902"),
     "years with decimals": ("decimal_date,a\n1990.125,1\n1990.375,2\n1990.625,3\n", "decimal_date", "1990.875"),
     "offsets": ("d,a\n2020-03-29T01:00+01:00,1\n2020-03-29T03:00+02:00,2\n", "d", "2020-03-29 02:00:00+00:00"),
 }
@@ -160,6 +161,8 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "half hours": ("date,hour,a\n2023-01-01,0.5,1\n2023-01-01,1.5,2\n", "'hour': holds '2023-01-01 0.5:00', exp"),
     "a date is missing": ("date,a\n2023-01-01,1\n,2\n", "line 3, column 'date': is empty, expected a date"),
     "falls": ("date,a\n2023-01-02,1\n2023-01-01,2\n", r"line 3, column 'date': the time 2023-01-01 comes after 2023-"),
+    "rows with names": ("rownames,a\nAlabama,1\nAlaska,2\n", "line 2, column '': holds 'Alabama', expected a number"),
+    "a panel": ("city,year,rent\n" + "1,80,5\n1,90,6\n2,80,7\n2,90,8\n", "column 'year': does not rise as times do"),
     "a duration": ("elapsed,a\n1.5,1\n0.5,2\n", "if 'elapsed' is a variable, name it with --columns"),
     "clock set back": ("d,a\n2023-10-29 02:45,1\n2023-10-29 02:00,2\n", "write times with their offset from UTC"),
     "some offsets": ("d,a\n2020-03-05T00:00,1\n2020-03-06T00:00Z,2\n", "some times have an offset from UTC and some"),

@@ -44,8 +44,10 @@ class Column:
 
 def columns_of(table: Table, asked: Sequence[str]) -> list[Column]:
     """The columns of a table, those `asked` for as numbers. Raises DataError as `dates_of`, and for decimal marks."""
-    # pandas calls a column without a name so
-    parts = [(re.sub(r"^Unnamed: \d+$", "", title).strip(), _as_text(cells)) for title, cells in table.columns]
+    # pandas and R call a column without a name so
+    parts = [
+        (re.sub(r"^(Unnamed: \d+|rownames)$", "", title).strip(), _as_text(cells)) for title, cells in table.columns
+    ]
     mark = _decimal_mark([part for part in parts if part[1].dtype == "str"], asked, table)
     return [_column(title, cells, mark, title not in asked, table) for title, cells in parts]
 

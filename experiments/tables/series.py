@@ -102,18 +102,19 @@ def assemble(
     free = [one for one in rest if one.name not in asked]
     axis, used = time_axis(free, [*groups.values()], sum(bool(one.name) for one in rest), table)
     free = [one for one in free if one not in used]
-    if axis is not None:
-        telling = [one for one in free if one.kind == "numbers" and tells_time(one.name)]
-        again = [one for one in telling if rises(one.values, [*groups.values()])]
-        table.notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in again]
-        free = [one for one in free if one not in again]
-    count = np.arange(len(found[0].cells))  # as pandas writes the index of a frame
-    unnamed = [one for one in free if not one.name and not np.array_equal(one.values, count)]
+    telling = [one for one in free if one.kind == "numbers" and tells_time(one.name)]
+    if columns is None and not any(one.kind == "dates" or tells_time(one.name) for one in used):
+        _refuse_times_that_fall(telling, table)
+    again = [one for one in telling if axis is not None and rises(one.values, [*groups.values()])]
+    table.notes += [f"{one.name!r} left out, as the times are known" for one in again]
+    free = [one for one in free if one not in again]
+    count = np.arange(len(found[0].cells))  # as pandas or R number rows
+    unnamed = [one for one in free if not one.name and not any(np.array_equal(one.values, count + n) for n in (0, 1))]
     table.notes += ["a column without a name left out"] * len(unnamed)
     for title, rows in groups.items():
         if axis is not None:
             check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", table)
-    names = asked if columns is not None else [one.name for one in free if one.name]
+    names = asked if columns is not None else [one.name for one in free if one.name or one.kind == "text"]
     if columns is None and not wide:
         _refuse_times_as_names(names, table)
     whole = _numbers(names, found, table)
@@ -179,6 +180,15 @@ def _refuse_times_as_names(names: Sequence[str], table: Table) -> None:
     if len(found) > 2:
         problem = f"has columns {found[0]!r} to {found[-1]!r}, which can be variables, or times of a series in each row"
         raise table.error(f"{problem}; write a row for each time, or name the variables with --columns")
+
+
+def _refuse_times_that_fall(telling: Sequence[Column], table: Table) -> None:
+    """Raise DataError for numbers that do not rise, though they are called as times: there may be several series."""
+    if telling:
+        ways = (
+            "sort the rows by time; name the column that tells several series apart with --id; or, if it is a variable"
+        )
+        raise table.error(f"does not rise as times do; {ways}, name the variables with --columns", telling[0].name)
 
 
 def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, table: Table) -> pd.DataFrame:
