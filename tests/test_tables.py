@@ -101,7 +101,7 @@ TIMES = {  # text: (name of the times, the next one)
     "not in equal steps": ("t,a\n0,1\n1,2\n2,3\n7,4\n", "t", "8"),
     "a clock in its column": ("d;at;a\n1.1.2023;23:58;1\n1.1.2023;23:59;2\n", "d", "2023-01-02 00:00:00"),
     "an hour in its column": ("d,hour,a\n2023-01-01,22,1\n2023-01-01,23,2\n", "d", "2023-01-02 00:00:00"),
-    "year and quarter": ("year,quarter,a\n2022,3,1\n2022,4,2\n", "time", "2023-01-01"),
+    "year and quarter": ("year,qtr,t,a\n2022,3,1,1\n2022,4,2,2\n", "time", "2023-01-01"),
     "a date that stands still": ("made,d,a\n2023-01-01,2023-02-01,1\n2023-01-01,2023-02-02,2\n", "d", "2023-02-03"),
     "a count of rows before it": (",year,a\n1,1900,1\n2,1901,2\n", "year", "1902"),
     "an hour after an id": ("station,at,a\n7,2023123122,1\n7,2023123123,2\n", "at", "2024-01-01 00:00:00"),

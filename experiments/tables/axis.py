@@ -94,7 +94,8 @@ def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Fou
 
 def _of_parts(free: list[Column], table: Table) -> Found | None:
     """The times in columns such as year and month, if the years repeat; None if there are none."""
-    parts = {one.name.lower(): one for one in free if one.kind == "numbers" and one.name.lower() in PARTS}
+    called = {re.sub("^qtr$", "quarter", one.name.lower()): one for one in free if one.kind == "numbers"}
+    parts = {name: one for name, one in called.items() if name in PARTS}
     if "year" not in parts or not {"month", "quarter"} & parts.keys() or rises(parts["year"].values):
         return None
     values = {part: one.values for part, one in parts.items()}
