@@ -307,6 +307,8 @@ def test_held_out_places_know_nothing_of_what_follows_and_count_what_is_known():
     series[:, 0] = np.nan
     with pytest.raises(SeriesError, match="series 0: variable 0 has no value in the 20 time steps before a"):
         held_out([series], 5, 4)
+    with pytest.raises(SeriesError, match="series 0: variable 0 has no value in the 30 time steps before a"):
+        split([series], 5, [np.arange(40)])
 
 
 def test_a_back_test_leaves_out_the_rows_that_trained_an_adapter():

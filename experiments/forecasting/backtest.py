@@ -149,6 +149,8 @@ def _by_time(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndar
     # of series of the same times, one that begins late, or of which a variable does, is left out
     known = [times is None or np.isfinite(one[:stop]).any(0).all() for one, stop in zip(series, val, strict=True)]
     used = [number for number in numbers if val[number] >= least and known[number]]
+    if not used:
+        filled(series[0][: val[0]], 0)  # refuses a variable without values
     some = np.random.default_rng(0).permutation(used)[: -(-MAX_FORECASTS // count)]
     most = count * np.isin(numbers, some if len(used) >= MIN_SERIES else used)
     before = [one[:stop] for one, stop in zip(series, test, strict=True)]
