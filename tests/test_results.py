@@ -195,7 +195,7 @@ def test_rows_of_the_report_have_its_errors_and_the_costs_of_the_plan():
     assert_shown(row(STUDY, "best and worst of the grid"), [flops["grid-r8-lr0.0001"], min(grid), max(grid)])
     assert_shown(row(STUDY, "final |"), [flops["final"], VALIDATION["final"][0], TEST["final"][0]])
     assert f"**{flops['all']:.3e}**".replace("e+", "e") in STUDY
-    assert f"cost\n{flops['all']:.3e}, more than".replace("e+", "e") in README
+    assert f"cost {flops['all']:.3e} FLOPs, more than".replace("e+", "e") in " ".join(README.split())
 
 
 def test_the_table_of_the_readme_is_that_of_the_files(methods):
