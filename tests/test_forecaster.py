@@ -185,6 +185,8 @@ def test_frames_give_frames_that_continue_their_times(forecaster):
     several = forecaster.forecast(both, 3, (0.1, 0.9), samples=9)
     assert several.index.names == ["series", "day"]
     np.testing.assert_array_equal(several.loc["b"], found)
+    with pytest.warns(SeriesWarning, match="^'week' left out, as the times are known$"):
+        assert forecaster.forecast(frame.assign(week=range(len(frame))), 3, (0.1, 0.9), samples=9).equals(found)
 
 
 @pytest.mark.parametrize("samples", [0, 3])

@@ -130,6 +130,8 @@ def checked_series(series, missing: str = "error", min_steps: int = 2) -> tuple[
     parts = [part for one in series for part in (tables.from_frame(one, missing=missing) if is_frame(one) else [one])]
     for frame in (frames := [part for part in parts if is_frame(part)]):
         require_order(frame.columns, frames[0].columns)
+    for note in dict.fromkeys(note for frame in frames for note in frame.attrs.get("notes", ())):
+        warnings.warn(note, SeriesWarning, stacklevel=3)
     arrays = []
     for number, part in enumerate(parts):
         masked = isinstance(part, np.ma.MaskedArray) and part.dtype.kind in "fiu"
