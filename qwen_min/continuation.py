@@ -1,8 +1,9 @@
 """Decode steps after a prefill: eager on a CPU, CUDA graphs on a GPU (one launch instead of hundreds).
 
-B batch, T new tokens, S filled columns of the cache or its capacity, C hidden size, K kv heads, D head size.
+B batch, T new tokens, S the capacity of the cache, C hidden size.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,66 +18,21 @@ from qwen_min.model import Decoder, Qwen
 CAPACITY_MULTIPLE = 64
 
 
-class Continuation:
-    """Run new tokens after those in a cache, and keep track of the padding in the cache.
-
-    `mask` is (B, filled): 1 on real tokens, 0 on padding; None means no padding.
-    """
-
-    def __init__(self, model: Qwen, cache: KVCache, attention_mask: Tensor | None = None):
-        """attention_mask (B, filled) is 0 on the padding in the cache; None means none. ValueError for other shapes."""
-        if attention_mask is None and isinstance(cache, ForkedCache):
-            attention_mask = cache.mask(None)  # the prefix may have columns that are not filled
-            if attention_mask is not None:
-                attention_mask = torch.nn.functional.pad(attention_mask, (0, cache.length - cache.first), value=1)
-        if attention_mask is not None and attention_mask.shape != (filled := (cache.batch_size, cache.length)):
-            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, expected {filled} as the filled cache")
-        self.decoder, self.cache, self.mask = model.model, cache, attention_mask
-
-    @torch.inference_mode()
-    def __call__(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, C) of ids (B, T); they stay valid until the next call.
-
-        real (B, T) is 0 on padding among the ids; None means that there is none. Raises ValueError, and changes
-        nothing, when the ids do not fit the cache or the model's positions.
-        """
-        mask = None
-        if real is not None or self.mask is not None:
-            mask = torch.cat((self._filled_mask(), torch.ones_like(ids) if real is None else real), dim=1)
-        hidden = self.decoder(ids, self.cache, mask)
-        self.mask = mask
-        return hidden
-
-    @torch.inference_mode()
-    def take_back(self, rows: Tensor) -> None:
-        """Mask out the newest token in the rows where `rows` (B) is True."""
-        self.mask = self._filled_mask().clone()  # the caller's mask stays as it is
-        self.mask[:, self.cache.length - 1] *= ~rows
-
-    def _filled_mask(self) -> Tensor:
-        """The mask (B, filled) of the tokens now in the cache, which may have been truncated."""
-        if self.mask is None:
-            return torch.ones(self.cache.batch_size, self.cache.length, dtype=torch.long, device=self.cache.keys.device)
-        return self.mask[:, : self.cache.length]
-
-
 class _Pass:
     """The inputs and the output of a pass of T tokens, at fixed addresses, and its graph once captured."""
 
     def __init__(self, batch_size: int, num_new: int, device: torch.device):
         self.ids = torch.zeros(batch_size, num_new, dtype=torch.long, device=device)
-        self.real = torch.ones_like(self.ids)  # 0 on padding
         self.columns = torch.zeros(num_new, dtype=torch.long, device=device)  # those of the cache that it fills
         self.graph: torch.cuda.CUDAGraph | None = None
         self.hidden: Tensor  # (B, T, C), once the pass has run
 
 
 class _Captured(NamedTuple):
-    """The mask and the captured passes of a cache; every batch that uses the cache shares them."""
+    """The captured passes of a cache; every batch that uses the cache shares them."""
 
     inputs: tuple[list, list]
     parameters: list[Tensor]  # references keep the ids in `inputs` unique
-    mask: Tensor  # (B, capacity)
     passes: dict[int, _Pass]
 
 
@@ -90,40 +46,35 @@ def _inputs(decoder: Decoder) -> tuple[list, list]:
     return scales, [(id(parameter), parameter.data_ptr()) for parameter in decoder.parameters()]
 
 
-class GraphContinuation(Continuation):
-    """A `Continuation` with passes of fixed shapes: one CUDA graph per number of new tokens, captured at first use.
+class GraphContinuation:
+    """Passes of fixed shapes after those of a cache: one CUDA graph per number of new tokens, captured at first use.
 
     No operation of a pass depends on the filled length of the cache: the write position is a tensor on the device, and
     attention runs over the whole capacity under a mask. On other devices the passes run without capture. A cache keeps
-    its graphs for the next batch that uses it. Only the newest continuation of a cache may be used.
+    its graphs for the next batch that uses it. Make a new continuation where `_inputs` of the model changed.
     """
 
-    mask: Tensor  # (B, capacity)
-
     @torch.inference_mode()
-    def __init__(self, model: Qwen, cache: KVCache, attention_mask: Tensor | None = None):
-        super().__init__(model, cache, attention_mask)
-        given, self.captures, inputs = self.mask, cache.keys.is_cuda, _inputs(self.decoder)
+    def __init__(self, model: Qwen, cache: KVCache):
+        self.decoder, self.cache, self.captures = model.model, cache, cache.keys.is_cuda
+        inputs = _inputs(self.decoder)
         if cache.captured is None or cache.captured.inputs != inputs:
-            mask = torch.zeros(cache.batch_size, cache.capacity, dtype=torch.long, device=cache.keys.device)
-            cache.captured = _Captured(inputs, list(self.decoder.parameters()), mask, {})
-        self.mask, self.passes = cache.captured.mask, cache.captured.passes
+            cache.captured = _Captured(inputs, list(self.decoder.parameters()), {})
+        self.passes = cache.captured.passes
         for stored in (cache.keys, cache.values):
             # these columns are masked, but a NaN in uninitialised memory would still spread
             stored[:, :, :, cache.length - cache.first :] = 0
-        # passes write the other columns
-        self.mask[:, : cache.length] = 1 if given is None else given.bool()
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, real: Tensor | None = None) -> Tensor:
+        """As the function that `continuation` returns."""
         batch_size, num_new = ids.shape
         self.decoder.check_length(self.cache.num_tokens + num_new)
-        self.cache.reserve(batch_size, num_new)
+        self.cache.reserve(batch_size, num_new, real)
         if num_new not in self.passes:
             self.passes[num_new] = _Pass(batch_size, num_new, ids.device)
         step = self.passes[num_new]
         step.ids.copy_(ids)
-        step.real.fill_(1) if real is None else step.real.copy_(real.bool())
         torch.arange(self.cache.length, self.cache.length + num_new, out=step.columns)
         if step.graph is None and self.captures:
             step.graph, step.hidden = _capture(lambda: self._run(step), ids.device)
@@ -131,19 +82,16 @@ class GraphContinuation(Continuation):
             step.hidden = self._run(step)
         else:
             step.graph.replay()
-        self.cache.advance(num_new)
+        self.cache.advance(num_new, real is not None)
         return step.hidden
 
-    @torch.inference_mode()
-    def take_back(self, rows: Tensor) -> None:
-        self.mask[:, self.cache.length - 1] *= ~rows  # in place: the graphs read this memory
-
     def _run(self, step: _Pass) -> Tensor:
-        self.mask.index_copy_(1, step.columns, step.real)
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0).index_select(1, step.columns)  # (B, T)
-        keys, queries = torch.arange(self.cache.capacity, device=self.mask.device), step.columns[:, None]
-        allowed = (keys <= queries) & (self.mask.bool()[:, None, None, :] | (keys == queries))  # (B, 1, T, S)
-        return self.decoder.hidden_states(step.ids, positions, allowed, _Columns(self.cache, step))
+        cache, real = copy.copy(self.cache), self.cache.real
+        cache.columns = step.columns
+        positions = (real.cumsum(-1) - 1).clamp(min=0).index_select(1, step.columns)  # (B, T)
+        keys, queries = torch.arange(cache.capacity, device=real.device), step.columns[:, None]
+        allowed = (keys <= queries) & (real[:, None, None, :] | (keys == queries))  # (B, 1, T, S)
+        return self.decoder.hidden_states(step.ids, positions, allowed, cache)
 
 
 @functools.cache
@@ -169,25 +117,15 @@ def _capture(run: Callable[[], Tensor], device: torch.device) -> tuple[torch.cud
     return graph, result
 
 
-class _Columns(KVCache):
-    """The cache of a pass: writes go to the columns of the pass, reads return the whole capacity."""
+def continuation(model: Qwen, cache: KVCache) -> Callable[..., Tensor]:
+    """A function of ids (B, T) and `real` (B, T) that runs them after the tokens in the cache: hidden states (B, T, C).
 
-    def __init__(self, cache: KVCache, step: _Pass):
-        self.cache, self.columns = cache, step.columns
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, D) as `KVCache.write` does; return all S columns of the capacity, (B, K, S, D)."""
-        keys, values, columns = self.cache.keys[layer], self.cache.values[layer], self.columns - self.cache.first
-        return keys.index_copy_(2, columns, k), values.index_copy_(2, columns, v)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        return self.cache.attend(layer, q, k, v, mask)
-
-
-def continuation(model: Qwen, cache: KVCache, attention_mask: Tensor | None = None) -> Continuation:
-    """Return the faster implementation for the model's device; arguments as in `Continuation`."""
-    kind = GraphContinuation if model.head_weight.is_cuda else Continuation
-    return kind(model, cache, attention_mask)
+    They stay valid until the next call. real is 0 on padding among the ids; None, the default, means that there is
+    none. Raises ValueError, and changes nothing, when the ids do not fit the cache or the model's positions.
+    """
+    if model.head_weight.is_cuda:
+        return GraphContinuation(model, cache)
+    return torch.inference_mode()(lambda ids, real=None: model.model(ids, cache, real))
 
 
 class ReusedCache:
@@ -225,7 +163,7 @@ class ReusedCache:
         if self.forked is None or (self.forked.times, self.forked.capacity) != shape:
             self.forked = None
             self.forked = ForkedCache(self.cache, times, num_new_tokens)
-        self.forked.truncate(self.forked.first)
+        self.forked.restart()
         return self.forked
 
     def _rounded(self, capacity: int) -> int:

@@ -70,7 +70,7 @@ def prefill(
     for rows in (slice(row, row + rows_per_chunk) for row in range(0, batch, rows_per_chunk)):
         mask = None if attention_mask is None else attention_mask[rows]
         last.append(model.model(ids[rows], cache.rows(rows), mask)[:, -1])
-    cache.advance(length)
+    cache.advance(length, attention_mask is not None)
     return cache, torch.cat(last)
 
 
@@ -79,21 +79,19 @@ def decode_steps(
     cache: KVCache,
     hidden: Tensor,
     num_new_tokens: int,
-    attention_mask: Tensor | None = None,
     end_ids: Collection[int] = (),
     pad_id: int = 0,
     choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Continue after a prefill: yield (tokens (B), the model's logits (B, V), running (B) bool) per step.
 
-    cache and hidden (B, C) are the results of `prefill`, attention_mask (B, T) is its mask. `choose` takes the logits
-    to the tokens. `running` is True for the rows that had not ended before this token; the other rows get pad_id.
-    Stops after num_new_tokens, or soon after every row has ended. Raises NotFiniteError for logits that are NaN or
-    +infinity, on a GPU up to 16 steps later.
+    cache and hidden (B, C) are the results of `prefill`. `choose` takes the logits to the tokens. `running` is True for
+    the rows that had not ended before this token; the other rows get pad_id. Stops after num_new_tokens, or soon after
+    every row has ended. Raises NotFiniteError for logits that are NaN or +infinity, on a GPU up to 16 steps later.
     """
     # reading a result synchronises with the GPU, so check every 16 steps only
     check_interval = 16 if hidden.is_cuda else 1
-    append = continuation(model, cache, attention_mask)
+    append = continuation(model, cache)
     ends = torch.tensor(sorted(end_ids), device=hidden.device, dtype=torch.long)
     running = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
     largest = torch.full((len(hidden),), -torch.inf, dtype=hidden.dtype, device=hidden.device)  # logit so far
@@ -164,7 +162,7 @@ def generate(
         pack(model, rows=len(ids))
     cache, hidden = prefill(model, ids, num_new_tokens - 1, mask)
     tokens, lengths = [], torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-    for step, _, running in decode_steps(model, cache, hidden, num_new_tokens, mask, end_ids, pad_id, chooser):
+    for step, _, running in decode_steps(model, cache, hidden, num_new_tokens, end_ids, pad_id, chooser):
         tokens.append(step)
         lengths += running
     return Generation(torch.stack(tokens[: int(lengths.max())], 1), lengths)

@@ -51,20 +51,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_mask_and_positions(
-    num_cached: int, num_new: int, attention_mask: Tensor | None, device: torch.device
+    num_cached: int, num_new: int, real: Tensor | None, device: torch.device
 ) -> tuple[Tensor | None, Tensor]:
     """The mask for `attention` and the position of each new token, (B or 1, T).
 
-    attention_mask (B, S) is not 0 on real tokens and 0 on left padding; None means no padding. The returned mask has a
-    row for each query, unless attention runs in blocks and needs none: a long text would need much memory for it.
+    real (B, S) is 0 on padding; None means no padding. The returned mask has a row for each query, unless attention
+    runs in blocks and needs none: a long text would need much memory for it.
     """
-    total, real = num_cached + num_new, None
-    if attention_mask is None:
+    total = num_cached + num_new
+    if real is None:
         positions = torch.arange(num_cached, total, device=device)[None]  # (1, T)
         if num_cached == 0 or num_new == 1:
             return None, positions
     else:
-        real = attention_mask.bool()[:, None, None]  # (B, 1, 1, S)
+        real = real.bool()[:, None, None]  # (B, 1, 1, S)
         # the first real token of a left-padded row has position 0
         positions = (real[:, 0, 0].cumsum(-1) - 1).clamp(min=0)[:, num_cached:]  # (B, T)
     by_query = device.type == "cuda" or not runs_in_blocks(num_new, masked=True)
@@ -158,20 +158,17 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor, cache: KVCache | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, C) of ids (B, T); arguments and errors as in `Qwen.forward`."""
-        num_cached, num_new = (0 if cache is None else cache.length), ids.shape[1]
-        total = num_cached + num_new
+        num_cached, num_new, real = 0, ids.shape[1], attention_mask
         self.check_length(num_new + (0 if cache is None else cache.num_tokens))
-        if attention_mask is not None and attention_mask.shape != (ids.shape[0], total):
-            raise ValueError(
-                f"attention_mask is {tuple(attention_mask.shape)}, expected {(ids.shape[0], total)}: "
-                "one column for each cached and each new token"
-            )
+        if attention_mask is not None and attention_mask.shape != ids.shape:
+            shapes = f"{tuple(attention_mask.shape)}, expected {tuple(ids.shape)}"
+            raise ValueError(f"attention_mask is {shapes}: one column for each new token")
         if cache is not None:
-            cache.reserve(ids.shape[0], num_new)
-        mask, positions = attention_mask_and_positions(num_cached, num_new, attention_mask, ids.device)
+            num_cached, real = cache.length, cache.reserve(len(ids), num_new, attention_mask)
+        mask, positions = attention_mask_and_positions(num_cached, num_new, real, ids.device)
         hidden = self.hidden_states(ids, positions, mask, cache)
         if cache is not None:
-            cache.advance(num_new)
+            cache.advance(num_new, attention_mask is not None)
         return hidden
 
     def check_length(self, total: int) -> None:
@@ -215,8 +212,8 @@ class Qwen(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of ids (B, T).
 
-        With a cache, ids continue the tokens in the cache, and its length grows by T. attention_mask (B, S) covers
-        cached and new tokens: 1 on real tokens, 0 on left padding; None means no padding.
+        With a cache, ids continue the tokens in the cache, and its length grows by T. attention_mask (B, T) is 1 on
+        real tokens and 0 on padding, left of a prompt; None means no padding. The cache remembers it for later passes.
         Raises ValueError when the tokens exceed the model's positions or the cache's capacity, or when the cache or the
         mask has the wrong shape.
         """

@@ -7,8 +7,8 @@ from conftest import random_model, real_tokens
 from lora import LoraConfig, inject
 from qwen_min import KVCache, generate, generation
 from qwen_min.cache import ForkedCache
-from qwen_min.continuation import Continuation, GraphContinuation, ReusedCache
-from qwen_min.generation import prefill
+from qwen_min.continuation import GraphContinuation, ReusedCache, continuation
+from qwen_min.generation import decode_steps, prefill
 
 
 def greedy_without_cache(model, prompt, num_new_tokens):
@@ -66,7 +66,7 @@ def test_refuses_prompts_and_lengths_that_the_model_cannot_have(model, prompts, 
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("kind", [Continuation, GraphContinuation])
+@pytest.mark.parametrize("kind", [continuation, GraphContinuation])
 @pytest.mark.parametrize("unused", [0, 4])
 def test_forked_rows_continue_as_copies_of_their_context(model, ids, padded, kind, unused):
     """Three continuations of each of two rows; a GPU rounds capacities up, so columns of the context may be unused."""
@@ -79,14 +79,13 @@ def test_forked_rows_continue_as_copies_of_their_context(model, ids, padded, kin
         copied_mask = None if mask is None else mask.repeat_interleave(3, 0)
         model(ids[:, :5].repeat_interleave(3, 0), copies, copied_mask)
     forked = ForkedCache(context, 3, 9)
-    append = kind(model, forked, None if mask is None else forked.mask(mask))
-    simple = Continuation(model, copies, copied_mask)
+    append, simple = kind(model, forked), continuation(model, copies)
     pieces = ids[:, :9].repeat_interleave(3, 0) + torch.arange(6)[:, None]  # every row continues in its own way
     real = torch.full_like(pieces[:, :2], 255)
     real[4, 1:] = 0
     for piece, holes in ((pieces[:, :2], real), (pieces[:, 2:3], None), (pieces[:, 3:5], None)):
         torch.testing.assert_close(append(piece, holes), simple(piece, holes), rtol=1e-5, atol=1e-5)
-        for one in (append, simple):
+        for one in (forked, copies):
             one.take_back(torch.tensor([True, False, False, True, False, True]))
     with pytest.raises(ValueError, match="cache full"):
         append(pieces[:, :5])
@@ -99,13 +98,13 @@ def test_a_cache_refuses_gradients_and_has_the_dtype_of_its_model(model, ids):
     assert cache.keys.dtype == torch.bfloat16
     inject(model, LoraConfig(rank=2, alpha=2))
     with pytest.raises(ValueError, match=r"records no gradients: run the model under torch\.no_grad"):
-        model(ids, cache)
+        model(ids, cache, real_tokens(12, 3, 0))
     assert cache.length == 0
     with torch.no_grad():
-        assert torch.equal(model(ids, cache), model(ids))
+        assert torch.equal(model(ids, cache), model(ids))  # not as after padding, which takes a mask and other bits
 
 
-@pytest.mark.parametrize("kind", [Continuation, GraphContinuation])
+@pytest.mark.parametrize("kind", [continuation, GraphContinuation])
 @pytest.mark.parametrize("forked", [False, True])
 def test_positions_are_counted_in_tokens_not_columns(monkeypatch, model, kind, forked):
     """As on a GPU, where capacities are rounded up: the unused columns of the prompt's cache are no tokens."""
@@ -120,13 +119,24 @@ def test_positions_are_counted_in_tokens_not_columns(monkeypatch, model, kind, f
         append(ids[:, :1])
 
 
-@pytest.mark.parametrize("kind", [Continuation, GraphContinuation])
-def test_a_mask_has_to_cover_the_filled_cache(model, ids, kind):
-    with torch.inference_mode():
-        cache = KVCache(model.config, 2, 20)
-        model(ids[:, :5], cache)
-    with pytest.raises(ValueError, match=r"attention_mask is .*, expected \(2, 5\)"):
-        kind(model, cache, torch.ones(1, 5, dtype=torch.long))
+@pytest.mark.parametrize("kind", [continuation, GraphContinuation])
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_batch_in_a_reused_cache_has_the_bits_of_one_in_a_new_cache(monkeypatch, model, ids, kind, forked):
+    """Batches of one shape: with padding and a token taken back, without, and with other padding."""
+    monkeypatch.setattr(generation, "continuation", kind)
+
+    def logits(reused, mask):
+        cache, hidden = prefill(model, ids[:, :8], 0 if forked else 4, mask, reused)
+        if forked:
+            cache, hidden = reused.fork(3, 4), hidden.repeat_interleave(3, 0)
+        found = torch.cat([step[1] for step in decode_steps(model, cache, hidden, 4)])
+        assert cache.padded == (mask is not None)
+        cache.take_back(torch.arange(len(hidden)) == 1)
+        return found
+
+    reused = ReusedCache(model)
+    for mask in (real_tokens(8, 3, 0), None, real_tokens(8, 0, 2)):
+        assert torch.equal(logits(reused, mask), logits(ReusedCache(model), mask))
 
 
 @pytest.mark.parametrize("row", [[0, 1, 0, 1, 1], [0, 0, 0, 0, 0]])

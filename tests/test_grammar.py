@@ -47,7 +47,7 @@ def decoded(model, tokenizer, contexts: list[str], **options) -> list[str]:
     grammar = Grammar(tokenizer, 2, 2)
     ids, mask = pad_left([tokenizer.encode(context) for context in contexts], tokenizer.pad_id)
     cache, hidden = prefill(model, ids, grammar.columns(VALUES), mask)
-    return decode(model, grammar, cache, hidden, VALUES, mask, **options)
+    return decode(model, grammar, cache, hidden, VALUES, **options)
 
 
 def test_equals_the_masked_argmax_token_for_token_in_an_uneven_batch(monkeypatch, tiny, models):
@@ -86,7 +86,7 @@ def test_samples_follow_the_model_s_probabilities(models):
     ids = torch.tensor([tokenizer.encode(CONTEXTS[0])])
     cache, hidden = prefill(model, ids, 0)
     forked = ForkedCache(cache, count, grammar.columns(1))
-    texts = decode(model, grammar, forked, hidden.repeat_interleave(count, 0), 1, None, uniforms)
+    texts = decode(model, grammar, forked, hidden.repeat_interleave(count, 0), 1, uniforms)
     shares = torch.tensor([sum(text[0] == digit for text in texts) / count for digit in DIGITS])
     wanted = logits_of(model, tokenizer, CONTEXTS[0], list(DIGITS)).softmax(-1)
     assert (shares - wanted).abs().max() < 4 * (0.25 / count) ** 0.5

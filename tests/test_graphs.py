@@ -10,7 +10,7 @@ from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
 from lora import LoraConfig, adapter_parameters, inject, merge_and_unload, remove
-from qwen_min.continuation import Continuation, ReusedCache
+from qwen_min.continuation import ReusedCache, continuation
 from qwen_min.generation import prefill
 
 
@@ -19,15 +19,16 @@ def filled(model, ids, mask, reused=None):
         return prefill(model, ids, 20, mask, reused)[0]
 
 
-def assert_equal_passes(graphs, simple, ids):
+def assert_equal_passes(model, ids, cache, other):
     """Check passes of one and of two tokens in turn, with padding among them and tokens taken back."""
+    graphs, simple = recorded.RecordedContinuation(model, cache), continuation(model, other)
     for step in range(0, 9, 3):
         for piece in (ids[:, step : step + 1], ids[:, step + 1 : step + 3]):
             real = torch.ones_like(piece)
             real[1, 1:] = 0
             torch.testing.assert_close(graphs(piece, real), simple(piece, real), rtol=1e-5, atol=1e-5)
-        for append in (graphs, simple):
-            append.take_back(torch.tensor([True, False]))
+        for one in (cache, other):
+            one.take_back(torch.tensor([True, False]))
 
 
 def test_the_next_batch_reuses_the_captured_graphs(monkeypatch, model, ids):
@@ -36,12 +37,11 @@ def test_the_next_batch_reuses_the_captured_graphs(monkeypatch, model, ids):
     for length, padding in ((5, 0), (3, 2), (4, 1)):
         mask = real_tokens(length, 0, padding)
         prompt = ids.roll(length, 1)[:, :length]
-        simple = Continuation(model, filled(model, prompt, mask), mask)
         with torch.inference_mode():
             cache = reused.take(2, 25)
             cache.keys[:], cache.values[:] = torch.nan, torch.nan  # uninitialised memory may contain it
             model.model(prompt, cache, mask)
-        assert_equal_passes(recorded.RecordedContinuation(model, cache, mask), simple, ids)
+        assert_equal_passes(model, ids, cache, filled(model, prompt, mask))
     assert recorded.Graph.captured == 2
 
 
@@ -53,7 +53,7 @@ def test_a_trained_adapter_reuses_the_graphs_and_another_one_is_captured(monkeyp
 
     def assert_fresh(captured: int) -> None:
         hidden = recorded.RecordedContinuation(model, filled(model, ids, None, reused))(token)
-        torch.testing.assert_close(hidden, Continuation(model, filled(model, ids, None))(token), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(hidden, continuation(model, filled(model, ids, None))(token), rtol=1e-5, atol=1e-5)
         assert recorded.Graph.captured == captured
 
     assert_fresh(1)

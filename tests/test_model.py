@@ -27,6 +27,17 @@ def test_cached_pieces_give_the_logits_of_one_pass_also_after_a_truncation(model
     torch.testing.assert_close(model(ids[:, 3:], cache), model(ids)[:, 3:], rtol=1e-5, atol=1e-5)
 
 
+def test_a_cache_remembers_its_padding(model, ids):
+    """Left of a prompt, also after a truncation, and among the tokens after it."""
+    cache, real = KVCache(model.config, 2, 12), torch.tensor([[1, 1, 1], [1, 0, 1]])
+    model(ids[:, :6], cache, real_tokens(6, 4, 0))
+    cache.truncate(5)
+    model(ids[:, 5:8], cache, real)
+    found, kept = model(ids[:, 8:], cache), torch.cat((ids[1:, :6], ids[1:, 7:]), dim=1)
+    torch.testing.assert_close(found[0], model(ids[:1, 4:])[0, 4:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], model(kept)[0, 7:], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("times", [1, 8])
 def test_a_padded_batch_equals_its_rows_alone(model, ids, times):
     """A few tokens, and more than a block of attention has."""

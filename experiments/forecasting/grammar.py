@@ -148,7 +148,6 @@ def decode(
     cache: KVCache,
     hidden: Tensor,
     num_values: int,
-    attention_mask: Tensor | None = None,
     uniforms: Tensor | None = None,
     wide: Sequence[Sequence[bool]] | None = None,
 ) -> list[str]:
@@ -156,14 +155,13 @@ def decode(
 
     Each token is the allowed character with the largest logit, or a sample among them if uniforms are given: (B, n) in
     [0, 1), a number for each choice in turn; n is `Grammar.most_choices`. hidden (B, C) is the hidden state of the last
-    token in the cache, the end of a time step. attention_mask (B, filled) is 0 on padding in the cache, which needs
-    room for `Grammar.columns` more tokens. wide (B, D) is as in `Grammar.follow`. Raises NotFiniteError for logits that
-    are NaN or +infinity.
+    token in the cache, the end of a time step. The cache needs room for `Grammar.columns` more tokens. wide (B, D) is
+    as in `Grammar.follow`. Raises NotFiniteError for logits that are NaN or +infinity.
 
     A pass reads a chosen digit together with the character that it forces, and with a guessed point after a first
     digit, because a point is likely there. If the model chooses a second digit instead, the point is taken back.
     """
-    head, append = grammar.head(model), continuation(model, cache, attention_mask)
+    head, append = grammar.head(model), continuation(model, cache)
     rows = [_Row(grammar, num_values, None if wide is None else wide[row]) for row in range(len(hidden))]
     row_indices = torch.arange(len(rows), device=hidden.device)
     logits = hidden @ head.T  # (B, 11)
@@ -182,7 +180,7 @@ def decode(
         choices = zip(rows, *_on_cpu(logits, first, last), strict=True)
         rejected = [row.advance(point, digit) for row, point, digit in choices]
         if any(rejected):
-            append.take_back(guessed[:, 0].bool() & (first != CHOICES.index(".")))
+            cache.take_back(guessed[:, 0].bool() & (first != CHOICES.index(".")))
     return [row.text for row in rows]
 
 

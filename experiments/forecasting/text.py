@@ -171,20 +171,19 @@ class TextForecaster(SeriesForecaster):
         pack(self.model)
         found = []
         for batch in (prompts[start : start + size] for start in range(0, len(prompts), size)):
-            ids, context_mask = pad_left([prompt.tokens for prompt in batch], self.tokenizer.pad_id)
-            ids, context_mask = ids.to(device), None if context_mask is None else context_mask.to(device)
-            cache, last = prefill(self.model, ids, 0 if samples else room, context_mask, reused)
-            mask, uniforms, parts = context_mask, None, []
+            ids, mask = pad_left([prompt.tokens for prompt in batch], self.tokenizer.pad_id)
+            ids, mask = ids.to(device), None if mask is None else mask.to(device)
+            cache, last = prefill(self.model, ids, 0 if samples else room, mask, reused)
+            uniforms, parts = None, []
             for first in range(0, num_paths, at_once):
                 paths = range(first, min(first + at_once, num_paths))
                 rows = [(prompt, path) for prompt in batch for path in paths]
                 if samples:
                     cache = reused.fork(len(paths), room)
-                    mask = cache.mask(context_mask)
                     draws = [_uniforms(seed, prompt, path, grammar.most_choices(num_values)) for prompt, path in rows]
                     uniforms = torch.from_numpy(np.stack(draws)).to(device)
                 hidden, wide = last.repeat_interleave(len(paths), 0), [prompt.wide for prompt, _ in rows]
-                texts = decode(self.model, grammar, cache, hidden, num_values, mask, uniforms, wide)
+                texts = decode(self.model, grammar, cache, hidden, num_values, uniforms, wide)
                 pairs = zip((prompt.encoding for prompt, _ in rows), texts, strict=True)
                 values = [one.restored(one.decode(text, horizon, num_variables)) for one, text in pairs]
                 parts.append(np.reshape(values, (len(batch), len(paths), horizon, num_variables)))

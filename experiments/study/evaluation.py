@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from experiments.forecasting.encoding import Encoding
@@ -79,20 +79,18 @@ def _batch(
     pack(model)
     cache, last = prefill(model, ids, room, mask, reused)
     # one pass over the targets, after the contexts in the cache: how unlikely the model finds the truth
-    grown = None if mask is None else pad(mask, (0, length - 1), value=1)
-    hidden = torch.cat((last[:, None], model.model(targets[:, :-1], cache, grown)), dim=1)  # (N, L, C)
+    hidden = torch.cat((last[:, None], model.model(targets[:, :-1], cache)), dim=1)  # (N, L, C)
     forced = token_losses(hidden.flatten(0, 1), model.head_weight, targets.flatten()).view(targets.shape)
     nats = [nats_of(model, grammar, row[1 : len(text)], text[1:]) for row, text in zip(hidden, true, strict=True)]
     free = torch.full_like(forced, torch.nan)
     if decoding == "free":
         cache.truncate(ids.shape[1])
-        decoded = decode_steps(model, cache, last, room, mask, tokenizer.end_ids, tokenizer.pad_id)
+        decoded = decode_steps(model, cache, last, room, tokenizer.end_ids, tokenizer.pad_id)
         texts, free = _free(tokenizer, decoded, targets, usual, read)
     else:
         cache.truncate(ids.shape[1] + 1)  # the first target token is the `;` after the context
-        mask = None if mask is None else pad(mask, (0, 1), value=1)
         wide = [may_be_wide(encoding.scaled(one)).tolist() for one in contexts]
-        texts = decode(model, grammar, cache, hidden[:, 1], num_values, mask, wide=wide)
+        texts = decode(model, grammar, cache, hidden[:, 1], num_values, wide=wide)
     if not forced[~padding].isfinite().all() or free.isinf().any():
         raise NotFiniteError("the model's logits are not finite: the weights or the adapter are damaged")
     values = np.stack([*map(read, texts)])
