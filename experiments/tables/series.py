@@ -15,6 +15,7 @@ from experiments.tables.times import gapless, regular, time_texts
 MISSING = ("error", "interpolate", "keep")
 IDS = ("unique_id", "item_id", "id")  # as Nixtla, AutoGluon, Chronos and GluonTS call what tells series apart
 MOST_NAMES = 6  # that a line for users lists
+DURATIONS = frozenset("seconds minutes hours days weeks months quarters years".split())  # variables, if they fall
 FILL = 'fill them with --missing interpolate (missing="interpolate")'
 MARKS = (-99.9, -99, -999, -999.9, -9999, 9999, -99999, 99999)  # that stand for missing values in many tables
 LEAVE_OUT = "leave the column out, or name the others with --columns"
@@ -184,7 +185,7 @@ def _refuse_times_as_names(names: Sequence[str], table: Table) -> None:
 
 def _refuse_times_that_fall(telling: Sequence[Column], table: Table) -> None:
     """Raise DataError for numbers that do not rise, though they are called as times: there may be several series."""
-    if telling:
+    if telling := [one for one in telling if one.name.lower() not in DURATIONS]:
         ways = (
             "sort the rows by time; name the column that tells several series apart with --id; or, if it is a variable"
         )
