@@ -134,6 +134,8 @@ VARIABLES = {  # text: the variables, all but the times
     "t,day,hour,a\n" + "".join(f"{t},{t // 4},{t % 4},{t % 3}\n" for t in range(12)): "day hour a",
     "date,day,a\n2020-01-01,0,3\n2020-01-02,1,2\n": "a",  # the same times again
     "year,month,decimal_date,a\n1990,11,1990.875,3\n1990,12,1990.958,2\n": "a",
+    "time\n5.2\n4.8\n6.1\n": "time",  # the only column
+    "rownames,year\n1,5\n2,6\n3,8\n": "year",
     "a,hours\n3,41\n2,38\n5,40\n": "a hours",
     "t_min,a\n1.5,1\n1.2,2\n1.4,3\n": "t_min a",  # a temperature
     "1\n2\n3\n": "x0",  # the only column

@@ -103,10 +103,7 @@ def assemble(
     free = [one for one in rest if one.name not in asked]
     axis, used = time_axis(free, [*groups.values()], sum(bool(one.name) for one in rest), table)
     free = [one for one in free if one not in used]
-    telling = [one for one in free if one.kind == "numbers" and tells_time(one.name)]
-    if columns is None and not any(one.kind == "dates" or tells_time(one.name) for one in used):
-        _refuse_times_that_fall(telling, table)
-    again = [one for one in telling if axis is not None and rises(one.values, [*groups.values()])]
+    again = _times_again(free, used, groups, columns is None, table)
     table.notes += [f"{one.name!r} left out, as the times are known" for one in again]
     free = [one for one in free if one not in again]
     count = np.arange(len(found[0].cells))  # as pandas or R number rows
@@ -183,13 +180,22 @@ def _refuse_times_as_names(names: Sequence[str], table: Table) -> None:
         raise table.error(f"{problem}; write a row for each time, or name the variables with --columns")
 
 
-def _refuse_times_that_fall(telling: Sequence[Column], table: Table) -> None:
-    """Raise DataError for numbers that do not rise, though they are called as times: there may be several series."""
-    if telling := [one for one in telling if one.name.lower() not in DURATIONS]:
-        ways = (
-            "sort the rows by time; name the column that tells several series apart with --id; or, if it is a variable"
-        )
-        raise table.error(f"does not rise as times do; {ways}, name the variables with --columns", telling[0].name)
+def _times_again(
+    free: Sequence[Column], used: Sequence[Column], groups: dict, is_open: bool, table: Table
+) -> list[Column]:
+    """The columns that rise and are called as times are, beside those `used`; a single column is what can be forecast.
+
+    is_open: no variables are asked for. Then, if no used column is called as times are, raises DataError for one that
+    is, but no duration: it does not rise, or it would be used, so that the rows may be those of several series.
+    """
+    found = [one for one in free if one.kind == "numbers" and tells_time(one.name)]
+    if sum(bool(one.name) for one in free) == 1:
+        return []
+    falling = [one.name for one in found if one.name.lower() not in DURATIONS]
+    if falling and is_open and not any(one.kind == "dates" or tells_time(one.name) for one in used):
+        ways = "sort the rows by time; name the column that tells several series apart with --id; or, if it is a"
+        raise table.error(f"does not rise as times do; {ways} variable, name the variables with --columns", falling[0])
+    return [one for one in found if used and rises(one.values, [*groups.values()])]
 
 
 def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, table: Table) -> pd.DataFrame:
