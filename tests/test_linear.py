@@ -200,6 +200,7 @@ def test_a_processor_without_bf16_instructions_is_recognised(monkeypatch):
 def test_bf16_products_without_onednn_round_once(monkeypatch, supported):
     """Of a single row, and on a processor without instructions for bf16 of several rows too."""
     monkeypatch.setattr("qwen_min.linear.multiplies_bfloat16", lambda device: supported)
+    monkeypatch.setattr("qwen_min.linear.has_tiles", lambda: False)
     draw = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(size, generator=draw).bfloat16() for size in ((3, 1, 512), (64, 512), (64,)))
     how, plain = [], torch.nn.functional.linear
@@ -218,15 +219,20 @@ def test_bf16_products_without_onednn_round_once(monkeypatch, supported):
     assert torch.backends.mkldnn.enabled
 
 
-def test_only_products_of_several_rows_need_packed_bf16_weights():
+@pytest.mark.parametrize("tiles", [False, True])
+def test_only_products_of_several_rows_need_packed_bf16_weights_but_with_tiles(monkeypatch, tiles):
+    monkeypatch.setattr("qwen_min.linear.has_tiles", lambda: tiles)
     model = random_model(CONFIGS["ratio 7, tied"]).to(torch.bfloat16)
-    generate(model, [[1, 2, 3]], 4)
-    assert model.head_weight.packed is None
-    generate(model, [[1, 2, 3]] * 2, 4)
-    assert (model.head_weight.packed is not None) == _can_pack(model.head_weight)
+
+    def packs(rows):
+        texts = generate(model, [[1, 2, 3]] * rows, 4).tokens
+        return model.head_weight.packed is not None, texts[0].tolist()
+
+    can_pack, (packed, text) = _can_pack(model.head_weight), packs(1)
+    assert packed == (can_pack and tiles)
+    assert packs(2) == (can_pack, text)
     model.head_weight.zero_()
-    generate(model, [[1, 2, 3]], 4)  # frees the memory of old copies
-    assert model.head_weight.packed is None
+    assert packs(1)[0] == (can_pack and tiles)  # else it frees the memory of old copies
 
 
 def test_large_fp32_weights_alone_are_packed():
