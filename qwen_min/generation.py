@@ -151,7 +151,7 @@ def generate(
     prompts: lists of token ids of any lengths, or a tensor (B, T); a single list, or a tensor (T), is a batch of one.
     A row stops after any of end_ids and is filled up with pad_id, a token of the model. temperature to
     repetition_penalty: as in `Sampling`. A draw depends on the seed, the number of rows, its row and its step. On a CPU
-    the weights are packed (`qwen_min.linear.pack`), which doubles their memory, but for a single row in bf16.
+    the weights are packed (`qwen_min.linear.pack`), which doubles their memory; without AMX, not for one row in bf16.
     Raises ValueError for an empty prompt, an unknown token, num_new_tokens < 1, rules that `Sampling` refuses, or more
     tokens than the model has positions; NotFiniteError as `decode_steps`.
     """
