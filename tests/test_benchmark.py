@@ -91,7 +91,7 @@ class Idle(Side):
 
 @pytest.mark.slow
 def test_a_side_has_a_process_and_memory_of_its_own():
-    ballast = np.ones(2**26)  # 512 MiB in this process, which starts the other
+    ballast = np.ones(2**27)  # 1 GiB in this process, which starts the other
     with processes(None, {"idle": Idle}) as started:
         assert 0 < ask(started["idle"], "idle", "peak") < ballast.nbytes / 1e9
         with pytest.raises(BenchmarkError, match="the process of idle died in die; it may have run out of memory"):
