@@ -53,14 +53,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     groups, num_new, total = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     if num_new > 1 and _needs_fp32(q):
         return attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
-    whole_text = mask is None and num_new == total > 1
-    # with AMX, the kernel reads a text in bf16 3 to 4 times as fast as blocks do; its backward pass is no faster
-    on_tiles = q.dtype == torch.bfloat16 and q.device.type == "cpu" and has_tiles() and not torch.is_grad_enabled()
-    biased = mask is not None and mask.dtype != torch.bool
-    by_kernel = q.is_cuda or (on_tiles and whole_text) or biased or torch.is_autocast_enabled("cpu")
+    by_kernel = q.is_cuda or torch.is_autocast_enabled("cpu") or (mask is not None and mask.dtype != torch.bool)
     if runs_in_blocks(num_new, mask is not None or total > num_new) and not by_kernel:
         return _Blockwise.apply(q.unflatten(1, (-1, groups)), k, v, mask).flatten(1, 2)
-    if whole_text:
+    if mask is None and num_new == total > 1:
         if q.is_cuda and q.dtype == torch.float32:
             # flash attention does not support fp32 and, up to torch 2.13, the memory-efficient kernel does not support
             # enable_gqa: the only kernel with both writes all scores to memory
@@ -147,13 +143,17 @@ class _Blockwise(torch.autograd.Function):
     """Attention in blocks of queries: each block reads only its visible keys; the backward pass recomputes the weights.
 
     On CPUs with bf16 instructions this is up to 1.8 times as fast as `scaled_dot_product_attention` of torch 2.13, in
-    fp32 as fast. Every operator is visible to `flops.trace`.
+    fp32 as fast. With AMX that kernel reads a text in bf16 3 to 4 times as fast; its backward pass is slower. Every
+    operator in blocks is visible to `flops.trace`.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The result (B, K, G, T, D) for q (B, K, G, T, D); the other arguments as in `attention`."""
         ctx.save_for_backward(q, k, v, mask)
+        if mask is None and q.shape[3] == k.shape[2] and q.dtype == torch.bfloat16 and not q.is_meta and has_tiles():
+            out = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=True, enable_gqa=True)
+            return out.view(q.shape)
         out = q.new_empty(q.movedim(3, 1).shape).movedim(1, 3)  # so that o_proj needs no copy
         for rows in _row_slices(q, k):
             for new, seen, weights, _ in _weights_by_block(q[rows], k[rows], mask, rows):
