@@ -193,6 +193,16 @@ def test_one_short_series_keeps_the_zero_shot_forecast():
     np.testing.assert_allclose(forecaster.forecast(series, 4, [0.1]).quantiles, zero_shot.quantiles, rtol=1e-14)
 
 
+def test_a_decoder_that_training_has_not_changed_is_no_part_of_a_forecast():
+    """It is that of the zero-shot forecast, whose intervals are wider, and which is the mean of three."""
+    draw = np.random.default_rng(1)
+    series = [draw.normal(size=(24, 1)) for _ in range(40)]
+    metrics = training.finetune(Forecaster.load("numbers"), series, 4, steps=1, batch=2, rank=2, learning_rate=9.0)
+    assert metrics["best_step"] == 0
+    assert metrics["shares"]
+    assert "fine-tuned" not in metrics["shares"]
+
+
 def test_shares_of_two_variables_forecast_a_single_one():
     forecaster, series = Forecaster.load("numbers"), [one[:, [0]] for one in patterns(2)]
     found = []

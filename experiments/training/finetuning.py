@@ -233,7 +233,7 @@ def train_and_choose(
     inject_adapter(forecaster.model, tuning.settings)
     windows = tuning.windows()
     done = run_training(folder, windows, tuning.settings, account, lambda: float(np.mean(tuning.losses(places))))
-    forecaster.trained = record = tuning.finished(trained, val)
+    forecaster.trained = record = tuning.finished(trained, val, done.best_step)
     if tuning.settings.rank:
         write_adapter(forecaster.model, folder, record)
     return done

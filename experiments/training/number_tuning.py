@@ -166,7 +166,10 @@ class NumberTuning:
     def forecast(self, places: Sequence[Origin]) -> Forecast:
         return self.forecaster.forecast([place.context for place in places], self.horizon, BAND)
 
-    def finished(self, trained: Trained, places: Sequence[Origin]) -> Trained:
-        """The record of the training, now that it is over: what a forecast is made of is chosen on the places."""
-        parts = self._parts(places, (TUNED, ZERO_SHOT, *SIMPLE))
+    def finished(self, trained: Trained, places: Sequence[Origin], steps: int) -> Trained:
+        """The record of a training that kept the adapter of so many steps; what forecasts are made of is chosen here.
+
+        After 0 steps the decoder is that of the zero-shot forecast, without what makes that better on real series.
+        """
+        parts = self._parts(places, ((TUNED,) if steps else ()) + (ZERO_SHOT, *SIMPLE))
         return replace(trained, reading=best_shares(parts, places, self.reading))

@@ -89,5 +89,5 @@ class TextTuning:
         contexts = [place.past for place in places]
         return self.forecaster.forecast(contexts, self.horizon, levels, self.context, samples=self.samples)
 
-    def finished(self, trained: Trained, places: Sequence[Origin]) -> Trained:
+    def finished(self, trained: Trained, places: Sequence[Origin], steps: int) -> Trained:
         return replace(trained, encoding=FITTED, tokens=self.tokens)
