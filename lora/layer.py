@@ -18,27 +18,33 @@ def _no_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
-class _LowRank(torch.autograd.Function):
-    """scale * (x A^T) B^T in fp32, also under autocast. It saves x itself; autograd would save an fp32 copy."""
+class _PlusLowRank(torch.autograd.Function):
+    """y + scale * (x A^T) B^T, the sum in fp32, also under autocast, and rounded once, to the dtype of y.
+
+    It saves x itself, and passes the gradient of y on as it is; autograd would make fp32 copies of both.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(ctx, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         with _no_autocast(x):
             inner = x.to(a.dtype) @ a.T  # (..., r)
             ctx.save_for_backward(x, a, b, inner)
             ctx.scale = scale
-            return inner @ b.T * scale  # (..., O)
+            update = (inner @ b.T).mul_(scale)  # (..., O)
+            in_place = torch.promote_types(y.dtype, update.dtype) == update.dtype  # large results are new memory
+            return (update.add_(y) if in_place else y + update).to(y.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, a, b, inner = ctx.saved_tensors
         with _no_autocast(x):
-            grad_inner = grad @ b * ctx.scale
-            grad_x = (grad_inner @ a).to(x.dtype) if ctx.needs_input_grad[0] else None
+            wide = grad.to(a.dtype)
+            grad_inner = wide @ b * ctx.scale
+            grad_x = (grad_inner @ a).to(x.dtype) if ctx.needs_input_grad[1] else None
             grad_a = grad_inner.reshape(-1, len(a)).T @ x.to(a.dtype).reshape(-1, a.shape[1])
-            grad_b = grad.reshape(-1, len(b)).T @ inner.reshape(-1, len(a)) * ctx.scale
-        return grad_x, grad_a, grad_b, None
+            grad_b = wide.reshape(-1, len(b)).T @ inner.reshape(-1, len(a)) * ctx.scale
+        return grad, grad_x, grad_a, grad_b, None
 
 
 class LoRALinear(nn.Module):
@@ -62,7 +68,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., O) for x (..., I), in the dtype of the base layer's output."""
         y = self.base_layer(x)  # (..., O)
-        return (y + _LowRank.apply(x, self.lora_A.weight, self.lora_B.weight, self.scale)).to(y.dtype)
+        return _PlusLowRank.apply(y, x, self.lora_A.weight, self.lora_B.weight, self.scale)
 
     @torch.no_grad()
     def delta(self) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from conftest import adapted
 from lora import LoraConfig
-from lora.layer import _LowRank
+from lora.layer import _PlusLowRank
 from qwen_min.autograd import rms_norm, swiglu
 from qwen_min.loss import head_cross_entropy, next_token_loss
 
@@ -21,9 +21,9 @@ FUNCTIONS = {
     "rms_norm": (lambda x, w: rms_norm(x, w, 1e-6), plain_rms_norm, ((2, 3, 8), (8,))),
     "swiglu": (swiglu, lambda gate, up: F.silu(gate) * up, ((2, 3, 8), (2, 3, 8))),
     "low rank": (
-        lambda x, a, b: _LowRank.apply(x, a, b, 1.5),
-        lambda x, a, b: 1.5 * (x @ a.T @ b.T),
-        ((2, 3, 8), (4, 8), (5, 4)),
+        lambda y, x, a, b: _PlusLowRank.apply(y, x, a, b, 1.5),
+        lambda y, x, a, b: y + 1.5 * (x @ a.T @ b.T),
+        ((2, 3, 5), (2, 3, 8), (4, 8), (5, 4)),
     ),
     "loss": (
         lambda hidden, weight: head_cross_entropy(hidden, weight, TARGETS),
@@ -48,6 +48,11 @@ def test_value_and_gradients_equal_the_plain_ones(monkeypatch, lean, plain, shap
     torch.testing.assert_close(ours, theirs)
     with torch.no_grad():
         torch.testing.assert_close(lean(*inputs), wanted)
+
+
+def test_an_fp32_adapter_does_not_round_an_fp64_layer():
+    y, x, a = torch.tensor([1 / 3], dtype=torch.float64), torch.ones(1, dtype=torch.float64), torch.zeros(1, 1)
+    assert torch.equal(_PlusLowRank.apply(y, x, a, a, 1.0), y)
 
 
 def test_bf16_normalises_in_fp32():
