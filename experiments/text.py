@@ -52,7 +52,7 @@ class Writer:
 
         from lora import load_adapter, merge_and_unload
         from qwen_min import load
-        from qwen_min.linear import keep_only_packed, packs_rows
+        from qwen_min.linear import keep_only_packed, packs_single_row
         from qwen_min.sampling import Sampling
         from qwen_min.weights import checkpoint_folder
 
@@ -64,7 +64,7 @@ class Writer:
         if args.adapter:
             load_adapter(self.model, args.adapter)
             merge_and_unload(self.model)
-        if packs_rows(self.model.head_weight):
+        if packs_single_row(self.model.head_weight):
             keep_only_packed(self.model)
 
     def checked(self, ids: list[int]) -> list[int]:

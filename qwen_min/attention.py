@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qwen_min.linear import has_tiles, multiplies_bfloat16
+from qwen_min.linear import has_amx, multiplies_bfloat16
 
 # upper limits for one block, so that it fits the cache of a CPU core: queries of a row; scores of all rows and heads
 QUERY_BLOCK, SCORES_PER_BLOCK = 64, 2**20
@@ -151,7 +151,7 @@ class _Blockwise(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The result (B, K, G, T, D) for q (B, K, G, T, D); the other arguments as in `attention`."""
         ctx.save_for_backward(q, k, v, mask)
-        if mask is None and q.shape[3] == k.shape[2] and q.dtype == torch.bfloat16 and not q.is_meta and has_tiles():
+        if mask is None and q.shape[3] == k.shape[2] and q.dtype == torch.bfloat16 and not q.is_meta and has_amx():
             out = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, is_causal=True, enable_gqa=True)
             return out.view(q.shape)
         out = q.new_empty(q.movedim(3, 1).shape).movedim(1, 3)  # so that o_proj needs no copy

@@ -29,14 +29,14 @@ def multiplies_bfloat16(device: str | torch.device) -> bool:
     return is_supported is None or is_supported()
 
 
-def has_tiles() -> bool:
+def has_amx() -> bool:
     """True for a CPU with AMX: its tiles multiply bf16 matrices 3 to 5 times as fast. False while torch compiles."""
     return not torch.compiler.is_compiling() and torch.cpu._is_amx_tile_supported()
 
 
-def packs_rows(weight: Tensor) -> bool:
+def packs_single_row(weight: Tensor) -> bool:
     """Return whether a packed copy of this weight also speeds up the product with a single row."""
-    return weight.dtype != torch.bfloat16 or has_tiles()
+    return weight.dtype != torch.bfloat16 or has_amx()
 
 
 class _Packed:
@@ -86,14 +86,14 @@ def pack(model: nn.Module, rows: int = 2) -> None:
     Only frozen bf16 and large frozen fp32 weights on a CPU are packed; other weights lose an earlier copy. The copies
     are used where no gradient is recorded. The copy of a weight that has changed is not used, and freed by the next
     `pack`; a weight in training loses its copy. Call `unpack` after writing to a frozen weight through `weight.data` or
-    numpy. rows: of the products to come; for a single one, only weights that gain by it are packed (`packs_rows`).
+    numpy. rows: of the products to come; for a single one, only those that gain by it are packed (`packs_single_row`).
     """
     try:
         for weight in _matrices(model):
             packed = getattr(weight, "packed", None)
             if packed is None or not packed.matches(weight) or not _can_pack(weight):
                 weight.packed = None  # freed before the new copy is made
-                if _can_pack(weight) and (rows > 1 or packs_rows(weight)):
+                if _can_pack(weight) and (rows > 1 or packs_single_row(weight)):
                     weight.packed = _Packed(weight)
     except BaseException:
         unpack(model)
@@ -119,7 +119,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if plainly or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
-        if x.numel() == weight.shape[1] and not packs_rows(weight):
+        if x.numel() == weight.shape[1] and not packs_single_row(weight):
             return _linear_of_row(x, weight, bias)
         if not multiplies_bfloat16("cpu"):
             return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)

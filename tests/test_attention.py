@@ -80,8 +80,8 @@ def test_bf16_scores_are_not_rounded(monkeypatch):
     exact = reference_attention(q.float(), k.float(), v.float(), None)
     assert (reference_attention(q, k, v, None).float() - exact).norm() / exact.norm() > 0.02
     gradients = []
-    for tiles in (False, True):
-        monkeypatch.setattr(module, "has_tiles", lambda tiles=tiles: tiles)
+    for amx in (False, True):
+        monkeypatch.setattr(module, "has_amx", lambda amx=amx: amx)
         inputs = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
         out = attention(*inputs, None)
         assert (out.float() - exact).norm() / exact.norm() < 0.005

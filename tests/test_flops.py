@@ -83,7 +83,7 @@ def test_closed_form_of_a_step_equals_what_autograd_dispatches(name, ranks, cont
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_real_pass_over_512_tokens_on_the_cpu_dispatches_what_is_counted(monkeypatch, dtype):
     """This traces real tensors instead of meta tensors, with the backward pass of autograd, as on a CPU without AMX."""
-    monkeypatch.setattr("qwen_min.attention.has_tiles", lambda: False)
+    monkeypatch.setattr("qwen_min.attention.has_amx", lambda: False)
     config = replace(CONFIGS["ratio 7, tied"], max_position_embeddings=512)
     model = random_model(config).to(dtype)
     ids = torch.randint(0, config.vocab_size, (2, 512), generator=torch.Generator().manual_seed(0))

@@ -200,7 +200,7 @@ def test_a_processor_without_bf16_instructions_is_recognised(monkeypatch):
 def test_bf16_products_without_onednn_round_once(monkeypatch, supported):
     """Of a single row, and on a processor without instructions for bf16 of several rows too."""
     monkeypatch.setattr("qwen_min.linear.multiplies_bfloat16", lambda device: supported)
-    monkeypatch.setattr("qwen_min.linear.has_tiles", lambda: False)
+    monkeypatch.setattr("qwen_min.linear.has_amx", lambda: False)
     draw = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(size, generator=draw).bfloat16() for size in ((3, 1, 512), (64, 512), (64,)))
     how, plain = [], torch.nn.functional.linear
@@ -219,9 +219,9 @@ def test_bf16_products_without_onednn_round_once(monkeypatch, supported):
     assert torch.backends.mkldnn.enabled
 
 
-@pytest.mark.parametrize("tiles", [False, True])
-def test_only_products_of_several_rows_need_packed_bf16_weights_but_with_tiles(monkeypatch, tiles):
-    monkeypatch.setattr("qwen_min.linear.has_tiles", lambda: tiles)
+@pytest.mark.parametrize("amx", [False, True])
+def test_only_products_of_several_rows_need_packed_bf16_weights_without_amx(monkeypatch, amx):
+    monkeypatch.setattr("qwen_min.linear.has_amx", lambda: amx)
     model = random_model(CONFIGS["ratio 7, tied"]).to(torch.bfloat16)
 
     def packs(rows):
@@ -229,10 +229,10 @@ def test_only_products_of_several_rows_need_packed_bf16_weights_but_with_tiles(m
         return model.head_weight.packed is not None, texts[0].tolist()
 
     can_pack, (packed, text) = _can_pack(model.head_weight), packs(1)
-    assert packed == (can_pack and tiles)
+    assert packed == (can_pack and amx)
     assert packs(2) == (can_pack, text)
     model.head_weight.zero_()
-    assert packs(1)[0] == (can_pack and tiles)  # else it frees the memory of old copies
+    assert packs(1)[0] == (can_pack and amx)  # else it frees the memory of old copies
 
 
 def test_large_fp32_weights_alone_are_packed():

@@ -17,7 +17,7 @@ from experiments.forecasting.text import TextForecaster
 from lora import LoraConfig, inject
 from qwen_min import generate, load
 from qwen_min.continuation import ReusedCache, continuation
-from qwen_min.linear import keep_only_packed, linear, pack, packs_rows
+from qwen_min.linear import keep_only_packed, linear, pack, packs_single_row
 from qwen_min.loss import next_token_loss
 
 
@@ -91,7 +91,7 @@ class Ours(TorchSide):
         self.texts = [encoding.encode(values) for values in forecast.values]
 
     def filled_cache(self, batch: int, context: int) -> Callable[[Tensor], Tensor]:
-        if batch > 1 or packs_rows(self.model.head_weight):  # as `forecast` and `chat` do, from here on
+        if batch > 1 or packs_single_row(self.model.head_weight):  # as `forecast` and `chat` do, from here on
             keep_only_packed(self.model)
         pack(self.model, batch)
         cache = ReusedCache(self.model).take(batch, context + 1 + DECODE_STEPS)
