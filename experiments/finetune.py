@@ -59,7 +59,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFr
     from experiments import tables
     from experiments.forecasting import Forecaster
     from experiments.forecasting.adapter import embedded_or
-    from experiments.forecasting.contexts import named
+    from experiments.forecasting.contexts import named, names_of
     from experiments.forecasting.forecaster import reads_values
     from experiments.training.finetuning import Finetuning
 
@@ -70,9 +70,8 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFr
     print(tables.told(series))
     forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
     settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
-    with named(series):
-        arrays, names, times = [one.to_numpy() for one in series], list(series[0].columns), tables.common_times(series)
-        job = Finetuning(forecaster, arrays, variables=names, times=times, **settings)
+    with named(*names_of(series)):
+        job = Finetuning(forecaster, series, **settings)
     print(job.told)
     return series, job
 

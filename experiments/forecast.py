@@ -81,11 +81,9 @@ def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
     forecaster = Forecaster.load(args.model, args.adapter, device, cli.chosen_dtype(args.dtype, device))
     if isinstance(forecaster, TextForecaster):
         keep_only_packed(forecaster.model)
-    trained, (name, _) = forecaster.trained, forecaster.checkpoint or ("", None)
+    name, _ = forecaster.checkpoint
     print(f"model: {name}" + (f" with the adapter {args.adapter}" if args.adapter else ""))
-    if trained and trained.variables and trained.variables != variables:
-        known, given = ", ".join(trained.variables), ", ".join(variables)
-        warnings.warn(f"the adapter was trained on {known}, the series has {given}", stacklevel=2)
+    forecaster.check_variables(variables)
     return forecaster
 
 
@@ -110,7 +108,7 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
 
     from experiments import tables
     from experiments.forecasting import backtest as tests
-    from experiments.forecasting.contexts import named
+    from experiments.forecasting.contexts import named, names_of
     from experiments.forecasting.scores import BAND, inside, samples_needed
 
     tests.check_context(args.context)
@@ -119,13 +117,14 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
         told = "the adapter does not record its training rows: it may have seen the rows below"
         warnings.warn(told, stacklevel=2)
     arrays, times = [one.to_numpy() for one in series], tables.common_times(series)
-    with named(series):
+    names, variables = names_of(series)
+    with named(names, variables):
         places = tests.held_out(arrays, args.horizon, ends=ends, times=times)
     if ends and (left_out := len(tests.held_out(arrays, args.horizon)) - len(places)):
         print(f"{left_out} forecast{'s' * (left_out > 1)} left out: the adapter was trained on their rows")
     judged = args.samples is None or args.samples >= samples_needed(BAND[0])  # by an interval, too
     contexts = [place.context if forecaster.missing == "keep" else place.past for place in places]
-    with named([series[place.series] for place in places]):
+    with named([names[place.series] for place in places], variables):
         found = forecasts(args, forecaster, contexts, list(BAND) if judged else [])
     pasts = [place.past for place in places]
     methods = {"model": found.values} | tests.baseline_forecasts(pasts, args.horizon, args.season)
@@ -154,7 +153,7 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     """Read, forecast, write, and print the paths of the files written; the exit status. Bad input writes nothing."""
     from experiments import tables
     from experiments.forecasting.adapter import resolve
-    from experiments.forecasting.contexts import named
+    from experiments.forecasting.contexts import named, names_of
     from experiments.forecasting.forecaster import reads_values
     from experiments.forecasting.scores import BAND
     from experiments.storage.files import write_whole
@@ -184,7 +183,7 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     if args.backtest:
         backtest(args, forecaster, series)
         return 0
-    with named(series):
+    with named(*names_of(series)):
         forecast = forecasts(args, forecaster, [one.to_numpy() for one in series], quantiles)
     write_whole(out, tables.write(series, forecast.values, forecast.quantiles, quantiles))
     print(out)

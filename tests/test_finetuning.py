@@ -10,13 +10,13 @@ import pytest
 
 from experiments import training
 from experiments.forecasting import Forecaster
-from experiments.forecasting.adapter import end_hash
+from experiments.forecasting.adapter import Trained, end_hash
 from experiments.forecasting.backtest import Origin, baseline_forecasts, held_out, scores, split
-from experiments.forecasting.contexts import SeriesError
+from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.scores import mean_interval
 from experiments.storage.files import RunError
 from experiments.storage.interruption import Interrupted, Interruption
-from experiments.tables import common_times
+from experiments.tables import common_times, read_series
 from experiments.training import loop
 from experiments.training.finetuning import Finetuning
 from experiments.training.windows import TrainingError
@@ -232,6 +232,21 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, mon
     assert forecaster.forecast([waves(1)[0][:20]], 5).values.shape == (1, 5, 2)
 
 
+def test_series_of_a_file_are_what_they_are_for_the_command(tmp_path):
+    """Columns of one table are series of the same times, and a warning names a series, not the number of a forecast."""
+    path, values = tmp_path / "wide.csv", np.concatenate(waves(4, 40), axis=1)
+    values[:, 5] *= 1e6
+    np.savetxt(path, values, "%.4f", ",", header=",".join("abcdefgh"), comments="")
+    series = read_series(path, wide=True)
+    assert "of 8 series of the same times" in Finetuning(Forecaster.load(), series, 5, 1e11).told
+    job = Finetuning(Forecaster.load(), series[:5] + series[6:], 5, 1e11)
+    job.tuning.forecaster.trained = Trained("", "", reading=job.tuning.reading)
+    test = [Origin(one.context * 1e6, one.truth, one.series, one.group) for one in job.parts.test]
+    job.parts = job.parts._replace(test=test[-1:])
+    with pytest.warns(SeriesWarning, match="^series h is negative, or on another scale"):
+        job._forecasts(tmp_path / "state.json")
+
+
 def test_bad_settings_give_one_clear_line_and_write_nothing(refused, tmp_path):
     path = csv(tmp_path / "one.csv", waves(1)[0])
     for option, value, message in (
@@ -269,6 +284,8 @@ def test_series_of_the_same_dates_are_judged_by_later_dates_than_they_are_traine
     ages = [200] * 3 + [20] * 3  # half of the shops are new
     parts = split([np.arange(n, dtype=float)[:, None] for n in ages], 7, [np.arange(200 - n, 200) for n in ages])
     assert "to train on, 21 for validation, the newest 21 for the test, of 3 series of the same times" in parts.told
+    some_apart = frames[:6] + [one.set_axis(one.index + pd.Timedelta(days=900)) for one in frames[6:8]]
+    assert common_times(some_apart) is not None
     late = [one.to_numpy() for one in frames[:8]]
     late[3] = np.where(np.arange(100)[:, None] < 70, np.nan, late[3])  # a new shop, in a table with a column for each
     assert "of 7 series of the same times" in split(late, 10, [np.arange(100)] * 8).told
@@ -287,6 +304,14 @@ def test_short_series_are_not_held_out():
     for short in range(5):
         parts = split([np.arange(12.0 if number == short else 60.0)[:, None] for number in range(5)], 7)
         assert 12 in map(len, parts.train)
+    parts = split([np.arange(60.0 if number < 4 else 12.0)[:, None] for number in range(20)], 7)
+    assert sorted(map(len, parts.train))[-3:] == [12, 60, 60]
+    assert len(parts.val[-1].context) == len(parts.test[-1].context) == 53
+
+
+def test_a_copy_in_the_test_is_named():
+    with pytest.warns(SeriesWarning, match="series 4 is in the test, and a copy of it is not"):
+        split([*waves(5), *waves(5)], 5)
 
 
 def test_held_out_places_know_nothing_of_what_follows_and_count_what_is_known():
@@ -319,7 +344,10 @@ def test_a_back_test_leaves_out_the_rows_that_trained_an_adapter():
     # a shop that has closed ends like others that have
     shops = [np.append(np.arange(20.0) + 10 * at, np.zeros(60))[:, None] for at in (0, 1)]
     assert {place.series for place in held_out(shops, 5, 2, {end_hash(shops[0])})} == {1}
-    # older rows are gone
+    # older rows are gone, or have been found, also of a series of few rows
+    few = {end_hash(series[0][:20])}
+    for rows in (series[0][2:26], np.append(series[1], series[0][:26], axis=0)):
+        assert [len(rows) - len(place.context) for place in held_out([rows], 3, 9, few)] == [6, 3]
     assert [len(place.context) for place in held_out([series[0][10:]], 5, 6, ends)] == [50, 55, 60, 65]
     rows = np.array([[1.0], [-0.0], [np.nan]])
     assert end_hash(rows) == end_hash(np.array([[1.0], [0.0], [-np.nan]])) != end_hash(rows + 1)

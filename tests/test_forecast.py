@@ -71,6 +71,15 @@ def test_too_little_memory_and_a_stop_end_in_one_line_and_bugs_in_a_traceback(
         run(series)
 
 
+def test_variables_in_another_order_than_in_the_training_are_refused(command, refused, tmp_path):
+    few = ("--horizon", 4, "--budget", 1e9, "--out", tmp_path / "run")
+    assert command("finetune", sine(tmp_path / "one.csv"), *few)[0] == 0
+    swapped = sine(tmp_path / "swapped.csv", "wolves,deer\n")
+    for more in (), ("--backtest",):
+        told = refused("forecast", swapped, "--horizon", 4, "--adapter", tmp_path / "run" / "adapter", *more)
+        assert "the variables are wolves, deer, expected deer, wolves: the order decides" in told
+
+
 THREE, MODEL = "1\n2\n3\n", ("--model", "tiny")
 BAD = {
     "no adapter": (THREE, ["--adapter", "nowhere"], "nowhere/adapter_config.json: no such file"),

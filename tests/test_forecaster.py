@@ -115,10 +115,10 @@ BAD = {
     "no numbers": ([np.array([["a"], ["b"]])], "expected numbers"),
     "not in a list": (np.ones(5), "expected numbers .*put a single series into a list"),
     "a tensor of two dimensions": (torch.ones(30, 2), r"got one array \(30, 2\); put a single series"),
-    "nothing": ([], "have no variables"),
+    "nothing": ([], "got no series"),
     "too long": ([np.ones((4, 2))], "a horizon of 300 leaves no room for a context", {"horizon": 300}),
     "no horizon": ([np.ones((4, 2))], "horizon is 0", {"horizon": 0}),
-    "short context": ([np.ones((4, 2))], "context is 1, expected at least 2", {"context": 1}),
+    "short context": ([np.ones((4, 2))], "context is 1, expected a whole number of at least 2", {"context": 1}),
 }
 
 

@@ -155,7 +155,7 @@ def test_without_logarithms_series_on_another_scale_are_foreign_too():
     assert reading.mean is not None
     assert reading.offset is None
     forecaster.trained = replace(forecaster.trained, reading=reading)
-    assert_foreign_series_are_forecast_without(forecaster, [series[0], 1e-3 * series[0], series[0] + 1e4])
+    assert_foreign_series_are_forecast_without(forecaster, [series[0], series[0] * [1, 1e-3, 1], series[0] + 1e4])
 
 
 @pytest.mark.slow
@@ -175,7 +175,10 @@ def test_fine_tuning_helps_where_there_is_something_to_learn_and_its_adapter_for
     assert np.isfinite(loaded.forecast(contexts, 50).values).all()  # far beyond what it was trained for
     with pytest.raises(SeriesError, match="have 1 variables, the adapter was trained on 2"):
         loaded.forecast([np.arange(20.0)], 4)
-    assert_foreign_series_are_forecast_without(loaded, [series[0], series[0] - 3, series[0] / 1e4, 1e4 * series[0]])
+    foreign = [series[0] - 3, series[0] / 1e4, series[0] * [1e-4, 1], series[0] * [1, 1e4]]
+    assert_foreign_series_are_forecast_without(loaded, [series[0], *foreign])
+    late = np.append(series[0], np.full((9, 2), np.nan), axis=0)  # more than is read below
+    np.testing.assert_array_equal(loaded.forecast([late], 4, context=8).values.shape, (1, 4, 2))
     large = loaded.parts([100 * series[0], 200 * series[0]], 4, [TUNED], loaded.trained.reading)[TUNED]
     np.testing.assert_allclose(large[1], 2 * large[0])  # both are read as if they had the usual values
     (tmp_path / "adapter" / "encoding.json").unlink()

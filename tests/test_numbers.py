@@ -156,6 +156,13 @@ def test_the_week_of_hourly_values_is_forecast():
     assert np.corrcoef(np.diff(one[0, :, 0]), np.diff(LOAD[:400]))[0, 1] > 0.9
 
 
+def test_a_neighbour_that_ends_early_changes_no_interval():
+    days = LOAD + np.random.default_rng(6).normal(0, 0.15, len(LOAD) // 24).repeat(24)
+    late = np.append(NOISE[:200], np.full(100, np.nan))
+    alone, both = (Forecaster.load().forecast(some, 6, quantiles=(0.1,)) for some in ([days], [days, late]))
+    np.testing.assert_allclose(both.quantiles[0], alone.quantiles[0], rtol=1e-6)
+
+
 def test_intervals_are_wide_enough_where_days_differ_as_a_whole():
     """Of such weeks, 80 % intervals held 64 %, before forecasts of earlier days were tried."""
     days = [LOAD + np.random.default_rng(seed).normal(0, 0.15, len(LOAD) // 24).repeat(24) for seed in range(6)]
@@ -205,10 +212,13 @@ def test_what_is_missing_at_an_end_is_not_read(forecaster):
         forecaster.forecast([series, np.concatenate((series, empty))], 5)
     several = np.stack([series, wave(60, 12), np.full(60, 3.0)], axis=1)
     several[:40, 1] = several[-7:, 0] = several[30:, 2] = np.nan
-    evened = forecaster._evened(several)
-    assert (evened[:40, 1] == evened[40, 1]).all()
+    evened = forecaster._evened(several, 0)
+    np.testing.assert_array_equal(evened[:, 1], several[:, 1])
     assert (evened[:, 2] == 3).all()
     np.testing.assert_array_equal(evened[-7:, 0], forecaster.forecast([series[:-7]], 7).values[0, :, 0])
+    ended = np.stack([wave(400, 7), np.append(wave(200, 7), empty)], axis=1)
+    with pytest.raises(SeriesError, match="series 0: variable 1 has no value in its newest 200 time steps; leave it"):
+        forecaster.forecast([ended], 5)
 
 
 def test_a_series_is_read_from_its_newest_long_gap_on(forecaster):
@@ -221,8 +231,6 @@ def test_a_series_is_read_from_its_newest_long_gap_on(forecaster):
     np.testing.assert_array_equal(after(gap, new), alone)
     assert not np.allclose(after(gap[:100], new), alone)
     assert not np.allclose(after(gap[:140], new[:5]), forecaster.forecast([new[:5]], 5).values)
-    two = np.stack([np.concatenate((old, gap, new)), np.append(old, np.full(360, np.nan))], axis=1)
-    assert np.isfinite(forecaster.forecast([two], 5).values).all()
 
 
 def test_other_levels_lie_on_the_lines_of_a_normal_distribution():

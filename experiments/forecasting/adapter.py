@@ -18,7 +18,7 @@ from qwen_min.weights import checkpoint_folder, weight_files
 TRAINED_FILE = "encoding.json"
 NUMBERS = Path(__file__).parent / "pretrained"
 EMBEDDED = ("numbers", "tiny")
-HASHED_ROWS = 32  # so many of a series tell it from others
+HASHED_ROWS = (32, 16, 8)  # so many of a series tell it from others; fewer, where it has no more
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,12 @@ class Trained:
     reading: Reading | None = None  # of a decoder that reads values
 
 
-def end_hash(rows: np.ndarray) -> str:
-    """A hash of the newest rows of a series (T, D); where these are equal, as many series end, of all since another."""
-    end = rows[-HASHED_ROWS:]
+def end_hash(rows: np.ndarray, count: int | None = None) -> str:
+    """A hash of the newest `count` rows of a series (T, D); None: as many of HASHED_ROWS as it has.
+
+    Where these are equal, as many series end, of all since another.
+    """
+    end = rows[-(count or next((count for count in HASHED_ROWS if count <= len(rows)), len(rows))) :]
     if (end == end[-1]).all():
         others = np.flatnonzero((rows != end[-1]).any(axis=1))
         end = rows[min(others[-1] if len(others) else 0, len(rows) - len(end)) :]
@@ -81,8 +84,10 @@ def end_hash(rows: np.ndarray) -> str:
 
 def rows_seen(series: np.ndarray, ends: Container[str]) -> int:
     """How many of the first rows of a series (T, D) end in one of `ends`; 0 if a training saw none of them."""
-    stops = range(len(series), 0, -1)
-    return next((stop for stop in stops if end_hash(series[:stop]) in ends), 0)
+    for stop in range(len(series), 0, -1):
+        if any(end_hash(series[:stop], count) in ends for count in HASHED_ROWS):
+            return stop
+    return 0
 
 
 def checkpoint_hash(folder: Path) -> str:

@@ -5,6 +5,7 @@ Missing values are NaN, and are not scored. What cannot read them gets a context
 that it knows nothing of what follows.
 """
 
+import warnings
 from collections.abc import Container, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from experiments.forecasting.adapter import rows_seen
 from experiments.forecasting.baselines import BASELINES, seasonal
-from experiments.forecasting.contexts import SeriesError
+from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.scores import group_means, mean_interval
 from experiments.storage.files import plain
@@ -110,17 +111,23 @@ def split(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndarray
     of these moves all of them, so that their ends are held out: a test must come after the training. Series that are
     too short for a forecast are not held out. Raises SeriesError when all are too short or too few.
     """
-    if times is None and len(series) >= MIN_SERIES:
-        return _by_series(series, horizon)
+    long = sum(len(one) >= max(MIN_CONTEXT, horizon) + horizon for one in series)
+    if times is None and len(series) >= MIN_SERIES and long > 2:  # one for each part
+        return _by_series(series, horizon, long)
     return _by_time(series, horizon, times)
 
 
-def _by_series(series: Sequence[np.ndarray], horizon: int) -> Parts:
-    least = max(MIN_CONTEXT, horizon) + horizon
+def _by_series(series: Sequence[np.ndarray], horizon: int, long: int) -> Parts:
+    """The split of series of which the `long` longest are long enough to be held out."""
     order = np.random.default_rng(0).permutation(len(series))
-    order = np.array(sorted(order, key=lambda number: len(series[number]) < least))  # the others in their order
-    count = max(1, round(HELD_OUT_SHARE * len(series)))
+    enough = sorted(map(len, series))[-long]
+    order = np.array(sorted(order, key=lambda number: len(series[number]) < enough))  # the others in their order
+    count = max(1, round(HELD_OUT_SHARE * long))
     test, val, train = (some.tolist() for some in np.split(order, (count, 2 * count)))
+    known = {series[number].tobytes() for number in (*train, *val)}
+    if copies := [number for number in test if series[number].tobytes() in known]:
+        told = "is in the test, and a copy of it is not; leave copies out, or the test is too easy"
+        warnings.warn(f"series {copies[0]} {told}", SeriesWarning, stacklevel=4)
     each = max(1, min(MAX_ORIGINS, MAX_FORECASTS // count))
     of_val, of_test = (held_out(series, horizon, each * np.isin(np.arange(len(series)), some)) for some in (val, test))
     told = f"{len(train)} series to train on, {count} for validation, {count} for the test"

@@ -60,21 +60,23 @@ class SeriesForecaster(ABC):
         `TextForecaster.continued`. The result for a series does not depend on the others. Raises SeriesError, before
         any forecast, for what cannot be forecast.
         """
-        if horizon < 1:
-            raise SeriesError(f"horizon is {horizon}, expected at least 1")
-        if context is not None and context < self.min_steps:
-            raise SeriesError(f"context is {context}, expected at least {self.min_steps} time steps")
+        for name, steps, least in (("horizon", horizon, 1), ("context", context, self.min_steps)):
+            if steps is not None and not (isinstance(steps, int | np.integer) and steps >= least):
+                raise SeriesError(f"{name} is {steps!r}, expected a whole number of at least {least} time steps")
         if strange := [level for level in quantiles if not 0 < level < 1]:
             raise SeriesError(f"the quantile {strange[0]:g} does not exist, expected levels between 0 and 1")
         arrays, frames = checked_series(contexts, self.missing, self.min_steps)
-        if frames and self.trained and self.trained.variables:
-            names, known = (", ".join(some) for some in (frames[0].columns, self.trained.variables))
-            require_order(frames[0].columns, self.trained.variables)
-            if names != known:
-                told = f"the adapter was trained on {known}, the series has {names}"
-                warnings.warn(told, SeriesWarning, stacklevel=2)
+        if frames:
+            self.check_variables(frames[0].columns)
         found = self.continued(arrays, horizon, quantiles, context, progress, **options)
         return framed(frames, found, quantiles) if is_frame(contexts) else found
+
+    def check_variables(self, names: Sequence[str]) -> None:
+        """Warn of other variables than those of the training; raise SeriesError for the same in another order."""
+        if self.trained and self.trained.variables and list(names) != self.trained.variables:
+            require_order(names, self.trained.variables)
+            known, given = (", ".join(some) for some in (self.trained.variables, names))
+            warnings.warn(f"the adapter was trained on {known}, the series has {given}", SeriesWarning, stacklevel=3)
 
     @abstractmethod
     def continued(self, *request: Any, **options: Any) -> Forecast:
@@ -82,17 +84,25 @@ class SeriesForecaster(ABC):
 
 
 def is_frame(data) -> bool:
-    """True if data is a pandas object."""
-    return type(data).__module__.partition(".")[0] == "pandas"
+    """True if data is a pandas object, or of a class that is made of one."""
+    return any(kind.__module__.partition(".")[0] == "pandas" for kind in type(data).__mro__)
+
+
+def names_of(frames: Sequence) -> tuple[list[str], list[str]]:
+    """The names of series, DataFrames, and of their variables."""
+    return [frame.attrs["name"] for frame in frames], [*frames[0].columns]
 
 
 @contextmanager
-def named(frames: Sequence) -> Iterator[None]:
-    """A context in which a SeriesError, and a warning, has names of series and variables, not their numbers."""
-    names = {"series": [one.attrs["name"] for one in frames], "variable": frames[0].columns}
+def named(series: Sequence, variables: Sequence[str] | None = None) -> Iterator[None]:
+    """A context in which a SeriesError, and a warning, has these names of series and variables in place of numbers."""
+
+    def name(found: re.Match) -> str:
+        known = series if found[1] == "series" else variables
+        return found[0] if known is None else f"{found[1]} {known[int(found[2])]}"
 
     def with_names(text: str) -> str:
-        return re.sub(r"(^series|\bvariable) (\d+)\b", lambda one: f"{one[1]} {names[one[1]][int(one[2])]}", text)
+        return re.sub(r"(^series|\bvariable) (\d+)\b", name, text)
 
     with warnings.catch_warnings(record=True) as caught:
         try:
@@ -149,7 +159,8 @@ def checked_series(series, missing: str = "error", min_steps: int = 2) -> tuple[
             got = f"step {step}, variable {variable}: {array[step, variable]:g}"
             raise SeriesError(f"series {number}, {got}, expected finite numbers of at most {MAX_VALUE:g}")
         arrays.append(array)
-    widths = {array.shape[1] for array in arrays}
-    if len(widths) != 1:
-        raise SeriesError(f"the series have {sorted(widths) or 'no'} variables, expected the same number for all")
+    if not arrays:
+        raise SeriesError("got no series, expected at least one")
+    if len(widths := {array.shape[1] for array in arrays}) != 1:
+        raise SeriesError(f"the series have {sorted(widths)} variables, expected the same number for all")
     return arrays, frames

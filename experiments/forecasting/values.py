@@ -38,8 +38,8 @@ NEWEST, LEAST = (0.8, 0.6), 24
 # so many times (chosen on simulated weeks of hours; on fpp2 and forecast nothing changes).
 CHECKS, WIDEST = 4, 3.0
 FARTHEST = 12.0  # the largest absolute value that the decoder may mean, 80,000 standard deviations
-FAR = 2.0  # standard deviations from the mean of a fine-tuning's data; a series that never comes closer is foreign
-DEVIATIONS = 0.1, 100.0  # the same without logarithms: a series whose largest deviation from the mean is not in between
+FAR = 3.0  # standard deviations from the mean of a fine-tuning's data; a variable that never comes closer is foreign
+DEVIATIONS = 0.1, 100.0  # the same without logarithms: one whose largest deviation from the mean is not in between
 BATCH_TOKENS = 2**13  # tokens read at once; a constant, as the batch size affects rounding
 MEDIAN = len(LEVELS) // 2
 # How far the middles of Q equal parts of a normal distribution are from the median, in distances of LEVELS.
@@ -169,10 +169,10 @@ class NumberForecaster(SeriesForecaster):
         parts = self.parts(arrays, horizon, names | {"AR"} if alone else names, reading, context, progress)
         parts |= {"VAR": parts["AR"]} if alone else {}
         found = combined(parts, reading) if reading else parts[ZERO_SHOT]
-        read = [array[-context:] for array in arrays] if context else arrays
-        if reading and (foreign := [number for number, array in enumerate(read) if is_foreign(array, reading)]):
+        if reading and (foreign := [at for at, one in enumerate(arrays) if is_foreign(one, reading, context)]):
             told = "is negative, or on another scale than what the adapter was trained on; it is forecast without it"
-            warnings.warn(f"series {foreign[0]} {told} ({len(foreign)} such series)", SeriesWarning, stacklevel=3)
+            more = f" ({len(foreign)} such forecasts)" if len(foreign) > 1 else ""
+            warnings.warn(f"series {foreign[0]} {told}{more}", SeriesWarning, stacklevel=3)
             others = [arrays[number] for number in foreign]
             found[foreign] = self.parts(others, horizon, [ZERO_SHOT], None, context)[ZERO_SHOT]
         return Forecast(found[:, MEDIAN], None, at_levels(found, quantiles) if len(quantiles) else None)
@@ -191,54 +191,58 @@ class NumberForecaster(SeriesForecaster):
             told = f"has no value in its newest {max(late)} time steps; leave these out, or the series"
             raise SeriesError(f"series {np.argmax(late)}: {told}")
         pasts = [array[: len(array) - steps] for array, steps in zip(arrays, late, strict=True)]
-        arrays = [self._evened(since_gap(past)) for past in pasts]
-        wanted, horizon = horizon, horizon + max(late)
+        arrays = [self._evened(since_gap(past), number) for number, past in enumerate(pasts)]
+        horizons = [horizon + steps for steps in late]  # of each series; the forecasts of all have the longest
         if reading and reading.mean is not None and len(reading.mean) != (variables := arrays[0].shape[1]):
             raise SeriesError(f"the series have {variables} variables, the adapter was trained on {len(reading.mean)}")
         contexts = [array[-context:] for array in arrays] if context else arrays
         if TUNED in names:
-            found[TUNED] = self._by_decoder(self.model, reading, contexts, horizon, progress)
-            if reading and (foreign := [number for number, array in enumerate(contexts) if is_foreign(array, reading)]):
-                found[TUNED][foreign] = self._zero_shot([contexts[number] for number in foreign], horizon)
+            found[TUNED] = self._by_decoder(self.model, reading, contexts, max(horizons), progress)
+            if reading and (foreign := [at for at, one in enumerate(pasts) if is_foreign(one, reading, context)]):
+                alone = [self._zero_shot([contexts[at]], [max(horizons)]) for at in foreign]
+                found[TUNED][foreign] = np.concatenate(alone)
         if ZERO_SHOT in names or not found:
             # each series counts once
-            found[ZERO_SHOT] = self._zero_shot(contexts, horizon, progress if not found else lambda count: None)
+            found[ZERO_SHOT] = self._zero_shot(contexts, horizons, progress if not found else lambda count: None)
         if simple := names & BASELINES.keys():
             pasts = [filled(past, number) for number, past in enumerate(pasts)]
-            simple_ones = baseline_forecasts(pasts, horizon, reading.season if reading else None, simple)
+            simple_ones = baseline_forecasts(pasts, max(horizons), reading.season if reading else None, simple)
             found |= {name: one[:, None] for name, one in simple_ones.items()}
-        cuts = [slice(steps, steps + wanted) for steps in late]
+        cuts = [slice(steps, steps + horizon) for steps in late]
         return {
             name: np.stack([one[:, cut] for one, cut in zip(part, cuts, strict=True)]) for name, part in found.items()
         }
 
-    def _evened(self, array: np.ndarray) -> np.ndarray:
-        """A series (T, D) whose variables begin and end together: with their first value, and their own forecasts."""
-        if np.isfinite(array[[0, -1]]).all():
-            return array
+    def _evened(self, array: np.ndarray, number: int) -> np.ndarray:
+        """A series (T, D) whose variables end together: those that end early, with their own forecasts.
+
+        Raises SeriesError for one that ended long ago.
+        """
         array = array.copy()
         for variable, known in enumerate(np.isfinite(array).T):
-            if not known.any() or (known[0] and known[-1]):
-                continue
-            first, stop = int(known.argmax()), len(known) - int(known[::-1].argmax())
-            array[:first, variable] = array[first, variable]
-            array[stop:, variable] = array[stop - 1, variable]
-            if 0 < len(array) - stop <= LONGEST_GAP and stop >= MIN_STEPS:
-                alone = self._zero_shot([since_gap(array[:stop, [variable]])], len(array) - stop)
-                array[stop:, variable] = alone[0, MEDIAN, :, 0]
+            if (late := int(known[::-1].argmax())) > LONGEST_GAP:
+                told = f"variable {variable} has no value in its newest {late} time steps; leave it out, or the series"
+                raise SeriesError(f"series {number}: {told}")
+            if late:
+                alone = self._zero_shot([since_gap(array[:-late, [variable]])], [late])
+                array[-late:, variable] = alone[0, MEDIAN, :, 0]
         return array
 
-    def _zero_shot(self, arrays, horizon, progress=lambda count: None) -> np.ndarray:
-        """Quantiles (N, Q, h, D) of what follows the arrays, by the pretrained decoder and `without_long_seasons`."""
-        pairs = [without_long_seasons(array, horizon, max(STRIDES)) for array in arrays]
-        arrays = [array for array, _ in pairs]
+    def _zero_shot(self, arrays, horizons: Sequence[int], progress=lambda count: None) -> np.ndarray:
+        """Quantiles (N, Q, h, D) of what follows the arrays, by the pretrained decoder and `without_long_seasons`.
+
+        h is the largest of the horizons (N). A forecast is for its own, which decides how a long season is treated.
+        """
+        pairs = [without_long_seasons(*one, max(STRIDES)) for one in zip(arrays, horizons, strict=True)]
+        arrays, horizon = [array for array, _ in pairs], max(horizons)
         whole = self._by_decoder(self.base, None, arrays, horizon, progress)
         newest = [[newest_of(array, share) for array in arrays] for share in NEWEST]
         found = np.mean([whole, *(self._by_decoder(self.base, None, some, horizon) for some in newest)], axis=0)
-        for row, (array, more) in enumerate(pairs):
+        for own, (array, more) in zip(found, pairs, strict=True):
             if more.any():
-                median, wider = found[row, MEDIAN], np.where(more.any(axis=0), self._wider(array, horizon), 1.0)
-                found[row] = median + (found[row] - median) * wider + more
+                own = own[:, : len(more)]
+                wider = np.where(more.any(axis=0), self._wider(array, len(more)), 1.0)
+                own[:] = own[MEDIAN] + (own - own[MEDIAN]) * wider + more
         return found
 
     def _wider(self, array: np.ndarray, horizon: int) -> np.ndarray:
@@ -291,17 +295,22 @@ def since_gap(array: np.ndarray) -> np.ndarray:
     return parts[-1] if parts else array
 
 
-def is_foreign(array: np.ndarray, reading: Reading) -> bool:
-    """True for a series (T, D) on another scale than a fine-tuning, or negative where that reads logarithms."""
-    scale, array = Scale.recorded(reading), array[np.isfinite(array).any(axis=1)][-reading.context :]
+def is_foreign(array: np.ndarray, reading: Reading, context: int | None = None) -> bool:
+    """True if a variable of a series (T, D) is on another scale than in a fine-tuning, or negative for logarithms.
+
+    By the newest steps that are read: `context` of them, None: all that the fine-tuned decoder can read.
+    """
+    scale, array = Scale.recorded(reading), array[np.isfinite(array).any(axis=1)]
     if scale is None:
         return False
+    x = torch.from_numpy(array[-min(context or reading.context, reading.context) :].T)
+    seen, read = x.isfinite(), (x - scale.mean) / scale.spread if scale.offset is None else scale.normalise(x)
+    varies = seen.any(1) & (scale.spread[:, 0] > 0)
     if scale.offset is None:
-        spread = scale.spread.numpy()[:, 0]
-        deviations = np.nanmax(np.abs(array - reading.mean) / np.where(spread > 0, spread, 1.0), axis=0)
-        return not DEVIATIONS[0] <= deviations.max() <= DEVIATIONS[1]
-    read = scale.normalise(torch.from_numpy(array.T)).numpy()
-    return bool((array < 0).any() or np.nanmax(read) < -FAR or np.nanmin(read) > FAR)
+        farthest = torch.where(seen, read.abs(), 0.0).amax(1)
+        return bool((varies & ((farthest < DEVIATIONS[0]) | (farthest > DEVIATIONS[1]))).any())
+    lowest, highest = torch.where(seen, read, torch.inf).amin(1), torch.where(seen, read, -torch.inf).amax(1)
+    return bool((x < 0).any() or (varies & ((highest < -FAR) | (lowest > FAR))).any())
 
 
 def newest_of(array: np.ndarray, share: float) -> np.ndarray:

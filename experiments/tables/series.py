@@ -62,9 +62,21 @@ def from_frame(frame, missing: str = "error") -> list[pd.DataFrame]:
     """The series in a pandas DataFrame or Series, a row for each time step; `missing` as in `reading.read_series`.
 
     The index is the time axis if it holds dates, periods, durations (then in seconds) or has a name. Row numbers are
-    none, also where a filter has left a part of them. Levels of an index become columns. Errors as in `read_series`.
+    none, also where a filter has left a part of them. Levels of an index become columns. What `read_series` made stays
+    as it is. Errors as in `read_series`.
     """
-    return assemble(table_of(frame, "series", "series"), None, missing)
+    if not _is_series(frame):
+        return assemble(table_of(frame, "series", "series"), None, missing)
+    whole = _complete(frame, missing, np.arange(len(frame)), Table("series"))
+    whole.attrs |= frame.attrs
+    return [whole]
+
+
+def _is_series(frame) -> bool:
+    """True for what `assemble` made, also where a user has changed its values or left out rows or columns."""
+    is_made = isinstance(frame, pd.DataFrame) and {"name", "wide"} <= frame.attrs.keys() and 0 not in frame.shape
+    is_whole = is_made and frame.index.is_monotonic_increasing and frame.index.is_unique
+    return is_whole and bool((frame.dtypes == np.float64).all())
 
 
 def table_of(frame, where: str, name: str) -> Table:

@@ -42,8 +42,9 @@ def following(index: pd.Index, steps: int) -> pd.Index:
 def common_times(series: Sequence[pd.DataFrame]) -> list[np.ndarray] | None:
     """The times (T) of each of N series, counted along those of all; None if the series do not cover the same times.
 
-    They do if they are columns of one table, or if most of them overlap in dates, or in numbers that count from long
-    before, such as years. Others, such as the days of an experiment, begin anew with each series.
+    They do if half of them or more, but not a single one of several, have a time in common, and they are columns of one
+    table, or have dates, or numbers that count from long before, such as years. Others, such as the days of an
+    experiment, begin anew with each series.
     """
     indexes = [one.index for one in series]
     dated = [isinstance(one, pd.DatetimeIndex) for one in indexes]
@@ -53,7 +54,8 @@ def common_times(series: Sequence[pd.DataFrame]) -> list[np.ndarray] | None:
     values = [one.as_unit("us").asi8 if isinstance(one, pd.DatetimeIndex) else one.to_numpy() for one in times]
     starts, ends = (np.array([one[at] for one in values]) for at in (0, -1))
     is_counted = all(one.attrs.get("wide") for one in series) or any(dated) or starts.min() > np.ptp([starts, ends])
-    if not is_counted or not np.quantile(starts, 0.75) < np.quantile(ends, 0.25):
+    covering = np.searchsorted(np.sort(starts), starts, "right") - np.searchsorted(np.sort(ends), starts)
+    if not is_counted or covering.max() < min(len(series), max(2, len(series) / 2)):
         return None
     together = np.unique(np.concatenate(values))
     return [np.searchsorted(together, one) for one in values]

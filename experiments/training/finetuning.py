@@ -17,7 +17,7 @@ import flops
 from experiments import tables
 from experiments.forecasting.adapter import Trained, checkpoint_hash, end_hash, read_trained
 from experiments.forecasting.backtest import Origin, baseline_forecasts, check_context, scores, split
-from experiments.forecasting.contexts import checked_series
+from experiments.forecasting.contexts import checked_series, named
 from experiments.forecasting.scores import inside
 from experiments.forecasting.text import TextForecaster
 from experiments.forecasting.values import NumberForecaster
@@ -70,17 +70,15 @@ class Finetuning:
         *,
         steps: int | None = None,
         context: int | None = None,
-        variables: list[str] | None = None,
         season: int | None = None,
-        times: Sequence[np.ndarray] | None = None,
         **options,
     ):
-        """series: arrays (T, D) or (T), NaN where a value is missing, or DataFrames.
+        """series: arrays (T, D) or (T), NaN where a value is missing, or DataFrames, whose times decide the split.
 
         budget: FLOPs that the training may cost; it decides the number of steps unless `steps` is given. context: time
-        steps that the model reads before a forecast. season: time steps that the seasonal baseline repeats. times: as
-        in `backtest.split`; None: what the indexes of DataFrames say. The other options are those of `TextTuning` or
-        `NumberTuning`. Raises SeriesError or TrainingError for data, settings or a budget that do not allow it.
+        steps that the model reads before a forecast. season: time steps that the seasonal baseline repeats. The other
+        options are those of `TextTuning` or `NumberTuning`. Raises SeriesError or TrainingError for data, settings or a
+        budget that do not allow it.
         """
         for name, value in {"horizon": horizon, "steps": steps, "context": context, "season": season}.items():
             if value is not None and not (type(value) is int and value >= 1):
@@ -89,8 +87,10 @@ class Finetuning:
             raise TrainingError(f"budget is {budget!r}, expected a finite number of FLOPs above 0")
         check_context(context)
         self.series, frames = checked_series(series, missing="keep")
-        self.variables = variables or ([*frames[0].columns] if frames else None)
-        self.times = tables.common_times(frames) if times is None and len(frames) == len(self.series) else times
+        self.variables = [*frames[0].columns] if frames else None
+        names = [frame.attrs["name"] for frame in frames]
+        self.names: Sequence = names if len({*names}) == len(self.series) else range(len(self.series))  # for messages
+        self.times = tables.common_times(frames) if len(frames) == len(self.series) else None
         self.parts, self.season, self.budget = split(self.series, horizon, self.times), season, budget
         if forecaster.checkpoint is None:
             raise TrainingError("the forecaster's checkpoint is unknown; make the forecaster by Forecaster.load")
@@ -193,7 +193,8 @@ class Finetuning:
         """The test forecasts (M, 1, h, D), with quantiles at BAND, (M, 3, h, D), if there are any; kept in `state`."""
 
         def make(places: list[Origin]) -> np.ndarray:
-            found = self.tuning.forecast(places)
+            with named([self.names[place.series] for place in places], self.variables):
+                found = self.tuning.forecast(places)
             point = found.values[:, None]
             return point if found.quantiles is None else np.concatenate((point, found.quantiles), axis=1)
 
