@@ -199,8 +199,8 @@ class NumberForecaster(SeriesForecaster):
         if TUNED in names:
             found[TUNED] = self._by_decoder(self.model, reading, contexts, max(horizons), progress)
             if reading and (foreign := [at for at, one in enumerate(pasts) if is_foreign(one, reading, context)]):
-                alone = [self._zero_shot([contexts[at]], [max(horizons)]) for at in foreign]
-                found[TUNED][foreign] = np.concatenate(alone)
+                alone = self._zero_shot([contexts[at] for at in foreign], [horizons[at] for at in foreign])
+                found[TUNED][foreign, :, : alone.shape[2]] = alone
         if ZERO_SHOT in names or not found:
             # each series counts once
             found[ZERO_SHOT] = self._zero_shot(contexts, horizons, progress if not found else lambda count: None)
