@@ -46,11 +46,9 @@ def test_values_and_gradients_equal_the_reference(monkeypatch, block, num_cached
 
 @pytest.mark.parametrize("num_new", [1, 2])
 @pytest.mark.parametrize("masked", ["not", "alike", "by row", "biased"])
-@pytest.mark.parametrize(
-    ("scores_at_once", "dtype"), [(1, torch.float32), (2**20, torch.float32), (2**20, torch.bfloat16)]
-)
-def test_rows_that_share_a_prefix_get_what_copies_of_it_give(monkeypatch, num_new, masked, scores_at_once, dtype):
-    monkeypatch.setattr(module, "SCORES_PER_BLOCK", scores_at_once)
+@pytest.mark.parametrize(("at_once", "dtype"), [(1, torch.float32), (2**20, torch.float32), (2**20, torch.bfloat16)])
+def test_rows_that_share_a_prefix_get_what_copies_of_it_give(monkeypatch, num_new, masked, at_once, dtype):
+    monkeypatch.setattr(module, "SCORES_PER_BLOCK", at_once)
     generator = torch.Generator().manual_seed(0)
     batch, times, heads, groups, prefix, own, size = 3, 4, 2, 7, 9, 5, 8
     q = torch.randn(batch * times, num_new, heads * groups, size, generator=generator).to(dtype).transpose(1, 2)
@@ -71,10 +69,7 @@ def test_rows_that_share_a_prefix_get_what_copies_of_it_give(monkeypatch, num_ne
 
 
 def test_bf16_scores_are_not_rounded(monkeypatch):
-    """Large scores, which the biases of real checkpoints cause, are as precise as in fp32: in blocks and with AMX.
-
-    The gradients are the same, because the backward pass computes the scores in blocks.
-    """
+    """Large scores, which the biases of real checkpoints cause, are as precise as in fp32: in blocks and with AMX."""
     q, k, v, _ = (None if t is None else t.bfloat16() for t in sample((14, 2), 0, 130, False))
     k, direction = k + 30, torch.ones_like(q)
     exact = reference_attention(q.float(), k.float(), v.float(), None)
@@ -122,10 +117,7 @@ def test_long_texts_need_no_memory_of_the_square_of_their_length(dtype, padded):
     length, limit, saved = 16384, 64 * 2**20, []
     q, k, v = (torch.empty(1, heads, length, 64, dtype=dtype, device="meta", requires_grad=True) for heads in (2, 1, 1))
     mask = torch.empty(1, 1, 1, length, dtype=torch.bool, device="meta") if padded else None
-    with (
-        Largest() as largest,
-        saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor),
-    ):
+    with Largest() as largest, saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one):
         out = attention(q, k, v, mask)
         out.backward(torch.empty_like(out))
     assert largest.most < limit

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from experiments.forecasting import gru
 from experiments.forecasting.baselines import ar, context_mean, seasonal, var
@@ -59,7 +60,9 @@ def test_the_network_beats_the_context_mean_and_depends_on_the_seed_alone(simula
     train, val, _ = in_the_text(simulated)
     forecast = gru.fit(train, steps=150).forecast
     assert squared(forecast, val).mean() < 0.5 * squared(context_mean, val).mean()
-    train = train[:5]
-    first, again, other = (gru.fit(train, seed, 3).forecast(train[:, :40], 4) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, other)
+    made = []
+    for seed in (0, 0, 1):
+        made.append(gru.fit(train[:5], seed, 3).forecast(train[:5, :40], 4))
+        torch.rand(1)  # draws that others make change nothing
+    np.testing.assert_array_equal(made[0], made[1])
+    assert not np.array_equal(made[0], made[2])

@@ -103,10 +103,7 @@ def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path, model, token
     cost = Finetuning(forecaster, waves(6), 5, steps=1, **options).tuning.cost
     job = Finetuning(forecaster, waves(6), 5, 2.9 * cost, **options)
     assert (job.tuning.settings.steps, job.tuning.settings.context) == (2, tokens)
-    for budget, steps, told in (
-        (0.9 * cost, None, "a step of .* does not fit .*take a"),
-        (2.9 * cost, 3, "fewer steps"),
-    ):
+    for budget, steps, told in ((0.9 * cost, None, "a step of .* does not fit"), (2.9 * cost, 3, "fewer steps")):
         with pytest.raises(TrainingError, match=told):
             Finetuning(forecaster, waves(6), 5, budget, steps=steps, **options)
     metrics = job.run(tmp_path)
@@ -118,7 +115,6 @@ def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path, model, token
 
 
 def test_fitting_helps_and_keeps_the_best_state(tmp_path):
-    """A pattern of seven steps that all series share."""
     forecaster = Forecaster.load("tiny")
     pattern = np.random.default_rng(0).uniform(1, 9, (7, 2))
     series = [np.tile(pattern, (9, 1))[number : number + 50] * (1 + number) for number in range(8)]

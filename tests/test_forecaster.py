@@ -13,7 +13,6 @@ from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import Trained, checkpoint_hash, write_trained
 from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.scores import SamplesError
 from experiments.forecasting.text import TextForecaster
 from lora import AdapterError, LoraConfig, save_adapter
 from qwen_min.config import NotFiniteError
@@ -129,15 +128,13 @@ def test_bad_input_is_refused_and_named(forecaster, case):
         forecaster.forecast(contexts, **({"horizon": 3} | dict(*options)))
 
 
-def test_values_beyond_the_encoding_and_the_samples_are_refused(tiny, forecaster):
+def test_values_beyond_the_encoding_are_refused(tiny, forecaster):
     with pytest.raises(SeriesError, match=r"step 1, variable 0: 500 cannot be written, .* from 0 to less than 200"):
         TextForecaster(*tiny, Encoding(2.0)).forecast([np.array([[1.0], [500.0]])], 3)
     with pytest.raises(SeriesError, match="continuation 0 has 1 variables, expected 2 as in its context"):
         forecaster.nats_per_value(waves()[:1], [np.ones((2, 1))])
     with pytest.raises(SeriesError, match="continuation 0, step 0, variable 0: -1 cannot be written"):
         forecaster.nats_per_value(waves()[:1], [-np.ones((2, 2))])
-    with pytest.raises(SamplesError, match=r"20 samples do not reach the quantile 0.04, expected 24 or more"):
-        forecaster.forecast(waves(), 3, samples=20, quantiles=(0.5, 0.04))
 
 
 def test_minus_zero_is_forecast_as_zero_and_the_smallest_float_is_accepted(forecaster):

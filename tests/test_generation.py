@@ -93,9 +93,8 @@ def test_forked_rows_continue_as_copies_of_their_context(model, ids, padded, kin
         forked.truncate(4)
 
 
-def test_a_cache_refuses_gradients_and_has_the_dtype_of_its_model(model, ids):
-    cache = KVCache(model.to(torch.bfloat16).config, 2, 20, dtype=torch.bfloat16)
-    assert cache.keys.dtype == torch.bfloat16
+def test_a_cache_refuses_gradients(model, ids):
+    cache = KVCache(model.config, 2, 20)
     inject(model, LoraConfig(rank=2, alpha=2))
     with pytest.raises(ValueError, match=r"records no gradients: run the model under torch\.no_grad"):
         model(ids, cache, real_tokens(12, 3, 0))
@@ -122,7 +121,6 @@ def test_positions_are_counted_in_tokens_not_columns(monkeypatch, model, kind, f
 @pytest.mark.parametrize("kind", [continuation, GraphContinuation])
 @pytest.mark.parametrize("forked", [False, True])
 def test_a_batch_in_a_reused_cache_has_the_bits_of_one_in_a_new_cache(monkeypatch, model, ids, kind, forked):
-    """Batches of one shape: with padding and a token taken back, without, and with other padding."""
     monkeypatch.setattr(generation, "continuation", kind)
 
     def logits(reused, mask):

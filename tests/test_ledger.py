@@ -25,15 +25,6 @@ def test_debits_add_up_survive_and_are_booked_once(path):
         ledger.debit("a", 0, 11)
 
 
-def test_a_line_may_stand_for_a_range_of_steps(path):
-    path.write_text('{"experiment": "a", "step": 2, "flops": 10, "steps": 3}\n')
-    ledger = Ledger(path, budget=100)
-    ledger.debit("a", 4, 10)  # the last of them
-    assert ledger.spent == 30
-    ledger.debit("a", 5, 10)
-    assert Ledger(path, budget=100).by_experiment() == {"a": 40}
-
-
 def test_a_step_that_would_overspend_is_refused_and_not_booked(path):
     ledger = Ledger(path, budget=25)
     ledger.debit("a", 0, 20)

@@ -3,6 +3,7 @@ import pickle
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -98,7 +99,6 @@ class ThroughData(torch.optim.SGD):
     ("ratio 2, untied", torch.optim.Adam, {"fused": True}),  # which writes without a new version
 ])  # fmt: skip
 def test_no_optimizer_leaves_a_stale_copy(monkeypatch, ids, name, optimizer, options):
-    """Generate, which packs; train every weight; compare with the same weights without packed copies."""
     monkeypatch.setattr("qwen_min.linear.SMALLEST_PACKED_FP32", 1)
     model = random_model(CONFIGS[name])
     generate(model, [[1, 2, 3]], 3)
@@ -141,16 +141,8 @@ def test_a_frozen_head_in_training_through_the_embedding_alone_loses_its_copy(mo
 
 
 def test_a_failed_packing_leaves_no_copy(monkeypatch, model):
-    packs = []
-
-    def fail(weight):
-        packs.append(weight)
-        if len(packs) == 3:
-            raise torch.OutOfMemoryError
-        return original(weight)
-
-    original = _Packed
-    monkeypatch.setattr("qwen_min.linear._Packed", fail)
+    copies = [_Packed(weight) for weight in _matrices(model)[:2]]
+    monkeypatch.setattr("qwen_min.linear._Packed", Mock(side_effect=[*copies, torch.OutOfMemoryError]))
     with pytest.raises(torch.OutOfMemoryError):
         pack(model)
     assert {weight.packed for weight in _matrices(model)} == {None}

@@ -11,24 +11,9 @@ import pytest
 from experiments.report.build import write_report
 from experiments.report.results import load_run
 from experiments.storage.files import RunError
-from experiments.study.records import read_losses
 from tests import small_plan
 
 RESULTS = Path(__file__).parents[1] / "results"
-
-
-@pytest.mark.parametrize(("text", "message"), [
-    ("step,loss\n0,1.5\n", "the number of losses is 1, expected 2"),
-    ("step,loss\n0,1.5\n1,nan\n", "holds a number that is not finite"),
-    ("step\n0\n1\n", "not a table of loss"),
-])  # fmt: skip
-def test_losses_need_one_row_for_each_step(tmp_path, text, message):
-    path = tmp_path / "losses.csv"
-    path.write_text("step,loss\n0,1.5\n1,0.5\n")
-    assert read_losses(path, 2) == [1.5, 0.5]
-    path.write_text(text)
-    with pytest.raises(RunError, match=f"losses.csv: {message}"):
-        read_losses(path, 2)
 
 
 @pytest.fixture
@@ -42,8 +27,8 @@ def change_lines(path: Path, **values) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-SETTINGS, METRICS, TESTS = (f"experiments/frontier/{name}" for name in
-                            ("settings.json", "metrics.json", "forecasts.test.jsonl"))  # fmt: skip
+FILES = "settings.json metrics.json forecasts.test.jsonl losses.csv".split()
+SETTINGS, METRICS, TESTS, LOSSES = (f"experiments/frontier/{name}" for name in FILES)
 
 
 @pytest.mark.parametrize(("file", "keys", "value", "message"), [
@@ -76,6 +61,14 @@ def test_a_damaged_ledger_and_missing_forecasts_are_found_and_a_torn_line_does_n
     with pytest.raises(RunError, match=r"ledger\.jsonl: not JSON lines"):
         load_run(frontier)
     shutil.copy(RESULTS / "frontier" / "ledger.jsonl", frontier)
+    for loss, message in (
+        (1.5, "the number of losses is 1, expected 300"),
+        ("nan", "holds a number that is not finite"),
+    ):
+        (frontier / LOSSES).write_text(f"step,loss\n0,{loss}\n")
+        with pytest.raises(RunError, match=f"losses.csv: {message}"):
+            load_run(frontier)
+    shutil.copy(RESULTS / "frontier" / LOSSES, frontier / LOSSES)
     lines = (frontier / TESTS).read_text().splitlines(keepends=True)
     (frontier / TESTS).write_text("".join(lines[1:]))
     with pytest.raises(RunError, match=r"forecasts.test.jsonl: the number of forecasts is 149, expected 150"):

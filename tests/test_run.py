@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -44,7 +45,6 @@ def again(monkeypatch, small_data):
 
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
-    """A copy of the complete run."""
     return shutil.copytree(finished, tmp_path / finished.name)
 
 
@@ -100,9 +100,8 @@ def test_forecasts_and_samples_hold_what_the_metrics_say(finished):
     assert ((forecast - truth)[:, :3] ** 2).mean() == pytest.approx(metrics["all"]["mse"], rel=1e-4)
     assert np.array([line["quantiles"] for line in lines]).shape == (3, 5, 3, 2)
     samples = np.array([one["samples"] for one in drawn])
-    assert scores.probabilistic(samples, truth[:, :3])["crps"] == pytest.approx(
-        metrics["probabilistic"]["crps"], rel=1e-4
-    )
+    crps = scores.probabilistic(samples, truth[:, :3])["crps"]
+    assert crps == pytest.approx(metrics["probabilistic"]["crps"], rel=1e-4)
     error = ((samples.mean(axis=1) - truth[:, :3]) ** 2).mean()
     assert error == pytest.approx(metrics["mean_of_samples"]["all"]["mse"], rel=1e-4)
 
@@ -170,10 +169,8 @@ def test_a_second_signal_does_not_wait_for_the_end_of_a_step(default_sigint):
 
 
 def test_too_little_memory_ends_in_one_message(again, monkeypatch, tmp_path, capsys):
-    def fails(*_):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-
-    monkeypatch.setattr("experiments.study.suite.Suite._run", fails)
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr("experiments.study.suite.Suite._run", Mock(side_effect=error))
     assert again(tmp_path / "out") == 1
     assert "stopped: DefaultCPUAllocator" in capsys.readouterr().err
 
@@ -217,12 +214,13 @@ def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_cont
     spent = read(undone(copied, "numbers") / "status.json")["spent"]
     assert again(copied, "--budget", str(spent - 1)) == 1
     err = capsys.readouterr().err
-    assert "plan quick needs up to" in err
+    assert "Does not fit: final, numbers. Raise --budget" in err
     assert "stopped: numbers needs" in err
     assert "Not finished: numbers." in (copied / "report.md").read_text()
     status, numbers = read(copied / "status.json"), copied / "experiments" / "numbers" / "settings.json"
     assert status["stopped"].startswith("numbers needs")
     assert again(copied) == 0
+    assert "Raise --budget" not in capsys.readouterr().err
     assert "Not finished" not in (copied / "report.md").read_text()
     assert read(copied / "status.json")["stopped"] is None
     assert status["spent"] == spent - read(numbers)["flops"]["study"]
@@ -274,9 +272,8 @@ def test_the_plan_numbers_trains_the_checkpoint_that_is_named(small_data, tmp_pa
     save_file(weights | {"norm.weight": weights["norm.weight"] * 2}, folder / "model.safetensors")
 
     def checked(*words):
-        return run.check_inputs(
-            run.parser().parse_args(["--plan", "numbers", "--data", str(small_data), *words]), "cpu"
-        )
+        args = run.parser().parse_args(["--plan", "numbers", "--data", str(small_data), *words])
+        return run.check_inputs(args, "cpu")
 
     plan, judge, identity, _ = checked("--model", str(folder))
     assert identity["checkpoint_sha256"] == checkpoint_hash(folder) != checked()[2]["checkpoint_sha256"]

@@ -24,7 +24,6 @@ DATES = {
 
 
 def read(cells):
-    """The dates in a column of cells."""
     return dates_of(pd.Series(cells, dtype="str"), "d", Table("here"))
 
 

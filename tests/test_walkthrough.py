@@ -74,9 +74,7 @@ def test_it_is_a_small_file_that_stands_alone_with_its_outputs_and_describes_its
 def read(table: SymbolTable) -> set[str]:
     """The global names that a cell reads, itself and in its functions."""
     top = table.get_type() == "module"
-    names = {
-        symbol.get_name() for symbol in table.get_symbols() if symbol.is_referenced() and (top or symbol.is_global())
-    }
+    names = {one.get_name() for one in table.get_symbols() if one.is_referenced() and (top or one.is_global())}
     return names.union(*map(read, table.get_children()))
 
 

@@ -2,6 +2,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -79,7 +80,6 @@ def test_a_stored_head_that_the_config_ties_has_to_equal_the_embedding(tmp_path)
 
 @pytest.fixture
 def embedded(tmp_path) -> Path:
-    """A copy of the embedded checkpoint."""
     return shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
 
 
@@ -176,12 +176,8 @@ def test_what_cannot_be_loaded_again_is_not_saved(tmp_path, wide):
 def test_a_failed_save_leaves_nothing_behind(monkeypatch, tmp_path, wide):
     (source := tmp_path / "source").mkdir()
     write_checkpoint(source, wide)
-
-    def full(*_, **__):
-        raise OSError("No space left on device")
-
     with monkeypatch.context() as patch:
-        patch.setattr("qwen_min.weights.save_file", full)
+        patch.setattr("qwen_min.weights.save_file", Mock(side_effect=OSError("No space left on device")))
         with pytest.raises(OSError, match="No space"):
             save(wide, tmp_path / "saved", source)
     assert [*tmp_path.iterdir()] == [source]
