@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import shlex
 import sys
 import warnings
@@ -144,6 +145,8 @@ def command(parser: Callable[[], argparse.ArgumentParser], work: Work, module: s
 
     def main(argv: list[str] | None = None) -> int:
         args = parser().parse_args(argv)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # which may be unable to write what a model or a user writes
+            sys.stdout.reconfigure(errors="replace")
         try:
             with Interruption() as interruption, memory_errors(), warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)

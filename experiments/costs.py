@@ -49,10 +49,10 @@ def counts(model: str, batch: int, context: int, rank: int) -> dict:
         raise cli.CommandError(f"there is no Qwen2.5 of {model}, expected {', '.join(SIZES)}, or a checkpoint")
     config = QwenConfig.from_file(path)
     longest = config.max_position_embeddings
-    if batch < 1 or not 2 <= context <= longest or not 0 <= rank <= MAX_VALUE:
+    if not 1 <= batch <= sys.maxsize or not 2 <= context <= longest or not 0 <= rank <= MAX_VALUE:
         raise cli.CommandError(
-            f"got batch {batch}, context {context}, rank {rank}; expected batch >= 1, context 2 (for a next token to "
-            f"predict) to {longest}, rank 0 to {MAX_VALUE}"
+            f"got batch {batch}, context {context}, rank {rank}; expected batch 1 to {sys.maxsize}, context 2 (for a "
+            f"next token to predict) to {longest}, rank 0 to {MAX_VALUE}"
         )
     ranks = {"q_proj": rank, "v_proj": rank} if rank else {}
     operators: dict[str, dict[str, int]] = {}

@@ -7,9 +7,12 @@ Ctrl-C stops an answer; at the prompt of a chat it ends the chat.
 """
 
 import argparse
+import io
+import signal
 import sys
 import time
 from contextlib import suppress
+from typing import TextIO
 
 from experiments import cli
 from experiments.storage.interruption import Interrupted, Interruption
@@ -75,7 +78,7 @@ class Writer:
         if len(ids) + self.args.max_tokens > positions:
             raise cli.CommandError(
                 f"{len(ids)} tokens of prompt and --max-tokens {self.args.max_tokens} exceed the model's {positions} "
-                "positions; shorten one of them"
+                "positions; shorten one of them, or begin a new chat"
             )
         return ids
 
@@ -97,10 +100,19 @@ class Writer:
             print(f"[{len(pieces)} tokens in {seconds:.1f} s: {len(pieces) / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
+def standard_input() -> TextIO:
+    """Standard input; what is not UTF-8 in it is refused by the tokenizer."""
+    if sys.stdin is None:
+        raise cli.CommandError("standard input is closed, expected a text")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin
+
+
 def generate(args: argparse.Namespace, _: Interruption) -> int:
     """Print a continuation of the prompt."""
     writer = Writer(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = standard_input().read() if args.prompt == "-" else args.prompt
     ids = writer.checked(writer.tokenizer.encode(prompt))
     print(prompt, end="", flush=True)
     writer.write(ids, args.seed, [])
@@ -113,16 +125,19 @@ def chat(args: argparse.Namespace, interruption: Interruption) -> int:
 
     writer = Writer(args)
     template = ChatTemplate(writer.folder)
-    messages = [{"role": "system", "content": args.system}] if args.system else []
+    messages = [{"role": "system", "content": args.system}] if args.system is not None else []
     print("An empty line or Ctrl-D ends the chat; Ctrl-C stops an answer.", file=sys.stderr)
+    is_terminal = standard_input().isatty()
     with suppress(EOFError):
-        while line := input("> " if sys.stdin.isatty() else "").strip():
+        while line := input("> " if is_terminal else "").strip():
             messages.append({"role": "user", "content": line})
             ids = writer.checked(template.encode(writer.tokenizer, messages))
             pieces: list[str] = []
             try:
                 writer.write(ids, args.seed + len(messages), pieces)
-            except Interrupted:
+            except Interrupted as stop:
+                if stop.exit_status != 128 + signal.SIGINT:
+                    raise
                 interruption.asked = None  # the answer was to stop, not the chat
             messages.append({"role": "assistant", "content": "".join(pieces)})
     return 0

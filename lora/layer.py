@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 class AdapterError(ValueError):
@@ -16,6 +15,10 @@ def _no_autocast(x: Tensor) -> AbstractContextManager:
     kind = x.device.type
     is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.autocast(kind, enabled=False) if is_on else nullcontext()
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _PlusLowRank(torch.autograd.Function):
@@ -35,8 +38,9 @@ class _PlusLowRank(torch.autograd.Function):
             return (update.add_(y) if in_place else y + update).to(y.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
+        if torch.is_grad_enabled():  # this pass records nothing
+            raise RuntimeError("second derivatives are not implemented; leave out create_graph=True")
         x, a, b, inner = ctx.saved_tensors
         with _no_autocast(x):
             wide = grad.to(a.dtype)
@@ -72,15 +76,15 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """The update of the base weight, (O, I), in fp32."""
+        """The update of the base weight, (O, I), in at least fp32."""
         with _no_autocast(self.lora_A.weight):
-            return self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+            return self.scale * (_at_least_fp32(self.lora_B.weight) @ _at_least_fp32(self.lora_A.weight))
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """The base weight plus the update, added in fp32. Raises AdapterError when it is not finite."""
+        """The base weight plus the update, added in at least fp32. Raises AdapterError when it is not finite."""
         weight = self.base_layer.weight
-        merged = (weight.float() + self.delta()).to(weight.dtype)
+        merged = (_at_least_fp32(weight) + self.delta()).to(weight.dtype)
         if not merged.isfinite().all():
             raise AdapterError("the merged weight is not finite: the adapter is damaged, or its training diverged")
         return merged

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from qwen_min.autograd import refuse_second_derivatives
 from qwen_min.linear import has_amx, multiplies_bfloat16
 
 # upper limits for one block, so that it fits the cache of a CPU core: queries of a row; scores of all rows and heads
@@ -162,8 +162,8 @@ class _Blockwise(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
+        refuse_second_derivatives()
         q, k, v, mask = ctx.saved_tensors
         scale, at_least_fp32 = q.shape[-1] ** -0.5, torch.promote_types(q.dtype, torch.float32)
         softmax_backward = torch.ops.aten._softmax_backward_data

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -30,6 +29,12 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
+def refuse_second_derivatives() -> None:
+    """Raise RuntimeError in a backward pass that is to be differentiated (create_graph=True): it records nothing."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("second derivatives are not implemented; leave out create_graph=True")
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,8 +43,8 @@ class _RMSNorm(torch.autograd.Function):
         return weight * normalised.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
+        refuse_second_derivatives()
         x, weight, inverse = ctx.saved_tensors
         normalised = _at_least_fp32(x) * inverse
         grad_weight = None
@@ -58,8 +63,8 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate) * up
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
+        refuse_second_derivatives()
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 

@@ -44,7 +44,10 @@ class ChatTemplate:
         CheckpointError when the template refuses them, or fails.
         """
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True, **self.special_tokens)
+            nothing = {"tools": None, "documents": None}  # as in transformers
+            return self._template.render(
+                messages=list(messages), add_generation_prompt=True, **nothing, **self.special_tokens
+            )
         except Exception as error:  # a template can raise what any program can
             reason = str(error) or type(error).__name__
             raise CheckpointError(f"{self.path}: the chat template refuses the conversation ({reason})") from error
@@ -61,7 +64,11 @@ class ChatTemplate:
         start, end = secrets.token_hex(16), secrets.token_hex(16)  # marks that no message contains
         # the end of a message might become a control token with what follows it
         quoted = re.compile(rf"{whole}|(?:{begun})(?=\s*\Z)")
-        text = self.render(_each_text(list(messages), lambda found: quoted.sub(rf"{start}\g<0>{end}", found)))
+        marked = _each_text(list(messages), lambda found: quoted.sub(rf"{start}\g<0>{end}", found))
+        text = self.render(marked)
+        if marked != list(messages) and text.replace(start, "").replace(end, "") != self.render(messages):
+            problem = "changes messages, so control tokens in them cannot be told from its own; leave these out"
+            raise CheckpointError(f"{self.path}: the chat template {problem}")
         if start not in text and end not in text:
             return tokenizer.encode(text)
         ids, plain = [], ""

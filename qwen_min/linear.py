@@ -85,8 +85,9 @@ def pack(model: nn.Module, rows: int = 2) -> None:
 
     Only frozen bf16 and large frozen fp32 weights on a CPU are packed; other weights lose an earlier copy. The copies
     are used where no gradient is recorded. The copy of a weight that has changed is not used, and freed by the next
-    `pack`; a weight in training loses its copy. Call `unpack` after writing to a frozen weight through `weight.data` or
-    numpy. rows: of the products to come; for a single one, only those that gain by it are packed (`packs_single_row`).
+    `pack`; a weight in training loses its copy in its forward pass. Call `unpack` after writing to a frozen weight
+    through `weight.data` or numpy, and before a fused optimizer if there was no such pass. rows: of the products to
+    come; for a single one, only those that gain by it are packed (`packs_single_row`).
     """
     try:
         for weight in _matrices(model):

@@ -5,9 +5,8 @@ N positions, C hidden size, V vocabulary.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from qwen_min.autograd import no_autocast
+from qwen_min.autograd import no_autocast, refuse_second_derivatives
 from qwen_min.linear import unpack_trained
 from qwen_min.model import Qwen
 
@@ -63,8 +62,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return losses.mean()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_loss: Tensor):
+        refuse_second_derivatives()
         grad_hidden, *saved_for_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad_loss).to(ctx.dtype)

@@ -32,7 +32,7 @@ def checkpoint_folder(source: str | Path, files: tuple[str, ...] = ("*.safetenso
     """
     if Path(source).is_dir():
         return Path(source)
-    if source == "tiny":
+    if str(source) == "tiny":
         return TINY
     hub_id = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", str(source))
     if not hub_id:

@@ -42,6 +42,11 @@ def test_a_fresh_adapter_changes_nothing_merged_equals_adapted_and_removing_is_e
     assert model.state_dict().keys() == base.keys()
 
 
+def test_a_merge_does_not_round_an_fp64_weight():
+    layer = LoRALinear(torch.nn.Linear(3, 2, dtype=torch.float64), 1, 1.0)
+    assert torch.equal(layer.merged_weight(), layer.base_layer.weight)
+
+
 def test_merge_is_all_or_nothing(model, ids):
     before, *_, last = adapted(model, CONFIG)(ids), *adapter_parameters(model).values()
     sound = last.data.clone()

@@ -67,7 +67,9 @@ def test_samples_differ_and_a_seed_repeats_them(command):
     assert again == one != other
 
 
-def test_chat_answers_each_line_with_the_earlier_ones_in_mind(monkeypatch, command, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_chat_answers_each_line_with_the_earlier_ones_in_mind(monkeypatch, command, tmp_path, default_sigint, number):
+    """Ctrl-C stops an answer, of which counts what was written; SIGTERM stops the chat."""
     folder, prompts, write = tmp_path / "chatty", [], text.Writer.write
     shutil.copytree(TINY, folder)
     template_of(folder, TEMPLATE)
@@ -77,13 +79,16 @@ def test_chat_answers_each_line_with_the_earlier_ones_in_mind(monkeypatch, comma
         write(self, ids, seed, pieces)
         pieces[:] = ["7"]
         if len(prompts) == 1:
-            signal.raise_signal(signal.SIGTERM)  # stops the answer alone; what was written of it counts
+            signal.raise_signal(number)
 
     monkeypatch.setattr(text.Writer, "write", written)
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nnever read\n"))
     status, out, err = command("chat", "--model", folder, "--system", "be brief", "--max-tokens", 8)
-    assert status == 0
-    assert prompts == ["s:be brief;u:one;a:", "s:be brief;u:one;a:7;u:two;a:"]
+    wanted = ["s:be brief;u:one;a:", "s:be brief;u:one;a:7;u:two;a:"]
+    if number == signal.SIGTERM:
+        assert (status, prompts) == (143, wanted[:1])
+        return
+    assert (status, prompts) == (0, wanted)
     assert len(out) >= 16
     assert err.count("tokens/s") == 2
 
@@ -93,9 +98,10 @@ def test_chat_answers_each_line_with_the_earlier_ones_in_mind(monkeypatch, comma
     (["generate", "1.00", "--max-tokens", "99999"], "exceed the model's"),
     (["generate", "1.00", "--top-p", "2"], "top_p is 2.0, expected"),
     (["chat"], "has no chat template"),
+    (["generate", "-"], "standard input is closed"),
 ])  # fmt: skip
 def test_errors_are_one_line(monkeypatch, refused, arguments, message):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    monkeypatch.setattr(sys, "stdin", None)
     assert message in refused(*arguments, "--model", "tiny")
 
 
@@ -169,6 +175,9 @@ def test_added_tokens_that_are_not_called_special_stay_text_too(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(record))
     tokenizer = Tokenizer(tmp_path / "tokenizer.json")
     template = template_of(tmp_path, "<|im_start|>{{ messages[0].content }}")
+    loud = template_of(tmp_path, "{{ messages[0].content|upper }}")
+    with pytest.raises(CheckpointError, match="the chat template changes messages"):
+        loud.encode(tokenizer, [{"role": "user", "content": "<|im_start|>"}])
     for content in ("<|repo_name|>a<|fim_prefix|>", "<|im_start|><", "<"):
         assert template.encode(tokenizer, [{"role": "user", "content": content}]) == [258, *plain(content)]
 
@@ -177,5 +186,6 @@ def test_added_tokens_that_are_not_called_special_stay_text_too(tmp_path):
 def test_text_that_is_not_unicode_is_refused(monkeypatch, refused, tmp_path, tiny, content):
     with pytest.raises(TextError, match="is not Unicode"):
         template_of(tmp_path, CHATML).encode(tiny[1], [{"role": "user", "content": content}])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(content))
+    given = io.TextIOWrapper(io.BytesIO(content.encode(errors="surrogatepass")), "utf-8")
+    monkeypatch.setattr(sys, "stdin", given)
     assert "is not Unicode" in refused("generate", "-", "--model", "tiny")
