@@ -206,7 +206,9 @@ def test_command_counts_in_closed_form_what_would_take_long_to_trace(command):
     assert "Not traced" in out
 
 
-@pytest.mark.parametrize("words", [("--context", 1), ("--batch", 0), ("--batch", 10**20), ("--rank", -1), ("--rank", 10**12),
-                                   ("--context", 100000), ("--model", "/none"), ("--model", "8B")])  # fmt: skip
+@pytest.mark.parametrize("words", [
+    ("--context", 1), ("--context", 100000), ("--batch", 0), ("--batch", 10**20), ("--rank", -1), ("--rank", 10**12),
+    ("--model", "/none"), ("--model", "8B"),
+])  # fmt: skip
 def test_command_refuses_bad_input_in_one_line(refused, words):
     refused("flops", *words)
