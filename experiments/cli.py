@@ -58,15 +58,15 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
 
 
-def at_least(least: int, parse: Callable[[str], int], wanted: str) -> Callable[[str], int]:
-    """A parser of whole numbers, for argparse; `wanted` says in its message what it takes."""
+def at_least(least: int, parse: Callable[[str], int], wanted: str, most: int = 2**62) -> Callable[[str], int]:
+    """A parser of whole numbers up to `most`, for argparse; `wanted` says in its message what it takes."""
 
     def parsed(text: str) -> int:
         try:
             number = parse(text)
         except (ValueError, OverflowError):
             number = least - 1
-        if number < least:
+        if not least <= number <= most:
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return number
 
@@ -75,7 +75,7 @@ def at_least(least: int, parse: Callable[[str], int], wanted: str) -> Callable[[
 
 natural = at_least(0, int, "a whole number of at least 0")
 positive = at_least(1, int, "a whole number of at least 1")
-flops = at_least(1, lambda text: int(float(text)), "a number of FLOPs, expected one of at least 1, such as 1e17")
+flops = at_least(1, lambda text: int(float(text)), "a number of FLOPs, expected 1 to 1e40, such as 1e17", 10**40)
 
 
 def called(module: str) -> str:

@@ -136,8 +136,8 @@ def described(
     numbers = checkpoint_hash(embedded_or(judge.numbers)) if len(plan.texts) < len(plan.experiments) else None
     identity = {
         "plan": args.plan,
-        "experiments": [asdict(experiment) for experiment in plan.experiments],
         "seed": args.seed,
+        "experiments": [asdict(experiment) for experiment in plan.experiments],
         "sequences": args.sequences,
         "chosen_on": plan.chosen_on,
         "decoding": args.decoding,
@@ -188,6 +188,10 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
             flops.Ledger(out / "ledger.jsonl", args.budget),
             (args.model, identity["checkpoint_sha256"]),
         )
+        if ledger.spent > ledger.budget:
+            raise cli.CommandError(
+                f"{out} has spent {ledger.spent:.3e} FLOPs already; expected a --budget of that or more"
+            )
         return finish(Suite(plan, out, judge, ledger, args.convention, checkpoint, interruption, team))
 
 

@@ -44,7 +44,9 @@ def with_value(value):
     ({"trajectories": GOOD[:, :, :1]}, r"expected \(series, time steps, 2\)"),
     ({"trajectories": GOOD[:0]}, r"are \(0, 100, 2\)"),
     (with_value(np.nan), r"trajectories\[1, 5, 0\] is nan"),
-    (with_value(-1e-3), r"expected finite populations >= 0"),
+    (with_value(-1e-3), r"expected populations >= 0"),
+    ({"trajectories": np.full((2, 9, 2), 1e39)}, "is inf, expected populations >= 0 that are finite in float32"),
+    ({"trajectories": np.zeros((2, 9, 2))}, "all populations are 0"),
 ])  # fmt: skip
 def test_refuses_a_file_with_other_contents(tmp_path, arrays, message):
     with h5py.File(tmp_path / "bad.h5", "w") as file:
@@ -52,3 +54,11 @@ def test_refuses_a_file_with_other_contents(tmp_path, arrays, message):
             file[name] = array
     with pytest.raises(DataError, match=message):
         data.read(tmp_path / "bad.h5")
+
+
+def test_refuses_numbers_that_stand_for_others(tmp_path):
+    data.write(tmp_path / "a.h5", GOOD)
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file["trajectories"].attrs["add_offset"] = 3.0
+    with pytest.raises(DataError, match="trajectories has add_offset, as netCDF has"):
+        data.read(tmp_path / "a.h5")

@@ -1,11 +1,12 @@
 import re
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 
 from conftest import random_model
-from experiments.forecasting.grammar import DIGITS, Grammar, decode, may_be_wide, nats_of
+from experiments.forecasting.grammar import CHOICES, DIGITS, Grammar, decode, may_be_wide, nats_of
 from qwen_min.cache import ForkedCache
 from qwen_min.continuation import GraphContinuation
 from qwen_min.generation import pad_left, prefill
@@ -76,6 +77,18 @@ def test_a_time_step_of_ten_tokens_costs_six_passes(tiny):
     decoded(*tiny, CONTEXTS[:1])
     hook.remove()
     assert widths[1:] == [2, 1, 2] * 5 + [2, 1]  # the first follows the prefill, none the last digit
+
+
+def test_bf16_rounds_no_logit_to_that_of_a_smaller_digit(tiny):
+    model, tokenizer = deepcopy(tiny[0]).bfloat16(), tiny[1]
+    grammar = Grammar(tokenizer, 2, 2)
+    head = model.head_weight
+    head[[grammar.ids[character] for character in CHOICES]] = 0
+    head[[grammar.ids["3"], grammar.ids["7"]], 0] = 20  # in bf16 the next number is 20.125
+    head[grammar.ids["7"], 1] = 0.03
+    cache, hidden = prefill(model, torch.tensor([tokenizer.encode(CONTEXTS[0])]), grammar.columns(1))
+    (text,) = decode(model, grammar, cache, torch.ones_like(hidden), 1)
+    assert text[0] == "7"
 
 
 def test_samples_follow_the_model_s_probabilities(models):

@@ -219,6 +219,8 @@ def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_cont
     assert "Not finished: numbers." in (copied / "report.md").read_text()
     status, numbers = read(copied / "status.json"), copied / "experiments" / "numbers" / "settings.json"
     assert status["stopped"].startswith("numbers needs")
+    assert again(copied, "--budget", "1e6") == 2
+    assert "FLOPs already; expected a --budget of that or more" in capsys.readouterr().err
     assert again(copied) == 0
     assert "Raise --budget" not in capsys.readouterr().err
     assert "Not finished" not in (copied / "report.md").read_text()

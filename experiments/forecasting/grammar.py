@@ -76,8 +76,12 @@ class Grammar:
         return 2 * self.most_choices(num_values)
 
     def head(self, model: Qwen) -> Tensor:
-        """The rows of the model's head for CHOICES, (11, C)."""
-        return model.head_weight[[self.ids[character] for character in CHOICES]]
+        """The rows of the model's head for CHOICES, (11, C), in at least fp32.
+
+        In bf16 the largest logits are often equal, and the first of them, the smallest digit, would be chosen.
+        """
+        rows = model.head_weight[[self.ids[character] for character in CHOICES]]
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 @dataclass
@@ -164,14 +168,14 @@ def decode(
     head, append = grammar.head(model), continuation(model, cache)
     rows = [_Row(grammar, num_values, None if wide is None else wide[row]) for row in range(len(hidden))]
     row_indices = torch.arange(len(rows), device=hidden.device)
-    logits = hidden @ head.T  # (B, 11)
+    logits = hidden.to(head.dtype) @ head.T  # (B, 11)
     chosen = choose(logits[:, : len(DIGITS)], None if uniforms is None else uniforms[:, 0])
     for row, choice in zip(rows, *_on_cpu(logits, chosen), strict=True):
         row.choose(choice)
     while any(row.pending for row in rows):
         ids, real, last_index, guessed, draw_indices = _packed(grammar, rows, hidden.device)
         is_full = all(len(row.pending) == ids.shape[1] for row in rows)
-        logits = append(ids, None if is_full else real) @ head.T  # (B, T, 11)
+        logits = append(ids, None if is_full else real).to(head.dtype) @ head.T  # (B, T, 11)
         draws: Sequence[Tensor | None] = (None, None)
         if uniforms is not None:
             draws = uniforms.gather(1, draw_indices.clamp(max=uniforms.shape[1] - 1)).unbind(1)
@@ -194,7 +198,8 @@ def nats_of(model: Qwen, grammar: Grammar, hidden: Tensor, text: str, known: np.
     allowed = grammar.choices(text)
     counts = np.ones(grammar.index(text) + 1, bool) if known is None else known.ravel()
     positions = [at for at in range(len(text)) if len(allowed[at]) > 1 and counts[grammar.index(text[:at])]]
-    logits = (hidden[positions] @ grammar.head(model).T).float()  # (n, 11)
+    head = grammar.head(model)
+    logits = hidden[positions].to(head.dtype) @ head.T  # (n, 11)
     digits_only = torch.tensor([allowed[position] == DIGITS for position in positions], device=hidden.device)
     logits[:, -1].masked_fill_(digits_only, -torch.inf)
     targets = torch.tensor([CHOICES.index(text[position]) for position in positions], device=hidden.device)

@@ -66,9 +66,9 @@ def fit(
 ) -> GRU:
     """A network trained on series (N, T, D) for so many steps, on the CPU; progress is called with 1 after each.
 
-    The result depends on series, seed and steps alone; no validation data decide when to stop. The loss is the mean of
-    the fourth root of the squared error of each rolled-out path: a few trajectories with sharp peaks have errors a
-    thousand times the median, and would dominate a plain mean of squares.
+    The result depends on series, seed and steps, and on how the CPU rounds; no validation data decide when to stop. The
+    loss is the mean of the fourth root of the squared error of each rolled-out path: a few trajectories with sharp
+    peaks have errors a thousand times the median, and would dominate a plain mean of squares.
     """
     series, generator = torch.from_numpy(train).float(), torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -98,7 +98,7 @@ def save(network: GRU, path: Path, train: np.ndarray, seed: int, steps: int) -> 
 
 
 def load_or_fit(train: np.ndarray, seed: int, progress: Callable[[int], object] = lambda count: None) -> GRU:
-    """The network of TRAINED if that is what `fit` gives, as it is for the study's series and seed 0; else of `fit`."""
+    """The network of TRAINED if `fit` made it of the same series with the same seed; else what `fit` makes."""
     with safe_open(TRAINED, "pt") as file:
         if file.metadata() != _origin(train, seed, STEPS):
             return fit(train, seed, STEPS, progress)

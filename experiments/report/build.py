@@ -103,7 +103,8 @@ def verdict(run: Run) -> str | None:
     beaten = sum(ours.all.mse_filled < tests[one].all.mse_filled for one in run.baselines)
     subject = name + "," * ("," in name)
     text = (
-        f"On {ours.all.sequences} test sequences the mean squared error of {subject} is {words.number(ours.all.mse)}, "
+        f"On {words.counted(ours.all.sequences, 'test sequence')} the mean squared error of {subject} is "
+        f"{words.number(ours.all.mse)}, "
         f"smaller than that of {beaten} of {words.counted(len(run.baselines), 'baseline')}. The best baseline, {best}, "
         f"has {words.number(theirs.all.mse)}."
     )

@@ -83,16 +83,24 @@ def _holds(folder: Path, identity: dict) -> bool:
             old, new = stored.get(name), identity.get(name)
             if old == new:
                 continue
-            if isinstance(old, dict) and isinstance(new, dict):  # name what differs
-                differ = [key for key in old | new if old.get(key) != new.get(key)]
-                old, new = ({key: one.get(key) for key in differ} for one in (old, new))
-            told = f"has a run with {name} {_short(old)}, this run has {_short(new)}; choose another --out"
+            old, new = map(_short, _differing(old, new))
+            told = f"has a run with {name} {old}, this run has {new}; choose another --out"
             raise RunError(f"{folder}: {told}")
         return True
     leftovers = {"plan.json.partial", LOCK_FILE}  # of a run that was killed before it had a plan
     if folder.exists() and (not folder.is_dir() or any(p.name not in leftovers for p in folder.iterdir())):
         raise RunError(f"{folder}: exists but has no run; choose a new or empty --out")
     return False
+
+
+def _differing(old, new) -> tuple:
+    """What differs between two values: the entries of dicts, the first entry of lists of one length."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = {key: _differing(old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}
+        return tuple({key: pair[side] for key, pair in pairs.items()} for side in (0, 1))
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return next(_differing(*pair) for pair in zip(old, new, strict=True) if pair[0] != pair[1])
+    return old, new
 
 
 def _short(value) -> str:

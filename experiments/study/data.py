@@ -30,18 +30,20 @@ def read(path: str | Path) -> np.ndarray:
     """Read `/trajectories` from an HDF5 file: (N, T, 2) float32, populations, finite and not negative.
 
     Raises DataError when they are missing, have a wrong shape, are larger than MAX_ARRAY_BYTES or are kept in another
-    file, or when a value is not finite or is negative.
+    file, have attributes that change what they mean, or when a value is not finite in float32 or is negative.
     """
-    with opened(path) as file:
-        found = numbers_in(path, file, "trajectories", (3,), "the array 'trajectories'")[:].astype(np.float32)
-    trajectories = found + np.float32(0)  # turns -0 into 0
+    with opened(path) as file, np.errstate(over="ignore"):
+        array = numbers_in(path, file, "trajectories", (3,), "the array 'trajectories'")
+        trajectories = array[:].astype(np.float32) + np.float32(0)  # turns -0 into 0
     if trajectories.shape[2] != 2 or trajectories.size == 0:
         raise DataError(f"{path}: trajectories are {trajectories.shape}, expected (series, time steps, 2)")
+    if not trajectories.any():
+        raise DataError(f"{path}: all populations are 0, or too small for float32; nothing can be scaled by them")
     if (bad := ~(np.isfinite(trajectories) & (trajectories >= 0))).any():
         n, t, variable = np.argwhere(bad)[0]
         raise DataError(
             f"{path}: trajectories[{n}, {t}, {variable}] is {trajectories[n, t, variable]}, "
-            f"expected finite populations >= 0 ({bad.sum()} are not)"
+            f"expected populations >= 0 that are finite in float32 ({bad.sum()} are not)"
         )
     return trajectories
 

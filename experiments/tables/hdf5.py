@@ -34,8 +34,8 @@ def opened(path: str | Path, content: bytes | None = None) -> Iterator[h5py.File
 def numbers_in(path: str | Path, file: h5py.File, name: str, ranks: Sequence[int], expected: str) -> h5py.Dataset:
     """The array `name` of a file, which is not read yet. `expected` says for messages what the file should hold.
 
-    Raises DataError when it is missing, has no numbers or another rank, is larger than MAX_ARRAY_BYTES, or is kept in
-    another file.
+    Raises DataError when it is missing, has no numbers or another rank, is larger than MAX_ARRAY_BYTES, is kept in
+    another file, or has attributes that change what the numbers mean.
     """
     array, link, where = file.get(name), file.get(name, getlink=True), f"{path}: {name}"
     if not isinstance(array, h5py.Dataset):
@@ -49,6 +49,9 @@ def numbers_in(path: str | Path, file: h5py.File, name: str, ranks: Sequence[int
     if size > (most := min(MAX_ARRAY_BYTES, MAX_COMPRESSION * stored)):
         problem = f"claims {size:,} bytes, of which the file holds {stored:,}; expected at most {most:,}"
         raise DataError(f"{where} {problem}")
+    meanings = {key: array.attrs[key] for key in PACKED if key in array.attrs}
+    if packed := [key for key, value in meanings.items() if np.all(value == value)]:  # NaN is missing anyhow
+        raise DataError(f"{where} has {packed[0]}, as netCDF has; write the numbers that are meant")
     return array
 
 
@@ -56,15 +59,11 @@ def arrays_in(path: Path, content: bytes) -> Iterator[Table]:
     """The arrays in the content of a file, a table for each series.
 
     The file has `/trajectories` (N, T, D), or else arrays (T, D) or (T) at its root, one for each series. `/time` (T)
-    is the time axis of all series of T steps. Raises DataError for other files, and for attributes that change what the
-    numbers mean.
+    is the time axis of all series of T steps. Raises DataError for other files.
     """
     with opened(path, content) as file:
         arrays, clock = _arrays(path, file)
         for name, array in arrays.items():
-            meanings = {key: array.attrs[key] for key in PACKED if key in array.attrs}
-            if packed := [key for key, value in meanings.items() if np.all(value == value)]:  # NaN is missing anyhow
-                raise DataError(f"{path}: {name} has {packed[0]}, as netCDF has; write the numbers that are meant")
             count, is_study = array.shape[-1] if array.ndim > 1 else 1, array.ndim == 3 and clock is not None
             variables = ["prey", "predator"] if is_study and count == 2 else [f"x{at}" for at in range(count)]
             values = array[:].astype(np.float64)
