@@ -79,9 +79,8 @@ class Chooser:
         self.uniforms: Tensor | None = None  # (steps, R)
         self.seen: Tensor | None = None  # (R, V)
         if sampling.temperature:
-            generator = torch.Generator("cpu").manual_seed(
-                seed % 2**64
-            )  # there, so that every device draws the same numbers
+            # on the CPU, so that every device draws the same numbers
+            generator = torch.Generator("cpu").manual_seed(seed % 2**64)
             draws = torch.rand(steps, len(ids), generator=generator, dtype=torch.float64, device="cpu")
             self.uniforms = draws.to(ids.device)
         if sampling.repetition_penalty != 1:

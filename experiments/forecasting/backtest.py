@@ -111,18 +111,17 @@ def split(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndarray
     of these moves all of them, so that their ends are held out: a test must come after the training. Series that are
     too short for a forecast are not held out. Raises SeriesError when all are too short or too few.
     """
-    long = sum(len(one) >= max(MIN_CONTEXT, horizon) + horizon for one in series)
-    if times is None and len(series) >= MIN_SERIES and long > 2:  # one for each part
+    long = [len(one) >= max(MIN_CONTEXT, horizon) + horizon for one in series]
+    if times is None and len(series) >= MIN_SERIES and sum(long) > 2:  # one for each part
         return _by_series(series, horizon, long)
     return _by_time(series, horizon, times)
 
 
-def _by_series(series: Sequence[np.ndarray], horizon: int, long: int) -> Parts:
-    """The split of series of which the `long` longest are long enough to be held out."""
+def _by_series(series: Sequence[np.ndarray], horizon: int, long: Sequence[bool]) -> Parts:
+    """The split of N series; long (N): which of them are long enough to be held out."""
     order = np.random.default_rng(0).permutation(len(series))
-    enough = sorted(map(len, series))[-long]
-    order = np.array(sorted(order, key=lambda number: len(series[number]) < enough))  # the others in their order
-    count = max(1, round(HELD_OUT_SHARE * long))
+    order = np.array(sorted(order, key=lambda number: not long[number]))  # the others in their order
+    count = max(1, round(HELD_OUT_SHARE * sum(long)))
     test, val, train = (some.tolist() for some in np.split(order, (count, 2 * count)))
     known = {series[number].tobytes() for number in (*train, *val)}
     if copies := [number for number in test if series[number].tobytes() in known]:
