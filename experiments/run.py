@@ -83,7 +83,6 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
     from experiments.forecasting.forecaster import reads_values
     from experiments.forecasting.grammar import Grammar
     from experiments.study.judging import Judge
-    from experiments.training.windows import cut_tokens
     from qwen_min import load
     from qwen_min.weights import TINY
 
@@ -102,14 +101,9 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
         raise cli.CommandError(f"{args.model}: plan {plan.name} is for a model that {wanted}; choose another --model")
     writer = folder if plan.texts else TINY  # the judge encodes the series for it, whatever is trained
     model, tokenizer = load(writer, device, cli.chosen_dtype(args.dtype, device))
-    # tokens of a context and a forecast of two variables, with values up to 99
+    # tokens of a context and a forecast of two variables, with values up to 99; windows of trainings have fewer
     forecast = Grammar(tokenizer, encoding.decimals, 2).columns(plans.LONG_HORIZON * 2)
     needed = plans.CONTEXT_STEPS * (encoding.tokens_per_step(2) + 2) + 1 + forecast
-    sample = [tokenizer.encode(encoding.encode(trajectories[parts.train[0]]))]
-    for training in (one for experiment in plan.texts for one in plans.candidates(plan, experiment)):
-        assert training.context is not None  # candidates have all their settings
-        cut_tokens(sample, training)  # refuses a context longer than a trajectory
-        needed = max(needed, training.context)
     if needed > (positions := model.config.max_position_embeddings):
         raise cli.CommandError(
             f"{args.model}: has {positions} positions, plan {plan.name} needs {needed}; choose another --model or "
@@ -184,14 +178,12 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
             print(f"continuing {out}")
         if team.size > 1:
             print(f"{team.size} processes share out the batches of each training")
-        ledger, checkpoint = (
-            flops.Ledger(out / "ledger.jsonl", args.budget),
-            (args.model, identity["checkpoint_sha256"]),
-        )
+        ledger = flops.Ledger(out / "ledger.jsonl", args.budget)
         if ledger.spent > ledger.budget:
             raise cli.CommandError(
                 f"{out} has spent {ledger.spent:.3e} FLOPs already; expected a --budget of that or more"
             )
+        checkpoint = args.model, identity["checkpoint_sha256"]
         return finish(Suite(plan, out, judge, ledger, args.convention, checkpoint, interruption, team))
 
 

@@ -216,11 +216,12 @@ class NumberForecaster(SeriesForecaster):
     def _evened(self, array: np.ndarray, number: int) -> np.ndarray:
         """A series (T, D) whose variables end together: those that end early, with their own forecasts.
 
-        Raises SeriesError for one that ended long ago.
+        Raises SeriesError for one that ended long ago, or has no value at all.
         """
         array = array.copy()
         for variable, known in enumerate(np.isfinite(array).T):
-            if (late := int(known[::-1].argmax())) > LONGEST_GAP:
+            late = int(known[::-1].argmax()) if known.any() else len(known)
+            if late > LONGEST_GAP or late == len(known):
                 told = f"variable {variable} has no value in its newest {late} time steps; leave it out, or the series"
                 raise SeriesError(f"series {number}: {told}")
             if late:
@@ -268,9 +269,6 @@ class NumberForecaster(SeriesForecaster):
         batches: dict[tuple[int, int], list[int]] = defaultdict(list)
         for number, array in enumerate(arrays):
             length = min(len(array), longest)
-            if (empty := np.isnan(array[-length:]).all(0)).any():
-                told = f"variable {int(empty.argmax())} has no value in the newest {length} time steps"
-                raise SeriesError(f"series {number}: {told}")
             stride = reading.stride if reading else stride_of(length)
             batches[stride, -(-length // stride)].append(number)
         found = np.empty((len(arrays), len(LEVELS), horizon, variables))
