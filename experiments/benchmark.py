@@ -31,7 +31,6 @@ AutoARIMA leave out seasons above 24 steps.
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = cli.new_parser("experiments.benchmark", __doc__)
     p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
     cli.add_device(p, dtype=None)

@@ -20,7 +20,6 @@ MOST_TRACED = 1_000  # blocks of attention in a forward pass; a few seconds
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = cli.new_parser("experiments.costs", __doc__)
     add = p.add_argument
     add("--model", default="0.5B", help=f"{', '.join(SIZES)}, tiny, or a checkpoint: a folder or a hub id (default "

@@ -15,7 +15,6 @@ from experiments.storage.interruption import Interruption
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = cli.new_parser("experiments.export", __doc__)
     add = p.add_argument
     add("adapter", type=Path, help="folder of an adapter in peft's format")

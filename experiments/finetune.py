@@ -29,7 +29,6 @@ SETTINGS = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = cli.new_parser("experiments.finetune", __doc__)
     add = p.add_argument
     cli.add_data(p)

@@ -35,7 +35,6 @@ def numbers(text: str) -> list[float]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     from experiments.forecasting.scores import BAND
 
     p = cli.new_parser("experiments.forecast", __doc__)

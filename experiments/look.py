@@ -31,7 +31,6 @@ MOST_WEIGHTS = 3 * 2**20  # attention weights on a page, a byte each; all else i
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = cli.new_parser("experiments.look", __doc__)
     add = p.add_argument
     add("text", help="the text to show")

@@ -16,7 +16,6 @@ from experiments.storage.interruption import Interruption
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = cli.new_parser("experiments.pretrain", __doc__)
     add = p.add_argument
     add("checkpoint", choices=("numbers", "tiny", "gru"))

@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # --help need not wait for torch
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = cli.new_parser("experiments.run", __doc__)
     add = p.add_argument
     add("--plan", choices=plans.PLANS, default="quick", help="which experiments to run (default %(default)s)")

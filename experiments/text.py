@@ -21,7 +21,6 @@ INSTRUCT = "Qwen/Qwen2.5-0.5B-Instruct"  # the defaults of the rules are those o
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = cli.new_parser("experiments.text", __doc__)
     verbs = p.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("generate", help="continue a prompt", description="Continue a prompt.")

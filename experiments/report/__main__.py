@@ -20,7 +20,6 @@ from experiments.storage.runfolder import only_writer
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     p = cli.new_parser("experiments.report", __doc__)
     p.add_argument("folder", type=Path, help="folder of a run, of a fine-tuning, or with several run folders")
     p.add_argument("--shorten", action="store_true", help="shorten the ledger to a line for each range of steps, for "
