@@ -54,11 +54,3 @@ def test_refuses_a_file_with_other_contents(tmp_path, arrays, message):
             file[name] = array
     with pytest.raises(DataError, match=message):
         data.read(tmp_path / "bad.h5")
-
-
-def test_refuses_numbers_that_stand_for_others(tmp_path):
-    data.write(tmp_path / "a.h5", GOOD)
-    with h5py.File(tmp_path / "a.h5", "a") as file:
-        file["trajectories"].attrs["add_offset"] = 3.0
-    with pytest.raises(DataError, match="trajectories has add_offset, as netCDF has"):
-        data.read(tmp_path / "a.h5")
