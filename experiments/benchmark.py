@@ -30,8 +30,7 @@ AutoARIMA leave out seasons above 24 steps.
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    p = cli.new_parser("experiments.benchmark", __doc__)
+def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default)")
     cli.add_device(p, dtype=None)
     p.add_argument("--runs", type=cli.positive, default=5, help="runs of each measurement (default %(default)s)")
@@ -46,7 +45,6 @@ def parser() -> argparse.ArgumentParser:
     series.add_argument("--sets", choices=("development", "rest", "all"), default="development", help="series of the R "
                         "packages fpp2 and forecast (default), of all others, or both")  # fmt: skip
     series.add_argument("--out", type=Path, help="folder to write (default runs/series-SETS)")
-    return p
 
 
 def compare_series(which: str, out: Path) -> None:
@@ -90,7 +88,7 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     return 0
 
 
-main = cli.command(parser, work)
+parser, main = cli.command("experiments.benchmark", __doc__, options, work)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,13 +24,6 @@ class CommandError(ValueError):
     """A command cannot do what its arguments ask for."""
 
 
-def new_parser(module: str, about: str | None) -> argparse.ArgumentParser:
-    """A parser without arguments for a command; about: the docstring of its module, which --help shows as it is."""
-    return argparse.ArgumentParser(
-        prog=called(module), description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-
 def add_device(parser: argparse.ArgumentParser, dtype: str | None = "float32") -> None:
     """Add the options --device and --dtype; `chosen_dtype` reads the second one. dtype: its default."""
     add = parser.add_argument
@@ -132,16 +125,25 @@ def is_meant(error: Exception) -> bool:
     return isinstance(error, OSError | MemoryError) or type(error).__module__.partition(".")[0] in PACKAGES
 
 
+Options = Callable[[argparse.ArgumentParser], None]
 Work = Callable[[argparse.Namespace, Interruption], int]
 
 
-def command(parser: Callable[[], argparse.ArgumentParser], work: Work, module: str = "") -> Callable[..., int]:
-    """The `main` of a command: it parses the command line (None: that of the process) and returns the exit status.
+def command(
+    module: str, about: str | None, options: Options, work: Work, continues: bool = False
+) -> tuple[Callable[[], argparse.ArgumentParser], Callable[..., int]]:
+    """The `parser` and the `main` of a command; about: the docstring of its module, which --help shows as it is.
 
-    That is the result of work(arguments, interruption). After an error, which is one line on stderr, it is 2 for bad
-    input, 1 if the memory does not suffice, 128 + the signal's number if the process was asked to stop. module: that of
-    a command that continues where it was stopped.
+    main parses the command line (None: that of the process) and returns the exit status: the result of work(arguments,
+    interruption). After an error, which is one line on stderr, it is 2 for bad input, 1 if the memory does not suffice,
+    128 + the signal's number if the process was asked to stop. continues: True if it then goes on where it was stopped.
     """
+
+    def parser() -> argparse.ArgumentParser:
+        form = argparse.RawDescriptionHelpFormatter
+        made = argparse.ArgumentParser(prog=called(module), description=about, formatter_class=form)
+        options(made)
+        return made
 
     def main(argv: list[str] | None = None) -> int:
         args = parser().parse_args(argv)
@@ -152,7 +154,7 @@ def command(parser: Callable[[], argparse.ArgumentParser], work: Work, module: s
                 warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
                 return work(args, interruption)
         except Interrupted as error:
-            resume = f"; to continue from what is saved: {command_line(module, argv)}" if module else ""
+            resume = f"; to continue from what is saved: {command_line(module, argv)}" if continues else ""
             print(f"stopped by {error}{resume}", file=sys.stderr)
             return error.exit_status
         except Exception as error:
@@ -161,4 +163,4 @@ def command(parser: Callable[[], argparse.ArgumentParser], work: Work, module: s
             print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
             return 1 if isinstance(error, MemoryError) else 2
 
-    return main
+    return parser, main

@@ -19,15 +19,13 @@ SIZES = ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
 MOST_TRACED = 1_000  # blocks of attention in a forward pass; a few seconds
 
 
-def parser() -> argparse.ArgumentParser:
-    p = cli.new_parser("experiments.costs", __doc__)
+def options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add("--model", default="0.5B", help=f"{', '.join(SIZES)}, tiny, or a checkpoint: a folder or a hub id (default "
         "%(default)s)")  # fmt: skip
     add("--batch", type=int, default=4, help="rows in a batch (default %(default)s)")
     add("--context", type=int, default=512, help="tokens in a row (default %(default)s)")
     add("--rank", type=int, default=8, help="LoRA rank on q_proj and v_proj, 0: no LoRA (default %(default)s)")
-    return p
 
 
 def counts(model: str, batch: int, context: int, rank: int) -> dict:
@@ -103,7 +101,7 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     return 0
 
 
-main = cli.command(parser, work)
+parser, main = cli.command("experiments.costs", __doc__, options, work)
 
 if __name__ == "__main__":
     sys.exit(main())

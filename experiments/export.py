@@ -14,14 +14,12 @@ from experiments import cli
 from experiments.storage.interruption import Interruption
 
 
-def parser() -> argparse.ArgumentParser:
-    p = cli.new_parser("experiments.export", __doc__)
+def options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add("adapter", type=Path, help="folder of an adapter in peft's format")
     add("out", type=Path, help="folder to write; it must not exist")
     add("--model", help="checkpoint: a folder, a hub id or tiny (default: the one that the adapter records)")
     add("--dtype", choices=cli.DTYPES, default="bfloat16", help="type of the written weights (default %(default)s)")
-    return p
 
 
 def work(args: argparse.Namespace, _: Interruption) -> int:
@@ -47,7 +45,7 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     return 0
 
 
-main = cli.command(parser, work)
+parser, main = cli.command("experiments.export", __doc__, options, work)
 
 if __name__ == "__main__":
     sys.exit(main())

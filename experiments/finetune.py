@@ -28,8 +28,7 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def parser() -> argparse.ArgumentParser:
-    p = cli.new_parser("experiments.finetune", __doc__)
+def options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     cli.add_data(p)
     add("--model", default="numbers", help="numbers (default), or one that writes text: a folder, a hub id or tiny")
@@ -50,7 +49,6 @@ def parser() -> argparse.ArgumentParser:
     add("--targets", type=lambda text: tuple(text.split(",")), help="modules with an adapter, such as q_proj,v_proj "
         "(default: all linear layers)")  # fmt: skip
     add("--samples", type=int, help="paths whose median is a held-out forecast; 0: the likeliest one (default 20)")
-    return p
 
 
 def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFrame"], "Finetuning"]:
@@ -101,7 +99,7 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
         return 0
 
 
-main = cli.command(parser, work, "experiments.finetune")
+parser, main = cli.command("experiments.finetune", __doc__, options, work, continues=True)
 
 if __name__ == "__main__":
     sys.exit(main())

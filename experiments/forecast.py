@@ -34,10 +34,9 @@ def numbers(text: str) -> list[float]:
     return sorted(map(float, text.split(",")))
 
 
-def parser() -> argparse.ArgumentParser:
+def options(p: argparse.ArgumentParser) -> None:
     from experiments.forecasting.scores import BAND
 
-    p = cli.new_parser("experiments.forecast", __doc__)
     add = p.add_argument
     cli.add_data(p)
     add("--adapter", type=Path, help="folder of an adapter: of finetune, of run, or in peft's format")
@@ -52,7 +51,6 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="CSV to write (default: NAME.forecast.csv next to NAME.csv; of several forecasts.csv)")
     add("--plot", type=Path, help="figure to write: .png, .svg or .pdf")
     add("--force", action="store_true", help="overwrite existing files")
-    return p
 
 
 def check_outputs(args: argparse.Namespace, out: Path) -> None:
@@ -210,7 +208,7 @@ def plot(args: argparse.Namespace, series: list["pd.DataFrame"], forecast: "Fore
     print(f"{args.plot} (the first {most} of {len(series)} series)" if len(series) > most else args.plot)
 
 
-main = cli.command(parser, work)
+parser, main = cli.command("experiments.forecast", __doc__, options, work)
 
 if __name__ == "__main__":
     sys.exit(main())

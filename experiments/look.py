@@ -30,13 +30,11 @@ TOP = 5  # tokens that the logit lens lists after each layer
 MOST_WEIGHTS = 3 * 2**20  # attention weights on a page, a byte each; all else is smaller
 
 
-def parser() -> argparse.ArgumentParser:
-    p = cli.new_parser("experiments.look", __doc__)
+def options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add("text", help="the text to show")
     add("--model", default="tiny", help="checkpoint: a folder, a hub id or the embedded tiny (default %(default)s)")
     add("--out", type=Path, default=Path("look.html"), help="page to write or replace (default %(default)s)")
-    return p
 
 
 def inside(model: "Qwen", ids: "Tensor") -> "tuple[Tensor, Tensor]":
@@ -141,7 +139,7 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     return 0
 
 
-main = cli.command(parser, work)
+parser, main = cli.command("experiments.look", __doc__, options, work)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,15 +15,13 @@ from experiments import cli
 from experiments.storage.interruption import Interruption
 
 
-def parser() -> argparse.ArgumentParser:
-    p = cli.new_parser("experiments.pretrain", __doc__)
+def options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add("checkpoint", choices=("numbers", "tiny", "gru"))
     add("out", type=Path, help="folder to write")
     add("--steps", type=cli.positive, help="optimizer steps (default: those of the embedded checkpoint)")
     add("--seed", type=cli.natural, default=0, help="seed of series and weights (default %(default)s)")
     add("--no-pairs", action="store_true", help="numbers: without series of differential equations and maps")
-    return p
 
 
 def work(args: argparse.Namespace, interruption: Interruption) -> int:
@@ -58,7 +56,7 @@ def train_gru(out: Path, steps: int | None, seed: int) -> None:
     gru.save(network, out / gru.TRAINED.name, scaled, seed, steps)
 
 
-main = cli.command(parser, work, "experiments.pretrain")
+parser, main = cli.command("experiments.pretrain", __doc__, options, work, continues=True)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,8 +26,7 @@ if TYPE_CHECKING:  # --help need not wait for torch
     from experiments.study.suite import Suite
 
 
-def parser() -> argparse.ArgumentParser:
-    p = cli.new_parser("experiments.run", __doc__)
+def options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add("--plan", choices=plans.PLANS, default="quick", help="which experiments to run (default %(default)s)")
     add("--model", help="checkpoint: a folder, a hub id or an embedded one, tiny (default) or numbers (default of the "
@@ -45,7 +44,6 @@ def parser() -> argparse.ArgumentParser:
     add("--convention", choices=("exact", "study", "published"), default="study", help="how FLOPs are counted (default "
         "%(default)s, the strictest)")  # fmt: skip
     add("--out", type=Path, help="run folder (default runs/PLAN); all processes must see it")
-    return p
 
 
 def read_data(path: Path | None):
@@ -228,7 +226,7 @@ def finish(suite: "Suite") -> int:
     return 1 if stopped else 0
 
 
-main = cli.command(parser, work, "experiments.run")
+parser, main = cli.command("experiments.run", __doc__, options, work, continues=True)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,8 +20,7 @@ from experiments.storage.interruption import Interrupted, Interruption
 INSTRUCT = "Qwen/Qwen2.5-0.5B-Instruct"  # the defaults of the rules are those of its generation_config.json
 
 
-def parser() -> argparse.ArgumentParser:
-    p = cli.new_parser("experiments.text", __doc__)
+def options(p: argparse.ArgumentParser) -> None:
     verbs = p.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     one.add_argument("prompt", help="the text to continue; - reads it from standard input")
@@ -42,7 +41,6 @@ def parser() -> argparse.ArgumentParser:
         add("--repetition-penalty", type=float, default=1.1, help="more than 1: tokens that the text already has "
             "become less likely (default %(default)s)")  # fmt: skip
         add("--seed", type=int, default=0, help="seed of the draws (default %(default)s)")
-    return p
 
 
 class Writer:
@@ -142,7 +140,7 @@ def chat(args: argparse.Namespace, interruption: Interruption) -> int:
     return 0
 
 
-main = cli.command(parser, lambda args, interruption: args.work(args, interruption))
+parser, main = cli.command("experiments.text", __doc__, options, lambda args, stop: args.work(args, stop))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,12 +19,10 @@ from experiments.storage.interruption import Interruption
 from experiments.storage.runfolder import only_writer
 
 
-def parser() -> argparse.ArgumentParser:
-    p = cli.new_parser("experiments.report", __doc__)
+def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("folder", type=Path, help="folder of a run, of a fine-tuning, or with several run folders")
     p.add_argument("--shorten", action="store_true", help="shorten the ledger to a line for each range of steps, for "
         "a run that is kept; it can still be continued")  # fmt: skip
-    return p
 
 
 def work(args: argparse.Namespace, _: Interruption) -> int:
@@ -38,7 +36,7 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     return 0
 
 
-main = cli.command(parser, work)
+parser, main = cli.command("experiments.report", __doc__, options, work)
 
 if __name__ == "__main__":
     sys.exit(main())
