@@ -72,11 +72,11 @@ def compare_series(which: str, out: Path) -> None:
     print(summary.to_string(float_format="%.3f"))
 
 
-def work(args: argparse.Namespace, _: Interruption) -> int:
-    """Measure and print; the exit status."""
+def work(args: argparse.Namespace, _: Interruption) -> None:
+    """Measure and print."""
     if args.part:
         compare_series(args.sets, args.out or Path("runs") / f"series-{args.sets}")
-        return 0
+        return
     from experiments.benchmarking.measurement import chosen, measure
     from qwen_min.weights import checkpoint_folder
 
@@ -85,7 +85,6 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     sides = chosen(args.peers, device)
     for line in measure(checkpoint_folder(args.model), device, dtype, args.runs, sides, args.short):
         print(line, flush=True)
-    return 0
 
 
 parser, main = cli.command("experiments.benchmark", __doc__, options, work)

@@ -126,7 +126,7 @@ def is_meant(error: Exception) -> bool:
 
 
 Options = Callable[[argparse.ArgumentParser], None]
-Work = Callable[[argparse.Namespace, Interruption], int]
+Work = Callable[[argparse.Namespace, Interruption], int | None]
 
 
 def command(
@@ -135,8 +135,8 @@ def command(
     """The `parser` and the `main` of a command; about: the docstring of its module, which --help shows as it is.
 
     main parses the command line (None: that of the process) and returns the exit status: the result of work(arguments,
-    interruption). After an error, which is one line on stderr, it is 2 for bad input, 1 if the memory does not suffice,
-    128 + the signal's number if the process was asked to stop. continues: True if it then goes on where it was stopped.
+    interruption), or 0. After an error, which is one line on stderr, it is 2 for bad input, 1 if the memory does not
+    suffice, 128 + the signal's number if the process was asked to stop. continues: it then goes on where it was.
     """
 
     def parser() -> argparse.ArgumentParser:
@@ -152,7 +152,7 @@ def command(
         try:
             with Interruption() as interruption, memory_errors(), warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-                return work(args, interruption)
+                return work(args, interruption) or 0
         except Interrupted as error:
             resume = f"; to continue from what is saved: {command_line(module, argv)}" if continues else ""
             print(f"stopped by {error}{resume}", file=sys.stderr)

@@ -94,11 +94,10 @@ def table(result: dict) -> str:
     return "\n".join([*lines, "", outcome, "", *(f"{name}: {meaning}." for name, meaning in CONVENTIONS.items())])
 
 
-def work(args: argparse.Namespace, _: Interruption) -> int:
-    """Count and print; the exit status."""
+def work(args: argparse.Namespace, _: Interruption) -> None:
+    """Count and print."""
     result = counts(args.model, args.batch, args.context, args.rank)
     print(f"{args.model}, {args.batch} x {args.context} tokens, LoRA rank {args.rank}\n\n{table(result)}")
-    return 0
 
 
 parser, main = cli.command("experiments.costs", __doc__, options, work)

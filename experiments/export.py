@@ -22,8 +22,8 @@ def options(p: argparse.ArgumentParser) -> None:
     add("--dtype", choices=cli.DTYPES, default="bfloat16", help="type of the written weights (default %(default)s)")
 
 
-def work(args: argparse.Namespace, _: Interruption) -> int:
-    """Load, merge and save; the exit status."""
+def work(args: argparse.Namespace, _: Interruption) -> None:
+    """Load, merge and save."""
     import torch
 
     from experiments.forecasting import Forecaster
@@ -42,7 +42,6 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     if (args.adapter / TRAINED_FILE).exists():
         shutil.copyfile(args.adapter / TRAINED_FILE, args.out / TRAINED_FILE)
     print(args.out)
-    return 0
 
 
 parser, main = cli.command("experiments.export", __doc__, options, work)

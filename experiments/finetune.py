@@ -73,8 +73,8 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFr
     return series, job
 
 
-def work(args: argparse.Namespace, interruption: Interruption) -> int:
-    """Fine-tune, together with the processes that torchrun started, and print the result; the exit status."""
+def work(args: argparse.Namespace, interruption: Interruption) -> None:
+    """Fine-tune, together with the processes that torchrun started, and print the result."""
     from experiments.forecasting.backtest import better_baseline
     from experiments.report.build import write_report
     from experiments.tables.text import series_name
@@ -96,7 +96,6 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
         print("\n".join([*summary(metrics), f"adapter: {folder / 'adapter'}; results: {page}"]))
         if better := better_baseline(metrics["errors"], "after"):
             print(better)
-        return 0
 
 
 parser, main = cli.command("experiments.finetune", __doc__, options, work, continues=True)

@@ -146,8 +146,8 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
         print(better)
 
 
-def work(args: argparse.Namespace, _: Interruption) -> int:
-    """Read, forecast, write, and print the paths of the files written; the exit status. Bad input writes nothing."""
+def work(args: argparse.Namespace, _: Interruption) -> None:
+    """Read, forecast, write, and print the paths of the files written. Bad input writes nothing."""
     from experiments import tables
     from experiments.forecasting.adapter import resolve
     from experiments.forecasting.contexts import named, names_of
@@ -179,14 +179,13 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     forecaster = load_model(args, list(series[0].columns))
     if args.backtest:
         backtest(args, forecaster, series)
-        return 0
+        return
     with named(*names_of(series)):
         forecast = forecasts(args, forecaster, [one.to_numpy() for one in series], quantiles)
     write_whole(out, tables.write(series, forecast.values, forecast.quantiles, quantiles))
     print(out)
     if args.plot:
         plot(args, series, forecast, quantiles)
-    return 0
 
 
 def plot(args: argparse.Namespace, series: list["pd.DataFrame"], forecast: "Forecast", quantiles: list) -> None:

@@ -81,8 +81,8 @@ def read_series(text: str, tokenizer: "Tokenizer") -> "tuple[str, Grammar | None
     return text, None, []
 
 
-def work(args: argparse.Namespace, _: Interruption) -> int:
-    """Load the model, read the text and write the page; the exit status."""
+def work(args: argparse.Namespace, _: Interruption) -> None:
+    """Load the model, read the text and write the page."""
     import torch
 
     from experiments.forecasting.grammar import ALPHABET, decode
@@ -136,7 +136,6 @@ def work(args: argparse.Namespace, _: Interruption) -> int:
     values = {"num_read": num_read, "uniform": uniform, "config": config, "top": TOP, "forecast": forecast}
     write_pages([args.out], "look", title=f"A text inside the model {args.model}", verdict=verdict, data=data, **values)
     print(args.out)
-    return 0
 
 
 parser, main = cli.command("experiments.look", __doc__, options, work)

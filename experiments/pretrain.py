@@ -24,8 +24,7 @@ def options(p: argparse.ArgumentParser) -> None:
     add("--no-pairs", action="store_true", help="numbers: without series of differential equations and maps")
 
 
-def work(args: argparse.Namespace, interruption: Interruption) -> int:
-    """Pretrain; the exit status."""
+def work(args: argparse.Namespace, interruption: Interruption) -> None:
     from experiments.training import pretraining, tiny
 
     if args.checkpoint == "gru":
@@ -35,7 +34,6 @@ def work(args: argparse.Namespace, interruption: Interruption) -> int:
     else:
         pretraining.pretrain(args.out, args.steps or pretraining.STEPS, args.seed, not args.no_pairs, interruption)
     print(args.out)
-    return 0
 
 
 def train_gru(out: Path, steps: int | None, seed: int) -> None:

@@ -106,17 +106,16 @@ def standard_input() -> TextIO:
     return sys.stdin
 
 
-def generate(args: argparse.Namespace, _: Interruption) -> int:
+def generate(args: argparse.Namespace, _: Interruption) -> None:
     """Print a continuation of the prompt."""
     writer = Writer(args)
     prompt = standard_input().read() if args.prompt == "-" else args.prompt
     ids = writer.checked(writer.tokenizer.encode(prompt))
     print(prompt, end="", flush=True)
     writer.write(ids, args.seed, [])
-    return 0
 
 
-def chat(args: argparse.Namespace, interruption: Interruption) -> int:
+def chat(args: argparse.Namespace, interruption: Interruption) -> None:
     """Answer each line of standard input, with all earlier lines and answers in mind."""
     from qwen_min.chat import ChatTemplate
 
@@ -137,7 +136,6 @@ def chat(args: argparse.Namespace, interruption: Interruption) -> int:
                     raise
                 interruption.asked = None  # the answer was to stop, not the chat
             messages.append({"role": "assistant", "content": "".join(pieces)})
-    return 0
 
 
 parser, main = cli.command("experiments.text", __doc__, options, lambda args, stop: args.work(args, stop))

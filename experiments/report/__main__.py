@@ -25,15 +25,14 @@ def options(p: argparse.ArgumentParser) -> None:
         "a run that is kept; it can still be continued")  # fmt: skip
 
 
-def work(args: argparse.Namespace, _: Interruption) -> int:
-    """Write the pages; the exit status."""
+def work(args: argparse.Namespace, _: Interruption) -> None:
+    """Write the pages."""
     folder, ledger = args.folder, args.folder / "ledger.jsonl"
     with only_writer(folder):
         is_run = (folder / "plan.json").exists()
         if args.shorten and (ledger.exists() or not is_run):  # a run without trainings has none
             shorten_ledger(ledger)
         print(write_report(folder) if is_run else write_comparison(folder))
-    return 0
 
 
 parser, main = cli.command("experiments.report", __doc__, options, work)
