@@ -11,15 +11,9 @@ results. A command that was stopped or killed continues where it was.
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from experiments import cli
 from experiments.storage.interruption import Interruption
-
-if TYPE_CHECKING:  # --help need not wait for torch
-    import pandas as pd
-
-    from experiments.training.finetuning import Finetuning
 
 # the options that `Finetuning` takes by their names here, if they are given
 SETTINGS = (
@@ -51,39 +45,31 @@ def options(p: argparse.ArgumentParser) -> None:
     add("--samples", type=int, help="paths whose median is a held-out forecast; 0: the likeliest one (default 20)")
 
 
-def check_inputs(args: argparse.Namespace, device: str) -> tuple[list["pd.DataFrame"], "Finetuning"]:
-    """Read and check everything that a fine-tuning needs, and tell what it will be. Write nothing."""
+def work(args: argparse.Namespace, interruption: Interruption) -> None:
+    """Fine-tune, together with the processes that torchrun started, and print the result. Bad input writes nothing."""
     from experiments import tables
     from experiments.forecasting import Forecaster
     from experiments.forecasting.adapter import embedded_or
+    from experiments.forecasting.backtest import better_baseline
     from experiments.forecasting.contexts import named, names_of
     from experiments.forecasting.forecaster import reads_values
-    from experiments.training.finetuning import Finetuning
-
-    cli.checked_device(device)
-    # `backtest.split` fills what a model that writes text trains on
-    missing = "keep" if args.missing == "interpolate" or reads_values(embedded_or(args.model)) else "error"
-    series = tables.read_series(*args.series, columns=args.columns, missing=missing, id=args.id, wide=args.wide)
-    print(tables.told(series))
-    forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
-    settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
-    with named(*names_of(series)):
-        job = Finetuning(forecaster, series, **settings)
-    print(job.told)
-    return series, job
-
-
-def work(args: argparse.Namespace, interruption: Interruption) -> None:
-    """Fine-tune, together with the processes that torchrun started, and print the result."""
-    from experiments.forecasting.backtest import better_baseline
     from experiments.report.build import write_report
     from experiments.tables.text import series_name
-    from experiments.training.finetuning import summary
+    from experiments.training.finetuning import Finetuning, summary
     from experiments.training.team import joined
 
     out = args.out or Path("runs") / series_name(args.series[0])
     with joined(args.device, out) as (team, device, folder):
-        series, job = check_inputs(args, device)
+        cli.checked_device(device)
+        # `backtest.split` fills what a model that writes text trains on
+        missing = "keep" if args.missing == "interpolate" or reads_values(embedded_or(args.model)) else "error"
+        series = tables.read_series(*args.series, columns=args.columns, missing=missing, id=args.id, wide=args.wide)
+        print(tables.told(series))
+        forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
+        settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
+        with named(*names_of(series)):
+            job = Finetuning(forecaster, series, **settings)
+        print(job.told)
         record = {
             "command": cli.command_line("experiments.finetune"),
             "title": series[0].attrs["name"] + (f" and {len(series) - 1} more series" if len(series) > 1 else ""),
