@@ -68,22 +68,6 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
         raise cli.CommandError(f"--out and --plot are both {out}; name two files")
 
 
-def load_model(args: argparse.Namespace, variables: list[str]) -> "Forecaster":
-    """The forecaster; prints what it is, and what a user should know of it."""
-    from experiments.forecasting import Forecaster
-    from experiments.forecasting.text import TextForecaster
-    from qwen_min.linear import keep_only_packed
-
-    device = cli.checked_device(args.device)
-    forecaster = Forecaster.load(args.model, args.adapter, device, cli.chosen_dtype(args.dtype, device))
-    if isinstance(forecaster, TextForecaster):
-        keep_only_packed(forecaster.model)
-    name, _ = forecaster.checkpoint
-    print(f"model: {name}" + (f" with the adapter {args.adapter}" if args.adapter else ""))
-    forecaster.check_variables(variables)
-    return forecaster
-
-
 def forecasts(args: argparse.Namespace, forecaster: "Forecaster", contexts: list, quantiles: list) -> "Forecast":
     """Continue the contexts, arrays (T, D), as the command line says."""
     from tqdm import tqdm
@@ -149,12 +133,14 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
 def work(args: argparse.Namespace, _: Interruption) -> None:
     """Read, forecast, write, and print the paths of the files written. Bad input writes nothing."""
     from experiments import tables
+    from experiments.forecasting import Forecaster
     from experiments.forecasting.adapter import resolve
     from experiments.forecasting.contexts import named, names_of
     from experiments.forecasting.forecaster import reads_values
     from experiments.forecasting.scores import BAND
     from experiments.storage.files import write_whole
     from experiments.tables.text import series_name
+    from qwen_min.linear import keep_only_packed
 
     name, folder, _trained = resolve(args.model, args.adapter)
     is_text = not reads_values(folder)
@@ -176,7 +162,12 @@ def work(args: argparse.Namespace, _: Interruption) -> None:
     if not args.backtest:
         check_outputs(args, out)
     print(tables.told(series))
-    forecaster = load_model(args, list(series[0].columns))
+    device = cli.checked_device(args.device)
+    forecaster = Forecaster.load(args.model, args.adapter, device, cli.chosen_dtype(args.dtype, device))
+    if is_text:
+        keep_only_packed(forecaster.model)
+    print(f"model: {name}" + (f" with the adapter {args.adapter}" if args.adapter else ""))
+    forecaster.check_variables(list(series[0].columns))
     if args.backtest:
         backtest(args, forecaster, series)
         return
