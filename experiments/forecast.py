@@ -93,7 +93,7 @@ def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["p
     from experiments.forecasting.scores import BAND, inside, samples_needed
 
     tests.check_context(args.context)
-    ends = set(forecaster.trained.ends or []) if forecaster.trained else set()
+    ends = forecaster.trained.ends if forecaster.trained else None
     if forecaster.trained and not ends:
         told = "the adapter does not record its training rows: it may have seen the rows below"
         warnings.warn(told, stacklevel=2)

@@ -29,8 +29,8 @@ def options(p: argparse.ArgumentParser) -> None:
     for verb, work in ((one, generate), (many, chat)):
         verb.set_defaults(work=work)
         add = verb.add_argument
-        add("--model", default=INSTRUCT, help="checkpoint: a folder, a hub id or the embedded tiny (default "
-            "%(default)s)")  # fmt: skip
+        add("--model", help=f"checkpoint: a folder, a hub id or the embedded tiny (default: that of the adapter, or "
+            f"{INSTRUCT})")  # fmt: skip
         add("--adapter", help="folder of a LoRA adapter in peft's format")
         cli.add_device(verb, dtype="bfloat16")
         add("--max-tokens", type=cli.positive, default=512, help="most tokens of an answer (default %(default)s)")
@@ -50,16 +50,16 @@ class Writer:
         """Load the checkpoint, and the adapter if there is one. Raises errors that `cli.is_meant` for the user."""
         import torch
 
+        from experiments.forecasting.adapter import resolve
         from lora import load_adapter, merge_and_unload
         from qwen_min import load
         from qwen_min.linear import keep_only_packed, packs_single_row
         from qwen_min.sampling import Sampling
-        from qwen_min.weights import checkpoint_folder
 
         self.args = args
         self.rules = Sampling(args.temperature, args.top_k, args.top_p, args.repetition_penalty)
         device = cli.checked_device(args.device)
-        self.folder = checkpoint_folder(args.model)
+        _, self.folder, _ = resolve(args.model or (None if args.adapter else INSTRUCT), args.adapter)
         self.model, self.tokenizer = load(self.folder, device, getattr(torch, args.dtype))
         if args.adapter:
             load_adapter(self.model, args.adapter)

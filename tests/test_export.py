@@ -19,7 +19,7 @@ from qwen_min.weights import TINY, save
 def exported(tmp_path):
     """The embedded checkpoint with an adapter that changes it, the adapter's folder, and what `export` is to write."""
     model = adapted(load("tiny")[0], LoraConfig(4, 8, ("q_proj", "v_proj", "down_proj")), 0.05)
-    write_adapter(model, tmp_path, Trained("tiny", checkpoint_hash(TINY), Encoding(0.5, 2), ends=["00" * 8]))
+    write_adapter(model, tmp_path, Trained("tiny", checkpoint_hash(TINY), Encoding(0.5, 2), ends={"00" * 8: 0}))
     return model, tmp_path / "adapter", tmp_path / "merged"
 
 

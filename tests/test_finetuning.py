@@ -10,7 +10,7 @@ import pytest
 
 from experiments import training
 from experiments.forecasting import Forecaster
-from experiments.forecasting.adapter import Trained, end_hash
+from experiments.forecasting.adapter import Trained, end_hash, ends_of
 from experiments.forecasting.backtest import Origin, baseline_forecasts, held_out, scores, split
 from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.scores import mean_interval
@@ -19,6 +19,7 @@ from experiments.storage.interruption import Interrupted, Interruption
 from experiments.tables import common_times, read_series
 from experiments.training import loop
 from experiments.training.finetuning import Finetuning
+from experiments.training.text_tuning import TextTuning
 from experiments.training.windows import TrainingError
 from tests.faults import contents
 
@@ -334,21 +335,35 @@ def test_held_out_places_know_nothing_of_what_follows_and_count_what_is_known():
 
 def test_a_back_test_leaves_out_the_rows_that_trained_an_adapter():
     series = waves(3, 80)
-    ends = {end_hash(one[:60]) for one in series[:2]}
+    ends = ends_of(series[0][:60]) | ends_of(series[1][:60])
     starts = [[len(place.context) for place in held_out(series, 5, 6, ends) if place.series == at] for at in range(3)]
     assert starts == [[60, 65, 70, 75]] * 2 + [[50, 55, 60, 65, 70, 75]]
     # a shop that has closed ends like others that have
     shops = [np.append(np.arange(20.0) + 10 * at, np.zeros(60))[:, None] for at in (0, 1)]
-    assert {place.series for place in held_out(shops, 5, 2, {end_hash(shops[0])})} == {1}
+    assert {place.series for place in held_out(shops, 5, 2, ends_of(shops[0]))} == {1}
     # older rows are gone, or have been found, also of a series of few rows
-    few = {end_hash(series[0][:20])}
+    few = ends_of(series[0][:20])
     for rows in (series[0][2:26], np.append(series[1], series[0][:26], axis=0)):
         assert [len(rows) - len(place.context) for place in held_out([rows], 3, 9, few)] == [6, 3]
     assert [len(place.context) for place in held_out([series[0][10:]], 5, 6, ends)] == [50, 55, 60, 65]
+    # newest rows are gone, or have been revised
+    revised = np.append(series[0][:59], series[0][59:] + 0.01, axis=0)
+    assert [len(place.context) for place in held_out([revised], 5, 6, ends)] == [60, 65, 70, 75]
+    with pytest.raises(SeriesError, match="the adapter was trained on all rows that could be held out"):
+        held_out([series[0][:50]], 5, 6, ends)
     rows = np.array([[1.0], [-0.0], [np.nan]])
     assert end_hash(rows) == end_hash(np.array([[1.0], [0.0], [-np.nan]])) != end_hash(rows + 1)
     with pytest.raises(SeriesError, match="the adapter was trained on all rows that could be held out"):
         held_out([one[:60] for one in series[:2]], 5, 5, ends)
+
+
+def test_held_out_forecasts_of_text_read_what_the_training_reads():
+    series = [np.sin(np.arange(420) / (3 + at))[:, None] for at in range(2)]
+    tuning = TextTuning(Forecaster.load("tiny"), series, 130, samples=0, steps=1)
+    assert tuning.context == (2048 - 8 * 130) // 5  # not twice the horizon, as those that have room
+    assert tuning.settings.context == 5 * (tuning.context + 130)
+    with pytest.raises(TrainingError, match="a forecast of 130 time steps after 202 does not fit: the model has 2048"):
+        TextTuning(Forecaster.load("tiny"), series, 130, context=202)
 
 
 def test_missing_values_do_not_count_in_the_loss():

@@ -137,6 +137,13 @@ def test_values_beyond_the_encoding_are_refused(tiny, forecaster):
         forecaster.nats_per_value(waves()[:1], [-np.ones((2, 2))])
 
 
+def test_how_likely_a_continuation_is_does_not_depend_on_the_others_of_the_call():
+    forecaster, series = Forecaster.load("tiny"), np.sin(np.arange(250) / 3)[:, None]
+    with pytest.warns(SeriesWarning, match="only the newest"):  # none is as long as the longer of both leaves room for
+        alone, both = (forecaster.nats_per_value([series] * n, [series[:5], series[:60]][:n]) for n in (1, 2))
+    assert alone[0] == both[0]
+
+
 def test_minus_zero_is_forecast_as_zero_and_the_smallest_float_is_accepted(forecaster):
     found = [forecaster.forecast([np.array([[1.0, 2.0], [zero, 3.0], [2.0, 4.0]])], 3).values for zero in (0.0, -0.0)]
     np.testing.assert_array_equal(*found)

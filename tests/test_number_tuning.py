@@ -123,6 +123,10 @@ def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_
     assert found.shares.startswith("50 % fine-tuned, 50 % AR in the first 2 steps, then 100 % AR, as was best")
     assert found.width == 1 / 16
     np.testing.assert_allclose(combined(parts, found)[:, 4], truth[:, 0])
+    only = replace(found, near={"AR": 1.0})  # the interval is that of the decoder that the forecast then makes, too
+    np.testing.assert_array_equal(
+        combined(parts, only), combined({name: parts[name] for name in parts if name != TUNED}, only)
+    )
     few = [place._replace(series=place.series % 4, group=place.group % 4) for place in held]
     assert best_shares(parts, few, Reading(16, 4, 3)).width == 1  # forecasts of so few series decide no interval
     uneven = truth + np.where(np.arange(20) % 4, 0.001, 0.3)[:, None, None, None]  # three quarters are almost right
@@ -148,14 +152,15 @@ def assert_foreign_series_are_forecast_without(tuned, series):
 
 def test_without_logarithms_series_on_another_scale_are_foreign_too():
     series = [one - one.mean(axis=0) for one in patterns(24)]
-    series = [np.append(one, np.zeros((len(one), 1)), axis=1) for one in series]  # a constant changes nothing
+    series = [np.append(one, np.full((len(one), 1), 0.1), axis=1) for one in series]  # a constant changes nothing
     forecaster = Forecaster.load("numbers")
     training.finetune(forecaster, series, 4, steps=1, batch=2, rank=2)
     reading = replace(forecaster.trained.reading, near={TUNED: 1.0}, far={TUNED: 1.0})
     assert reading.mean is not None
     assert reading.offset is None
     forecaster.trained = replace(forecaster.trained, reading=reading)
-    assert_foreign_series_are_forecast_without(forecaster, [series[0], series[0] * [1, 1e-3, 1], series[0] + 1e4])
+    foreign = [series[0] * [1, 1e-3, 1], series[0] + [1e4, 1e4, 0], series[0] + [0, 0, 0.01]]
+    assert_foreign_series_are_forecast_without(forecaster, [series[0], *foreign])
 
 
 @pytest.mark.slow
@@ -172,7 +177,8 @@ def test_fine_tuning_helps_where_there_is_something_to_learn_and_its_adapter_for
     ours, theirs = (one.forecast(contexts, 4, [0.1, 0.9]) for one in (forecaster, loaded))
     np.testing.assert_array_equal(ours.quantiles, theirs.quantiles)
     assert not np.allclose(ours.values, zero_shot.values)
-    assert np.isfinite(loaded.forecast(contexts, 50).values).all()  # far beyond what it was trained for
+    with pytest.warns(SeriesWarning, match="the adapter was trained to forecast 4 time steps, not 50: intervals of"):
+        assert np.isfinite(loaded.forecast(contexts, 50).values).all()
     with pytest.raises(SeriesError, match="have 1 variables, the adapter was trained on 2"):
         loaded.forecast([np.arange(20.0)], 4)
     foreign = [series[0] - 3, series[0] / 1e4, series[0] * [1e-4, 1], series[0] * [1, 1e4]]

@@ -138,8 +138,18 @@ def test_a_long_season_is_found_only_where_there_is_one():
     for some in (with_gaps, with_spike, with_outage, LOAD + 0.2 * NOISE, LOAD[:504], LOAD + 1e7, 1e300 * LOAD):
         assert long_season(some, 512) in (168, 336)
     smooth, spikes = np.convolve(NOISE, np.hanning(300), "valid"), 60.0 * (NOISE > 3)
-    for some in (LOAD[: 24 * 20], wave(600, 24), NOISE, NOISE.cumsum(), smooth, spikes, np.full(600, np.nan)):
+    for some in (
+        LOAD[: 24 * 20],
+        wave(600, 24) + 0.1 * NOISE[:600],
+        NOISE,
+        NOISE.cumsum(),
+        smooth,
+        spikes,
+        np.full(600, np.nan),
+    ):
         assert long_season(some, 512) == 0
+    exact = np.resize([1, 5, 2, 7, 0, 0, 3], 150)  # multiples of its season are long
+    assert [long_season(factor * exact, 512) > 0 for factor in (1, 3.7)] == [True, True]
     beside = np.stack([WANDERING[0], NOISE.cumsum(), np.ones(1344)], axis=1)  # they have no long season
     less, raised = without_long_seasons(beside, 24, 512)
     assert (len(less), raised[:, 1:].tolist()) == (1344 - 504, [[0, 0]] * 24)
@@ -212,10 +222,14 @@ def test_what_is_missing_at_an_end_is_not_read(forecaster):
         forecaster.forecast([series, np.concatenate((series, empty))], 5)
     several = np.stack([series, wave(60, 12), np.full(60, 3.0)], axis=1)
     several[:40, 1] = several[-7:, 0] = several[30:, 2] = np.nan
-    evened = forecaster._evened(several, 0)
+    evened, around = forecaster._evened(several, 0, 5)
     np.testing.assert_array_equal(evened[:, 1], several[:, 1])
     assert (evened[:, 2] == 3).all()
     np.testing.assert_array_equal(evened[-7:, 0], forecaster.forecast([series[:-7]], 7).values[0, :, 0])
+    late = forecaster.forecast([several], 5, LEVELS).quantiles[0, :, :, 0]
+    alone = forecaster.forecast([series[:-7]], 12, LEVELS).quantiles[0, :, 7:, 0]
+    np.testing.assert_allclose(late - late[4], alone - alone[4])  # as uncertain as from where it ends
+    assert around.keys() == {0, 2}
     ended = np.stack([wave(400, 7), np.append(wave(200, 7), empty)], axis=1)
     with pytest.raises(SeriesError, match="series 0: variable 1 has no value in its newest 200 time steps; leave it"):
         forecaster.forecast([ended], 5)

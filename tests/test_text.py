@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,7 @@ CHATML = (
     "{% for message in messages %}<|endoftext|>{{ message.role }}:{{ message.content | trim }}{% endfor %}"
     "{% if add_generation_prompt %}<|endoftext|>{% endif %}"
 )
+ADAPTER = Path(__file__).parents[1] / "results/quick/experiments/final/adapter"
 HELLO = [{"role": "user", "content": "hi"}]
 
 
@@ -49,6 +51,16 @@ def test_the_stream_equals_generate_and_ends_before_the_end_token(model):
 def test_streamed_characters_are_those_of_the_whole_text(tiny, written):
     ids = tiny[1].encode(written)
     assert "".join(map(tiny[1].stream(), ids)) == tiny[1].decode(ids)
+
+
+def test_an_adapter_writes_with_the_checkpoint_that_it_was_trained_on(command, tmp_path):
+    words = ["generate", "1.00,2.00;", "--adapter", ADAPTER, "--max-tokens", 9, "--dtype", "float32"]
+    assert command(*words)[:2] == command(*words, "--model", "tiny")[:2]
+    other = shutil.copytree(TINY, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    status, out, err = command(*words, "--model", other)
+    assert (status, out) == (2, "")
+    assert "was trained on tiny, but" in err
 
 
 def test_generate_prints_the_prompt_and_what_follows(command, tiny):

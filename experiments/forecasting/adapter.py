@@ -1,7 +1,7 @@
 """What stands in an adapter's folder next to peft's files: how numbers were written, which checkpoint and rows."""
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ TRAINED_FILE = "encoding.json"
 NUMBERS = Path(__file__).parent / "pretrained"
 EMBEDDED = ("numbers", "tiny")
 HASHED_ROWS = (32, 16, 8)  # so many of a series tell it from others; fewer, where it has no more
+BEFORE_ENDS = (0, 1, 2, 4, 8, 16, 32)  # a file may have fewer rows than the training saw, or newest ones that differ
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Trained:
     encoding: Encoding = FITTED
     variables: list[str] | None = None  # names, in order; None: not recorded
     tokens: Positive | None = None  # the longest text that the training read; None: not recorded
-    ends: list[str] | None = None  # `end_hash` of the rows of each series that the training saw; None: not recorded
+    ends: dict[str, int] | None = None  # `ends_of` the rows of each series that the training saw; None: not recorded
+    horizon: Positive | None = None  # time steps that it was trained to forecast; None: not recorded
     reading: Reading | None = None  # of a decoder that reads values
 
 
@@ -82,11 +84,26 @@ def end_hash(rows: np.ndarray, count: int | None = None) -> str:
     return hashlib.sha256(end.astype(np.float64).tobytes()).hexdigest()[:16]
 
 
-def rows_seen(series: np.ndarray, ends: Container[str]) -> int:
-    """How many of the first rows of a series (T, D) end in one of `ends`; 0 if a training saw none of them."""
+def ends_of(rows: np.ndarray) -> dict[str, int]:
+    """`end_hash` of a series (T, D), and of parts that end BEFORE_ENDS: how many rows follow, by hash.
+
+    A part that ends like many others, in equal rows, is left out.
+    """
+    found: dict[str, int] = {}
+    least = HASHED_ROWS[-1]
+    for after in BEFORE_ENDS:
+        part = rows[: len(rows) - after]
+        if after == 0 or (len(part) >= least and (part[-least:] != part[-1]).any()):
+            found.setdefault(end_hash(part), after)
+    return found
+
+
+def rows_seen(series: np.ndarray, ends: Mapping[str, int]) -> int:
+    """How many of the first rows of a series (T, D) a training saw, by its `ends`."""
     for stop in range(len(series), 0, -1):
-        if any(end_hash(series[:stop], count) in ends for count in HASHED_ROWS):
-            return stop
+        hashes = (end_hash(series[:stop], count) for count in HASHED_ROWS)
+        if found := [ends[one] for one in hashes if one in ends]:
+            return min(len(series), stop + found[0])
     return 0
 
 

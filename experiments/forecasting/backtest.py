@@ -6,7 +6,7 @@ that it knows nothing of what follows.
 """
 
 import warnings
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -69,7 +69,7 @@ def held_out(
     series: Sequence[np.ndarray],
     horizon: int,
     count: ArrayLike = MAX_ORIGINS,
-    ends: Container[str] = (),
+    ends: Mapping[str, int] | None = None,
     times: Sequence[np.ndarray] | None = None,
 ) -> list[Origin]:
     """Forecasts of the last steps of each of N series (T, D), one after the other, in the order of time.

@@ -68,6 +68,9 @@ class SeriesForecaster(ABC):
         arrays, frames = checked_series(contexts, self.missing, self.min_steps)
         if frames:
             self.check_variables(frames[0].columns)
+        if self.trained and self.trained.horizon and self.trained.horizon < horizon:
+            told = f"the adapter was trained to forecast {self.trained.horizon} time steps, not {horizon}"
+            warnings.warn(f"{told}: intervals of later steps may be too narrow", SeriesWarning, stacklevel=2)
         found = self.continued(arrays, horizon, quantiles, context, progress, **options)
         return framed(frames, found, quantiles) if is_frame(contexts) else found
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 LONG, CYCLES = 48, 3  # a long season has more steps, and comes so often
 EXTREME = 0.005  # the share of the largest, and of the smallest values that do not count for it
+ROUNDING = 1e-9  # of a correlation: where a season repeats exactly, so do its multiples, and are long ones
 WORTH = 1.1  # a long season is used unless values change so much more within the horizon without it
 
 
@@ -85,7 +86,7 @@ def long_season(x: np.ndarray, most: int) -> int:
         short = int((found * (1 - lags / most) * (lags <= most // 2)).argmax())
         missed = torch.where((lags > max(LONG, short)) & (lags <= len(x) // CYCLES), 1 - found, 1.0)
         long = int((missed / (1 - lags / len(x))).argmin())
-        if missed[long] <= min(0.5, float(1 - found[short]) / 2):
+        if missed[long] <= min(0.5, max(ROUNDING, float(1 - found[short]) / 2)):
             return long
     return 0
 

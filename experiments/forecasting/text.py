@@ -76,7 +76,7 @@ class TextForecaster(SeriesForecaster):
         if samples < 0:
             raise SeriesError(f"samples is {samples}, expected 0 or more")
         scores.require_samples(quantiles, samples)
-        values = self._paths(self._prompts(arrays, horizon, context), horizon, samples, seed, progress)
+        values = self._paths(self._prompts(arrays, [horizon] * len(arrays), context), horizon, samples, seed, progress)
         if not samples:
             return Forecast(values[:, 0], None, None)
         bounds = scores.quantiles(values, quantiles, axis=1).swapaxes(0, 1) if len(quantiles) else None
@@ -94,7 +94,7 @@ class TextForecaster(SeriesForecaster):
         import pandas as pd
 
         (arrays, _), (truths, _) = checked_series(contexts), checked_series(continuations, "keep", min_steps=1)
-        prompts, nats = self._prompts(arrays, max(map(len, truths))), []
+        prompts, nats = self._prompts(arrays, [*map(len, truths)]), []
         for number, (array, truth, prompt) in enumerate(zip(arrays, truths, prompts, strict=True)):
             if truth.shape[1] != len(prompt.wide):
                 expected = f"expected {len(prompt.wide)} as in its context"
@@ -109,13 +109,16 @@ class TextForecaster(SeriesForecaster):
             nats.append(nats_of(self.model, self._grammar(len(prompt.wide)), hidden, text, known) / known.sum())
         return np.array(nats)
 
-    def _prompts(self, arrays: Sequence[np.ndarray], horizon: int, context: int | None = None) -> list[_Prompt]:
+    def _prompts(
+        self, arrays: Sequence[np.ndarray], horizons: Sequence[int], context: int | None = None
+    ) -> list[_Prompt]:
         """Cut the contexts to what the model reads, scale and encode them. Raises SeriesError."""
         num_variables = arrays[0].shape[1]
         if (known := np.size(self.encoding.scale or 1.0)) not in (1, num_variables):
             raise SeriesError(f"the series have {num_variables} variables, the model was trained on {known}")
         concerns: dict[str, list[str]] = defaultdict(list)
-        prompts = [self._prompt(array, number, horizon, context, concerns) for number, array in enumerate(arrays)]
+        pairs = enumerate(zip(arrays, horizons, strict=True))
+        prompts = [self._prompt(array, number, horizon, context, concerns) for number, (array, horizon) in pairs]
         for messages in concerns.values():
             more = f" ({len(messages) - 1} more like it)" if len(messages) > 1 else ""
             warnings.warn(messages[0] + more, SeriesWarning, stacklevel=4)

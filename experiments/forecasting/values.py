@@ -123,7 +123,7 @@ def combined(parts: Mapping[str, np.ndarray], reading: Reading) -> np.ndarray:
     steps = next(iter(parts.values())).shape[2]
     near = np.arange(steps)[:, None] < -(-reading.ahead // 2)  # (h, 1)
     shares = {name: np.where(near, reading.near.get(name, 0.0), reading.far.get(name, 0.0)) for name in parts}
-    decoders = [name for name in (ZERO_SHOT, TUNED) if name in parts]
+    decoders = [name for name in (ZERO_SHOT, TUNED) if name in {*reading.near, *reading.far}] or [ZERO_SHOT]
     total = np.sum([shares[name] for name in decoders], axis=0)
     median, spread = 0.0, 0.0
     for name, part in parts.items():
@@ -191,8 +191,9 @@ class NumberForecaster(SeriesForecaster):
             told = f"has no value in its newest {max(late)} time steps; leave these out, or the series"
             raise SeriesError(f"series {np.argmax(late)}: {told}")
         pasts = [array[: len(array) - steps] for array, steps in zip(arrays, late, strict=True)]
-        arrays = [self._evened(since_gap(past), number) for number, past in enumerate(pasts)]
         horizons = [horizon + steps for steps in late]  # of each series; the forecasts of all have the longest
+        evened = [self._evened(since_gap(past), number, horizons[number]) for number, past in enumerate(pasts)]
+        arrays = [array for array, _ in evened]
         if reading and reading.mean is not None and len(reading.mean) != (variables := arrays[0].shape[1]):
             raise SeriesError(f"the series have {variables} variables, the adapter was trained on {len(reading.mean)}")
         contexts = [array[-context:] for array in arrays] if context else arrays
@@ -204,6 +205,10 @@ class NumberForecaster(SeriesForecaster):
         if ZERO_SHOT in names or not found:
             # each series counts once
             found[ZERO_SHOT] = self._zero_shot(contexts, horizons, progress if not found else lambda count: None)
+        for part in found.values():
+            for own, (_, around) in zip(part, evened, strict=True):
+                for variable, spread in around.items():
+                    own[:, : spread.shape[1], variable] = own[MEDIAN, : spread.shape[1], variable] + spread
         if simple := names & BASELINES.keys():
             pasts = [filled(past, number) for number, past in enumerate(pasts)]
             simple_ones = baseline_forecasts(pasts, max(horizons), reading.season if reading else None, simple)
@@ -213,21 +218,23 @@ class NumberForecaster(SeriesForecaster):
             name: np.stack([one[:, cut] for one, cut in zip(part, cuts, strict=True)]) for name, part in found.items()
         }
 
-    def _evened(self, array: np.ndarray, number: int) -> np.ndarray:
+    def _evened(self, array: np.ndarray, number: int, horizon: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """A series (T, D) whose variables end together: those that end early, with their own forecasts.
 
+        A decoder takes these for values, and would be too sure of what follows. So the second part has how far the
+        quantiles (Q, h) of what follows are from its median, by variable, if they are forecast from their own ends.
         Raises SeriesError for one that ended long ago, or has no value at all.
         """
-        array = array.copy()
+        array, around = array.copy(), {}
         for variable, known in enumerate(np.isfinite(array).T):
             late = int(known[::-1].argmax()) if known.any() else len(known)
             if late > LONGEST_GAP or late == len(known):
                 told = f"variable {variable} has no value in its newest {late} time steps; leave it out, or the series"
                 raise SeriesError(f"series {number}: {told}")
             if late:
-                alone = self._zero_shot([since_gap(array[:-late, [variable]])], [late])
-                array[-late:, variable] = alone[0, MEDIAN, :, 0]
-        return array
+                alone = self._zero_shot([since_gap(array[:-late, [variable]])], [late + horizon])[0, :, :, 0]
+                array[-late:, variable], around[variable] = alone[MEDIAN, :late], (alone - alone[MEDIAN])[:, late:]
+        return array, around
 
     def _zero_shot(self, arrays, horizons: Sequence[int], progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by the pretrained decoder and `without_long_seasons`.
@@ -303,6 +310,9 @@ def is_foreign(array: np.ndarray, reading: Reading, context: int | None = None) 
         return False
     x = torch.from_numpy(array[-min(context or reading.context, reading.context) :].T)
     seen, read = x.isfinite(), (x - scale.mean) / scale.spread if scale.offset is None else scale.normalise(x)
+    usual = scale.restore(torch.zeros(len(x), 1, 1))[..., 0]
+    if (seen & (scale.spread == 0) & ((x - usual).abs() > 1e-6 * usual.abs())).any():
+        return True  # it never changed in the training
     varies = seen.any(1) & (scale.spread[:, 0] > 0)
     if scale.offset is None:
         farthest = torch.where(seen, read.abs(), 0.0).amax(1)

@@ -15,7 +15,7 @@ import numpy as np
 
 import flops
 from experiments import tables
-from experiments.forecasting.adapter import Trained, checkpoint_hash, end_hash, read_trained
+from experiments.forecasting.adapter import Trained, checkpoint_hash, ends_of, read_trained
 from experiments.forecasting.backtest import Origin, baseline_forecasts, check_context, scores, split
 from experiments.forecasting.contexts import checked_series, named
 from experiments.forecasting.scores import inside
@@ -115,8 +115,9 @@ class Finetuning:
         cost = f"{tuning.cost:.3e} FLOPs a step, {steps} steps ({self.total:.3e})"
         self.told = f"held out: {self.parts.told}\n{tuning.told}; {cost}"
         # the record that stands beside the adapter, but for what the training decides
-        (name, folder), ends = forecaster.checkpoint, [end_hash(rows) for rows in self.parts.seen]
-        self.trained = Trained(name, checkpoint_hash(folder), variables=self.variables, ends=ends)
+        name, folder = forecaster.checkpoint
+        ends = {one: after for rows in self.parts.seen for one, after in ends_of(rows).items()}
+        self.trained = Trained(name, checkpoint_hash(folder), variables=self.variables, ends=ends, horizon=horizon)
 
     @property
     def identity(self) -> dict:

@@ -38,14 +38,15 @@ def with_scale(reading: Reading, series: Sequence[np.ndarray]) -> Reading:
     """
     values = np.concatenate(series)
     offset = OFFSET * values.mean(axis=0) if (values > 0).all() else None
-    read = values if offset is None else np.log(values + offset)
+    read, varies = values if offset is None else np.log(values + offset), np.ptp(values, axis=0) > 0
     each = np.split(read, np.cumsum([*map(len, series)])[:-1])
     parts = [part for one in each for part in np.array_split(one, -(-len(one) // reading.context))]
     within = sum(len(part) * part.var(axis=0) for part in parts) / len(read)
-    if not (within >= read.var(axis=0) / 4).all():  # of a constant both are 0
+    if not (within >= read.var(axis=0) / 4)[varies].all():
         return reading
     usual = None if offset is None else np.quantile([one.max(axis=0) for one in series], OFTEN, axis=0).tolist()
-    mean, spread = read.mean(axis=0).tolist(), read.std(axis=0).tolist()
+    # the mean and the spread of a constant have rounding errors
+    mean, spread = np.where(varies, read.mean(axis=0), read[0]).tolist(), (varies * read.std(axis=0)).tolist()
     return replace(reading, mean=mean, spread=spread, offset=None if offset is None else offset.tolist(), usual=usual)
 
 

@@ -51,16 +51,20 @@ class TextTuning:
         assert forecaster.checkpoint is not None  # checked by `Finetuning`
         rate = TINY_RATE if forecaster.checkpoint[1] == TINY else RATE
         chosen = chosen_settings(forecaster.model, replace(DEFAULTS, learning_rate=rate), settings)
-        per_step = FITTED.tokens_per_step(series[0].shape[1])
-        context = context or max(WINDOW_TOKENS // per_step - horizon, 2 * horizon)
+        variables = series[0].shape[1]
+        per_step, grammar = FITTED.tokens_per_step(variables), Grammar(forecaster.tokenizer, FITTED.decimals, variables)
+        positions = forecaster.model.config.max_position_embeddings
+        # a held-out forecast shall have room for the context that the training reads
+        most = (positions - grammar.columns(horizon * variables)) // per_step
+        context = context or min(max(WINDOW_TOKENS // per_step - horizon, 2 * horizon), most)
+        if most < max(2, context):
+            told = f"a forecast of {horizon} time steps after {max(2, context)} does not fit"
+            raise TrainingError(f"{told}: the model has {positions} positions; shorten one of them")
         self.tokens = (context + horizon) * per_step
-        if self.tokens > (most := forecaster.model.config.max_position_embeddings):
-            told = f"a context of {context} and a horizon of {horizon} time steps take {self.tokens} tokens"
-            raise TrainingError(f"{told}, the model has {most} positions; shorten one of them")
         length = min(self.tokens, max(map(len, series)) * per_step)
         self.cuts = cut_series(series, context, horizon, forecaster.tokenizer, length)
         self.settings = replace(chosen, context=length, batch=min(chosen.batch, len(self.cuts)))
-        numbers = Grammar(forecaster.tokenizer, FITTED.decimals, 1).vocabulary if chosen.numeric_head else None
+        numbers = grammar.vocabulary if chosen.numeric_head else None
         self.vocabulary = torch.tensor(numbers) if numbers else None  # of the softmax; None: all tokens
         # FLOPs of a step, as it runs
         self.cost = step_flops(forecaster.model.config, self.settings, len(numbers) if numbers else None)
