@@ -49,6 +49,7 @@ def test_a_new_model_begins_with_the_loss_of_a_uniform_guess(model, tied):
     assert loss.item() == pytest.approx(math.log(new.config.vocab_size), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_model_compiles_as_one_graph(model, ids, dtype):
     assert torch._dynamo.explain(model.to(dtype))(ids).graph_break_count == 0
