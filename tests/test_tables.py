@@ -197,6 +197,9 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "years and weeks": (several("year,week"), "'week' begins anew for each 'year'; .* into one column, such as"),
     "stores of items": ("id,d,a\nx,2023-01-01,1\nx,2023-01-01,1\ny,2023-01-01,1\n", "of series 'x' repeats"),
     "trials": (several("n,subject,trial"), "'trial' begins anew for each 'subject'; if these are 2 series"),
+    "dates of two stations": ("STN,YYYYMMDD,a\n1,20230131,5\n1,20230201,6\n2,20230131,7\n", "-31 repeats .*--id"),
+    "newest day first": ("trade_date,a\n20230201,5\n20230131,6\n", "2023-01-31 comes after 2023-02-01; sort the rows"),
+    "numbers as names": ("0,1,2\n5,6,7\n6,7,8\n", "can be names, as pandas writes them, or values; write other"),
     "a space before a hash": (" #\n0 1.5\n1 2.5\n", "line 2: has 2 columns, the first line has 1"),  # it is no comment
 }
 
@@ -205,6 +208,21 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
 def test_what_is_refused(table, text, message):
     with pytest.raises(DataError, match=message):
         table(text)
+
+
+@pytest.mark.parametrize("wanted", [{}, {"id": "who"}])
+def test_variables_that_are_asked_for_do_not_hide_that_times_fall(read, wanted):
+    """As of several countries, one below the other, or with the newest year first."""
+    with pytest.raises(
+        DataError, match="'year': does not rise as times do; sort the rows by time; name the column that"
+    ):
+        read("who,code,year,a\nA,1,2001,1\nA,1,2000,2\nB,2,2001,3\nB,2,2000,4\n", columns=["a"], **wanted)
+
+
+def test_names_after_a_hash_are_names(table):
+    """As numpy.savetxt writes them."""
+    found = table("# time,a\n0.1,5\n0.3,6\n0.4,7\n")
+    assert (found.index.name, list(found.columns)) == ("# time", ["a"])
 
 
 DAYS = [datetime(2023, 1, day) for day in (1, 2, 3)]
@@ -244,9 +262,9 @@ def test_what_is_chosen_is_said(table):
     )
     assert "read as Windows-1252" in told([table("Höhe\n1\n".encode("cp1252"))])
     assert "'made' left out, as 'd' has the times" in told([table(TIMES["a date that stands still"][0])])
-    assert told([table("a,b\n1,-99\n-9999,80\n2,7\n")]).endswith(
-        "-9999 in a is read as a value; if it stands for a missing one, write nothing"
-    )
+    said = told([table("a,b,c\n1,990,-99\n-9999,-999,-80\n2,1010,7\n")])
+    assert said.endswith("-999 in b is read as a value; if it stands for a missing one, write nothing")
+    assert "-9999 in a is read as a value; if" in said
 
 
 LONG = "unique_id,ds,y\n007,2023-01-01,1\nB,2023-01-01,5\n007,2023-01-02,2\nB,2023-01-02,6\nB,2023-01-03,7\n"

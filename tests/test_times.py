@@ -79,6 +79,7 @@ def days(*cells: str) -> pd.DatetimeIndex:
 
 DAILY = pd.date_range("2024-01-01", periods=26, name="t")  # from a Monday to a Friday
 WEEKDAYS = DAILY[DAILY.day_of_week < 5]
+QUARTER = pd.bdate_range("2024-01-01", "2024-03-29", name="t")
 SIX_WEEKS = pd.date_range("2024-01-01", periods=42, name="t")
 ODD_DAYS = SIX_WEEKS[SIX_WEEKS.day_of_week.isin([0, 2, 4])]
 SEMI = pd.date_range("2024-01-15", periods=8, freq="SME")
@@ -86,6 +87,8 @@ WORKING = pd.date_range("2023-01-31", periods=12, freq="BME")
 BERLIN = pd.date_range("2020-10-25 00:30", periods=3, freq="h", tz="Europe/Berlin")  # clocks change
 CONTINUED = {  # times, whether they are regular, the next two
     "weekdays with a holiday": (WEEKDAYS.delete(12), False, "2024-01-29, 2024-01-30"),
+    "weekdays with many holidays": (WEEKDAYS.delete([2, 8, 12]), False, "2024-01-29, 2024-01-30"),
+    "weekdays, then a Saturday": (QUARTER.union(days("2024-03-30")), False, "2024-04-01, 2024-04-02"),
     "Monday, Wednesday, Friday, a holiday": (ODD_DAYS.delete(8), False, "2024-02-12, 2024-02-14"),
     "six days": (DAILY[:6], True, "2024-01-07, 2024-01-08"),
     "halves of months": (pd.date_range("2024-01-01", periods=8, freq="SMS"), True, "2024-05-01, 2024-05-15"),

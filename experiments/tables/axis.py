@@ -1,6 +1,7 @@
 """Find the times of a table among its columns. T rows."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ EQUAL_STEPS = 1e-6  # by how much the steps of a column without a telling name m
 TIME_NAMES = frozenset(
     "t time times timestamp ds date dates datetime day days week weeks month months quarter quarters year years period "
     "season semester hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois "
-    "trimestre jour heure año fecha doy".split()
+    "trimestre jour heure año fecha doy time_period".split()
 )
 UNIT = "[ _.](?:[mnuµ]?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?)"
 WITH_UNIT = rf"(?:elapsed|time)(?:[ _.]time)?(?:{UNIT})?|(?:decimal|fractional)[ _.](?:date|year)"
@@ -43,6 +44,10 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: T
     telling = [one for one in numbers if tells_time(one.name) or one in dates]
     if len(groups) == 1 and not any(rises(one.values) for one in [*telling, *large]):
         _refuse_several(numbers, table)
+    if dates and not any(rises(one.values, groups) for one in telling):  # these are refused, with the rows that fall
+        values = [dates_of_numbers(one.values, one.name, table, False) for one in dates]
+        dated = [replace(one, kind="dates", values=found) for one, found in zip(dates, values, strict=True)]
+        return _of_dates(dated, groups, table)
     later = [one for one in telling if one not in early and rises(one.values, groups)]
     # a telling first one, telling later ones, the first ones
     for one in [*(one for one in early if one in telling), *later, *early]:
@@ -121,8 +126,8 @@ def _of_numbers(one: Column, groups: list[np.ndarray], table: Table) -> pd.Index
 
 
 def tells_time(name: str) -> bool:
-    """True if a column's name says that it holds times. A unit in brackets after it is ignored."""
-    plain = re.sub(r"\s*[\[(].*", "", name, flags=re.DOTALL).lower()
+    """True if a column's name says that it holds times. A # before it, and a unit in brackets after it, are ignored."""
+    plain = re.sub(r"^# *|\s*[\[(].*", "", name, flags=re.DOTALL).lower()
     return plain in TIME_NAMES or re.fullmatch(WITH_UNIT, plain) is not None
 
 

@@ -17,7 +17,8 @@ IDS = ("unique_id", "item_id", "id")  # as Nixtla, AutoGluon, Chronos and GluonT
 MOST_NAMES = 6  # that a line for users lists
 DURATIONS = frozenset("seconds minutes hours days weeks months quarters years".split())  # variables, if they fall
 FILL = 'fill them with --missing interpolate (missing="interpolate")'
-MARKS = (-99.9, -99, -999, -999.9, -9999, 9999, -99999, 99999)  # that stand for missing values in many tables
+# what stands for missing values in many tables
+MARKS = (-99, -99.9, -99.99, -999, -999.9, -999.99, -9999, 9999, -99999, 99999)
 LEAVE_OUT = "leave the column out, or name the others with --columns"
 
 
@@ -51,9 +52,10 @@ def told(series: Sequence[pd.DataFrame]) -> str:
         notes.append(f"{filled} of {sum(one.size for one in series)} values {verb} missing and interpolated")
     for name in first.columns:
         values = np.concatenate([one[name] for one in series])
-        largest = np.abs(values[~np.isnan(values) & ~np.isin(values, MARKS)]).max(initial=0.0)
+        others = values[~np.isnan(values) & ~np.isin(values, MARKS)]
+        lowest, largest = others.min(initial=0.0), np.abs(others).max(initial=0.0)
         for mark in MARKS:
-            if mark in values and (largest < -mark / 3 or largest < mark / 9):
+            if mark in values and (lowest > mark / 3 if mark < 0 else largest < mark / 9):
                 notes.append(f"{mark:g} in {name} is read as a value; if it stands for a missing one, write nothing")
     return "; ".join([line, *notes])
 
@@ -197,14 +199,16 @@ def _times_again(
 ) -> list[Column]:
     """The columns that rise and are called as times are, beside those `used`; a single column is what can be forecast.
 
-    is_open: no variables are asked for. Then, if no used column is called as times are, raises DataError for one that
-    is, but no duration: it does not rise, or it would be used, so that the rows may be those of several series.
+    is_open: no variables are asked for. If no used column is called as times are, raises DataError for one that is, but
+    no duration, and does not rise, so that the rows may be those of several series: where none are asked for, ids are
+    used, or text may tell them apart.
     """
     found = [one for one in free if one.kind == "numbers" and tells_time(one.name)]
-    if sum(bool(one.name) for one in free) == 1:
+    if is_open and sum(bool(one.name) for one in free) == 1:
         return []
+    may_be_several = is_open or len(groups) > 1 or any(one.kind == "text" for one in free)
     falling = [one.name for one in found if one.name.lower() not in DURATIONS]
-    if falling and is_open and not any(one.kind == "dates" or tells_time(one.name) for one in used):
+    if falling and may_be_several and not any(one.kind == "dates" or tells_time(one.name) for one in used):
         ways = "sort the rows by time; name the column that tells several series apart with --id; or, if it is a"
         raise table.error(f"does not rise as times do; {ways} variable, name the variables with --columns", falling[0])
     return [one for one in found if used and rises(one.values, [*groups.values()])]

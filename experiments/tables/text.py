@@ -69,6 +69,8 @@ def read_cells(path: Path, cells: pd.DataFrame, delimiter: str, notes: list[str]
     has_names = any(not is_number(cell) and not is_date(cell) for cell in names) or (
         not names[0] and len(set(names)) == len(names) > 1 and MISSING_CELLS.isdisjoint(map(str.lower, names[1:]))
     )
+    if len(names) > 1 and names == [str(at) for at in range(len(names))]:
+        raise DataError(f"{path}: {names} can be names, as pandas writes them, or values; write other names above them")
     if has_names:
         cells = cells[1:]
     elif delimiter == "," and len(names) == 2 and (cells[0] + "," + cells[1]).str.fullmatch(COMMA).all():

@@ -13,7 +13,7 @@ FEW = 12  # with fewer rows, the commonest step is not certain
 SEEN = 3  # where a weekday, or a time of day, has passed so often without a row, it hardly ever has one
 RARE = 0.1  # a weekday with so small a share of rows is an exception, such as a Saturday on which people work
 LONG = 60  # days, months, or other steps without a clock; rows that are left out for so long twice are seasons
-MOST_WEEKDAYS = 0.9  # with this share of steps to the next of some weekdays, the rows are these; others are holidays
+MOST_WEEKDAYS = 0.6  # with this share of steps to the next of some weekdays, the rows are these; others are holidays
 
 
 def following(index: pd.Index, steps: int) -> pd.Index:
@@ -31,9 +31,10 @@ def following(index: pd.Index, steps: int) -> pd.Index:
         if not isinstance(index, pd.DatetimeIndex):
             return pd.Index(_next_numbers(index, steps), name=index.name)
         made = pd.date_range(index[-1], periods=steps + 1, freq=_calendar(index)[0])
-        if (made[1:] <= index[-1]).any() or len(made) != steps + 1:
+        made = made[made > index[-1]][:steps]  # the last date, unless it is an exception such as a Saturday, is not
+        if len(made) != steps:
             raise OverflowError("the calendar ends")
-        return pd.DatetimeIndex(made[1:], freq=None, name=index.name)
+        return pd.DatetimeIndex(made, freq=None, name=index.name)
     except (ArithmeticError, ValueError) as error:
         problem = f"ends at {index[-1]}, too late for {steps} more times ({error}); forecast fewer steps"
         raise DataError(f"{index.name!r} {problem}") from error
@@ -159,7 +160,8 @@ def _calendar(index: pd.DatetimeIndex) -> tuple[pd.DateOffset, bool]:
         single = np.busday_count(days[:-1], days[1:], weekmask=week) == 1
         if single.mean() >= MOST_WEEKDAYS:
             weekmask = "".join(map(str, week.astype(int)))
-            return pd.offsets.CustomBusinessDay(weekmask=weekmask), bool(single.all())
+            is_whole = single.all() and np.is_busday(days, weekmask=week).all()
+            return pd.offsets.CustomBusinessDay(weekmask=weekmask), bool(is_whole)
     for kind in (pd.offsets.SemiMonthBegin(), pd.offsets.SemiMonthEnd()):
         if np.ptp(whole) and all(map(kind.is_on_offset, wall)):
             return kind, len(pd.date_range(wall[0], wall[-1], freq=kind)) == len(wall)
