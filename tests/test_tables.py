@@ -286,6 +286,8 @@ def test_several_series_one_below_the_other(read, tmp_path):
     assert [one["y"].tolist() for one in read("item_id,t,y\n1,0,5\n2,0,6\n1,1,7\n2,1,8\n")] == [[5, 7], [6, 8]]
     frame = pd.read_csv(tmp_path / "a.csv").set_index(["item_id", "t"])
     assert [one["y"].tolist() for one in from_frame(frame)] == [[5, 7], [6, 8]]
+    with pytest.raises(DataError, match=r"levels of its index are called \[None, None\]; name that of the series id"):
+        from_frame(pd.concat({1: found[0].reset_index(), 2: found[1].reset_index()}))
     assert [one.index.name for one in read("id,y\n1,5\n2,6\n3,7\n")] == ["id"]  # a count, not ids
     north, south = read("d,north,south\n2023-01-01,1,5\n2023-01-02,2,6\n", wide=True)
     assert (north.attrs["name"], south.attrs["name"], south.to_dict("list")) == ("north", "south", {"value": [5, 6]})

@@ -87,6 +87,9 @@ def table_of(frame, where: str, name: str) -> Table:
         frame = frame.to_frame("x0" if frame.name is None else frame.name)
     if not isinstance(frame, pd.DataFrame):
         raise DataError(f"{where}: got a {type(frame).__name__}, expected a pandas DataFrame or Series")
+    if frame.index.nlevels > 1 and None in frame.index.names:
+        names = [*frame.index.names]
+        raise DataError(f"{where}: the levels of its index are called {names}; name that of the series id, others too")
     dates = [str(title) for title in frame.select_dtypes(["datetime", "datetimetz"])]
     table = Table(where, name, [(str(title), cells) for title, cells in frame.items()])
     for at in reversed(range(frame.index.nlevels)):
