@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -10,8 +11,8 @@ import pytest
 
 from experiments import training
 from experiments.forecasting import Forecaster
-from experiments.forecasting.adapter import Trained, end_hash, ends_of
-from experiments.forecasting.backtest import Origin, baseline_forecasts, held_out, scores, split
+from experiments.forecasting.adapter import Trained, ends_of, rows_seen
+from experiments.forecasting.backtest import Origin, baseline_forecasts, filled, held_out, scores, split
 from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.scores import mean_interval
 from experiments.storage.files import RunError
@@ -349,12 +350,28 @@ def test_a_back_test_leaves_out_the_rows_that_trained_an_adapter():
     # newest rows are gone, or have been revised
     revised = np.append(series[0][:59], series[0][59:] + 0.01, axis=0)
     assert [len(place.context) for place in held_out([revised], 5, 6, ends)] == [60, 65, 70, 75]
-    with pytest.raises(SeriesError, match="the adapter was trained on all rows that could be held out"):
-        held_out([series[0][:50]], 5, 6, ends)
+    for gone in (series[0][:50], series[0][:60]):
+        with pytest.raises(SeriesError, match="the adapter was trained on all rows that could be held out"):
+            held_out([gone], 5, 5, ends)
+
+
+def test_what_tells_the_rows_of_a_training_from_others():
+    series = waves(2, 80)
     rows = np.array([[1.0], [-0.0], [np.nan]])
-    assert end_hash(rows) == end_hash(np.array([[1.0], [0.0], [-np.nan]])) != end_hash(rows + 1)
-    with pytest.raises(SeriesError, match="the adapter was trained on all rows that could be held out"):
-        held_out([one[:60] for one in series[:2]], 5, 5, ends)
+    assert ends_of(rows) == ends_of(np.array([[1.0], [0.0], [-np.nan]])) != ends_of(rows + 1)
+    # an outage, and rare events, are no ends that tell series apart; one that is still out can be told
+    out = np.append(series[0], np.full((40, 2), np.nan), axis=0)
+    assert rows_seen(np.insert(series[1], 50, out[-40:], axis=0), ends_of(out)) == 0
+    assert rows_seen(out, ends_of(out)) == rows_seen(np.append(out, series[1], axis=0), ends_of(out)) == 80
+    draws = np.random.default_rng(0).random((30, 120, 1)) < 0.05
+    assert not any(rows_seen(one, ends_of(other)) for one, other in pairwise(1.0 * draws))
+    assert (
+        rows_seen(
+            np.append(series[0][:60], np.ones((18, 2)), axis=0),
+            ends_of(np.append(series[0][:60], np.ones((50, 2)), axis=0)),
+        )
+        == 78
+    )
 
 
 def test_held_out_forecasts_of_text_read_what_the_training_reads():
@@ -364,6 +381,30 @@ def test_held_out_forecasts_of_text_read_what_the_training_reads():
     assert tuning.settings.context == 5 * (tuning.context + 130)
     with pytest.raises(TrainingError, match="a forecast of 130 time steps after 202 does not fit: the model has 2048"):
         TextTuning(Forecaster.load("tiny"), series, 130, context=202)
+
+
+def test_errors_over_dates_lie_in_their_interval_and_count_each_date_once():
+    """Where few series, with large errors, have more dates than the others."""
+    numbers = [*np.repeat(range(5), 5), *range(5, 45)]
+    groups, error = [*np.tile(range(5), 5), *[4] * 40], np.repeat([9.0, 1.0], (25, 40))
+    past, draw = np.random.default_rng(0).normal(size=(50, 1)), np.random.default_rng(1)
+    places = [Origin(past, np.zeros((1, 1)), number, group) for number, group in zip(numbers, groups, strict=True)]
+    found = scores((error * draw.uniform(0.9, 1.1, len(error)))[:, None, None], places)
+    assert found["over"] == "dates"
+    assert found["interval"][0] < found["rmse"] < found["interval"][1]
+
+
+def test_regressions_fall_as_far_as_they_rise():
+    rows = 300 - 2 * np.arange(50.0)[:, None] + np.random.default_rng(0).normal(size=(50, 1))
+    falls, rises = (baseline_forecasts([one], 50, names=["AR"])["AR"] for one in (rows, 500 - rows))
+    np.testing.assert_allclose(500 - rises, falls)
+    assert falls.min() < 120
+
+
+def test_what_cannot_read_gaps_reads_no_invented_rows_before_a_series_either():
+    rows, gap = np.arange(60.0)[:, None], np.full((300, 1), np.nan)
+    np.testing.assert_array_equal(filled(np.concatenate((gap, rows)), 0), rows)
+    np.testing.assert_array_equal(filled(np.concatenate((rows, gap, rows)), 0), rows)
 
 
 def test_missing_values_do_not_count_in_the_loss():

@@ -230,6 +230,10 @@ def test_what_is_missing_at_an_end_is_not_read(forecaster):
     alone = forecaster.forecast([series[:-7]], 12, LEVELS).quantiles[0, :, 7:, 0]
     np.testing.assert_allclose(late - late[4], alone - alone[4])  # as uncertain as from where it ends
     assert around.keys() == {0, 2}
+    other = several.copy()
+    other[:20, [0, 2]] += 9  # before what is read
+    found = [forecaster.forecast([one], 5, context=40).values for one in (several, other)]
+    np.testing.assert_array_equal(*found)
     ended = np.stack([wave(400, 7), np.append(wave(200, 7), empty)], axis=1)
     with pytest.raises(SeriesError, match="series 0: variable 1 has no value in its newest 200 time steps; leave it"):
         forecaster.forecast([ended], 5)

@@ -18,7 +18,7 @@ from qwen_min.weights import checkpoint_folder, weight_files
 TRAINED_FILE = "encoding.json"
 NUMBERS = Path(__file__).parent / "pretrained"
 EMBEDDED = ("numbers", "tiny")
-HASHED_ROWS = (32, 16, 8)  # so many of a series tell it from others; fewer, where it has no more
+HASHED_CHANGES = (32, 16, 8)  # so many of a series tell it from others; fewer, where it has no more
 BEFORE_ENDS = (0, 1, 2, 4, 8, 16, 32)  # a file may have fewer rows than the training saw, or newest ones that differ
 
 
@@ -71,37 +71,38 @@ class Trained:
     reading: Reading | None = None  # of a decoder that reads values
 
 
-def end_hash(rows: np.ndarray, count: int | None = None) -> str:
-    """A hash of the newest `count` rows of a series (T, D); None: as many of HASHED_ROWS as it has.
+def _changes(rows: np.ndarray) -> np.ndarray:
+    """The rows of a series (T, D) that differ from the row before, by number; missing values are equal."""
+    same = (rows[1:] == rows[:-1]) | (np.isnan(rows[1:]) & np.isnan(rows[:-1]))
+    return 1 + np.flatnonzero(~same.all(axis=1))
 
-    Where these are equal, as many series end, of all since another.
-    """
-    end = rows[-(count or next((count for count in HASHED_ROWS if count <= len(rows)), len(rows))) :]
-    if (end == end[-1]).all():
-        others = np.flatnonzero((rows != end[-1]).any(axis=1))
-        end = rows[min(others[-1] if len(others) else 0, len(rows) - len(end)) :]
+
+def _end_hash(rows: np.ndarray, changes: np.ndarray, count: int) -> str:
+    """A hash of the rows of a series (T, D) from its `count` newest changes on; of all, if it has no more."""
+    end = rows[changes[-count] if count <= len(changes) else 0 :]
     end = np.where(np.isnan(end), np.nan, end + 0.0)  # there are several kinds of NaN, and of 0
     return hashlib.sha256(end.astype(np.float64).tobytes()).hexdigest()[:16]
 
 
 def ends_of(rows: np.ndarray) -> dict[str, int]:
-    """`end_hash` of a series (T, D), and of parts that end BEFORE_ENDS: how many rows follow, by hash.
-
-    A part that ends like many others, in equal rows, is left out.
-    """
+    """Hashes of a series (T, D) and of parts that end BEFORE_ENDS, which tell it from others: how many rows follow."""
+    rows = rows[: 1 + np.flatnonzero(~np.isnan(rows).all(axis=1)).max(initial=-1)]
     found: dict[str, int] = {}
-    least = HASHED_ROWS[-1]
     for after in BEFORE_ENDS:
-        part = rows[: len(rows) - after]
-        if after == 0 or (len(part) >= least and (part[-least:] != part[-1]).any()):
-            found.setdefault(end_hash(part), after)
+        part = rows[: max(0, len(rows) - after)]
+        changes = _changes(part)
+        if after == 0 or len(changes) >= HASHED_CHANGES[-1]:
+            count = next((count for count in HASHED_CHANGES if count <= len(changes)), len(rows))
+            found.setdefault(_end_hash(part, changes, count), after)
     return found
 
 
 def rows_seen(series: np.ndarray, ends: Mapping[str, int]) -> int:
     """How many of the first rows of a series (T, D) a training saw, by its `ends`."""
+    changes = _changes(series)
     for stop in range(len(series), 0, -1):
-        hashes = (end_hash(series[:stop], count) for count in HASHED_ROWS)
+        before = changes[: np.searchsorted(changes, stop)]
+        hashes = (_end_hash(series[:stop], before, count) for count in HASHED_CHANGES)
         if found := [ends[one] for one in hashes if one in ends]:
             return min(len(series), stop + found[0])
     return 0

@@ -21,6 +21,7 @@ from experiments.forecasting.scores import group_means, mean_interval
 from experiments.storage.files import plain
 
 MIN_CONTEXT = 8  # time steps before a forecast; with fewer the baselines cannot be fitted
+MIN_STEPS, LEAST = 3, 24  # of a context, and of one that begins after a long gap
 LONGEST_GAP = 128  # time steps without a value; what is older is not read, and tells nothing of what follows
 MIN_SERIES = 5  # with so many series, whole series are held out; with fewer, the end of each
 MAX_ORIGINS, MAX_FORECASTS = 5, 40  # held-out forecasts in a series, and in all series together
@@ -51,10 +52,20 @@ class Parts(NamedTuple):
     told: str  # the split, in words
 
 
+def since_gap(array: np.ndarray) -> np.ndarray:
+    """A series (T, D) from its first value on, or from the newest long gap that LEAST steps of all variables follow."""
+    seen = np.flatnonzero(np.isfinite(array).any(axis=1))
+    ends = seen[1:][np.diff(seen) > LONGEST_GAP]
+    begins = [*seen[:1][len(array) - seen[:1] >= MIN_STEPS], *ends[len(array) - ends >= LEAST]]
+    parts = [array[begin:] for begin in begins if np.isfinite(array[begin:]).any(axis=0).all()]
+    return parts[-1] if parts else array
+
+
 def filled(series: np.ndarray, number: int) -> np.ndarray:
-    """A series (T, D), interpolated by row, also at its ends. Raises SeriesError for a variable without values."""
+    """A series (T, D) `since_gap`, interpolated by row, also at its ends. Raises SeriesError for no values."""
     if not np.isnan(series).any():
         return series
+    series = since_gap(series)
     import pandas as pd  # slow, and seldom needed
 
     nothing = np.isnan(series).all(axis=0)
@@ -175,7 +186,8 @@ def baseline_forecasts(
     pasts: Sequence[np.ndarray], horizon: int, season: int | None = None, names: Iterable[str] = BASELINES
 ) -> dict[str, np.ndarray]:
     """Forecasts (M, h, D) of M pasts (T, D) without missing values. season: what the seasonal one repeats, if known."""
-    encodings = [Encoding.fit_each(past) for past in pasts]  # the regressions expect about 0 to 10
+    # the regressions expect about 0 to 10; where zero means nothing, they may go as far below all values as above
+    encodings = [Encoding.fit_each(past, shifted_range=(5.0, 10.0)) for past in pasts]
     pairs = [(one, one.scaled(past)[None]) for one, past in zip(encodings, pasts, strict=True)]
     several = pasts[0].shape[1] > 1  # of one variable, VAR is AR
     found = {}
@@ -204,19 +216,20 @@ def scores(forecast: np.ndarray, places: Sequence[Origin]) -> dict:
 
     `rmse`, its 95 % interval and the mean squared errors `each` are in standard deviations of each variable before the
     forecast, so that series of all levels count alike; `mae` (D) is in the units of the data. Forecasts of one series
-    are not independent, so the interval is `over` series, or the dates of series that have the same; of fewer than
-    MIN_SERIES it is over their forecasts, and says nothing about other series.
+    are not independent, so mean and interval are `over` series, or the dates of series that have the same; of fewer
+    than MIN_SERIES over their forecasts, and the interval says nothing about other series.
     """
     error = forecast - np.stack([place.truth for place in places])
     each = np.nanmean((error / spreads(places)) ** 2, axis=(1, 2))
     known = (~np.isnan(error)).sum(axis=(0, 1))
     numbers, groups = [place.series for place in places], [place.group for place in places]
-    by_series = group_means(each, numbers)
-    interval = mean_interval(group_means(each, groups) if len(by_series) >= MIN_SERIES else each)
+    over = "forecasts" if len(set(numbers)) < MIN_SERIES else "series" if groups == numbers else "dates"
+    parts = each if over == "forecasts" else group_means(each, groups)
+    interval = mean_interval(parts)
     return {
-        "rmse": float(np.sqrt(by_series.mean())),
+        "rmse": float(np.sqrt(parts.mean())),
         "interval": interval and np.sqrt(np.maximum(interval, 0)).tolist(),
-        "over": "forecasts" if len(by_series) < MIN_SERIES else "series" if groups == numbers else "dates",
+        "over": over,
         "mae": plain(np.nansum(np.abs(error), axis=(0, 1)) / np.where(known, known, np.nan)),
         "each": each.tolist(),
     }

@@ -48,16 +48,16 @@ class Encoding:
         return cls(float(train.max() / train.dtype.type(SCALED_MAX)), decimals)
 
     @classmethod
-    def fit_each(cls, series: np.ndarray, decimals: int = 2) -> "Encoding":
+    def fit_each(cls, series: np.ndarray, decimals: int = 2, shifted_range=SHIFTED_RANGE) -> "Encoding":
         """An encoding for each variable of a series (T, D) of finite numbers of at most 1e300.
 
         A variable that begins near 0 keeps its 0, and its largest value becomes 9.99. A variable with negative values,
-        or whose smallest value is more than half its largest, is shifted: its range becomes SHIFTED_RANGE, so that it
+        or whose smallest value is more than half its largest, is shifted: its range becomes `shifted_range`, so that it
         uses the digits and a forecast has room above and below.
         """
         low, high = series.min(axis=0), series.max(axis=0)
         shifted = (low < 0) | ((low > high / 2) & (low < high))
-        bottom, top = SHIFTED_RANGE
+        bottom, top = shifted_range
         scale = np.where(shifted, (high - low) / (top - bottom), np.where(high > 0, high, 1.0) / SCALED_MAX)
         # numbers that are no multiples of this cannot be told apart at that level
         smallest = 4 * 10**decimals * np.spacing(np.maximum(np.abs(low), np.abs(high)))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.forecasting.adapter import Reading, Trained
-from experiments.forecasting.backtest import LONGEST_GAP, baseline_forecasts, filled
+from experiments.forecasting.backtest import LEAST, LONGEST_GAP, MIN_STEPS, baseline_forecasts, filled, since_gap
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.contexts import Forecast, SeriesError, SeriesForecaster, SeriesWarning
 from experiments.forecasting.numbers import AHEAD, LEVELS, Numbers, patches
@@ -27,13 +27,12 @@ from qwen_min.weights import load_weights
 
 # for contexts of at most so many time steps, the steps between two tokens; the model reads at most the last number
 STRIDES = {72: 2, 144: 4, 256: 8, 512: 16}
-MIN_STEPS = 3  # of a context
 # Zero-shot quantiles of a context of n values are so much / sqrt(n) farther from the median: real series change more
 # than synthetic ones (chosen on the M1 competition).
 WIDER = 2.0
-# A zero-shot forecast is the mean of those from a context and from its newest shares, each of at least so many steps:
+# A zero-shot forecast is the mean of those from a context and from its newest shares, each of at least LEAST steps:
 # other scales, other seasons (chosen on fpp2 and forecast).
-NEWEST, LEAST = (0.8, 0.6), 24
+NEWEST = (0.8, 0.6)
 # Intervals of a series with a long season become wider where so many forecasts of its newest steps show the need, up to
 # so many times (chosen on simulated weeks of hours; on fpp2 and forecast nothing changes).
 CHECKS, WIDEST = 4, 3.0
@@ -192,11 +191,11 @@ class NumberForecaster(SeriesForecaster):
             raise SeriesError(f"series {np.argmax(late)}: {told}")
         pasts = [array[: len(array) - steps] for array, steps in zip(arrays, late, strict=True)]
         horizons = [horizon + steps for steps in late]  # of each series; the forecasts of all have the longest
-        evened = [self._evened(since_gap(past), number, horizons[number]) for number, past in enumerate(pasts)]
-        arrays = [array for array, _ in evened]
-        if reading and reading.mean is not None and len(reading.mean) != (variables := arrays[0].shape[1]):
+        contexts = [since_gap(past)[-context if context else 0 :] for past in pasts]
+        evened = [self._evened(one, number, horizons[number]) for number, one in enumerate(contexts)]
+        contexts = [array for array, _ in evened]
+        if reading and reading.mean is not None and len(reading.mean) != (variables := contexts[0].shape[1]):
             raise SeriesError(f"the series have {variables} variables, the adapter was trained on {len(reading.mean)}")
-        contexts = [array[-context:] for array in arrays] if context else arrays
         if TUNED in names:
             found[TUNED] = self._by_decoder(self.model, reading, contexts, max(horizons), progress)
             if reading and (foreign := [at for at, one in enumerate(pasts) if is_foreign(one, reading, context)]):
@@ -289,15 +288,6 @@ class NumberForecaster(SeriesForecaster):
                 found[rows] = _quantiles(model, reading, torch.from_numpy(x), horizon, stride)
                 progress(len(rows))
         return found
-
-
-def since_gap(array: np.ndarray) -> np.ndarray:
-    """A series (T, D) from its first value on, or from the newest long gap that LEAST steps of all variables follow."""
-    seen = np.flatnonzero(np.isfinite(array).any(axis=1))
-    ends = seen[1:][np.diff(seen) > LONGEST_GAP]
-    begins = [*seen[:1][len(array) - seen[:1] >= MIN_STEPS], *ends[len(array) - ends >= LEAST]]
-    parts = [array[begin:] for begin in begins if np.isfinite(array[begin:]).any(axis=0).all()]
-    return parts[-1] if parts else array
 
 
 def is_foreign(array: np.ndarray, reading: Reading, context: int | None = None) -> bool:
