@@ -87,13 +87,14 @@ def _end_hash(rows: np.ndarray, changes: np.ndarray, count: int) -> str:
 def ends_of(rows: np.ndarray) -> dict[str, int]:
     """Hashes of a series (T, D) and of parts that end BEFORE_ENDS, which tell it from others: how many rows follow."""
     rows = rows[: 1 + np.flatnonzero(~np.isnan(rows).all(axis=1)).max(initial=-1)]
+    changes = _changes(rows)
     found: dict[str, int] = {}
     for after in BEFORE_ENDS:
-        part = rows[: max(0, len(rows) - after)]
-        changes = _changes(part)
-        if after == 0 or len(changes) >= HASHED_CHANGES[-1]:
-            count = next((count for count in HASHED_CHANGES if count <= len(changes)), len(rows))
-            found.setdefault(_end_hash(part, changes, count), after)
+        stop = len(rows) - after
+        before = changes[: np.searchsorted(changes, stop)]
+        if after == 0 or len(before) >= HASHED_CHANGES[-1]:
+            count = next((count for count in HASHED_CHANGES if count <= len(before)), len(rows))
+            found.setdefault(_end_hash(rows[:stop], before, count), after)
     return found
 
 

@@ -62,7 +62,10 @@ def since_gap(array: np.ndarray) -> np.ndarray:
 
 
 def filled(series: np.ndarray, number: int) -> np.ndarray:
-    """A series (T, D) `since_gap`, interpolated by row, also at its ends. Raises SeriesError for no values."""
+    """A series (T, D) `since_gap`, interpolated by row, also at its ends.
+
+    Raises SeriesError for a variable without values.
+    """
     if not np.isnan(series).any():
         return series
     series = since_gap(series)

@@ -48,7 +48,9 @@ class Encoding:
         return cls(float(train.max() / train.dtype.type(SCALED_MAX)), decimals)
 
     @classmethod
-    def fit_each(cls, series: np.ndarray, decimals: int = 2, shifted_range=SHIFTED_RANGE) -> "Encoding":
+    def fit_each(
+        cls, series: np.ndarray, decimals: int = 2, shifted_range: tuple[float, float] = SHIFTED_RANGE
+    ) -> "Encoding":
         """An encoding for each variable of a series (T, D) of finite numbers of at most 1e300.
 
         A variable that begins near 0 keeps its 0, and its largest value becomes 9.99. A variable with negative values,

@@ -40,14 +40,13 @@ def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: T
     # the only column with, or without a name is what can be forecast
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
     large = [one for one in numbers if one.values.min() >= 10**7]  # such as 20231231, or Unix seconds
-    dates = [one for one in large if dates_of_numbers(one.values, one.name, table, False) is not None]
+    read = {one: dates_of_numbers(one.values, one.name, table, False) for one in large}
+    dates = {one: found for one, found in read.items() if found is not None}
     telling = [one for one in numbers if tells_time(one.name) or one in dates]
     if len(groups) == 1 and not any(rises(one.values) for one in [*telling, *large]):
         _refuse_several(numbers, table)
     if dates and not any(rises(one.values, groups) for one in telling):  # these are refused, with the rows that fall
-        values = [dates_of_numbers(one.values, one.name, table, False) for one in dates]
-        dated = [replace(one, kind="dates", values=found) for one, found in zip(dates, values, strict=True)]
-        return _of_dates(dated, groups, table)
+        return _of_dates([replace(one, kind="dates", values=found) for one, found in dates.items()], groups, table)
     later = [one for one in telling if one not in early and rises(one.values, groups)]
     # a telling first one, telling later ones, the first ones
     for one in [*(one for one in early if one in telling), *later, *early]:

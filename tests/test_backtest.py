@@ -1,0 +1,226 @@
+"""Held-out forecasts: how series are split, what a training has seen, baselines and errors."""
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments.forecasting import Forecaster
+from experiments.forecasting.adapter import ends_of, rows_seen
+from experiments.forecasting.backtest import Origin, baseline_forecasts, filled, held_out, scores, split
+from experiments.forecasting.contexts import SeriesError, SeriesWarning
+from experiments.forecasting.scores import mean_interval
+from experiments.tables import common_times
+from experiments.training.finetuning import Finetuning
+
+pytestmark = pytest.mark.slow
+
+
+def waves(count: int, steps: int = 60) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [
+        np.stack([-2 + np.sin(np.arange(steps) / rate + rng.random()), 9 * np.cos(np.arange(steps) / rate)], 1)
+        for rate in rng.uniform(1, 4, count)
+    ]
+
+
+def test_whole_series_are_held_out_if_there_are_many_and_the_end_if_there_are_few():
+    series = waves(20)
+    parts = split(series, 5)
+    assert (len(parts.train), len(parts.val), len(parts.test)) == (14, 15, 15)
+    trained = {one.tobytes() for one in parts.train}
+    for place in parts.val + parts.test:
+        (source,) = [one for one in series if np.array_equal(one[: len(place.context)], place.context)]
+        assert source.tobytes() not in trained
+        assert np.array_equal(source[len(place.context) :][:5], place.truth)
+    (series,) = waves(1, 100)
+    parts = split([series], 10)
+    assert np.array_equal(parts.train[0], series[:60])
+    assert [len(place.context) for place in parts.val + parts.test] == [60, 70, 80, 90]
+    assert np.array_equal(parts.test[-1].truth, series[90:])
+    with pytest.raises(SeriesError, match="a series has 17 time steps, expected at least 18"):
+        split([series[:17]], 5)
+
+
+def test_errors_of_values_of_any_size_are_the_same_and_a_constant_is_no_unit():
+    """0.1 repeated has a standard deviation of 3e-17 by rounding."""
+    series = [*waves(5), np.stack([np.repeat([0.1, 0.2], [56, 4])] * 2, axis=1)]
+    errors = []
+    for size in (1, 1e-200, 1e200):
+        places = held_out([size * one for one in series], 4, 1)
+        errors.append(scores(np.stack([np.repeat(one.context[-1:], 4, axis=0) for one in places]), places)["rmse"])
+    assert errors == pytest.approx([errors[0]] * 3)
+    assert 0.1 < errors[0] < 10
+
+
+def test_errors_are_in_standard_deviations_and_units_and_baselines_read_the_whole_past():
+    places = held_out(waves(3), 4, 2)
+    truth = np.stack([place.truth for place in places])
+    spread = np.stack([place.context.std(axis=0) for place in places])[:, None]
+    error = scores(truth + 2 * spread, places)
+    assert error["rmse"] == pytest.approx(2)
+    np.testing.assert_allclose(error["mae"], 2 * spread.mean(axis=(0, 1)))
+    found = baseline_forecasts([place.context for place in places], 4)
+    assert scores(found["AR"], places)["rmse"] < 0.2 < scores(found["persistence"], places)["rmse"]
+    rows = 2 * np.pi * np.arange(300.0) / 48  # a model's context of 20 steps would show no season
+    places = split([np.stack([10 + np.sin(rows), 10 + np.cos(rows)], axis=1)], 10).test
+    found = baseline_forecasts([place.context for place in places], 10, names=["seasonal naive"])
+    assert scores(found["seasonal naive"], places)["rmse"] < 0.1
+
+
+def test_an_interval_is_over_series_over_dates_or_over_the_forecasts_of_few_series():
+    """Forecasts of a series fail together, and what moves all series at a date counts once."""
+    unit = np.array([[-1.0], [1.0]])
+    places = [Origin(unit, np.zeros((1, 1)), number, number) for number in range(8) for _ in range(5)]
+    by_date = [place._replace(group=at % 5) for at, place in enumerate(places)]
+    errors = np.exp(np.random.default_rng(0).normal(size=(8, 5)))
+    for some, means, over in (
+        (places, (errors**2).mean(axis=1), "series"),
+        (by_date, (errors**2).mean(axis=0), "dates"),
+        (places[:20], errors[:4].ravel() ** 2, "forecasts"),
+    ):
+        found = scores(errors.reshape(-1, 1, 1)[: len(some)], some)
+        assert found["over"] == over
+        assert found["rmse"] == pytest.approx(np.sqrt(means.mean()))
+        np.testing.assert_allclose(np.square(found["interval"]), np.maximum(mean_interval(means), 0))
+
+
+def in_order(parts) -> None:
+    """Check that what is held out is later, where values grow with time."""
+    assert max(one.max() for one in parts.train) < min(place.truth.min() for place in parts.val)
+    assert max(one.max() for one in parts.seen) < min(place.truth.min() for place in parts.test)
+
+
+def test_series_of_the_same_dates_are_judged_by_later_dates_than_they_are_trained_on():
+    """Else a training learns what moved all of them on the days of the test: an error of 0.33 was one of 0.88."""
+    dates = pd.date_range("2023-01-01", periods=100)
+    spans = [(0, 100)] * 8 + [(0, 99), (0, 60), (80, 100), (5, 100)]  # a day late, closed, new, begun later
+    frames = [pd.DataFrame({"x": np.arange(a, b, dtype=float)}, dates[a:b].rename("date")) for a, b in spans]
+    parts = split([one.to_numpy() for one in frames], 10, common_times(frames))
+    assert parts.told == (
+        "the first 55 to 60 time steps to train on, 20 for validation, the newest 20 for the test, of 11 series of the "
+        "same times; the test is of 10"
+    )
+    assert [len(one) for one in parts.train] == [60] * 10 + [55]
+    in_order(parts)
+    assert {place.group for place in parts.test} == {-2, -1}
+    mixed = [one[::7] if number % 2 else one for number, one in enumerate(frames[:8])]  # of days and of weeks
+    in_order(split([one.to_numpy() for one in mixed], 2, common_times(mixed)))
+    ages = [200] * 3 + [20] * 3  # half of the shops are new
+    parts = split([np.arange(n, dtype=float)[:, None] for n in ages], 7, [np.arange(200 - n, 200) for n in ages])
+    assert "to train on, 21 for validation, the newest 21 for the test, of 3 series of the same times" in parts.told
+    some_apart = frames[:6] + [one.set_axis(one.index + pd.Timedelta(days=900)) for one in frames[6:8]]
+    assert common_times(some_apart) is not None
+    late = [one.to_numpy() for one in frames[:8]]
+    late[3] = np.where(np.arange(100)[:, None] < 70, np.nan, late[3])  # a new shop, in a table with a column for each
+    assert "of 7 series of the same times" in split(late, 10, [np.arange(100)] * 8).told
+    # the days of an experiment are no dates, and patients of several years are not those of one time
+    days = [one.set_axis(pd.RangeIndex(len(one)).astype(float).rename("day")) for one in frames]
+    apart = [one.set_axis(one.index + pd.Timedelta(days=200 * at)) for at, one in enumerate(frames)]
+    assert common_times(days) is common_times(apart) is None
+    seconds = [one.set_axis((one.index - dates[0]).total_seconds().rename("at") + 1.6e9) for one in frames]
+    assert [*map(list, common_times(seconds))] == [*map(list, common_times(frames))]
+    told = [Finetuning(Forecaster.load(), some, 10, 1e11).told for some in (frames, days)]
+    assert ["same times" in one for one in told] == [True, False]
+
+
+def test_short_series_are_not_held_out():
+    """Else one of 12 rows among five of 60 would leave nothing to judge a horizon of 7 by."""
+    for short in range(5):
+        parts = split([np.arange(12.0 if number == short else 60.0)[:, None] for number in range(5)], 7)
+        assert 12 in map(len, parts.train)
+    parts = split([np.arange(60.0 if number < 4 else 12.0)[:, None] for number in range(20)], 7)
+    assert sorted(map(len, parts.train))[-3:] == [12, 60, 60]
+    assert len(parts.val[-1].context) == len(parts.test[-1].context) == 53
+
+
+def test_a_copy_in_the_test_is_named():
+    with pytest.warns(SeriesWarning, match="series 4 is in the test, and a copy of it is not"):
+        split([*waves(5), *waves(5)], 5)
+
+
+def test_held_out_places_know_nothing_of_what_follows_and_count_what_is_known():
+    series = np.stack([np.arange(40.0), np.ones(40)], axis=1)
+    series[20:33, 0] = np.nan
+    places = held_out([series], 5, 4)
+    for place, start in zip(places, (20, 25, 30, 35), strict=True):
+        np.testing.assert_array_equal(place.context, series[:start])
+        assert place.past[:20, 0].tolist() == list(range(20))
+        np.testing.assert_allclose(place.past[20:33, 0], 19 if start < 33 else np.arange(20, 33))
+        np.testing.assert_array_equal(place.truth, series[start : start + 5])
+    wrong = scores(np.stack([np.where(np.isnan(p.truth), 1e9, p.truth + 1) for p in places]), places)
+    assert wrong["mae"] == [1, 1]
+    assert np.isfinite(wrong["rmse"])
+    assert not np.isnan(np.concatenate(split([series], 3).train)).any()
+    late = np.concatenate((np.arange(30.0), np.full(140, np.nan), np.arange(30.0)))[:, None]
+    assert [len(place.context) for place in held_out([late], 5, 8)] == [175, 180, 185, 190, 195]
+    series[:, 0] = np.nan
+    with pytest.raises(SeriesError, match="series 0: variable 0 has no value in the 20 time steps before a"):
+        held_out([series], 5, 4)
+    with pytest.raises(SeriesError, match="series 0: variable 0 has no value in the 30 time steps before a"):
+        split([series], 5, [np.arange(40)])
+
+
+def test_a_back_test_leaves_out_the_rows_that_trained_an_adapter():
+    series = waves(3, 80)
+    ends = ends_of(series[0][:60]) | ends_of(series[1][:60])
+    starts = [[len(place.context) for place in held_out(series, 5, 6, ends) if place.series == at] for at in range(3)]
+    assert starts == [[60, 65, 70, 75]] * 2 + [[50, 55, 60, 65, 70, 75]]
+    # a shop that has closed ends like others that have
+    shops = [np.append(np.arange(20.0) + 10 * at, np.zeros(60))[:, None] for at in (0, 1)]
+    assert {place.series for place in held_out(shops, 5, 2, ends_of(shops[0]))} == {1}
+    # older rows are gone, or have been found, also of a series of few rows
+    few = ends_of(series[0][:20])
+    for rows in (series[0][2:26], np.append(series[1], series[0][:26], axis=0)):
+        assert [len(rows) - len(place.context) for place in held_out([rows], 3, 9, few)] == [6, 3]
+    assert [len(place.context) for place in held_out([series[0][10:]], 5, 6, ends)] == [50, 55, 60, 65]
+    # newest rows are gone, or have been revised
+    revised = np.append(series[0][:59], series[0][59:] + 0.01, axis=0)
+    assert [len(place.context) for place in held_out([revised], 5, 6, ends)] == [60, 65, 70, 75]
+    for gone in (series[0][:50], series[0][:60]):
+        with pytest.raises(SeriesError, match="the adapter was trained on all rows that could be held out"):
+            held_out([gone], 5, 5, ends)
+
+
+def test_what_tells_the_rows_of_a_training_from_others():
+    series = waves(2, 80)
+    rows = np.array([[1.0], [-0.0], [np.nan]])
+    assert ends_of(rows) == ends_of(np.array([[1.0], [0.0], [-np.nan]])) != ends_of(rows + 1)
+    # an outage, and rare events, are no ends that tell series apart; one that is still out can be told
+    out = np.append(series[0], np.full((40, 2), np.nan), axis=0)
+    assert rows_seen(np.insert(series[1], 50, out[-40:], axis=0), ends_of(out)) == 0
+    assert rows_seen(out, ends_of(out)) == rows_seen(np.append(out, series[1], axis=0), ends_of(out)) == 80
+    draws = np.random.default_rng(0).random((30, 120, 1)) < 0.05
+    assert not any(rows_seen(one, ends_of(other)) for one, other in pairwise(1.0 * draws))
+    assert (
+        rows_seen(
+            np.append(series[0][:60], np.ones((18, 2)), axis=0),
+            ends_of(np.append(series[0][:60], np.ones((50, 2)), axis=0)),
+        )
+        == 78
+    )
+
+
+def test_errors_over_dates_lie_in_their_interval_and_count_each_date_once():
+    """Where few series, with large errors, have more dates than the others."""
+    numbers = [*np.repeat(range(5), 5), *range(5, 45)]
+    groups, error = [*np.tile(range(5), 5), *[4] * 40], np.repeat([9.0, 1.0], (25, 40))
+    past, draw = np.random.default_rng(0).normal(size=(50, 1)), np.random.default_rng(1)
+    places = [Origin(past, np.zeros((1, 1)), number, group) for number, group in zip(numbers, groups, strict=True)]
+    found = scores((error * draw.uniform(0.9, 1.1, len(error)))[:, None, None], places)
+    assert found["over"] == "dates"
+    assert found["interval"][0] < found["rmse"] < found["interval"][1]
+
+
+def test_regressions_fall_as_far_as_they_rise():
+    rows = 300 - 2 * np.arange(50.0)[:, None] + np.random.default_rng(0).normal(size=(50, 1))
+    falls, rises = (baseline_forecasts([one], 50, names=["AR"])["AR"] for one in (rows, 500 - rows))
+    np.testing.assert_allclose(500 - rises, falls)
+    assert falls.min() < 120
+
+
+def test_what_cannot_read_gaps_reads_no_invented_rows_before_a_series_either():
+    rows, gap = np.arange(60.0)[:, None], np.full((300, 1), np.nan)
+    np.testing.assert_array_equal(filled(np.concatenate((gap, rows)), 0), rows)
+    np.testing.assert_array_equal(filled(np.concatenate((rows, gap, rows)), 0), rows)
