@@ -1,6 +1,6 @@
 """The times of a series: which cells and numbers are dates, and how times continue."""
 
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, datetime
 
 import numpy as np
 import pandas as pd
@@ -15,11 +15,10 @@ DATES = {
     FIFTH: ["2020-03-05", "5.3.2020", "5 March 2020", "Mar 5, 2020", "05MAR2020"],
     datetime(2020, 3, 1): ["2020-03", "2020M03", "3/2020"],
     datetime(2020, 7, 1): ["Q3 2020", "2020Q3"],
-    datetime(2020, 3, 2): ["2020-W10", "2020-03-02/2020-03-08"],
-    datetime(2020, 3, 5, 14, 30): ["5.3.2020 2:30 PM"],
+    datetime(2020, 3, 2): ["2020-W10"],
+    datetime(2020, 3, 5, 14, 30): ["5.3.2020 2:30 PM", "2020-03-05 02:30 pm"],
     datetime(2020, 3, 5, 14, 30, 15, 500000): ["2020-03-05T14:30:15.5"],
-    datetime(2020, 3, 5, 14, 30, tzinfo=UTC): ["2020-03-05T14:30:00Z"],
-    datetime(2020, 3, 5, 14, 30, tzinfo=timezone(timedelta(hours=2))): ["2020/03/05 14:30 +02:00"],
+    datetime(2020, 3, 5, 14, 30, tzinfo=UTC): ["2020-03-05T14:30:00Z", "2020/03/05 16:30 +02:00"],
 }
 
 
@@ -50,7 +49,7 @@ TWO_DIGITS = ["Jan-59", "30.12.55", "5-Jan-59", "1/2/03", "99/1/23", "Jan '59"]
 
 @pytest.mark.parametrize("cell", NOT_IN_CALENDAR + TWO_DIGITS)
 def test_dates_that_are_refused(cell):
-    with pytest.raises(DataError, match="of two digits" if cell in TWO_DIGITS else "not a date of the calendar"):
+    with pytest.raises(DataError, match="of two digits" if cell in TWO_DIGITS else "expected a date of the calendar"):
         read([cell])
 
 

@@ -94,6 +94,7 @@ def table_of(frame, where: str, name: str) -> Table:
     table = Table(where, name, [(str(title), cells) for title, cells in frame.items()])
     for at in reversed(range(frame.index.nlevels)):
         level = frame.index.get_level_values(at)
+        level = level.to_timestamp() if isinstance(level, pd.PeriodIndex) else level
         is_number = level.dtype.kind in "iuf"
         if is_number and level.name is None and (dates or not equal_steps(level.to_numpy(float))):
             continue
