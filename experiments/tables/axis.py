@@ -1,7 +1,6 @@
 """Find the times of a table among its columns. T rows."""
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,8 +10,7 @@ from experiments.tables.cells import Column
 from experiments.tables.dates import CLOCK, dates_of, dates_of_numbers
 from experiments.tables.times import time_texts
 
-EQUAL_STEPS = 1e-6  # by how much the steps of a column without a telling name may differ, relative to their mean
-# Numbers under the first names, or WITH_UNIT, are times, whatever their steps; under the last they rise in equal steps.
+EQUAL_STEPS = 1e-6  # by how much equal steps of a first column may differ, relative to their mean
 TIME_NAMES = frozenset(
     "t time times timestamp ds date dates datetime day days week weeks month months quarter quarters year years period "
     "season semester hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois "
@@ -20,61 +18,62 @@ TIME_NAMES = frozenset(
 )
 UNIT = "[ _.](?:[mnuµ]?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?)"
 WITH_UNIT = rf"(?:elapsed|time)(?:[ _.]time)?(?:{UNIT})?|(?:decimal|fractional)[ _.](?:date|year)"
-COUNTER_NAMES = rf"steps?|index|idx|id|row|obs|t{UNIT}"  # t_min can be a temperature, too
 PARTS = ("year", "month", "quarter", "day", "hour", "minute", "second")  # of a date, in columns of their own
 Found = tuple[pd.Index | None, list[Column]]  # the times, and the columns that they and other times are in
 
 
-def time_axis(free: list[Column], groups: list[np.ndarray], named: int, table: Table) -> Found:
+def time_axis(free: list[Column], groups: dict[str, np.ndarray], named: int, table: Table) -> Found:
     """The times of all rows; None if the table has none.
 
     free: the columns that are not asked for as variables; `named` columns have names. groups: the rows of each series.
-    Times are in a column of dates, with a clock or an hour in another one; in columns with parts of dates; or in a
-    column of numbers, whose name or steps say so. Raises DataError for columns that can both be the times.
+    Times are in a column of dates, with a clock or an hour in another one; or in columns with parts of dates; or in a
+    column of numbers that is called as times are, of several in one that rises; or in the first column, if it rises in
+    equal steps. Raises DataError for columns that can both be the times, for times that fall or repeat, and for other
+    numbers that begin anew.
     """
+    if not any(one.kind == "dates" for one in free):
+        for one in (one for one in free if one.kind == "numbers"):
+            if (dates := dates_of_numbers(one.values, one.name, table, tells_time(one.name))) is not None:
+                one.kind, one.values = "dates", dates
+    rows_of = [*groups.values()]
     if any(one.kind == "dates" for one in free):
-        return _of_dates(free, groups, table)
-    if found := _of_parts(free, table):
-        return found
-    early = free[: next((at for at, one in enumerate(free) if one.name), 0) + 1]
-    # the only column with, or without a name is what can be forecast
+        axis, used = _of_dates(free, rows_of, table)
+    else:
+        axis, used = _of_parts(free, table) or _of_numbers(free, rows_of, named, table)
+    for title, rows in groups.items():
+        if axis is not None:
+            _check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", table)
+    return axis, used
+
+
+def _of_numbers(free: list[Column], groups: list[np.ndarray], named: int, table: Table) -> Found:
+    """The times in a column of numbers. The only column with, or without a name is what can be forecast."""
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
-    large = [one for one in numbers if one.values.min() >= 10**7]  # such as 20231231, or Unix seconds
-    read = {one: dates_of_numbers(one.values, one.name, table, False) for one in large}
-    dates = {one: found for one, found in read.items() if found is not None}
-    telling = [one for one in numbers if tells_time(one.name) or one in dates]
-    if len(groups) == 1 and not any(rises(one.values) for one in [*telling, *large]):
+    telling = [one for one in numbers if tells_time(one.name)]
+    found = [one for one in telling if rises(one.values, groups)] or telling
+    if not found and len(groups) == 1:
         _refuse_several(numbers, table)
-    if dates and not any(rises(one.values, groups) for one in telling):  # these are refused, with the rows that fall
-        return _of_dates([replace(one, kind="dates", values=found) for one, found in dates.items()], groups, table)
-    later = [one for one in telling if one not in early and rises(one.values, groups)]
-    # a telling first one, telling later ones, the first ones
-    for one in [*(one for one in early if one in telling), *later, *early]:
-        if one in numbers and (axis := _of_numbers(one, groups, table)) is not None:
-            return axis, [one]
-    return None, []
+    count = np.arange(sum(map(len, groups)))  # as pandas numbers rows
+    first = next((one for one in free if one.name or not np.array_equal(one.values, count)), None)
+    if not found and first in numbers and all(len(rows) > 2 and equal_steps(first.values[rows]) for rows in groups):
+        found = [first]
+    if not found:
+        return None, []
+    return pd.Index(found[0].values, name=(table.has_names and found[0].name) or "time"), found[:1]
 
 
 def _refuse_several(columns: list[Column], table: Table) -> None:
-    """Raise DataError if numbers count anew for each value of another column: several series, one below the other."""
-    for outer in columns:
-        begins = np.flatnonzero(np.append(True, outer.values[1:] != outer.values[:-1]))
-        if not 1 < len(begins) <= len(outer.values) // 3 or len(begins) != len(np.unique(outer.values)):
-            continue
-        runs = np.split(np.arange(len(outer.values)), begins[1:])
-        for one in (one for one in columns if min(map(len, runs)) >= 3 and _begins_anew(one, runs)):
-            if tells_time(one.name) or not tells_time(outer.name):
-                raise table.error(
-                    f"{one.name!r} begins anew for each {outer.name!r}; if these are {len(runs)} series, one below the "
-                    f"other, tell them apart with --id {outer.name}; if both are parts of dates, put them into one "
-                    "column, such as 2023-01-31 or 2023-W05; if both are variables, name them with --columns"
-                )
-
-
-def _begins_anew(one: Column, runs: list[np.ndarray]) -> bool:
-    """True if numbers rise in each run of rows as times do, but not from one to the next."""
-    is_time = tells_time(one.name) and rises(one.values, runs)
-    return not rises(one.values) and (is_time or all(_is_axis(one.name, one.values[rows]) for rows in runs))
+    """Raise DataError if numbers rise in equal steps again and again: several series, one below the other."""
+    for one in columns:
+        runs = np.split(one.values, np.flatnonzero(np.diff(one.values) <= 0) + 1)
+        if len(runs) > 1 and all(len(run) > 2 and equal_steps(run) for run in runs):
+            problem = f"begins anew, after {runs[0][-1]} comes {runs[1][0]}"
+            raise table.error(
+                f"{problem}; if these are {len(runs)} series, one below the other, name the column that tells them "
+                "apart with --id; if it is a variable, name the variables with --columns",
+                one.name,
+                len(runs[0]),
+            )
 
 
 def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Found:
@@ -111,19 +110,6 @@ def _of_parts(free: list[Column], table: Table) -> Found | None:
     return pd.DatetimeIndex(found, name="time"), list(parts.values())
 
 
-def _of_numbers(one: Column, groups: list[np.ndarray], table: Table) -> pd.Index | None:
-    """The times in a column of numbers. A count from 0 without a name is no time axis."""
-    title = one.name if table.has_names else ""
-    is_telling = tells_time(title)
-    found = dates_of_numbers(one.values, title, table, is_telling)
-    if found is not None and (is_telling or rises(one.values, groups)):
-        return found.rename(title or "time")
-    counts = not one.name and np.array_equal(one.values, np.arange(len(one.values)))
-    if not counts and (is_telling or all(_is_axis(title, one.values[rows]) for rows in groups)):
-        return pd.Index(one.values, name=title or "time")
-    return None
-
-
 def tells_time(name: str) -> bool:
     """True if a column's name says that it holds times. A # before it, and a unit in brackets after it, are ignored."""
     plain = re.sub(r"^# *|\s*[\[(].*", "", name, flags=re.DOTALL).lower()
@@ -146,13 +132,7 @@ def equal_steps(values: np.ndarray) -> bool:
     return rises(values) and (not len(steps) or bool(np.ptp(steps) <= EQUAL_STEPS * steps.mean()))
 
 
-def _is_axis(name: str, values: np.ndarray) -> bool:
-    """True if numbers (T) rise in equal steps and are called by a counter, or are three without a name, or whole."""
-    is_many = len(values) >= 3 and (not name or bool((values == np.round(values)).all()))
-    return equal_steps(values) and (is_many or re.fullmatch(COUNTER_NAMES, name.lower()) is not None)
-
-
-def check_order(index: pd.Index, rows: np.ndarray, of: str, table: Table) -> None:
+def _check_order(index: pd.Index, rows: np.ndarray, of: str, table: Table) -> None:
     """Raise DataError for times that fall or repeat, or numbers that are not finite. `of` names the series, if any."""
     name = str(index.name)
     if index.dtype.kind == "f" and not (known := np.isfinite(index.to_numpy())).all():

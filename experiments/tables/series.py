@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.tables import DataError, Table
-from experiments.tables.axis import check_order, equal_steps, rises, tells_time, time_axis
+from experiments.tables.axis import equal_steps, rises, tells_time, time_axis
 from experiments.tables.cells import Column, columns_of
 from experiments.tables.dates import CLOCK, MONTH, is_date
 from experiments.tables.times import gapless, regular, time_texts
@@ -15,7 +15,6 @@ from experiments.tables.times import gapless, regular, time_texts
 MISSING = ("error", "interpolate", "keep")
 IDS = ("unique_id", "item_id", "id")  # as Nixtla, AutoGluon, Chronos and GluonTS call what tells series apart
 MOST_NAMES = 6  # that a line for users lists
-DURATIONS = frozenset("seconds minutes hours days weeks months quarters years".split())  # variables, if they fall
 FILL = 'fill them with --missing interpolate (missing="interpolate")'
 # what stands for missing values in many tables
 MARKS = (-99, -99.9, -99.99, -999, -999.9, -999.99, -9999, 9999, -99999, 99999)
@@ -119,17 +118,16 @@ def assemble(
     groups, ids = _groups(table, found, asked, id)
     rest = [one for one in found if one is not ids]
     free = [one for one in rest if one.name not in asked]
-    axis, used = time_axis(free, [*groups.values()], sum(bool(one.name) for one in rest), table)
+    axis, used = time_axis(free, groups, sum(bool(one.name) for one in rest), table)
     free = [one for one in free if one not in used]
-    again = _times_again(free, used, groups, columns is None, table)
-    table.notes += [f"{one.name!r} left out, as the times are known" for one in again]
-    free = [one for one in free if one not in again]
+    again = [one for one in free if axis is not None and one.kind == "numbers" and tells_time(one.name)]
+    again = [one for one in again if rises(one.values, groups.values())]
+    if columns is not None or len(again) < sum(bool(one.name) for one in free):  # else they are what can be forecast
+        table.notes += [f"{one.name!r} left out, as the times are known" for one in again]
+        free = [one for one in free if one not in again]
     count = np.arange(len(found[0].cells))  # as pandas or R number rows
     unnamed = [one for one in free if not one.name and not any(np.array_equal(one.values, count + n) for n in (0, 1))]
     table.notes += ["a column without a name left out"] * len(unnamed)
-    for title, rows in groups.items():
-        if axis is not None:
-            check_order(axis[rows], rows, "" if len(groups) == 1 else f" of series {title!r}", table)
     names = asked if columns is not None else [one.name for one in free if one.name or one.kind == "text"]
     if columns is None and not wide:
         _refuse_times_as_names(names, table)
@@ -196,26 +194,6 @@ def _refuse_times_as_names(names: Sequence[str], table: Table) -> None:
     if len(found) > 2:
         problem = f"has columns {found[0]!r} to {found[-1]!r}, which can be variables, or times of a series in each row"
         raise table.error(f"{problem}; write a row for each time, or name the variables with --columns")
-
-
-def _times_again(
-    free: Sequence[Column], used: Sequence[Column], groups: dict, is_open: bool, table: Table
-) -> list[Column]:
-    """The columns that rise and are called as times are, beside those `used`; a single column is what can be forecast.
-
-    is_open: no variables are asked for. If no used column is called as times are, raises DataError for one that is, but
-    no duration, and does not rise, so that the rows may be those of several series: where none are asked for, ids are
-    used, or text may tell them apart.
-    """
-    found = [one for one in free if one.kind == "numbers" and tells_time(one.name)]
-    if is_open and sum(bool(one.name) for one in free) == 1:
-        return []
-    may_be_several = is_open or len(groups) > 1 or any(one.kind == "text" for one in free)
-    falling = [one.name for one in found if one.name.lower() not in DURATIONS]
-    if falling and may_be_several and not any(one.kind == "dates" or tells_time(one.name) for one in used):
-        ways = "sort the rows by time; name the column that tells several series apart with --id; or, if it is a"
-        raise table.error(f"does not rise as times do; {ways} variable, name the variables with --columns", falling[0])
-    return [one for one in found if used and rises(one.values, [*groups.values()])]
 
 
 def _complete(frame: pd.DataFrame, missing: str, rows: np.ndarray, table: Table) -> pd.DataFrame:
