@@ -54,7 +54,7 @@ def work(args: argparse.Namespace, interruption: Interruption) -> None:
     from experiments.forecasting.contexts import named, names_of
     from experiments.forecasting.forecaster import reads_values
     from experiments.report.build import write_report
-    from experiments.tables.text import series_name
+    from experiments.tables.reading import series_name
     from experiments.training.finetuning import Finetuning, summary
     from experiments.training.team import joined
 

@@ -139,7 +139,7 @@ def work(args: argparse.Namespace, _: Interruption) -> None:
     from experiments.forecasting.forecaster import reads_values
     from experiments.forecasting.scores import BAND
     from experiments.storage.files import write_whole
-    from experiments.tables.text import series_name
+    from experiments.tables.reading import series_name
     from qwen_min.linear import keep_only_packed
 
     name, folder, _trained = resolve(args.model, args.adapter)

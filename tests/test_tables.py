@@ -193,7 +193,14 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "two files": (zipped(a=b"1", b=b"2"), r"is a zip file of \['a', 'b'\], expected one table in it"),
     "damaged Excel": (zipped(**{"[Content_Types].xml": b""}), "Excel file"),
     "damaged zip": (zipped(a=PACKED).replace(b"1.5", b""), "cannot be unpacked"),
-    "a title": ("Sales\n\ndate,y\n2023-01-01,1\n", "line 1: 'Sales' has one column, the last line has 2; leave out"),
+    "a title": (
+        "Sales\n\ndate,y\n2023-01-01,1\n",
+        "line 2: is empty, which .*; write NA, or delete it, and a title above it",
+    ),
+    "a title above names": (
+        "Sales\ndate,y\n2023-01-01,1\n",
+        "line 2, column .Sales.: holds .date,y., expected a number",
+    ),
     "years and weeks": (several("year,week"), "column 'year': the time 3 repeats .*; .* into one column, such as"),
     "stores of items": ("id,d,a\nx,2023-01-01,1\nx,2023-01-01,1\ny,2023-01-01,1\n", "of series 'x' repeats"),
     "trials": (several("n,subject,trial"), "column 'trial': begins anew, after 5 comes 1; if these are 2 series"),
