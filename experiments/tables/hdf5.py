@@ -62,39 +62,31 @@ def arrays_in(path: Path, content: bytes) -> Iterator[Table]:
     is the time axis of all series of T steps. Raises DataError for other files.
     """
     with opened(path, content) as file:
-        arrays, clock = _arrays(path, file)
+        clocks = [name for name in file if name.lower() in TIMES and getattr(file[name], "ndim", 0) == 1]
+        if len(clocks) > 1:
+            raise DataError(f"{path}: {clocks[0]!r} and {clocks[1]!r} can both be the times; delete one of them")
+        times = numbers_in(path, file, clocks[0], [1], "an array of times")[:] if clocks else np.zeros(0)
+        names, ranks = ["trajectories"], [3]
+        if "trajectories" not in file:  # s2 before s10
+            others = sorted({*file} - {*clocks}, key=lambda name: [part.zfill(20) for part in re.split(r"(\d+)", name)])
+            names, ranks = others or names, [1, 2]
+        expected = "the array 'trajectories', or arrays (T, D) and nothing else"
+        arrays = {name: numbers_in(path, file, name, ranks, expected) for name in names}
+        sizes = [8 * array.size for array in arrays.values()]
+        count = sum(len(array) if array.ndim == 3 else 1 for array in arrays.values())
+        if min(sizes) == 0 or sum(sizes) > MAX_ARRAY_BYTES or count > MAX_SERIES:
+            most = f"1 to {MAX_SERIES:,} series of 8 to {MAX_ARRAY_BYTES:,} bytes"
+            raise DataError(f"{path}: claims {count:,} series of {sizes[:6]} bytes, expected {most}")
         for name, array in arrays.items():
-            count, is_study = array.shape[-1] if array.ndim > 1 else 1, array.ndim == 3 and clock is not None
-            variables = ["prey", "predator"] if is_study and count == 2 else [f"x{at}" for at in range(count)]
             values = array[:].astype(np.float64)
+            if clocks and array.ndim == 3 and len(times) != values.shape[1]:
+                problem = f"{name} are {array.shape}, {clocks[0]} {times.shape}, expected (N, T, D) and (T,)"
+                raise DataError(f"{path}: {problem}")
             for number, one in enumerate(values if array.ndim == 3 else [values.reshape(len(values), -1)]):
+                is_study = array.ndim == 3 and clocks and one.shape[1] == 2
+                variables = ["prey", "predator"] if is_study else [f"x{at}" for at in range(one.shape[1])]
                 columns = list(zip(variables, one.T, strict=True))
-                if clock is not None and len(clock) == len(one):
-                    columns.insert(0, ("time", clock[:]))
+                if len(times) == len(one):
+                    columns.insert(0, ("time", times))
                 title, at = (f"{path.stem}[{number}]", f"{number}, ") if array.ndim == 3 else (name, "")
                 yield Table(str(path), title, columns, place=partial("{}[{}{}]".format, name, at))
-
-
-def _arrays(path: Path, file: h5py.File) -> tuple[dict[str, h5py.Dataset], h5py.Dataset | None]:
-    """The arrays with series, by name, and the one with the times, none of them read yet."""
-    clocks = [name for name in file if name.lower() in TIMES and getattr(file[name], "ndim", 0) == 1]
-    if len(clocks) > 1:
-        raise DataError(f"{path}: {clocks[0]!r} and {clocks[1]!r} can both be the times; delete one of them")
-    names, ranks = ["trajectories"], [3]
-    if "trajectories" not in file:  # s2 before s10
-        others = sorted({*file} - {*clocks}, key=lambda name: [part.zfill(20) for part in re.split(r"(\d+)", name)])
-        names, ranks = others or names, [1, 2]
-    expected = "the array 'trajectories', or arrays (T, D) and nothing else"
-    arrays = {name: numbers_in(path, file, name, ranks, expected) for name in names}
-    clock = numbers_in(path, file, clocks[0], [1], "an array of times") if clocks else None
-    size = 8 * sum(array.size for array in arrays.values())
-    series = sum(len(array) if array.ndim == 3 else 1 for array in arrays.values())
-    if size > MAX_ARRAY_BYTES or series > MAX_SERIES:
-        most = f"{MAX_SERIES:,} and {MAX_ARRAY_BYTES:,}"
-        raise DataError(f"{path}: claims {series:,} series of {size:,} bytes, expected at most {most}")
-    for name, array in arrays.items():
-        if 0 in array.shape:
-            raise DataError(f"{path}: {name} is {array.shape}, expected at least one number")
-        if clock is not None and array.ndim == 3 and len(clock) != array.shape[1]:
-            raise DataError(f"{path}: {name} are {array.shape}, {clocks[0]} {clock.shape}, expected (N, T, D) and (T,)")
-    return arrays, clock
