@@ -157,7 +157,10 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "infinite": ("a,b\n1,2\n3,inf\n", "line 3, column 'b': is infinite"),
     "empty": ("", "is empty"),
     "quote": ('a\n"1\n', "cannot be read"),
-    "both marks": ("a;b\n1,5;1.5\n1,6;1.6\n", "has the other mark"),
+    "both marks": (
+        "a;b\n1,5;1.5\n1,6;1.6\n",
+        "has decimal points in column .b. and decimal commas in column .a.; write",
+    ),
     "half hours": ("date,hour,a\n2023-01-01,0.5,1\n2023-01-01,1.5,2\n", "'hour': holds '2023-01-01 0.5:00', exp"),
     "a date is missing": ("date,a\n2023-01-01,1\n,2\n", "line 3, column 'date': is empty, expected a date"),
     "falls": ("date,a\n2023-01-02,1\n2023-01-01,2\n", r"line 3, column 'date': the time 2023-01-01 comes after 2023-"),

@@ -94,25 +94,22 @@ def _decimal_mark(parts: Sequence[tuple[str, pd.Series]], asked: Sequence[str], 
     The columns `asked` for decide; where both marks fit these, the other columns. Raises DataError for columns that
     contradict each other, and if both marks fit and would give other numbers.
     """
-    marks, doubtful = set(STYLES), []
+    found: dict[str, str] = {}  # marks, and names of columns that no other mark fits
+    doubtful = []
     for title, cells in sorted(parts, key=lambda one: one[0] not in asked):
         known = cells[cells.str.contains(r"\d[.,]|[.,]\d", regex=True)]
-        if not len(known) or is_date(known.iloc[0]) or is_date(cells.iloc[0]):
-            continue
-        fits = {mark for mark, pattern in STYLES.items() if known.str.fullmatch(pattern).all()}
-        if fits & marks:
-            marks &= fits
-        elif fits and (not asked or title in asked):
-            problem = f"has a decimal {'point' if '.' in fits else 'comma'}, but a column before it has the other mark"
-            raise table.error(f"{problem}; write all numbers with a decimal point", title)
+        fits = [mark for mark, pattern in STYLES.items() if known.str.fullmatch(pattern).all()]
+        if len(fits) == 1 and (title in asked or not asked or not found):
+            found.setdefault(fits[0], title)
         # %.3f writes a point into every number; where some have none, or semicolons divide cells, it may group digits
         in_all = len(known) == (~cells.str.lower().isin(MISSING_CELLS)).sum() and table.delimiter != ";"
-        if len(fits) == 2 and ("," in known.iloc[0] or not in_all):
+        if len(fits) == 2 and len(known) and ("," in known.iloc[0] or not in_all):
             doubtful.append(known.iloc[0])
-    if len(marks) == 1:
-        return marks.pop()
-    if doubtful and table.delimiter != ",":
+    if len(found) > 1:
+        problem = f"has decimal points in column {found['.']!r} and decimal commas in column {found[',']!r}"
+        raise table.error(f"{problem}; write all numbers with a decimal point")
+    if not found and doubtful and table.delimiter != ",":
         cell = doubtful[0]
         problem = f"{cell!r} can be {cell.replace(',', '.')} or {re.sub('[.,]', '', cell)}"
         raise table.error(f"{problem}; write all numbers with a decimal point, and with more or fewer than 3 decimals")
-    return "."
+    return next(iter(found), ".")
