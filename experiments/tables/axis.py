@@ -88,7 +88,7 @@ def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Fou
         both = pd.Series(first.values.strftime("%Y-%m-%d "), dtype="str") + clock
         table.notes.append(f"{first.name!r} and {clocks[0].name!r} put together")
         return dates_of(both, clocks[0].name, table).rename(first.name), [*dated, clocks[0]]
-    if len(moving) > 1:
+    if any(not one.values.equals(moving[0].values) for one in moving):
         raise table.error(f"{moving[0].name!r} and {moving[1].name!r} can both be the times; delete one of them")
     axis = (moving or dated)[0]
     table.notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in dated if one is not axis]
@@ -141,15 +141,12 @@ def _check_order(index: pd.Index, rows: np.ndarray, of: str, table: Table) -> No
         return
     at = int((index[1:] <= index[:-1]).argmax()) + 1
     before, now = time_texts(index[[at - 1, at]], index)
-    advice = f"{name!r} is a variable, name it with --columns"
-    if isinstance(index, pd.DatetimeIndex):
-        advice = "the clock was set back there, write times with their offset from UTC"
-    problem = f"the time {now}{of} comes after {before}; sort the rows by time, the oldest first; if {advice}"
-    twice = index[index.duplicated()]
-    if now == before or (not of and len(twice)):
-        problem = (
-            f"the time {time_texts(twice, index)[0]}{of} repeats ({(index == twice[0]).sum()} rows have it); put dates "
-            "and clocks into one column, such as 2023-01-31 14:00+01:00; or, if the table has several series, name the "
-            "column that tells them apart with --id; or keep one row for each time"
-        )
-    raise table.error(problem, name, rows[at])
+    what = "repeats" if now == before else f"comes after {before}"
+    raise table.error(
+        f"the time {now}{of} {what}; sort the rows by time, the oldest first, each time once; if the table has several "
+        "series, name the column that tells them apart with --id; put dates and clocks into one column, such as "
+        "2023-01-31 14:00+01:00, with their offset from UTC if the clock was set back there; if "
+        f"{name!r} is a variable, name it with --columns",
+        name,
+        rows[at],
+    )
