@@ -427,7 +427,7 @@ def test_columns_of_frames():
     assert found["b"].tolist()[:2] == [2.5, 1.5]
     assert found["a"].isna().tolist()[:2] == [True, False]
     assert from_frame(frame["b"])[0].shape == (20, 1)
-    assert "'day' left out, as the index has the times" in told(from_frame(frame.set_index(days), missing="keep"))
+    assert "'day' left out, as 'time' has the times" in told(from_frame(frame.set_index(days), missing="keep"))
     with pytest.raises(DataError, match="got a Index, expected a pandas DataFrame or Series"):
         from_frame(frame.columns)
 

@@ -55,6 +55,7 @@ def columns_of(table: Table, asked: Sequence[str]) -> list[Column]:
 def _as_text(cells) -> pd.Series:
     """The cells (T) of dates, durations or numbers as they are, others as text, missing ones as ""."""
     cells = pd.Series(cells).reset_index(drop=True)
+    cells = cells.dt.to_timestamp() if isinstance(cells.dtype, pd.PeriodDtype) else cells
     if cells.dtype.kind in "Mmiuf":
         return cells
     if not isinstance(cells.dtype, pd.StringDtype):

@@ -89,20 +89,14 @@ def table_of(frame, where: str, name: str) -> Table:
     if frame.index.nlevels > 1 and None in frame.index.names:
         names = [*frame.index.names]
         raise DataError(f"{where}: the levels of its index are called {names}; name that of the series id, others too")
-    dates = [str(title) for title in frame.select_dtypes(["datetime", "datetimetz"])]
-    table = Table(where, name, [(str(title), cells) for title, cells in frame.items()])
-    for at in reversed(range(frame.index.nlevels)):
-        level = frame.index.get_level_values(at)
-        level = level.to_timestamp() if isinstance(level, pd.PeriodIndex) else level
-        is_number = level.dtype.kind in "iuf"
-        if is_number and level.name is None and (dates or not equal_steps(level.to_numpy(float))):
-            continue
-        if level.dtype.kind == "M":  # it goes before columns of dates
-            table.columns = [one for one in table.columns if one[0] not in dates]
-            table.notes += [f"{one!r} left out, as the index has the times" for one in dates]
-        title = str(level.name) if level.name is not None else "" if is_number else "time"
-        table.columns = [(title, level.to_series()), *table.columns]
-    return table
+    if frame.index.nlevels == 1 and frame.index.name is None:
+        is_number, has_dates = frame.index.dtype.kind in "iuf", frame.select_dtypes(["datetime", "datetimetz"]).size
+        if is_number and (has_dates or not equal_steps(frame.index.to_numpy(float))):
+            return Table(where, name, [(str(title), cells) for title, cells in frame.items()])
+        frame = frame.rename_axis("" if is_number else "time")
+    return Table(
+        where, name, [(str(title), cells) for title, cells in frame.reset_index(allow_duplicates=True).items()]
+    )
 
 
 def assemble(
