@@ -88,7 +88,7 @@ def test_every_file_has_its_rule_and_commands_do_not_import_each_other():
 
 @pytest.mark.slow
 def test_what_draws_reports_and_prints_help_needs_no_torch_and_a_checkpoint_no_compiler():
-    """Nor does what reads no table need pandas, nor text and FLOPs the extra. In one process, as its start is slow."""
+    """Nor do text and FLOPs need the extra. In one process, as its start is slow."""
     code = f"""
 import sys
 import experiments.report.build, experiments.cli, experiments.benchmark, experiments.benchmarking.engines
@@ -96,7 +96,6 @@ import experiments.forecasting, experiments.run
 experiments.run.parser().format_help()
 assert "torch" not in sys.modules
 import experiments.forecast, experiments.finetune, experiments.study.suite, experiments.training.finetuning, qwen_min
-assert "pandas" not in sys.modules
 qwen_min.load("tiny")
 assert "sympy" not in sys.modules  # of torch's compiler
 for name in [one for one in sys.modules if one.split(".")[0] in {OURS}]:

@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.tables import DataError, Table, following
+from experiments.tables import DataError, following
 from experiments.tables.dates import dates_of, is_date
+from experiments.tables.table import Table
 from experiments.tables.times import gapless, regular, time_texts
 
 FIFTH = datetime(2020, 3, 5)

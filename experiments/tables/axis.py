@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pandas as pd
 
-from experiments.tables import Table
 from experiments.tables.cells import Column
 from experiments.tables.dates import CLOCK, dates_of, dates_of_numbers
+from experiments.tables.table import Table
 from experiments.tables.times import time_texts
 
 EQUAL_STEPS = 1e-6  # by how much equal steps of a first column may differ, relative to their mean

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.tables import Table
 from experiments.tables.dates import dates_of, is_date
+from experiments.tables.table import Table
 
 MISSING_CELLS = frozenset(
     "nan -nan na n/a <na> #n/a #na #div/0! #value! #ref! nat null none missing - -- \u2013 \u2014 ? . .. : 1.#qnan "

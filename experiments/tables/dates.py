@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from experiments.tables import Table
+from experiments.tables.table import Table
 from experiments.tables.times import regular
 
 YEARS = range(1800, 2201)  # of numbers such as 202312 that are dates

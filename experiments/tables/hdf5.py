@@ -10,7 +10,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from experiments.tables import DataError, Table
+from experiments.tables.table import DataError, Table
 
 MAX_ARRAY_BYTES = 2**30  # limit for an array in a file, and for all series of a file as float64
 MAX_COMPRESSION = 1100  # bytes of an array per byte in the file; deflate reaches 1032

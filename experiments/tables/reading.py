@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.tables import DataError, Table
 from experiments.tables.cells import MISSING_CELLS, is_number
 from experiments.tables.dates import is_date
 from experiments.tables.hdf5 import arrays_in
 from experiments.tables.series import assemble, table_of
+from experiments.tables.table import DataError, Table
 
 MAX_BYTES = 2**28  # limit for what a packed file unpacks to
 PACKED: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}

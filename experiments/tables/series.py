@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from experiments.tables import DataError, Table
 from experiments.tables.axis import equal_steps, rises, tells_time, time_axis
 from experiments.tables.cells import Column, columns_of
 from experiments.tables.dates import CLOCK, MONTH, is_date
+from experiments.tables.table import DataError, Table
 from experiments.tables.times import gapless, regular, time_texts
 
 MISSING = ("error", "interpolate", "keep")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from experiments.tables import DataError
+from experiments.tables.table import DataError
 
 REGULAR = 0.01  # how far a number may lie from equal steps, in steps: times are often written with few digits
 ENOUGH = 0.4  # so many of the times of a grid, and of the steps between them, are there where the others are left out

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from experiments.tables import DataError
+from experiments.tables.table import DataError
 from experiments.tables.times import following, time_texts
 
 
