@@ -185,6 +185,7 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
         "2022.11 can be a month, a quarter or a number",
     ),
     "no such day": ("date,a\n20230228,1\n20230229,2\n", "line 3, .*20230229 is no month, or no day of the calendar"),
+    "years of two digits": ("year,month,a\n20,1,1\n20,2,2\n", "'year': has years of two digits, of this century"),
     "a month in each": ("year,jan,feb,mar\n2020,1,1,1\n2021,2,2,2\n", "'jan' to 'mar', which can be .*, or times"),
     "World Bank": ("c,1990 [YR1990],1991 [YR1991],1992 [YR1992]\nAruba,5,6,7\n", r"'1990 .*2\]', which can .* times"),
     "a decimal comma": ("1,5\n1,6\n", "'1,5' can be two numbers, or one with a decimal comma; write names"),
@@ -400,6 +401,7 @@ INDEXES = {  # index of three rows: the time after the last, or None if it is no
     "clocks change": (pd.date_range("2023-03-25", periods=3, tz="Europe/Berlin"), "2023-03-28 00:00:00+02:00"),
     "months": (pd.period_range("2023-01", periods=3, freq="M"), "2023-04-01"),
     "weeks": (pd.period_range("2023-01-02", periods=3, freq="W"), "2023-01-23"),
+    "fiscal quarters": (pd.period_range("2020Q1", periods=3, freq="Q-MAR"), "2020-01-01"),
     "durations": (pd.to_timedelta([0, 10, 20], unit="s"), "30"),
     "texts": (pd.Index(["2023-01-01", "2023-01-02", "2023-01-03"]), "2023-01-04"),
     "years": (pd.RangeIndex(1900, 1903), "1903"),
@@ -427,6 +429,7 @@ def test_columns_of_frames():
     assert found["b"].tolist()[:2] == [2.5, 1.5]
     assert found["a"].isna().tolist()[:2] == [True, False]
     assert from_frame(frame["b"])[0].shape == (20, 1)
+    assert from_frame(pd.Series(pd.arrays.SparseArray([1, 0, 2])))[0]["x0"].tolist() == [1, 0, 2]
     assert "'day' left out, as 'time' has the times" in told(from_frame(frame.set_index(days), missing="keep"))
     with pytest.raises(DataError, match="got a Index, expected a pandas DataFrame or Series"):
         from_frame(frame.columns)

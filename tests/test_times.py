@@ -98,6 +98,12 @@ CONTINUED = {  # times, whether they are regular, the next two
     "the 30th": (days("2024-01-30", "2024-02-29", "2024-03-30"), True, "2024-04-30, 2024-05-30"),
     "hours when clocks change": (BERLIN, True, "2020-10-25 02:30:00+01:00, 2020-10-25 03:30:00+01:00"),
     "irregular": (days("2024-01-01", "2024-01-03", "2024-01-05", "2024-01-15"), False, "2024-01-17, 2024-01-19"),
+    "days apart that all differ": (
+        days("2024-01-01", "2024-01-02", "2024-01-10", "2024-01-16"),
+        False,
+        "2024-01-22, 2024-01-28",
+    ),
+    "numbers apart that all differ": (pd.Index([0.0, 0.1, 0.9, 1.5]), False, "2.1, 2.7"),
     "a number is missing": (pd.Index([1900, 1901, 1903, 1904]), False, "1905, 1906"),
     "rounded numbers": (pd.Index([0, 0.333, 0.667, 1]), True, "1.3333333, 1.6666667"),
     "tiny steps": (pd.Index([1e-9, 2e-9]), True, "3e-09, 4e-09"),

@@ -102,6 +102,8 @@ def _of_parts(free: list[Column], table: Table) -> Found | None:
     if "year" not in parts or not {"month", "quarter"} & parts.keys() or rises(parts["year"].values):
         return None
     values = {part: one.values for part, one in parts.items()}
+    if max(values["year"]) < 100:
+        raise table.error("has years of two digits, of this century or the last; write all four", parts["year"].name)
     quarter = values.pop("quarter", 1)  # a month says more
     found = pd.to_datetime(pd.DataFrame({"month": 3 * quarter - 2, "day": 1} | values), errors="coerce")
     if found.isna().any():

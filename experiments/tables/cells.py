@@ -73,7 +73,8 @@ def _column(name: str, cells: pd.Series, mark: str, may_be_date: bool, table: Ta
         cells = cells.dt.total_seconds()
     if cells.dtype != "str":
         whole = cells.dtype.kind == "i" and not cells.isna().any()
-        return Column(name, cells, "numbers", cells.to_numpy(np.int64 if whole else np.float64, na_value=np.nan))
+        numbers = cells.to_numpy(np.int64) if whole else cells.to_numpy(np.float64, na_value=np.nan)
+        return Column(name, cells, "numbers", numbers)
     gaps = cells.str.lower().isin(MISSING_CELLS).to_numpy(bool)
     known = cells[~gaps]
     if may_be_date and len(known) and is_date(known.iloc[0]):

@@ -129,8 +129,13 @@ def _number_step(index: pd.Index) -> tuple[float | int, bool]:
     if (np.abs(values - np.linspace(values[0], values[-1], len(values))) <= REGULAR * mean).all():
         return mean, True
     unit = 10.0 ** np.floor(np.log10(np.median(steps)) - 5)  # what is below six digits of the step is rounding
-    step = pd.Series(np.round(steps / unit)).mode()[0].item() * unit
+    step = _commonest(np.round(steps / unit)) * unit
     return round(step) if is_whole else step, False
+
+
+def _commonest(steps: np.ndarray) -> int:
+    """The commonest of whole steps; of several, the one in the middle, or of two the smaller: the other is a gap."""
+    return int(pd.Series(steps).mode().quantile(interpolation="lower"))
 
 
 def _next_numbers(index: pd.Index, steps: int) -> np.ndarray:
@@ -148,9 +153,9 @@ def _calendar(index: pd.DatetimeIndex) -> tuple[pd.DateOffset, bool]:
     wall = index.tz_localize(None)  # what a clock and a calendar there show
     if (wall - wall.normalize()).nunique() > 1:  # a clock
         steps = np.diff(index.asi8)
-        return pd.Timedelta(int(pd.Series(steps).mode()[0]), unit=index.unit), bool((steps == steps[0]).all())
+        return pd.Timedelta(_commonest(steps), unit=index.unit), bool((steps == steps[0]).all())
     month = np.diff(12 * wall.year + wall.month)  # first, as two months can have the same number of days
-    if month.min() > 0 and (offset := _monthly(wall, int(pd.Series(month).mode()[0]))) is not None:
+    if month.min() > 0 and (offset := _monthly(wall, _commonest(month))) is not None:
         return offset, bool((month == month[0]).all())
     days = wall.normalize().to_numpy().astype("datetime64[D]")
     counts = np.bincount(wall.day_of_week, minlength=7)
@@ -165,7 +170,7 @@ def _calendar(index: pd.DatetimeIndex) -> tuple[pd.DateOffset, bool]:
     for kind in (pd.offsets.SemiMonthBegin(), pd.offsets.SemiMonthEnd()):
         if np.ptp(whole) and all(map(kind.is_on_offset, wall)):
             return kind, len(pd.date_range(wall[0], wall[-1], freq=kind)) == len(wall)
-    return pd.DateOffset(days=int(pd.Series(whole).mode()[0])), bool((whole == whole[0]).all())
+    return pd.DateOffset(days=_commonest(whole)), bool((whole == whole[0]).all())
 
 
 def _monthly(wall: pd.DatetimeIndex, months: int) -> pd.DateOffset | None:
