@@ -127,6 +127,7 @@ def test_a_time_axis_is_found_and_continued(table, text, name, expected):
 
 
 VARIABLES = {  # text: the variables, all but the times
+    "step,a,phase\n" + "".join(f"{t},{t % 5},{t % 4}\n" for t in range(12)): "a phase",
     "weight,a\n1.1,1\n1.2,2\n1.4,3\n": "weight a",
     "at,status,n,a\n" + "".join(f"{1700000000 + t**2},{t // 4},{t % 2},5\n" for t in range(12)): "at status n a",
     "t,day,hour,a\n" + "".join(f"{t},{t // 4},{t % 4},{t % 3}\n" for t in range(12)): "day hour a",
@@ -210,7 +211,7 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     ),
     "years and weeks": (several("year,week"), "column 'year': the time 3 repeats; .* into one column, such as"),
     "stores of items": ("id,d,a\nx,2023-01-01,1\nx,2023-01-01,1\ny,2023-01-01,1\n", "of series 'x' repeats; .* once"),
-    "trials": (several("n,subject,trial"), "column 'trial': begins anew, after 5 comes 1; if these are 2 series"),
+    "trials": (several("n,subject,trial"), "column 'trial': begins anew for each 'subject'; if these are 2 series"),
     "dates of two stations": ("STN,YYYYMMDD,a\n1,20230131,5\n1,20230201,6\n2,20230131,7\n", "-31 comes after .*--id"),
     "newest day first": ("trade_date,a\n20230201,5\n20230131,6\n", "2023-01-31 comes after 2023-02-01; sort the rows"),
     "numbers as names": ("0,1,2\n5,6,7\n6,7,8\n", "can be names, as pandas writes them, or values; write other"),

@@ -14,7 +14,7 @@ EQUAL_STEPS = 1e-6  # by how much equal steps of a first column may differ, rela
 TIME_NAMES = frozenset(
     "t time times timestamp ds date dates datetime day days week weeks month months quarter quarters year years period "
     "season semester hour hours minute minutes second seconds datum zeit jahr monat quartal woche stunde année mois "
-    "trimestre jour heure año fecha doy time_period".split()
+    "trimestre jour heure año fecha doy time_period yyyymm".split()
 )
 UNIT = "[ _.](?:[mnuµ]?s|sec(?:ond)?s?|min(?:ute)?s?|h|hrs?|hours?|days?)"
 WITH_UNIT = rf"(?:elapsed|time)(?:[ _.]time)?(?:{UNIT})?|(?:decimal|fractional)[ _.](?:date|year)"
@@ -28,8 +28,8 @@ def time_axis(free: list[Column], groups: dict[str, np.ndarray], named: int, tab
     free: the columns that are not asked for as variables; `named` columns have names. groups: the rows of each series.
     Times are in a column of dates, with a clock or an hour in another one; or in columns with parts of dates; or in a
     column of numbers that is called as times are, of several in one that rises; or in the first column, if it rises in
-    equal steps. Raises DataError for columns that can both be the times, for times that fall or repeat, and for other
-    numbers that begin anew.
+    equal steps. Raises DataError for columns that can both be the times, for times that fall or repeat, and for numbers
+    that begin anew for each value of another column.
     """
     if not any(one.kind == "dates" for one in free):
         for one in (one for one in free if one.kind == "numbers"):
@@ -52,7 +52,7 @@ def _of_numbers(free: list[Column], groups: list[np.ndarray], named: int, table:
     telling = [one for one in numbers if tells_time(one.name)]
     found = [one for one in telling if rises(one.values, groups)] or telling
     if not found and len(groups) == 1:
-        _refuse_several(numbers, table)
+        _refuse_several(numbers, free, table)
     count = np.arange(sum(map(len, groups)))  # as pandas numbers rows
     first = next((one for one in free if one.name or not np.array_equal(one.values, count)), None)
     if not found and first in numbers and all(len(rows) > 2 and equal_steps(first.values[rows]) for rows in groups):
@@ -62,18 +62,19 @@ def _of_numbers(free: list[Column], groups: list[np.ndarray], named: int, table:
     return pd.Index(found[0].values, name=(table.has_names and found[0].name) or "time"), found[:1]
 
 
-def _refuse_several(columns: list[Column], table: Table) -> None:
-    """Raise DataError if numbers rise in equal steps again and again: several series, one below the other."""
-    for one in columns:
-        runs = np.split(one.values, np.flatnonzero(np.diff(one.values) <= 0) + 1)
-        if len(runs) > 1 and all(len(run) > 2 and equal_steps(run) for run in runs):
-            problem = f"begins anew, after {runs[0][-1]} comes {runs[1][0]}"
-            raise table.error(
-                f"{problem}; if these are {len(runs)} series, one below the other, name the column that tells them "
-                "apart with --id; if it is a variable, name the variables with --columns",
-                one.name,
-                len(runs[0]),
-            )
+def _refuse_several(numbers: list[Column], columns: list[Column], table: Table) -> None:
+    """Raise DataError if numbers rise in equal steps anew for each value of another column, as in several series."""
+    for one in numbers:
+        starts = np.flatnonzero(np.append(True, np.diff(one.values) <= 0))
+        runs = np.split(one.values, starts[1:])
+        if len(runs) < 2 or not all(len(run) > 2 and equal_steps(run) for run in runs):
+            continue
+        for cells, name in ((other.cells.to_numpy(), other.name) for other in columns if other is not one):
+            first = cells[starts]
+            if len({*first}) == len(runs) and (cells == np.repeat(first, [*map(len, runs)])).all():
+                problem = f"begins anew for each {name!r}; if these are {len(runs)} series, one below the other"
+                advice = f"tell them apart with --id {name}; if both are variables, name them with --columns"
+                raise table.error(f"{problem}, {advice}", one.name, int(starts[1]))
 
 
 def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Found:
