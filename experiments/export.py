@@ -27,8 +27,7 @@ def work(args: argparse.Namespace, _: Interruption) -> None:
     import torch
 
     from experiments.forecasting import Forecaster
-    from experiments.forecasting.adapter import TRAINED_FILE, resolve
-    from experiments.forecasting.forecaster import reads_values
+    from experiments.forecasting.adapter import TRAINED_FILE, reads_values, resolve
     from lora import merge_and_unload
     from qwen_min.weights import save
 

@@ -49,10 +49,9 @@ def work(args: argparse.Namespace, interruption: Interruption) -> None:
     """Fine-tune, together with the processes that torchrun started, and print the result. Bad input writes nothing."""
     from experiments import tables
     from experiments.forecasting import Forecaster
-    from experiments.forecasting.adapter import embedded_or
+    from experiments.forecasting.adapter import embedded_or, reads_values
     from experiments.forecasting.backtest import better_baseline
     from experiments.forecasting.contexts import named, names_of
-    from experiments.forecasting.forecaster import reads_values
     from experiments.report.build import write_report
     from experiments.tables.reading import series_name
     from experiments.training.finetuning import Finetuning, summary

@@ -22,9 +22,7 @@ from experiments.storage.interruption import Interruption
 if TYPE_CHECKING:  # --help need not wait for torch
     import pandas as pd
 
-    from experiments.forecasting import Forecaster
-    from experiments.forecasting.contexts import Forecast
-
+    from experiments.forecasting.contexts import Forecast, SeriesForecaster
 
 TEXT = ("samples", "seed")  # options of models that write text
 
@@ -68,7 +66,7 @@ def check_outputs(args: argparse.Namespace, out: Path) -> None:
         raise cli.CommandError(f"--out and --plot are both {out}; name two files")
 
 
-def forecasts(args: argparse.Namespace, forecaster: "Forecaster", contexts: list, quantiles: list) -> "Forecast":
+def forecasts(args: argparse.Namespace, forecaster: "SeriesForecaster", contexts: list, quantiles: list) -> "Forecast":
     """Continue the contexts, arrays (T, D), as the command line says."""
     from tqdm import tqdm
 
@@ -82,7 +80,7 @@ def forecasts(args: argparse.Namespace, forecaster: "Forecaster", contexts: list
         return forecaster.forecast(contexts, args.horizon, quantiles, args.context, bar.update, **options)
 
 
-def backtest(args: argparse.Namespace, forecaster: "Forecaster", series: list["pd.DataFrame"]) -> None:
+def backtest(args: argparse.Namespace, forecaster: "SeriesForecaster", series: list["pd.DataFrame"]) -> None:
     """Print the errors of forecasts of the newest time steps, next to those of baselines."""
     import numpy as np
     import pandas as pd
@@ -134,9 +132,8 @@ def work(args: argparse.Namespace, _: Interruption) -> None:
     """Read, forecast, write, and print the paths of the files written. Bad input writes nothing."""
     from experiments import tables
     from experiments.forecasting import Forecaster
-    from experiments.forecasting.adapter import resolve
+    from experiments.forecasting.adapter import reads_values, resolve
     from experiments.forecasting.contexts import named, names_of
-    from experiments.forecasting.forecaster import reads_values
     from experiments.forecasting.scores import BAND
     from experiments.storage.files import write_whole
     from experiments.tables.reading import series_name
@@ -163,7 +160,7 @@ def work(args: argparse.Namespace, _: Interruption) -> None:
         check_outputs(args, out)
     print(tables.told(series))
     device = cli.checked_device(args.device)
-    forecaster = Forecaster.load(args.model, args.adapter, device, cli.chosen_dtype(args.dtype, device))
+    forecaster = Forecaster.load(args.model, args.adapter, device, dtype=cli.chosen_dtype(args.dtype, device))
     if is_text:
         keep_only_packed(forecaster.model)
     print(f"model: {name}" + (f" with the adapter {args.adapter}" if args.adapter else ""))

@@ -76,8 +76,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
     Raises an error that `cli.is_meant` for the user.
     """
     from experiments.forecasting import scores
-    from experiments.forecasting.adapter import embedded_or
-    from experiments.forecasting.forecaster import reads_values
+    from experiments.forecasting.adapter import embedded_or, reads_values
     from experiments.forecasting.grammar import Grammar
     from experiments.study.judging import Judge
     from qwen_min import load

@@ -124,6 +124,11 @@ def embedded_or(source: str | Path) -> Path:
     return NUMBERS if str(source) == "numbers" and not Path(source).is_dir() else checkpoint_folder(source)
 
 
+def reads_values(folder: Path) -> bool:
+    """True for a checkpoint of `numbers.Numbers`. Raises CheckpointError for a folder without a readable config."""
+    return config.read_json(folder / "config.json").get("architectures") == ["Numbers"]
+
+
 def resolve(checkpoint: str | Path | None, adapter: str | Path | None) -> tuple[str, Path, Trained | None]:
     """The name and the folder of a checkpoint (None: the one that the adapter records, or numbers), and its training.
 

@@ -53,7 +53,9 @@ class TextForecaster(SeriesForecaster):
         self.model, self.tokenizer, self.encoding, self.tokens = model, tokenizer, encoding, tokens
 
     @classmethod
-    def from_folder(cls, folder: Path, adapter, trained: Trained | None, device, dtype, scale=None) -> "TextForecaster":
+    def from_folder(
+        cls, folder: Path, adapter, trained: Trained | None, device, dtype=torch.float32, scale=None
+    ) -> "TextForecaster":
         """`Forecaster.load` of a checkpoint that writes text. scale: None: as trained, else each context's."""
         model, tokenizer = load(folder, device, dtype)
         if adapter is not None:

@@ -140,7 +140,7 @@ class NumberForecaster(SeriesForecaster):
         self.model = self.base = model.eval()  # an adapter changes a copy of the latter
 
     @classmethod
-    def from_folder(cls, folder: Path, adapter, trained: Trained | None, device, _) -> "NumberForecaster":
+    def from_folder(cls, folder: Path, adapter, trained: Trained | None, device, dtype=None) -> "NumberForecaster":
         """`Forecaster.load` of a checkpoint that reads values, in fp32. Raises AdapterError."""
         model = Numbers(QwenConfig.from_file(folder / "config.json"))
         load_weights(model, folder, device, torch.float32)
