@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from experiments.benchmarking import measurement, side, work
+from experiments.benchmarking import measurement, side
 from experiments.benchmarking.engines import LlamaCpp
 from experiments.benchmarking.measurement import OURS, chosen
 from experiments.benchmarking.side import BenchmarkError, Setup, Side, ask, processes
@@ -20,7 +20,7 @@ FORECAST = "10 contexts + 2 time steps"
 def small(monkeypatch, simulated):
     """Sizes that take seconds on the embedded checkpoint."""
     for name, values in {"BATCHES": (2,), "TRAINED": ((2, 64), (2, 96)), "FORECAST_STEPS": 2}.items():
-        monkeypatch.setattr(work, name, values)
+        monkeypatch.setattr(measurement, name, values)
     monkeypatch.setattr(measurement.data, "simulate", lambda: simulated)
 
 

@@ -1,4 +1,4 @@
-"""Asks all sides in turn for each piece of work."""
+"""What is timed: a list for generation and one for training. All sides are asked in turn for each piece of work."""
 
 import sys
 import tempfile
@@ -6,18 +6,24 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from experiments.benchmarking.engines import Engine, LlamaCpp, LlamaCppQ8, OpenVINO, OpenVINOQ8
-from experiments.benchmarking.side import TOKENS_PER_STEP, BenchmarkError, Setup, Side, ask, processes
-from experiments.benchmarking.torch_sides import Ours, Transformers
-from experiments.benchmarking.work import CONTEXT, CONTEXTS, Work, generation, training
+from experiments.benchmarking.side import DECODE_STEPS, TOKENS_PER_STEP, BenchmarkError, Setup, Side, ask, processes
+from experiments.benchmarking.torch_sides import Ours, TorchSide, Transformers
 from experiments.forecasting.encoding import Encoding
 from experiments.study import data
 from qwen_min import QwenConfig, Tokenizer
 
+CONTEXT = 699  # tokens in a forecasting prompt
+CONTEXTS = 10  # prompts in a batch of forecasts
+BATCHES = (10, 64)  # of decode steps, besides one text
+FORECAST_STEPS = 10
+GROWN_CONTEXT = 8192  # filled positions of a decode step
+TRAINED = ((4, 512), (4, 768))  # rows and tokens of LoRA steps
 OURS = "qwen-min"
 PEERS: dict[str, tuple[tuple[str, ...], dict[str, type[Side]]]] = {  # packages, and sides by their names in the table
     "transformers": (("transformers", "peft"), {"transformers": Transformers}),
@@ -28,6 +34,46 @@ LEGEND = f"""
 A cell is the median; in brackets, how many times {OURS}'s. spread: the largest of a side in the line, largest minus
 smallest run over the median. -: not measured, mostly because the side cannot do it. In an MSE, the mean of the context
 stands in for a malformed value."""
+
+
+class Work(NamedTuple):
+    """A piece of work, which is a line of the table."""
+
+    name: str
+    method: str  # of the sides
+    values: tuple[int, ...] = ()
+    asked: type = Side  # the class of the sides that are asked
+    unit: str = "s"  # of what the method returns; empty if it is no cost. Only seconds are measured repeatedly
+    warm_up: int = 1  # runs that are dropped
+
+
+def generation(positions: int, short: bool) -> list[Work]:
+    """Loading, prefill, decode steps, unless short forecasts and the memory of all that; for so many positions.
+
+    An engine has no cache that can be filled: it would have to read each long context anew. Forecasts take minutes and
+    have no warm-up.
+    """
+    works = [
+        Work("load, to the first logits", "load"),
+        Work(f"prefill, {CONTEXT} tokens", "prefill", (CONTEXT,)),
+        Work("decode step, batch 1", "decode", (1, CONTEXT)),
+    ]
+    if positions >= GROWN_CONTEXT + 1 + DECODE_STEPS:
+        works.append(Work(f"decode step, context {GROWN_CONTEXT}", "decode", (1, GROWN_CONTEXT), TorchSide))
+    works += [Work(f"decode step, batch {batch}", "decode", (batch, CONTEXT), TorchSide) for batch in BATCHES]
+    if not short:
+        for way, asked in (("free", Side), ("constrained", Ours)):
+            name = f"{CONTEXTS} contexts + {FORECAST_STEPS} time steps, {way}"
+            works.append(Work(name, way, (FORECAST_STEPS,), asked, warm_up=0))
+            works.append(Work(f"{name}: validation MSE", "mse", (FORECAST_STEPS,), asked, unit=""))
+        works.append(Work("peak memory, generation", "peak", unit="GB"))
+    return works
+
+
+def training() -> list[Work]:
+    """LoRA steps, and their memory."""
+    *steps, largest = [Work(f"LoRA step, {b} x {length}", "lora_step", (b, length), TorchSide) for b, length in TRAINED]
+    return [*steps, Work(f"peak memory, {steps[-1].name}", "peak", asked=TorchSide, unit="GB"), largest]
 
 
 def chosen(names: str, device: str) -> dict[str, type[Side]]:
