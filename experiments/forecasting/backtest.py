@@ -191,12 +191,12 @@ def baseline_forecasts(
     """Forecasts (M, h, D) of M pasts (T, D) without missing values. season: what the seasonal one repeats, if known."""
     # the regressions expect about 0 to 10; where zero means nothing, they may go as far below all values as above
     encodings = [Encoding.fit_each(past, shifted_range=(5.0, 10.0)) for past in pasts]
-    pairs = [(one, one.scaled(past)[None]) for one, past in zip(encodings, pasts, strict=True)]
+    pairs = [(one, one.scaled(past)) for one, past in zip(encodings, pasts, strict=True)]
     several = pasts[0].shape[1] > 1  # of one variable, VAR is AR
     found = {}
     for name, baseline in (BASELINES | {"seasonal naive": partial(seasonal, season=season)}).items():
         if name in names and (name != "VAR" or several):
-            found[name] = np.stack([one.restored(baseline(scaled, horizon)[0]) for one, scaled in pairs])
+            found[name] = np.stack([one.restored(baseline(scaled, horizon)) for one, scaled in pairs])
     return found
 
 

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import flops
@@ -119,14 +120,15 @@ class Suite:
         train = judge.scaled("train").round(judge.encoding.decimals)
         with progress_bar(gru.STEPS, "GRU, a baseline") as bar:
             network = gru.load_or_fit(train, judge.seed, bar.update)
-        baselines = BASELINES | {f"GRU trained on the {len(train)}": network.forecast}
         results: dict[str, dict[str, dict]] = {}  # by baseline and split
         for split in ("val", "test"):
             context, truth = judge.context_and_truth(split)
             columns = {"id": judge.ids[split], "context": context.round(4), "truth": truth.round(6)}
             write_whole(self.folder / f"{split}.jsonl", to_json_lines(columns))
-            for name, baseline in baselines.items():
-                forecast = baseline(context.round(judge.encoding.decimals), truth.shape[1])  # as the study writes it
+            rounded, steps = context.round(judge.encoding.decimals), truth.shape[1]  # as the study writes it
+            forecasts = {name: np.stack([one(past, steps) for past in rounded]) for name, one in BASELINES.items()}
+            forecasts[f"GRU trained on the {len(train)}"] = network.forecast(rounded, steps)
+            for name, forecast in forecasts.items():
                 results.setdefault(name, {})[split] = method_errors(forecast, truth, context.mean(axis=1), HORIZON)
         write_whole(self.folder / "baselines.json", to_json(results))
 
