@@ -135,7 +135,7 @@ def described(
         "checkpoint_sha256": checkpoint_hash(folder),
         "numbers_sha256": numbers,
         "data_sha256": data_sha256,
-        "encoding": judge.encoding.record,
+        "encoding": {"scale": judge.encoding.scale, "decimals": judge.encoding.decimals},
         "convention": args.convention,
         "device": torch.device(args.device).type,
         "dtype": args.dtype,

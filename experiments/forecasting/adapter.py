@@ -161,7 +161,7 @@ def resolve(checkpoint: str | Path | None, adapter: str | Path | None) -> tuple[
 
 def write_trained(folder: Path, trained: Trained) -> None:
     fields = {name: value for name, value in asdict(trained).items() if name != "encoding" and value is not None}
-    write_whole(folder / TRAINED_FILE, to_json(fields | trained.encoding.record))
+    write_whole(folder / TRAINED_FILE, to_json(fields | asdict(trained.encoding)))
 
 
 def read_trained(folder: str | Path) -> Trained | None:

@@ -6,7 +6,6 @@ separates the time steps, and there is no `;` at the end.
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -15,16 +14,12 @@ SCALED_LIMIT = 100.0  # all scaled values are from 0 to less than this: two digi
 SHIFTED_RANGE = (2.0, 8.0)  # the scaled values of the smallest and the largest value of a shifted variable
 
 
-class EncodingError(ValueError):
-    """A scale, an offset or a number of decimals that no encoding can have."""
-
-
 @dataclass(frozen=True)
 class Encoding:
     """The text form of numbers: (x - offset) / scale, written with `decimals` places.
 
     scale and offset are numbers for all variables, or tuples with a number for each of D variables; a scale of None
-    stands for one that is `fitted` to each context. Raises EncodingError for what is out of range.
+    stands for one that is `fitted` to each context. Raises ValueError for what is out of range.
     """
 
     scale: float | tuple[float, ...] | None
@@ -34,13 +29,13 @@ class Encoding:
     def __post_init__(self):
         scale = 1.0 if self.scale is None else self.scale
         if not (np.size(scale) and np.isfinite(scale).all() and np.all(np.asarray(scale) > 0)):
-            raise EncodingError(f"scale is {self.scale}, expected a positive number, or one for each variable")
+            raise ValueError(f"scale is {self.scale}, expected a positive number, or one for each variable")
         if not (np.size(self.offset) in (1, np.size(scale)) and np.isfinite(self.offset).all()):
-            raise EncodingError(f"offset is {self.offset}, expected a finite number, or as many as scales")
+            raise ValueError(f"offset is {self.offset}, expected a finite number, or as many as scales")
         if self.scale is None and self.offset != 0.0:
-            raise EncodingError(f"offset is {self.offset} without a scale, expected both or none")
+            raise ValueError(f"offset is {self.offset} without a scale, expected both or none")
         if not (type(self.decimals) is int and 1 <= self.decimals <= 6):
-            raise EncodingError(f"decimals is {self.decimals!r}, expected 1 to 6")
+            raise ValueError(f"decimals is {self.decimals!r}, expected 1 to 6")
 
     @classmethod
     def fit(cls, train: np.ndarray, decimals: int = 2) -> "Encoding":
@@ -70,12 +65,6 @@ class Encoding:
     def fitted(self, context: np.ndarray) -> "Encoding":
         """The encoding of a context (T, D): this one if it has a scale, else `fit_each`."""
         return Encoding.fit_each(context, self.decimals) if self.scale is None else self
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The fields as JSON can hold them; an offset of 0 is left out."""
-        always = ("scale", "decimals")
-        return {name: value for name, value in vars(self).items() if name in always or np.any(value)}
 
     def scaled(self, series: np.ndarray) -> np.ndarray:
         """Values (..., D) in scaled units, in the dtype of series."""
