@@ -6,8 +6,7 @@ import io
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,17 +103,10 @@ def chosen_dtype(name: str | None, device: str) -> "torch.dtype":
     return getattr(torch, name or ("bfloat16" if is_quick else "float32"))
 
 
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Convert torch's out-of-memory errors to MemoryError; on a CPU only the message identifies them."""
-    try:
-        yield
-    except RuntimeError as error:
-        import torch
-
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            raise MemoryError(str(error)) from error
-        raise
+def is_of_memory(error: Exception) -> bool:
+    """True if the memory did not suffice; torch's errors are RuntimeErrors, on a CPU told by the message alone."""
+    told = type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told)
 
 
 def is_meant(error: Exception) -> bool:
@@ -122,7 +114,7 @@ def is_meant(error: Exception) -> bool:
 
     Any other error, such as a plain ValueError or an error of torch, is a bug and keeps its traceback.
     """
-    return isinstance(error, OSError | MemoryError) or type(error).__module__.partition(".")[0] in PACKAGES
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in PACKAGES
 
 
 Options = Callable[[argparse.ArgumentParser], None]
@@ -150,7 +142,7 @@ def command(
         if isinstance(sys.stdout, io.TextIOWrapper):  # which may be unable to write what a model or a user writes
             sys.stdout.reconfigure(errors="replace")
         try:
-            with Interruption() as interruption, memory_errors(), warnings.catch_warnings():
+            with Interruption() as interruption, warnings.catch_warnings():
                 warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
                 return work(args, interruption) or 0
         except Interrupted as error:
@@ -158,9 +150,9 @@ def command(
             print(f"stopped by {error}{resume}", file=sys.stderr)
             return error.exit_status
         except Exception as error:
-            if not is_meant(error):
+            if not (is_of_memory(error) or is_meant(error)):
                 raise
             print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
-            return 1 if isinstance(error, MemoryError) else 2
+            return 1 if is_of_memory(error) else 2
 
     return parser, main

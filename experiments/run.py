@@ -206,12 +206,14 @@ def finish(suite: "Suite") -> int:
     stopped = None
     suite.write_status(None)  # the old one has the reason and the budget of an earlier process
     try:
-        with cli.memory_errors():
-            suite.run()
+        suite.run()
     except Interrupted as error:
         suite.write_status(f"Stopped by {error}.")
         raise
-    except (*known_to_all, flops.LedgerError, NotFiniteError, MemoryError, PeerLost) as error:
+    except Exception as error:
+        known = (*known_to_all, flops.LedgerError, NotFiniteError, PeerLost)
+        if not (isinstance(error, known) or cli.is_of_memory(error)):
+            raise
         stopped = str(error)
         print(f"stopped: {stopped}", file=sys.stderr)
     suite.write_status(stopped)
