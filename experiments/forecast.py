@@ -90,7 +90,6 @@ def backtest(args: argparse.Namespace, forecaster: "SeriesForecaster", series: l
     from experiments.forecasting.contexts import named, names_of
     from experiments.forecasting.scores import BAND, inside, samples_needed
 
-    tests.check_context(args.context)
     ends = forecaster.trained.ends if forecaster.trained else None
     if forecaster.trained and not ends:
         told = "the adapter does not record its training rows: it may have seen the rows below"

@@ -180,7 +180,7 @@ def test_bad_settings_give_one_clear_line_and_write_nothing(refused, tmp_path):
         ("--targets", "q", "no Linear is called q"),
         ("--horizon", 40, "time steps, expected at least"),
         ("--context", 500, "the model has 2048 positions; shorten one of them"),
-        ("--context", 4, "context is 4, expected at least 8 time steps"),
+        ("--context", 4, "context is 4, expected a whole number (int) of at least 8"),
         ("--rate", 0, "learning_rate is 0.0, expected a positive number"),
     ):
         assert message in refused("finetune", path, "--model", "tiny", option, value)

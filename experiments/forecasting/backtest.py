@@ -113,11 +113,6 @@ def held_out(
     return found
 
 
-def check_context(context: int | None) -> None:
-    if context is not None and context < MIN_CONTEXT:
-        raise SeriesError(f"context is {context}, expected at least {MIN_CONTEXT} time steps")
-
-
 def split(series: Sequence[np.ndarray], horizon: int, times: Sequence[np.ndarray] | None = None) -> Parts:
     """Split N series: whole series are held out if there are at least MIN_SERIES, else the end of each series.
 

@@ -16,7 +16,7 @@ import numpy as np
 import flops
 from experiments import tables
 from experiments.forecasting.adapter import Trained, checkpoint_hash, ends_of, read_trained
-from experiments.forecasting.backtest import Origin, baseline_forecasts, check_context, scores, split
+from experiments.forecasting.backtest import MIN_CONTEXT, Origin, baseline_forecasts, scores, split
 from experiments.forecasting.contexts import checked_series, named
 from experiments.forecasting.scores import inside
 from experiments.forecasting.text import TextForecaster
@@ -81,11 +81,11 @@ class Finetuning:
         budget that do not allow it.
         """
         for name, value in {"horizon": horizon, "steps": steps, "context": context, "season": season}.items():
-            if value is not None and not (type(value) is int and value >= 1):
-                raise TrainingError(f"{name} is {value!r}, expected a whole number (int) of at least 1")
+            least = MIN_CONTEXT if name == "context" else 1
+            if value is not None and not (type(value) is int and value >= least):
+                raise TrainingError(f"{name} is {value!r}, expected a whole number (int) of at least {least}")
         if budget is not None and not (isinstance(budget, int | float) and 0 < budget < math.inf):
             raise TrainingError(f"budget is {budget!r}, expected a finite number of FLOPs above 0")
-        check_context(context)
         self.series, frames = checked_series(series, missing="keep")
         self.variables = [*frames[0].columns] if frames else None
         names = [frame.attrs["name"] for frame in frames]
