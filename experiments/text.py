@@ -67,8 +67,14 @@ class Writer:
         if packs_single_row(self.model.head_weight):
             keep_only_packed(self.model)
 
-    def checked(self, ids: list[int]) -> list[int]:
-        """The token ids of a prompt. Raises CommandError if there are none, or too many for the answer to fit."""
+    def write(self, ids: list[int], seed: int, pieces: list[str], prompt: str = "") -> None:
+        """Print the prompt, and its continuation while it is generated; add its pieces to a list.
+
+        At the end, also after Ctrl-C, stderr tells how quick that was. Raises CommandError if there are no token ids,
+        or too many for the answer to fit.
+        """
+        from qwen_min.generation import stream
+
         positions = self.model.config.max_position_embeddings
         if not ids:
             raise cli.CommandError("the prompt is empty, expected a text to continue")
@@ -77,15 +83,7 @@ class Writer:
                 f"{len(ids)} tokens of prompt and --max-tokens {self.args.max_tokens} exceed the model's {positions} "
                 "positions; shorten one of them, or begin a new chat"
             )
-        return ids
-
-    def write(self, ids: list[int], seed: int, pieces: list[str]) -> None:
-        """Print the continuation of a prompt while it is generated, and add its pieces to a list.
-
-        At the end, also after Ctrl-C, stderr tells how quick that was.
-        """
-        from qwen_min.generation import stream
-
+        print(prompt, end="", flush=True)
         characters, started = self.tokenizer.stream(), time.monotonic()
         try:
             for token in stream(self.model, ids, self.args.max_tokens, self.tokenizer.end_ids, self.rules, seed):
@@ -110,9 +108,7 @@ def generate(args: argparse.Namespace, _: Interruption) -> None:
     """Print a continuation of the prompt."""
     writer = Writer(args)
     prompt = standard_input().read() if args.prompt == "-" else args.prompt
-    ids = writer.checked(writer.tokenizer.encode(prompt))
-    print(prompt, end="", flush=True)
-    writer.write(ids, args.seed, [])
+    writer.write(writer.tokenizer.encode(prompt), args.seed, [], prompt)
 
 
 def chat(args: argparse.Namespace, interruption: Interruption) -> None:
@@ -127,7 +123,7 @@ def chat(args: argparse.Namespace, interruption: Interruption) -> None:
     with suppress(EOFError):
         while line := input("> " if is_terminal else "").strip():
             messages.append({"role": "user", "content": line})
-            ids = writer.checked(template.encode(writer.tokenizer, messages))
+            ids = template.encode(writer.tokenizer, messages)
             pieces: list[str] = []
             try:
                 writer.write(ids, args.seed + len(messages), pieces)
