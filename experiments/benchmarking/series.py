@@ -19,7 +19,7 @@ import torch
 
 from experiments.forecasting import Forecaster
 from experiments.forecasting.numbers import LEVELS
-from experiments.forecasting.scores import mean_interval
+from experiments.forecasting.scores import paired
 
 OURS, NAIVE = "numbers", "SeasonalNaive"
 CLASSICAL = ("AutoETS", "AutoARIMA", "AutoTheta", NAIVE)
@@ -167,23 +167,15 @@ def measure(sets: Sequence[Windows], methods: Mapping[str, Method]) -> Iterator[
         yield {"set": one.name, "method": name} | sizes | scores(np.array(found), one) | {"seconds": seconds}
 
 
-def relative(rows: pd.DataFrame, score: str) -> pd.DataFrame:
-    """A score of each method (columns) on each set (rows) over that of the seasonal naive forecast."""
-    by_method = rows.pivot(index="set", columns="method", values=score)
-    return by_method.div(by_method[NAIVE], axis=0)
-
-
 def means(rows: pd.DataFrame, score: str) -> dict[str, tuple[float, list[float] | None]]:
-    """The geometric mean over sets of a relative score, and its 95 % interval, by method."""
-    found = {}
-    for name, ratios in relative(rows, score).items():
-        interval = mean_interval(logs := np.log(ratios.dropna().to_numpy()))
-        found[str(name)] = float(np.exp(logs.mean())), interval and np.exp(interval).tolist()
-    return found
+    """The geometric mean over sets of a score over that of the seasonal naive forecast, and its interval, by method."""
+    by_method = rows.pivot(index="set", columns="method", values=score)
+    pairs = {str(name): paired(each, by_method[NAIVE], floor=0) for name, each in by_method.items()}
+    return {name: (pair["ratio"], pair["ratio_interval"]) for name, pair in pairs.items() if pair}
 
 
 def summary(rows: pd.DataFrame) -> pd.DataFrame:
     """A line for each method: geometric means over sets of relative MASE and WQL, means over sets of the others."""
-    parts = {f"relative {score}": np.exp(np.log(relative(rows, score)).mean()) for score in ("MASE", "WQL")}
-    means = rows.groupby("method")[["inside 80 %", "seconds"]].mean()
-    return pd.DataFrame(parts).join(means).sort_values("relative WQL")
+    parts = {f"relative {one}": {name: mean for name, (mean, _) in means(rows, one).items()} for one in ("MASE", "WQL")}
+    others = rows.groupby("method")[["inside 80 %", "seconds"]].mean()
+    return pd.DataFrame(parts).rename_axis("method").join(others).sort_values("relative WQL")
