@@ -83,7 +83,7 @@ class Campaign:
         assert sum(entry["flops"] for entry in entries) <= self.budget, f"{ledger}: more than the budget"
         booked = Counter(entry["experiment"] for entry in entries)
         for state in folder.glob("experiments/*/state.safetensors"):
-            assert booked[state.parent.name] >= len(load_file(state)["losses"]), f"{ledger}: lacks a step of {state}"
+            assert booked[state.parent.name] >= load_file(state)["done"], f"{ledger}: lacks a step of {state}"
 
     def finish(self, folder: Path) -> None:
         """Continue undisturbed and compare all files; those that contain times may have other bytes."""

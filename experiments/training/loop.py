@@ -8,8 +8,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,6 @@ from experiments.training.team import ALONE, Team
 from experiments.training.windows import TrainingError, Windows
 
 SAVE_SECONDS = 30.0  # seconds between two saves: the most work that a kill can cost
-MOMENTS = {torch.optim.Adam: ("exp_avg", "exp_avg_sq"), Muon: ("momentum",)}  # what an optimizer keeps
 
 
 class Account(NamedTuple):
@@ -53,58 +51,30 @@ class Account(NamedTuple):
         self.interruption.check()
 
 
-@dataclass
-class Progress:
+class Progress(NamedTuple):
     """What a training has done."""
 
-    losses: list[float] = field(default_factory=list)  # of each step, in nats per target
-    seconds: float = 0.0  # spent on steps, summed over all processes that took part
-    checks: dict[int, float] = field(default_factory=dict)  # steps done: held-out loss
-    best: dict[str, Tensor] = field(default_factory=dict)  # the parameters that had the smallest one
+    losses: list[float]  # of each step, in nats per target
+    seconds: float  # spent on steps, summed over all processes that took part
+    checks: dict[int, float]  # steps done: held-out loss
 
     @property
     def best_step(self) -> int:
         return min(self.checks, key=lambda steps: (self.checks[steps], steps))
 
 
-Optimizers = Mapping[str, torch.optim.Optimizer]  # by the name of the parameter
-
-
-def save_state(path: Path, parameters: Mapping[str, Tensor], optimizers: Optimizers, progress: Progress) -> None:
-    numbers = {"losses": progress.losses, "seconds": progress.seconds, "checked": [*progress.checks]}
-    numbers["held_out"] = [*progress.checks.values()]
-    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
-    tensors |= {f"best.{name}": tensor for name, tensor in progress.best.items()}
-    for name, parameter in parameters.items():
-        state, moments = optimizers[name].state[parameter], MOMENTS[type(optimizers[name])]
-        tensors |= {name: parameter} | {f"{name}.{moment}": state[moment] for moment in moments}
-    write_whole(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
-
-
-def load_state(path: Path, parameters: Mapping[str, Tensor], optimizers: Optimizers, steps: int) -> Progress:
-    """Put what `save_state` wrote into the parameters and the optimizers. Raises TrainingError for anything else."""
+def load_state(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Copy a saved state into the tensors. Raises TrainingError, and changes nothing, for that of another training."""
     try:
         saved = load(path.read_bytes())
-        done, checks = min(len(saved["losses"]), steps), len(saved["checked"])
-        kinds = {"losses": (done,), "seconds": (), "checked": (checks,), "held_out": (checks,)}
-        wanted = {name: (torch.float64, shape) for name, shape in kinds.items()}
-        for name, parameter in parameters.items():
-            moments = (f"{name}.{moment}" for moment in MOMENTS[type(optimizers[name])])
-            names = [name, *moments, *([f"best.{name}"] if checks else [])]
-            wanted |= dict.fromkeys(names, (parameter.dtype, parameter.shape))
-        if {name: (tensor.dtype, tensor.shape) for name, tensor in saved.items()} != wanted:
-            raise ValueError("its tensors are not those of this training")
-        if not all(tensor.isfinite().all() for tensor in saved.values()) or any(saved["checked"] > done):
-            raise ValueError("it has values that no training leaves")
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise TrainingError(f"{path}: not a state of this training ({error}); delete it to start again") from error
-    for name, parameter in parameters.items():
-        parameter.data.copy_(saved[name])
-        state = {moment: saved[f"{name}.{moment}"].to(parameter) for moment in MOMENTS[type(optimizers[name])]}
-        optimizers[name].state[parameter] = {"step": torch.tensor(float(done))} | state
-    held_out = dict(zip(map(int, saved["checked"].tolist()), saved["held_out"].tolist(), strict=True))
-    best = {name: saved[f"best.{name}"] for name in parameters if checks}
-    return Progress(saved["losses"].tolist(), saved["seconds"].item(), held_out, best)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise TrainingError(f"{path}: not a state of a training ({error}); delete it to start again") from error
+    found, wanted = ({name: (one.dtype, one.shape) for name, one in some.items()} for some in (saved, tensors))
+    fits = found == wanted and 0 <= saved["done"] <= len(saved["losses"])
+    if not (fits and all(one.isfinite().all() for one in saved.values())):
+        raise TrainingError(f"{path}: not a state of this training; delete it to start again")
+    for name, tensor in tensors.items():
+        tensor.data.copy_(saved[name])
 
 
 def _backward(windows: Windows, rows: Tensor, team: Team) -> float:
@@ -130,39 +100,53 @@ def _backward(windows: Windows, rows: Tensor, team: Team) -> float:
 
 
 class _Trainer:
-    def __init__(self, windows: Windows, settings: Training, account: Account, state: Path | None):
+    """A training. `tensors` are all that it changes, and what it continues from."""
+
+    def __init__(self, windows: Windows, settings: Training, account: Account, path: Path | None, due: Sequence[int]):
+        """due: steps after which the held-out loss is measured."""
         if len(windows) < settings.batch:
             raise TrainingError(f"{len(windows)} windows cannot fill a batch of {settings.batch}; use more series")
-        self.windows, self.settings, self.account, self.state = windows, settings, account, state
-        self.parameters, self.progress = windows.parameters, Progress()
+        self.windows, self.settings, self.account, self.path, self.due = windows, settings, account, path, due
+        self.parameters = windows.parameters
         by_muon = [p for name, p in self.parameters.items() if name in windows.matrices]
         by_adam = [p for name, p in self.parameters.items() if name not in windows.matrices]
         adam = torch.optim.Adam(by_adam, betas=(0.9, settings.beta2))
-        muon = Muon(by_muon) if by_muon else adam
-        self.optimizers = {name: muon if name in windows.matrices else adam for name in self.parameters}
-        if state and state.exists():
-            self.progress = load_state(state, self.parameters, self.optimizers, settings.steps)
-        self.num_saved, self.saved_at = self.done, time.monotonic()
+        for p in by_adam:  # as it would begin by itself
+            adam.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            adam.state[p]["step"] = torch.tensor(0.0)
+        self.optimizers = [adam, Muon(by_muon)] if by_muon else [adam]
+        self.best = {name: p.detach().clone() for name, p in self.parameters.items() if due}
+        counts = {"seconds": 1, "losses": settings.steps, "held_out": len(due)}
+        self.record = {name: torch.zeros(count, dtype=torch.float64) for name, count in counts.items()}
+        self.record["done"] = torch.tensor(0)
+        moments = {p: kept for optimizer in self.optimizers for p, kept in optimizer.state.items()}
+        self.tensors = self.record | {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for name, p in self.parameters.items():
+            self.tensors |= {name: p} | {f"{name}.{kept}": tensor for kept, tensor in moments[p].items()}
+        if path and path.exists():
+            load_state(path, self.tensors)
+        self.saved_at = time.monotonic()
 
     @property
     def done(self) -> int:
-        return len(self.progress.losses)
+        return int(self.record["done"])
 
-    def check(self, held_out: Callable[[], float] | None, checks: int) -> None:
+    def check(self, held_out: Callable[[], float] | None) -> None:
         """Measure the held-out loss where it is due, and keep the parameters if it was never smaller."""
-        done, progress, steps = self.done, self.progress, self.settings.steps
-        if not held_out or done in progress.checks or (done % max(1, steps // checks) and done < steps):
+        if not held_out or self.done not in self.due:
             return
+        at, losses = self.due.index(self.done), self.record["held_out"]
         with torch.no_grad():
-            progress.checks[done] = self.account.team.same(held_out())
-        if progress.best_step == done:
-            progress.best = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+            losses[at] = self.account.team.same(held_out())
+        if (losses[at] < losses[:at]).all():
+            for name, p in self.parameters.items():
+                self.best[name].copy_(p.detach())
 
     def step(self) -> float:
         """Take the next step; return its loss."""
-        step, settings, optimizers = self.done, self.settings, set(self.optimizers.values())
+        step, settings = self.done, self.settings
         rows = self.windows.rows(step, settings)
-        for optimizer in optimizers:
+        for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = settings.rate(step)
             optimizer.zero_grad()
         loss = _backward(self.windows, rows, self.account.team)
@@ -170,22 +154,21 @@ class _Trainer:
             raise TrainingError(f"step {step}: the loss is {loss} (windows {rows.tolist()}); lower the learning rate")
         if settings.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
-        for optimizer in optimizers:
+        for optimizer in self.optimizers:
             optimizer.step()
-        self.progress.losses.append(loss)
+        self.record["losses"][step] = loss
+        self.record["done"] += 1
         return loss
 
     def save(self) -> None:
-        """Save all steps since the last save. Raises TrainingError when a parameter is not finite."""
-        if self.done == self.num_saved:
-            return
+        """Save all steps. Raises TrainingError when a parameter is not finite."""
         if not all(parameter.isfinite().all() for parameter in self.parameters.values()):
             raise TrainingError(f"a weight is not finite after step {self.done - 1}; lower the learning rate")
         now = time.monotonic()
-        self.progress.seconds += now - self.saved_at
-        self.saved_at, self.num_saved = now, self.done
-        if self.state is not None:
-            save_state(self.state, self.parameters, self.optimizers, self.progress)
+        self.record["seconds"] += now - self.saved_at
+        self.saved_at = now
+        if self.path is not None:
+            write_whole(self.path, save({name: one.detach().cpu().contiguous() for name, one in self.tensors.items()}))
 
 
 @torch.enable_grad()
@@ -208,11 +191,13 @@ def train(
     when the windows do not fill a batch; flops.BudgetExceeded; Interrupted. The steps before the last two are saved.
     """
     account = account or Account()
-    trainer = _Trainer(windows, settings, account, state)
+    due = sorted({*range(0, settings.steps, max(1, settings.steps // checks)), settings.steps}) if held_out else []
+    trainer = _Trainer(windows, settings, account, state, due)
     with progress_bar(settings.steps, account.name, trainer.done) as bar, account.interruption.held():
         for step in range(trainer.done):
             account.debit(step)  # if the ledger was lost
-        trainer.check(held_out, checks)
+        if not trainer.done:
+            trainer.check(held_out)
         while trainer.done < settings.steps:
             try:
                 account.stop_if_asked()
@@ -221,16 +206,17 @@ def train(
                 trainer.save()
                 raise
             loss, ledger = trainer.step(), account.ledger
-            trainer.check(held_out, checks)
+            trainer.check(held_out)
             spent = {"budget": f"{ledger.spent / ledger.budget:.2%}"} if ledger else {}
             bar.set_postfix(loss=f"{loss:.3f}", **spent, refresh=False)
             bar.update()
             if time.monotonic() - trainer.saved_at > SAVE_SECONDS:
                 trainer.save()
         trainer.save()
-    for name, tensor in trainer.progress.best.items():
+    for name, tensor in trainer.best.items():
         windows.parameters[name].data.copy_(tensor)
-    return trainer.progress
+    record = {name: tensor.tolist() for name, tensor in trainer.record.items()}
+    return Progress(record["losses"], record["seconds"][0], dict(zip(due, record["held_out"], strict=True)))
 
 
 def progress_bar(total: int, name: str, done: int = 0) -> tqdm:

@@ -16,6 +16,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, matrices: Iterable[nn.Parameter], lr: float = 1e-3, weight_decay: float = 0.01):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+        self.state.update({p: {"momentum": torch.zeros_like(p)} for p in self.param_groups[0]["params"]})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -24,8 +25,7 @@ class Muon(torch.optim.Optimizer):
             gradients = {p: p.grad for p in group["params"] if p.grad is not None}
             for p, gradient in gradients.items():
                 by_shape.setdefault(tuple(p.shape), []).append(p)
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(gradient, 1 - MOMENTUM)
+                self.state[p]["momentum"].lerp_(gradient, 1 - MOMENTUM)
             for shape, matrices in by_shape.items():
                 update = torch.stack([gradients[p].lerp(self.state[p]["momentum"], MOMENTUM) for p in matrices])
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
