@@ -15,8 +15,7 @@ from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.numbers import LEVELS
 from experiments.forecasting.values import TUNED, ZERO_SHOT, Scale, combined
 from experiments.training.finetuning import Finetuning
-from experiments.training.number_tuning import best_shares, with_scale
-from experiments.training.number_windows import NumberWindows, noise
+from experiments.training.number_tuning import NumberWindows, best_shares, noise, with_scale
 from experiments.training.settings import Training
 from experiments.training.windows import TrainingError
 

@@ -12,7 +12,7 @@ from experiments.forecasting.contexts import SeriesError
 from experiments.forecasting.numbers import AHEAD, LEVELS, PATCH, Numbers, Patches, patches
 from experiments.forecasting.seasons import Seasons, find_seasons, long_season, without_long_seasons
 from experiments.forecasting.values import ZERO_SHOT, NumberForecaster, at_levels
-from experiments.training.number_windows import number_step
+from experiments.training.number_tuning import number_step
 from experiments.training.settings import NUMBER_TARGETS
 from lora import LoraConfig, inject
 

@@ -108,13 +108,12 @@ class _Trainer:
             raise TrainingError(f"{len(windows)} windows cannot fill a batch of {settings.batch}; use more series")
         self.windows, self.settings, self.account, self.path, self.due = windows, settings, account, path, due
         self.parameters = windows.parameters
-        by_muon = [p for name, p in self.parameters.items() if name in windows.matrices]
         by_adam = [p for name, p in self.parameters.items() if name not in windows.matrices]
         adam = torch.optim.Adam(by_adam, betas=(0.9, settings.beta2))
         for p in by_adam:  # as it would begin by itself
             adam.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             adam.state[p]["step"] = torch.tensor(0.0)
-        self.optimizers = [adam, Muon(by_muon)] if by_muon else [adam]
+        self.optimizers = [adam, Muon(windows.matrices.values())] if windows.matrices else [adam]
         self.best = {name: p.detach().clone() for name, p in self.parameters.items() if due}
         counts = {"seconds": 1, "losses": settings.steps, "held_out": len(due)}
         self.record = {name: torch.zeros(count, dtype=torch.float64) for name, count in counts.items()}

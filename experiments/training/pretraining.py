@@ -24,7 +24,7 @@ from experiments.storage.interruption import Interruption
 from experiments.training import synthetic
 from experiments.training.loop import Account, train
 from experiments.training.muon import muon_flops
-from experiments.training.number_windows import counts_after, number_step, weighted_loss
+from experiments.training.number_tuning import counts_after, number_step, weighted_loss
 from experiments.training.settings import Training
 from experiments.training.windows import Windows
 from qwen_min.model import Qwen
@@ -78,7 +78,7 @@ class SyntheticWindows(Windows):
         """pairs: with series of two states, as `synthetic.groups`."""
         self.model, self.seed, self.pairs = model, seed, pairs
         self.parameters = dict(model.named_parameters())
-        self.matrices = frozenset(name for name, parameter in self.parameters.items() if parameter.ndim == 2)
+        self.matrices = {name: parameter for name, parameter in self.parameters.items() if parameter.ndim == 2}
         self.device = model.norm.weight.device
         self._groups = lru_cache(len(LENGTHS))(self._made)
 
@@ -165,7 +165,7 @@ def card(windows: SyntheticWindows, steps: int, checks: Mapping[int, float]) -> 
     tokens = {kind: -(-kind.length // kind.stride) for kind in KINDS}
     each = {kind: number_step(windows.model, kind.groups, 2, tokens[kind], masked=True) for kind in KINDS}
     costs = [each[windows.kind(step)[0]] for step in range(steps)]
-    by_muon = steps * muon_flops(windows.parameters[name] for name in windows.matrices)
+    by_muon = steps * muon_flops(windows.matrices.values())
     rows = "".join(f"| {at} | {sum(costs[:at]):.2e} | {loss:.4f} |\n" for at, loss in checks.items())
     options = f"--steps {steps} --seed {windows.seed}" + ("" if windows.pairs else " --no-pairs")
     return f"""# The embedded checkpoint that reads numbers

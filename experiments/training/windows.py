@@ -4,7 +4,7 @@ n windows, B batch size, T context length in tokens, D variables.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -32,7 +32,7 @@ class Windows(ABC):
     """The windows that a training reads, and the loss of a model on them."""
 
     parameters: dict[str, nn.Parameter]  # what the training changes, by name
-    matrices: frozenset[str] = frozenset()  # those that Muon trains; Adam trains the others
+    matrices: Mapping[str, nn.Parameter] = {}  # those that Muon trains; Adam trains the others
     device: torch.device
 
     @abstractmethod
