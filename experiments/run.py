@@ -192,8 +192,8 @@ def finish(suite: "Suite") -> int:
     from experiments.report.build import verdict, write_report
     from experiments.report.contents import counting
     from experiments.report.results import load_run
+    from experiments.training.loop import TrainingError
     from experiments.training.team import PeerLost
-    from experiments.training.windows import TrainingError
     from qwen_min.config import NotFiniteError
 
     known_to_all = flops.BudgetExceeded, TrainingError

@@ -15,7 +15,7 @@ from experiments.study.evaluation import evaluate
 from experiments.training.finetuning import Finetuning
 from experiments.training.loop import Account, train
 from experiments.training.settings import Training
-from experiments.training.windows import TextWindows, cut_tokens
+from experiments.training.text_tuning import TextWindows, cut_tokens
 from lora import LoraConfig, adapter_parameters, inject
 from qwen_min import KVCache, QwenConfig, generate, load
 from qwen_min.config import NotFiniteError

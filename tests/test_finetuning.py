@@ -17,8 +17,8 @@ from experiments.storage.interruption import Interrupted, Interruption
 from experiments.tables import read_series
 from experiments.training import loop
 from experiments.training.finetuning import Finetuning
+from experiments.training.loop import TrainingError
 from experiments.training.text_tuning import TextTuning
-from experiments.training.windows import TrainingError
 from tests.faults import contents
 from tests.test_backtest import waves
 

@@ -9,7 +9,7 @@ from experiments.study import data
 from experiments.study.evaluation import evaluate, metrics
 from experiments.training.loop import train
 from experiments.training.settings import Training
-from experiments.training.windows import TextWindows, cut_tokens
+from experiments.training.text_tuning import TextWindows, cut_tokens
 from lora import inject
 from qwen_min import load
 

@@ -20,7 +20,7 @@ from experiments.report.words import bracket, percent
 from experiments.study import plans
 from experiments.study.plans import HORIZON
 from experiments.training.settings import Training
-from experiments.training.windows import step_flops
+from experiments.training.text_tuning import step_flops
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

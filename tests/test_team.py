@@ -22,7 +22,7 @@ from experiments.training.loop import Account
 from experiments.training.loop import train as train_on
 from experiments.training.settings import Training
 from experiments.training.team import joined
-from experiments.training.windows import Cuts, TextWindows
+from experiments.training.text_tuning import Cuts, TextWindows
 from lora import LoraConfig, adapter_parameters, inject
 from tests import forks, small_plan
 from tests.faults import TIMED, contents

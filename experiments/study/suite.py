@@ -32,7 +32,7 @@ from experiments.training.number_tuning import OPTIONS, STRIDE, NumberTuning
 from experiments.training.run import clear, inject_adapter, run_training, write_adapter
 from experiments.training.settings import Training
 from experiments.training.team import ALONE, Team
-from experiments.training.windows import TextWindows, cut_tokens, step_flops
+from experiments.training.text_tuning import TextWindows, cut_tokens, step_flops
 from lora import remove
 
 

@@ -25,13 +25,12 @@ from experiments.storage.files import read_json, to_json, to_json_lines, write_w
 from experiments.storage.interruption import Interruption
 from experiments.storage.records import Tensor4
 from experiments.storage.runfolder import open_run, resumable
-from experiments.training.loop import Account, Progress
+from experiments.training.loop import Account, Progress, TrainingError
 from experiments.training.number_tuning import NumberTuning
 from experiments.training.run import clear, inject_adapter, run_training, software, write_adapter
 from experiments.training.settings import STEPS
 from experiments.training.team import ALONE, Team
 from experiments.training.text_tuning import TextTuning
-from experiments.training.windows import TrainingError
 from lora import load_adapter, remove
 from lora.layer import LoRALinear
 

@@ -8,14 +8,16 @@ import math
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import flops
@@ -24,9 +26,38 @@ from experiments.storage.interruption import Interruption
 from experiments.training.muon import Muon
 from experiments.training.settings import Training
 from experiments.training.team import ALONE, Team
-from experiments.training.windows import TrainingError, Windows
 
 SAVE_SECONDS = 30.0  # seconds between two saves: the most work that a kill can cost
+
+
+class TrainingError(ValueError):
+    """Training cannot begin or continue. The last saved state remains."""
+
+
+class Windows(ABC):
+    """The windows that a training reads, and the loss of a model on them."""
+
+    parameters: dict[str, nn.Parameter]  # what the training changes, by name
+    matrices: Mapping[str, nn.Parameter] = {}  # those that Muon trains; Adam trains the others
+    device: torch.device
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of windows."""
+
+    def rows(self, step: int, settings: Training) -> Tensor:
+        """The windows of a step (B, or a row for each of B). Each epoch has a new order; every batch of it is full."""
+        epoch, index = divmod(step, len(self) // settings.batch)
+        order = np.random.default_rng([settings.seed, epoch]).permutation(len(self))
+        return torch.from_numpy(order[index * settings.batch : (index + 1) * settings.batch])
+
+    def num_targets(self, rows: Tensor) -> float:
+        """The number of values or tokens that the windows in rows (B) ask for: the weight of their loss."""
+        return len(rows)
+
+    @abstractmethod
+    def loss(self, rows: Tensor) -> Tensor:
+        """The mean loss over the targets of the windows in rows (B, on the CPU), with its graph."""
 
 
 class Account(NamedTuple):

@@ -22,11 +22,10 @@ from experiments.forecasting.values import Scale, statistics
 from experiments.storage.files import RunError, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.training import synthetic
-from experiments.training.loop import Account, train
+from experiments.training.loop import Account, Windows, train
 from experiments.training.muon import muon_flops
 from experiments.training.number_tuning import counts_after, number_step, weighted_loss
 from experiments.training.settings import Training
-from experiments.training.windows import Windows
 from qwen_min.model import Qwen
 
 BLOCK, PER_BLOCK = 32, 512  # so many steps draw from the same groups; of each length, so many groups

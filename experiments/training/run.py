@@ -16,9 +16,8 @@ import qwen_min
 from experiments import forecasting, training
 from experiments.forecasting.adapter import Trained, write_trained
 from experiments.storage.files import sync, write_whole
-from experiments.training.loop import Account, Progress, train
+from experiments.training.loop import Account, Progress, TrainingError, Windows, train
 from experiments.training.settings import Training
-from experiments.training.windows import TrainingError, Windows
 from lora import inject, save_adapter
 from lora.inject import new_layers
 
