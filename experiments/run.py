@@ -197,7 +197,7 @@ def finish(suite: "Suite") -> int:
     from qwen_min.config import NotFiniteError
 
     known_to_all = flops.BudgetExceeded, TrainingError
-    if not suite.team.leads:
+    if suite.team.rank:
         with suppress(*known_to_all):  # the leading process tells them, unless torchrun stops it as another has failed
             suite.run()
         return 0

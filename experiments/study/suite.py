@@ -136,10 +136,8 @@ class Suite:
         if experiment.training is None or not experiment.best_of:
             return experiment.training
 
-        def validation_mse(name: str) -> float:
-            return read_metrics(self._path(name))["val"].all.mse_filled
-
-        best = self._path(self.team.same(min(experiment.best_of, key=validation_mse)))
+        errors = [read_metrics(self._path(name))["val"].all.mse_filled for name in experiment.best_of]
+        best = self._path(experiment.best_of[int(self.team.same(errors.index(min(errors))))])
         if (training := read(best / "settings.json", Settings).training) is None:
             raise RunError(f"{best / 'settings.json'}: holds no training, expected that of a candidate")
         return fill(experiment.training, training)

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-T = TypeVar("T")
 # a process may wait for another one as long as an experiment lasts; torchrun notices processes that died
 TIMEOUT = timedelta(days=30)
 
@@ -30,7 +28,7 @@ class PeerLost(ValueError):
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that train together, numbered by `rank` from 0.
+    """The processes that train together, numbered by `rank` from 0, which leads: its files and messages are the run's.
 
     Methods that communicate must be called by all of them, in the same order. They raise PeerLost when one has ended.
     """
@@ -38,29 +36,23 @@ class Team:
     rank: int = 0
     size: int = 1
 
-    @property
-    def leads(self) -> bool:
-        """True in the process whose files and messages are those of the run."""
-        return self.rank == 0
-
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the processes, which is the same to the last bit in all of them."""
         if self.size == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        with _lost_peers():
+        try:
             dist.all_reduce(flat)
+        except RuntimeError as error:  # as it comes when a process has ended
+            raise PeerLost("another process of this job ended; see its message, then repeat the command") from error
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def same(self, value: T) -> T:
+    def same(self, value: float) -> float:
         """The value that the leading process has. Elsewhere it may be rounded otherwise, and decide otherwise."""
-        if self.size == 1:
-            return value
-        values = [value]
-        with _lost_peers():
-            dist.broadcast_object_list(values, device=torch.device("cpu"))
-        return values[0]
+        given = torch.tensor(0.0 if self.rank else value, dtype=torch.float64)
+        self.add_up([given])
+        return given.item()
 
 
 ALONE = Team()
@@ -86,23 +78,14 @@ def joined(device: str, folder: Path) -> Iterator[tuple[Team, str, Path]]:
     try:
         with ExitStack() as stack:
             team = Team(dist.get_rank(), dist.get_world_size())
-            if not team.leads:
+            if team.rank:
                 original, folder = folder, Path(stack.enter_context(tempfile.TemporaryDirectory())) / folder.name
                 if (original / "plan.json").exists():
                     shutil.copytree(original, folder)
                 nowhere = stack.enter_context(Path(os.devnull).open("w"))
                 stack.enter_context(redirect_stdout(nowhere))
                 stack.enter_context(redirect_stderr(nowhere))
-            team.same(None)  # the copies are made before the leading process writes
+            team.same(0)  # the copies are made before the leading process writes
             yield team, device, folder
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def _lost_peers() -> Iterator[None]:
-    """Turn the errors of torch.distributed, which come when a process has ended, into PeerLost."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLost("another process of this job ended; see its message, then repeat the command") from error
