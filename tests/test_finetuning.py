@@ -79,7 +79,7 @@ def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch, mo
             write(path, content)
 
         with monkeypatch.context() as patch:
-            for module in ("training.loop", "training.run", "training.finetuning", "storage.runfolder"):
+            for module in ("training.loop", "training.finetuning", "storage.runfolder"):
                 patch.setattr(f"experiments.{module}.write_whole", counted)
             training.finetune(Forecaster.load(model), waves(6, 40), 2, folder=folder, steps=3, **options)
         return written

@@ -74,7 +74,7 @@ def test_a_killed_pretraining_of_numbers_ends_with_the_same_bytes(tmp_path):
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
     assert forks.run(log, pretrained, whole) == 0, log.read_text()
     assert forks.run(log, pretrained, killed, True) == -signal.SIGKILL
-    assert [path.name for path in killed.iterdir()] == ["steps6-seed7.state.safetensors"]
+    assert [path.name for path in killed.iterdir()] == ["steps6-seed7"]
     assert forks.run(log, pretrained, killed) == 0, log.read_text()
     assert forks.run(log, pretrained, killed) == 2  # it has a checkpoint already
     assert contents(killed, "*") == contents(whole, "*")

@@ -201,7 +201,7 @@ def test_a_finished_run_is_not_run_again_and_has_the_same_page_with_a_shortened_
     lines = read_lines(copied / "ledger.jsonl")
     assert [line["steps"] for line in lines] == [2, 2, 2, 2, 2, 6, 3]
     files = contents(copied, "**/*.json", "**/*.jsonl", "**/*.safetensors")
-    monkeypatch.delattr(suite, "run_training")
+    monkeypatch.delattr(suite, "train")
     assert again(copied) == 0
     assert "continuing" in capsys.readouterr().out
     assert (copied / "report.md").read_bytes() == before

@@ -41,8 +41,9 @@ def train(folder: Path) -> int:
         lengths = torch.tensor([24, 11, 24, 7, 24, 24, 18, 24, 3])
         settings = Training(4, 1e-2, 24, 6, batch=3, clip=0.5)
         cuts = Cuts([range(9)], lambda _, row: ids[row, : lengths[row]].tolist())
-        windows, state = TextWindows(model, cuts, 24, 0), run / f"state-{team.size}"
-        tensors = {"losses": torch.tensor(train_on(windows, settings, Account(team=team), state).losses).double()}
+        windows = TextWindows(model, cuts, 24, 0)
+        losses = train_on(windows, settings, Account(team=team), run / str(team.size)).losses
+        tensors = {"losses": torch.tensor(losses).double()}
         save_file(tensors | adapter_parameters(model), folder / f"{team.size}-{team.rank}.safetensors")
     return 0
 

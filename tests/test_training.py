@@ -41,12 +41,12 @@ class Stopping:
             raise BudgetExceeded
 
 
-def run(tiny, token_lists, state, settings=SETTINGS, stop_before=None, vocabulary=None, held_out=None):
+def run(tiny, token_lists, folder, settings=SETTINGS, stop_before=None, vocabulary=None, held_out=None):
     """Train a fresh adapter: (losses, adapter)."""
     model = deepcopy(tiny[0])
     inject_adapter(model, settings)
     windows = text_windows(model, token_lists, settings, vocabulary)
-    trained = train(windows, settings, Account(ledger=Stopping(stop_before)), state, held_out)
+    trained = train(windows, settings, Account(ledger=Stopping(stop_before)), folder, held_out)
     return trained.losses, {name: p.detach() for name, p in adapter_parameters(model).items()}
 
 
@@ -123,8 +123,8 @@ def test_a_training_ends_with_the_parameters_that_had_the_smallest_held_out_loss
     settings, held_out = replace(SETTINGS, steps=16, cosine=True), [5.0, 4.0, 3.0, 1.0, 2.0, 2.5, 3.0, 3.0, 3.0]
     _, adapter = run(tiny, token_lists, None, settings, held_out=iter(held_out).__next__)
     with pytest.raises(BudgetExceeded):
-        run(tiny, token_lists, tmp_path / "state", settings, stop_before=6, held_out=iter(held_out).__next__)
-    state = load_file(tmp_path / "state")
+        run(tiny, token_lists, tmp_path, settings, stop_before=6, held_out=iter(held_out).__next__)
+    state = load_file(tmp_path / "state.safetensors")
     assert state["done"] == 6
     assert all(torch.equal(state[name], tensor) for name, tensor in adapter.items())
 
@@ -133,15 +133,15 @@ def test_a_training_ends_with_the_parameters_that_had_the_smallest_held_out_loss
 def test_what_is_not_finite_stops_the_training_and_is_never_saved(tmp_path, tiny, token_lists, steps, message):
     settings = replace(SETTINGS, learning_rate=float("inf"), steps=steps)
     with pytest.raises(TrainingError, match=message):
-        run(tiny, token_lists, tmp_path / "state", settings)
-    assert not (tmp_path / "state").exists()
+        run(tiny, token_lists, tmp_path, settings)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_foreign_state_is_refused_and_named(tmp_path, tiny, token_lists):
     """Damaged ones are in test_fuzz.py."""
-    run(tiny, token_lists, tmp_path / "state")
-    with pytest.raises(TrainingError, match="state: not a state of this training"):
-        run(tiny, token_lists, tmp_path / "state", replace(SETTINGS, rank=3))
+    run(tiny, token_lists, tmp_path)
+    with pytest.raises(TrainingError, match="safetensors: not a state of this training"):
+        run(tiny, token_lists, tmp_path, replace(SETTINGS, rank=3))
 
 
 def test_a_loss_over_the_tokens_of_numbers_is_smaller(tiny, token_lists):

@@ -27,9 +27,9 @@ from experiments.study.judging import Judge, judge_numbers
 from experiments.study.plans import CONTEXT_STEPS, HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import Settings, read_metrics
 from experiments.training.finetuning import train_and_choose
-from experiments.training.loop import Account, progress_bar
+from experiments.training.loop import Account, progress_bar, train
 from experiments.training.number_tuning import OPTIONS, STRIDE, NumberTuning
-from experiments.training.run import clear, inject_adapter, run_training, write_adapter
+from experiments.training.run import clear, inject_adapter, write_adapter
 from experiments.training.settings import Training
 from experiments.training.team import ALONE, Team
 from experiments.training.text_tuning import TextWindows, cut_tokens, step_flops
@@ -188,7 +188,7 @@ class Suite:
         vocabulary = torch.tensor(self._vocabulary) if training.numeric_head else None
         cuts = cut_tokens(tokens, training)
         windows = TextWindows(judge.model, cuts, training.context, judge.tokenizer.pad_id, vocabulary)
-        done = run_training(path, windows, training, self._account(name, training))
+        done = train(windows, training, self._account(name, training), path)
         write_adapter(judge.model, path, Trained(*self.checkpoint, judge.encoding))
         return done.seconds
 

@@ -25,9 +25,9 @@ from experiments.storage.files import read_json, to_json, to_json_lines, write_w
 from experiments.storage.interruption import Interruption
 from experiments.storage.records import Tensor4
 from experiments.storage.runfolder import open_run, resumable
-from experiments.training.loop import Account, Progress, TrainingError
+from experiments.training.loop import Account, Progress, TrainingError, train
 from experiments.training.number_tuning import NumberTuning
-from experiments.training.run import clear, inject_adapter, run_training, software, write_adapter
+from experiments.training.run import clear, inject_adapter, software, write_adapter
 from experiments.training.settings import STEPS
 from experiments.training.team import ALONE, Team
 from experiments.training.text_tuning import TextTuning
@@ -232,8 +232,7 @@ def train_and_choose(
     count, forecaster = min(len(val), tuning.most_checked or len(val)), tuning.forecaster
     places = [val[at] for at in np.linspace(0, len(val) - 1, count).round().astype(int)]  # evenly spread
     inject_adapter(forecaster.model, tuning.settings)
-    windows = tuning.windows()
-    done = run_training(folder, windows, tuning.settings, account, lambda: float(np.mean(tuning.losses(places))))
+    done = train(tuning.windows(), tuning.settings, account, folder, lambda: float(np.mean(tuning.losses(places))))
     forecaster.trained = record = tuning.finished(trained, val, done.best_step)
     if tuning.settings.rank:
         write_adapter(forecaster.model, folder, record)

@@ -206,23 +206,23 @@ def train(
     windows: Windows,
     settings: Training,
     account: Account | None = None,
-    state: Path | None = None,
+    folder: Path | None = None,
     held_out: Callable[[], float] | None = None,
     checks: int = 8,
 ) -> Progress:
     """Train the parameters of the windows; each step is debited before it runs.
 
     held_out: the loss of the parameters on other data. It is measured `checks` times, and the parameters end as those
-    that had the smallest one. `state`: the file to continue from, saved every SAVE_SECONDS and at the end; None: none
-    is written. The processes of a team share out the rows of each batch; all end with the same parameters, and a signal
-    to one of them stops all after the same step.
+    that had the smallest one. folder: gets losses.csv, held_out.csv and, every SAVE_SECONDS, the state to continue
+    from; None: nothing is written. The processes of a team share out the rows of each batch; all end with the same
+    parameters, and a signal to one of them stops all after the same step.
 
     Raises TrainingError when a loss or a parameter is not finite, when the state does not belong to this training, or
     when the windows do not fill a batch; flops.BudgetExceeded; Interrupted. The steps before the last two are saved.
     """
     account = account or Account()
     due = sorted({*range(0, settings.steps, max(1, settings.steps // checks)), settings.steps}) if held_out else []
-    trainer = _Trainer(windows, settings, account, state, due)
+    trainer = _Trainer(windows, settings, account, folder / "state.safetensors" if folder else None, due)
     with progress_bar(settings.steps, account.name, trainer.done) as bar, account.interruption.held():
         for step in range(trainer.done):
             account.debit(step)  # if the ledger was lost
@@ -246,7 +246,14 @@ def train(
     for name, tensor in trainer.best.items():
         windows.parameters[name].data.copy_(tensor)
     record = {name: tensor.tolist() for name, tensor in trainer.record.items()}
-    return Progress(record["losses"], record["seconds"][0], dict(zip(due, record["held_out"], strict=True)))
+    done = Progress(record["losses"], record["seconds"][0], dict(zip(due, record["held_out"], strict=True)))
+    if folder:
+        rows = (f"{step},{loss:.6f}\n" for step, loss in enumerate(done.losses))
+        write_whole(folder / "losses.csv", "step,loss\n" + "".join(rows))
+    if folder and held_out:
+        rows = (f"{steps},{loss!r}\n" for steps, loss in done.checks.items())
+        write_whole(folder / "held_out.csv", "steps,loss\n" + "".join(rows))
+    return done
 
 
 def progress_bar(total: int, name: str, done: int = 0) -> tqdm:

@@ -5,6 +5,7 @@ of two variables, L time steps, T tokens, K = AHEAD.
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
@@ -132,8 +133,7 @@ def pretrain(out: Path, steps: int, seed: int, pairs: bool, interruption: Interr
     """Write a checkpoint of `Numbers`, with a card, into the folder out; continue there after a kill."""
     if (out / "model.safetensors").exists():
         raise RunError(f"{out}: has a checkpoint already; name another folder")
-    state = out / f"steps{steps}-seed{seed}{'' if pairs else '-no-pairs'}.state.safetensors"  # of this run alone
-    out.mkdir(parents=True, exist_ok=True)
+    folder = out / f"steps{steps}-seed{seed}{'' if pairs else '-no-pairs'}"  # of this run alone
     model = Numbers()
     model.start(seed)
     windows, held_out = SyntheticWindows(model, seed, pairs), SyntheticWindows(model, HELD_OUT_SEED)
@@ -142,9 +142,9 @@ def pretrain(out: Path, steps: int, seed: int, pairs: bool, interruption: Interr
     def checked() -> float:
         return sum(held_out.loss(torch.tensor([step])).item() for step in range(HELD_OUT_STEPS)) / HELD_OUT_STEPS
 
-    done = train(windows, settings, Account("pretrain", interruption=interruption), state, checked, CHECKS)
+    done = train(windows, settings, Account("pretrain", interruption=interruption), folder, checked, CHECKS)
     write_checkpoint(out, model, "Numbers", card(windows, steps, done.checks))
-    state.unlink()
+    shutil.rmtree(folder)
 
 
 def write_checkpoint(out: Path, model: Numbers | Qwen, architecture: str, card: str, **further) -> None:

@@ -1,9 +1,8 @@
-"""A training run in a folder: train, and leave the same set of files, whoever asked for it."""
+"""What trainings share beside the loop: settings and adapters, their files, and the versions that decide a result."""
 
 import hashlib
 import platform
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,24 +14,11 @@ import lora
 import qwen_min
 from experiments import forecasting, training
 from experiments.forecasting.adapter import Trained, write_trained
-from experiments.storage.files import sync, write_whole
-from experiments.training.loop import Account, Progress, TrainingError, Windows, train
+from experiments.storage.files import sync
+from experiments.training.loop import TrainingError
 from experiments.training.settings import Training
 from lora import inject, save_adapter
 from lora.inject import new_layers
-
-
-def run_training(
-    folder: Path, windows: Windows, settings: Training, account: Account, held_out: Callable[[], float] | None = None
-) -> Progress:
-    """`train`, continued from a state in the folder, which `clear` removes; then write losses.csv, held_out.csv."""
-    done = train(windows, settings, account, folder / "state.safetensors", held_out)
-    rows = (f"{step},{loss:.6f}\n" for step, loss in enumerate(done.losses))
-    write_whole(folder / "losses.csv", "step,loss\n" + "".join(rows))
-    if held_out:
-        rows = (f"{steps},{loss!r}\n" for steps, loss in done.checks.items())
-        write_whole(folder / "held_out.csv", "steps,loss\n" + "".join(rows))
-    return done
 
 
 def chosen_settings(model: nn.Module, defaults: Training, settings: dict) -> Training:
