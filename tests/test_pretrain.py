@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 from pathlib import Path
@@ -15,7 +14,6 @@ from experiments.training import loop, pretraining
 from experiments.training import tiny as pretrain
 from qwen_min import load
 from qwen_min.config import QwenConfig
-from qwen_min.weights import TINY
 from tests import forks
 from tests.faults import contents
 
@@ -47,7 +45,6 @@ def test_the_command_writes_the_same_checkpoint_twice(tmp_path, monkeypatch):
 
 
 def test_the_embedded_checkpoints_are_those_that_the_commands_make():
-    assert json.loads((TINY / "tokenizer.json").read_text()) == json.loads(pretrain.byte_tokenizer().to_str())
     assert load("tiny")[0].config == pretrain.CONFIG
     assert QwenConfig.from_file(NUMBERS / "config.json") == CONFIG
     card = (NUMBERS / "README.md").read_text()

@@ -1,10 +1,10 @@
 """Pretrain the embedded checkpoint that writes text, on n series of T = 100 time steps and 2 variables."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 from tqdm import trange
 
@@ -15,7 +15,8 @@ from experiments.training.settings import Training
 from experiments.training.synthetic import log_uniform, runge_kutta
 from qwen_min.loss import next_token_loss
 from qwen_min.model import Qwen
-from qwen_min.tokenizer import PAD, Tokenizer
+from qwen_min.tokenizer import Tokenizer
+from qwen_min.weights import TINY
 
 # of the same size as `numbers`; the tokens are the 256 bytes and the end of text
 CONFIG = replace(
@@ -109,16 +110,6 @@ def series(seed: int, n: int) -> np.ndarray:
     return rng.permutation(bottom + (top - bottom) * (raw - low) / (high - low))
 
 
-def byte_tokenizer() -> tokenizers.Tokenizer:
-    """A tokenizer of the 256 bytes in GPT-2's order and the end of text; numeric text gets the ids of Qwen2.5."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens([PAD])
-    return tokenizer
-
-
 def trained(ids: torch.Tensor, steps: int, seed: int) -> Qwen:
     """Train a model on ids (n, T), each row once, by Muon and AdamW; weights are fp32, products bf16 by autocast."""
     torch.manual_seed(seed)
@@ -149,7 +140,7 @@ def trained(ids: torch.Tensor, steps: int, seed: int) -> Qwen:
 
 def pretrain(out: Path, steps: int, seed: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    byte_tokenizer().save(str(out / "tokenizer.json"))
+    shutil.copy(TINY / "tokenizer.json", out)  # the 256 bytes in GPT-2's order: numeric text gets the ids of Qwen2.5
     tokenizer, encoding = Tokenizer(out / "tokenizer.json"), Encoding(scale=1.0)
     all_series = series(seed, steps * BATCH + HELD_OUT)
     ids = torch.tensor([tokenizer.encode(encoding.encode(one)) for one in all_series])
