@@ -15,11 +15,8 @@ from pathlib import Path
 from experiments import cli
 from experiments.storage.interruption import Interruption
 
-# the options that `Finetuning` takes by their names here, if they are given
-SETTINGS = (
-    "horizon", "budget", "steps", "context", "samples", "rank", "alpha", "targets",
-    "learning_rate", "batch", "seed", "season",
-)  # fmt: skip
+# the options that `Finetuning` does not take by their names here
+OTHERS = ("series", "columns", "missing", "id", "wide", "model", "device", "dtype", "out")
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -65,7 +62,7 @@ def work(args: argparse.Namespace, interruption: Interruption) -> None:
         series = tables.read_series(*args.series, columns=args.columns, missing=missing, id=args.id, wide=args.wide)
         print(tables.told(series))
         forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))
-        settings = {name: value for name, value in vars(args).items() if name in SETTINGS}
+        settings = {name: value for name, value in vars(args).items() if name not in OTHERS}
         with named(*names_of(series)):
             job = Finetuning(forecaster, series, **settings)
         print(job.told)
