@@ -37,24 +37,6 @@ from lora.layer import LoRALinear
 AT_ONCE = 50  # test forecasts that are made together, at most
 NAME = "finetune"  # in the ledger
 Tuning = TextTuning | NumberTuning
-AnyForecaster = TextForecaster | NumberForecaster
-
-
-def finetune(
-    forecaster: AnyForecaster,
-    series: Sequence,
-    horizon: int,
-    budget: float | None = None,
-    folder: str | Path | None = None,
-    **options,
-) -> dict:
-    """Fine-tune a forecaster's model on N series, which then has the adapter; return the metrics.
-
-    folder: where to write the adapter and the results, and to continue from after a kill; None: nowhere. After an
-    error, or an interruption, the forecaster is as it was. The other arguments and the errors are those of
-    `Finetuning`; also flops.BudgetExceeded, Interrupted, and RunError for a folder of another run.
-    """
-    return Finetuning(forecaster, series, horizon, budget, **options).run(folder)
 
 
 class Finetuning:
@@ -62,7 +44,7 @@ class Finetuning:
 
     def __init__(
         self,
-        forecaster: AnyForecaster,
+        forecaster: TextForecaster | NumberForecaster,
         series: Sequence,
         horizon: int,
         budget: float | None = None,
