@@ -192,7 +192,7 @@ def finish(suite: "Suite") -> int:
     from experiments.report.build import verdict, write_report
     from experiments.report.contents import counting
     from experiments.report.results import load_run
-    from experiments.training.loop import TrainingError
+    from experiments.training.settings import TrainingError
     from experiments.training.team import PeerLost
     from qwen_min.config import NotFiniteError
 

@@ -17,7 +17,7 @@ from experiments.storage.interruption import Interrupted, Interruption
 from experiments.tables import read_series
 from experiments.training import loop
 from experiments.training.finetuning import Finetuning
-from experiments.training.loop import TrainingError
+from experiments.training.settings import TrainingError
 from experiments.training.text_tuning import TextTuning
 from tests.faults import contents
 from tests.test_backtest import waves

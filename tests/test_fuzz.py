@@ -31,7 +31,8 @@ from experiments.storage.runfolder import open_run
 from experiments.study import data
 from experiments.study.evaluation import Evaluation, evaluate
 from experiments.tables import following, read_series
-from experiments.training.loop import TrainingError, load_state
+from experiments.training.loop import load_state
+from experiments.training.settings import TrainingError
 from flops import Ledger, LedgerError
 from lora import AdapterError, LoraConfig, adapter_parameters, load_adapter, save_adapter
 from qwen_min import Qwen, Tokenizer

@@ -15,9 +15,8 @@ from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.numbers import LEVELS
 from experiments.forecasting.values import TUNED, ZERO_SHOT, Scale, combined
 from experiments.training.finetuning import Finetuning
-from experiments.training.loop import TrainingError
 from experiments.training.number_tuning import NumberWindows, best_shares, noise, with_scale
-from experiments.training.settings import Training
+from experiments.training.settings import Training, TrainingError
 
 
 def patterns(count: int, steps: int = 60, seed: int = 0) -> list[np.ndarray]:

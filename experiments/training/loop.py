@@ -24,14 +24,10 @@ import flops
 from experiments.storage.files import write_whole
 from experiments.storage.interruption import Interruption
 from experiments.training.muon import Muon
-from experiments.training.settings import Training
+from experiments.training.settings import Training, TrainingError
 from experiments.training.team import ALONE, Team
 
 SAVE_SECONDS = 30.0  # seconds between two saves: the most work that a kill can cost
-
-
-class TrainingError(ValueError):
-    """Training cannot begin or continue. The last saved state remains."""
 
 
 class Windows(ABC):

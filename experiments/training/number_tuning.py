@@ -23,10 +23,10 @@ from experiments.forecasting.numbers import AHEAD, FEATURES, LEVELS, Numbers, Pa
 from experiments.forecasting.scores import BAND, group_means, inside
 from experiments.forecasting.seasons import find_seasons
 from experiments.forecasting.values import STRIDES, TUNED, ZERO_SHOT, NumberForecaster, Scale, combined, stride_of
-from experiments.training.loop import TrainingError, Windows
+from experiments.training.loop import Windows
 from experiments.training.muon import muon_flops
-from experiments.training.run import chosen_settings, inject_adapter
-from experiments.training.settings import NUMBERS, Training
+from experiments.training.run import inject_adapter
+from experiments.training.settings import NUMBERS, Training, TrainingError
 from flops.trace import Tracer
 from lora import adapter_parameters
 
@@ -257,7 +257,7 @@ class NumberTuning:
         if others := sorted(settings.keys() - set(OPTIONS)):
             expected = "horizon, budget, context, season, " + ", ".join(OPTIONS)
             raise TrainingError(f"{others[0]} is no option of a model that reads values, which takes {expected}")
-        chosen = chosen_settings(forecaster.model, NUMBERS, settings)
+        chosen = replace(NUMBERS, **settings)
         longest = max(map(len, series))
         ahead = min(horizon, AHEAD, longest // 2)
         self.series = [one for one in series if len(one) >= ahead + MIN_STEPS]

@@ -1,9 +1,8 @@
-"""What trainings share beside the loop: settings and adapters, their files, and the versions that decide a result."""
+"""What trainings share beside the loop: adapters, their files, and the versions that decide a result."""
 
 import hashlib
 import platform
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,22 +14,8 @@ import qwen_min
 from experiments import forecasting, training
 from experiments.forecasting.adapter import Trained, write_trained
 from experiments.storage.files import sync
-from experiments.training.loop import TrainingError
 from experiments.training.settings import Training
 from lora import inject, save_adapter
-from lora.inject import new_layers
-
-
-def chosen_settings(model: nn.Module, defaults: Training, settings: dict) -> Training:
-    """The defaults with other settings, which the data complete. Raises TrainingError for impossible ones."""
-    try:
-        chosen = replace(defaults, **settings)
-        if chosen.rank:
-            with torch.random.fork_rng(devices=[]):
-                new_layers(model, chosen.lora)  # refuses modules that cannot be adapted
-    except (TypeError, ValueError) as error:
-        raise TrainingError(str(error)) from error
-    return chosen
 
 
 def inject_adapter(model: nn.Module, settings: Training) -> None:

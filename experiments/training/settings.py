@@ -14,9 +14,13 @@ NUMBER_TARGETS = (*LINEAR, "read", "head", "skip")
 STEPS = 300  # of a fine-tuning without a budget
 
 
+class TrainingError(ValueError):
+    """Training cannot begin or continue. The last saved state remains."""
+
+
 @dataclass(frozen=True)
 class Training:
-    """Settings of a training; a plan fills in those that are None. Raises ValueError for one that is out of range."""
+    """Settings of a training; a plan fills in those that are None. Raises TrainingError for one out of range."""
 
     rank: int | None  # 0: all weights of the decoder that reads values are trained
     learning_rate: float | None
@@ -41,14 +45,14 @@ class Training:
         for name, minimum in least.items():
             value = getattr(self, name)
             if name not in self.unset and (type(value) is not int or not minimum <= value < 2**63):
-                raise ValueError(f"{name} is {value!r}, expected an integer of at least {minimum}, below 2**63")
+                raise TrainingError(f"{name} is {value!r}, expected an integer of at least {minimum}, below 2**63")
         for name in ("learning_rate", "alpha", "clip"):
             if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"{name} is {value!r}, expected a positive number")
+                raise TrainingError(f"{name} is {value!r}, expected a positive number")
         if not 0 < self.beta2 < 1:
-            raise ValueError(f"beta2 is {self.beta2!r}, expected a number between 0 and 1")
+            raise TrainingError(f"beta2 is {self.beta2!r}, expected a number between 0 and 1")
         if isinstance(self.targets, str) or not self.targets:
-            raise ValueError(f"targets are {self.targets!r}, expected names of modules such as ('q_proj', 'v_proj')")
+            raise TrainingError(f"targets are {self.targets!r}, expected names of modules such as ('q_proj', 'v_proj')")
 
     @property
     def unset(self) -> list[str]:

@@ -20,10 +20,10 @@ from experiments.forecasting.encoding import FITTED, Encoding
 from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import BAND, samples_needed
 from experiments.forecasting.text import DEFAULT_SAMPLES, TextForecaster
-from experiments.training.loop import TrainingError, Windows
-from experiments.training.run import chosen_settings
-from experiments.training.settings import LINEAR, STEPS, Training
+from experiments.training.loop import Windows
+from experiments.training.settings import LINEAR, STEPS, Training, TrainingError
 from lora import adapter_parameters
+from lora.inject import new_layers
 from qwen_min.config import QwenConfig
 from qwen_min.linear import unpack
 from qwen_min.loss import check_targets, next_token_loss
@@ -146,7 +146,12 @@ class TextTuning:
             raise TrainingError(f"samples is {samples}, expected at least 0")
         assert forecaster.checkpoint is not None  # checked by `Finetuning`
         rate = TINY_RATE if forecaster.checkpoint[1] == TINY else RATE
-        chosen = chosen_settings(forecaster.model, replace(DEFAULTS, learning_rate=rate), settings)
+        chosen = replace(DEFAULTS, **{"learning_rate": rate} | settings)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                new_layers(forecaster.model, chosen.lora)
+        except ValueError as error:  # some modules cannot be adapted
+            raise TrainingError(str(error)) from error
         variables = series[0].shape[1]
         per_step, grammar = FITTED.tokens_per_step(variables), Grammar(forecaster.tokenizer, FITTED.decimals, variables)
         positions = forecaster.model.config.max_position_embeddings
