@@ -121,7 +121,7 @@ def described(
     import flops
     from experiments.forecasting import Forecaster
     from experiments.forecasting.adapter import checkpoint_hash, embedded_or
-    from experiments.training.run import software
+    from experiments.training.loop import software
 
     numbers = checkpoint_hash(embedded_or(judge.numbers)) if len(plan.texts) < len(plan.experiments) else None
     identity = {

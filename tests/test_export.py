@@ -9,7 +9,7 @@ from conftest import adapted, relative_error
 from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import Trained, checkpoint_hash
 from experiments.forecasting.encoding import Encoding
-from experiments.training.run import write_adapter
+from experiments.training.loop import write_adapter
 from lora import LoraConfig, save_adapter
 from qwen_min import CheckpointError, load
 from qwen_min.weights import TINY, save

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from experiments.forecasting.encoding import Encoding
-from experiments.training.loop import Account, Windows, train
-from experiments.training.run import inject_adapter
+from experiments.training.loop import Account, Windows, inject_adapter, train
 from experiments.training.settings import Training, TrainingError
 from experiments.training.text_tuning import TextWindows, cut_series, cut_tokens
 from flops import BudgetExceeded

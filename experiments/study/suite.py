@@ -27,9 +27,8 @@ from experiments.study.judging import Judge, judge_numbers
 from experiments.study.plans import CONTEXT_STEPS, HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import Settings, read_metrics
 from experiments.training.finetuning import train_and_choose
-from experiments.training.loop import Account, progress_bar, train
+from experiments.training.loop import Account, clear, inject_adapter, progress_bar, train, write_adapter
 from experiments.training.number_tuning import OPTIONS, STRIDE, NumberTuning
-from experiments.training.run import clear, inject_adapter, write_adapter
 from experiments.training.settings import Training
 from experiments.training.team import ALONE, Team
 from experiments.training.text_tuning import TextWindows, cut_tokens, step_flops

@@ -25,9 +25,8 @@ from experiments.storage.files import read_json, to_json, to_json_lines, write_w
 from experiments.storage.interruption import Interruption
 from experiments.storage.records import Tensor4
 from experiments.storage.runfolder import open_run, resumable
-from experiments.training.loop import Account, Progress, train
+from experiments.training.loop import Account, Progress, clear, inject_adapter, software, train, write_adapter
 from experiments.training.number_tuning import NumberTuning
-from experiments.training.run import clear, inject_adapter, software, write_adapter
 from experiments.training.settings import STEPS, TrainingError
 from experiments.training.team import ALONE, Team
 from experiments.training.text_tuning import TextTuning

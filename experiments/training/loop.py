@@ -1,10 +1,13 @@
-"""Training on windows of series, with a state from which an interrupted training continues to the same bytes.
+"""Training on windows of series, its adapter and its state, from which it continues to the same bytes when interrupted.
 
 The bytes agree between CPUs of the same kind, with the same number of threads and the same torch; on a GPU only up to
 rounding, because the backward pass of attention sums in no fixed order.
 """
 
+import hashlib
 import math
+import platform
+import shutil
 import signal
 import sys
 import time
@@ -21,11 +24,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import flops
-from experiments.storage.files import write_whole
+import lora
+import qwen_min
+from experiments import forecasting, training
+from experiments.forecasting.adapter import Trained, write_trained
+from experiments.storage.files import sync, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.training.muon import Muon
 from experiments.training.settings import Training, TrainingError
 from experiments.training.team import ALONE, Team
+from lora import inject, save_adapter
 
 SAVE_SECONDS = 30.0  # seconds between two saves: the most work that a kill can cost
 
@@ -255,3 +263,37 @@ def train(
 def progress_bar(total: int, name: str, done: int = 0) -> tqdm:
     """A progress bar on stderr, with so many done, which is updated rarely if it is written to a file."""
     return tqdm(total=total, desc=name, initial=done, mininterval=0.1 if sys.stderr.isatty() else 30.0)
+
+
+def inject_adapter(model: nn.Module, settings: Training) -> None:
+    """Inject the adapter of the settings, if they have a rank, as their seed decides."""
+    if settings.rank:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            inject(model, settings.lora)
+
+
+def write_adapter(model: nn.Module, folder: Path, trained: Trained) -> None:
+    """Write the model's adapter and its record into folder/adapter; a kill leaves that whole or absent."""
+    partial = folder / "adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    save_adapter(model, partial, trained.checkpoint)
+    write_trained(partial, trained)
+    for file in (*partial.iterdir(), partial):
+        sync(file)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    partial.rename(folder / "adapter")
+
+
+def clear(folder: Path) -> None:
+    for state in folder.glob("*state.*"):
+        state.unlink()
+
+
+def software() -> dict[str, str]:
+    """The versions and a hash of the sources that decide a result, for the record of a run."""
+    digest = hashlib.sha256()
+    for package in (qwen_min, lora, flops, forecasting, training):
+        for path in sorted(Path(package.__path__[0]).glob("*.py")):
+            digest.update(path.read_bytes())
+    return {"python": platform.python_version(), "torch": torch.__version__, "sources_sha256": digest.hexdigest()}

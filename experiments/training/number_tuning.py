@@ -23,9 +23,8 @@ from experiments.forecasting.numbers import AHEAD, FEATURES, LEVELS, Numbers, Pa
 from experiments.forecasting.scores import BAND, group_means, inside
 from experiments.forecasting.seasons import find_seasons
 from experiments.forecasting.values import STRIDES, TUNED, ZERO_SHOT, NumberForecaster, Scale, combined, stride_of
-from experiments.training.loop import Windows
+from experiments.training.loop import Windows, inject_adapter
 from experiments.training.muon import muon_flops
-from experiments.training.run import inject_adapter
 from experiments.training.settings import NUMBERS, Training, TrainingError
 from flops.trace import Tracer
 from lora import adapter_parameters
