@@ -66,14 +66,9 @@ def work(args: argparse.Namespace, interruption: Interruption) -> None:
         with named(*names_of(series)):
             job = Finetuning(forecaster, series, **settings)
         print(job.told)
-        record = {
-            "command": cli.command_line("experiments.finetune"),
-            "title": series[0].attrs["name"] + (f" and {len(series) - 1} more series" if len(series) > 1 else ""),
-            "model": args.model,
-        }
         if (folder / "plan.json").exists():
             print(f"continuing {folder}")
-        metrics = job.run(folder, record, interruption, team)
+        metrics = job.run(folder, cli.command_line("experiments.finetune"), interruption, team)
         page = write_report(folder)
         print("\n".join([*summary(metrics), f"adapter: {folder / 'adapter'}; results: {page}"]))
         if better := better_baseline(metrics["errors"], "after"):

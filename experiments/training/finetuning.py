@@ -122,17 +122,14 @@ class Finetuning:
     def run(
         self,
         folder: str | Path | None = None,
-        record: dict | None = None,
+        command: str = "experiments.training.finetune",
         interruption: Interruption | None = None,
         team: Team = ALONE,
     ) -> dict:
-        """Train, keep the best state, evaluate, write all, return the metrics. record: what else plan.json has."""
-        record = {
-            "command": "experiments.training.finetune",
-            "title": f"{len(self.series)} series",
-            "model": self.trained.checkpoint,
-            "versions": software(),
-        } | (record or {})
+        """Train, keep the best state, evaluate, write all, return the metrics. command: what plan.json calls this."""
+        count, is_named = len(self.series), not isinstance(self.names, range)
+        title = self.names[0] + f" and {count - 1} more series" * (count > 1) if is_named else f"{count} series"
+        record = {"command": command, "title": title, "model": self.trained.checkpoint, "versions": software()}
         forecaster = self.tuning.forecaster
         known = dict(vars(forecaster))
         try:
