@@ -13,8 +13,7 @@ def finetune(
     error, or an interruption, the forecaster is as it was. The other arguments and the errors are those of
     `Finetuning`; also flops.BudgetExceeded, Interrupted, and RunError for a folder of another run.
     """
-    from experiments.training.finetuning import (
-        Finetuning,
-    )  # here: it imports torch, which plans and reports do not need
+    # here, because it imports torch, which plans and reports do not need
+    from experiments.training.finetuning import Finetuning
 
     return Finetuning(forecaster, series, horizon, budget, **options).run(folder)
