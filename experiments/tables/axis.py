@@ -89,8 +89,8 @@ def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Fou
         both = pd.Series(first.values.strftime("%Y-%m-%d "), dtype="str") + clock
         table.notes.append(f"{first.name!r} and {clocks[0].name!r} put together")
         return dates_of(both, clocks[0].name, table).rename(first.name), [*dated, clocks[0]]
-    if any(not one.values.equals(moving[0].values) for one in moving):
-        raise table.error(f"{moving[0].name!r} and {moving[1].name!r} can both be the times; delete one of them")
+    if others := [one for one in moving if not one.values.equals(moving[0].values)]:
+        raise table.error(f"{moving[0].name!r} and {others[0].name!r} can both be the times; delete one of them")
     axis = (moving or dated)[0]
     table.notes += [f"{one.name!r} left out, as {axis.name!r} has the times" for one in dated if one is not axis]
     return axis.values.rename(axis.name or "time"), dated
@@ -149,7 +149,7 @@ def _check_order(index: pd.Index, rows: np.ndarray, of: str, table: Table) -> No
         f"the time {now}{of} {what}; sort the rows by time, the oldest first, each time once; if the table has several "
         "series, name the column that tells them apart with --id; put dates and clocks into one column, such as "
         "2023-01-31 14:00+01:00, with their offset from UTC if the clock was set back there; if "
-        f"{name!r} is a variable, name it with --columns",
+        f"{name!r} is a variable, name it with --columns, or leave it out of the table",
         name,
         rows[at],
     )
