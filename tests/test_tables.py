@@ -185,6 +185,7 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
         "date,a\n2022.11,1\n2022.12,2\n2023.01,3\n",
         "2022.11 can be a month, a quarter or a number",
     ),
+    "months with a point in a first column": ("n,a\n2022.01,1\n2022.02,2\n2022.03,3\n", "2022.01 can be a month"),
     "no such day": ("date,a\n20230228,1\n20230229,2\n", "line 3, .*20230229 is no month, or no day of the calendar"),
     "years of two digits": ("year,month,a\n20,1,1\n20,2,2\n", "'year': has years of two digits, of this century"),
     "a month in each": ("year,jan,feb,mar\n2020,1,1,1\n2021,2,2,2\n", "'jan' to 'mar', which can be .*, or times"),

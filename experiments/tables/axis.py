@@ -56,6 +56,7 @@ def _of_numbers(free: list[Column], groups: list[np.ndarray], named: int, table:
     count = np.arange(sum(map(len, groups)))  # as pandas numbers rows
     first = next((one for one in free if one.name or not np.array_equal(one.values, count)), None)
     if not found and first in numbers and all(len(rows) > 2 and equal_steps(first.values[rows]) for rows in groups):
+        dates_of_numbers(first.values, first.name, table, True)  # refuses 2023.01
         found = [first]
     if not found:
         return None, []

@@ -14,7 +14,7 @@ _NAMES = "january february march april may june july august september october no
 MONTH = "|".join([*_NAMES, *(name[:3] for name in _NAMES)])
 # How dates are written, for pandas. %y, a year of two digits, is refused.
 DAYS = "%Y-%m-%d|%d.%m.%Y|%d/%m/%Y|%m/%d/%Y|%d-%m-%Y|%m-%d-%Y|%d %b %Y|%d-%b-%Y|%d%b%Y|%b %d, %Y".split("|")
-CLOCKS = ("", " %H:%M", " %H:%M:%S", " %I:%M %p", " %I:%M:%S %p")
+CLOCKS = ["", *(f"{mark} {one}" for mark in ("", ",") for one in ("%H:%M", "%H:%M:%S", "%I:%M %p", "%I:%M:%S %p"))]
 OTHERS = "%Y-%m|%Y/%m|%m-%Y|%m/%Y|%YM%m|%b %Y|%b-%Y|%Y %b|%d.%m.%y|%d/%m/%y|%y/%m/%d|%d-%b-%y|%b-%y|%b '%y".split("|")
 _PARTS = {"%Y": r"\d{4}", "%y": r"\d{2}", "%p": "[ap]m", "%b": MONTH}  # others: 1 or 2 digits
 FORMS = {  # and what they look like
