@@ -93,7 +93,7 @@ class _Row:
     wide: Sequence[bool] | None
     text: str = ""
     num_chosen: int = 0  # choices made so far; the next choice uses the random number with this index
-    pending: str = ""  # the characters that the next pass has to read; none if the forecast is complete
+    pending: str = ";"  # the characters to read next, at first the end of the context; none if the forecast is complete
     guessed: bool = False  # True if pending ends in a guessed point, which is not in the text yet
 
     def advance(self, first: str, last: str) -> bool:
@@ -119,32 +119,6 @@ class _Row:
             self.pending = character + forced + "." * self.guessed
 
 
-def _packed(grammar: Grammar, rows: list[_Row], device: torch.device) -> tuple[Tensor, ...]:
-    """The input of one pass, in a single copy to the device, so that a GPU does not have to wait.
-
-    Ids (B, T), padded at the end; real (B, T), 0 on padding; the index of the last real token (B, 1); 1 where that is
-    a guessed point (B, 1); the numbers of the choices after the first token and after the last (B, 2).
-    """
-    width = max(len(row.pending) for row in rows)
-    packed = [
-        [grammar.ids.get(character, grammar.pad_id) for character in row.pending.ljust(width)]
-        + [at < len(row.pending) for at in range(width)]
-        + [max(len(row.pending) - 1, 0), row.guessed, row.num_chosen, row.num_chosen + row.guessed]
-        for row in rows
-    ]
-    return torch.tensor(packed).to(device, non_blocking=True).split([width, width, 1, 1, 2], dim=1)
-
-
-def _on_cpu(logits: Tensor, *choices: Tensor) -> list[list[str]]:
-    """The characters (B) that a pass chose, checked in the same transfer. Raises NotFiniteError as `decode`."""
-    is_right = logits.flatten(1).amax(-1) < torch.inf  # False for NaN
-    *columns, right = torch.stack([*choices, is_right.long()]).tolist()
-    if not all(right):
-        rows = [row for row, one in enumerate(right) if not one]
-        raise NotFiniteError(f"the logits of forecasts {rows} are not finite; check series, weights and dtype")
-    return [[CHOICES[choice] for choice in column] for column in columns]
-
-
 @torch.inference_mode()
 def decode(
     model: Qwen,
@@ -158,34 +132,40 @@ def decode(
     """Continue a prefilled cache by num_values values. Returns B texts.
 
     Each token is the allowed character with the largest logit, or a sample among them if uniforms are given: (B, n) in
-    [0, 1), a number for each choice in turn; n is `Grammar.most_choices`. hidden (B, C) is the hidden state of the last
-    token in the cache, the end of a time step. The cache needs room for `Grammar.columns` more tokens. wide (B, D) is
-    as in `Grammar.follow`. Raises NotFiniteError for logits that are NaN or +infinity.
+    [0, 1), on the CPU, one for each choice in turn; n is `Grammar.most_choices`. hidden (B, C) is the hidden state of
+    the last token in the cache, the end of a time step. The cache needs room for `Grammar.columns` more tokens. wide
+    (B, D) is as in `Grammar.follow`. Raises NotFiniteError for logits that are NaN or +infinity.
 
     A pass reads a chosen digit together with the character that it forces, and with a guessed point after a first
     digit, because a point is likely there. If the model chooses a second digit instead, the point is taken back.
     """
     head, append = grammar.head(model), continuation(model, cache)
     rows = [_Row(grammar, num_values, None if wide is None else wide[row]) for row in range(len(hidden))]
-    row_indices = torch.arange(len(rows), device=hidden.device)
-    logits = hidden.to(head.dtype) @ head.T  # (B, 11)
-    chosen = choose(logits[:, : len(DIGITS)], None if uniforms is None else uniforms[:, 0])
-    for row, choice in zip(rows, *_on_cpu(logits, chosen), strict=True):
-        row.choose(choice)
-    while any(row.pending for row in rows):
-        ids, real, last_index, guessed, draw_indices = _packed(grammar, rows, hidden.device)
-        is_full = all(len(row.pending) == ids.shape[1] for row in rows)
-        logits = append(ids, None if is_full else real).to(head.dtype) @ head.T  # (B, T, 11)
-        draws: Sequence[Tensor | None] = (None, None)
-        if uniforms is not None:
-            draws = uniforms.gather(1, draw_indices.clamp(max=uniforms.shape[1] - 1)).unbind(1)
-        first = choose(logits[:, 0], draws[0])
-        last = choose(logits[row_indices, last_index[:, 0], : len(DIGITS)], draws[1])
-        choices = zip(rows, *_on_cpu(logits, first, last), strict=True)
-        rejected = [row.advance(point, digit) for row, point, digit in choices]
+    hidden = hidden[:, None]  # (B, T, C) after each pending character
+
+    def chosen(logits: Tensor, numbers: list[int]) -> list[str]:
+        draws = None
+        if uniforms is not None:  # rows that are complete have no more of them
+            draws = uniforms[range(len(rows)), torch.tensor(numbers).clamp(max=uniforms.shape[1] - 1)]
+        return [CHOICES[choice] for choice in choose(logits, draws).tolist()]
+
+    while True:
+        logits = (hidden.to(head.dtype) @ head.T).cpu()  # (B, T, 11)
+        if not (is_right := logits.flatten(1).amax(-1) < torch.inf).all():  # False for NaN
+            bad = (~is_right).nonzero()[:, 0].tolist()
+            raise NotFiniteError(f"the logits of forecasts {bad} are not finite; check series, weights and dtype")
+        first = chosen(logits[:, 0], [row.num_chosen for row in rows])
+        newest = logits[range(len(rows)), [max(len(row.pending) - 1, 0) for row in rows], : len(DIGITS)]
+        last = chosen(newest, [row.num_chosen + row.guessed for row in rows])
+        rejected = [row.advance(*pair) for row, *pair in zip(rows, first, last, strict=True)]
         if any(rejected):
-            cache.take_back(guessed[:, 0].bool() & (first != CHOICES.index(".")))
-    return [row.text for row in rows]
+            cache.take_back(torch.tensor(rejected, device=hidden.device))
+        if not (width := max(len(row.pending) for row in rows)):
+            return [row.text for row in rows]
+        padded = [row.pending.ljust(width) for row in rows]
+        ids = torch.tensor([[grammar.ids.get(character, grammar.pad_id) for character in text] for text in padded])
+        real = torch.tensor([[character != " " for character in text] for text in padded])
+        hidden = append(ids.to(hidden.device), None if real.all() else real.to(hidden.device))
 
 
 @torch.inference_mode()

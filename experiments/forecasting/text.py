@@ -186,7 +186,7 @@ class TextForecaster(SeriesForecaster):
                 if samples:
                     cache = reused.fork(len(paths), room)
                     draws = [_uniforms(seed, prompt, path, grammar.most_choices(num_values)) for prompt, path in rows]
-                    uniforms = torch.from_numpy(np.stack(draws)).to(device)
+                    uniforms = torch.from_numpy(np.stack(draws))
                 hidden, wide = last.repeat_interleave(len(paths), 0), [prompt.wide for prompt, _ in rows]
                 texts = decode(self.model, grammar, cache, hidden, num_values, uniforms, wide)
                 pairs = zip((prompt.encoding for prompt, _ in rows), texts, strict=True)
