@@ -172,8 +172,7 @@ class NumberForecaster(SeriesForecaster):
             told = "is negative, or on another scale than what the adapter was trained on; it is forecast without it"
             more = f" ({len(foreign)} such forecasts)" if len(foreign) > 1 else ""
             warnings.warn(f"series {foreign[0]} {told}{more}", SeriesWarning, stacklevel=3)
-            others = [arrays[number] for number in foreign]
-            found[foreign] = self.parts(others, horizon, [ZERO_SHOT], None, context)[ZERO_SHOT]
+            found[foreign] = parts[TUNED if TUNED in parts else ZERO_SHOT][foreign]  # zero-shot in both
         return Forecast(found[:, MEDIAN], None, at_levels(found, quantiles) if len(quantiles) else None)
 
     def parts(
