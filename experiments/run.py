@@ -22,7 +22,7 @@ from experiments.storage.runfolder import open_run
 from experiments.study import plans
 
 if TYPE_CHECKING:  # --help need not wait for torch
-    from experiments.study.judging import Judge
+    from experiments.study.evaluation import Judge
     from experiments.study.suite import Suite
 
 
@@ -78,7 +78,7 @@ def check_inputs(args: argparse.Namespace, device: str) -> tuple[plans.Plan, "Ju
     from experiments.forecasting import scores
     from experiments.forecasting.adapter import embedded_or, reads_values
     from experiments.forecasting.grammar import Grammar
-    from experiments.study.judging import Judge
+    from experiments.study.evaluation import Judge
     from qwen_min import load
     from qwen_min.weights import TINY
 

@@ -10,7 +10,7 @@ from experiments import run
 from experiments.forecasting import gru
 from experiments.report import figures
 from experiments.storage.files import write_whole
-from experiments.study import evaluation, judging, plans, suite
+from experiments.study import evaluation, plans, suite
 from experiments.training import loop
 from experiments.training.settings import Training
 
@@ -18,9 +18,8 @@ SMALL = {  # constants that replace those of these modules
     (os,): {"fsync": lambda _: None},  # what a killed process has written is there without it
     (loop,): {"SAVE_SECONDS": 0},  # a state is saved after each step
     (gru,): {"STEPS": 3},
-    (evaluation, judging): {"BATCH": 2},
-    (judging, suite): {"CONTEXT_STEPS": 20, "HORIZON": 3},
-    (judging,): {"LONG_HORIZON": 5},
+    (evaluation,): {"BATCH": 2, "LONG_HORIZON": 5},
+    (evaluation, suite): {"CONTEXT_STEPS": 20, "HORIZON": 3},
 }
 
 

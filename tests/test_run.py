@@ -27,7 +27,7 @@ from experiments.storage.files import read_json as read
 from experiments.storage.interruption import Interrupted, Interruption
 from experiments.storage.runfolder import only_writer
 from experiments.study import data, plans, suite
-from experiments.study.judging import Judge
+from experiments.study.evaluation import Judge
 from flops import Ledger
 from qwen_min.weights import TINY
 from tests import forks, small_plan

@@ -23,7 +23,7 @@ from experiments.forecasting.values import NumberForecaster
 from experiments.storage.files import RunError, to_json, to_json_lines, write_whole
 from experiments.storage.interruption import Interruption
 from experiments.storage.records import read
-from experiments.study.judging import Judge, judge_numbers
+from experiments.study.evaluation import Judge, judge_numbers
 from experiments.study.plans import CONTEXT_STEPS, HORIZON, Experiment, Plan, candidates, fill
 from experiments.study.records import Settings, read_metrics
 from experiments.training.finetuning import train_and_choose
