@@ -56,6 +56,12 @@ class Evaluation:
         free, forced = (np.array([*zip_longest(*rows, fillvalue=np.nan)], float).T.copy() for rows in losses)
         return Evaluation(texts, np.array(values), free, forced, np.array(nats))
 
+    def is_of(self, series: np.ndarray, steps: int) -> bool:
+        """True if it has forecasts of `steps` steps, and losses, of so many series (N, T, D)."""
+        whole = {len(value) for value in vars(self).values()} == {len(series)}
+        losses = self.free_losses.shape == self.forced_losses.shape
+        return whole and losses and self.values.shape[1:] == (steps, series.shape[2])
+
 
 @torch.inference_mode()
 def evaluate(
@@ -116,12 +122,8 @@ def evaluate(
         values, forced = np.stack([*map(read, texts)]), forced.masked_fill(padding, torch.nan)
         return Evaluation(texts, values, free.cpu().numpy(), forced.cpu().numpy(), np.array(nats) / truth[0].size)
 
-    def fits(kept: Evaluation, batch: np.ndarray) -> bool:
-        whole = {len(value) for value in vars(kept).values()} == {len(batch)}
-        losses = kept.free_losses.shape == kept.forced_losses.shape
-        return whole and losses and kept.values.shape[1:] == (steps, num_variables)
-
-    return Evaluation.join(resumable(state, series, BATCH, Evaluation, make, fits))
+    parts = resumable(state, series, BATCH, Evaluation, make, lambda kept, batch: kept.is_of(batch, steps))
+    return Evaluation.join(parts)
 
 
 def _free(
