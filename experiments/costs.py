@@ -28,10 +28,10 @@ def options(p: argparse.ArgumentParser) -> None:
     add("--rank", type=int, default=8, help="LoRA rank on q_proj and v_proj, 0: no LoRA (default %(default)s)")
 
 
-def counts(model: str, batch: int, context: int, rank: int) -> dict:
-    """Everything in the table: FLOPs as integers. Raises CommandError or CheckpointError for bad sizes."""
+def table(model: str, batch: int, context: int, rank: int) -> str:
+    """The FLOPs of each operator and of the step, as text. Raises CommandError or CheckpointError for bad sizes."""
     import flops
-    from flops.model import CONVENTIONS, total
+    from flops.model import CONVENTIONS
     from flops.trace import trace_training_step
     from qwen_min import QwenConfig
     from qwen_min.attention import QUERY_BLOCK
@@ -51,53 +51,37 @@ def counts(model: str, batch: int, context: int, rank: int) -> dict:
             f"got batch {batch}, context {context}, rank {rank}; expected batch 1 to {sys.maxsize}, context 2 (for a "
             f"next token to predict) to {longest}, rank 0 to {MAX_VALUE}"
         )
-    ranks = {"q_proj": rank, "v_proj": rank} if rank else {}
+    sizes, ranks = (config, batch, context), {"q_proj": rank, "v_proj": rank} if rank else {}
     operators: dict[str, dict[str, int]] = {}
-    totals, traced = {}, None
+    steps = {c: flops.training_step(*sizes, convention=c, ranks=ranks) for c in CONVENTIONS}
+    forward = dict.fromkeys(CONVENTIONS, 0)
     for convention in CONVENTIONS:
-        ops = flops.forward(config, batch, context, convention=convention, ranks=ranks, head="loss")
-        for op in ops:
-            operators.setdefault(op.name, dict.fromkeys(CONVENTIONS, 0))[convention] = op.flops
-        step = flops.training_step(config, batch, context, convention=convention, ranks=ranks)
-        totals[convention] = {"forward": total(ops), "backward": step - total(ops), "training step": step}
-    if config.num_hidden_layers * batch * context // QUERY_BLOCK <= MOST_TRACED:
-        traced = dict(zip(("forward", "backward"), trace_training_step(config, batch, context, ranks), strict=True))
-    return {
-        "operators": operators,
-        "backward operators": {op.name: op.flops for op in flops.backward(config, batch, context, ranks=ranks)},
-        "totals": totals,
-        "traced": traced,
-    }
-
-
-def table(result: dict) -> str:
-    """Format the result of `counts` as text."""
-    from flops.model import CONVENTIONS
-
-    totals, traced = result["totals"], result["traced"]
+        for op in flops.forward(*sizes, convention=convention, ranks=ranks, head="loss"):
+            operators.setdefault(op.name, {})[convention] = op.flops
+            forward[convention] += op.flops
+    backward = {c: steps[c] - forward[c] for c in CONVENTIONS}
     rows: list[tuple] = [("operator of the forward pass", *CONVENTIONS)]
-    rows += [(name, *(found[c] or "-" for c in CONVENTIONS)) for name, found in result["operators"].items()]
-    rows += [("",), ("operator of the backward pass", "exact"), *result["backward operators"].items()]
-    rows += [("",), ("", *CONVENTIONS)]
-    rows += [(name, *(totals[c][name] for c in CONVENTIONS)) for name in totals["exact"]]
-    steps = {c: totals[c]["training step"] for c in CONVENTIONS}
-    rows.append(("  as a power of ten", *(f"10^{math.log10(step):.3f}" for step in steps.values())))
-    rows.append(("  in forward passes", *(f"{steps[c] / totals[c]['forward']:.2f}" for c in CONVENTIONS)))
+    rows += [(name, *(found.get(c) or "-" for c in CONVENTIONS)) for name, found in operators.items()]
+    rows += [("",), ("operator of the backward pass", "exact")]
+    rows += [(op.name, op.flops) for op in flops.backward(*sizes, ranks=ranks)]
+    rows += [("",), ("", *CONVENTIONS), ("forward", *forward.values()), ("backward", *backward.values())]
+    rows += [("training step", *steps.values())]
+    rows += [("  as a power of ten", *(f"10^{math.log10(step):.3f}" for step in steps.values()))]
+    rows += [("  in forward passes", *(f"{steps[c] / forward[c]:.2f}" for c in CONVENTIONS))]
     written = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
     lines = [(f"{name:<44}" + "".join(f"{cell:>22}" for cell in cells)).rstrip() for name, *cells in written]
     outcome = "Not traced: that would take more than a few seconds."
-    if traced:
-        agrees = "equals" if all(traced[name] == totals["exact"][name] for name in traced) else "DIFFERS FROM"
-        outcome = (
-            f"Traced: forward {traced['forward']:,}, backward {traced['backward']:,}. This {agrees} the exact column."
-        )
+    if config.num_hidden_layers * batch * context // QUERY_BLOCK <= MOST_TRACED:
+        traced = trace_training_step(*sizes, ranks)
+        agrees = "equals" if traced == (forward["exact"], backward["exact"]) else "DIFFERS FROM"
+        outcome = f"Traced: forward {traced[0]:,}, backward {traced[1]:,}. This {agrees} the exact column."
     return "\n".join([*lines, "", outcome, "", *(f"{name}: {meaning}." for name, meaning in CONVENTIONS.items())])
 
 
 def work(args: argparse.Namespace, _: Interruption) -> None:
     """Count and print."""
-    result = counts(args.model, args.batch, args.context, args.rank)
-    print(f"{args.model}, {args.batch} x {args.context} tokens, LoRA rank {args.rank}\n\n{table(result)}")
+    found = table(args.model, args.batch, args.context, args.rank)
+    print(f"{args.model}, {args.batch} x {args.context} tokens, LoRA rank {args.rank}\n\n{found}")
 
 
 parser, main = cli.command("experiments.costs", __doc__, options, work)
