@@ -67,13 +67,9 @@ def write_pages(paths: list[Path], template: str, **values: Any) -> None:
 
     Markdown comes first, because it draws the figures. values: what the template shows, and `title` and `verdict`.
     """
-    texts = [
-        _environment(path.suffix)
-        .get_template(f"page{path.suffix}")
-        .render(template=f"{template}.jinja", folder=path.parent, **values)
-        for path in paths
-    ]
-    for path, text in zip(paths, texts, strict=True):
+    for path in paths:
+        page = _environment(path.suffix).get_template(f"page{path.suffix}")
+        text = page.render(template=f"{template}.jinja", folder=path.parent, **values)
         write_whole(path, re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n")
 
 
