@@ -212,7 +212,11 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     ),
     "years and weeks": (several("year,week"), "column 'year': the time 3 repeats; .* into one column, such as"),
     "stores of items": ("id,d,a\nx,2023-01-01,1\nx,2023-01-01,1\ny,2023-01-01,1\n", "of series 'x' repeats; .* once"),
-    "trials": (several("n,subject,trial"), "column 'trial': begins anew for each 'subject'; if these are 2 series"),
+    "trials": (several("n,subject,trial"), "column 'trial': counts anew for each 'subject'; if these are 2 series"),
+    "sensors that alternate": (
+        "s,n,a\n" + "".join(f"1,{n},5\n2,{n},6\n" for n in "123"),
+        "'n': counts anew for each 's'",
+    ),
     "dates of two stations": ("STN,YYYYMMDD,a\n1,20230131,5\n1,20230201,6\n2,20230131,7\n", "-31 comes after .*--id"),
     "newest day first": ("trade_date,a\n20230201,5\n20230131,6\n", "2023-01-31 comes after 2023-02-01; sort the rows"),
     "numbers as names": ("0,1,2\n5,6,7\n6,7,8\n", "can be names, as pandas writes them, or values; write other"),
@@ -232,6 +236,14 @@ def test_variables_that_are_asked_for_do_not_hide_that_times_fall(read):
     for wanted, of in (({}, ""), ({"id": "who"}, " of series 'A'")):
         with pytest.raises(DataError, match=rf"the time 2000{of} comes after 2001; sort the rows .*--id"):
             read(text, columns=["a"], **wanted)
+
+
+def test_times_that_cannot_be_read_are_refused_also_where_variables_are_asked_for(read):
+    """Left out, they would be lost, and their order would not be looked at."""
+    for cells in (("Januar 2020", "Februar 2020"), ("Thu 5 Mar 2020", "Fri 6 Mar 2020")):
+        with pytest.raises(DataError, match=f"column 'date': holds '{cells[0]}', expected a date such as 2023-01-31"):
+            read("date,a\n{},1\n{},2\n".format(*cells), columns=["a"])
+    assert len(read("t,day,a\n1,May 5,1\n2,May 6,2\n", columns=["a"])[0]) == 2  # not the times, as there are others
 
 
 def test_names_after_a_hash_are_names(table):

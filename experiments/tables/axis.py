@@ -51,8 +51,13 @@ def _of_numbers(free: list[Column], groups: list[np.ndarray], named: int, table:
     numbers = [one for one in free if one.kind == "numbers" and named != bool(one.name)]
     telling = [one for one in numbers if tells_time(one.name)]
     found = [one for one in telling if rises(one.values, groups)] or telling
-    if not found and len(groups) == 1:
-        _refuse_several(numbers, free, table)
+    if not telling:
+        unknown = [one for one in free if one.kind == "text" and tells_time(one.name)]
+        for one in (one for one in unknown if one.cells.str.contains(r"\d").any()):
+            problem = f"holds {one.cells[one.problem][:40]!r}, expected a date such as 2023-01-31, or a number"
+            raise table.error(f"{problem}; leave out titles and units, or the column", one.name, one.problem)
+        if len(groups) == 1:
+            _refuse_several(numbers, free, table)
     count = np.arange(sum(map(len, groups)))  # as pandas numbers rows
     first = next((one for one in free if one.name or not np.array_equal(one.values, count)), None)
     if not found and first in numbers and all(len(rows) > 2 and equal_steps(first.values[rows]) for rows in groups):
@@ -64,18 +69,17 @@ def _of_numbers(free: list[Column], groups: list[np.ndarray], named: int, table:
 
 
 def _refuse_several(numbers: list[Column], columns: list[Column], table: Table) -> None:
-    """Raise DataError if numbers rise in equal steps anew for each value of another column, as in several series."""
-    for one in numbers:
-        starts = np.flatnonzero(np.append(True, np.diff(one.values) <= 0))
-        runs = np.split(one.values, starts[1:])
-        if len(runs) < 2 or not all(len(run) > 2 and equal_steps(run) for run in runs):
-            continue
-        for cells, name in ((other.cells.to_numpy(), other.name) for other in columns if other is not one):
-            first = cells[starts]
-            if len({*first}) == len(runs) and (cells == np.repeat(first, [*map(len, runs)])).all():
-                problem = f"begins anew for each {name!r}; if these are {len(runs)} series, one below the other"
-                advice = f"tell them apart with --id {name}; if both are variables, name them with --columns"
-                raise table.error(f"{problem}, {advice}", one.name, int(starts[1]))
+    """Raise DataError if numbers do not rise, but do in equal steps in the rows of each value of another column."""
+    rows = {one.name: pd.Series(range(len(one.cells))).groupby(one.cells, dropna=False) for one in columns}
+    parts = {
+        name: [*found.indices.values()] for name, found in rows.items() if len(found) > 1 and found.size().min() > 2
+    }
+    for one in (one for one in numbers if not rises(one.values)):
+        for name, series in parts.items():
+            if name != one.name and all(equal_steps(one.values[part]) for part in series):
+                problem = f"counts anew for each {name!r}; if these are {len(series)} series, tell them apart"
+                advice = f"with --id {name}; if both are variables, name them with --columns"
+                raise table.error(f"{problem} {advice}", one.name)
 
 
 def _of_dates(free: list[Column], groups: list[np.ndarray], table: Table) -> Found:
