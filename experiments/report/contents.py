@@ -194,7 +194,7 @@ def sequences(run: Run, name: str, split: str, rows: Sequence[int], path: Path) 
     for row in dict.fromkeys(min(row, len(lines) - 1) for row in rows):
         line, context = lines[row], run.contexts[split][row]
         title = f"sequence {row}, MSE {number(line.mse)}"
-        forecasts.append(figures.Fan(title, context.context, line.forecast, context.truth, line.band))
+        forecasts.append(figures.Fan(title, context.context, line.forecast, context.truth, line.quantiles))
     figures.fans(["prey", "predator"], forecasts, path, judged=HORIZON)
 
 

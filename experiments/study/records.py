@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from experiments.forecasting.encoding import Encoding
-from experiments.forecasting.scores import BAND, QUANTILES
+from experiments.forecasting.scores import QUANTILES
 from experiments.storage.files import RunError
 from experiments.storage.records import Interval, Natural, Pairs, Positive, Vector, expect, read, read_columns
 from experiments.study.plans import Experiment
@@ -99,11 +99,6 @@ class ForecastLine:
     def __post_init__(self):
         if self.quantiles is not None and self.quantiles.shape[1] > len(self.forecast):
             raise ValueError(f"quantiles are of {self.quantiles.shape[1]} steps, the forecast of {len(self.forecast)}")
-
-    @property
-    def band(self) -> np.ndarray | None:
-        """The bounds (2, steps, 2) of the central 80 % of the samples; None without samples."""
-        return None if self.quantiles is None else self.quantiles[[QUANTILES.index(level) for level in BAND]]
 
 
 @dataclass(frozen=True)
