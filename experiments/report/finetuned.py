@@ -69,11 +69,6 @@ class Line:
     low: Matrix | None = None
     high: Matrix | None = None
 
-    @property
-    def band(self) -> np.ndarray | None:
-        """The bounds (2, h, D) of the 80 % interval, if there is one."""
-        return None if self.low is None or self.high is None else np.stack([self.low, self.high])
-
 
 @dataclass(frozen=True)
 class Identity:
@@ -106,10 +101,11 @@ def page(folder: Path) -> dict[str, Any]:
     for name, error in sorted(metrics.errors.items(), key=lambda named: named[1].rmse):
         absolute = {f"MAE, {variable}": mae for variable, mae in zip(variables, error.mae, strict=True)}
         rows[METHODS.get(name, name)] = {"RMSE": error.rmse, "interval": error.interval} | absolute
-    drawn = [
-        figures.Fan(f"forecast {row + 1}", lines[row].context, lines[row].after, lines[row].truth, lines[row].band)
-        for row in sorted({0, len(lines) // 2, len(lines) - 1})
-    ]
+    drawn = []
+    for row in sorted({0, len(lines) // 2, len(lines) - 1}):
+        one = lines[row]
+        band = None if one.low is None or one.high is None else np.stack([one.low, one.high])
+        drawn.append(figures.Fan(f"forecast {row + 1}", one.context, one.after, one.truth, band))
     return {
         "title": f"Run {folder.resolve().name}: a fine-tuning on {plan.title}",
         "verdict": verdict(metrics),
