@@ -2,9 +2,8 @@
 
 import sys
 import time
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -47,7 +46,9 @@ class Suite:
     checkpoint: tuple[str, str]  # name from the command line, sha256
     interruption: Interruption
     team: Team = ALONE  # the processes that share out the batches of trainings
-    tunings: dict[Training, NumberTuning] = field(default_factory=dict)  # of the decoder that reads values, once made
+
+    def __post_init__(self):
+        self._tuning = cache(partial(number_tuning, self.judge))  # by training of the decoder that reads values
 
     def cost(self, training: Training | None, convention: str | None = None) -> int:
         """FLOPs of a training whose settings are all set; 0 for none."""
@@ -58,12 +59,6 @@ class Suite:
         vocabulary = len(self._vocabulary) if training.numeric_head else None
         step = step_flops(self.judge.model.config, training, vocabulary, convention or self.convention)
         return training.steps * step
-
-    def _tuning(self, training: Training) -> NumberTuning:
-        """A training of the decoder that reads values, checked."""
-        if training not in self.tunings:
-            self.tunings[training] = number_tuning(self.judge, training)
-        return self.tunings[training]
 
     @property
     def _vocabulary(self) -> list[int]:
@@ -134,7 +129,6 @@ class Suite:
     def _settings(self, experiment: Experiment) -> Training | None:
         if experiment.training is None or not experiment.best_of:
             return experiment.training
-
         errors = [read_metrics(self._path(name))["val"].all.mse_filled for name in experiment.best_of]
         best = self._path(experiment.best_of[int(self.team.same(errors.index(min(errors))))])
         if (training := read(best / "settings.json", Settings).training) is None:
@@ -147,18 +141,19 @@ class Suite:
         costs = {c: self.cost(training, c) for c in flops.CONVENTIONS} if training else {}
         record = {"section": experiment.section, "training": training and asdict(training), "flops": costs}
         write_whole(path / "settings.json", to_json(record))
-        with ExitStack() as stack:
-            if training and training.reads != "text":
-                seconds = self._train_numbers(experiment.name, training)
-                judged = partial(judge_numbers, self._tuning(training).forecaster, self.judge)
-            else:
-                if training:
-                    seconds = self._train_text(experiment.name, training, stack)
-                judge = self.judge if experiment.judged else self.judge.first(self.plan.chosen_on)
-                judged = partial(judge.judge, draws=self.judge.samples > 0 and experiment == self.plan.texts[-1])
-            started = time.monotonic()
-            results = {split: judged(split, path) for split in experiment.splits}
-            times = {"training": round(seconds, 1), "evaluation": round(time.monotonic() - started, 1)}
+        if training and training.reads != "text":
+            seconds = self._train_numbers(experiment.name, training)
+            judged = partial(judge_numbers, self._tuning(training).forecaster, self.judge)
+        else:
+            if training:
+                seconds = self._train_text(experiment.name, training)
+            judge = self.judge if experiment.judged else self.judge.first(self.plan.chosen_on)
+            judged = partial(judge.judge, draws=self.judge.samples > 0 and experiment == self.plan.texts[-1])
+        started = time.monotonic()
+        results = {split: judged(split, path) for split in experiment.splits}
+        times = {"training": round(seconds, 1), "evaluation": round(time.monotonic() - started, 1)}
+        if training and training.reads == "text":
+            remove(self.judge.model)
         write_whole(path / "seconds.json", to_json(times))
         write_whole(path / "metrics.json", to_json(results))  # last, because it marks the experiment as finished
         clear(path)
@@ -177,12 +172,11 @@ class Suite:
         places = [Origin(one[:CONTEXT_STEPS], one[CONTEXT_STEPS:stop], row, row) for row, one in enumerate(series)]
         return train_and_choose(tuning, self._path(name), self._account(name, training), places, trained).seconds
 
-    def _train_text(self, name: str, training: Training, stack: ExitStack) -> float:
-        """Train an adapter, which `stack` removes, on the text of the training series; the seconds."""
+    def _train_text(self, name: str, training: Training) -> float:
+        """Train an adapter, which stays in the model, on the text of the training series; the seconds."""
         judge, path = self.judge, self._path(name)
         assert training.context is not None  # a plan fills it in before the training
         inject_adapter(judge.model, training)
-        stack.callback(remove, judge.model)
         tokens = [judge.tokenizer.encode(judge.encoding.encode(one)) for one in judge.series["train"]]
         vocabulary = torch.tensor(self._vocabulary) if training.numeric_head else None
         cuts = cut_tokens(tokens, training)
