@@ -220,13 +220,18 @@ def test_shares_of_two_variables_forecast_a_single_one():
     assert np.ptp(found[0]) > 0
 
 
-def test_settings_that_no_fine_tuning_of_numbers_has_are_refused():
+def test_settings_that_no_fine_tuning_has_are_refused():
+    no_text = [
+        ({name: 3}, f"{name} is no option of a model that writes") for name in ("reads", "stride", "whole_windows")
+    ]
+    no_text += [({"learning_rate": None}, "learning_rate is None, expected a value; leave it out")]
     wrong = [({"samples": 3}, "is no option of a model that reads values"), ({"rank": 0}, "rank is 0, expected")]
     wrong += [({name: 0}, "expected a whole number") for name in ("steps", "season", "horizon")]
     wrong += [({"budget": flops}, "expected a finite number of FLOPs above 0") for flops in (np.nan, -1.0)]
-    for options, words in wrong:
-        with pytest.raises(TrainingError, match=words):
-            Finetuning(Forecaster.load("numbers"), patterns(6), **{"horizon": 4} | options)
+    for model, cases in (("numbers", wrong), ("tiny", no_text)):
+        for options, words in cases:
+            with pytest.raises(TrainingError, match=words):
+                Finetuning(Forecaster.load(model), patterns(6), **{"horizon": 4} | options)
 
 
 def test_short_series_are_trained_on_with_a_shorter_horizon():

@@ -25,7 +25,7 @@ from experiments.forecasting.seasons import find_seasons
 from experiments.forecasting.values import STRIDES, TUNED, ZERO_SHOT, NumberForecaster, Scale, combined, stride_of
 from experiments.training.loop import Windows, inject_adapter
 from experiments.training.muon import muon_flops
-from experiments.training.settings import NUMBERS, Training, TrainingError
+from experiments.training.settings import NUMBERS, Training, TrainingError, tuned
 from flops.trace import Tracer
 from lora import adapter_parameters
 
@@ -253,10 +253,7 @@ class NumberTuning:
         **settings,
     ):
         """The settings are those of OPTIONS, by default NUMBERS; context: time steps, None: all that can be read."""
-        if others := sorted(settings.keys() - set(OPTIONS)):
-            expected = "horizon, budget, context, season, " + ", ".join(OPTIONS)
-            raise TrainingError(f"{others[0]} is no option of a model that reads values, which takes {expected}")
-        chosen = replace(NUMBERS, **settings)
+        chosen = tuned(NUMBERS, settings, OPTIONS)
         longest = max(map(len, series))
         ahead = min(horizon, AHEAD, longest // 2)
         self.series = [one for one in series if len(one) >= ahead + MIN_STEPS]

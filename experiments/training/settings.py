@@ -1,8 +1,9 @@
 """The settings of a fine-tuning run. This module imports no torch."""
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora import LoraConfig
@@ -86,3 +87,14 @@ class Training:
 NUMBERS = Training(
     16, 6e-3, None, STEPS, targets=NUMBER_TARGETS, cosine=True, alpha=16, clip=1.0, beta2=0.98, reads="numbers"
 )
+
+
+def tuned(defaults: Training, options: Mapping[str, Any], names: Collection[str]) -> Training:
+    """The defaults with a user's options. Raises TrainingError for one that is not in names, and for no value."""
+    for name, value in options.items():
+        if name not in names:
+            kind = "writes text" if defaults.reads == "text" else "reads values"
+            raise TrainingError(f"{name} is no option of a model that {kind}, which takes {', '.join(names)}")
+        if value is None and getattr(defaults, name) is not None:
+            raise TrainingError(f"{name} is None, expected a value; leave it out for the default")
+    return replace(defaults, **options)

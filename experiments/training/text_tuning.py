@@ -21,7 +21,7 @@ from experiments.forecasting.grammar import Grammar
 from experiments.forecasting.scores import BAND, samples_needed
 from experiments.forecasting.text import DEFAULT_SAMPLES, TextForecaster
 from experiments.training.loop import Windows
-from experiments.training.settings import LINEAR, STEPS, Training, TrainingError
+from experiments.training.settings import LINEAR, STEPS, Training, TrainingError, tuned
 from lora import adapter_parameters
 from lora.inject import new_layers
 from qwen_min.config import QwenConfig
@@ -38,6 +38,7 @@ RATE, TINY_RATE = 5e-4, 5e-3  # of the real weights, and of the embedded checkpo
 DEFAULTS = Training(
     8, RATE, None, STEPS, numeric_head=True, targets=LINEAR, cosine=True, alpha=32, clip=1.0, beta2=0.99
 )
+OPTIONS = ("rank", "alpha", "learning_rate", "batch", "seed", "targets", "numeric_head", "cosine", "clip", "beta2")
 
 
 class Cuts:
@@ -140,13 +141,14 @@ class TextTuning:
     ):
         """context: time steps that are read before a forecast; None: those that make windows of WINDOW_TOKENS.
 
-        samples: paths of each held-out forecast; 0: its likeliest path. settings: of `Training`. Raises TrainingError.
+        samples: paths of each held-out forecast; 0: its likeliest path. settings: OPTIONS, by default as in DEFAULTS.
+        Raises TrainingError.
         """
         if samples < 0:
             raise TrainingError(f"samples is {samples}, expected at least 0")
         assert forecaster.checkpoint is not None  # checked by `Finetuning`
         rate = TINY_RATE if forecaster.checkpoint[1] == TINY else RATE
-        chosen = replace(DEFAULTS, **{"learning_rate": rate} | settings)
+        chosen = tuned(replace(DEFAULTS, learning_rate=rate), settings, OPTIONS)
         try:
             with torch.random.fork_rng(devices=[]):
                 new_layers(forecaster.model, chosen.lora)
