@@ -86,46 +86,22 @@ def test_inference_tensors_autocast_and_pickling_work(model, ids):
     assert torch.equal(pickle.loads(pickle.dumps(model)).head_weight, model.head_weight)
 
 
-class ThroughData(torch.optim.SGD):
-    """An optimizer that writes past autograd, as some published ones do."""
-
-    def step(self, closure=None):
-        for parameter in self.param_groups[0]["params"]:
-            parameter.data.sub_(parameter.grad, alpha=self.param_groups[0]["lr"])
-
-
-@pytest.mark.parametrize(("name", "optimizer", "options"), [
-    ("ratio 7, tied", ThroughData, {}), ("ratio 7, tied", torch.optim.LBFGS, {}),
-    ("ratio 2, untied", torch.optim.Adam, {"fused": True}),  # which writes without a new version
-])  # fmt: skip
-def test_no_optimizer_leaves_a_stale_copy(monkeypatch, ids, name, optimizer, options):
+@pytest.mark.parametrize("name", ["ratio 7, tied", "ratio 2, untied"])
+def test_an_optimizer_that_writes_without_a_new_version_leaves_no_stale_copy(monkeypatch, ids, name):
     monkeypatch.setattr("qwen_min.linear.SMALLEST_PACKED_FP32", 1)
     model = random_model(CONFIGS[name])
     generate(model, [[1, 2, 3]], 3)
     assert model.head_weight.packed is not None
-    before = next_token_loss(model, ids).item()
     model.requires_grad_(True)
-    steps = optimizer(model.parameters(), lr=0.01, **options)
-
-    def closure():
-        steps.zero_grad()
-        loss = next_token_loss(model, ids)
-        loss.backward()
-        return loss
-
-    for _ in range(3):
-        generate(model, [[1, 2, 3]], 3)  # in the midst of a training, and with a graph that waits for its backward pass
-        closure()
-        steps.step(closure)
-    for trainable in (True, False):
-        model.requires_grad_(trainable)
-        with torch.no_grad():
-            loss, logits = next_token_loss(model, ids), model(ids)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+    next_token_loss(model, ids).backward()
+    optimizer.step()
+    with torch.no_grad():
+        found = model.requires_grad_(False)(ids)
         unpack(model)
-        with torch.no_grad():
-            assert torch.equal(loss, next_token_loss(model, ids))
-            torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-4)
-    assert abs(loss.item() - before) > 1e-4
+        torch.testing.assert_close(found, model(ids), rtol=1e-4, atol=1e-4)
+    pack(model.requires_grad_(True))
+    assert model.head_weight.packed is None
 
 
 def test_a_frozen_head_in_training_through_the_embedding_alone_loses_its_copy(monkeypatch, ids):
