@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from conftest import CONFIGS, adapted, random_model, relative_error
+from conftest import CONFIGS, adapted, random_model
 from lora import LoraConfig, inject, merge_and_unload, remove
 from qwen_min import Qwen, generate
 from qwen_min.linear import (
@@ -49,19 +49,7 @@ def test_a_torch_without_a_private_operator_multiplies_plainly(monkeypatch, mode
         assert torch.equal(model(ids), plain)
 
 
-def test_a_changed_weight_does_not_use_its_old_copy(model, ids):
-    pack(model)
-    with torch.no_grad():
-        before = model(ids)
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight.zero_()
-        changed = model(ids)
-        assert not torch.equal(before, changed)
-        pack(model)
-        assert relative_error(model(ids).float(), changed.float()) < 0.02
-
-
-def test_a_weight_at_a_reused_address_is_not_taken_for_the_old_one(monkeypatch):
+def test_a_changed_weight_does_not_use_its_old_copy(monkeypatch):
     """Of weights that replace each other, as a merged adapter's do, one may get the address of an earlier one."""
     monkeypatch.setattr("qwen_min.linear.SMALLEST_PACKED_FP32", 1)
     model = Qwen(replace(CONFIGS["ratio 2, untied"], hidden_size=256)).requires_grad_(False)
@@ -73,6 +61,10 @@ def test_a_weight_at_a_reused_address_is_not_taken_for_the_old_one(monkeypatch):
             pack(model)
         with torch.no_grad():
             torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+    pack(model)
+    with torch.no_grad():
+        layer.weight.zero_()
+        assert torch.equal(layer(x), layer.bias.expand(2, 256))
 
 
 def test_inference_tensors_autocast_and_pickling_work(model, ids):
