@@ -11,31 +11,18 @@ import torch
 from conftest import CONFIGS, adapted, random_model
 from lora import LoraConfig, inject, merge_and_unload, remove
 from qwen_min import Qwen, generate
-from qwen_min.linear import (
-    MKLDNN_OPERATORS,
-    PackedLinear,
-    _can_pack,
-    _matrices,
-    _Packed,
-    keep_only_packed,
-    linear,
-    multiplies_bfloat16,
-    pack,
-    unpack,
-)
+from qwen_min.linear import MKLDNN_OPERATORS, PackedLinear, keep_only_packed, linear, multiplies_bfloat16, pack, unpack
 from qwen_min.loss import next_token_loss
 from qwen_min.weights import TINY, save
 
 
-@pytest.fixture(params=["bf16", "fp32"])
+@pytest.fixture(params=[torch.bfloat16, torch.float32])
 def model(request, monkeypatch):
     """A model whose weights are packed: bf16 ones where the processor has bf16, and fp32 ones of any size."""
     monkeypatch.setattr("qwen_min.linear.SMALLEST_PACKED_FP32", 1)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[request.param]
-    model = random_model(CONFIGS["ratio 2, untied"]).to(dtype)
-    if not _can_pack(model.head_weight):
-        pytest.skip(f"oneDNN does not support {request.param} on this processor")
-    return model
+    if request.param == torch.bfloat16 and not multiplies_bfloat16("cpu"):
+        pytest.skip("oneDNN does not support bf16 on this processor")
+    return random_model(CONFIGS["ratio 2, untied"]).to(request.param)
 
 
 @pytest.mark.parametrize("name", MKLDNN_OPERATORS)
@@ -109,11 +96,11 @@ def test_a_frozen_head_in_training_through_the_embedding_alone_loses_its_copy(mo
 
 
 def test_a_failed_packing_leaves_no_copy(monkeypatch, model):
-    copies = [_Packed(weight) for weight in _matrices(model)[:2]]
-    monkeypatch.setattr("qwen_min.linear._Packed", Mock(side_effect=[*copies, torch.OutOfMemoryError]))
+    reorder = Mock(side_effect=[torch.zeros(1), torch.OutOfMemoryError])
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", reorder)
     with pytest.raises(torch.OutOfMemoryError):
         pack(model)
-    assert {weight.packed for weight in _matrices(model)} == {None}
+    assert {getattr(parameter, "packed", None) for parameter in model.parameters()} == {None}
 
 
 def test_a_model_of_packed_weights_alone_gives_the_same_logits_and_refuses_all_that_needs_weights(tmp_path, model, ids):
@@ -188,17 +175,15 @@ def test_only_products_of_several_rows_need_packed_bf16_weights_without_amx(monk
         texts = generate(model, [[1, 2, 3]] * rows, 4).tokens
         return model.head_weight.packed is not None, texts[0].tolist()
 
-    can_pack, (packed, text) = _can_pack(model.head_weight), packs(1)
-    assert packed == (can_pack and amx)
-    assert packs(2) == (can_pack, text)
+    supported, (packed, text) = multiplies_bfloat16("cpu"), packs(1)
+    assert packed == (supported and amx)
+    assert packs(2) == (supported, text)
     model.head_weight.zero_()
-    assert packs(1)[0] == (can_pack and amx)  # else it frees the memory of old copies
+    assert packs(1)[0] == (supported and amx)  # else it frees the memory of old copies
 
 
 def test_large_fp32_weights_alone_are_packed():
     model = Qwen(replace(CONFIGS["ratio 2, untied"], hidden_size=256, intermediate_size=512)).requires_grad_(False)
-    if not _can_pack(model.model.layers[0].mlp.up_proj.weight):
-        pytest.skip("oneDNN cannot pack fp32 weights here")
     keep_only_packed(model)
     packed = {name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, PackedLinear)}
     assert packed == {"gate_proj", "up_proj", "down_proj"}
