@@ -42,8 +42,9 @@ def test_a_fresh_adapter_changes_nothing_merged_equals_adapted_and_removing_is_e
     assert model.state_dict().keys() == base.keys()
 
 
-def test_a_merge_does_not_round_an_fp64_weight():
-    layer = LoRALinear(torch.nn.Linear(3, 2, dtype=torch.float64), 1, 1.0)
+def test_an_adapter_does_not_round_an_fp64_layer():
+    layer, x = LoRALinear(torch.nn.Linear(3, 2, dtype=torch.float64), 1, 1.0), torch.rand(5, 3, dtype=torch.float64)
+    assert torch.equal(layer(x), layer.base_layer(x))
     assert torch.equal(layer.merged_weight(), layer.base_layer.weight)
 
 
