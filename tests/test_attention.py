@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from conftest import real_tokens
+from qwen_min import Qwen, QwenConfig
 from qwen_min import attention as module
 from qwen_min.attention import (
     BIAS_ALIGNMENT,
@@ -114,11 +115,12 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize(("dtype", "padded"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_long_texts_need_no_memory_of_the_square_of_their_length(dtype, padded):
     """Half of the context of Qwen2.5, on tensors without content; a tensor of all pairs would have 256 MiB and more."""
-    length, limit, saved = 16384, 64 * 2**20, []
-    q, k, v = (torch.empty(1, heads, length, 64, dtype=dtype, device="meta", requires_grad=True) for heads in (2, 1, 1))
-    mask = torch.empty(1, 1, 1, length, dtype=torch.bool, device="meta") if padded else None
+    length, limit, saved = 16384, 128 * 2**20, []
+    config = QwenConfig(97, 64, 80, 1, 2, 1, length, 1e-6, 1e6, True)
+    with torch.device("meta"):
+        model, ids = Qwen(config).to(dtype), torch.empty(1, length, dtype=torch.long)
+        mask = torch.ones(1, length) if padded else None
     with Largest() as largest, saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one):
-        out = attention(q, k, v, mask)
-        out.backward(torch.empty_like(out))
+        model.model(ids, None, mask).backward(torch.empty(1, length, 64, device="meta", dtype=dtype))
     assert largest.most < limit
     assert 0 < sum(tensor.nbytes for tensor in saved) < limit

@@ -7,13 +7,6 @@ import torch
 from conftest import real_tokens
 from qwen_min import KVCache, Qwen
 from qwen_min.loss import next_token_loss
-from qwen_min.model import attention_mask_and_positions
-
-
-def test_the_mask_of_many_tokens_has_no_row_for_each():
-    real = torch.ones(2, 200, dtype=torch.long)
-    assert attention_mask_and_positions(100, 100, real, torch.device("cpu"))[0].shape == (2, 1, 1, 200)
-    assert attention_mask_and_positions(100, 100, None, torch.device("cpu"))[0] is None
 
 
 def test_a_cache_remembers_its_padding(model, ids):
