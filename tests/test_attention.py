@@ -29,13 +29,15 @@ def sample(heads, num_cached, num_new, padded, dtype=torch.float32):
 @pytest.mark.parametrize("block", [2, 4, 64])
 @pytest.mark.parametrize(("num_cached", "num_new"), [(0, 9), (0, 1), (5, 1), (5, 4)])
 @pytest.mark.parametrize("heads", [(7, 7), (14, 2)])
-@pytest.mark.parametrize("given", ["nothing", "pairs", "padded pairs", "real tokens"])
+@pytest.mark.parametrize("given", ["nothing", "pairs", "padded pairs", "real tokens", "bias"])
 def test_values_and_gradients_equal_the_reference(monkeypatch, block, num_cached, num_new, heads, given):
     """Some passes take several blocks of queries, some take none. All forms of a mask mean the same."""
     monkeypatch.setattr(module, "QUERY_BLOCK", block)
-    *inputs, mask = sample(heads, num_cached, num_new, given in ("padded pairs", "real tokens"))
+    *inputs, mask = sample(heads, num_cached, num_new, given not in ("nothing", "pairs"))
     real = real_tokens(num_cached + num_new, 0, 3).bool()[:, None, None]
-    form = {"nothing": None, "real tokens": real if num_new > 1 else mask}.get(given, mask)
+    bias = grouped_bias(mask, heads[0] // heads[1], torch.float32)
+    assert all(stride % BIAS_ALIGNMENT == 0 for stride in bias.stride()[:-1])
+    form = {"nothing": None, "real tokens": real if num_new > 1 else mask, "bias": bias}.get(given, mask)
     for tensor in inputs:
         tensor.requires_grad_()
     wanted, got = reference_attention(*inputs, mask), attention(*inputs, form)
@@ -54,17 +56,14 @@ def test_rows_that_share_a_prefix_get_what_copies_of_it_give(monkeypatch, num_ne
     batch, times, heads, groups, prefix, own, size = 3, 4, 2, 7, 9, 5, 8
     q = torch.randn(batch * times, num_new, heads * groups, size, generator=generator).to(dtype).transpose(1, 2)
     shared = torch.randn(2, batch, heads, prefix, size, generator=generator).to(dtype)
-    k, v = torch.randn(2, batch * times, heads, own, size, generator=generator).to(dtype)
+    new = torch.randn(2, batch * times, heads, own, size, generator=generator).to(dtype)
     mask = pairs_mask(num_new, prefix + own, q.device)
     if masked in ("by row", "biased"):
         mask = mask.repeat(batch * times, 1, 1, 1)
         mask[:times, :, :, :3] = mask[5, :, :, 10] = False
-    whole_k, whole_v = (
-        torch.cat((before.repeat_interleave(times, 0), after), 2) for before, after in zip(shared, (k, v), strict=True)
-    )
-    wanted = reference_attention(q, whole_k, whole_v, mask)
+    wanted = reference_attention(q, *torch.cat((shared.repeat_interleave(times, 1), new), 3), mask)
     given = {"not": None, "biased": grouped_bias(mask, groups, dtype)}.get(masked, mask)
-    found = attention_after_prefix(q, *shared, k, v, given)
+    found = attention_after_prefix(q, *shared, *new, given)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
@@ -90,14 +89,6 @@ def test_a_processor_without_bf16_computes_attention_in_fp32(monkeypatch):
     monkeypatch.setattr(module, "multiplies_bfloat16", lambda device: False)
     q, k, v = (t.bfloat16() for t in sample((14, 2), 3, 5, False)[:3])
     assert torch.equal(attention(q, k, v, None), attention(q.float(), k.float(), v.float(), None).bfloat16())
-
-
-@pytest.mark.parametrize("num_new", [1, 4])
-def test_a_grouped_bias_gives_the_same_as_its_mask(num_new):
-    q, k, v, mask = sample((14, 2), 5, num_new, True)
-    bias = grouped_bias(mask, 7, q.dtype)
-    torch.testing.assert_close(attention(q, k, v, bias), reference_attention(q, k, v, mask))
-    assert all(stride % BIAS_ALIGNMENT == 0 for stride in bias.stride()[:-1])
 
 
 class Largest(TorchDispatchMode):
