@@ -10,21 +10,21 @@ from qwen_min.cache import ForkedCache
 from qwen_min.continuation import GraphContinuation, ReusedCache, continuation
 from qwen_min.generation import decode_steps, prefill
 
-
-def greedy_without_cache(model, prompt, num_new_tokens):
-    """The oracle: process the whole text again for each token."""
-    tokens = list(prompt)
-    for _ in range(num_new_tokens):
-        tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
-    return tokens[len(prompt) :]
-
-
 PROMPTS = [[5, 9, 2, 44, 7], [8], [3, 3, 90]]
 
 
-def test_equals_greedy_decoding_without_a_cache_in_a_batch_of_unequal_length(model):
-    wanted = [greedy_without_cache(model, prompt, 15) for prompt in PROMPTS]
-    assert generate(model, PROMPTS, 15).tokens.tolist() == wanted
+def test_equals_greedy_decoding_without_a_cache_and_stops_on_either_end_id(model):
+    free = [[], [], []]  # by the oracle, which processes the whole text again for each token
+    for prompt, new in zip(PROMPTS, free, strict=True):
+        while len(new) < 15:
+            new.append(model(torch.tensor([prompt + new]))[0, -1].argmax().item())
+    assert generate(model, PROMPTS, 15).tokens.tolist() == free
+    ends = {free[0][4], free[1][9]}
+    stops = [next((i for i, token in enumerate(row) if token in ends), 14) + 1 for row in free]
+    out = generate(model, PROMPTS, 15, end_ids=ends, pad_id=96)
+    assert out.lengths.tolist() == stops
+    wanted = [row[:stop] + [96] * (max(stops) - stop) for row, stop in zip(free, stops, strict=True)]
+    assert out.tokens.tolist() == wanted
 
 
 def test_a_single_prompt_is_a_batch_of_one(model):
@@ -40,16 +40,6 @@ def test_long_prompts_are_processed_a_few_rows_at_a_time(monkeypatch, model):
     model.model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
     assert torch.equal(generate(model, PROMPTS, 15).tokens, wanted.tokens)
     assert shapes[:3] == [(2, 5), (1, 5), (3, 1)]
-
-
-def test_stops_on_either_end_id(model):
-    free = [greedy_without_cache(model, prompt, 15) for prompt in PROMPTS]
-    ends = {free[0][4], free[1][9]}
-    stops = [next((i for i, token in enumerate(row) if token in ends), 14) + 1 for row in free]
-    out = generate(model, PROMPTS, 15, end_ids=ends, pad_id=96)
-    assert out.lengths.tolist() == stops
-    wanted = [row[:stop] + [96] * (max(stops) - stop) for row, stop in zip(free, stops, strict=True)]
-    assert out.tokens.tolist() == wanted
 
 
 @pytest.mark.parametrize(("prompts", "num_new_tokens", "pad_id", "message"), [
