@@ -85,8 +85,7 @@ def embedded(tmp_path) -> Path:
 
 WEIGHTS, INDEX, END = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 DAMAGED = [  # the files that are written, or removed where the content is None: what is said
-    ({WEIGHTS: None}, r"missing model\.safetensors"),
-    ({WEIGHTS: None, "pytorch_model.bin": ""}, "missing model.safetensors; the folder holds .*pytorch_model.bin"),
+    ({WEIGHTS: None, "pytorch_model.bin": ""}, r"missing model\.safetensors; the folder holds .*pytorch_model.bin"),
     ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),
     ({WEIGHTS: None, INDEX: '{"weight_map": {"a": "../model.safetensors"}}'}, "same folder"),
     ({WEIGHTS: None, INDEX: '{"weight_map": {"a": 3}}'}, "same folder"),
@@ -106,16 +105,13 @@ def test_refuses_damaged_and_missing_files(embedded, files, message):
         load(embedded)
 
 
-def test_a_single_file_wins_over_the_index_and_the_shards_of_an_earlier_save(tmp_path, wide):
+def test_a_single_file_wins_over_shards_which_are_read_without_an_index_if_none_is_missing(tmp_path, wide):
     write_checkpoint(tmp_path, wide, shards=3)
     newer = {name: 2 * tensor for name, tensor in wide.state_dict().items()}
-    save_file(newer, tmp_path / "model.safetensors")
+    save_file(newer, tmp_path / WEIGHTS)
     assert torch.equal(load(tmp_path)[0].state_dict()["model.norm.weight"], newer["model.norm.weight"])
-
-
-def test_shards_without_an_index_are_read_and_a_missing_one_is_noticed(tmp_path, wide):
-    write_checkpoint(tmp_path, wide, shards=3)
-    (tmp_path / "model.safetensors.index.json").unlink()
+    for name in (WEIGHTS, INDEX):
+        (tmp_path / name).unlink()
     assert torch.equal(load(tmp_path)[0].head_weight, wide.head_weight)
     next(tmp_path.glob("model-00001-*")).unlink()
     with pytest.raises(CheckpointError, match="missing model"):
