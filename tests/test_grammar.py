@@ -7,7 +7,6 @@ import torch
 
 from conftest import random_model
 from experiments.forecasting.grammar import CHOICES, DIGITS, Grammar, decode, may_be_wide, nats_of
-from qwen_min.cache import ForkedCache
 from qwen_min.continuation import GraphContinuation
 from qwen_min.generation import pad_left, prefill
 
@@ -44,11 +43,11 @@ def masked_argmax(model, tokenizer, context: str) -> str:
     return text
 
 
-def decoded(model, tokenizer, contexts: list[str], **options) -> list[str]:
+def decoded(model, tokenizer, contexts: list[str], num_values=VALUES, **options) -> list[str]:
     grammar = Grammar(tokenizer, 2, 2)
     ids, mask = pad_left([tokenizer.encode(context) for context in contexts], tokenizer.pad_id)
-    cache, hidden = prefill(model, ids, grammar.columns(VALUES), mask)
-    return decode(model, grammar, cache, hidden, VALUES, **options)
+    cache, hidden = prefill(model, ids, grammar.columns(num_values), mask)
+    return decode(model, grammar, cache, hidden, num_values, **options)
 
 
 def test_equals_the_masked_argmax_token_for_token_in_an_uneven_batch(monkeypatch, tiny, models):
@@ -92,16 +91,11 @@ def test_bf16_rounds_no_logit_to_that_of_a_smaller_digit(tiny):
 
 
 def test_samples_follow_the_model_s_probabilities(models):
-    model, tokenizer = models
     count = 2000
-    uniforms = torch.from_numpy(np.random.default_rng(0).random((count, 100)))
-    grammar = Grammar(tokenizer, 2, 2)
-    ids = torch.tensor([tokenizer.encode(CONTEXTS[0])])
-    cache, hidden = prefill(model, ids, 0)
-    forked = ForkedCache(cache, count, grammar.columns(1))
-    texts = decode(model, grammar, forked, hidden.repeat_interleave(count, 0), 1, uniforms)
+    uniforms = torch.rand(count, 4, generator=torch.Generator().manual_seed(0))
+    texts = decoded(*models, CONTEXTS[:1] * count, num_values=1, uniforms=uniforms)
     shares = torch.tensor([sum(text[0] == digit for text in texts) / count for digit in DIGITS])
-    wanted = logits_of(model, tokenizer, CONTEXTS[0], list(DIGITS)).softmax(-1)
+    wanted = logits_of(*models, CONTEXTS[0], list(DIGITS)).softmax(-1)
     assert (shares - wanted).abs().max() < 4 * (0.25 / count) ** 0.5
 
 
