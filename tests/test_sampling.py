@@ -5,26 +5,23 @@ import torch
 
 from qwen_min import generate
 from qwen_min.config import NotFiniteError
-from qwen_min.generation import stream
-from qwen_min.sampling import Sampling, SamplingError
+from qwen_min.sampling import LIMIT, Sampling, SamplingError
 
 PROMPTS = [[5, 9, 2, 44, 7], [8], [3, 3, 90]]
 
 
-@pytest.mark.parametrize(
-    "rules",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.1},
-     {"repetition_penalty": 0}, {"temperature": 1e-40}, {"temperature": 1e30}, {"repetition_penalty": 1e-42}],
-)  # fmt: skip
+@pytest.mark.parametrize("rules", [
+    {"temperature": -1}, {"temperature": 1e-40}, {"temperature": 1e30}, {"temperature": float("nan")}, {"top_k": 0},
+    {"top_p": 0}, {"top_p": 1.1}, {"repetition_penalty": 1e-42}, {"repetition_penalty": 1e30},
+])  # fmt: skip
 def test_rules_out_of_range_are_refused(rules):
     with pytest.raises(SamplingError, match=f"{next(iter(rules))} is .*, expected"):
         Sampling(**rules)
 
 
-@pytest.mark.parametrize("rules", [{"temperature": 1e-10}, {"temperature": 1e-10, "repetition_penalty": 1e-10}])
-def test_the_most_extreme_rules_give_finite_logits(rules):
-    logits = 1e4 * torch.randn(3, 97, generator=torch.Generator().manual_seed(0))
-    assert Sampling(**rules).adjusted(logits, torch.ones(3, 97, dtype=torch.bool)).isfinite().all()
+def test_the_most_extreme_rules_give_finite_logits():
+    rules, logits = Sampling(1 / LIMIT, repetition_penalty=1 / LIMIT), torch.tensor([[4e4, -4e4]])
+    assert rules.adjusted(logits, torch.ones(1, 2, dtype=torch.bool)).isfinite().all()
 
 
 @pytest.mark.parametrize("rules", [{}, {"temperature": 1.0}])
@@ -33,19 +30,16 @@ def test_logits_that_are_not_finite_end_a_text(model, rules, value):
     model.model.norm.weight.data[3] = value
     with pytest.raises(NotFiniteError, match=r"new token 1: logits of rows \[0, 1, 2\] are not finite"):
         generate(model, PROMPTS, 12, **rules)
-    with pytest.raises(NotFiniteError):
-        list(stream(model, PROMPTS[0], 12, (), Sampling()))
 
 
 def test_a_low_temperature_is_greedy_and_a_seed_repeats(model):
     greedy = generate(model, PROMPTS, 12).tokens
     for rules in ({"temperature": 1e-4}, {"temperature": 2.0, "top_k": 1}):
         assert torch.equal(generate(model, PROMPTS, 12, **rules).tokens, greedy)
-    drawn, shorter, other = (
-        generate(model, PROMPTS, steps, temperature=1.0, seed=seed).tokens for steps, seed in ((12, 3), (5, 3), (12, 4))
-    )
+    drawn = generate(model, PROMPTS, 12, temperature=1.0, seed=3).tokens
+    assert not torch.equal(drawn, generate(model, PROMPTS, 12, temperature=1.0, seed=4).tokens)
+    shorter = generate(model, PROMPTS, 5, temperature=1.0, seed=3).tokens
     assert torch.equal(drawn[:, :5], shorter)  # a longer run continues a shorter one
-    assert not torch.equal(drawn, other)
     assert len(generate(model, PROMPTS[:1] * 4, 12, temperature=1.0).tokens.unique(dim=0)) == 4
 
 
