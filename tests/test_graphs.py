@@ -14,34 +14,24 @@ from qwen_min.continuation import ReusedCache, continuation
 from qwen_min.generation import prefill
 
 
-def filled(model, ids, mask, reused=None):
-    with torch.inference_mode():
-        return prefill(model, ids, 20, mask, reused)[0]
-
-
-def assert_equal_passes(model, ids, cache, other):
-    """Check passes of one and of two tokens in turn, with padding among them and tokens taken back."""
-    graphs, simple = recorded.RecordedContinuation(model, cache), continuation(model, other)
-    for step in range(0, 9, 3):
-        for piece in (ids[:, step : step + 1], ids[:, step + 1 : step + 3]):
-            real = torch.ones_like(piece)
-            real[1, 1:] = 0
-            torch.testing.assert_close(graphs(piece, real), simple(piece, real), rtol=1e-5, atol=1e-5)
-        for one in (cache, other):
-            one.take_back(torch.tensor([True, False]))
-
-
 def test_the_next_batch_reuses_the_captured_graphs(monkeypatch, model, ids):
+    """Passes of one and of two tokens in turn, with padding among them and tokens taken back."""
     recorded.install(monkeypatch)
     reused = ReusedCache(model)
     for length, padding in ((5, 0), (3, 2), (4, 1)):
-        mask = real_tokens(length, 0, padding)
-        prompt = ids.roll(length, 1)[:, :length]
+        mask, prompt = real_tokens(length, 0, padding), ids.roll(length, 1)[:, :length]
+        other, _ = prefill(model, prompt, 20, mask)
         with torch.inference_mode():
             cache = reused.take(2, 25)
             cache.keys[:], cache.values[:] = torch.nan, torch.nan  # uninitialised memory may contain it
             model.model(prompt, cache, mask)
-        assert_equal_passes(model, ids, cache, filled(model, prompt, mask))
+        graphs, simple = recorded.RecordedContinuation(model, cache), continuation(model, other)
+        for piece in ids[:, :9].split([1, 2] * 3, dim=1):
+            real = torch.ones_like(piece)
+            real[1, 1:] = 0
+            torch.testing.assert_close(graphs(piece, real), simple(piece, real), rtol=1e-5, atol=1e-5)
+            for one in (cache, other):
+                one.take_back(torch.tensor([True, False]))
     assert recorded.Graph.captured == 2
 
 
@@ -52,8 +42,9 @@ def test_a_trained_adapter_reuses_the_graphs_and_another_one_is_captured(monkeyp
     reused, token = ReusedCache(model), torch.tensor([[7], [11]])
 
     def assert_fresh(captured: int) -> None:
-        hidden = recorded.RecordedContinuation(model, filled(model, ids, None, reused))(token)
-        torch.testing.assert_close(hidden, continuation(model, filled(model, ids, None))(token), rtol=1e-5, atol=1e-5)
+        hidden = recorded.RecordedContinuation(model, prefill(model, ids, 1, None, reused)[0])(token)
+        wanted = continuation(model, prefill(model, ids, 1)[0])(token)
+        torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-5)
         assert recorded.Graph.captured == captured
 
     assert_fresh(1)
