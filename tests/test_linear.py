@@ -25,17 +25,18 @@ def model(request, monkeypatch):
     return random_model(CONFIGS["ratio 2, untied"]).to(request.param)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", MKLDNN_OPERATORS)
 def test_a_torch_without_a_private_operator_multiplies_plainly(monkeypatch, model, ids, name):
     others = {one: getattr(torch.ops.mkldnn, one) for one in MKLDNN_OPERATORS if one != name}
-    with torch.no_grad():
-        plain = model(ids)
-        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**others))
-        pack(model)
-        assert model.head_weight.packed is None
-        assert torch.equal(model(ids), plain)
+    plain = model(ids)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**others))
+    pack(model)
+    assert model.head_weight.packed is None
+    assert torch.equal(model(ids), plain)
 
 
+@torch.no_grad()
 def test_a_changed_weight_does_not_use_its_old_copy(monkeypatch):
     """Of weights that replace each other, as a merged adapter's do, one may get the address of an earlier one."""
     monkeypatch.setattr("qwen_min.linear.SMALLEST_PACKED_FP32", 1)
@@ -46,12 +47,10 @@ def test_a_changed_weight_does_not_use_its_old_copy(monkeypatch):
         layer.weight.data = torch.full((256, 256), value)
         if value > 0:  # else the old copy is still there
             pack(model)
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
     pack(model)
-    with torch.no_grad():
-        layer.weight.zero_()
-        assert torch.equal(layer(x), layer.bias.expand(2, 256))
+    layer.weight.zero_()
+    assert torch.equal(layer(x), layer.bias.expand(2, 256))
 
 
 def test_inference_tensors_autocast_and_pickling_work(model, ids):
@@ -94,16 +93,15 @@ def test_a_failed_packing_leaves_no_copy(monkeypatch, model):
     assert {getattr(parameter, "packed", None) for parameter in model.parameters()} == {None}
 
 
+@torch.no_grad()
 def test_a_model_of_packed_weights_alone_gives_the_same_logits_and_refuses_all_that_needs_weights(tmp_path, model, ids):
     adapted(model, LoraConfig(4, 8))
     pack(model)
-    with torch.no_grad():
-        wanted = model(ids)
+    wanted = model(ids)
     weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
     keep_only_packed(model)
     assert weight() is None
-    with torch.no_grad():
-        assert torch.equal(model(ids), wanted)
+    assert torch.equal(model(ids), wanted)
     for refused in (
         lambda: merge_and_unload(model),
         lambda: save(model, tmp_path / "saved", TINY),
@@ -118,10 +116,10 @@ def test_a_model_of_packed_weights_alone_gives_the_same_logits_and_refuses_all_t
     remove(model)
     with pytest.raises(ValueError, match="no Linear is called"):
         inject(model, LoraConfig(4, 8))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         assert model(ids).isfinite().all()
     model.model.embed_tokens.weight.requires_grad_(True)
-    with pytest.raises(ValueError, match="only packed weights are left"):
+    with pytest.raises(ValueError, match="only packed weights are left"), torch.enable_grad():
         model(ids)
 
 
