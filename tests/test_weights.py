@@ -13,6 +13,8 @@ from conftest import CONFIGS, random_model, write_checkpoint
 from qwen_min import CheckpointError, Tokenizer, generate, load
 from qwen_min.weights import TINY, checkpoint_folder, save
 
+WEIGHTS, INDEX, END = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+
 
 @pytest.fixture
 def wide(config):
@@ -32,27 +34,23 @@ def test_loads_every_layout_and_dtype(tmp_path, wide, shards, dtype):
     assert not cast.training
 
 
-def broken(tmp_path, change, dtype=torch.float32):
-    """The error of loading a checkpoint in a dtype after `change` changed its tensors."""
-    write_checkpoint(tmp_path, random_model(replace(CONFIGS["ratio 7, tied"], vocab_size=260)))
-    tensors = load_file(tmp_path / "model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError) as caught:
-        load(tmp_path, dtype=dtype)
-    return str(caught.value)
+TIED = random_model(replace(CONFIGS["ratio 7, tied"], vocab_size=260))
+
+
+def load_changed(tmp_path, changes, dtype=torch.float32):
+    """Load a checkpoint, in a dtype, of which some tensors are changed, or left out where they are None."""
+    write_checkpoint(tmp_path, TIED)
+    tensors = load_file(tmp_path / WEIGHTS) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / WEIGHTS)
+    return load(tmp_path, dtype=dtype)
 
 
 def test_one_error_lists_missing_unexpected_and_misshapen_tensors(tmp_path):
-    def change(tensors):
-        del tensors["model.norm.weight"]
-        tensors["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(56)
-        tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(80, 55)
-
-    message = broken(tmp_path, change)
-    assert "missing model.norm.weight [56]" in message
-    assert "unexpected model.layers.0.self_attn.o_proj.bias [56]" in message
-    assert "model.layers.1.mlp.up_proj.weight has shape [80, 55], expected [80, 56]" in message
+    bias, up = "model.layers.0.self_attn.o_proj.bias", "model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(CheckpointError) as caught:
+        load_changed(tmp_path, {"model.norm.weight": None, bias: torch.zeros(56), up: torch.zeros(80, 55)})
+    for problem in ("missing model.norm.weight [56]", f"unexpected {bias} [56]", f"{up} has shape [80, 55], expected"):
+        assert problem in str(caught.value)
 
 
 @pytest.mark.parametrize(("tensor", "problem"), [
@@ -60,22 +58,16 @@ def test_one_error_lists_missing_unexpected_and_misshapen_tensors(tmp_path):
     (torch.full((56,), torch.nan), "NaN or infinity"), (torch.full((56,), 1e6), "NaN or infinity in torch.float16"),
 ])  # fmt: skip
 def test_refuses_weights_that_are_no_finite_floats_in_the_chosen_dtype(tmp_path, tensor, problem):
-    message = broken(tmp_path, lambda tensors: tensors.update({"model.norm.weight": tensor}), torch.float16)
-    assert f"model.norm.weight has {problem}" in message
+    with pytest.raises(CheckpointError, match=f"model.norm.weight has {problem}"):
+        load_changed(tmp_path, {"model.norm.weight": tensor}, torch.float16)
 
 
 def test_a_stored_head_that_the_config_ties_has_to_equal_the_embedding(tmp_path):
-    def store(factor):
-        return lambda tensors: tensors.update({"lm_head.weight": factor * tensors["model.embed_tokens.weight"]})
-
-    assert "lm_head.weight differs from model.embed_tokens.weight" in broken(tmp_path, store(2))
-    assert "unexpected lm_head.weight [3, 4]" in broken(
-        tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(3, 4)})
-    )
-    tensors = load_file(tmp_path / "model.safetensors")
-    store(1)(tensors)
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert torch.equal(load(tmp_path)[0].head_weight, tensors["lm_head.weight"])
+    for head, problem in ((2 * TIED.head_weight, "lm_head.weight differs"), (torch.zeros(3, 4), "unexpected lm_head")):
+        with pytest.raises(CheckpointError, match=problem):
+            load_changed(tmp_path, {"lm_head.weight": head})
+    model, _ = load_changed(tmp_path, {"lm_head.weight": TIED.head_weight.clone()})
+    assert torch.equal(model.head_weight, TIED.head_weight)
 
 
 @pytest.fixture
@@ -83,7 +75,6 @@ def embedded(tmp_path) -> Path:
     return shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
 
 
-WEIGHTS, INDEX, END = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 DAMAGED = [  # the files that are written, or removed where the content is None: what is said
     ({WEIGHTS: None, "pytorch_model.bin": ""}, r"missing model\.safetensors; the folder holds .*pytorch_model.bin"),
     ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),
@@ -120,9 +111,9 @@ def test_a_single_file_wins_over_shards_which_are_read_without_an_index_if_none_
 
 def test_a_checkpoint_of_several_dtypes_keeps_the_widest(tmp_path, wide):
     write_checkpoint(tmp_path, wide)
-    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / WEIGHTS)
     mixed = {name: tensor if "norm" in name else tensor.bfloat16() for name, tensor in tensors.items()}
-    save_file(mixed, tmp_path / "model.safetensors")
+    save_file(mixed, tmp_path / WEIGHTS)
     model, _ = load(tmp_path, dtype=None)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert generate(model, [[1, 2]], 3).tokens.shape == (1, 3)
@@ -192,7 +183,7 @@ def test_a_hub_id_is_downloaded_with_its_templates_unless_a_folder_has_its_name(
 
     def download(name, revision, allow_patterns):
         asked.append((name, revision))
-        files = ["chat_template.jinja", "model.safetensors", "config.json", "pytorch_model.bin"]
+        files = ["chat_template.jinja", WEIGHTS, "config.json", "pytorch_model.bin"]
         assert [*filter_repo_objects(files, allow_patterns=allow_patterns)] == files[:3]
         return tmp_path
 
