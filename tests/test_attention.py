@@ -7,14 +7,7 @@ from torch.utils._pytree import tree_leaves
 from conftest import real_tokens
 from qwen_min import Qwen, QwenConfig
 from qwen_min import attention as module
-from qwen_min.attention import (
-    BIAS_ALIGNMENT,
-    attention,
-    attention_after_prefix,
-    grouped_bias,
-    pairs_mask,
-    reference_attention,
-)
+from qwen_min.attention import attention, attention_after_prefix, grouped_bias, pairs_mask, reference_attention
 
 
 def sample(heads, num_cached, num_new, padded, dtype=torch.float32):
@@ -36,7 +29,7 @@ def test_values_and_gradients_equal_the_reference(monkeypatch, block, num_cached
     *inputs, mask = sample(heads, num_cached, num_new, given not in ("nothing", "pairs"))
     real = real_tokens(num_cached + num_new, 0, 3).bool()[:, None, None]
     bias = grouped_bias(mask, heads[0] // heads[1], torch.float32)
-    assert all(stride % BIAS_ALIGNMENT == 0 for stride in bias.stride()[:-1])
+    assert all(stride % module.BIAS_ALIGNMENT == 0 for stride in bias.stride()[:-1])
     form = {"nothing": None, "real tokens": real if num_new > 1 else mask, "bias": bias}.get(given, mask)
     for tensor in inputs:
         tensor.requires_grad_()
