@@ -2,14 +2,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen_min import loss as losses
 from qwen_min.loss import head_cross_entropy, next_token_loss, token_losses
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Use chunks of 3 positions and 20 rows of the head, so that the loops run more than once."""
-    monkeypatch.setattr(losses, "CHUNK", (3, 20))
+    monkeypatch.setattr("qwen_min.loss.CHUNK", (3, 20))
 
 
 def test_next_token_loss_shifts_targets_and_ignores_padding(model, ids):
