@@ -9,7 +9,7 @@ from conftest import random_model, real_tokens
 from experiments.forecasting.encoding import Encoding
 from experiments.forecasting.text import TextForecaster
 from experiments.study.evaluation import evaluate
-from lora import LoraConfig, adapter_parameters, inject, merge_and_unload, remove
+from lora import LoraConfig, adapter_parameters, inject, merge_and_unload
 from qwen_min.continuation import ReusedCache, continuation
 from qwen_min.generation import prefill
 
@@ -36,7 +36,7 @@ def test_the_next_batch_reuses_the_captured_graphs(monkeypatch, model, ids):
 
 
 def test_a_trained_adapter_reuses_the_graphs_and_another_one_is_captured(monkeypatch, tiny):
-    """Training writes into the memory that a graph reads; adding, removing or merging an adapter changes the memory."""
+    """Training writes into the memory that a graph reads; adding or merging an adapter changes the memory."""
     recorded.install(monkeypatch)
     model, ids = random_model(tiny[0].config), torch.tensor([[5, 9, 2], [8, 3, 90]])
     reused, token = ReusedCache(model), torch.tensor([[7], [11]])
@@ -57,10 +57,6 @@ def test_a_trained_adapter_reuses_the_graphs_and_another_one_is_captured(monkeyp
     assert_fresh(3)
     merge_and_unload(model)
     assert_fresh(4)
-    inject(model, LoraConfig(rank=2, alpha=2))
-    assert_fresh(5)
-    remove(model)
-    assert_fresh(6)
 
 
 @pytest.mark.parametrize(("decoding", "passes"), [("constrained", 2), ("free", 1)])
