@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from experiments.training import synthetic
-from experiments.training.muon import Muon, orthogonal
+from experiments.training.muon import Muon
 
 
 @pytest.mark.parametrize("family", [*synthetic.SINGLE, *synthetic.PAIRS])
@@ -25,14 +25,12 @@ def test_groups_have_pairs_that_belong_together_only_if_asked_for():
     assert 0.1 < alone.mean() < together.mean() < 0.5
 
 
-def test_muon_makes_updates_orthogonal_as_torch_does():
-    """All singular values are near 1; a step is that of torch.optim.Muon, up to its bf16."""
+def test_steps_of_muon_are_those_of_torch_up_to_its_bf16():
     x = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonal(x))
-    assert 0.6 < values.min() < values.max() < 1.3
     ours, theirs = (torch.nn.Parameter(x[0].clone()) for _ in range(2))
-    for parameter in (ours, theirs):
-        parameter.grad = x[1].clone()
-    Muon([ours], lr=0.1, weight_decay=0.01).step()
-    torch.optim.Muon([theirs], lr=0.1, weight_decay=0.01, adjust_lr_fn="match_rms_adamw").step()
+    muon, of_torch = Muon([ours], 0.1, 0.01), torch.optim.Muon([theirs], 0.1, 0.01, adjust_lr_fn="match_rms_adamw")
+    for gradient in x[1:]:
+        ours.grad = theirs.grad = gradient
+        muon.step()
+        of_torch.step()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05 * (ours - x[0]).abs().max().item())
