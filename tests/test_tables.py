@@ -33,17 +33,6 @@ def read(tmp_path):
     return read
 
 
-@pytest.fixture
-def table(read):
-    """Read a text as a file: the only series in it."""
-
-    def table(content, columns=None, **wanted):
-        (found,) = read(content, columns=columns, **wanted)
-        return found
-
-    return table
-
-
 def zipped(**files: bytes) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
@@ -70,20 +59,20 @@ STYLES = {
 
 
 @pytest.mark.parametrize("content", STYLES.values(), ids=STYLES.keys())
-def test_styles_of_text_tables(table, content):
-    found = table(content, ["a", "b"])
+def test_styles_of_text_tables(read, content):
+    (found,) = read(content, columns=["a", "b"])
     assert list(found.columns) == ["a", "b"]
     assert found.values.tolist() == [[1.5, 2], [1.6, 3]]
 
 
-def test_thousands_and_decimal_commas(table):
-    assert table('a,b\n"12,000",1\n"3,500.5",2\n').values.tolist() == [[12000, 1], [3500.5, 2]]
-    assert table("a;b\n1.234,5;1\n12,5;2\n").values.tolist() == [[1234.5, 1], [12.5, 2]]
-    assert table("a;b\n1.234.567;1\n12;2\n").values.tolist() == [[1234567, 1], [12, 2]]
-    assert table("a\tb\n1.234\t1\n2.000\t2\n").values.tolist() == [[1.234, 1], [2, 2]]  # as %.3f writes
+def test_thousands_and_decimal_commas(read):
+    assert read('a,b\n"12,000",1\n"3,500.5",2\n')[0].values.tolist() == [[12000, 1], [3500.5, 2]]
+    assert read("a;b\n1.234,5;1\n12,5;2\n")[0].values.tolist() == [[1234.5, 1], [12.5, 2]]
+    assert read("a;b\n1.234.567;1\n12;2\n")[0].values.tolist() == [[1234567, 1], [12, 2]]
+    assert read("a\tb\n1.234\t1\n2.000\t2\n")[0].values.tolist() == [[1.234, 1], [2, 2]]  # as %.3f writes
     for text in ("a;b\n12,000;1\n13,000;2\n", "a;b\n12.000;1\n950;2\n", "a;b\n12.000;1\n13.000;2\n"):
         with pytest.raises(DataError, match=r"'12.000' can be 12.000 or 12000; write all numbers with a decimal"):
-            table(text)
+            read(text)
 
 
 def several(names: str) -> str:
@@ -110,6 +99,7 @@ TIMES = {  # text: (name of the times, the next one)
     "yearly Januaries": ("d,a\n2010-01,1\n2011-01,1\n", "d", "2012-01-01"),
     "months as numbers": ("month,a\n202311,1\n202312,2\n", "month", "2024-01-01"),
     "t with a unit": ("t_s,a\n0.0,1\n0.5,2\n1.0,3\n", "t_s", "1.5"),
+    "numpy.savetxt": ("# time,a\n0.1,1\n0.3,2\n0.5,3\n", "# time", "0.7"),
     "elapsed": ("elapsed,a\n0.0,1\n0.5,2\n1.0,3\n", "elapsed", "1.5"),
     "rows as R counts them": ("rownames,year,a\n1,1900,1\n2,1901,2\n", "year", "1902"),
     "years with decimals": ("decimal_date,a\n1990.125,1\n1990.375,2\n1990.625,3\n", "decimal_date", "1990.875"),
@@ -118,8 +108,8 @@ TIMES = {  # text: (name of the times, the next one)
 
 
 @pytest.mark.parametrize(("text", "name", "expected"), TIMES.values(), ids=TIMES.keys())
-def test_a_time_axis_is_found_and_continued(table, text, name, expected):
-    found = table(text)
+def test_a_time_axis_is_found_and_continued(read, text, name, expected):
+    (found,) = read(text)
     assert list(found.columns)[-1] == "a"
     assert found.index.name == name
     assert ("not in equal steps" in told([found])) == ("7,4" in text)
@@ -149,8 +139,8 @@ VARIABLES = {  # text: the variables, all but the times
 
 
 @pytest.mark.parametrize(("text", "names"), VARIABLES.items())
-def test_what_is_a_variable(table, text, names):
-    assert list(table(text).columns) == names.split()
+def test_what_is_a_variable(read, text, names):
+    assert list(read(text)[0].columns) == names.split()
 
 
 REFUSED = {  # what can mean two things, would have to be guessed, or is no table
@@ -158,20 +148,14 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "infinite": ("a,b\n1,2\n3,inf\n", "line 3, column 'b': is infinite"),
     "empty": ("", "is empty"),
     "quote": ('a\n"1\n', "cannot be read"),
-    "both marks": (
-        "a;b\n1,5;1.5\n1,6;1.6\n",
-        "has decimal points in column .b. and decimal commas in column .a.; write",
-    ),
+    "both marks": ("a;b\n1,5;1.5\n1,6;1.6\n", "decimal points in column 'b' and decimal commas in column 'a'; w"),
     "half hours": ("date,hour,a\n2023-01-01,0.5,1\n2023-01-01,1.5,2\n", "'hour': holds '2023-01-01 0.5:00', exp"),
     "a date is missing": ("date,a\n2023-01-01,1\n,2\n", "line 3, column 'date': is empty, expected a date"),
     "falls": ("date,a\n2023-01-02,1\n2023-01-01,2\n", r"line 3, column 'date': the time 2023-01-01 comes after 2023-"),
     "rows with names": ("rownames,a\nAlabama,1\nAlaska,2\n", "line 2, column '': holds 'Alabama', expected a number"),
     "a panel": ("city,year,rent\n1,80,5\n1,90,6\n2,80,7\n2,90,8\n", "'year': the time 80 comes after 90; .*--id"),
     "a duration": ("elapsed,a\n1.5,1\n0.5,2\n", "if 'elapsed' is a variable, name it with --columns"),
-    "clock set back": (
-        "d,a\n2023-10-29 02:45,1\n2023-10-29 02:00,2\n",
-        "2023-10-29 02:45:00; .* with their offset from UTC",
-    ),
+    "clock set back": ("d,a\n2023-10-29 02:45,1\n2023-10-29 02:00,2\n", "02:45:00; .* with their offset from UTC"),
     "some offsets": ("d,a\n2020-03-05T00:00,1\n2020-03-06T00:00Z,2\n", "some times have an offset from UTC and some"),
     "weeks": ("week,a\n202252,1\n202301,2\n", "'202252' can be a month or a week; write its first day"),
     "seasons": ("s,a\n2010/11,1\n2011/12,2\n", "'2010/11' can be a month or the season 2010 to 2011"),
@@ -181,10 +165,7 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "quarters with a point": ("t,a\n2010.3,1\n2010.4,1\n2011.1,2\n", "2010.3 can be a month, a quarter or a number"),
     "half-years in words": ("semester,a\n2000-1,1\n2000-2,2\n", "a month or a half-year; .* such as 2000-07-01,"),
     "weeks or months": ("week,a\n2023-01,1\n2023-02,2\n", "'2023-01' can be a month or a week; write its first day"),
-    "months with a point": (
-        "date,a\n2022.11,1\n2022.12,2\n2023.01,3\n",
-        "2022.11 can be a month, a quarter or a number",
-    ),
+    "months with a point": ("date,a\n2022.11,1\n2022.12,2\n2023.01,3\n", "2022.11 can be a month, a quarter or a n"),
     "months with a point in a first column": ("n,a\n2022.01,1\n2022.02,2\n2022.03,3\n", "2022.01 can be a month"),
     "no such day": ("date,a\n20230228,1\n20230229,2\n", "line 3, .*20230229 is no month, or no day of the calendar"),
     "years of two digits": ("year,month,a\n20,1,1\n20,2,2\n", "'year': has years of two digits, of this century"),
@@ -202,21 +183,12 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
     "two files": (zipped(a=b"1", b=b"2"), r"is a zip file of \['a', 'b'\], expected one table in it"),
     "damaged Excel": (zipped(**{"[Content_Types].xml": b""}), "Excel file"),
     "damaged zip": (zipped(a=PACKED).replace(b"1.5", b""), "cannot be unpacked"),
-    "a title": (
-        "Sales\n\ndate,y\n2023-01-01,1\n",
-        "line 2: is empty, which .*; write NA, or delete it, and a title above it",
-    ),
-    "a title above names": (
-        "Sales\ndate,y\n2023-01-01,1\n",
-        "line 2, column .Sales.: holds .date,y., expected a number",
-    ),
+    "a title": ("Sales\n\ndate,y\n2023-01-01,1\n", "line 2: is empty, .* write NA, or delete it, and a title above"),
+    "a title above names": ("Sales\ndate,y\n2023-01-01,1\n", "line 2, column 'Sales': holds 'date,y', expected a nu"),
     "years and weeks": (several("year,week"), "column 'year': the time 3 repeats; .* into one column, such as"),
     "stores of items": ("id,d,a\nx,2023-01-01,1\nx,2023-01-01,1\ny,2023-01-01,1\n", "of series 'x' repeats; .* once"),
     "trials": (several("n,subject,trial"), "column 'trial': counts anew for each 'subject'; if these are 2 series"),
-    "sensors that alternate": (
-        "s,n,a\n" + "".join(f"1,{n},5\n2,{n},6\n" for n in "123"),
-        "'n': counts anew for each 's'",
-    ),
+    "sensors that alternate": ("s,n,a\n1,1,5\n2,1,6\n1,2,5\n2,2,6\n1,3,5\n2,3,6\n", "'n': counts anew for each 's'"),
     "dates of two stations": ("STN,YYYYMMDD,a\n1,20230131,5\n1,20230201,6\n2,20230131,7\n", "-31 comes after .*--id"),
     "newest day first": ("trade_date,a\n20230201,5\n20230131,6\n", "2023-01-31 comes after 2023-02-01; sort the rows"),
     "numbers as names": ("0,1,2\n5,6,7\n6,7,8\n", "can be names, as pandas writes them, or values; write other"),
@@ -225,9 +197,9 @@ REFUSED = {  # what can mean two things, would have to be guessed, or is no tabl
 
 
 @pytest.mark.parametrize(("text", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_refused(table, text, message):
+def test_what_is_refused(read, text, message):
     with pytest.raises(DataError, match=message):
-        table(text)
+        read(text)
 
 
 def test_variables_that_are_asked_for_do_not_hide_that_times_fall(read):
@@ -244,12 +216,6 @@ def test_times_that_cannot_be_read_are_refused_also_where_variables_are_asked_fo
         with pytest.raises(DataError, match=f"column 'date': holds '{cells[0]}', expected a date such as 2023-01-31"):
             read("date,a\n{},1\n{},2\n".format(*cells), columns=["a"])
     assert len(read("t,day,a\n1,May 5,1\n2,May 6,2\n", columns=["a"])[0]) == 2  # not the times, as there are others
-
-
-def test_names_after_a_hash_are_names(table):
-    """As numpy.savetxt writes them."""
-    found = table("# time,a\n0.1,5\n0.3,6\n0.4,7\n")
-    assert (found.index.name, list(found.columns)) == ("# time", ["a"])
 
 
 DAYS = [datetime(2023, 1, day) for day in (1, 2, 3)]
@@ -282,14 +248,14 @@ def test_cells_of_excel(rows, expected, tmp_path):
         read_series(tmp_path / "a.csv")
 
 
-def test_what_is_chosen_is_said(table):
-    assert told([table("# a logger\nd;at;a\n1.1.2023;23:58;1\n1.1.2023;23:59;2\n")]) == (
+def test_what_is_chosen_is_said(read):
+    assert told(read("# a logger\nd;at;a\n1.1.2023;23:58;1\n1.1.2023;23:59;2\n")) == (
         "a: 2 rows of 1 variable (a), time: d, 2023-01-01 23:58:00 to 2023-01-01 23:59:00; 1 line after # left out; "
         "'d' and 'at' put together"
     )
-    assert "read as Windows-1252" in told([table("Höhe\n1\n".encode("cp1252"))])
-    assert "'made' left out, as 'd' has the times" in told([table(TIMES["a date that stands still"][0])])
-    said = told([table("a,b,c\n1,990,-99\n-9999,-999,-80\n2,1010,7\n")])
+    assert "read as Windows-1252" in told(read("Höhe\n1\n".encode("cp1252")))
+    assert "'made' left out, as 'd' has the times" in told(read(TIMES["a date that stands still"][0]))
+    said = told(read("a,b,c\n1,990,-99\n-9999,-999,-80\n2,1010,7\n"))
     assert said.endswith("-999 in b is read as a value; if it stands for a missing one, write nothing")
     assert "-9999 in a is read as a value; if" in said
 
@@ -320,41 +286,41 @@ def test_several_series_one_below_the_other(read, tmp_path):
     assert (north.attrs["name"], south.attrs["name"], south.to_dict("list")) == ("north", "south", {"value": [5, 6]})
 
 
-def test_missing_values_are_counted_or_interpolated_in_time(table):
+def test_missing_values_are_counted_or_interpolated_in_time(read):
     text = "t,a,b\n0,1,5\n1,,NA\n3,4,7\n4,,8\n"
     with pytest.raises(DataError, match=r"3 of 8 values are missing, the first in line 3, column 'a'; fill them with"):
-        table(text)
-    assert table(text, missing="interpolate").values.tolist() == [[1, 5], [2, pytest.approx(17 / 3)], [4, 7], [4, 8]]
-    assert table(text, missing="keep")["a"].isna().tolist() == [False, True, False, True]
-    assert told([table(text, missing="interpolate")]).endswith("; 3 of 8 values were missing and interpolated")
-    assert table("t,a\n1,nan\n2,null\n3,-\n4,?\n5,#N/A\n6,..\n7,.\n8,5\n", missing="keep")["a"].count() == 1
+        read(text)
+    assert read(text, missing="interpolate")[0].values.tolist() == [[1, 5], [2, pytest.approx(17 / 3)], [4, 7], [4, 8]]
+    assert read(text, missing="keep")[0]["a"].isna().tolist() == [False, True, False, True]
+    assert told(read(text, missing="interpolate")).endswith("; 3 of 8 values were missing and interpolated")
+    assert read("t,a\n1,nan\n2,null\n3,-\n4,?\n5,#N/A\n6,..\n7,.\n8,5\n", missing="keep")[0]["a"].count() == 1
     days = "day,a\n2023-01-01,1\n2023-01-02,\n2023-01-05,2\n"
-    assert table(days, missing="interpolate").values[1] == 1.25
+    assert read(days, missing="interpolate")[0].values[1] == 1.25
     rows = "".join(f"2023-01-{day:02d},{day}\n" for day in range(1, 31) if day not in (9, 20))
     with pytest.raises(DataError, match=r"2 of 30 values are missing, the first at 2023-01-09, which has no row; fill"):
-        table("date,a\n" + rows)
-    assert table("date,a\n" + rows, missing="interpolate")["a"].tolist() == list(range(1, 31))
-    kept = table("date,a\n" + rows.replace(",5\n", ",\n"), missing="keep")
+        read("date,a\n" + rows)
+    assert read("date,a\n" + rows, missing="interpolate")[0]["a"].tolist() == list(range(1, 31))
+    (kept,) = read("date,a\n" + rows.replace(",5\n", ",\n"), missing="keep")
     assert from_frame(kept.dropna(), missing="keep")[0].equals(kept)
     assert told([kept]).endswith("3 of 30 values are missing")
     with pytest.raises(DataError, match="'a': has no value, or values that are too far apart"):
-        table("a,b\nNA,1\nNA,2\n", missing="interpolate")
+        read("a,b\nNA,1\nNA,2\n", missing="interpolate")
 
 
-def test_a_small_file_cannot_claim_much_memory(table, monkeypatch):
+def test_a_small_file_cannot_claim_much_memory(read, monkeypatch):
     monkeypatch.setattr(reading, "MAX_BYTES", 1000)
     with pytest.raises(DataError, match="unpacks to more than 1,000 bytes"):
-        table(gzip.compress(b"1.5\n" * 1000), name="a.csv.gz")
+        read(gzip.compress(b"1.5\n" * 1000), name="a.csv.gz")
 
 
-def test_columns_are_chosen_by_name(table):
-    assert table("a,b,a\n1,2,Ham\n4,5,Ham\n", ["b"]).values.tolist() == [[2], [5]]
-    assert list(table("a,b\n1,2\n", ["b", "a", "b"]).columns) == ["b", "a"]
-    assert list(table("year,a\n1900,1\n1901,2\n", ["year", "a"]).columns) == ["year", "a"]
+def test_columns_are_chosen_by_name(read):
+    assert read("a,b,a\n1,2,Ham\n4,5,Ham\n", columns=["b"])[0].values.tolist() == [[2], [5]]
+    assert list(read("a,b\n1,2\n", columns=["b", "a", "b"])[0].columns) == ["b", "a"]
+    assert list(read("year,a\n1900,1\n1901,2\n", columns=["year", "a"])[0].columns) == ["year", "a"]
     with pytest.raises(DataError, match=r"has 0 columns 'c', expected one; it has \['a', 'b'\]"):
-        table("a,b\n1,2\n", ["c"])
+        read("a,b\n1,2\n", columns=["c"])
     with pytest.raises(DataError, match="has no column of numbers"):
-        table("a,b\n1,2\n", [])
+        read("a,b\n1,2\n", columns=[])
 
 
 THREE = np.ones((1, 4, 3))
@@ -466,8 +432,8 @@ def test_parquet(tmp_path):
         read_series(path)
 
 
-def test_forecasts_as_csv(table):
-    dated, plain = table("t,a\n1,5\n2,6\n"), table("a\n5\n6\n", name="b.csv")
+def test_forecasts_as_csv(read):
+    (dated,), (plain,) = read("t,a\n1,5\n2,6\n"), read("a\n5\n6\n", name="b.csv")
     quantiles = np.array([[[[0.5]], [[3.0]]], [[[1.5]], [[4.0]]]])
     assert write([dated, plain], np.array([[[1.0]], [[2.0]]]), quantiles, [0.1, 0.9]) == (
         "series,step,t,a,a_q0.1,a_q0.9\na,1,3,1.0,0.5,3.0\nb,1,,2.0,1.5,4.0\n"
