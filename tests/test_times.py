@@ -47,27 +47,19 @@ TWO_DIGITS = ["Jan-59", "30.12.55", "5-Jan-59", "1/2/03", "99/1/23", "Jan '59"]
 
 @pytest.mark.parametrize("cell", NOT_IN_CALENDAR + TWO_DIGITS)
 def test_dates_that_are_refused(cell):
-    with pytest.raises(DataError, match="of two digits" if cell in TWO_DIGITS else "expected a date of the calendar"):
+    with pytest.raises(DataError, match="two digits" if cell in TWO_DIGITS else "of the calendar, .* midnight as 00"):
         read([cell])
 
 
 @pytest.mark.parametrize(("cells", "first"), [
     (["31/12/2023", "01/01/2024"], datetime(2023, 12, 31)),  # only one order has dates
     (["01/12/2023", "02/01/2023"], datetime(2023, 1, 12)),  # in the other order they fall
-    (["01/02/2023", "02/02/2023", "03/02/2023", "05/03/2023"], None),  # no order has equal steps
-    (["01/02/2023", "02/02/2023", "03/02/2023"], None),  # both orders have: days, months
-    (["01/01/2023", "02/01/2023"], None),
     (["05/05/2023"], datetime(2023, 5, 5)),  # both orders agree
     (["02/01/2023", "09/01/2023", "16/01/2023"], datetime(2023, 1, 2)),
     (["10/12/2023", "11/12/2023", "12/12/2023", "01/12/2024"], datetime(2023, 10, 12)),  # months; or unequal days
 ])  # fmt: skip
 def test_the_column_decides_whether_the_day_is_first(cells, first):
-    if first:
-        assert read(cells)[0] == first
-    else:
-        cell = cells[cells[0] == "01/01/2023"]  # the first that can be two dates
-        with pytest.raises(DataError, match=f"here, column 'd': '{cell}' can start with the day or with the month"):
-            read(cells)
+    assert read(cells)[0] == first
 
 
 def days(*cells: str) -> pd.DatetimeIndex:
@@ -83,7 +75,6 @@ SEMI = pd.date_range("2024-01-15", periods=8, freq="SME")
 WORKING = pd.date_range("2023-01-31", periods=12, freq="BME")
 BERLIN = pd.date_range("2020-10-25 00:30", periods=3, freq="h", tz="Europe/Berlin")  # clocks change
 CONTINUED = {  # times, whether they are regular, the next two
-    "weekdays with a holiday": (WEEKDAYS.delete(12), False, "2024-01-29, 2024-01-30"),
     "weekdays with many holidays": (WEEKDAYS.delete([2, 8, 12]), False, "2024-01-29, 2024-01-30"),
     "weekdays, then a Saturday": (QUARTER.union(days("2024-03-30")), False, "2024-04-01, 2024-04-02"),
     "Monday, Wednesday, Friday, a holiday": (ODD_DAYS.delete(8), False, "2024-02-12, 2024-02-14"),
@@ -95,7 +86,6 @@ CONTINUED = {  # times, whether they are regular, the next two
     "the 30th": (days("2024-01-30", "2024-02-29", "2024-03-30"), True, "2024-04-30, 2024-05-30"),
     "hours when clocks change": (BERLIN, True, "2020-10-25 02:30:00+01:00, 2020-10-25 03:30:00+01:00"),
     "irregular": (DAILY[[0, 2, 4, 14]], False, "2024-01-17, 2024-01-19"),
-    "days apart that all differ": (DAILY[[0, 1, 9, 15]], False, "2024-01-22, 2024-01-28"),
     "numbers apart that all differ": (pd.Index([0.0, 0.1, 0.9, 1.5]), False, "2.1, 2.7"),
     "a number is missing": (pd.Index([1900, 1901, 1903, 1904]), False, "1905, 1906"),
     "rounded numbers": (pd.Index([0, 0.333, 0.667, 1]), True, "1.3333333, 1.6666667"),
