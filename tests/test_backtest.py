@@ -6,15 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import ends_of, rows_seen
 from experiments.forecasting.backtest import Origin, baseline_forecasts, filled, held_out, scores, split
 from experiments.forecasting.contexts import SeriesError, SeriesWarning
 from experiments.forecasting.scores import mean_interval
 from experiments.tables import common_times
-from experiments.training.finetuning import Finetuning
-
-pytestmark = pytest.mark.slow
 
 
 def waves(count: int, steps: int = 60) -> list[np.ndarray]:
@@ -86,10 +82,12 @@ def test_an_interval_is_over_series_over_dates_or_over_the_forecasts_of_few_seri
         np.testing.assert_allclose(np.square(found["interval"]), np.maximum(mean_interval(means), 0))
 
 
-def in_order(parts) -> None:
-    """Check that what is held out is later, where values grow with time."""
+def in_order(frames, horizon):
+    """Split series whose values grow with time, and check that what is held out is later."""
+    parts = split([one.to_numpy() for one in frames], horizon, common_times(frames))
     assert max(one.max() for one in parts.train) < min(place.truth.min() for place in parts.val)
     assert max(one.max() for one in parts.seen) < min(place.truth.min() for place in parts.test)
+    return parts
 
 
 def test_series_of_the_same_dates_are_judged_by_later_dates_than_they_are_trained_on():
@@ -97,32 +95,32 @@ def test_series_of_the_same_dates_are_judged_by_later_dates_than_they_are_traine
     dates = pd.date_range("2023-01-01", periods=100)
     spans = [(0, 100)] * 8 + [(0, 99), (0, 60), (80, 100), (5, 100)]  # a day late, closed, new, begun later
     frames = [pd.DataFrame({"x": np.arange(a, b, dtype=float)}, dates[a:b].rename("date")) for a, b in spans]
-    parts = split([one.to_numpy() for one in frames], 10, common_times(frames))
-    assert parts.told == (
-        "the first 55 to 60 time steps to train on, 20 for validation, the newest 20 for the test, of 11 series of the "
-        "same times; the test is of 10"
-    )
+    parts = in_order(frames, 10)
+    assert parts.told.startswith("the first 55 to 60 time steps to train on, 20 for validation, the newest 20 for the")
+    assert parts.told.endswith("of 11 series of the same times; the test is of 10")
     assert [len(one) for one in parts.train] == [60] * 10 + [55]
-    in_order(parts)
     assert {place.group for place in parts.test} == {-2, -1}
-    mixed = [one[::7] if number % 2 else one for number, one in enumerate(frames[:8])]  # of days and of weeks
-    in_order(split([one.to_numpy() for one in mixed], 2, common_times(mixed)))
+    in_order([one[::7] if number % 2 else one for number, one in enumerate(frames[:8])], 2)  # of days and of weeks
     ages = [200] * 3 + [20] * 3  # half of the shops are new
     parts = split([np.arange(n, dtype=float)[:, None] for n in ages], 7, [np.arange(200 - n, 200) for n in ages])
     assert "to train on, 21 for validation, the newest 21 for the test, of 3 series of the same times" in parts.told
-    some_apart = frames[:6] + [one.set_axis(one.index + pd.Timedelta(days=900)) for one in frames[6:8]]
-    assert common_times(some_apart) is not None
     late = [one.to_numpy() for one in frames[:8]]
     late[3] = np.where(np.arange(100)[:, None] < 70, np.nan, late[3])  # a new shop, in a table with a column for each
     assert "of 7 series of the same times" in split(late, 10, [np.arange(100)] * 8).told
-    # the days of an experiment are no dates, and patients of several years are not those of one time
-    days = [one.set_axis(pd.RangeIndex(len(one)).astype(float).rename("day")) for one in frames]
-    apart = [one.set_axis(one.index + pd.Timedelta(days=200 * at)) for at, one in enumerate(frames)]
-    assert common_times(days) is common_times(apart) is None
-    seconds = [one.set_axis((one.index - dates[0]).total_seconds().rename("at") + 1.6e9) for one in frames]
-    assert [*map(list, common_times(seconds))] == [*map(list, common_times(frames))]
-    told = [Finetuning(Forecaster.load(), some, 10, 1e11).told for some in (frames, days)]
-    assert ["same times" in one for one in told] == [True, False]
+
+
+def test_times_are_common_where_dates_or_large_numbers_overlap():
+    """The days of an experiment are no dates, and patients of several years are not those of one time."""
+
+    def common(*indexes):
+        found = common_times([pd.DataFrame(index=one) for one in indexes])
+        return found and [one.tolist() for one in found]
+
+    dates, days = pd.date_range("2023-01-01", periods=9), np.arange(9.0)
+    later, seconds = dates + pd.Timedelta(days=90), 1.6e9 + 86400 * days
+    assert common(dates, dates, later) == common(seconds, seconds, seconds + 86400 * 90)
+    assert common(dates, dates, later) == [[*range(9)]] * 2 + [[*range(9, 18)]]
+    assert common(days, days, days) is common(dates, later, later + pd.Timedelta(days=90)) is None
 
 
 def test_short_series_are_not_held_out():
