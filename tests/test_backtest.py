@@ -66,17 +66,18 @@ def test_errors_are_in_standard_deviations_and_units_and_baselines_read_the_whol
 
 
 def test_an_interval_is_over_series_over_dates_or_over_the_forecasts_of_few_series():
-    """Forecasts of a series fail together, and what moves all series at a date counts once."""
+    """Forecasts of a series fail together, and what moves all series at a date counts once, however many they are."""
     unit = np.array([[-1.0], [1.0]])
     places = [Origin(unit, np.zeros((1, 1)), number, number) for number in range(8) for _ in range(5)]
-    by_date = [place._replace(group=at % 5) for at, place in enumerate(places)]
-    errors = np.exp(np.random.default_rng(0).normal(size=(8, 5)))
+    by_date = [place._replace(group=max(0, at - 35)) for at, place in enumerate(places)]
+    errors = np.exp(np.random.default_rng(0).normal(size=40))
+    squares = errors**2
     for some, means, over in (
-        (places, (errors**2).mean(axis=1), "series"),
-        (by_date, (errors**2).mean(axis=0), "dates"),
-        (places[:20], errors[:4].ravel() ** 2, "forecasts"),
+        (places, squares.reshape(8, 5).mean(axis=1), "series"),
+        (by_date, np.append(squares[:36].mean(), squares[36:]), "dates"),
+        (places[:20], squares[:20], "forecasts"),
     ):
-        found = scores(errors.reshape(-1, 1, 1)[: len(some)], some)
+        found = scores(errors[: len(some), None, None], some)
         assert found["over"] == over
         assert found["rmse"] == pytest.approx(np.sqrt(means.mean()))
         np.testing.assert_allclose(np.square(found["interval"]), np.maximum(mean_interval(means), 0))
@@ -191,24 +192,8 @@ def test_what_tells_the_rows_of_a_training_from_others():
     assert rows_seen(out, ends_of(out)) == rows_seen(np.append(out, series[1], axis=0), ends_of(out)) == 80
     draws = np.random.default_rng(0).random((30, 120, 1)) < 0.05
     assert not any(rows_seen(one, ends_of(other)) for one, other in pairwise(1.0 * draws))
-    assert (
-        rows_seen(
-            np.append(series[0][:60], np.ones((18, 2)), axis=0),
-            ends_of(np.append(series[0][:60], np.ones((50, 2)), axis=0)),
-        )
-        == 78
-    )
-
-
-def test_errors_over_dates_lie_in_their_interval_and_count_each_date_once():
-    """Where few series, with large errors, have more dates than the others."""
-    numbers = [*np.repeat(range(5), 5), *range(5, 45)]
-    groups, error = [*np.tile(range(5), 5), *[4] * 40], np.repeat([9.0, 1.0], (25, 40))
-    past, draw = np.random.default_rng(0).normal(size=(50, 1)), np.random.default_rng(1)
-    places = [Origin(past, np.zeros((1, 1)), number, group) for number, group in zip(numbers, groups, strict=True)]
-    found = scores((error * draw.uniform(0.9, 1.1, len(error)))[:, None, None], places)
-    assert found["over"] == "dates"
-    assert found["interval"][0] < found["rmse"] < found["interval"][1]
+    short, long = (np.append(series[0][:60], np.ones((flat, 2)), axis=0) for flat in (18, 50))
+    assert rows_seen(short, ends_of(long)) == 78
 
 
 def test_regressions_fall_as_far_as_they_rise():
