@@ -47,7 +47,6 @@ def test_what_cannot_be_written_becomes_the_nearest_number_that_can(series, scal
 
 
 @pytest.mark.parametrize(("text", "values"), [
-    ("1.23,4.56;0.10,0.20", [[1.23, 4.56], [0.1, 0.2]]),
     ("1.23,4.56;0.10,0.2", [[1.23, 4.56], [0.1, None]]),  # cut off, so not read as 0.2
     ("12.34,-4.56;", [[12.34, -4.56], [None, None]]),
     ("1.234,4.56;0.10,1.00x", [[None, 4.56], [0.1, None]]),
