@@ -41,11 +41,10 @@ def test_intervals_of_few_or_equal_values_and_of_errors_which_are_not_negative()
     assert errors(forecast, np.zeros_like(forecast), np.zeros((10, 1)))["mse_interval"] == [0.0, high]
 
 
-@pytest.mark.parametrize("count", [20, 200])
-def test_intervals_of_the_true_distribution_cover_their_share_for_any_number_of_samples(count):
+def test_intervals_of_the_true_distribution_cover_their_share():
     """With numpy's default quantiles, 20 samples would cover 72.4 % and 45.2 %."""
     rng = np.random.default_rng(0)
-    result = probabilistic(rng.normal(size=(2000, count, 10, 2)), rng.normal(size=(2000, 10, 2)))
+    result = probabilistic(rng.normal(size=(2000, 20, 10, 2)), rng.normal(size=(2000, 10, 2)))
     assert result["coverage_80"] == pytest.approx(0.8, abs=0.01)
     assert result["coverage_50"] == pytest.approx(0.5, abs=0.01)
     assert result["crps"] == pytest.approx(1 / np.pi**0.5, rel=0.03)  # the CRPS of a standard normal under itself
@@ -63,18 +62,15 @@ def test_quantiles_beyond_the_samples_are_refused_and_coverages_left_out():
     assert (few["coverage_50"], few["coverage_80"]) == (0, None)
 
 
-def test_one_sequence_does_not_decide_the_ratio_and_pairs_find_a_small_difference():
-    rng = np.random.default_rng(0)
-    hard = rng.exponential(10, size=150)  # the sequence decides most of an error, not the model
-    comparison = paired(hard, hard + rng.normal(0.1, 0.2, size=150))
-    assert comparison["interval"][0] < comparison["difference"] < comparison["interval"][1] < 0
-    assert 0.6 < comparison["better"] < 0.8
+def test_one_sequence_does_not_decide_the_ratio():
     rng = np.random.default_rng(0)
     theirs = np.exp(2 * rng.normal(size=150)) / 1000
     ours = theirs / 2 * np.exp(rng.normal(size=150) / 2)
     ours[0] = 1  # one sequence decides the difference of means
     comparison = paired(ours, theirs)
+    assert comparison["interval"] == mean_interval(ours - theirs)
     assert comparison["interval"][0] < 0 < comparison["difference"]
+    assert 0.8 < comparison["better"] < 1
     assert comparison["ratio"] == pytest.approx(0.5, rel=0.2)
     assert comparison["ratio_interval"][0] < comparison["ratio"] < comparison["ratio_interval"][1] < 0.9
 
