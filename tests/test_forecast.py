@@ -43,7 +43,7 @@ def test_a_csv_file_gives_a_table_with_intervals_and_a_picture(run, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 5000
 
 
-def test_nothing_is_written_over_unless_by_force_and_the_series_never(run, refused, tmp_path):
+def test_nothing_is_written_over_unless_by_force_where_links_stay_and_the_series_never(run, refused, tmp_path):
     series = sine(tmp_path / "forecast.csv")
     os.link(series, tmp_path / "same.png")
     before, few = series.read_text(), (series, "--horizon", 1)
@@ -51,13 +51,15 @@ def test_nothing_is_written_over_unless_by_force_and_the_series_never(run, refus
         assert "is the series itself; name another file" in refused("forecast", *few, *arguments)
     assert run(*few, "--plot", "a.svg")[::3] == (0, {"forecast.forecast.csv", "a.svg"})
     assert "forecast.forecast.csv exists; name another" in refused("forecast", *few)
-    assert run(*few, "--force")[0] == 0
+    target, link = tmp_path / "forecast.forecast.csv", tmp_path / "link.csv"
+    target.write_text("old")
+    link.symlink_to(target.name)
+    assert run(*few, "--out", link, "--force")[0] == 0
+    assert (link.is_symlink(), "old" in target.read_text()) == (True, False)
     assert series.read_text() == before
 
 
-def test_too_little_memory_and_a_stop_end_in_one_line_and_bugs_in_a_traceback(
-    run, tmp_path, monkeypatch, default_sigint
-):
+def test_too_little_memory_and_a_stop_end_in_one_line_a_bug_in_a_traceback(run, tmp_path, monkeypatch, default_sigint):
     series = sine(tmp_path / "sine.csv")
     for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory"), MemoryError()):
         monkeypatch.setattr(NumberForecaster, "forecast", Mock(side_effect=error))
@@ -105,14 +107,6 @@ def test_bad_input_gives_one_clear_line_and_writes_nothing(refused, monkeypatch,
     path.write_text(content)
     assert message in refused("forecast", path, *words)
     assert [*tmp_path.iterdir()] == [path]
-
-
-def test_a_link_stays_one(run, tmp_path):
-    (tmp_path / "link.csv").symlink_to("target.csv")
-    (tmp_path / "target.csv").write_text("old")
-    assert run(sine(tmp_path / "sine.csv"), "--out", "link.csv", "--force")[0] == 0
-    assert (tmp_path / "link.csv").is_symlink()
-    assert (tmp_path / "target.csv").read_text() != "old"
 
 
 @pytest.mark.parametrize(("count", "step"), [(30, "MS"), (45, "MS"), (60, "MS"), (40, "h"), (90, "D"), (100, "min")])
