@@ -47,7 +47,8 @@ def test_free_decoding_and_losses_equal_plain_greedy_generation_and_cross_entrop
 def test_a_row_is_cut_where_it_is_complete_whatever_other_rows_need(monkeypatch, tiny, series):
     """The first row is complete after 30 tokens and then writes one digit too many; the second needs 31 tokens."""
     tokenizer = tiny[1]
-    texts = {0: ";1.00,2.00;3.00,4.00;5.00,4.567", 1: ";1.00,2.00;3.00,4.00;5.00,14.56"}
+    first, second = ";1.00,2.00;3.00,4.00;5.00,4.567", ";1.00,2.00;3.00,4.00;5.00,14.56"
+    texts = {0: first, 1: second, 4: second}  # the fifth target is longer by one token
 
     def forecast_rows(rows):
         def scripted(model, cache, hidden, num_new_tokens, *_):
@@ -58,12 +59,10 @@ def test_a_row_is_cut_where_it_is_complete_whatever_other_rows_need(monkeypatch,
         monkeypatch.setattr(evaluation, "decode_steps", scripted)
         return evaluate(*tiny, ENCODING, series[rows], context_steps=20, horizon=3, decoding="free")
 
-    texts[4] = texts[1]  # the fifth target is longer by one token
-    both, alone = forecast_rows([0, 1]), forecast_rows([0])
-    assert forecast_rows([0, 4]).texts == both.texts
-    assert both.texts == [texts[0][1:-1], texts[1][1:]]
+    both = forecast_rows([0, 1])
+    assert both.texts == forecast_rows([0, 4]).texts == [first[1:-1], second[1:]]
     assert both.values[:, -1].tolist() == [[5.0, 4.56], [5.0, 14.56]]
-    assert alone.texts == both.texts[:1]
+    assert forecast_rows([0]).texts == both.texts[:1]
 
 
 def test_constrained_forecasts_are_whole_and_have_the_same_losses(tiny, series, free):
