@@ -58,7 +58,6 @@ def test_a_failing_method_gives_the_naive_forecast_and_means_are_geometric(capsy
     sets = [Windows(name, 1, [np.arange(n)], np.full((1, 2), n)) for name, n in (("a", 11.0), ("b", 12.0))]
     rows = pd.DataFrame(measure(sets, {series.NAIVE: constant(0), "ours": failing, "far": constant(9)}))
     assert "ours fails on a window of b (values that are not finite)" in capsys.readouterr().err
-    assert [series.means(rows, "MASE")[name][0] for name in ("ours", "far")] == pytest.approx([1, 8])
     rows.loc[(rows.method == "far") & (rows.set == "b"), "MASE"] = 2.0
     found = series.summary(rows)
     assert found["relative MASE"].to_dict() == pytest.approx({series.NAIVE: 1, "ours": 1, "far": 4})
