@@ -48,7 +48,7 @@ def zipped(**files: bytes) -> bytes:
     return content.getvalue()
 
 
-PACKED = b"a,b\n1.5,2\n1.6,3\n"
+PACKED, DAYS = b"a,b\n1.5,2\n1.6,3\n", [datetime(2023, 1, day) for day in (1, 2)]
 STYLES = {
     "comments and empty lines": "# made by a logger\na,b\n\n1.5,2\n# a pause\n1.6,3\n\n",
     "Excel's mark, decimal commas": "sep=;\na;b\n1,5;2\n1,6;3\n",
@@ -61,11 +61,15 @@ STYLES = {
     "zip": zipped(**{"a.csv": PACKED}),
     "two byte order marks": "\ufeff\ufeffa,b\n1.5,2\n1.6,3\n",
     "xz": lzma.compress(PACKED),
+    "Excel with numbers as text": [[["d", "a", "b"], [DAYS[0], "1,5", 2], [DAYS[1], "1,6", "3"]]],
+    "Excel with rows left empty": [[["d", "a", "b"], [DAYS[0], 1.5, 2], [DAYS[1], 1.6, 3], [" ", None]]],
+    "Excel with a clock": [[["d", "at", "a", "b"], [DAYS[0], time(1), 1.5, 2], [DAYS[0], time(2), 1.6, 3]]],
+    "Parquet": pd.DataFrame({"d": DAYS, "a": [1.5, 1.6], "b": [2, 3]}).to_parquet(),
 }
 
 
 @pytest.mark.parametrize("content", STYLES.values(), ids=STYLES.keys())
-def test_styles_of_text_tables(read, content):
+def test_styles_of_tables(read, content):
     (found,) = read(content, columns=["a", "b"])
     assert list(found.columns) == ["a", "b"]
     assert found.values.tolist() == [[1.5, 2], [1.6, 3]]
@@ -79,6 +83,7 @@ def test_thousands_and_decimal_commas(read):
     for text in ("a;b\n12,000;1\n13,000;2\n", "a;b\n12.000;1\n950;2\n", "a;b\n12.000;1\n13.000;2\n"):
         with pytest.raises(DataError, match=r"'12.000' can be 12.000 or 12000; write all numbers with a decimal"):
             read(text)
+    assert read([[["d", "a"], [DAYS[0], 1.234], [DAYS[1], 2]]])[0]["a"].tolist() == [1.234, 2]
 
 
 TIMES = {  # text: (name of the times, the next one)
@@ -138,7 +143,7 @@ def test_what_is_a_variable(read, text, names):
     assert list(read(text)[0].columns) == names.split()
 
 
-THREE, DAYS = np.ones((1, 4, 3)), [datetime(2023, 1, day) for day in (1, 2)]
+THREE = np.ones((1, 4, 3))
 REFUSED = {  # what can mean two things, would have to be guessed, or is no table
     "infinite": ("a,b\n1,2\n3,inf\n", "line 3, column 'b': is infinite"),
     "empty": ("", "is empty"),
@@ -216,19 +221,6 @@ def test_times_that_cannot_be_read_are_refused_also_where_variables_are_asked_fo
         with pytest.raises(DataError, match=f"column 'date': holds '{cells[0]}', expected a date such as 2023-01-31"):
             read("date,a\n{},1\n{},2\n".format(*cells), columns=["a"])
     assert len(read("t,day,a\n1,May 5,1\n2,May 6,2\n", columns=["a"])[0]) == 2  # not the times, as there are others
-
-
-EXCEL = {  # the rows of a sheet: the values of `a`
-    "numbers as text": ([["d", "a"], [DAYS[0], "1,5"], [DAYS[1], "2"]], [1.5, 2]),
-    "three decimals": ([["d", "a"], [DAYS[0], 1.234], [DAYS[1], 2]], [1.234, 2]),
-    "rows left empty": ([["d", "a"], [DAYS[0], 1.5], [DAYS[1], 2], [" ", None]], [1.5, 2]),
-    "a clock": ([["d", "at", "a"], [DAYS[0], time(1), 1], [DAYS[0], time(2), 2]], [1, 2]),
-}
-
-
-@pytest.mark.parametrize(("rows", "values"), EXCEL.values(), ids=EXCEL.keys())
-def test_cells_of_excel(read, rows, values):
-    assert read([rows])[0]["a"].tolist() == values
 
 
 def test_what_is_chosen_is_said(read):
@@ -369,13 +361,6 @@ def test_columns_of_frames():
 def test_frames_that_are_refused(columns, index, message):
     with pytest.raises(DataError, match=message):
         from_frame(pd.DataFrame(columns, index=index))
-
-
-def test_parquet(read):
-    frame = pd.DataFrame({"day": pd.date_range("2023-01-01", periods=2), "a": [1.5, 2], "b": [3, 5]})
-    (found,) = read(frame.to_parquet(), "a.data", columns=["b"])
-    assert (found.attrs["name"], list(found.columns), found.values.tolist()) == ("a", ["b"], [[3], [5]])
-    assert found.index[1] == pd.Timestamp("2023-01-02")
 
 
 def test_forecasts_as_csv(read):
