@@ -171,9 +171,7 @@ def test_several_series_keep_their_names_their_times_and_their_digits(run, tmp_p
 
 
 def test_several_files_are_forecast_into_one_table_with_a_name_for_each_series(run, refused, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    files = [sine(path) for path in (tmp_path / "a.csv", tmp_path / "b.csv", other / "b.csv")]
+    files = [sine(tmp_path / name) for name in ("a.csv", "b.csv", "b.txt")]
     assert run(*files, "--horizon", 1)[::3] == (0, {"forecasts.csv"})
     names = pd.read_csv(tmp_path / "forecasts.csv")["series"]
     assert names.tolist() == ["a", f"{files[1]}: b", f"{files[2]}: b"]
