@@ -20,11 +20,7 @@ def test_errors_by_hand():
 def test_the_interval_covers_the_mean_of_skewed_values():
     """The last are as skewed as our errors, mean / median is 8; a percentile bootstrap covers 0.80."""
     normal = np.random.default_rng(1).normal(size=(1000, 150))
-    for values, mean, least in (
-        (normal, 0, 0.93),
-        (np.random.default_rng(1).exponential(size=(1000, 150)), 1, 0.93),
-        (np.exp(2.04 * normal), np.exp(2.04**2 / 2), 0.88),
-    ):
+    for values, mean, least in ((normal, 0, 0.93), (np.exp(2.04 * normal), np.exp(2.04**2 / 2), 0.88)):
         low, high = np.array([mean_interval(row) for row in values]).T
         assert least <= ((low <= mean) & (mean <= high)).mean() <= 0.97
 
