@@ -1,16 +1,17 @@
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from experiments.forecasting.encoding import Encoding
 from experiments.training.loop import Account, Windows, inject_adapter, train
 from experiments.training.settings import Training, TrainingError
 from experiments.training.text_tuning import TextWindows, cut_series, cut_tokens
-from flops import BudgetExceeded
+from flops import BudgetExceeded, Ledger
 from lora import adapter_parameters, inject
 from qwen_min import load
 from qwen_min.linear import pack
@@ -28,24 +29,12 @@ def text_windows(model, token_lists, settings=SETTINGS, vocabulary=None):
     return TextWindows(model, cut_tokens(token_lists, settings), settings.context, 256, vocabulary)
 
 
-@dataclass
-class Stopping:
-    """A ledger that stops a training before a step, as an empty budget does."""
-
-    last: int | None
-    budget = spent = 1
-
-    def debit(self, name, step, cost):
-        if step == self.last:
-            raise BudgetExceeded
-
-
-def run(tiny, token_lists, folder, settings=SETTINGS, stop_before=None, vocabulary=None, held_out=None):
+def run(tiny, token_lists, folder, settings=SETTINGS, account=None, vocabulary=None, held_out=None):
     """Train a fresh adapter: (losses, adapter)."""
     model = deepcopy(tiny[0])
     inject_adapter(model, settings)
     windows = text_windows(model, token_lists, settings, vocabulary)
-    trained = train(windows, settings, Account(ledger=Stopping(stop_before)), folder, held_out)
+    trained = train(windows, settings, account, folder, held_out)
     return trained.losses, {name: p.detach() for name, p in adapter_parameters(model).items()}
 
 
@@ -121,8 +110,9 @@ def test_an_epoch_takes_each_window_once_and_the_next_epoch_has_another_order():
 def test_a_training_ends_with_the_parameters_that_had_the_smallest_held_out_loss(tmp_path, tiny, token_lists):
     settings, held_out = replace(SETTINGS, steps=16, cosine=True), [5.0, 4.0, 3.0, 1.0, 2.0, 2.5, 3.0, 3.0, 3.0]
     _, adapter = run(tiny, token_lists, None, settings, held_out=iter(held_out).__next__)
+    six_steps = Account(ledger=Ledger(tmp_path / "ledger.jsonl", budget=6), cost=1)
     with pytest.raises(BudgetExceeded):
-        run(tiny, token_lists, tmp_path, settings, stop_before=6, held_out=iter(held_out).__next__)
+        run(tiny, token_lists, tmp_path, settings, six_steps, held_out=iter(held_out).__next__)
     state = load_file(tmp_path / "state.safetensors")
     assert state["done"] == 6
     assert all(torch.equal(state[name], tensor) for name, tensor in adapter.items())
@@ -159,14 +149,11 @@ def test_training_frees_packed_weights(token_lists):
     assert model.head_weight.packed is None
 
 
-def test_gradients_are_clipped_to_a_norm(monkeypatch, tiny, token_lists):
+def test_gradients_are_clipped_to_a_norm(tiny, token_lists):
     norms = []
-
-    class Watched(torch.optim.Adam):
-        def step(self):
-            norms.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]).norm().item())
-            return super().step()
-
-    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    watch = register_optimizer_step_pre_hook(
+        lambda adam, *_: norms.append(torch.cat([p.grad.flatten() for p in adam.param_groups[0]["params"]]).norm())
+    )
     run(tiny, token_lists, None, replace(SETTINGS, clip=1e-3))
-    np.testing.assert_allclose(norms, 1e-3, rtol=1e-3)
+    watch.remove()
+    np.testing.assert_allclose(norms, [1e-3] * SETTINGS.steps, rtol=1e-3)
