@@ -117,6 +117,9 @@ BAD = {
     "nothing": ([], "got no series"),
     "too long": ([np.ones((4, 2))], "a horizon of 300 leaves no room for a context", {"horizon": 300}),
     "no horizon": ([np.ones((4, 2))], "horizon is 0", {"horizon": 0}),
+    "the quantile 0": ([np.ones((4, 2))], "expected levels between 0 and 1", {"quantiles": (0.5, 0)}),
+    "a quantile above 1": ([np.ones((4, 2))], "the quantile 1.5 does not exist", {"quantiles": (0.5, 1.5)}),
+    "the quantile NaN": ([np.ones((4, 2))], "the quantile nan does not exist", {"quantiles": (0.5, np.nan)}),
     "short context": ([np.ones((4, 2))], "context is 1, expected a whole number of at least 2", {"context": 1}),
 }
 

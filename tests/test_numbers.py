@@ -10,6 +10,7 @@ import torch
 from experiments.forecasting import Forecaster
 from experiments.forecasting.contexts import SeriesError
 from experiments.forecasting.numbers import AHEAD, LEVELS, PATCH, Numbers, Patches, patches
+from experiments.forecasting.scores import inside
 from experiments.forecasting.seasons import Seasons, find_seasons, long_season, without_long_seasons
 from experiments.forecasting.values import ZERO_SHOT, NumberForecaster, at_levels
 from experiments.training.number_tuning import number_step
@@ -112,17 +113,15 @@ SERIES = {
 }
 
 
-@pytest.mark.parametrize("name", SERIES)
-def test_any_series_gets_finite_ordered_quantiles(forecaster, name):
+@pytest.mark.parametrize("series", SERIES.values(), ids=SERIES.keys())
+def test_any_series_gets_finite_ordered_quantiles(forecaster, series):
     """Of one step, of a pass of the decoder, and far beyond."""
     for horizon in (1, 33, 200):
-        found = forecaster.forecast([np.asarray(SERIES[name])], horizon, quantiles=(0.02, 0.1, 0.5, 0.9, 0.98))
+        found = forecaster.forecast([np.asarray(series)], horizon, quantiles=(0.02, 0.1, 0.5, 0.9, 0.98))
         assert found.quantiles.shape == (1, 5, horizon, 1)
         assert np.isfinite(found.quantiles).all()
         assert (np.diff(found.quantiles, axis=1) >= 0).all()
         np.testing.assert_allclose(found.values, found.quantiles[:, 2])
-    if name == "constant":
-        assert (found.quantiles == 5).all()
 
 
 HOURS = np.arange(24 * 7 * 8)
@@ -138,15 +137,7 @@ def test_a_long_season_is_found_only_where_there_is_one():
     for some in (with_gaps, with_spike, with_outage, LOAD + 0.2 * NOISE, LOAD[:504], LOAD + 1e7, 1e300 * LOAD):
         assert long_season(some, 512) in (168, 336)
     smooth, spikes = np.convolve(NOISE, np.hanning(300), "valid"), 60.0 * (NOISE > 3)
-    for some in (
-        LOAD[: 24 * 20],
-        wave(600, 24) + 0.1 * NOISE[:600],
-        NOISE,
-        NOISE.cumsum(),
-        smooth,
-        spikes,
-        np.full(600, np.nan),
-    ):
+    for some in (LOAD[:480], wave(600, 24), NOISE, NOISE.cumsum(), smooth, spikes, np.full(600, np.nan)):
         assert long_season(some, 512) == 0
     exact = np.resize([1, 5, 2, 7, 0, 0, 3], 150)  # multiples of its season are long
     assert [long_season(factor * exact, 512) > 0 for factor in (1, 3.7)] == [True, True]
@@ -161,7 +152,7 @@ def test_the_week_of_hourly_values_is_forecast():
     found = Forecaster.load().forecast([one[:stop] for one, stop in places], 24, quantiles=(0.1, 0.9))
     truth, naive = (np.stack([one[stop - back :][:24] for one, stop in places]) for back in (0, 168))
     assert np.abs(found.values[..., 0] - truth).mean() < 0.6 * np.abs(naive - truth).mean()
-    assert 0.7 < np.mean((found.quantiles[:, 0, :, 0] < truth) & (truth < found.quantiles[:, 1, :, 0])) < 0.95
+    assert 0.7 < inside(*found.quantiles[..., 0].swapaxes(0, 1), truth) < 0.95
     one = Forecaster.load().forecast([np.where(KNOWN, WANDERING[0], np.nan)], 400).values  # far beyond a season
     assert np.corrcoef(np.diff(one[0, :, 0]), np.diff(LOAD[:400]))[0, 1] > 0.9
 
@@ -179,7 +170,7 @@ def test_intervals_are_wide_enough_where_days_differ_as_a_whole():
     places = [(one + 0.02 * NOISE, stop) for one in days for stop in range(len(LOAD) - 120, len(LOAD), 24)]
     found = Forecaster.load().forecast([one[:stop] for one, stop in places], 24, quantiles=(0.1, 0.9)).quantiles
     truth = np.stack([one[stop : stop + 24] for one, stop in places])
-    assert 0.73 < np.mean((found[:, 0, :, 0] < truth) & (truth < found[:, 1, :, 0])) < 0.9
+    assert 0.73 < inside(*found[..., 0].swapaxes(0, 1), truth) < 0.9
 
 
 @pytest.mark.slow
@@ -189,18 +180,7 @@ def test_intervals_far_ahead_do_not_shrink():
     noise, walks = rng.normal(size=(16, 396)), rng.normal(size=(16, 396)).cumsum(1)
     for series, least, most in ((noise, 0.8, 0.95), (walks, 0.6, 0.9)):
         found = Forecaster.load().forecast([*series[:, :300]], 96, quantiles=(0.1, 0.9))
-        low, high = found.quantiles[..., 0].swapaxes(0, 1)
-        assert least < ((low < series[:, 300:]) & (series[:, 300:] < high))[:, 64:].mean() < most
-
-
-def test_what_cannot_be_forecast_is_refused_in_words(forecaster):
-    """What no forecaster takes is in test_forecaster.py."""
-    for series, words in ([1.0, 2.0], "expected at least 3"), ([np.nan] * 9, "variable 0 has no value"):
-        with pytest.raises(SeriesError, match=words):
-            forecaster.forecast([np.array(series)], 5)
-    for level in (0.0, 1.5, np.nan):
-        with pytest.raises(SeriesError, match="does not exist, expected levels between 0 and 1"):
-            forecaster.forecast([np.arange(5.0)], 3, quantiles=(0.5, level))
+        assert least < inside(*found.quantiles[:, :, 64:, 0].swapaxes(0, 1), series[:, 364:]) < most
 
 
 def test_values_that_are_not_there_yet_are_forecast_on_the_way(forecaster):
@@ -220,16 +200,14 @@ def test_what_is_missing_at_an_end_is_not_read(forecaster):
     np.testing.assert_array_equal(forecaster.forecast([np.concatenate((empty, series))], 5).values, wanted.values)
     with pytest.raises(SeriesError, match="series 1: has no value in its newest 200 time steps"):
         forecaster.forecast([series, np.concatenate((series, empty))], 5)
+    alone = forecaster.forecast([series[:-7]], 12, LEVELS).quantiles[0, :, :, 0]
     several = np.stack([series, wave(60, 12), np.full(60, 3.0)], axis=1)
-    several[:40, 1] = several[-7:, 0] = several[30:, 2] = np.nan
-    evened, around = forecaster._evened(several, 0, 5)
-    np.testing.assert_array_equal(evened[:, 1], several[:, 1])
-    assert (evened[:, 2] == 3).all()
-    np.testing.assert_array_equal(evened[-7:, 0], forecaster.forecast([series[:-7]], 7).values[0, :, 0])
-    late = forecaster.forecast([several], 5, LEVELS).quantiles[0, :, :, 0]
-    alone = forecaster.forecast([series[:-7]], 12, LEVELS).quantiles[0, :, 7:, 0]
-    np.testing.assert_allclose(late - late[4], alone - alone[4])  # as uncertain as from where it ends
-    assert around.keys() == {0, 2}
+    several[:40, 1], several[-7:, 0] = np.nan, alone[4, :7]
+    forecast_ends = forecaster.forecast([several], 5).values
+    several[-7:, 0] = several[30:, 2] = np.nan
+    late = forecaster.forecast([several], 5, LEVELS).quantiles[0]
+    np.testing.assert_array_equal(late[4], forecast_ends[0])
+    np.testing.assert_allclose((late - late[4])[..., 0], (alone - alone[4])[:, 7:])  # as from where it ends
     other = several.copy()
     other[:20, [0, 2]] += 9  # before what is read
     found = [forecaster.forecast([one], 5, context=40).values for one in (several, other)]
