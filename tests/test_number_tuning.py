@@ -104,13 +104,9 @@ def test_noise_is_what_a_regression_leaves_and_large_values_count_more_only_with
         assert (len(weight[weight > 0].unique()) > 1) == grows
 
 
-def places(count: int) -> list[Origin]:
-    rng = np.random.default_rng(0)
-    return [Origin(rng.normal(size=(20, 1)), rng.normal(size=(3, 1)), number, number) for number in range(count)]
-
-
 def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_forecast():
-    held = places(20)
+    rng = np.random.default_rng(0)
+    held = [Origin(rng.normal(size=(20, 1)), rng.normal(size=(3, 1)), number, number) for number in range(20)]
     truth = np.stack([place.truth for place in held])[:, None]
     spread = np.array([NormalDist(0, 0.3).inv_cdf(level) for level in LEVELS])[:, None, None]
     error = np.random.default_rng(2).normal(0, 0.3, truth.shape)
@@ -138,40 +134,36 @@ def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_
     assert best_shares(parts, held[:1], found) == kept
 
 
-def assert_foreign_series_are_forecast_without(tuned, series):
-    """The first of the series is like those of the fine-tuning, the others are not."""
-    tuned.trained = replace(tuned.trained, reading=replace(tuned.trained.reading, width=1 / 8))
-    with pytest.warns(SeriesWarning, match=rf"series 1 is negative, or on .* without it \({len(series) - 1} such"):
+BELOW_ZERO = [np.append(one - one.mean(axis=0), np.full((60, 1), 0.1), axis=1) for one in patterns(24)]
+
+
+@pytest.mark.parametrize(("series", "changes"), [
+    (patterns(24), [(1, -1.1), (1e-4, 0), ([1e-4, 1], 0), ([1, 1e4], 0)]),  # read as logarithms
+    (BELOW_ZERO, [([1, 1e-3, 1], 0), (1, [1e4, 1e4, 0]), (1, [0, 0, 0.01])]),  # the third variable is a constant
+])  # fmt: skip
+def test_series_on_another_scale_are_forecast_without_the_adapter(series, changes):
+    tuned, zero_shot = Forecaster.load("numbers"), Forecaster.load("numbers")
+    tuned.copied().norm.weight.data *= 1.5  # as an adapter changes it
+    reading = with_scale(Reading(40, 8, 4, near={TUNED: 1.0}, far={TUNED: 1.0}, width=1 / 8), series)
+    tuned.trained = Trained("numbers", "", reading=reading)
+    series = [series[0], *(factor * series[0] + offset for factor, offset in changes)]
+    with pytest.warns(SeriesWarning, match=rf"series 1 is negative, or on .* without it \({len(changes)} such"):
         found = tuned.forecast(series, 4, [0.1, 0.9]).quantiles
-    wanted = Forecaster.load("numbers").forecast(series, 4, [0.1, 0.9]).quantiles
+    wanted = zero_shot.forecast(series, 4, [0.1, 0.9]).quantiles
     same = np.isclose(found, wanted, rtol=1e-4).all(axis=(1, 2, 3))
-    assert same.tolist() == [False] + [True] * (len(series) - 1)
-
-
-def test_without_logarithms_series_on_another_scale_are_foreign_too():
-    series = [one - one.mean(axis=0) for one in patterns(24)]
-    series = [np.append(one, np.full((len(one), 1), 0.1), axis=1) for one in series]  # a constant changes nothing
-    forecaster = Forecaster.load("numbers")
-    training.finetune(forecaster, series, 4, steps=1, batch=2, rank=2)
-    reading = replace(forecaster.trained.reading, near={TUNED: 1.0}, far={TUNED: 1.0})
-    assert reading.mean is not None
-    assert reading.offset is None
-    forecaster.trained = replace(forecaster.trained, reading=reading)
-    foreign = [series[0] * [1, 1e-3, 1], series[0] + [1e4, 1e4, 0], series[0] + [0, 0, 0.01]]
-    assert_foreign_series_are_forecast_without(forecaster, [series[0], *foreign])
+    assert same.tolist() == [False] + [True] * len(changes)
 
 
 @pytest.mark.slow
 def test_fine_tuning_helps_where_there_is_something_to_learn_and_its_adapter_forecasts(tmp_path):
-    series = patterns(24)
-    forecaster = Forecaster.load("numbers")
-    zero_shot = forecaster.forecast([one[:40] for one in series], 4)
+    series, forecaster = patterns(24), Forecaster.load("numbers")
+    contexts = [one[:40] for one in series]
+    zero_shot = forecaster.forecast(contexts, 4)
     metrics = training.finetune(forecaster, series, 4, folder=tmp_path, steps=30, batch=8)
     assert metrics["errors"]["after"]["rmse"] < 0.7 * metrics["errors"]["before"]["rmse"]
     assert metrics["held_out_after"] < 0.8 * metrics["held_out_before"]
     assert read_trained(tmp_path / "adapter").reading.shares == metrics["shares"]
     loaded = Forecaster.load(adapter=tmp_path / "adapter")
-    contexts = [one[:40] for one in series]
     ours, theirs = (one.forecast(contexts, 4, [0.1, 0.9]) for one in (forecaster, loaded))
     np.testing.assert_array_equal(ours.quantiles, theirs.quantiles)
     assert not np.allclose(ours.values, zero_shot.values)
@@ -179,8 +171,6 @@ def test_fine_tuning_helps_where_there_is_something_to_learn_and_its_adapter_for
         assert np.isfinite(loaded.forecast(contexts, 50).values).all()
     with pytest.raises(SeriesError, match="have 1 variables, the adapter was trained on 2"):
         loaded.forecast([np.arange(20.0)], 4)
-    foreign = [series[0] - 3, series[0] / 1e4, series[0] * [1e-4, 1], series[0] * [1, 1e4]]
-    assert_foreign_series_are_forecast_without(loaded, [series[0], *foreign])
     late = np.append(series[0], np.full((9, 2), np.nan), axis=0)  # more than is read below
     np.testing.assert_array_equal(loaded.forecast([late], 4, context=8).values.shape, (1, 4, 2))
     large = loaded.parts([100 * series[0], 200 * series[0]], 4, [TUNED], loaded.trained.reading)[TUNED]
@@ -191,9 +181,8 @@ def test_fine_tuning_helps_where_there_is_something_to_learn_and_its_adapter_for
 
 
 def test_one_short_series_keeps_the_zero_shot_forecast():
-    series = [np.random.default_rng(0).normal(size=(20, 1))]
-    zero_shot = Forecaster.load("numbers").forecast(series, 4, [0.1])
-    forecaster = Forecaster.load("numbers")
+    series, forecaster = [np.random.default_rng(0).normal(size=(20, 1))], Forecaster.load("numbers")
+    zero_shot = forecaster.forecast(series, 4, [0.1])
     metrics = training.finetune(forecaster, series, 4, steps=3, batch=2, rank=2)
     assert metrics["shares"].startswith("as before the training, which brought no certain gain")
     assert metrics["errors"]["after"] == metrics["errors"]["before"]
