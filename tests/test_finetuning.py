@@ -1,8 +1,10 @@
 """Fine-tuning on a user's series: the budget, the best state, kills, the command and its page."""
 
 import json
+import os
 import re
 import signal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -68,31 +70,21 @@ class Killed(BaseException):
 def test_a_killed_fine_tuning_ends_with_the_same_bytes(tmp_path, monkeypatch, model, options):
     monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
 
-    def run(folder, kill_at=None):
-        """Run in a folder and kill the process, in effect, before its write number kill_at."""
-        written = []
-
-        def counted(path, content, write=loop.write_whole):
-            if len(written) == kill_at:
-                raise Killed
-            written.append(path.name)
-            write(path, content)
-
+    def run(folder, sync):
+        """Run in a folder; sync stands for `os.fsync`, which ends each write."""
         with monkeypatch.context() as patch:
-            for module in ("training.loop", "training.finetuning", "storage.runfolder"):
-                patch.setattr(f"experiments.{module}.write_whole", counted)
+            patch.setattr(os, "fsync", sync)
             training.finetune(Forecaster.load(model), waves(6, 40), 2, folder=folder, steps=3, **options)
-        return written
 
-    writes = run(tmp_path / "whole")
+    run(tmp_path / "whole", whole := Mock())
     wanted = contents(tmp_path / "whole", "**/*.*")
     assert {"metrics.json", "forecasts.jsonl", "adapter/adapter_model.safetensors", "ledger.jsonl"} <= wanted.keys()
     assert not [name for name in wanted if "state" in name]
-    for kill_at in range(1, len(writes), 3):
-        folder = tmp_path / str(kill_at)
+    for writes in range(3, whole.call_count, 7):
+        folder = tmp_path / str(writes)
         with pytest.raises(Killed):
-            run(folder, kill_at)
-        run(folder)
+            run(folder, Mock(side_effect=[None] * writes + [Killed]))
+        run(folder, Mock())
         assert contents(folder, "**/*.*") == wanted
 
 
