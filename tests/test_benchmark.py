@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 
-from experiments.benchmarking import measurement, side
+from experiments.benchmarking import measurement
 from experiments.benchmarking.engines import LlamaCpp
 from experiments.benchmarking.measurement import OURS, chosen
 from experiments.benchmarking.side import BenchmarkError, Setup, Side, ask, processes
@@ -32,17 +32,13 @@ def cells(table: str) -> dict[str, list[str]]:
 
 @pytest.mark.slow
 def test_one_run_measures_this_project(small, command, monkeypatch):
-    """In this process; that of a side is tested below."""
+    """In this process, without a clock; those of a side are tested below."""
 
-    def ask(process, name, method, *values):
-        monkeypatch.setattr(side, "_side", process, raising=False)
-        return side._call(method, values)
-
-    def processes(setup, sides):
+    def here(setup, sides):
         return nullcontext({name: side(setup) for name, side in sides.items()})
 
-    monkeypatch.setattr(measurement, "ask", ask)
-    monkeypatch.setattr(measurement, "processes", processes)
+    monkeypatch.setattr(measurement, "processes", here)
+    monkeypatch.setattr(measurement, "ask", lambda ours, _, method, *values: getattr(ours, method)(*values) or 1)
     status, out, _ = command("benchmark", "--peers", "none", "--runs", 1, "--dtype", "float32")
     found = {name: row[0].split() for name, row in cells(out).items() if name.strip("- ")}
     assert status == 0
@@ -80,7 +76,7 @@ def test_peers_that_cannot_be_measured_are_left_out_with_a_line(monkeypatch, cap
 
 
 class Idle(Side):
-    start = complete = decode = None
+    start = complete = decode = lambda self: None
 
     def __init__(self, setup=None):
         self.setup = setup
@@ -94,6 +90,7 @@ def test_a_side_has_a_process_and_memory_of_its_own():
     ballast = np.ones(2**27)  # 1 GiB in this process, which starts the other
     with processes(None, {"idle": Idle}) as started:
         assert 0 < ask(started["idle"], "idle", "peak") < ballast.nbytes / 1e9
+        assert 0 < ask(started["idle"], "idle", "start") < 0.5  # seconds
         with pytest.raises(BenchmarkError, match="the process of idle died in die; it may have run out of memory"):
             ask(started["idle"], "idle", "die")
 
