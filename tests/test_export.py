@@ -10,7 +10,7 @@ from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import Trained, checkpoint_hash
 from experiments.forecasting.encoding import Encoding
 from experiments.training.loop import write_adapter
-from lora import LoraConfig, save_adapter
+from lora import LoraConfig
 from qwen_min import CheckpointError, load
 from qwen_min.weights import TINY, save
 
@@ -41,18 +41,11 @@ def test_the_merged_checkpoint_is_the_adapted_model_here_and_in_transformers(com
 
 
 def test_weights_are_written_in_the_given_type_whole_or_not_at_all(command, refused, tmp_path, exported):
-    _, adapter, merged = exported
+    model, adapter, merged = exported
+    with pytest.raises(CheckpointError, match=r"unexpected .*lora_A"):
+        save(model, merged, TINY)  # it has an adapter
     assert command("export", adapter, merged)[0] == 0
     kept, _ = load(merged, dtype=None)
     assert {parameter.dtype for parameter in kept.parameters()} == {torch.bfloat16}
     assert "exists already" in refused("export", adapter, merged)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "merged"]
-
-
-def test_an_adapter_of_unknown_origin_needs_a_checkpoint_and_an_adapted_model_is_none(refused, tmp_path, exported):
-    model, _, merged = exported
-    save_adapter(model, tmp_path / "plain")
-    assert "name it with --model" in refused("export", tmp_path / "plain", merged)
-    with pytest.raises(CheckpointError, match=r"unexpected .*lora_A"):
-        save(model, merged, TINY)
-    assert not merged.exists()
