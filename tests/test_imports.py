@@ -35,55 +35,50 @@ EXCEPTIONS = {"experiments.report.__main__": ["experiments.cli"]}
 OURS = ("qwen_min", "lora", "flops", "experiments")
 
 
+def below(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
 def imported(path: Path) -> set[str]:
-    """The modules that a file imports, anywhere in it, a name from a package as the package's module."""
+    """What a file imports of ours, anywhere in it, for types too; a name from a package as the package's module."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            package = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            found |= {package + alias.name for alias in node.names if below(package + alias.name, *OURS)}
     return found
 
 
-def below(name: str, package: str) -> bool:
-    return name == package or name.startswith(package + ".")
-
-
-FILES = {
-    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path
+IMPORTED = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): imported(path)
     for package in OURS
-    for path in sorted((ROOT / package).rglob("*.py"))
+    for path in (ROOT / package).rglob("*.py")
 }
 
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_a_package_imports_only_what_lies_below_it(package):
-    for name in (name for name in FILES if below(name, package)):
+    for name in (name for name in IMPORTED if below(name, package)):
         allowed = [package, *ALLOWED[package], *EXCEPTIONS.get(name, [])]
-        ours = [one for one in imported(FILES[name]) if one.split(".")[0] in OURS]
-        assert not [one for one in ours if not any(below(one, each) for each in allowed)], name
+        assert [one for one in IMPORTED[name] if not below(one, *allowed)] == [], name
+
+
+def test_every_file_has_its_rule_and_commands_do_not_import_each_other():
+    for name in (name for name in IMPORTED if not below(name, *ALLOWED)):
+        assert name in COMMANDS | {"experiments"}, "name its rule above"
+        assert [one for one in IMPORTED[name] if below(one, *COMMANDS - {name})] == [], name
 
 
 def test_no_import_goes_in_a_circle():
-    """Imports inside functions and for types count too."""
-    found = {name: imported(path) for name, path in FILES.items()}
     # a package itself stands for its names, not for all files in it
     arrows = {
-        name: {other for other in FILES if not below(name, other) and any(below(one, other) for one in found[name])}
-        for name in FILES
+        name: {other for other in IMPORTED if not below(name, other) and any(below(one, other) for one in found)}
+        for name, found in IMPORTED.items()
     }
     while leaves := [name for name, others in arrows.items() if not others & arrows.keys()]:
         for name in leaves:
             del arrows[name]
     assert not arrows
-
-
-def test_every_file_has_its_rule_and_commands_do_not_import_each_other():
-    for name, path in FILES.items():
-        if not any(below(name, package) for package in ALLOWED):
-            assert name in COMMANDS | {"experiments"}, f"{path.relative_to(ROOT)}: name its rule above"
-            assert not [one for one in imported(path) for other in COMMANDS - {name} if below(one, other)]
 
 
 @pytest.mark.slow
