@@ -12,7 +12,6 @@ from experiments.training.loop import Account, Windows, inject_adapter, train
 from experiments.training.settings import Training, TrainingError
 from experiments.training.text_tuning import TextWindows, cut_series, cut_tokens
 from flops import BudgetExceeded, Ledger
-from lora import adapter_parameters, inject
 from qwen_min import load
 from qwen_min.linear import pack
 
@@ -26,16 +25,17 @@ def token_lists(tiny):
 
 
 def text_windows(model, token_lists, settings=SETTINGS, vocabulary=None):
+    """Windows for a copy of the model with a fresh adapter."""
+    model = deepcopy(model)
+    inject_adapter(model, settings)
     return TextWindows(model, cut_tokens(token_lists, settings), settings.context, 256, vocabulary)
 
 
 def run(tiny, token_lists, folder, settings=SETTINGS, account=None, vocabulary=None, held_out=None):
     """Train a fresh adapter: (losses, adapter)."""
-    model = deepcopy(tiny[0])
-    inject_adapter(model, settings)
-    windows = text_windows(model, token_lists, settings, vocabulary)
+    windows = text_windows(tiny[0], token_lists, settings, vocabulary)
     trained = train(windows, settings, account, folder, held_out)
-    return trained.losses, {name: p.detach() for name, p in adapter_parameters(model).items()}
+    return trained.losses, windows.parameters
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -61,9 +61,7 @@ def test_windows_are_padded_at_the_end(tiny, token_lists):
     whole = cut_tokens(token_lists, replace(SETTINGS, whole_windows=True))
     assert [len(whole[row]) for row in range(len(whole))] == [24] * 6 * 2
     assert whole[1] == token_lists[0][10:34]
-    with_adapter = deepcopy(tiny[0])
-    inject(with_adapter, SETTINGS.lora)
-    windows, rows = text_windows(with_adapter, token_lists), torch.tensor([3, 0])
+    windows, rows = text_windows(tiny[0], token_lists), torch.tensor([3, 0])
     ids, lengths = windows.batch(rows)
     assert windows.num_targets(rows) == 3 + 23
     assert lengths.tolist() == [4, 24]
@@ -144,8 +142,8 @@ def test_training_frees_packed_weights(token_lists):
     """Otherwise a run would hold the weights twice."""
     model, _ = load("tiny", dtype=torch.bfloat16)
     pack(model)
-    inject(model, SETTINGS.lora)
-    text_windows(model, token_lists)
+    inject_adapter(model, SETTINGS)
+    TextWindows(model, cut_tokens(token_lists, SETTINGS), SETTINGS.context, 256)
     assert model.head_weight.packed is None
 
 
