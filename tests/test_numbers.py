@@ -9,9 +9,9 @@ import torch
 
 from experiments.forecasting import Forecaster
 from experiments.forecasting.contexts import SeriesError
-from experiments.forecasting.numbers import AHEAD, LEVELS, PATCH, Numbers, Patches, patches
+from experiments.forecasting.numbers import LEVELS, Numbers, Patches, patches
 from experiments.forecasting.scores import inside
-from experiments.forecasting.seasons import Seasons, find_seasons, long_season, without_long_seasons
+from experiments.forecasting.seasons import find_seasons, long_season, without_long_seasons
 from experiments.forecasting.values import ZERO_SHOT, NumberForecaster, at_levels
 from experiments.training.number_tuning import number_step
 from experiments.training.settings import NUMBER_TARGETS
@@ -50,17 +50,6 @@ def test_seasons_are_found_in_noise_trends_and_gaps():
     assert 0 < strengths.max() <= 1
 
 
-def test_a_token_holds_its_newest_values_and_the_seasons_of_what_it_forecasts():
-    """The season before is repeated, relative to the newest value."""
-    x = torch.arange(40.0)[None, None]
-    seasons = Seasons(torch.tensor([[[5, 7]]]), torch.tensor([[[0.5, 0.6]]]))
-    read = patches(x, torch.ones_like(x, dtype=torch.bool), seasons, stride=4)
-    assert read.ends.tolist() == [*range(4, 41, 4)]
-    values, short, two, strong = read.features[0, 0, -1, : PATCH + 3 * AHEAD].split([PATCH, AHEAD, AHEAD, AHEAD])
-    assert values.tolist() == [*range(24, 40)]
-    assert [short[:6].tolist(), two[:2].tolist(), strong[:2].tolist()] == [[-4, -3, -2, -1, 0, -4], [-9, -8], [-6, -5]]
-
-
 def test_a_token_sees_nothing_of_what_follows_and_of_what_is_missing(model):
     x, seen = torch.from_numpy(wave(64, 12)).float()[None, None], torch.ones(1, 1, 64, dtype=torch.bool)
     seen[..., 30] = False
@@ -79,10 +68,6 @@ def test_variables_see_each_other_through_the_gate_alone(model):
     alone = Patches(read.features[:, :1], read.newest[:, :1], read.ends)
     assert not torch.allclose(model(read)[:, :1], model(alone))
     assert torch.allclose(model(read, torch.zeros(1))[:, :1], model(alone), atol=1e-6)
-    new = Numbers()
-    new.start(0)
-    torch.nn.init.normal_(new.head.weight)
-    assert torch.allclose(new(read)[:, :1], new(alone), atol=1e-5)
 
 
 @pytest.fixture(scope="module")
