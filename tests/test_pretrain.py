@@ -1,12 +1,10 @@
 import os
-import signal
-from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
-from experiments import pretrain as command
 from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import NUMBERS
 from experiments.forecasting.numbers import CONFIG
@@ -14,8 +12,8 @@ from experiments.training import loop, pretraining
 from experiments.training import tiny as pretrain
 from qwen_min import load
 from qwen_min.config import QwenConfig
-from tests import forks
 from tests.faults import contents
+from tests.test_finetuning import Killed
 
 
 def test_the_mixture_fits_the_encoding():
@@ -31,11 +29,11 @@ def test_an_oscillator_without_drive_has_its_period():
     np.testing.assert_allclose(path[0], np.stack([np.cos(t), -np.sin(t)], axis=1), atol=1e-3)
 
 
-def test_the_command_writes_the_same_checkpoint_twice(tmp_path, monkeypatch):
+def test_the_command_writes_the_same_checkpoint_twice(tmp_path, monkeypatch, command):
     monkeypatch.setattr(pretrain, "HELD_OUT", 2)
     monkeypatch.setattr(pretrain, "BATCH", 1)
     for name in ("a", "b"):
-        assert command.main(["tiny", str(tmp_path / name), "--steps", "2", "--seed", "7"]) == 0
+        assert command("pretrain", "tiny", tmp_path / name, "--steps", 2, "--seed", 7)[0] == 0
     assert contents(tmp_path / "a", "*") == contents(tmp_path / "b", "*")
     model, tokenizer = load(tmp_path / "a", dtype=None)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -51,29 +49,22 @@ def test_the_embedded_checkpoints_are_those_that_the_commands_make():
     assert f"`qwen-min pretrain numbers FOLDER --steps {pretraining.STEPS} --seed 0`" in card
 
 
-def pretrained(folder: Path, deadly: bool = False) -> int:
-    """The status of a pretraining of six steps that take a moment, each saved; deadly: it is killed in the fifth."""
-    pretraining.HELD_OUT_STEPS, pretraining.PER_BLOCK, loop.SAVE_SECONDS = 1, 16, 0
-    pretraining.KINDS = (pretraining.Kind(16, 96, 3, 4, 0.5), pretraining.Kind(8, 48, 3, 4, 0.5))
-    draw = pretraining.SyntheticWindows.draw
-
-    def draw_or_die(self, step, *how):
-        if deadly and step == 4 and self.seed == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return draw(self, step, *how)
-
-    pretraining.SyntheticWindows.draw = draw_or_die
-    return command.main(["numbers", str(folder), "--steps", "6", "--seed", "7"])
-
-
 @pytest.mark.slow
-def test_a_killed_pretraining_of_numbers_ends_with_the_same_bytes(tmp_path):
-    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
-    assert forks.run(log, pretrained, whole) == 0, log.read_text()
-    assert forks.run(log, pretrained, killed, True) == -signal.SIGKILL
+def test_a_killed_pretraining_of_numbers_ends_with_the_same_bytes(tmp_path, monkeypatch, command):
+    """Of six steps that take a moment, each saved."""
+    kinds = pretraining.Kind(16, 96, 3, 4, 0.5), pretraining.Kind(8, 48, 3, 4, 0.5)
+    for name, value in {"HELD_OUT_STEPS": 1, "PER_BLOCK": 16, "KINDS": kinds}.items():
+        monkeypatch.setattr(pretraining, name, value)
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0)
+    few, whole, killed = ("--steps", 6, "--seed", 7), tmp_path / "whole", tmp_path / "killed"
+    assert command("pretrain", "numbers", whole, *few)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", Mock(side_effect=[None] * 9 + [Killed]))
+        with pytest.raises(Killed):
+            command("pretrain", "numbers", killed, *few)
     assert [path.name for path in killed.iterdir()] == ["steps6-seed7"]
-    assert forks.run(log, pretrained, killed) == 0, log.read_text()
-    assert forks.run(log, pretrained, killed) == 2  # it has a checkpoint already
+    assert command("pretrain", "numbers", killed, *few)[0] == 0
+    assert command("pretrain", "numbers", killed, *few)[0] == 2  # it has a checkpoint already
     assert contents(killed, "*") == contents(whole, "*")
     rows = (whole / "README.md").read_text().split("|---|---|---|\n")[1].splitlines()
     assert [row.split(" | ")[0] for row in rows] == [f"| {steps}" for steps in range(7)]
