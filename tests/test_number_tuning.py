@@ -114,9 +114,8 @@ def test_shares_are_those_with_the_smallest_loss_and_chance_keeps_the_zero_shot_
     assert found.width == 1 / 16
     np.testing.assert_allclose(combined(parts, found)[:, 4], truth[:, 0])
     only = replace(found, near={"AR": 1.0})  # the interval is that of the decoder that the forecast then makes, too
-    np.testing.assert_array_equal(
-        combined(parts, only), combined({name: parts[name] for name in parts if name != TUNED}, only)
-    )
+    untuned = {name: part for name, part in parts.items() if name != TUNED}
+    np.testing.assert_array_equal(combined(parts, only), combined(untuned, only))
     few = [place._replace(series=place.series % 4, group=place.group % 4) for place in held]
     assert best_shares(parts, few, Reading(16, 4, 3)).width == 1  # forecasts of so few series decide no interval
     uneven = truth + np.where(np.arange(20) % 4, 0.001, 0.3)[:, None, None, None]  # three quarters are almost right
