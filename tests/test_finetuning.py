@@ -12,7 +12,6 @@ import pytest
 from experiments import training
 from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import Trained
-from experiments.forecasting.backtest import Origin
 from experiments.forecasting.contexts import SeriesWarning
 from experiments.storage.files import RunError
 from experiments.storage.interruption import Interrupted, Interruption
@@ -153,14 +152,12 @@ def test_the_command_ends_with_the_result_and_its_adapter_forecasts(command, mon
 def test_series_of_a_file_are_what_they_are_for_the_command(tmp_path):
     """Columns of one table are series of the same times, and a warning names a series, not the number of a forecast."""
     path, values = tmp_path / "wide.csv", np.concatenate(waves(4, 40), axis=1)
-    values[:, 5] *= 1e6
     np.savetxt(path, values, "%.4f", ",", header=",".join("abcdefgh"), comments="")
-    series = read_series(path, wide=True)
-    assert "of 8 series of the same times" in Finetuning(Forecaster.load(), series, 5, 1e11).told
-    job = Finetuning(Forecaster.load(), series[:5] + series[6:], 5, 1e11)
+    job = Finetuning(Forecaster.load(), read_series(path, wide=True), 5, 1e11)
+    assert "of 8 series of the same times" in job.told
     job.tuning.forecaster.trained = Trained("", "", reading=job.tuning.reading)
-    test = [Origin(one.context * 1e6, one.truth, one.series, one.group) for one in job.parts.test]
-    job.parts = job.parts._replace(test=test[-1:])
+    newest = job.parts.test[-1]
+    job.parts = job.parts._replace(test=[newest._replace(context=1e6 * newest.context)])
     with pytest.warns(SeriesWarning, match="^series h is negative, or on another scale"):
         job._forecasts(tmp_path / "state.json")
 
