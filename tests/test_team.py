@@ -12,39 +12,35 @@ import time
 from pathlib import Path
 from signal import SIGKILL
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import GROUPED, random_model, undone
+from conftest import undone
 from experiments.storage.files import read_json as read
 from experiments.training.loop import Account
 from experiments.training.loop import train as train_on
 from experiments.training.settings import Training
 from experiments.training.team import joined
-from experiments.training.text_tuning import Cuts, TextWindows
-from lora import LoraConfig, adapter_parameters, inject
+from qwen_min import load
 from tests import forks, small_plan
 from tests.faults import TIMED, contents
+from tests.test_training import text_windows
 
 pytestmark = pytest.mark.slow
 
 
 def train(folder: Path) -> int:
-    """Train a small fp64 model on rows of unequal length; each process writes its losses and adapter."""
+    """Train a small model in fp64 on rows of unequal length; each process writes its losses and adapter."""
     with joined("cpu", folder / "run") as (team, _, run):
-        model = random_model(GROUPED).double()
-        torch.manual_seed(0)
-        inject(model, LoraConfig(4, 4))
-        model.double()
-        ids = torch.randint(0, GROUPED.vocab_size, (9, 24), generator=torch.Generator().manual_seed(1))
-        lengths = torch.tensor([24, 11, 24, 7, 24, 24, 18, 24, 3])
+        draw, lengths = np.random.default_rng(0), (24, 11, 24, 7, 24, 24, 18, 24, 3)
         settings = Training(4, 1e-2, 24, 6, batch=3, clip=0.5)
-        cuts = Cuts([range(9)], lambda _, row: ids[row, : lengths[row]].tolist())
-        windows = TextWindows(model, cuts, 24, 0)
+        windows = text_windows(load("tiny")[0], [draw.integers(256, size=one).tolist() for one in lengths], settings)
+        windows.model.double()
         losses = train_on(windows, settings, Account(team=team), run / str(team.size)).losses
         tensors = {"losses": torch.tensor(losses).double()}
-        save_file(tensors | adapter_parameters(model), folder / f"{team.size}-{team.rank}.safetensors")
+        save_file(tensors | windows.parameters, folder / f"{team.size}-{team.rank}.safetensors")
     return 0
 
 
