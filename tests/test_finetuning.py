@@ -1,6 +1,5 @@
 """Fine-tuning on a user's series: the budget, the best state, kills, the command and its page."""
 
-import json
 import os
 import re
 import signal
@@ -40,8 +39,6 @@ def test_a_budget_decides_the_steps_and_is_never_exceeded(tmp_path, model, token
             Finetuning(forecaster, waves(6), 5, budget, steps=steps, **options)
     metrics = job.run(tmp_path)
     assert metrics["spent"] == 2 * cost <= metrics["budget"] == int(2.9 * cost)
-    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
-    assert [line["flops"] for line in lines] == [cost] * 2
     with pytest.raises(TrainingError, match="the model has an adapter; load the forecaster anew"):
         training.finetune(forecaster, waves(6), 5, **options)
 
@@ -57,8 +54,6 @@ def test_fitting_helps_and_keeps_the_best_state(tmp_path):
     loaded = Forecaster.load(adapter=tmp_path / "adapter")
     np.testing.assert_array_equal(loaded.forecast(contexts, 5).values, forecaster.forecast(contexts, 5).values)
     assert loaded.tokens == forecaster.tokens == 15 * 2 * 5  # of 12 time steps and 3 to forecast
-    rows = [line.split(",") for line in (tmp_path / "held_out.csv").read_text().splitlines()[1:]]
-    assert min(rows, key=lambda row: float(row[1]))[0] == str(metrics["best_step"])
 
 
 class Killed(BaseException):
