@@ -26,22 +26,18 @@ def patterns(count: int, steps: int = 60) -> list[np.ndarray]:
     return [np.stack([1 + one % 1, 2 - one % 1], axis=1) for one in rising]
 
 
-def test_logarithms_are_read_where_values_are_positive_and_one_scale_where_levels_agree():
-    series = patterns(6)
-    reading = Reading(40, 4, 5)
-    assert with_scale(reading, series).offset is not None
-    below = with_scale(reading, [one - 1.5 for one in series])
-    assert (below.offset, below.usual) == (None, None)
-    assert below.mean is not None
-    levels = [one * 10.0**number for number, one in enumerate(series)]
-    assert with_scale(reading, levels) == reading
-    assert with_scale(reading, [np.arange(500.0)[:, None]]) == reading  # a trend
+def test_series_of_other_levels_and_trends_share_no_scale():
+    levels = [one * 10.0**number for number, one in enumerate(patterns(6))]
+    for series in (levels, [np.arange(500.0)[:, None]]):
+        assert with_scale(Reading(40, 4, 5), series) == Reading(40, 4, 5)
 
 
-@pytest.mark.parametrize("shift", [0.0, -1.5])
-def test_a_shared_scale_is_undone(shift):
+@pytest.mark.parametrize(("shift", "logarithms"), [(0.0, True), (-1.5, False)])
+def test_a_shared_scale_is_undone_and_of_logarithms_where_values_are_positive(shift, logarithms):
     series = [one + shift for one in patterns(6)]
-    scale = Scale.recorded(with_scale(Reading(40, 4, 5), series))
+    reading = with_scale(Reading(40, 4, 5), series)
+    assert [reading.offset is not None, reading.usual is not None] == [logarithms] * 2
+    scale = Scale.recorded(reading)
     x = torch.from_numpy(np.stack(series)).mT
     z = scale.normalise(x)
     np.testing.assert_allclose(scale.restore(z[:, :, None])[:, :, 0], x, atol=1e-5)
