@@ -10,11 +10,11 @@ from qwen_min import attention as module
 from qwen_min.attention import attention, attention_after_prefix, grouped_bias, pairs_mask, reference_attention
 
 
-def sample(heads, num_cached, num_new, padded, dtype=torch.float32):
+def sample(heads, num_cached, num_new, padded):
     generator, total = torch.Generator().manual_seed(0), num_cached + num_new
     # the layout that projections return
-    q = torch.randn(2, num_new, heads[0], 8, dtype=dtype, generator=generator).transpose(1, 2)
-    k, v = torch.randn(2, 2, heads[1], total, 8, dtype=dtype, generator=generator).unbind()
+    q = torch.randn(2, num_new, heads[0], 8, generator=generator).transpose(1, 2)
+    k, v = torch.randn(2, 2, heads[1], total, 8, generator=generator).unbind()
     real = real_tokens(total, 0, 3).bool()[:, None, None] if padded else None
     return q, k, v, pairs_mask(num_new, total, q.device, real)
 
@@ -63,7 +63,7 @@ def test_rows_that_share_a_prefix_get_what_copies_of_it_give(monkeypatch, num_ne
 
 def test_bf16_scores_are_not_rounded(monkeypatch):
     """Large scores, which the biases of real checkpoints cause, are as precise as in fp32: in blocks and with AMX."""
-    q, k, v, _ = (None if t is None else t.bfloat16() for t in sample((14, 2), 0, 130, False))
+    q, k, v = (t.bfloat16() for t in sample((14, 2), 0, 130, False)[:3])
     k, direction = k + 30, torch.ones_like(q)
     exact = reference_attention(q.float(), k.float(), v.float(), None)
     assert (reference_attention(q, k, v, None).float() - exact).norm() / exact.norm() > 0.02
@@ -91,8 +91,8 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self.most = max([self.most, *(tensor.untyped_storage().nbytes() for tensor in tensors)])
+        sizes = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.most = max([self.most, *sizes])
         return out
 
 
