@@ -3,7 +3,7 @@
     python -m tests.faults --kills 100
     python -m tests.faults --kills 20 --processes 2 --refusals 0 --cuts 0
 
-Each run is a forked process on a plan that takes seconds, or several that share it, of which one is killed; it has a
+Each run is a forked process on the small plan, or several that share it, of which one is killed; it has a
 budget that the plan uses up exactly. After each fault no finished file differs from that of the undisturbed run, and
 the ledger contains each step that was taken. At the end all files are equal, but for times.
 """
@@ -28,8 +28,7 @@ from signal import SIGKILL
 from safetensors.torch import load_file
 
 from experiments.storage.runfolder import LOCK_FILE
-from experiments.study import data, plans
-from experiments.training.settings import Training
+from experiments.study import data
 from tests import forks, small_plan
 
 FINAL = ("**/metrics.json", "**/losses.csv", "**/adapter/*", "**/forecasts.*.jsonl", "**/samples.*.jsonl", "*.jsonl",
@@ -37,12 +36,6 @@ FINAL = ("**/metrics.json", "**/losses.csv", "**/adapter/*", "**/forecasts.*.jso
 CHANGING = ("status.json", "ledger.jsonl", "seconds.json")  # these grow, or contain a time or the budget
 TIMED, PAGES = ("status.json", "seconds.json"), ("report.md", "report.html")  # pages have times, too
 WRITING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
-
-
-def plan(seed: int) -> plans.Plan:
-    """Five experiments that take seconds, one of each kind of the study."""
-    trial, cell = (Training(rank, 1e-3, 64, 3, seed=seed) for rank in (4, 2))
-    return plans._chain("quick", trial, [cell], [96], 3, Training(None, None, None, 5, seed=seed + 2))
 
 
 def contents(folder: Path, *patterns: str) -> dict[str, bytes]:
@@ -69,8 +62,7 @@ class Campaign:
     def start(self, folder: Path, before: Callable | None = None) -> list[BaseProcess]:
         """Run or continue in a folder, with exactly the FLOPs of the plan as budget; before() comes first."""
         words = ["--data", self.source, "--out", folder, "--budget", self.budget, "--samples", 9]
-        work = partial(small_plan.main, plan=plan, before=before)
-        return forks.start(self.log, work, *words, size=self.processes)
+        return forks.start(self.log, partial(small_plan.main, before=before), *words, size=self.processes)
 
     def check(self, folder: Path) -> None:
         """Check what must be true at any moment."""

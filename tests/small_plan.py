@@ -38,9 +38,9 @@ def sketch(*shown, **more) -> None:
     write_whole(path, repr([one for one in given if one is not path]).encode())
 
 
-def install(plan: Callable[[int], plans.Plan] = quick, put: Callable = setattr) -> None:
+def install(put: Callable = setattr) -> None:
     """Make runs small in this process. put: what sets an attribute, such as monkeypatch.setattr."""
-    put(plans, "PLANS", plans.PLANS | {"quick": plan})
+    put(plans, "PLANS", plans.PLANS | {"quick": quick})
     for name in ("curves", "fans", "errors", "against_flops"):
         put(figures, name, sketch)
     for modules, constants in SMALL.items():
@@ -49,9 +49,9 @@ def install(plan: Callable[[int], plans.Plan] = quick, put: Callable = setattr) 
                 put(module, name, value)
 
 
-def main(*words, plan: Callable[[int], plans.Plan] = quick, before: Callable | None = None) -> int:
+def main(*words, before: Callable | None = None) -> int:
     """`experiments.run` on a small plan; before() comes first."""
-    install(plan)
+    install()
     if before:
         before()
     return run.main(list(map(str, words)))

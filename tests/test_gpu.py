@@ -3,7 +3,6 @@
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -17,8 +16,6 @@ from qwen_min import QwenConfig
 from qwen_min.weights import TINY
 from scripts import gpu
 from tests import faults, forks, small_plan
-
-PLAN = "import sys; from tests import faults, small_plan as s; sys.exit(s.main(*sys.argv[1:], plan=faults.plan))"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +71,7 @@ def test_a_plan_on_two_machines_ends_with_the_bytes_of_an_undisturbed_run(monkey
     """The first goes without warning, after an experiment is in the archive. The next one has nothing else."""
     machine, archive, log, pack = tmp_path / "machine", tmp_path / "results.zip", tmp_path / "log", gpu.pack
     words = ["--data", small_data, "--sequences", 2, "--samples", 9]
-    monkeypatch.setattr(gpu, "PLAN", ("-c", PLAN))
+    monkeypatch.setattr(gpu, "PLAN", ("-m", "tests.small_plan"))
     monkeypatch.setattr(gpu, "PACK_SECONDS", 0.3)
 
     def pack_and_go(results, archive):
@@ -94,7 +91,7 @@ def test_a_plan_on_two_machines_ends_with_the_bytes_of_an_undisturbed_run(monkey
             assert ("run/experiments/final/metrics.json" in packed.namelist()) == (way is pack)
     ZipFile(archive).extractall(tmp_path / "results")
     words += ["--model", machine, "--out", tmp_path / "undisturbed"]
-    assert forks.run(log, partial(small_plan.main, plan=faults.plan), *words) == 0, log.read_text()
+    assert forks.run(log, small_plan.main, *words) == 0, log.read_text()
     found, wanted = (faults.contents(tmp_path / run, *faults.FINAL) for run in ("results/run", "undisturbed"))
     assert found.keys() == wanted.keys()
     names = [name for name in wanted if Path(name).name not in (*faults.TIMED, "plan.json")]  # it has the command
