@@ -29,14 +29,14 @@ EXPERIMENTS = sorted(path.parent for path in (ROOT / "results").glob("*/experime
 README, STUDY = (ROOT / "README.md").read_text(), (ROOT / "docs" / "study.md").read_text()
 
 
-def lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @cache
 def contexts(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """The contexts (N, 70, 2) and the truth (N, h, 2) of a run."""
-    held = lines(folder / f"{split}.jsonl")
+    held = read_lines(folder / f"{split}.jsonl")
     return np.array([line["context"] for line in held]), np.array([line["truth"] for line in held])
 
 
@@ -46,29 +46,34 @@ def assert_same(kept: object, found: object, rel: float, place: str = "") -> Non
         for name, value in found.items():
             assert_same(kept[name], value, rel, f"{place} {name}")
     else:
-        kept = np.maximum(np.array(kept, float), 0)  # some runs are older than the intervals that end at 0
-        assert kept == pytest.approx(np.array(found, float), rel=rel, abs=2e-7, nan_ok=True), place
+        # some runs are older than the intervals that end at 0
+        kept, found = (np.maximum(np.array(one, float), 0) for one in (kept, found))
+        assert kept == pytest.approx(found, rel=rel, abs=2e-7, nan_ok=True), place
+
+
+def assert_metrics_of_forecasts(path: Path, horizon: int) -> None:
+    """That the metrics of an experiment are those of its forecasts, to the digits that these are written with."""
+    folder = path.parents[1]
+    for split, kept in json.loads((path / "metrics.json").read_text()).items():
+        held = read_lines(path / f"forecasts.{split}.jsonl")
+        forecast = np.array([line["forecast"] for line in held], float)
+        context, truth = (array[: len(held)] for array in contexts(folder, split))
+        fallback, near = context.mean(axis=1), truth[:, :horizon]
+        found = method_errors(forecast, truth, fallback, horizon)
+        each = found.pop("mse_each")
+        assert_same([line["mse"] for line in held], each, 0.05, path.name)
+        if "probabilistic" in kept:
+            samples = np.array([line["samples"] for line in read_lines(path / f"samples.{split}.jsonl")])
+            found["probabilistic"] = probabilistic(samples, near)
+            found["mean_of_samples"] = method_errors(samples.mean(axis=1), near, fallback, horizon)
+        assert_same(kept, found, 0.005, f"{path.name} {split}")
+        if "exact" in kept:
+            assert_same(kept["exact"], of_each(kept["exact"]["mse_each"]), 0.001, f"{path.name} {split} exact")
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
 def test_metrics_are_those_of_the_forecasts(path):
-    """The digits that forecasts and contexts are written with decide how well they agree."""
-    folder = path.parents[1]
-    for split, kept in json.loads((path / "metrics.json").read_text()).items():
-        held = lines(path / f"forecasts.{split}.jsonl")
-        forecast = np.array([line["forecast"] for line in held], float)
-        context, truth = (array[: len(held)] for array in contexts(folder, split))
-        fallback, near = context.mean(axis=1), truth[:, :HORIZON]
-        found = method_errors(forecast, truth, fallback, HORIZON)
-        each = found.pop("mse_each")
-        assert_same([line["mse"] for line in held], each, 0.05, path.name)
-        if "probabilistic" in kept:
-            samples = np.array([line["samples"] for line in lines(path / f"samples.{split}.jsonl")])
-            found["probabilistic"] = probabilistic(samples, near)
-            found["mean_of_samples"] = method_errors(samples.mean(axis=1), near, fallback, HORIZON)
-        assert_same(kept, found, 0.005, f"{path.name} {split}")
-        if "exact" in kept:
-            assert_same(kept["exact"], of_each(kept["exact"]["mse_each"]), 0.001, f"{path.name} {split} exact")
+    assert_metrics_of_forecasts(path, HORIZON)
 
 
 def of_each(mse_each: list[float]) -> dict:

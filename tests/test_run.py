@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from conftest import REAL, undone
 from experiments import run
 from experiments.cli import CommandError
-from experiments.forecasting import Forecaster, scores
+from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import NUMBERS, checkpoint_hash
 from experiments.forecasting.encoding import Encoding
 from experiments.report.build import write_report
@@ -30,6 +30,7 @@ from experiments.study import data, plans, suite
 from experiments.study.evaluation import Judge
 from flops import Ledger
 from qwen_min.weights import TINY
+from test_results import assert_metrics_of_forecasts, read_lines
 from tests import forks, small_plan
 from tests.faults import contents
 
@@ -46,10 +47,6 @@ def again(monkeypatch, small_data):
 @pytest.fixture
 def copied(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / finished.name)
-
-
-def read_lines(path: Path) -> list:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 NAMES = ["untrained", "trial", "grid-r2-lr0.001", "grid-r2-lr0.01", "context-32", "context-96", "final"]  # and numbers
@@ -90,20 +87,10 @@ def test_the_best_settings_by_validation_are_taken_over(finished):
 
 
 def test_forecasts_and_samples_hold_what_the_metrics_say(finished):
-    path = finished / "experiments" / "final"
-    metrics = read(path / "metrics.json")["test"]
-    lines, drawn = (read_lines(path / f"{kind}.test.jsonl") for kind in ("forecasts", "samples"))
-    assert [line["id"] for line in lines] == [one["id"] for one in drawn] == data.split(20).test.tolist()
-    forecast = np.array([line["forecast"] for line in lines], dtype=float)
-    truth = np.array([line["truth"] for line in read_lines(finished / "test.jsonl")])
-    assert forecast.shape == truth.shape == (3, 5, 2)
-    assert ((forecast - truth)[:, :3] ** 2).mean() == pytest.approx(metrics["all"]["mse"], rel=1e-4)
-    assert np.array([line["quantiles"] for line in lines]).shape == (3, 5, 3, 2)
-    samples = np.array([one["samples"] for one in drawn])
-    crps = scores.probabilistic(samples, truth[:, :3])["crps"]
-    assert crps == pytest.approx(metrics["probabilistic"]["crps"], rel=1e-4)
-    error = ((samples.mean(axis=1) - truth[:, :3]) ** 2).mean()
-    assert error == pytest.approx(metrics["mean_of_samples"]["all"]["mse"], rel=1e-4)
+    for name in (*NAMES, "numbers"):
+        assert_metrics_of_forecasts(finished / "experiments" / name, horizon=3)
+    for name in ("test.jsonl", "experiments/final/forecasts.test.jsonl", "experiments/final/samples.test.jsonl"):
+        assert [line["id"] for line in read_lines(finished / name)] == data.split(20).test.tolist()
 
 
 def test_the_seed_of_a_run_reaches_its_samples_and_the_gru(again, small_data, tmp_path):
