@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 
 from conftest import REAL, undone
 from experiments import run
-from experiments.cli import CommandError
 from experiments.forecasting import Forecaster
 from experiments.forecasting.adapter import NUMBERS, checkpoint_hash
 from experiments.forecasting.encoding import Encoding
@@ -38,10 +37,10 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def again(monkeypatch, small_data):
-    """`experiments.run`, small, as for the complete run, in a folder and with more words: the exit status."""
+def words(monkeypatch, small_data) -> tuple:
+    """The command of the complete run, but for its folder; runs are small here too."""
     small_plan.install(put=monkeypatch.setattr)
-    return lambda out, *more: run.main(["--data", str(small_data), "--out", str(out), "--samples", "9", *more])
+    return "run", "--data", small_data, "--samples", 9, "--out"
 
 
 @pytest.fixture
@@ -92,11 +91,11 @@ def test_forecasts_and_samples_hold_what_the_metrics_say(finished):
         assert [line["id"] for line in read_lines(finished / name)] == data.split(20).test.tolist()
 
 
-def test_the_seed_of_a_run_reaches_its_samples_and_the_gru(again, small_data, tmp_path):
+def test_the_seed_of_a_run_reaches_its_samples_and_the_gru(command, words, small_data, tmp_path):
     found = []
     for seed in ("0", "1"):
         out = tmp_path / seed
-        assert again(out, "--plan", "untrained", "--sequences", "1", "--seed", seed) == 0
+        assert command(*words, out, "--plan", "untrained", "--sequences", 1, "--seed", seed)[0] == 0
         (line,) = read_lines(out / "experiments" / "untrained" / "samples.test.jsonl")
         found.append((line["id"], line["samples"], read(out / "baselines.json")["GRU trained on the 14"]["val"]))
     assert Ledger(out / "ledger.jsonl", budget=1).spent == 0
@@ -122,10 +121,10 @@ def terminate_final() -> None:
     Ledger.debit = debit_and_terminate
 
 
-def test_a_run_that_is_asked_to_stop_saves_its_step_and_ends_with_the_same_bytes(again, copied, finished, small_data):
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_ends_with_the_same_bytes(words, copied, finished):
     """Here before the last two experiments are done; `faults.py` stops runs anywhere."""
     undone(copied, "final", "numbers")
-    log, words = copied.with_name("log"), ("--data", small_data, "--out", copied, "--samples", 9)
+    log, words = copied.with_name("log"), (*words[1:], copied)
     assert forks.run(log, partial(small_plan.main, before=terminate_final), *words) == 128 + signal.SIGTERM
     last = log.read_text().splitlines()[-1]
     assert last.startswith("stopped by SIGTERM; to continue from what is saved: python -m experiments.run --data")
@@ -154,24 +153,23 @@ def test_a_second_signal_does_not_wait_for_the_end_of_a_step(default_sigint):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_too_little_memory_ends_in_one_message(again, monkeypatch, tmp_path, capsys):
+def test_too_little_memory_ends_in_one_message(command, words, monkeypatch, tmp_path):
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory")
-    monkeypatch.setattr("experiments.study.suite.Suite._run", Mock(side_effect=error))
-    assert again(tmp_path / "out") == 1
-    assert "stopped: DefaultCPUAllocator" in capsys.readouterr().err
+    monkeypatch.setattr(suite.Suite, "_run", Mock(side_effect=error))
+    status, _, err = command(*words, tmp_path / "out")
+    assert (status, "stopped: DefaultCPUAllocator" in err) == (1, True)
 
 
-def test_a_folder_that_another_process_writes_to_is_refused(again, tmp_path, capsys):
-    words = "--plan", "untrained", "--sequences", "1", "--samples", "0"
+def test_a_folder_that_another_process_writes_to_is_refused(command, refused, words, tmp_path):
+    words = *words, tmp_path, "--plan", "untrained", "--sequences", 1, "--samples", 0
     with only_writer(tmp_path):  # by a descriptor of its own, as that of another process
-        assert again(tmp_path, *words) == 2
-        assert "another process is writing to it" in capsys.readouterr().err
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
-    assert again(tmp_path, *words) == 0
+        assert "another process is writing to it" in refused(*words)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert command(*words)[0] == 0
 
 
 def test_a_finished_run_is_not_run_again_and_has_the_same_page_with_a_shortened_ledger_or_a_lost_one(
-    again, copied, command, refused, monkeypatch, capsys
+    copied, command, refused, words, monkeypatch
 ):
     page, booked = ((copied / name).read_bytes() for name in ("report.md", "ledger.jsonl"))
     assert "ledger.jsonl: not a readable" in refused("report", copied.parent, "--shorten")
@@ -180,58 +178,54 @@ def test_a_finished_run_is_not_run_again_and_has_the_same_page_with_a_shortened_
     assert [line["steps"] for line in lines] == [2, 2, 2, 2, 2, 6, 3]
     files = contents(copied, "**/*.json", "**/*.jsonl", "**/*.safetensors")
     monkeypatch.delattr(suite, "train")
-    assert again(copied) == 0
-    assert "continuing" in capsys.readouterr().out
+    status, out, _ = command(*words, copied)
+    assert (status, out.splitlines()[0]) == (0, f"continuing {copied}")
     assert (copied / "report.md").read_bytes() == page
     assert contents(copied, "**/*.json", "**/*.jsonl", "**/*.safetensors") == files
     (copied / "ledger.jsonl").unlink()  # a run without trainings has none
     assert command("report", copied, "--shorten")[0] == 0
-    assert again(copied) == 0
+    assert command(*words, copied)[0] == 0
     assert (copied / "ledger.jsonl").read_bytes() == booked
 
 
-def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_continues(again, copied, capsys):
+def test_a_budget_that_does_not_suffice_ends_with_a_report_and_a_larger_one_continues(command, refused, words, copied):
     spent = read(undone(copied, "numbers") / "status.json")["spent"]
-    assert again(copied, "--budget", str(spent - 1)) == 1
-    err = capsys.readouterr().err
+    status, _, err = command(*words, copied, "--budget", spent - 1)
+    assert status == 1
     assert "Does not fit: final, numbers. Raise --budget" in err
     assert "stopped: numbers needs" in err
     assert "Not finished: numbers." in (copied / "report.md").read_text()
-    status, numbers = read(copied / "status.json"), copied / "experiments" / "numbers" / "settings.json"
-    assert status["stopped"].startswith("numbers needs")
-    assert again(copied, "--budget", "1e6") == 2
-    assert "FLOPs already; expected a --budget of that or more" in capsys.readouterr().err
-    assert again(copied) == 0
-    assert "Raise --budget" not in capsys.readouterr().err
+    before = read(copied / "status.json")
+    assert before["stopped"].startswith("numbers needs")
+    assert "FLOPs already; expected a --budget of that or more" in refused(*words, copied, "--budget", "1e6")
+    status, _, err = command(*words, copied)
+    assert (status, "Raise --budget" in err) == (0, False)
     assert "Not finished" not in (copied / "report.md").read_text()
     assert read(copied / "status.json")["stopped"] is None
-    assert status["spent"] == spent - read(numbers)["flops"]["study"]
+    assert before["spent"] == spent - read(copied / "experiments/numbers/settings.json")["flops"]["study"]
 
 
-def test_a_folder_of_another_run_is_refused_and_left_alone(again, finished, tmp_path, capsys):
+def test_a_folder_of_another_run_is_refused_and_left_alone(refused, words, finished, tmp_path):
     before = contents(finished, "**/*")
-    for other in (["--seed", "1"], ["--dtype", "bfloat16"], ["--sequences", "2"], ["--convention", "exact"]):
-        assert again(finished, *other) == 2
-        assert "choose another --out" in capsys.readouterr().err
+    for other in (("--seed", 1), ("--dtype", "bfloat16"), ("--sequences", 2), ("--convention", "exact")):
+        assert "choose another --out" in refused(*words, finished, *other)
     (tmp_path / "mine.txt").write_text("mine")
-    assert again(tmp_path) == 2
-    assert "exists but has no run" in capsys.readouterr().err
+    assert "exists but has no run" in refused(*words, tmp_path)
     assert contents(finished, "**/*") == before
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize(("option", "value", "message"), [
-    ("--device", "abacus", "device 'abacus' cannot be used"),
-    ("--model", "/no/such/folder", "no such folder"),
-    ("--model", "model", "has 800 positions, plan quick needs 1321"),
-    ("--model", "numbers", "numbers: plan quick is for a model that writes text"),
-    ("--samples", "8", "8 samples do not reach the quantile 0.1, expected 9 or more"),
-    ("--data", "short", "70 time steps, expected at least 70 context"),
-    ("--data", "wild", "expected less than 100"),
+@pytest.mark.parametrize(("options", "message"), [
+    ("--device abacus", "device 'abacus' cannot be used"),
+    ("--model /no/such/folder", "no such folder"),
+    ("--model model", "has 800 positions, plan quick needs 1321"),
+    ("--model numbers", "numbers: plan quick is for a model that writes text"),
+    ("--model tiny --plan numbers", "tiny: plan numbers is for a model that reads values"),
+    ("--samples 8", "8 samples do not reach the quantile 0.1, expected 9 or more"),
+    ("--data short", "70 time steps, expected at least 70 context"),
+    ("--data wild", "expected less than 100"),
 ])  # fmt: skip
-def test_bad_input_ends_in_one_message_and_writes_nothing(
-    monkeypatch, tmp_path, refused, small_data, option, value, message
-):
+def test_bad_input_ends_in_one_message_and_writes_nothing(monkeypatch, tmp_path, refused, small_data, options, message):
     monkeypatch.chdir(tmp_path)
     series = data.read(small_data)
     data.write(Path("short"), series[:, :70])
@@ -239,7 +233,7 @@ def test_bad_input_ends_in_one_message_and_writes_nothing(
     data.write(Path("wild"), series)
     config = Path(shutil.copytree(TINY, "model"), "config.json")
     config.write_text(json.dumps(read(config) | {"max_position_embeddings": 800}))
-    assert message in refused("run", "--data", small_data, option, value, "--out", "out")
+    assert message in refused("run", "--data", small_data, "--out", "out", *options.split())
     assert {path.name for path in Path().iterdir()} == {"short", "wild", "model"}
 
 
@@ -256,8 +250,6 @@ def test_the_plan_numbers_trains_the_checkpoint_that_is_named(small_data, tmp_pa
     assert identity["checkpoint_sha256"] == checkpoint_hash(folder) != checked()[2]["checkpoint_sha256"]
     tuning = suite.number_tuning(judge, plan.experiments[0].training)
     torch.testing.assert_close(tuning.forecaster.model.norm.weight.data, weights["norm.weight"] * 2)
-    with pytest.raises(CommandError, match="plan numbers is for a model that reads values"):
-        checked("--model", "tiny")
 
 
 def test_what_does_not_fit_the_budget_is_named_before_a_run(tmp_path):
