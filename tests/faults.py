@@ -55,8 +55,7 @@ class Campaign:
         assert forks.wait(self.start(self.reference)) == 0, self.log.read_text()
         self.seconds = time.monotonic() - started
         self.budget = json.loads((self.reference / "status.json").read_text())["spent"]
-        self.final = contents(self.reference, *FINAL)
-        self.names = [str(p.relative_to(self.reference)) for p in self.reference.rglob("*") if p.is_file()]
+        self.files = contents(self.reference, "**/*")
         self.tally = Counter()
 
     def start(self, folder: Path, before: Callable | None = None) -> list[BaseProcess]:
@@ -68,7 +67,7 @@ class Campaign:
         """Check what must be true at any moment."""
         for name, content in contents(folder, *FINAL).items():
             may_differ = Path(name).name in CHANGING or "state" in name
-            assert may_differ or content == self.final.get(name), f"{folder / name}: not as in the undisturbed run"
+            assert may_differ or content == self.files.get(name), f"{folder / name}: not as in the undisturbed run"
         ledger = folder / "ledger.jsonl"
         lines = ledger.read_bytes().split(b"\n")[:-1] if ledger.exists() else []
         entries = [json.loads(line) for line in lines]
@@ -81,47 +80,41 @@ class Campaign:
         """Continue undisturbed and compare all files; those that contain times may have other bytes."""
         assert forks.wait(self.start(folder)) == 0, self.log.read_text()
         self.check(folder)
-        ours, theirs = contents(folder, "**/*"), contents(self.reference, "**/*")
-        assert ours.keys() == theirs.keys(), folder
-        differing = [name for name in ours if ours[name] != theirs[name] and Path(name).name not in (*TIMED, *PAGES)]
-        assert not differing, f"{folder}: {differing} not as in the undisturbed run"
+        found = contents(folder, "**/*")
+        assert found.keys() == self.files.keys(), folder
+        other = [name for name in found if found[name] != self.files[name] and Path(name).name not in (*TIMED, *PAGES)]
+        assert not other, f"{folder}: {other} not as in the undisturbed run"
         shutil.rmtree(folder)
 
     def kill(self, kills: int) -> None:
         """Kill runs at random moments or right after a random file appears, and continue each until it finishes."""
-        number = 0
-        while kills > 0:
-            folder, number = self.work / f"killed-{number}" / "run", number + 1
-            for _ in range(20):
-                started, landmark = self.start(folder), None
-                deadline = time.monotonic() + self.random.uniform(0, self.seconds)
-                missing = sorted(name for name in self.names if not (folder / name).exists())
-                if missing and self.random.random() < 0.5:
-                    landmark = folder / self.random.choice(missing)
-                victim = self.random.choice(started)
-                while victim.exitcode is None:
-                    if landmark.exists() if landmark else time.monotonic() > deadline:
-                        time.sleep(self.random.uniform(0, 0.03))
-                        victim.kill()
-                        break
-                    time.sleep(0.001)
-                status = forks.wait(started, 600 if self.processes == 1 else 30)  # torchrun would end the others too
-                if victim.exitcode == -SIGKILL:
-                    kills -= 1
-                    self.tally["kills"] += 1
-                    self.check(folder)
-                else:
-                    assert status == 0, self.log.read_text()
-                if status == 0 or kills <= 0:
+        folder = self.work / "killed" / "run"
+        while self.tally["kills"] < kills:
+            started, landmark = self.start(folder), None
+            deadline = time.monotonic() + self.random.uniform(0, self.seconds)
+            missing = [name for name in self.files if not (folder / name).exists()]
+            if missing and self.random.random() < 0.5:
+                landmark = folder / self.random.choice(missing)
+            victim = self.random.choice(started)
+            while victim.exitcode is None:
+                if landmark.exists() if landmark else time.monotonic() > deadline:
+                    time.sleep(self.random.uniform(0, 0.03))
+                    victim.kill()
                     break
-            self.finish(folder)
-            self.tally["runs that ended with the undisturbed run's bytes"] += 1
-            print(f"{kills} kills to go", file=sys.stderr)
+                time.sleep(0.001)
+            status = forks.wait(started, 600 if self.processes == 1 else 30)  # torchrun would end the others too
+            if killed := victim.exitcode == -SIGKILL:
+                self.tally["kills"] += 1
+                self.check(folder)
+            assert killed or status == 0, self.log.read_text()
+            if not killed or self.tally["kills"] == kills:
+                self.finish(folder)
+                self.tally["runs that ended with the undisturbed run's bytes"] += 1
+                print(f"{self.tally['kills']} of {kills} kills", file=sys.stderr)
 
     def refuse_writes(self, most: int) -> None:
         """Simulate a full disk at each place in turn where a run opens a file to write, makes, moves or deletes one."""
-        folder, refused = self.work / "refused" / "run", []
-        sites = self.work / "sites"
+        folder, sites, refused = self.work / "refused" / "run", self.work / "sites", []
         while len(refused) < most:
             status = forks.wait(self.start(folder, partial(refuse_the_next, folder, refused, sites)))
             found = sites.read_text().splitlines() if sites.exists() else []
@@ -137,9 +130,9 @@ class Campaign:
 
     def cut_writes(self, times: int) -> None:
         """Limit the size of files to a random number of bytes, so that writes end in the middle."""
-        sizes = sorted(len(content) for content in contents(self.reference, "**/*").values())
-        for number in range(times):
-            folder = self.work / f"cut-{number}" / "run"
+        sizes = sorted(map(len, self.files.values()))
+        folder = self.work / "cut" / "run"
+        for _ in range(times):
             size = max(1, self.random.choice(sizes) - self.random.randint(1, 200))
             limit = (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
             log, self.log = self.log, Path(os.devnull)  # the limit would cut the log too
@@ -188,7 +181,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         campaign = Campaign(Path(work), args.seed, args.processes)
-        print(f"undisturbed: {campaign.seconds:.1f} s, {len(campaign.names)} files", flush=True)
+        print(f"undisturbed: {campaign.seconds:.1f} s, {len(campaign.files)} files", flush=True)
         campaign.kill(args.kills)
         campaign.refuse_writes(args.refusals)
         campaign.cut_writes(args.cuts)
