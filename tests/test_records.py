@@ -11,13 +11,11 @@ from experiments.report.results import load_run
 from experiments.storage.files import RunError
 from tests import small_plan
 
-RESULTS = Path(__file__).parents[1] / "results"
-
 
 @pytest.fixture
-def frontier(tmp_path):
+def frontier(tmp_path) -> Path:
     drawn = shutil.ignore_patterns("*.png", "*.md", "*.html", "adapter")
-    return shutil.copytree(RESULTS / "frontier", tmp_path / "frontier", ignore=drawn)
+    return shutil.copytree(Path(__file__).parents[1] / "results/frontier", tmp_path / "frontier", ignore=drawn)
 
 
 def change(path: Path, written: str, damage: str, times: int = 1) -> None:
