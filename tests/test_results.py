@@ -1,7 +1,8 @@
-"""The shipped runs: their metrics are computed again from the forecasts, the tables of the documents from these."""
+"""The shipped runs: metrics are computed again from forecasts, tables from metrics, and pages are drawn again."""
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 from functools import cache
 from itertools import product
@@ -14,6 +15,8 @@ from conftest import REAL
 from experiments.forecasting.adapter import NUMBERS, checkpoint_hash
 from experiments.forecasting.baselines import BASELINES
 from experiments.forecasting.scores import SPLIT_PARTS, mean_interval, method_errors, paired, probabilistic
+from experiments.report import figures
+from experiments.report.build import write_comparison, write_report
 from experiments.report.published import TEST, VALIDATION
 from experiments.report.results import Run, load_run, methods_of
 from experiments.report.words import bracket, percent
@@ -21,11 +24,13 @@ from experiments.study import plans
 from experiments.study.plans import HORIZON
 from experiments.training.settings import Training
 from experiments.training.text_tuning import step_flops
+from tests import small_plan
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
-FOLDERS = sorted(plan.parent for plan in (ROOT / "results").glob("*/plan.json"))
-EXPERIMENTS = sorted(path.parent for path in (ROOT / "results").glob("*/experiments/*/metrics.json"))
+RESULTS = ROOT / "results"
+FOLDERS = sorted(plan.parent for plan in RESULTS.glob("*/plan.json"))
+EXPERIMENTS = sorted(path.parent for path in RESULTS.glob("*/experiments/*/metrics.json"))
 README, STUDY = (ROOT / "README.md").read_text(), (ROOT / "docs" / "study.md").read_text()
 
 
@@ -263,3 +268,56 @@ def test_what_the_study_says_below_its_table_is_that_of_the_files(runs, methods)
         f"{drawn.crps:.4f}; VAR(18) {others['VAR(18)'].all.mae:.4f}, GRU {others[network].all.mae:.4f}",
     ]
     assert [one for one in said if one not in " ".join(STUDY.split())] == []
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch) -> Path:
+    """The committed runs, without their figures and pages; test_run.py draws figures."""
+    small_plan.install(put=monkeypatch.setattr)
+    drawn = shutil.ignore_patterns("*.png", "*.md", "*.html")
+    return shutil.copytree(RESULTS, tmp_path / "results", ignore=drawn)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+def test_the_reports_that_come_with_the_project_match_their_files(results, folder):
+    page = write_report(results / folder.name)
+    markdown = page.with_suffix(".md").read_text()
+    assert markdown == (folder / "report.md").read_text()
+    assert page.read_text().count("data:image/png;base64,") == markdown.count("![") > 0
+
+
+def test_the_comparison_matches_its_runs_and_names_what_it_leaves_out(results, command):
+    with pytest.warns(UserWarning, match="left out: quick"):
+        page = write_comparison(results)
+    assert page.read_text() == (RESULTS / "comparison.md").read_text()
+    shutil.copytree(results / "trial", results / "no-baselines")
+    (results / "no-baselines" / "baselines.json").unlink()
+    (results / "mine").mkdir()  # a fine-tuning that was killed before its first check
+    (results / "mine" / "plan.json").write_text('{"identity": {"variables": ["a"]}}')
+    plan = shutil.copytree(results / "frontier", results / "short") / "plan.json"
+    plan.write_text(plan.read_text().replace('"sequences": null', '"sequences": 10'))
+    status, _, err = command("report", results)
+    assert (status, err.count("warning: left out: ")) == (0, 4)
+    for reason in ("mine: a fine-tuning on series of its own\n", "quick: other data_sha256 than frontier\n",
+                   "short: other sequences than frontier\n", "no-baselines: "):  # fmt: skip
+        assert f"Left out: {reason}" in page.read_text()
+
+
+def test_figures_show_every_run(results, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "against_flops", lambda *given: drawn.setdefault(given[-1].stem, given))
+    with pytest.warns(UserWarning, match="left out: quick"):
+        write_comparison(results)
+    path = results / "frontier" / "experiments" / "frontier"
+    flops, metrics = (json.loads((path / f"{name}.json").read_text()) for name in ("settings", "metrics"))
+    points, levels, *_ = drawn["test-all-by-flops"]
+    counts = {"frontier": 1, "frontier, mean of 20 samples": 1, "numbers": 6, "whole": 3, "scratch": 2, "final": 1}
+    assert {name: len(each) for name, each in points.items()} == counts | {"trial": 1}
+    assert len(levels) == 7  # six baselines and the untrained model
+    errors = metrics["test"]["mean_of_samples"]["all"]
+    wanted = (flops["flops"]["study"], errors["mse_filled"], *errors["mse_interval"])
+    assert points["frontier, mean of 20 samples"] == [wanted]
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, refused):
+    assert "holds no plan.json, and no run folders to compare" in refused("report", tmp_path)
