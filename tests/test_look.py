@@ -67,10 +67,9 @@ def test_the_forecast_is_the_forecaster_s_and_shows_what_the_grammar_excluded(tm
     rows = re.findall(r"<tr><td>(.)</td><td>[\d.]+ %</td>(.*?)</tr>", html, re.DOTALL)
     assert "".join(character for character, _ in rows) == written
     grammar = Grammar(tokenizer, 2, 2)
+    choices = grammar.choices(written, may_be_wide(values))
     shares = model(torch.tensor([data["ids"]]))[0].softmax(-1)[-1 - len(rows) : -1].tolist()
-    for (character, cells), allowed, each in zip(
-        rows, grammar.choices(written, may_be_wide(values)), shares, strict=True
-    ):
+    for (character, cells), allowed, each in zip(rows, choices, shares, strict=True):
         by_character = {one: each[grammar.ids[one]] for one in ALPHABET}
         assert character == max(allowed, key=by_character.__getitem__)
         cells = re.findall(r'<td( class="out")? style="--part: (.*?)">', cells)
@@ -106,9 +105,8 @@ def test_no_text_and_no_name_becomes_markup(tmp_path):
     ("1.00;" * 122, "page.html", "take 610 [+] 24 tokens, .* give a shorter text"),
     ("text", "page.txt", "expected a name that ends in .html"),
 ])  # fmt: skip
-def test_what_no_page_can_show_is_refused_with_what_to_do(tmp_path, capsys, text, out, message):
-    assert look.main([text, "--out", str(tmp_path / out)]) == 2
-    assert re.search(message, capsys.readouterr().err)
+def test_what_no_page_can_show_is_refused_with_what_to_do(tmp_path, refused, text, out, message):
+    assert re.search(message, refused("look", text, "--out", tmp_path / out))
     assert not (tmp_path / out).exists()
 
 
