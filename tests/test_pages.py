@@ -22,15 +22,14 @@ NAME = "<img src=x>| US$ % AU$ `c` *d*\n_e_ &lt; \\ [f](g)"
 
 
 def metrics_of(after: list[float], ar: list[float]) -> dict:
-    errors = {"before": [4.0] * len(after), "after": after, "AR": ar}
-    each = {
-        name: {"rmse": float(np.mean(e)) ** 0.5, "mae": [1.0], "each": e, "over": "series"}
-        for name, e in errors.items()
+    errors = {
+        name: {"rmse": float(np.mean(each)) ** 0.5, "mae": [1.0], "each": each, "over": "series"}
+        for name, each in (("before", [4.0] * len(after)), ("after", after), ("AR", ar))
     }
     numbers = {"horizon": 2, "samples": 0, "steps": 2, "best_step": 2, "spent": 20, "budget": 99}
     losses = {"held_out_before": 2.0, "held_out_after": 1.0, "unit": "standard deviations"}
     rows = [*range(len(after))]
-    return {"split": "all", "series": rows, "groups": rows, "errors": each} | numbers | losses
+    return {"split": "all", "series": rows, "groups": rows, "errors": errors} | numbers | losses
 
 
 @pytest.fixture
