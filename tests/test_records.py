@@ -35,6 +35,7 @@ SETTINGS, METRICS, SECONDS, LOSSES, TESTS = (f"experiments/frontier/{name}" for 
     ("baselines.json", r'"mse_each": \[[^]]*', '"mse_each": [1.0', r"number of mse_each is {'val': 1, .*, expected"),
     ("baselines.json", ".+", "{}", "holds no baseline"),
     ("status.json", r"\d+", "0", r"budget: holds 0, expected int from 1 to 1e\+300"),
+    ("status.json", r"\d+", "NaN", "contains NaN, which JSON does not allow"),
     ("ledger.jsonl", r"\Z", "{\n", "not JSON lines"),
     (SETTINGS, '"rank": 8', '"rank": null', "the training has no rank, expected all its settings"),
     (SETTINGS, '"training": {.*?}', '"training": null', r"conventions with FLOPs is .*, expected \[\]"),
