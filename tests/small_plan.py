@@ -14,14 +14,6 @@ from experiments.study import evaluation, plans, suite
 from experiments.training import loop
 from experiments.training.settings import Training
 
-SMALL = {  # constants that replace those of these modules
-    (os,): {"fsync": lambda _: None},  # what a killed process has written is there without it
-    (loop,): {"SAVE_SECONDS": 0},  # a state is saved after each step
-    (gru,): {"STEPS": 3},
-    (evaluation,): {"BATCH": 2, "LONG_HORIZON": 5},
-    (evaluation, suite): {"CONTEXT_STEPS": 20, "HORIZON": 3},
-}
-
 
 def quick(seed: int) -> plans.Plan:
     """The chain of the study, and the decoder that reads values: eight experiments."""
@@ -43,10 +35,14 @@ def install(put: Callable = setattr) -> None:
     put(plans, "PLANS", plans.PLANS | {"quick": quick})
     for name in ("curves", "fans", "errors", "against_flops"):
         put(figures, name, sketch)
-    for modules, constants in SMALL.items():
-        for module in modules:
-            for name, value in constants.items():
-                put(module, name, value)
+    put(os, "fsync", lambda _: None)  # what a killed process has written is there without it
+    put(loop, "SAVE_SECONDS", 0)  # a state is saved after each step
+    put(gru, "STEPS", 3)
+    put(evaluation, "BATCH", 2)
+    put(evaluation, "LONG_HORIZON", 5)
+    for module in (evaluation, suite):
+        put(module, "CONTEXT_STEPS", 20)
+        put(module, "HORIZON", 3)
 
 
 def main(*words, before: Callable | None = None) -> int:
