@@ -10,7 +10,7 @@ import torch
 
 from experiments import __main__ as entry
 from experiments import cli
-from test_imports import FILES, OURS, ROOT, imported
+from test_imports import IMPORTED, OURS, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -44,7 +44,7 @@ def declared(*extras: str) -> set[str]:
 
 def test_the_project_declares_every_package_that_it_imports():
     names = declared() | declared("experiments")
-    found = {name.partition(".")[0] for path in FILES.values() for name in imported(path)}
+    found = {one.partition(".")[0] for imported in IMPORTED.values() for one in imported}
     # imported only where the user has them, or to compare with; these come with openvino_genai, jinja2, statsforecast,
     # matplotlib
     optional = declared("peers") | {"openvino", "markupsafe", "threadpoolctl", "PIL"} | set(entry.EXTRAS["series"])
