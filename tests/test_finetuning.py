@@ -170,7 +170,7 @@ def test_bad_settings_give_one_clear_line_and_write_nothing(refused, tmp_path):
 
 def test_held_out_forecasts_of_text_read_what_the_training_reads():
     series = [np.sin(np.arange(420) / (3 + at))[:, None] for at in range(2)]
-    tuning = TextTuning(Forecaster.load("tiny"), series, 130, samples=0, steps=1)
+    tuning = TextTuning(Forecaster.load("tiny"), series, 130, samples=0)
     assert tuning.context == (2048 - 8 * 130) // 5  # not twice the horizon, as those that have room
     assert tuning.settings.context == 5 * (tuning.context + 130)
     with pytest.raises(TrainingError, match="a forecast of 130 time steps after 202 does not fit: the model has 2048"):
