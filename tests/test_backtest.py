@@ -108,6 +108,15 @@ def test_series_of_the_same_dates_are_judged_by_later_dates_than_they_are_traine
     late = [one.to_numpy() for one in frames[:8]]
     late[3] = np.where(np.arange(100)[:, None] < 70, np.nan, late[3])  # a new shop, in a table with a column for each
     assert "of 7 series of the same times" in split(late, 10, [np.arange(100)] * 8).told
+    ages = [40] * 4 + [1] * 5  # most of the shops opened today
+    series, times = zip(*[(np.arange(n, dtype=float)[:, None], np.arange(40 - n, 40)) for n in ages], strict=True)
+    assert {place.group for place in held_out(series, 4, 2, times=times)} == {-2, -1}
+    # forecasts of other dates are of other groups, where a series ends half a horizon early
+    places = held_out(
+        [one[:stop] for one, stop in ((series[0], 40), (series[1], 39))], 2, times=[times[0], times[1][:39]]
+    )
+    groups = [place.group for place in places if place.series == 1]
+    assert len({*groups}) == len(groups)
 
 
 def test_times_are_common_where_dates_or_large_numbers_overlap():

@@ -177,6 +177,13 @@ def test_held_out_forecasts_of_text_read_what_the_training_reads():
         TextTuning(Forecaster.load("tiny"), series, 130, context=202)
 
 
+def test_a_second_fine_tuning_knows_the_rows_of_the_first_one():
+    """As after an export, whose record says which rows trained the adapter that is in the weights."""
+    forecaster = Forecaster.load("tiny")
+    forecaster.trained = Trained("tiny", "", ends={"of the first": 2})
+    assert Finetuning(forecaster, waves(3, 60), 3, steps=1).trained.ends["of the first"] == 2
+
+
 def test_missing_values_do_not_count_in_the_loss():
     forecaster, context = Forecaster.load("tiny"), 5 + np.sin(np.arange(20) / 4)
     whole = np.array([[5.1], [5.2], [5.3]])

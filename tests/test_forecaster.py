@@ -137,6 +137,11 @@ def test_values_beyond_the_encoding_are_refused(tiny, forecaster):
         forecaster.nats_per_value(waves()[:1], [np.ones((2, 1))])
     with pytest.raises(SeriesError, match="continuation 0, step 0, variable 0: -1 cannot be written"):
         forecaster.nats_per_value(waves()[:1], [-np.ones((2, 2))])
+    with pytest.raises(SeriesError, match="got 1 continuations, expected 2, one for each context"):
+        forecaster.nats_per_value(waves()[:1] * 2, [np.ones((2, 2))])
+    frame = pd.DataFrame(waves()[0], columns=["a", "b"])
+    with pytest.raises(SeriesError, match="the variables are b, a, expected a, b"):
+        forecaster.nats_per_value([frame], [frame[["b", "a"]]])
 
 
 def test_how_likely_a_continuation_is_does_not_depend_on_the_others_of_the_call():

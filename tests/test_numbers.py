@@ -122,13 +122,18 @@ def test_a_long_season_is_found_only_where_there_is_one():
     for some in (with_gaps, with_spike, with_outage, LOAD + 0.2 * NOISE, LOAD[:504], LOAD + 1e7, 1e300 * LOAD):
         assert long_season(some, 512) in (168, 336)
     smooth, spikes = np.convolve(NOISE, np.hanning(300), "valid"), 60.0 * (NOISE > 3)
-    for some in (LOAD[:480], wave(600, 24), NOISE, NOISE.cumsum(), smooth, spikes, np.full(600, np.nan)):
+    few = np.where(KNOWN, np.nan, NOISE)  # by any lag, some of their pairs are alike
+    for some in (LOAD[:480], wave(600, 24), NOISE, NOISE.cumsum(), smooth, spikes, np.full(600, np.nan), few):
         assert long_season(some, 512) == 0
     exact = np.resize([1, 5, 2, 7, 0, 0, 3], 150)  # multiples of its season are long
     assert [long_season(factor * exact, 512) > 0 for factor in (1, 3.7)] == [True, True]
     beside = np.stack([WANDERING[0], NOISE.cumsum(), np.ones(1344)], axis=1)  # they have no long season
     less, raised = without_long_seasons(beside, 24, 512)
     assert (len(less), raised[:, 1:].tolist()) == (1344 - 504, [[0, 0]] * 24)
+    late = np.where(HOURS < 840, np.nan, LOAD)  # three weeks, beside eight
+    less, _ = without_long_seasons(np.stack([LOAD, late], axis=1), 24, 512)
+    assert (long_season(late, 512), less.shape) == (168, (168, 2))
+    np.testing.assert_allclose(less, 0, atol=1e-9)
 
 
 def test_the_week_of_hourly_values_is_forecast():
@@ -147,6 +152,14 @@ def test_a_neighbour_that_ends_early_changes_no_interval():
     late = np.append(NOISE[:200], np.full(100, np.nan))
     alone, both = (Forecaster.load().forecast(some, 6, quantiles=(0.1,)) for some in ([days], [days, late]))
     np.testing.assert_allclose(both.quantiles[0], alone.quantiles[0], rtol=1e-6)
+
+
+def test_baselines_read_what_an_early_variable_is_forecast_to_be():
+    """Not its last value, repeated: in a fine-tuned forecast, AR then had eight times its error."""
+    early = wave(90, 12)[:, None] * [1, 2]
+    early[80:, 1] = np.nan
+    found = Forecaster.load().parts([early], 5, ["zero-shot", "AR"])
+    np.testing.assert_allclose(found["AR"][0, 0, :, 1], 2 * wave(95, 12)[90:], atol=0.6)
 
 
 def test_intervals_are_wide_enough_where_days_differ_as_a_whole():

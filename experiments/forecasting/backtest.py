@@ -5,6 +5,7 @@ Missing values are NaN, and are not scored. What cannot read them gets a context
 that it knows nothing of what follows.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -94,7 +95,7 @@ def held_out(
     """
     found, first, longest = [], max(MIN_CONTEXT, horizon), 0
     if times is not None:
-        step = np.median([np.ptp(one) / max(1, len(one) - 1) for one in times])
+        step = np.median([np.ptp(one) / (len(one) - 1) for one in times if len(one) > 1] or 1)
         end = max(one[-1] for one in times) + step
     for number, (one, most) in enumerate(zip(series, np.broadcast_to(count, len(series)), strict=True)):
         longest = max(longest, len(one) if most else 0)
@@ -102,7 +103,7 @@ def held_out(
         for start in range(len(one) - min(most, fits) * horizon, len(one), horizon):
             truth, before = one[start : start + horizon], one[max(0, start - LONGEST_GAP) : start]
             if start >= seen and not np.isnan(truth).all() and not np.isnan(before).all():
-                group = number if times is None else round((times[number][start] - end) / (horizon * step))
+                group = number if times is None else math.floor((times[number][start] - end) / (horizon * step) + 0.5)
                 found.append(Origin(one[:start], truth, number, group))
                 filled(one[:start], number)  # refuses a variable without values
     if not found and ends:

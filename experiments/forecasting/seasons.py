@@ -66,6 +66,7 @@ def long_season(x: np.ndarray, most: int) -> int:
     The values or their changes, without the most extreme ones, repeat far better after it than after any season that
     the decoder can find in `most` steps: what is missing to a correlation of 1 is at most half as much.
     """
+    x = x[np.isfinite(x).argmax() :]
     seen = np.isfinite(x)
     if len(x) < LONG * CYCLES or not np.nanmax(np.abs(x), initial=0.0) > 0:
         return 0
@@ -82,7 +83,8 @@ def long_season(x: np.ndarray, most: int) -> int:
             continue
         weights = torch.from_numpy(known.astype(float))
         found, pairs = autocorrelation(torch.from_numpy(usual / largest), weights, len(x))
-        found = torch.where(is_peak(found) & (pairs > 0.5), found, 0.0)
+        # as many pairs as a season has steps: a few correlate by chance, one always does
+        found = torch.where(is_peak(found) & (pairs > 0.5) & (pairs > lags - 1.5), found, 0.0)
         short = int((found * (1 - lags / most) * (lags <= most // 2)).argmax())
         missed = torch.where((lags > max(LONG, short)) & (lags <= len(x) // CYCLES), 1 - found, 1.0)
         long = int((missed / (1 - lags / len(x))).argmin())
@@ -100,11 +102,13 @@ def without_long_seasons(array: np.ndarray, horizon: int, most: int) -> tuple[np
     less, raised, first = array.copy(), np.zeros((horizon, array.shape[1])), 0
     for variable, x in enumerate(array.T):
         if period := long_season(x, most):
-            count, known = min(3, len(x) // period - 1), np.flatnonzero(np.isfinite(x))
+            known = np.flatnonzero(np.isfinite(x))
+            count = min(3, (len(x) - known[0]) // period - 1)
+            begin = known[0] + count * period
             whole = np.interp(np.arange(len(x)), known, x[known])
             whole = np.append(whole, np.resize(whole[-period:], horizon))
-            before = [whole[(count - back) * period : len(whole) - back * period] for back in range(1, count + 1)]
-            medians, begin = np.median(before, axis=0), count * period
+            before = [whole[begin - back * period : len(whole) - back * period] for back in range(1, count + 1)]
+            medians = np.median(before, axis=0)
             left, steps = x[begin:] - medians[:-horizon], min(horizon, period // 2)
             if change(left, steps) > WORTH * change(x[begin:], steps):
                 continue  # in so few steps the season hardly moves, and the medians have noise

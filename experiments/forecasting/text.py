@@ -15,7 +15,14 @@ import torch
 
 from experiments.forecasting import scores
 from experiments.forecasting.adapter import Trained
-from experiments.forecasting.contexts import Forecast, SeriesError, SeriesForecaster, SeriesWarning, checked_series
+from experiments.forecasting.contexts import (
+    Forecast,
+    SeriesError,
+    SeriesForecaster,
+    SeriesWarning,
+    checked_series,
+    require_order,
+)
 from experiments.forecasting.encoding import FITTED, SCALED_LIMIT, Encoding
 from experiments.forecasting.grammar import Grammar, decode, may_be_wide, nats_of
 from lora import load_adapter
@@ -95,7 +102,14 @@ class TextForecaster(SeriesForecaster):
         """
         import pandas as pd
 
-        (arrays, _), (truths, _) = checked_series(contexts), checked_series(continuations, "keep", min_steps=1)
+        arrays, frames = checked_series(contexts)
+        truths, true_frames = checked_series(continuations, "keep", min_steps=1)
+        if len(arrays) != len(truths):
+            raise SeriesError(f"got {len(truths)} continuations, expected {len(arrays)}, one for each context")
+        if frames:
+            self.check_variables(frames[0].columns)
+        if frames and true_frames:
+            require_order(true_frames[0].columns, frames[0].columns)
         prompts, nats = self._prompts(arrays, [*map(len, truths)]), []
         for number, (array, truth, prompt) in enumerate(zip(arrays, truths, prompts, strict=True)):
             if truth.shape[1] != len(prompt.wide):

@@ -208,6 +208,8 @@ class NumberForecaster(SeriesForecaster):
                 for variable, spread in around.items():
                     own[:, : spread.shape[1], variable] = own[MEDIAN, : spread.shape[1], variable] + spread
         if simple := names & BASELINES.keys():
+            # variables that end early go on as the decoder reads them
+            pasts = [np.concatenate([past[: -len(end)], end]) for past, end in zip(pasts, contexts, strict=True)]
             pasts = [filled(past, number) for number, past in enumerate(pasts)]
             simple_ones = baseline_forecasts(pasts, max(horizons), reading.season if reading else None, simple)
             found |= {name: one[:, None] for name, one in simple_ones.items()}

@@ -97,6 +97,7 @@ class Finetuning:
         # the record that stands beside the adapter, but for what the training decides
         name, folder = forecaster.checkpoint
         ends = {one: after for rows in self.parts.seen for one, after in ends_of(rows).items()}
+        ends |= (forecaster.trained and forecaster.trained.ends) or {}  # of an adapter that is merged into the weights
         self.trained = Trained(name, checkpoint_hash(folder), variables=self.variables, ends=ends, horizon=horizon)
 
     @property
