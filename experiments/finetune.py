@@ -58,7 +58,8 @@ def work(args: argparse.Namespace, interruption: Interruption) -> None:
     with joined(args.device, out) as (team, device, folder):
         cli.checked_device(device)
         # `backtest.split` fills what a model that writes text trains on
-        missing = "keep" if args.missing == "interpolate" or reads_values(embedded_or(args.model)) else "error"
+        keeps = args.missing != "error" and (args.missing or reads_values(embedded_or(args.model)))
+        missing = "keep" if keeps else "error"
         series = tables.read_series(*args.series, columns=args.columns, missing=missing, id=args.id, wide=args.wide)
         print(tables.told(series))
         forecaster = Forecaster.load(args.model, device=device, dtype=cli.chosen_dtype(args.dtype, device))

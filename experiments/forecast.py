@@ -101,7 +101,8 @@ def backtest(args: argparse.Namespace, forecaster: "SeriesForecaster", series: l
     if ends and (left_out := len(tests.held_out(arrays, args.horizon)) - len(places)):
         print(f"{left_out} forecast{'s' * (left_out > 1)} left out: the adapter was trained on their rows")
     judged = args.samples is None or args.samples >= samples_needed(BAND[0])  # by an interval, too
-    contexts = [place.context if forecaster.missing == "keep" else place.past for place in places]
+    keeps = forecaster.missing == "keep" and args.missing != "interpolate"
+    contexts = [place.context if keeps else place.past for place in places]
     with named([names[place.series] for place in places], variables):
         found = forecasts(args, forecaster, contexts, list(BAND) if judged else [])
     pasts = [place.past for place in places]

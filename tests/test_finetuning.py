@@ -165,6 +165,8 @@ def test_bad_settings_give_one_clear_line_and_write_nothing(refused, tmp_path):
         ("--context", 4, "context is 4, expected a whole number (int) of at least 8"),
     ):
         assert message in refused("finetune", path, "--model", "tiny", option, value)
+    path.write_text(path.read_text().replace("\n", "\n,\n", 2))
+    assert "missing" in refused("finetune", path, "--missing", "error")
     assert [one.name for one in tmp_path.iterdir()] == ["one.csv"]
 
 

@@ -138,6 +138,9 @@ def test_a_back_test_does_not_read_the_future_into_gaps_and_writes_nothing(run, 
     assert (status, written) == (0, set())
     (persistence,) = [line for line in out.splitlines() if line.startswith("persistence")]
     assert persistence.split()[-1] == f"{97 * 4 / 19:.4g}"  # four of 19 known values are 97 off
+    path.write_text("t,y\n" + "".join(f"{t},{'' if t % 5 == 2 else t % 7}\n" for t in range(40)))
+    kept, filled = (run(path, *few, *more)[1].partition("\nmodel ")[2] for more in ((), ("--missing", "interpolate")))
+    assert kept.partition("\n")[0] != filled.partition("\n")[0]  # each is that of the forecast with the same options
 
 
 def test_messages_of_a_back_test_name_the_series_and_the_variable(run, tmp_path):
