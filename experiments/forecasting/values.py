@@ -260,14 +260,15 @@ class NumberForecaster(SeriesForecaster):
         the newest steps are tried.
         """
         starts = [len(array) - back * horizon for back in range(1, CHECKS + 1)]
-        starts = [at for at in starts if at >= LEAST and np.isfinite(array[:at][-max(STRIDES) :]).any(axis=0).all()]
+        parts = {at: (array[max(0, at - max(STRIDES)) : at], array[at : at + horizon]) for at in starts if at >= LEAST}
+        starts = [at for at, some in parts.items() if all(np.isfinite(one).any(axis=0).all() for one in some)]
         if not starts:
             return np.ones(array.shape[1])
         found = self._by_decoder(self.base, None, [array[:at] for at in starts], horizon)
         gap = np.stack([array[at : at + horizon] for at in starts]) - found[:, MEDIAN]
         width = np.where(gap > 0, found[:, -1] - found[:, MEDIAN], found[:, MEDIAN] - found[:, 0])
-        ratio = np.nan_to_num(np.minimum(np.abs(gap), WIDEST * width) / np.where(width > 0, width, 1.0))
-        return np.maximum(1, np.quantile(ratio, LEVELS[-1] - LEVELS[0], axis=(0, 1)))
+        ratio = np.minimum(np.abs(gap), WIDEST * width) / np.where(width > 0, width, 1.0)
+        return np.maximum(1, np.nanquantile(ratio, LEVELS[-1] - LEVELS[0], axis=(0, 1)))
 
     def _by_decoder(self, model, reading, arrays, horizon, progress=lambda count: None) -> np.ndarray:
         """Quantiles (N, Q, h, D) of what follows the arrays, by a decoder and how it reads; None: zero-shot."""
