@@ -112,9 +112,7 @@ def test_series_of_the_same_dates_are_judged_by_later_dates_than_they_are_traine
     series, times = zip(*[(np.arange(n, dtype=float)[:, None], np.arange(40 - n, 40)) for n in ages], strict=True)
     assert {place.group for place in held_out(series, 4, 2, times=times)} == {-2, -1}
     # forecasts of other dates are of other groups, where a series ends half a horizon early
-    places = held_out(
-        [one[:stop] for one, stop in ((series[0], 40), (series[1], 39))], 2, times=[times[0], times[1][:39]]
-    )
+    places = held_out([series[0], series[1][:-1]], 2, times=[times[0], times[1][:-1]])
     groups = [place.group for place in places if place.series == 1]
     assert len({*groups}) == len(groups)
 

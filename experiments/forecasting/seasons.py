@@ -66,7 +66,7 @@ def long_season(x: np.ndarray, most: int) -> int:
     The values or their changes, without the most extreme ones, repeat far better after it than after any season that
     the decoder can find in `most` steps: what is missing to a correlation of 1 is at most half as much.
     """
-    x = x[np.isfinite(x).argmax() :]
+    x = x[np.isfinite(x).argmax() :]  # from the first value on
     seen = np.isfinite(x)
     if len(x) < LONG * CYCLES or not np.nanmax(np.abs(x), initial=0.0) > 0:
         return 0
@@ -84,7 +84,7 @@ def long_season(x: np.ndarray, most: int) -> int:
         weights = torch.from_numpy(known.astype(float))
         found, pairs = autocorrelation(torch.from_numpy(usual / largest), weights, len(x))
         # as many pairs as a season has steps: a few correlate by chance, one always does
-        found = torch.where(is_peak(found) & (pairs > 0.5) & (pairs > lags - 1.5), found, 0.0)
+        found = torch.where(is_peak(found) & (pairs > (lags - 1.5).clamp(min=0.5)), found, 0.0)
         short = int((found * (1 - lags / most) * (lags <= most // 2)).argmax())
         missed = torch.where((lags > max(LONG, short)) & (lags <= len(x) // CYCLES), 1 - found, 1.0)
         long = int((missed / (1 - lags / len(x))).argmin())

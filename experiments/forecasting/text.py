@@ -98,7 +98,7 @@ class TextForecaster(SeriesForecaster):
         """-log p of each of continuations (N, h, D) after its context, in nats for each value that is not NaN: (N).
 
         Each character competes with those that the grammar allows there; the end has no cost. In the text, a missing
-        value is the last one known before it. Errors as in `forecast`.
+        value is the last one known before it. Errors as in `forecast`, and SeriesError for unequal N.
         """
         import pandas as pd
 
